@@ -1,0 +1,149 @@
+"""The activation store: one Zarr group a tensor, one array a layer, readable with xarray.
+
+    activations.zarr/{tensor}/layer_000   [token, channel]
+    activations.zarr/text/ids             [sequence, position]
+
+bfloat16 has no Zarr type: its bits are stored as uint16 and the attribute `dtype` says so. A tensor is
+complete when its group's attributes say so: Zarr may leave out chunks, so their presence shows nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import BloscCodec
+
+from sparsity_atlas.errors import AtlasError
+
+# Between 8 and 16 MiB reads and writes run at the disk's speed.
+CHUNK_BYTES = 12 * 2**20
+
+
+def layer_name(layer: int) -> str:
+    """Name of a layer's array."""
+    return f"layer_{layer:03d}"
+
+
+def chunk_sequences(sequence_bytes: int, batch: int, sequences: int) -> int:
+    """Sequences in a chunk: near CHUNK_BYTES, dividing a batch or a multiple of it.
+
+    Args:
+        sequence_bytes: bytes of one sequence in the widest array.
+        batch: sequences a forward pass.
+        sequences: of the whole store.
+    """
+    fitting = max(1, CHUNK_BYTES // sequence_bytes)
+    if fitting >= batch:
+        return min(fitting - fitting % batch, -(-sequences // batch) * batch)
+    return next(size for size in range(fitting, 0, -1) if batch % size == 0)
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        AtlasError: fewer than `needed` bytes and 2 % more are free.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    if needed * 1.02 > free:
+        raise AtlasError(
+            f"{path}: needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; "
+            "capture fewer tokens (capture.tokens) or make room"
+        )
+
+
+class ActivationStore:
+    """A store on disk. `create` and `write` are for one process at a time; reading is free."""
+
+    def __init__(self, path: Path, *, writable: bool = False) -> None:
+        """Open a store.
+
+        Raises:
+            AtlasError: it is not there (for reading), or damaged.
+        """
+        self.path = path
+        if not writable and not (path / "zarr.json").is_file():
+            raise AtlasError(f"{path}: no activation store; run its capture again")
+        try:
+            self.root = zarr.open_group(path, mode="a" if writable else "r")
+        except (ValueError, KeyError, OSError) as error:
+            raise AtlasError(
+                f"{path}: damaged activation store ({error}); delete it and run again"
+            ) from None
+
+    def complete(self, tensor: str) -> dict[str, Any] | None:
+        """What `finish` recorded for a tensor; None if it is not complete."""
+        return dict(self.root[tensor].attrs).get("complete") if tensor in self.root else None
+
+    def create(self, tensor: str, widths: list[int], tokens: int, chunk: int, dtype: str) -> None:
+        """Make a tensor's arrays, without content, in place of any older ones.
+
+        Args:
+            tensor: its name.
+            widths: of each layer.
+            tokens: rows of each array.
+            chunk: rows of a chunk.
+            dtype: float32, float16 or bfloat16.
+        """
+        if tensor in self.root:
+            del self.root[tensor]
+        group = self.root.create_group(tensor)
+        same = len(set(widths)) == 1
+        for layer, width in enumerate(widths):
+            group.create_array(
+                layer_name(layer),
+                shape=(tokens, width),
+                chunks=(chunk, width),
+                dtype="uint16" if dtype == "bfloat16" else dtype,
+                compressors=BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle"),
+                dimension_names=("token", "channel" if same else f"channel_{layer}"),
+                attributes={"dtype": dtype},
+                config={"write_empty_chunks": True},
+            )
+
+    def put(self, tensor: str, layer: int, start: int, values: np.ndarray) -> int:
+        """Write whole chunks of rows from `start` on; returns their CRC-32."""
+        array = self.root[tensor][layer_name(layer)]
+        array[start : start + len(values)] = values
+        return zlib.crc32(np.ascontiguousarray(values).data)
+
+    def put_ids(self, ids: np.ndarray) -> None:
+        """Keep the token ids that the activations belong to."""
+        self.root.create_array(
+            "text/ids", data=ids, overwrite=True, dimension_names=("sequence", "position")
+        )
+
+    def finish(self, tensor: str, record: dict[str, Any]) -> None:
+        """Declare a tensor complete."""
+        self.root[tensor].attrs["complete"] = record
+
+    def layers(self, tensor: str) -> int:
+        """Number of layers of a tensor."""
+        return len(list(self.root[tensor].array_keys()))
+
+    def read(self, tensor: str, layer: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows of a layer as float32 (exact for every stored type), [rows, channel]."""
+        array = self.root[tensor][layer_name(layer)]
+        return decode(np.asarray(array[start:stop]), array.attrs["dtype"])
+
+    def shape(self, tensor: str, layer: int) -> tuple[int, int]:
+        """(tokens, channels) of a layer."""
+        return self.root[tensor][layer_name(layer)].shape
+
+    def sweep(self) -> None:
+        """Remove what a killed writer left of unfinished chunk files."""
+        for path in self.path.rglob("*.partial"):
+            path.unlink()
+
+
+def decode(stored: np.ndarray, dtype: str) -> np.ndarray:
+    """Stored values as float32."""
+    if dtype == "bfloat16":
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32, copy=False)

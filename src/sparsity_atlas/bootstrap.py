@@ -1,0 +1,227 @@
+"""Per-sample results of one curve, its level means, and their paired bootstrap replicates."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Kind = Literal["accuracy", "loss"]
+
+# Elements of one block of resampling weights (float64: 32 MiB), so that memory does not grow
+# with replicates x clusters.
+_BLOCK = 2**22
+
+
+@dataclass(frozen=True)
+class TaskSamples:
+    """One task's samples at L levels and dense, all on the same n samples in the same order.
+
+    value: [L, n], accuracy in [0, 1] or summed loss in nats. A level with any NaN or inf has
+        failed numerically: it counts as below every bar.
+    weight: [n], 1 for accuracy, the number of predicted tokens for loss. Positive.
+    dense: [n], the same metric of the untouched model.
+    zeros, entries: [L, n], counts at the sparsified site. A level whose entries are all 0 has an
+        unknown sparsity, which only a failed level may have.
+    dense_zeros, dense_entries: [n], exact zeros at the same site in the untouched model; without
+        them the dense point sits at sparsity 0.
+    cluster: [n], ids of what was drawn independently (the template of a generated item); without
+        them each sample stands for itself.
+    chance: the accuracy of guessing; None for loss, and where guessing is hopeless.
+    Raises ValueError on arrays that do not fit together.
+    """
+
+    task: str
+    kind: Kind
+    value: np.ndarray
+    weight: np.ndarray
+    dense: np.ndarray
+    zeros: np.ndarray
+    entries: np.ndarray
+    dense_zeros: np.ndarray | None = None
+    dense_entries: np.ndarray | None = None
+    cluster: np.ndarray | None = None
+    chance: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("accuracy", "loss"):
+            raise ValueError(f"{self.task}: kind {self.kind!r} is neither accuracy nor loss")
+        if self.value.ndim != 2 or self.value.shape[1] == 0:
+            raise ValueError(f"{self.task}: value {self.value.shape} is not [levels, samples]")
+        both, one = self.value.shape, self.value.shape[1:]
+        shapes = {"weight": one, "dense": one, "zeros": both, "entries": both}
+        shapes |= {"dense_zeros": one, "dense_entries": one, "cluster": one}
+        for name, shape in shapes.items():
+            array = getattr(self, name)
+            if array is not None and array.shape != shape:
+                raise ValueError(f"{self.task}: {name} is {array.shape}, value asks for {shape}")
+        if (self.dense_zeros is None) != (self.dense_entries is None):
+            raise ValueError(f"{self.task}: dense_zeros and dense_entries come together")
+        if self.dense_entries is not None and self.dense_entries.sum() == 0:
+            raise ValueError(f"{self.task}: the dense model has no counted entries")
+        if not (self.weight > 0).all():
+            raise ValueError(f"{self.task}: every weight must be positive")
+        if self.kind == "loss" and self.chance is not None:
+            raise ValueError(f"{self.task}: a loss has no chance level")
+        unplaced = (self.entries.sum(axis=1) == 0) & ~self.failed
+        if unplaced.any():
+            at = int(unplaced.argmax())
+            raise ValueError(f"{self.task}: level {at} has scores but no counted entries")
+
+    @property
+    def failed(self) -> np.ndarray:
+        """[L] bool: the level has a NaN or inf."""
+        return ~np.isfinite(self.value).all(axis=1)
+
+    @property
+    def items(self) -> int:
+        """Number of samples."""
+        return self.value.shape[1]
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """Level means of one task (or of the average): row 0 as measured, rows 1.. replicates.
+
+    value, sparsity: [1 + B, L]; dense_value, dense_sparsity: [1 + B]; failed: [L].
+    value is NaN at a failed level, sparsity is NaN where unknown. Without at least two clusters
+    there is nothing to resample, and B is 0.
+    """
+
+    task: str
+    kind: Kind
+    items: int
+    chance: float | None
+    value: np.ndarray
+    sparsity: np.ndarray
+    dense_value: np.ndarray
+    dense_sparsity: np.ndarray
+    failed: np.ndarray
+
+    def relative(self) -> np.ndarray:
+        """[1 + B, L]: accuracy over dense accuracy, or loss minus dense loss in nats per token.
+
+        A replicate that drew no sample the dense model gets right keeps 1: 0 of 0 is no loss.
+        """
+        dense = self.dense_value[:, None]
+        if self.kind == "loss":
+            return self.value - dense
+        ratio = np.ones_like(self.value)
+        np.divide(self.value, dense, out=ratio, where=dense != 0)
+        return ratio
+
+
+def estimate(samples: TaskSamples, replicates: int = 1000, seed: int = 0) -> Estimates:
+    """Means and sparsities of every level, as measured and in each bootstrap replicate.
+
+    Levels and dense share the resampled clusters (paired). Of C clusters, C - 1 are drawn: the
+    variance of a mean over C draws is (C - 1) / C of the unbiased one, which matters with a few
+    dozen templates (Rao and Wu, JASA 83, 1988). The stream depends on seed and task name alone,
+    so a task's interval does not change with the tasks beside it.
+    """
+    levels = samples.value.shape[0]
+    value = np.where(samples.failed[:, None], 0.0, samples.value).astype(np.float64)
+    dense = samples.dense.astype(np.float64)
+    if samples.kind == "accuracy":
+        value, dense = value * samples.weight, dense * samples.weight
+    none = np.zeros(samples.items)
+    dense_zeros = none if samples.dense_zeros is None else samples.dense_zeros
+    dense_entries = none if samples.dense_entries is None else samples.dense_entries
+    columns = np.vstack(
+        [value, samples.zeros, samples.entries, dense, samples.weight, dense_zeros, dense_entries]
+    )
+    sums = _resampled_sums(columns, samples.cluster, replicates, (seed, samples.task))
+    value, zeros, entries = (sums[:, i * levels : (i + 1) * levels] for i in range(3))
+    dense, weight, dense_zeros, dense_entries = sums[:, 3 * levels :].T
+
+    value = value / weight[:, None]
+    value[:, samples.failed] = np.nan
+    dense_sparsity = np.zeros(len(sums))
+    if samples.dense_zeros is not None:
+        dense_sparsity = _ratio(dense_zeros, dense_entries)
+    return Estimates(
+        task=samples.task,
+        kind=samples.kind,
+        items=samples.items,
+        chance=samples.chance,
+        value=value,
+        sparsity=_ratio(zeros, entries),
+        dense_value=dense / weight,
+        dense_sparsity=dense_sparsity,
+        failed=samples.failed,
+    )
+
+
+def average(tasks: list[Estimates]) -> Estimates:
+    """The unweighted mean over accuracy tasks, replicate by replicate.
+
+    A level that failed on one task has failed on average. A task without a chance level adds 0
+    to the chance level of the average. Raises ValueError if the tasks differ in their levels.
+    """
+    if len({len(task.failed) for task in tasks}) != 1:
+        raise ValueError(f"tasks of different level counts: {[task.task for task in tasks]}")
+    chances = [task.chance for task in tasks]
+    rows = min(len(task.value) for task in tasks)
+
+    def mean(name: str) -> np.ndarray:
+        return np.mean([getattr(task, name)[:rows] for task in tasks], axis=0)
+
+    return Estimates(
+        task="average",
+        kind="accuracy",
+        items=sum(task.items for task in tasks),
+        chance=None if set(chances) == {None} else sum(c or 0.0 for c in chances) / len(tasks),
+        value=mean("value"),
+        sparsity=mean("sparsity"),
+        dense_value=mean("dense_value"),
+        dense_sparsity=mean("dense_sparsity"),
+        failed=np.any([task.failed for task in tasks], axis=0),
+    )
+
+
+def percentile_interval(replicates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """2.5 % and 97.5 % quantiles along axis 0 of [B, ...].
+
+    Always values of the sample, rounded outwards, so that infinite entries (a crossing beyond
+    the measured range) are ordered and never averaged.
+    """
+    low = np.quantile(replicates, 0.025, axis=0, method="lower")
+    high = np.quantile(replicates, 0.975, axis=0, method="higher")
+    return low, high
+
+
+def _resampled_sums(
+    columns: np.ndarray, cluster: np.ndarray | None, replicates: int, key: tuple[int, str]
+) -> np.ndarray:
+    """[1 + B, K]: sums of K columns [K, n] over all samples, then over each replicate's draw.
+
+    B is 0 where there is one cluster: its repetition would pass for certainty.
+    """
+    if cluster is not None:
+        ids, member = np.unique(cluster, return_inverse=True)
+        columns = np.stack([np.bincount(member, column, len(ids)) for column in columns])
+    clusters = columns.shape[1]
+    if clusters < 2:
+        replicates = 0
+    sums = np.empty((1 + replicates, len(columns)))
+    sums[0] = columns.sum(axis=1)
+    seed, task = key
+    rng = np.random.default_rng([seed, zlib.crc32(task.encode())])
+    block = max(1, _BLOCK // clusters)
+    for start in range(0, replicates, block):
+        rows = min(block, replicates - start)
+        drawn = rng.integers(clusters, size=(rows, clusters - 1))
+        drawn += clusters * np.arange(rows)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=rows * clusters)
+        weights = counts.reshape(rows, clusters).astype(np.float64)
+        sums[1 + start : 1 + start + rows] = weights @ columns.T
+    return sums
+
+
+def _ratio(zeros: np.ndarray, entries: np.ndarray) -> np.ndarray:
+    """zeros / entries; where a replicate drew no entries, the measured ratio (row 0)."""
+    ratio = np.full(zeros.shape, np.nan)
+    np.divide(zeros, entries, out=ratio, where=entries != 0)
+    return np.where(np.isnan(ratio), ratio[0], ratio)

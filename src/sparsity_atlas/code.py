@@ -1,0 +1,76 @@
+"""The code version of a stage: a digest of the source files that it is made of.
+
+Snakemake does not see an edit in an imported package, so every rule names its stage's code version in
+`params`, and every fingerprint holds it.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+
+# What these do reaches a stage through its arguments, never through the numbers that it computes.
+_NO_SCIENCE = {"__init__", "cli", "code", "config", "errors", "grid"}
+
+
+@functools.cache
+def code_version(stage: str, criterion_file: str | None = None) -> str:
+    """Digest (16 hex digits) of a stage's module and all modules of this package that it imports.
+
+    Data files that bear a module's name (`report.html.j2` beside `report.py`) count with it. The files
+    are read once a process: Snakemake asks for every job.
+
+    Args:
+        stage: module or package of this package that is run, for instance `evaluate`.
+        criterion_file: the one file of the criterion in use, which no stage imports by name.
+    """
+    content = hashlib.sha256()
+    for name in sorted(_closure(stage)):
+        source = _module_file(name)
+        for path in sorted(source.parent.glob(f"{source.stem}.*")):
+            content.update(path.read_bytes())
+    if criterion_file is not None:
+        content.update(Path(criterion_file).read_bytes())
+    return content.hexdigest()[:16]
+
+
+@functools.cache
+def _closure(stage: str) -> frozenset[str]:
+    found: set[str] = set()
+    waiting = [stage]
+    if _module_file(f"{stage}.__main__").exists():
+        waiting.append(f"{stage}.__main__")
+    while waiting:
+        name = waiting.pop()
+        if name in found or name in _NO_SCIENCE:
+            continue
+        found.add(name)
+        waiting += _imports(_module_file(name))
+    return frozenset(found)
+
+
+@functools.cache
+def _imports(path: Path) -> list[str]:
+    """Modules of this package that a source file imports, anywhere in it."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        else:
+            continue
+        for module in modules:
+            package, _, name = module.partition(".")
+            if package == PACKAGE.name and name and _module_file(name).exists():
+                names.append(name)
+    return names
+
+
+def _module_file(name: str) -> Path:
+    path = PACKAGE.joinpath(*name.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")

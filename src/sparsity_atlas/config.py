@@ -1,0 +1,305 @@
+"""The configuration: its only schema, its defaults and its cross-checks.
+
+Catalogues (`models`, `criteria`, `texts`, `tasks`) are mappings and say what exists; the selection
+(`run`) is a list of blocks and says what is done. Snakemake merges the mappings of a second
+`--configfile` and replaces lists, so a selection never leaks from one run into another.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+
+from sparsity_atlas.errors import AtlasError
+
+Site = Literal["input", "up", "gate", "intermediate", "all_inputs"]
+
+# Folders and files of results/ and results/{model}/ that a catalogue name would collide with.
+RESERVED = {"figures", "logs", "benchmarks", "dense", "capture", "metrics", "partial"}
+
+
+def _name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value) or ".." in value:
+        raise ValueError(
+            "names are letters, digits, '.', '_' and '-', and begin with one of the first two"
+        )
+    if value in RESERVED:
+        raise ValueError(f"'{value}' is the name of a folder of the results")
+    return value
+
+
+def canonical_level(value: Any) -> str:
+    """Spell a level as in paths: the shortest decimal (0.9 for 0.90, 1 for 1.0), no exponent.
+
+    Raises:
+        ValueError: `value` is not a finite number.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
+        raise ValueError("a level is a number, such as 0.9")
+    try:
+        # repr of a float is its shortest decimal; Decimal(0.1) would be its binary expansion.
+        number = Decimal(repr(value) if isinstance(value, float) else str(value))
+    except ArithmeticError:
+        raise ValueError("a level is a number, such as 0.9") from None
+    if not number.is_finite():
+        raise ValueError("a level is a finite number")
+    text = format(number.normalize(), "f")
+    return "0" if text in ("-0", "0") else text
+
+
+Name = Annotated[str, AfterValidator(_name)]
+Level = Annotated[
+    str, BeforeValidator(canonical_level), WithJsonSchema({"type": ["number", "string"]})
+]
+
+
+def _unique(values: list) -> list:
+    doubles = sorted({str(value) for value in values if values.count(value) > 1})
+    if doubles:
+        raise ValueError(f"given twice: {', '.join(doubles)}")
+    return values
+
+
+def _some(values: list) -> list:
+    if not values:
+        raise ValueError("the list is empty")
+    return _unique(values)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelEntry(_Strict):
+    """A causal language model: a local folder or a Hub repository, in Hugging Face format."""
+
+    path: str | None = None
+    """Folder with config.json, safetensors weights and the tokenizer."""
+    hub: str | None = None
+    """Hub repository, for instance meta-llama/Llama-3.2-1B."""
+    revision: str | None = None
+    """Hub revision: a commit, tag or branch. It is resolved to a commit, which is recorded."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Computation type. `auto`: float32 on the CPU, the checkpoint's own type elsewhere."""
+    add_bos_token: bool | None = None
+    """Begin each request with the BOS token. Unset: as the tokenizer does by itself."""
+    apply_chat_template: bool = False
+    """Wrap each request in the tokenizer's chat template."""
+    max_length: int | None = Field(default=None, gt=1)
+    """Longest sequence in tokens. Unset: the model's own limit."""
+    batch_size: int = Field(default=16, gt=0)
+    """Sequences a forward pass. Fixed and recorded: in bfloat16 scores depend on it."""
+    sites: Annotated[list[Site], AfterValidator(_some)] | None = None
+    """Sites for the run blocks that name none."""
+    modules: dict[str, str] | None = None
+    """Module paths of the FFN (`up`, `gate`, `down`, or `gate_up` with `order`), if they are not found."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give either `path` (a local folder) or `hub` (a Hub repository)")
+        if self.path is not None and self.revision is not None:
+            raise ValueError("`revision` belongs to `hub`, a local folder has none")
+        return self
+
+
+class CriterionEntry(BaseModel):
+    """A criterion: a built-in rule (by default the one of the same name) or a user's own file.
+
+    Any further key is a parameter of the rule, for instance `power` of `topp`.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    rule: str | None = None
+    """Built-in rule: topp, topk or maxp."""
+    file: str | None = None
+    """Python file with a class that derives from `sparsity_atlas.criteria.Criterion`."""
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        if self.rule is not None and self.file is not None:
+            raise ValueError("give either `rule` (built in) or `file` (your own), not both")
+        return self
+
+
+class TextEntry(_Strict):
+    """Running text: a local file (.txt, or .jsonl with one document a line) or a Hub data set."""
+
+    file: str | None = None
+    """Local .txt (documents separated by blank lines are one text) or .jsonl file."""
+    hub: str | None = None
+    """Hub data set, for instance Salesforce/wikitext."""
+    subset: str | None = None
+    """Configuration of the Hub data set."""
+    revision: str | None = None
+    """Hub revision: commit, tag or branch."""
+    split: str = "train"
+    """Split of the Hub data set."""
+    column: str = "text"
+    """Field with the text, in JSONL and in Hub data sets."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.file is None) == (self.hub is None):
+            raise ValueError("give either `file` (local) or `hub` (a Hub data set)")
+        return self
+
+
+class TaskEntry(_Strict):
+    """An lm-eval task or group."""
+
+    task: str | None = None
+    """Name in lm-eval. Unset: the key of this entry."""
+    include: str | None = None
+    """Folder with the YAML of tasks that are not part of lm-eval; it is searched first."""
+    metric: str | None = None
+    """Metric of the curves, `name` or `name,filter`. Unset: acc, else exact_match, else the loss."""
+    num_fewshot: int | None = Field(default=None, ge=0)
+    """Solved examples in the prompt. Unset: as the task says."""
+    limit: int | None = Field(default=None, gt=0)
+    """First so many documents only."""
+    cluster: str | None = None
+    """Document field that names items made alike (a template); the bootstrap resamples these."""
+    override: dict[str, Any] = Field(default_factory=dict)
+    """Keys of the task's own YAML to replace, for instance `dataset_path` and `dataset_kwargs`."""
+
+
+class RunBlock(_Strict):
+    """A part of the grid: every combination of what it lists. Blocks may overlap."""
+
+    models: Annotated[list[str], AfterValidator(_some)]
+    criteria: Annotated[list[str], AfterValidator(_some)] = ["topp"]
+    sites: Annotated[list[Site], AfterValidator(_some)] | None = None
+    """Unset: the model's own `sites`, else intermediate and input, which every FFN has."""
+    levels: Annotated[
+        Annotated[Literal["auto"], Tag("literal[auto]")]
+        | Annotated[list[Level], AfterValidator(_some), Tag("list[levels]")],
+        # One branch, so that one mistake is told once.
+        Discriminator(lambda value: "literal[auto]" if value == "auto" else "list[levels]"),
+    ] = "auto"
+    """`auto`: searched for; a list: exactly these."""
+    tasks: Annotated[list[str], AfterValidator(_some)] | None = None
+    """Unset: all of the catalogue."""
+
+
+class CaptureSettings(_Strict):
+    """How activations are captured."""
+
+    text: str = "prose"
+    """Entry of `texts` that is run through the models."""
+    tokens: int = Field(default=4096, gt=0)
+    """Tokens captured; effective rank and all metrics are taken at exactly this number."""
+    sequence_length: int = Field(default=256, gt=1)
+    """Tokens a sequence."""
+
+
+class SearchSettings(_Strict):
+    """How `levels: auto` chooses levels."""
+
+    max_levels: int = Field(default=9, ge=2, le=64)
+    """Levels evaluated at most, for each model, criterion and site."""
+    resolution: float = Field(default=0.01, gt=0, lt=1)
+    """Stop when the induced sparsity at the headline bar is bracketed this closely (0.01: a point)."""
+
+
+class Config(_Strict):
+    """The whole configuration of a run."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where models run. `auto`: CUDA, else Apple's MPS, else the CPU."""
+    seed: int = Field(default=1234, ge=0)
+    """Seed of few-shot draws (1234 is lm-eval's own) and of the bootstrap."""
+    replicates: int = Field(default=1000, ge=100)
+    """Bootstrap replicates."""
+    bars: Annotated[list[float], AfterValidator(_some)] = [0.995, 0.99, 0.98, 0.95]
+    """Retained accuracy at which critical sparsity is read; 0.99 is the headline. A loss task's bar is
+    the matching rise in perplexity: 0.99 stands for PPL + 1 %."""
+    capture: CaptureSettings = CaptureSettings()
+    search: SearchSettings = SearchSettings()
+    models: dict[Name, ModelEntry]
+    criteria: dict[Name, CriterionEntry]
+    texts: dict[Name, TextEntry]
+    tasks: dict[Name, TaskEntry]
+    run: Annotated[list[RunBlock], AfterValidator(_some)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_entries(cls, data: Any) -> Any:
+        """`topk:` with nothing after it is an entry with every default."""
+        if isinstance(data, dict):
+            for key in ("models", "criteria", "texts", "tasks"):
+                if isinstance(data.get(key), dict):
+                    data = {**data, key: {k: {} if v is None else v for k, v in data[key].items()}}
+        return data
+
+    @model_validator(mode="after")
+    def _selections_exist(self) -> Self:
+        if any(not 0 < bar < 1 for bar in self.bars) or 0.99 not in self.bars:
+            raise ValueError("bars: values between 0 and 1, 0.99 (the headline) among them")
+        if self.capture.text not in self.texts:
+            raise ValueError(_unknown("capture.text", self.capture.text, self.texts))
+        for number, block in enumerate(self.run):
+            for key in ("models", "criteria", "tasks"):
+                catalogue = getattr(self, key)
+                for name in getattr(block, key) or ():
+                    if name not in catalogue:
+                        raise ValueError(_unknown(f"run.{number}.{key}", name, catalogue))
+        return self
+
+
+def _unknown(key: str, name: str, catalogue: dict) -> str:
+    return f"{key}: unknown '{name}'; known: {', '.join(catalogue) or 'none'}"
+
+
+def parse(data: dict[str, Any]) -> Config:
+    """Validate a merged configuration.
+
+    Raises:
+        AtlasError: one line that names the key, what was found and what would be right.
+    """
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise AtlasError(
+            "config: " + "; ".join(_explain(item) for item in error.errors())
+        ) from None
+
+
+def _explain(item: dict[str, Any]) -> str:
+    """One clause for one finding of Pydantic."""
+    # Pydantic names the branch of a union in `loc`; the user's key path has no such parts.
+    path = ".".join(
+        str(part)
+        for part in item["loc"]
+        if not (
+            isinstance(part, str)
+            and (part.startswith(("list[", "literal[", "function-")) or part == "[key]")
+        )
+    )
+    if item["type"] == "extra_forbidden":
+        return f"{path}: unknown key"
+    if item["type"] == "missing":
+        return f"{path}: missing"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "list_type" and path.endswith(".levels"):
+        message = "'auto' or a list of levels is wanted"
+    message = message[0].lower() + message[1:]
+    if item["type"] == "value_error" and not path:
+        return message
+    found = "" if isinstance(item["input"], dict | list) else f", found {item['input']!r}"
+    return f"{path}: {message}{found}"

@@ -1,0 +1,180 @@
+"""The criteria: one small file each, found by name; a user's own file joins in the same way."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsity_atlas.errors import AtlasError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from sparsity_atlas.criteria.base import Criterion
+
+__all__ = ["Criterion", "built_in", "check_level", "create", "level_range", "source_file"]
+
+
+def __getattr__(name: str) -> Any:
+    # Snakemake's process asks for file names only and must not pay for torch.
+    if name == "Criterion":
+        from sparsity_atlas.criteria.base import Criterion
+
+        return Criterion
+    raise AttributeError(name)
+
+
+def built_in() -> list[str]:
+    """Names of the built-in rules."""
+    return sorted(
+        path.stem
+        for path in Path(__file__).parent.glob("*.py")
+        if path.stem not in ("__init__", "base")
+    )
+
+
+def source_file(spec: dict[str, Any]) -> Path:
+    """The file that defines a criterion.
+
+    Args:
+        spec: `{"rule": name, ...}` or `{"file": path, ...}` with the rule's parameters beside it.
+
+    Raises:
+        AtlasError: no such rule or file.
+    """
+    if "file" in spec:
+        path = Path(spec["file"])
+        if not path.is_file():
+            raise AtlasError(f"criteria: {path}: no such file")
+        return path
+    if spec["rule"] not in built_in():
+        raise AtlasError(
+            f"criteria: unknown rule '{spec['rule']}'; built in: {', '.join(built_in())}; "
+            "a rule of your own is named by `file`"
+        )
+    return Path(__file__).with_name(f"{spec['rule']}.py")
+
+
+def level_range(spec: dict[str, Any]) -> tuple[float, float]:
+    """Lowest and highest level, read from the criterion's source without importing torch.
+
+    Raises:
+        AtlasError: no such rule or file, the file is not Python, or a bound is no plain number.
+    """
+    path = source_file(spec)
+    try:
+        tree = ast.parse(path.read_bytes())
+    except SyntaxError as error:
+        raise AtlasError(f"{path}: line {error.lineno}: {error.msg}") from None
+    bounds = {"lowest": 0.0, "highest": 1.0}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            targets = node.targets
+        elif isinstance(node, ast.AnnAssign) and node.value is not None:
+            targets = [node.target]
+        else:
+            continue
+        for target in targets:
+            if isinstance(target, ast.Name) and target.id in bounds:
+                bounds[target.id] = _literal(path, target.id, node.value)
+    return bounds["lowest"], bounds["highest"]
+
+
+def _literal(path: Path, name: str, value: ast.expr) -> float:
+    try:
+        number = ast.literal_eval(value)
+    except ValueError:
+        number = None
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise AtlasError(f"{path}: line {value.lineno}: {name}: expected a plain number")
+    return float(number)
+
+
+def create(spec: dict[str, Any]) -> Criterion:
+    """Make a criterion from its configuration.
+
+    Raises:
+        AtlasError: unknown rule, unusable or incomplete file, unknown or bad parameter.
+    """
+    path = source_file(spec)
+    module = _import(path) if "file" in spec else importlib.import_module(f"{__name__}.{path.stem}")
+    from sparsity_atlas.criteria.base import Criterion
+
+    classes = [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value)
+        and issubclass(value, Criterion)
+        and value.__module__ == module.__name__
+    ]
+    if len(classes) != 1:
+        raise AtlasError(f"{path}: expected one subclass of Criterion, found {len(classes)}")
+    parameters = {key: value for key, value in spec.items() if key not in ("rule", "file")}
+    try:
+        criterion = classes[0](**parameters)
+    except (TypeError, ValueError) as error:
+        raise AtlasError(f"criteria: {spec.get('rule', path)}: {error}") from None
+    _check(path, criterion)
+    return criterion
+
+
+def _import(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"_criterion_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise AtlasError(f"{path}: a criterion is a .py file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise AtlasError(f"{path}: line {error.lineno}: {error.msg}") from None
+    except (ImportError, NameError, AttributeError, TypeError, ValueError) as error:
+        raise AtlasError(f"{path}: {type(error).__name__}: {error}") from None
+    return module
+
+
+def _check(path: Path, criterion: Criterion) -> None:
+    """What a search relies on, and only a user's own file can get wrong."""
+    from sparsity_atlas.config import canonical_level
+
+    name = type(criterion).__name__
+    ends = (criterion.lowest, criterion.highest)
+    dense = getattr(criterion, "dense_level", None)
+    if dense not in ends:
+        raise AtlasError(
+            f"{path}: {name}: dense_level: expected the lowest or the highest level "
+            f"({ends[0]:g} or {ends[1]:g}), found {dense}"
+        )
+    coarse = getattr(criterion, "coarse_levels", None)
+    if not isinstance(coarse, tuple | list) or not coarse:
+        raise AtlasError(
+            f"{path}: {name}: coarse_levels: expected a tuple of levels, found {coarse}"
+        )
+    for level in coarse:
+        try:
+            spelled = isinstance(level, str) and canonical_level(level) == level
+        except ValueError:
+            spelled = False
+        if not spelled or not ends[0] <= float(level) <= ends[1]:
+            raise AtlasError(
+                f"{path}: {name}: coarse_levels: expected the shortest decimals between "
+                f"{ends[0]:g} and {ends[1]:g} as text, for instance '0.9', found {level!r}"
+            )
+
+
+def check_level(criterion: Criterion, level: str) -> float:
+    """The level as a number.
+
+    Raises:
+        AtlasError: it lies outside the criterion's range.
+    """
+    number = float(level)
+    if not criterion.lowest <= number <= criterion.highest:
+        raise AtlasError(
+            f"levels: {level} is out of range for {type(criterion).__name__} "
+            f"({criterion.lowest:g} to {criterion.highest:g})"
+        )
+    return number

@@ -1,0 +1,210 @@
+"""Stage `curve`: all that later stages need of one (model, criterion, site), read from its samples."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sparsity_atlas import cli
+from sparsity_atlas.bootstrap import TaskSamples
+from sparsity_atlas.critical import critical
+from sparsity_atlas.curves import curve_points
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.samples import read_table
+from sparsity_atlas.scores import Kind, choose_metric, sample_values
+from sparsity_atlas.store import read_manifest, write_manifest
+from sparsity_atlas.terms import TENSORS
+
+
+class NodeSamples:
+    """One node's (or dense's) sample table, task by task."""
+
+    def __init__(self, folder: Path, site: str) -> None:
+        self.folder = folder
+        self.manifest = read_manifest(folder / "eval.json")
+        header, self._table = read_table(folder / "samples.parquet")
+        self._slots = [i for i, slot in enumerate(header["slots"]) if slot[0] in TENSORS[site]]
+        self._width = sum(header["slots"][i][2] for i in self._slots)
+        self._count = len(header["slots"])
+
+    def ok(self, task: str) -> bool:
+        """Whether the task ran without NaN and infinity."""
+        return self.manifest["tasks"][task]["status"] == "ok"
+
+    def rows(self, task: str) -> pa.Table:
+        """The task's rows, in the order of leaf and document, without empty documents."""
+        wanted = pc.equal(self._table["task"], task)
+        return self._table.filter(pc.and_(wanted, pc.greater(self._table["prefill_tokens"], 0)))
+
+    def zeros(self, rows: pa.Table) -> np.ndarray:
+        """Zeros of each sample at the site, int64 [rows]."""
+        total = np.zeros(len(rows), dtype=np.int64)
+        for phase in ("prefill", "generation"):
+            flat = rows[f"{phase}_zeros"].combine_chunks().flatten().to_numpy()
+            total += flat.reshape(len(rows), self._count)[:, self._slots].sum(1)
+        return total
+
+    def entries(self, rows: pa.Table) -> np.ndarray:
+        """Entries of each sample at the site, int64 [rows]."""
+        tokens = rows["prefill_tokens"].to_numpy() + rows["generation_tokens"].to_numpy()
+        return tokens * self._width
+
+
+def task_samples(
+    task: str, metric: str | None, dense: NodeSamples, levels: list[NodeSamples]
+) -> TaskSamples | None:
+    """One task's paired samples over the levels; None if the dense model failed on it.
+
+    Raises:
+        AtlasError: the nodes do not hold the same samples.
+    """
+    if not dense.ok(task):
+        return None
+    result = dense.manifest["tasks"][task]
+    kind, key = choose_metric(task, metric, result)
+    base = dense.rows(task)
+    identity = _identity(base)
+    values, zeros, entries = [], [], []
+    for node in levels:
+        if not node.ok(task):
+            values.append(np.full(len(base), np.nan))
+            zeros.append(np.zeros(len(base), dtype=np.int64))
+            entries.append(zeros[-1])
+            continue
+        rows = node.rows(task)
+        if _identity(rows) != identity:
+            raise AtlasError(
+                f"{node.folder}: samples of '{task}' differ from the dense baseline's; delete both"
+            )
+        values.append(_values(task, rows, kind, key))
+        zeros.append(node.zeros(rows))
+        entries.append(node.entries(rows))
+    clusters = base["cluster"].to_pylist()
+    shape = (len(levels), len(base))  # a search may have chosen no level
+    return TaskSamples(
+        task=task,
+        kind=kind,
+        value=np.array(values, dtype=np.float64).reshape(shape),
+        weight=base["predicted"].to_numpy() if kind == "loss" else np.ones(len(base)),
+        dense=_values(task, base, kind, key),
+        zeros=np.array(zeros, dtype=np.int64).reshape(shape),
+        entries=np.array(entries, dtype=np.int64).reshape(shape),
+        dense_zeros=dense.zeros(base),
+        dense_entries=dense.entries(base),
+        cluster=None if None in clusters else np.unique(clusters, return_inverse=True)[1],
+        chance=result["chance"] if kind == "accuracy" else None,
+    )
+
+
+def _identity(rows: pa.Table) -> list[tuple]:
+    return list(
+        zip(*(rows[name].to_pylist() for name in ("leaf", "doc_id", "doc_hash")), strict=True)
+    )
+
+
+def _values(task: str, rows: pa.Table, kind: Kind, key: str | None) -> np.ndarray:
+    if kind == "loss":
+        return rows["nats"].to_numpy()
+    return np.array(sample_values(task, key, rows["metrics"].to_pylist()))
+
+
+def layer_profile(node: NodeSamples, tasks: list[str]) -> dict[str, list[float]]:
+    """Induced sparsity of each layer, mean over tasks, for each tensor at the site."""
+    results = [node.manifest["tasks"][task]["sparsity"] for task in tasks if node.ok(task)]
+    tensors = results[0] if results else {}
+    return {
+        name: np.mean([one[name]["layers"] for one in results], axis=0).tolist() for name in tensors
+    }
+
+
+def phases(node: NodeSamples, task: str) -> dict[str, Any]:
+    """Induced sparsity of a task in prefill and in generation, for each tensor."""
+    return {
+        name: {phase: share[phase] for phase in ("prefill", "generation")}
+        for name, share in node.manifest["tasks"][task]["sparsity"].items()
+    }
+
+
+def build(
+    dense: NodeSamples, nodes: dict[str, NodeSamples], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """The content of curve.json.
+
+    Args:
+        dense: the baseline.
+        nodes: by level.
+        settings: as `grid.curve_slice` gives it.
+    """
+    tasks = list(settings["tasks"])
+    levels = list(nodes)
+    samples = [
+        one
+        for task in tasks
+        if (
+            one := task_samples(
+                task, settings["tasks"][task].get("metric"), dense, list(nodes.values())
+            )
+        )
+    ]
+    failures = [
+        {"level": level, "task": task, "reason": node.manifest["tasks"][task]["reason"]}
+        for level, node in {"dense": dense, **nodes}.items()
+        for task in tasks
+        if not node.ok(task)
+    ]
+    replicates, seed = settings["replicates"], settings["seed"]
+    return {
+        "levels": levels,
+        "points": [asdict(point) for point in curve_points(samples, levels, replicates, seed)],
+        "critical": [asdict(row) for row in critical(samples, settings["bars"], replicates, seed)],
+        "layers": {level: layer_profile(node, tasks) for level, node in nodes.items()},
+        "phases": {
+            level: {task: phases(node, task) for task in tasks if node.ok(task)}
+            for level, node in nodes.items()
+        },
+        "scores": {
+            level: {task: node.manifest["tasks"][task].get("scores") for task in tasks}
+            for level, node in {"dense": dense, **nodes}.items()
+        },
+        "failures": failures,
+    }
+
+
+def main() -> None:
+    """Command line of the stage."""
+    parser = argparse.ArgumentParser(prog="python -m sparsity_atlas.curve", description=__doc__)
+    parser.add_argument("--dense", required=True, type=Path, help="eval.json of the dense baseline")
+    parser.add_argument("--levels", default="", help="comma-separated levels of listed nodes")
+    parser.add_argument(
+        "--search", type=cli.optional_path, help="search.json whose levels are taken as well"
+    )
+    parser.add_argument("--site", required=True)
+    parser.add_argument(
+        "--settings", required=True, type=json.loads, help="JSON: metrics, bars, bootstrap"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, help="curve.json to write, above its nodes"
+    )
+    arguments = parser.parse_args()
+
+    levels = [level for level in arguments.levels.split(",") if level]
+    if arguments.search:
+        levels += [one["level"] for one in read_manifest(arguments.search)["levels"]]
+    folder = cli.folder_of(arguments.output)
+    nodes = {
+        level: NodeSamples(folder / level, arguments.site)
+        for level in sorted(set(levels), key=float, reverse=True)
+    }
+    dense = NodeSamples(arguments.dense.parent, arguments.site)
+    write_manifest(arguments.output, build(dense, nodes, arguments.settings))
+
+
+if __name__ == "__main__":
+    cli.run(main)

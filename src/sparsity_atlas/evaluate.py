@@ -1,0 +1,255 @@
+"""Stage `evaluate`: one node (or the dense baseline) on all its tasks.
+
+A node's folder holds `samples.parquet` with every finished task, a journal for the task in hand, and
+`eval.json`, written last. A task that stands in the table under the same fingerprint is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparsity_atlas import cli
+from sparsity_atlas.code import code_version
+from sparsity_atlas.criteria import check_level, create, source_file
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.journal import Journal
+from sparsity_atlas.models import check_sites, from_manifest, load, load_tokenizer
+from sparsity_atlas.outcome import sample_rows, task_result
+from sparsity_atlas.samples import SampleTable, read_samples
+from sparsity_atlas.store import canonical, digest, locked, write_manifest
+
+if TYPE_CHECKING:
+    from sparsity_atlas.criteria import Criterion
+    from sparsity_atlas.lm import AtlasLM
+    from sparsity_atlas.sites import FFN
+    from sparsity_atlas.sparsify import Counter
+    from sparsity_atlas.tasks import LoadedTask
+
+
+@dataclass(frozen=True)
+class Node:
+    """A criterion at a site at a level."""
+
+    criterion: dict[str, Any]  # its configuration, as `criteria.create` takes it
+    site: str
+    level: str
+    rule: Criterion = field(compare=False)
+
+    @classmethod
+    def make(cls, criterion: dict[str, Any], site: str, level: str) -> Node:
+        """Make a node.
+
+        Raises:
+            AtlasError: unusable criterion, or a level outside its range.
+        """
+        rule = create(criterion)
+        check_level(rule, level)
+        return cls(criterion, site, level, rule)
+
+    def identity(self) -> dict[str, Any]:
+        """What distinguishes the node; a criterion's own file counts by its code, not its path."""
+        criterion = {key: value for key, value in self.criterion.items() if key != "file"}
+        return {"criterion": criterion, "site": self.site, "level": self.level}
+
+
+@dataclass
+class Session:
+    """A loaded model with its tasks: what every node of that model shares.
+
+    Attributes:
+        identity: all but the node and the task that a result depends on; goes into fingerprints.
+    """
+
+    lm: AtlasLM
+    ffns: list[FFN]
+    tasks: dict[str, LoadedTask]
+    seed: int
+    chat: bool
+    identity: dict[str, Any]
+
+    @classmethod
+    def open(cls, manifest_path: Path, settings: dict[str, Any], code: str) -> Session:
+        """Load a model and its tasks.
+
+        Args:
+            manifest_path: the model's manifest.
+            settings: as `grid.evaluation_slice` gives it.
+            code: code version of the evaluation.
+
+        Raises:
+            AtlasError: model or tasks cannot be used.
+        """
+        manifest, folder = from_manifest(manifest_path)
+        from sparsity_atlas.lm import AtlasLM
+        from sparsity_atlas.sites import bind_ffns
+        from sparsity_atlas.tasks import load_tasks
+
+        tasks = load_tasks(settings["tasks"], settings["seed"])
+        model = load(folder, dtype=settings["dtype"], device=settings["device"])
+        tokenizer = load_tokenizer(folder)
+        chat = settings["apply_chat_template"]
+        if chat and tokenizer.chat_template is None:
+            raise AtlasError(
+                f"models.{manifest['name']}: apply_chat_template: its tokenizer has no chat template"
+            )
+        lm = AtlasLM(
+            model,
+            tokenizer,
+            batch_size=settings["batch_size"],
+            max_length=settings["max_length"],
+            add_bos_token=settings["add_bos_token"],
+        )
+        identity = {
+            "model": manifest["digest"],
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "batch_size": settings["batch_size"],
+            "max_length": lm.max_length,
+            "add_bos_token": settings["add_bos_token"],
+            "chat_template": digest(tokenizer.chat_template) if chat else None,
+            "code": code,
+        }
+        return cls(lm, bind_ffns(model, manifest["ffn"]), tasks, settings["seed"], chat, identity)
+
+    def attach(self, node: Node | None) -> contextlib.AbstractContextManager[Counter]:
+        """Sparsify the model as the node says; None counts exact zeros of the dense model."""
+        from sparsity_atlas.sparsify import counted, sparsified
+
+        if node is None:
+            return counted(self.lm.model, self.ffns)
+        check_sites("of this run", [node.site], list(self.ffns[0].sites()))
+        return sparsified(self.lm.model, self.ffns, node.site, node.rule, float(node.level))
+
+
+def evaluate_node(session: Session, node: Node | None, folder: Path) -> dict[str, Any]:
+    """Evaluate one node on the session's loaded model, continuing what `folder` already holds.
+
+    Args:
+        session: model and tasks.
+        node: None for the dense baseline.
+        folder: where the node's files are kept.
+
+    Returns:
+        What was written to `eval.json`. A task in which NaN or an infinity came up has the status
+        `failed` and the reason; the others are not affected.
+    """
+    identity = {**session.identity, **(node.identity() if node else {"criterion": None})}
+    path = folder / "samples.parquet"
+    with locked(folder / ".lock"), session.attach(node) as counter:
+        slots = [[slot.tensor, slot.layer, slot.width] for slot in counter.slots]
+        table = read_samples(path, slots)
+        for name, task in session.tasks.items():
+            fingerprint = {**identity, "task": task.identity}
+            key = digest(fingerprint)
+            journal_path = folder / f"{name}.journal"
+            if table.tasks.get(name, {}).get("fingerprint") != key:
+                journal = Journal(journal_path, fingerprint)
+                result, rows = _run(session, task, journal, counter)
+                journal.close()
+                # As a later run reads it from the table, so that eval.json has the same bytes.
+                table.tasks[name] = {"fingerprint": key, "result": json.loads(canonical(result))}
+                table.rows[name] = rows
+                table.write(path)
+            # Only now: a journal may go when its content stands in the table.
+            journal_path.unlink(missing_ok=True)
+        manifest = _manifest(session, node, table)
+        write_manifest(folder / "eval.json", manifest)
+    return manifest
+
+
+def _manifest(session: Session, node: Node | None, table: SampleTable) -> dict[str, Any]:
+    results = {name: table.tasks[name]["result"] for name in session.tasks}
+    return {
+        "status": "failed" if any(one["status"] == "failed" for one in results.values()) else "ok",
+        **(node.identity() if node else {"criterion": None}),
+        "run": session.identity,
+        "fingerprints": {name: table.tasks[name]["fingerprint"] for name in session.tasks},
+        "tasks": results,
+    }
+
+
+def _run(
+    session: Session, task: LoadedTask, journal: Journal, counter: Counter
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Run one task: its result, and its rows of the sample table."""
+    import torch
+    from lm_eval import evaluator
+
+    from sparsity_atlas.sparsify import NumericalFailure
+
+    # As lm-eval's own command does before a run; each task by itself, since each may be resumed alone.
+    random.seed(session.seed)
+    np.random.seed(session.seed)
+    torch.manual_seed(session.seed)
+    for leaf in task.leaves.values():
+        leaf.set_fewshot_seed(session.seed)
+    session.lm.start(journal, counter)
+    try:
+        with torch.no_grad():
+            outcome = evaluator.evaluate(
+                session.lm,
+                task.contents,
+                limit=task.limit,
+                bootstrap_iters=0,  # intervals come from the sample table
+                apply_chat_template=session.chat,
+                fewshot_as_multiturn=session.chat,
+            )
+    except NumericalFailure as failure:
+        return {"status": "failed", "reason": str(failure)}, []
+    rows = sample_rows(task, outcome["samples"], session.lm.usage)
+    return task_result(task, outcome, rows, counter.slots), rows
+
+
+def evaluation_code(criterion: dict[str, Any] | None) -> str:
+    """Code version of an evaluation, with the criterion's own file."""
+    return code_version("evaluate", str(source_file(criterion)) if criterion else None)
+
+
+def main() -> None:
+    """Command line of the stage."""
+    parser = argparse.ArgumentParser(prog="python -m sparsity_atlas.evaluate", description=__doc__)
+    parser.add_argument("--model", required=True, type=Path, help="the model's manifest")
+    parser.add_argument(
+        "--settings", required=True, type=json.loads, help="JSON: tasks and how to run them"
+    )
+    parser.add_argument(
+        "--code", help="code version, part of every fingerprint; unset: of this code"
+    )
+    parser.add_argument(
+        "--criterion", type=json.loads, help="JSON; without it the dense baseline is run"
+    )
+    parser.add_argument("--site")
+    parser.add_argument("--level")
+    parser.add_argument("--output", required=True, type=Path, help="eval.json to write")
+    arguments = parser.parse_args()
+
+    node = None
+    if arguments.criterion is not None:
+        node = Node.make(arguments.criterion, arguments.site, arguments.level)
+    code = arguments.code or evaluation_code(arguments.criterion)
+    session = Session.open(arguments.model, arguments.settings, code)
+    result = evaluate_node(session, node, cli.folder_of(arguments.output))
+    for name, task in result["tasks"].items():
+        cli.logger.info("%s: %s", name, task.get("reason") or _headline(task))
+
+
+def _headline(task: dict[str, Any]) -> str:
+    scores = [
+        f"{key} {value:.4f}"
+        for one in task["scores"].values()
+        for key, value in one.items()
+        if value is not None
+    ]
+    shares = [f"{tensor} {share['total']:.1%} zero" for tensor, share in task["sparsity"].items()]
+    return ", ".join([*scores[:4], *shares])
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,133 @@
+"""What a run did not make, and what the logs say about it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsity_atlas import grid
+from sparsity_atlas.config import Config
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.grid import Curve
+from sparsity_atlas.store import read_manifest
+
+_ERROR = re.compile(r"error: |[\w.]*(Error|Exception|Interrupt|Exit)\b")
+_LONGEST = 500
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An output that is missing or damaged, and why."""
+
+    output: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Remains:
+    """What there is of a run: whole files, each with all that it was made from, and what is not there.
+
+    not_started: outputs without a log, because something that they need is missing.
+    asked: curves that the configuration asks for.
+    """
+
+    models: list[Path]
+    curves: list[Path]
+    sparsity: list[Path]
+    metrics: list[Path]
+    failures: list[Failure]
+    not_started: list[str]
+    asked: int
+
+
+def take_stock(results: Path, config: Config) -> Remains:
+    """Look at a results folder after a run that failed or was stopped.
+
+    A file counts only if all that it was made from is there, too: an old curve of a model that
+    could not be loaded again is not shown as if it were this run's.
+    """
+    folders = {model: results / model for model in grid.models(config)}
+    models = {name: (folder / "model.json",) for name, folder in folders.items()}
+    captures = {
+        (name, site): (*models[name], folder / "capture" / f"{site}.json")
+        for name, folder in folders.items()
+        for site in grid.model_sites(config, name)
+    }
+    metrics = [
+        (*chain, folders[name] / "metrics" / f"{site}.parquet")
+        for (name, site), chain in captures.items()
+    ]
+    curves, sparsity = [], []
+    for curve in grid.curves(config):
+        folder = results / curve.folder
+        search = (folder / "search.json",) if curve.auto else ()
+        dense = folders[curve.model] / "dense" / "eval.json"
+        nodes = _nodes(folder, curve)
+        curves.append((*models[curve.model], dense, *search, *nodes, folder / "curve.json"))
+        captured = captures[curve.model, curve.site]
+        sparsity.append((*captured, *search, folder / "sparsity.parquet"))
+    damaged = {failure.output: failure for failure in _damaged(models.values(), curves)}
+    missing = list(
+        dict.fromkeys(
+            path
+            for chain in (*models.values(), *captures.values(), *metrics, *curves, *sparsity)
+            for path in chain
+            if not path.is_file()
+        )
+    )
+    reasons = {path: last_error(_log(path, results)) for path in missing}
+    return Remains(
+        models=_whole(models.values(), damaged),
+        curves=_whole(curves, damaged),
+        sparsity=_whole(sparsity, damaged),
+        metrics=_whole(metrics, damaged),
+        failures=[
+            *(Failure(str(path), reason) for path, reason in reasons.items() if reason),
+            *damaged.values(),
+        ],
+        not_started=[str(path) for path, reason in reasons.items() if not reason],
+        asked=len(curves),
+    )
+
+
+def last_error(log: Path) -> str:
+    """The last line of a log that tells what went wrong; empty if there is no log."""
+    if not log.is_file():
+        return ""
+    lines = [
+        line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+    ]
+    lines = [line for line in lines if line]
+    errors = [line for line in lines if _ERROR.match(line)]
+    if errors:
+        return errors[-1].removeprefix("error: ")[:_LONGEST]
+    last = f"; the log's last line: {lines[-1]}" if lines else "; its log is empty"
+    return f"stopped without an error message{last}"[:_LONGEST]
+
+
+def _nodes(folder: Path, curve: Curve) -> tuple[Path, ...]:
+    return tuple(folder / level / "eval.json" for level in curve.levels)
+
+
+def _log(output: Path, results: Path) -> Path:
+    return (results / "logs" / output.relative_to(results)).with_suffix(".log")
+
+
+def _whole(chains: Sequence[tuple[Path, ...]], damaged: dict[str, Failure]) -> list[Path]:
+    return [
+        chain[-1]
+        for chain in chains
+        if all(path.is_file() and str(path) not in damaged for path in chain)
+    ]
+
+
+def _damaged(*groups: Sequence[tuple[Path, ...]]) -> Iterator[Failure]:
+    """Manifests that cannot be read."""
+    for path in dict.fromkeys(chain[-1] for group in groups for chain in group):
+        if path.is_file():
+            try:
+                read_manifest(path)
+            except AtlasError as error:
+                yield Failure(str(path), str(error).removeprefix(f"{path}: "))

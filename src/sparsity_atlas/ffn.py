@@ -1,0 +1,184 @@
+"""One layer's FFN, bound to the modules that compute its factors and its output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.terms import SITES
+
+# Those that the search tries, commonest first: of several names of one function only one.
+ACTIVATIONS = (
+    *("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "relu2", "quick_gelu", "sigmoid"),
+    *("gelu_fast", "tanh", "mish", "relu6", "leaky_relu", "hardswish", "gelu_10", "laplace"),
+    *("sqrtsoftplus", "elu", "selu", "softplus", "softsign", "hardsigmoid"),
+)
+# Of transformers' table: functions with weights, which no name alone can give.
+WITH_WEIGHTS = ("prelu", "xielu")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The linear map that makes one factor: a module's whole output, or one half of its columns."""
+
+    path: str
+    module: nn.Module
+    half: int | None = None
+
+    def columns(self, output: Tensor) -> Tensor:
+        """This factor's columns [..., d_ff] of the module's output."""
+        return output if self.half is None else output.chunk(2, dim=-1)[self.half]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The nonlinearity σ: a module of the model (`path`), or a function of `ACTIVATIONS`."""
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+    path: str | None = None
+    module: nn.Module | None = None
+    """The module whose output is g: none for a function, or where several layers share it."""
+
+
+@dataclass(frozen=True, eq=False)
+class FFN:
+    """One layer's FFN(x) = W_d(u ⊙ g) with u = W_u x, g = σ(W_g x); ungated: W_d σ(W_u x)."""
+
+    layer: int
+    hidden: int
+    width: int
+    up: Projection
+    gate: Projection | None
+    activation: Activation
+    down: Projection
+    model: nn.Module = field(repr=False)
+    overwritten: bool = False
+    """The model computes in place: u or g are gone when the down projection runs."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether there are two factors."""
+        return self.gate is not None
+
+    def sites(self) -> tuple[str, ...]:
+        """The sites that this FFN has."""
+        return SITES if self.gated else ("input", "intermediate", "all_inputs")
+
+    def factors(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Recompute both factors from the FFN's input, past all hooks.
+
+        Args:
+            x: [..., d].
+
+        Returns:
+            u and g, each [..., d_ff]; without a gate, W_u x (before the nonlinearity) and None.
+        """
+        # forward() and not the module itself: hooks see only what the model computes.
+        output = self.up.module.forward(x)
+        u = self.up.columns(output)
+        if self.gate is None:
+            return u, None
+        if self.gate.module is not self.up.module:
+            output = self.gate.module.forward(x)
+        return u, self.activation.function(self.gate.columns(output))
+
+    def intermediate(self, x: Tensor) -> Tensor:
+        """The input [..., d_ff] of the down projection, recomputed from x [..., d]."""
+        u, g = self.factors(x)
+        return self.activation.function(u) if g is None else u * g
+
+    def output(self, i: Tensor) -> Tensor:
+        """The down projection's output [..., d] for its input i [..., d_ff]."""
+        return self.down.module.forward(i)
+
+    def describe(self) -> dict[str, Any]:
+        """What `bind_ffns` needs to find this FFN again, as JSON."""
+
+        def place(projection: Projection) -> dict[str, Any]:
+            return {"module": projection.path, "half": projection.half}
+
+        return {
+            "layer": self.layer,
+            "hidden": self.hidden,
+            "width": self.width,
+            "gated": self.gated,
+            "up": place(self.up),
+            "gate": place(self.gate) if self.gate is not None else None,
+            "activation": {
+                "name": self.activation.name,
+                "module": self.activation.path,
+                "shared": self.activation.path is not None and self.activation.module is None,
+            },
+            "down": place(self.down),
+            "overwritten": self.overwritten,
+        }
+
+
+def activation_function(name: str) -> Callable[[Tensor], Tensor]:
+    """The function of this name: of transformers' table, or of `ACTIVATIONS` in torch.
+
+    Raises:
+        AtlasError: no such function.
+    """
+    if name in ACT2FN and name not in WITH_WEIGHTS:
+        return ACT2FN[name]
+    if name in ACTIVATIONS:
+        return getattr(F, name)
+    known = sorted({*ACT2FN, *ACTIVATIONS} - {*WITH_WEIGHTS})
+    raise AtlasError(
+        f"modules: activation: '{name}' is neither a module of the model nor a known function; "
+        f"known: {', '.join(known)}"
+    )
+
+
+def bind_ffns(model: nn.Module, descriptions: list[dict[str, Any]]) -> list[FFN]:
+    """Bind described FFNs to a model's modules, without a probe.
+
+    Args:
+        model: the model that `find_ffns` looked at, perhaps loaded again.
+        descriptions: `FFN.describe()` of each layer, as stored in model.json.
+
+    Raises:
+        AtlasError: the model has no module of that name.
+    """
+
+    def find(path: str) -> nn.Module:
+        try:
+            return model.get_submodule(path)
+        except AttributeError as error:
+            raise AtlasError(
+                f"model.json: ffn: {path}: {type(model).__name__} has no such module; "
+                "delete model.json to have the model described again"
+            ) from error
+
+    def projection(place: dict[str, Any]) -> Projection:
+        return Projection(place["module"], find(place["module"]), place["half"])
+
+    def activation(entry: dict[str, Any]) -> Activation:
+        if entry["module"] is None:
+            return Activation(entry["name"], activation_function(entry["name"]))
+        module = find(entry["module"])
+        own = None if entry["shared"] else module
+        return Activation(entry["name"], module.forward, entry["module"], own)
+
+    return [
+        FFN(
+            layer=entry["layer"],
+            hidden=entry["hidden"],
+            width=entry["width"],
+            up=projection(entry["up"]),
+            gate=projection(entry["gate"]) if entry["gate"] is not None else None,
+            activation=activation(entry["activation"]),
+            down=projection(entry["down"]),
+            model=model,
+            overwritten=entry["overwritten"],
+        )
+        for entry in descriptions
+    ]

@@ -1,0 +1,121 @@
+"""Figures: the run's tables in, figures out. Nothing here knows of models or of Snakemake.
+
+This is the catalogue of what is drawn, light enough for every start of Snakemake to import;
+`draw` holds the functions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A figure that every run makes, as results/figures/{name}.svg and .png.
+
+    title: its heading.
+    category: its heading in Snakemake's report.
+    tables: the CSV files that hold every number in it.
+    caption: how to read it; plain text, without reStructuredText's special characters.
+    """
+
+    title: str
+    category: str
+    tables: tuple[str, ...]
+    caption: str
+
+
+_LINES = (
+    "Points are measured and lines are the monotone fit; bands are 95 % intervals of the points "
+    "by paired bootstrap. "
+)
+
+FIGURES = {
+    "ppl_sparsity": Entry(
+        "PPL-1% sparsity by site and model",
+        "Headline",
+        ("critical_sparsity",),
+        "The largest induced sparsity at which perplexity rises by no more than 1 %, with its 95 % "
+        "interval by paired bootstrap. The grey tick is the largest measured sparsity above the "
+        "bar, without a fit. A caret at an interval's end: it goes on beyond what was measured.",
+    ),
+    "critical_sparsity": Entry(
+        "Critical sparsity by site and model",
+        "Headline",
+        ("critical_sparsity",),
+        "The largest induced sparsity that keeps 99 % of dense accuracy, averaged over the accuracy "
+        "tasks, with its 95 % interval by paired bootstrap. The grey tick is the largest measured "
+        "sparsity above the bar, without a fit. Open symbols: fewer than 2,000 items in all, too "
+        "few to resolve a bar of 1 %.",
+    ),
+    "scaling": Entry(
+        "Sparsity and model size",
+        "Headline",
+        ("critical_sparsity", "scaling", "models"),
+        "PPL-1% and critical sparsity over the parameters outside the embeddings, for each criterion "
+        "and family (architecture and activation) with two models or more. A line is drawn only "
+        "where the 95 % interval of its slope lies on one side of zero; that interval is the wider "
+        "of the one propagated from the points and Student's t on their scatter.",
+    ),
+    "added_loss": Entry(
+        "Added loss",
+        "Curves",
+        ("curves",),
+        "Loss above the dense model's over induced sparsity, for each site. "
+        + _LINES
+        + "The axis is linear up to the bar of PPL + 1 % and logarithmic above it. A cross on the "
+        "upper edge is a level that failed numerically.",
+    ),
+    "retained_accuracy": Entry(
+        "Retained accuracy",
+        "Curves",
+        ("curves",),
+        "Accuracy as a share of the dense model's, averaged over the accuracy tasks, for each site. "
+        + _LINES
+        + "The axis ends at 80 and 110 %; open triangles on the edges are levels beyond them.",
+    ),
+    "criteria": Entry(
+        "Criteria at equal sparsity",
+        "Curves",
+        ("curves",),
+        "The same site of the same model under different criteria, over the sparsity that each of "
+        "them induced. " + _LINES,
+    ),
+    "tasks": Entry(
+        "Task by task",
+        "Tasks",
+        ("critical_sparsity",),
+        "Critical sparsity (99 % of dense accuracy) of each task and on average, and PPL-1% sparsity "
+        "of tasks with a loss; where there are few tasks, 95 % intervals stand below the values.",
+    ),
+    "layer_sparsity": Entry(
+        "Induced sparsity by layer",
+        "Layers",
+        ("layers",),
+        "Share of zeros in each layer at each level, counted while the tasks ran, averaged over "
+        "tasks. Levels stand in the order of the sparsity that they induce.",
+    ),
+    "output_error": Entry(
+        "FFN-output error",
+        "Layers",
+        ("output_error",),
+        "Relative error of an FFN's output, the norm of the difference over the norm of the dense "
+        "output, as a mean over tokens and layers of the captured text; bands span the layers. Each "
+        "layer has its dense input, so that errors do not add up over depth.",
+    ),
+    "effective_rank": Entry(
+        "Effective rank by layer",
+        "Layers",
+        ("metrics",),
+        "Exponential of the entropy of the singular values of the captured activations (tokens by "
+        "width), as a share of the width. What the site up holds is linear in the input, so that its "
+        "rank cannot exceed the hidden size.",
+    ),
+    "magnitudes": Entry(
+        "Magnitudes by site",
+        "Layers",
+        ("magnitudes",),
+        "How the entries' magnitudes are distributed, relative to the root mean square of their "
+        "layer, all layers together. A peak far to the left is mass that can be dropped cheaply.",
+    ),
+}

@@ -1,0 +1,36 @@
+"""Which function draws which figure of the catalogue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from sparsity_atlas.figures import curves, layers, points, scaling, tasks
+from sparsity_atlas.figures.style import SUFFIXES, arrange, save, styled
+from sparsity_atlas.tables import Tables
+
+DRAW: dict[str, Callable[[Tables], Figure]] = {
+    "ppl_sparsity": points.ppl_sparsity,
+    "critical_sparsity": points.critical_sparsity,
+    "scaling": scaling.scaling,
+    "added_loss": curves.added_loss,
+    "retained_accuracy": curves.retained_accuracy,
+    "criteria": curves.criteria,
+    "tasks": tasks.tasks,
+    "layer_sparsity": layers.layer_sparsity,
+    "output_error": layers.output_error,
+    "effective_rank": layers.effective_rank,
+    "magnitudes": layers.magnitudes,
+}
+
+
+def draw_all(tables: Tables, folder: Path) -> None:
+    """Write every figure into a folder."""
+    with styled():
+        for name, draw in DRAW.items():
+            figure = draw(tables)
+            arrange(figure)
+            for suffix in SUFFIXES:
+                save(figure, folder / f"{name}.{suffix}")

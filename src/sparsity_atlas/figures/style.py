@@ -1,0 +1,156 @@
+"""How figures look: sizes for print, colours and marks that also read without colour."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import seaborn as sns
+from matplotlib.figure import Figure
+from PIL import Image
+
+from sparsity_atlas.store import write_atomically
+
+# Inches: one and two columns of a printed page, and the height of its text.
+NARROW, WIDE, TALL = 3.5, 7.2, 9.4
+GREY = "0.35"
+SUFFIXES = ("svg", "png")
+SCREEN_DPI, SCREEN_COLORS = 110, 64
+
+RC = {
+    "font.family": "DejaVu Sans",  # comes with Matplotlib, so that figures are the same everywhere
+    "font.size": 7.5,
+    "axes.titlesize": 7.5,
+    "axes.labelsize": 7.5,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "0.9",
+    "grid.linewidth": 0.5,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "text.parse_math": False,  # a $ in a name is a $
+    "savefig.dpi": 200,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "sparsity-atlas",
+}
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Colour, marker and dashes of one line."""
+
+    color: tuple[float, float, float]
+    marker: str
+    dashes: str | tuple
+
+
+_COLORS = sns.color_palette("colorblind")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+_DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (7, 2)))
+
+
+def _mark(index: int) -> Mark:
+    return Mark(
+        _COLORS[index % len(_COLORS)],
+        _MARKERS[index % len(_MARKERS)],
+        _DASHES[index % len(_DASHES)],
+    )
+
+
+# Fixed, so that a site looks the same in every figure of every run.
+SITE_MARKS = {
+    "intermediate": _mark(0),
+    "input": _mark(1),
+    "gate": _mark(2),
+    "up": _mark(4),
+    "all_inputs": _mark(3),
+}
+
+
+def marks(names: Sequence[str]) -> dict[str, Mark]:
+    """Marks of sites, or of criteria in the run's order."""
+    return {name: SITE_MARKS.get(name) or _mark(index) for index, name in enumerate(names)}
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Draw with our settings and no others."""
+    matplotlib.use("agg")
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(RC)
+        yield
+
+
+def shorten(name: str, width: int) -> str:
+    """A name cut in its middle where it is too long; ends tell versions and sizes apart."""
+    if len(name) <= width:
+        return name
+    head = (width - 1) // 2
+    return f"{name[:head]}…{name[head + 1 - width :]}"
+
+
+def heading(*parts: str, width: int = 27) -> str:
+    """A panel's title: its parts on one line if they fit, else each on its own."""
+    line = " · ".join(parts)
+    return line if len(line) <= width else "\n".join(shorten(part, width) for part in parts)
+
+
+def wrap(text: str, width: int) -> str:
+    """Words on lines of at most `width` characters."""
+    return "\n".join(textwrap.wrap(text, width))
+
+
+# Nothing in a file that another day or another release of Matplotlib would write differently.
+_METADATA = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
+
+
+def arrange(figure: Figure) -> None:
+    """Lay the figure out once and for all, so that it costs no second time to save it again."""
+    # The second pass sees the labels that the first one made room for.
+    figure.draw_without_rendering()
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure in the format of the path's suffix; the same figure gives the same bytes."""
+    suffix = path.suffix.removeprefix(".")
+    metadata = _METADATA[suffix]
+    write_atomically(path, lambda file: figure.savefig(file, format=suffix, metadata=metadata))
+
+
+def to_svg(figure: Figure) -> bytes:
+    """A figure as the bytes of an SVG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata=_METADATA["svg"])
+    return buffer.getvalue()
+
+
+def to_screen(figure: Figure) -> bytes:
+    """A figure as the bytes of a small PNG file, for a screen."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata=_METADATA["png"], dpi=SCREEN_DPI)
+    return fewer_colors(buffer.getvalue())
+
+
+def fewer_colors(content: bytes) -> bytes:
+    """A PNG file in few colours, a third of its size."""
+    buffer = io.BytesIO()
+    image = Image.open(io.BytesIO(content)).convert("RGB")
+    image.quantize(SCREEN_COLORS).save(buffer, "png", optimize=True)
+    return buffer.getvalue()

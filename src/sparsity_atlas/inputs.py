@@ -1,0 +1,109 @@
+"""What the configuration names outside of itself, looked at before anything runs.
+
+Local files are part of what a job depends on: their digests go into the rules' `params`, so that an
+edited file reruns what it feeds, while a fresh checkout with new time stamps reruns nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from sparsity_atlas import criteria, grid
+from sparsity_atlas.config import Config
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.models import check_folder, content_digest
+from sparsity_atlas.store import file_digest
+from sparsity_atlas.task_files import files_digest, override_digest
+
+# Where the configuration names local files: catalogue and key.
+_PATHS = (("models", "path"), ("criteria", "file"), ("texts", "file"), ("tasks", "include"))
+
+
+def locate(data: dict[str, Any], workflow: Path) -> dict[str, Any]:
+    """Find relative paths that lie beside the workflow, not in the working directory.
+
+    So the embedded models, texts and tasks are found under `snakemake --directory elsewhere`, too.
+
+    Args:
+        data: the merged configuration, not yet validated.
+        workflow: folder of the Snakefile.
+    """
+    found = dict(data)
+    for catalogue, key in _PATHS:
+        entries = data.get(catalogue)
+        if isinstance(entries, dict):
+            found[catalogue] = {
+                name: {**entry, key: _beside(entry[key], workflow)}
+                if isinstance(entry, dict) and isinstance(entry.get(key), str)
+                else entry
+                for name, entry in entries.items()
+            }
+    return found
+
+
+def _beside(path: str, workflow: Path) -> str:
+    if Path(path).is_absolute() or Path(path).exists() or not (workflow / path).exists():
+        return path
+    return os.path.relpath(workflow / path)
+
+
+def check_inputs(config: Config) -> None:
+    """Check what can be checked without loading a model or lm-eval.
+
+    Raises:
+        AtlasError: an unknown rule, a level out of range, or a file that is missing or not YAML.
+    """
+    for curve in grid.curves(config):
+        spec = json.loads(grid.criterion_slice(config, curve.criterion))
+        low, high = criteria.level_range(spec)
+        for level in curve.levels:
+            if not low <= float(level) <= high:
+                raise AtlasError(
+                    f"run: levels: {level} is out of range for '{curve.criterion}' ({low:g} to {high:g})"
+                )
+    for name, entry in config.tasks.items():
+        if entry.include is not None and not Path(entry.include).is_dir():
+            raise AtlasError(f"tasks.{name}: include: {entry.include}: no such folder")
+        task_content(config, (name,))
+    text = config.texts[config.capture.text]
+    if text.file is not None and not Path(text.file).is_file():
+        raise AtlasError(f"texts.{config.capture.text}: file: {text.file}: no such file")
+
+
+@functools.cache
+def _model_digest(folder: str) -> str:
+    check_folder(Path(folder))
+    return content_digest(Path(folder))
+
+
+def model_content(config: Config, model: str) -> str:
+    """Digest of a local model's files; empty for the Hub, where the revision says all.
+
+    A folder that cannot be used is left to the job, whose failure stays that model's own.
+    """
+    entry = config.models[model]
+    if entry.path is None or not Path(entry.path).is_dir():
+        return ""
+    try:
+        return _model_digest(entry.path)
+    except AtlasError as error:
+        return str(error)
+
+
+def text_content(config: Config) -> str:
+    """Digest of the local text for capture; empty for a Hub data set."""
+    text = config.texts[config.capture.text]
+    return file_digest(Path(text.file)) if text.file is not None else ""
+
+
+def task_content(config: Config, tasks: tuple[str, ...]) -> str:
+    """Digests of the local files of some tasks."""
+    entries = ((config.tasks[name], name) for name in tasks)
+    return ",".join(
+        files_digest(entry.include, entry.task or name) + override_digest(entry.override)
+        for entry, name in entries
+    )

@@ -1,0 +1,1 @@
+"""Target `plan`: what a configuration will cost, before anything runs."""

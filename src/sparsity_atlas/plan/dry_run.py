@@ -1,0 +1,155 @@
+"""Evaluate without a forward pass, to learn what an evaluation will have to compute.
+
+lm-eval builds the real requests of the real documents, the model's own tokenizer reads them, and our
+own language model cuts, merges and batches them; only the model's numbers are missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lm_eval.models.huggingface import HFLM
+
+from sparsity_atlas.evaluate import Node, Session, evaluate_node
+from sparsity_atlas.lm import AtlasLM
+from sparsity_atlas.sparsify import Counter
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sparsity_atlas.journal import Journal
+    from sparsity_atlas.tasks import LoadedTask
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass.
+
+    Attributes:
+        rows: token ids of each row, without padding.
+        targets: for each row the continuations that are scored at its end.
+        steps: passes of one token a row that follow at most, in generation.
+    """
+
+    rows: list[tuple[int, ...]]
+    targets: list[list[list[int]]]
+    steps: int = 0
+
+    @property
+    def positions(self) -> int:
+        """Positions that are computed, padding included."""
+        return len(self.rows) * max(map(len, self.rows))
+
+
+@dataclass(frozen=True)
+class TaskCost:
+    """What one evaluation of a task takes.
+
+    Attributes:
+        documents: rows of the sample table.
+        prefill: tokens of all requests, as eval.json will count them.
+        generation: tokens that are generated and fed back, at most.
+        positions: computed in all passes over requests; equal requests once, padding included.
+        steps: passes of generation, at most.
+        sample: the batch in the middle of the positions.
+        overhead: seconds for all but the forward passes.
+    """
+
+    documents: int
+    prefill: int
+    generation: int
+    positions: int
+    steps: int
+    sample: Batch
+    overhead: float
+
+
+class DryLM(AtlasLM):
+    """Answers at once: every log-probability is 0, every generated text empty.
+
+    Attributes:
+        batches: the forward passes that it was spared, since `start`.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **options: Any
+    ) -> None:
+        super().__init__(model, tokenizer, **options)
+        self._device = torch.device("cpu")  # the model may have no weights, and so no device
+
+    def start(self, journal: Journal, counter: Counter) -> None:
+        """Begin a task; see `AtlasLM.start`."""
+        super().start(journal, counter)
+        self.batches: list[Batch] = []
+
+    def _score(
+        self, batch: list[tuple[int, ...]], targets: list[list[list[int]]]
+    ) -> dict[str, Any]:
+        self.batches.append(Batch(batch, targets))
+        scores = [[(0.0, False)] * len(conts) for conts in targets]
+        return {"zeros": [[]] * len(batch), "scores": scores}
+
+    def _generate(self, batch: list[Instance]) -> dict[str, Any]:
+        texts = HFLM.generate_until(self, batch, disable_tqdm=True)
+        rows = self.batches[-1].rows
+        nothing: list[list[int]] = [[]] * len(rows)
+        return {
+            "texts": texts,
+            "prefill_tokens": [len(row) for row in rows],
+            "prefill_zeros": nothing,
+            "generation_tokens": [self.batches[-1].steps] * len(rows),
+            "generation_zeros": nothing,
+        }
+
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
+    ) -> Tensor:
+        mask = generation_kwargs["attention_mask"].bool()
+        rows = [tuple(row[keep].tolist()) for row, keep in zip(context, mask, strict=True)]
+        # The last generated token is not fed back.
+        steps = max(max_length - context.shape[1] - 1, 0)
+        self.batches.append(Batch(rows, [[list(row[-1:])] for row in rows], steps))
+        return context
+
+
+class _DrySession(Session):
+    """A session whose model has no sites to attach to."""
+
+    def attach(self, node: Node | None) -> contextlib.AbstractContextManager[Counter]:
+        return contextlib.nullcontext(Counter([]))
+
+
+def count(lm: DryLM, task: LoadedTask, *, seed: int, chat: bool, folder: Path) -> TaskCost:
+    """Go through one task.
+
+    Args:
+        lm: with the tokenizer and the settings of the model.
+        task: the task.
+        seed: of few-shot draws.
+        chat: whether requests are wrapped in the chat template.
+        folder: for files that nobody needs afterwards.
+    """
+    began = time.perf_counter()
+    session = _DrySession(lm, [], {task.name: task}, seed, chat, {})
+    result = evaluate_node(session, None, folder / task.name)["tasks"][task.name]
+    overhead = time.perf_counter() - began
+    ends = list(accumulate(batch.positions for batch in lm.batches))
+    middle = int(np.searchsorted(ends, ends[-1] / 2))
+    return TaskCost(
+        documents=result["items"],
+        prefill=result["tokens"]["prefill"],
+        generation=result["tokens"]["generation"],
+        positions=ends[-1],
+        steps=sum(batch.steps for batch in lm.batches),
+        sample=lm.batches[middle],
+        overhead=overhead,
+    )

@@ -1,0 +1,174 @@
+"""What each job of a run will take: the jobs that are left, times what is known of the models."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsity_atlas import grid
+from sparsity_atlas.config import Config
+from sparsity_atlas.criteria import create
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.evaluate import Node
+from sparsity_atlas.plan.jobs import UNKNOWN, Amount, Job, jobs
+from sparsity_atlas.plan.outlook import NodeKey, Outlook, Unknowns, look, measure
+from sparsity_atlas.plan.rates import import_seconds, recorded
+from sparsity_atlas.tasks import LoadedTask, _load, _manager
+
+# Rules whose jobs run a model, with what their stages import.
+HEAVY = {"model", "capture", "dense", "evaluate", "search", "output_error"}
+HEAVY_IMPORTS = "sparsity_atlas.lm, sparsity_atlas.sites, sparsity_atlas.tasks, lm_eval.evaluator"
+LIGHT_IMPORTS = "sparsity_atlas.curve, sparsity_atlas.summarize"
+EVALUATING = ("dense", "evaluate", "search")
+
+
+@dataclass
+class Start:
+    """Seconds that every job spends before its own work, and those of whole jobs in earlier runs."""
+
+    light: float
+    heavy: float
+    tasks: float
+    recorded: dict[str, float]
+
+
+@dataclass
+class Forecast:
+    """What the plan prints.
+
+    Attributes:
+        jobs: of the whole run.
+        seconds: that each of these takes; none for one that is done.
+        outlooks: of each model.
+        unknowns: what could not be found out.
+    """
+
+    jobs: list[Job]
+    seconds: list[Amount]
+    outlooks: dict[str, Outlook]
+    unknowns: Unknowns
+
+
+def forecast(config: Config, results: Path) -> Forecast:
+    """Look at everything that the configuration names and time what can be timed.
+
+    Args:
+        config: the configuration.
+        results: folder of the results; it need not exist.
+    """
+    unknowns = Unknowns()
+    every = jobs(config, results)
+    left = [job for job in every if not job.done]
+    began = time.perf_counter()
+    tasks = loadable_tasks(config, unknowns)
+    tasks_seconds = time.perf_counter() - began
+    outlooks = {}
+    for model in grid.models(config):
+        own = {name: tasks[name] for name in grid.model_tasks(config, model) if name in tasks}
+        manifest = results / model / "model.json"
+        outlook = outlooks[model] = look(config, model, own, manifest, unknowns)
+        nodes = _nodes(config, [job for job in left if job.model == model])
+        if outlook.parameters is not None and nodes:
+            try:
+                measure(config, model, outlook, nodes)
+            except (AtlasError, OSError, RuntimeError, ValueError) as error:
+                unknowns.note(f"speed of {model}", error)
+        if outlook.parameters is not None and not outlook.shapes:
+            unknowns.note(f"activations of {model}", "its FFNs are looked for in its weights")
+    start = Start(0, 0, tasks_seconds, recorded(results / "benchmarks"))
+    if left:
+        start.light, start.heavy = import_seconds(LIGHT_IMPORTS), import_seconds(HEAVY_IMPORTS)
+    captures = _capture_seconds(config, outlooks)
+    seconds = []
+    for job in every:
+        took = Amount() if job.done else _seconds(job, outlooks.get(job.model), start)
+        if job.rule == "capture" and not job.done:
+            # The first of a model's captures loads and runs the model for all of them.
+            took += captures.pop(job.model, Amount())
+        seconds.append(took)
+    return Forecast(every, seconds, outlooks, unknowns)
+
+
+def parallel_jobs(config: Config, cores: int) -> int:
+    """Jobs that run at once: one a core, and on GPUs one for each of them."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return min(cores, gpus) if gpus and config.device in ("auto", "cuda") else cores
+
+
+def loadable_tasks(config: Config, unknowns: Unknowns) -> dict[str, LoadedTask]:
+    """The tasks of the run, without those that cannot be loaded here."""
+    used = {name for model in grid.models(config) for name in grid.model_tasks(config, model)}
+    entries = {
+        name: entry.model_dump(exclude_none=True, exclude_defaults=True)
+        for name, entry in config.tasks.items()
+        if name in used
+    }
+    # `load_tasks` ends at the first task that is not here, and each call would index lm-eval anew.
+    include = list(dict.fromkeys(one["include"] for one in entries.values() if "include" in one))
+    names = {name: entry.get("task", name) for name, entry in entries.items()}
+    manager = _manager(include, defaults=False)
+    if any(name not in manager.task_index for name in names.values()):
+        manager = _manager(include, defaults=True)
+    loaded = {}
+    for name, entry in entries.items():
+        try:
+            loaded[name] = _load(manager, name, names[name], entry, config.seed)
+        except AtlasError as error:
+            unknowns.note(f"task {name}", str(error).removeprefix(f"tasks.{name}: "))
+    return loaded
+
+
+def _nodes(config: Config, left: list[Job]) -> dict[NodeKey, Node | None]:
+    """One node for each criterion and site that is still evaluated; the level matters little."""
+    nodes: dict[NodeKey, Node | None] = {}
+    for job in left:
+        if job.rule in ("dense", "capture"):
+            nodes[None] = None
+        elif job.rule in EVALUATING and job.node is not None and job.node not in nodes:
+            criterion, site = job.node
+            spec = json.loads(grid.criterion_slice(config, criterion))
+            levels = create(spec).coarse_levels
+            nodes[job.node] = Node.make(spec, site, levels[len(levels) // 2])
+    return nodes
+
+
+def _capture_seconds(config: Config, outlooks: dict[str, Outlook]) -> dict[str, Amount]:
+    """Seconds that each model's capture takes once, forward passes at the speed of its dense baseline."""
+    found = {}
+    for model, outlook in outlooks.items():
+        dense = outlook.seconds.get(None)
+        if dense:
+            positions = sum(outlook.costs[task].positions for task in dense)
+            seconds = config.capture.tokens * sum(dense.values()) / positions
+            found[model] = Amount.exactly(outlook.ready + seconds)
+        else:
+            found[model] = UNKNOWN
+    return found
+
+
+def _seconds(job: Job, outlook: Outlook | None, start: Start) -> Amount:
+    """Seconds of one job; of a capture, those that all of a model's captures spend."""
+    if job.rule in EVALUATING:
+        return _evaluation_seconds(job, outlook or Outlook(), start)
+    if job.rule not in HEAVY:
+        return Amount.exactly(start.recorded.get(job.rule, start.light))
+    if job.rule == "capture":
+        # The record of another model's captures says little: they are as long as it is large.
+        return Amount.exactly(start.heavy)
+    alone = start.heavy + (outlook or Outlook()).ready
+    return Amount.exactly(start.recorded.get(job.rule, alone))
+
+
+def _evaluation_seconds(job: Job, outlook: Outlook, start: Start) -> Amount:
+    times = outlook.seconds.get(job.node, {})
+    total = Amount.exactly(start.heavy + start.tasks + outlook.ready)
+    for task, evaluations in job.evaluations.items():
+        if task in times:
+            total += evaluations * (times[task] + outlook.costs[task].overhead)
+        else:
+            total += UNKNOWN
+    return total

@@ -1,0 +1,179 @@
+"""Which jobs a configuration asks for, and which of them stand in the results already.
+
+What stands is told by its files alone. Whether Snakemake makes something again because of an edited
+model, task or source file shows in a dry run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sparsity_atlas import grid
+from sparsity_atlas.config import Config
+from sparsity_atlas.grid import Curve
+from sparsity_atlas.store import read_manifest
+
+# Searches took 6 to 8 levels on all models, criteria and sites of the default configuration.
+USUAL_LEVELS = 7
+
+
+@dataclass(frozen=True)
+class Amount:
+    """A number that may not be certain before the run.
+
+    Attributes:
+        expected: what is expected of its known part.
+        most: the largest that its known part can be.
+        complete: whether all of it is known.
+    """
+
+    expected: float = 0
+    most: float = 0
+    complete: bool = True
+
+    @classmethod
+    def exactly(cls, number: float) -> Amount:
+        """A number that is certain."""
+        return cls(number, number)
+
+    @property
+    def certain(self) -> bool:
+        """Whether this is the number."""
+        return self.complete and self.expected == self.most
+
+    def __add__(self, other: Amount) -> Amount:
+        return Amount(
+            self.expected + other.expected,
+            self.most + other.most,
+            self.complete and other.complete,
+        )
+
+    def __mul__(self, factor: float) -> Amount:
+        return Amount(self.expected * factor, self.most * factor, self.complete)
+
+
+UNKNOWN = Amount(complete=False)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of the workflow.
+
+    Attributes:
+        rule: its rule.
+        model: empty for jobs of the whole run.
+        done: whether its output is there and holds all that is asked for.
+        node: criterion and site, for jobs of a curve.
+        site: of a capture.
+        nodes: that it leaves behind in all.
+        finished: nodes of these that are there.
+        evaluations: how often it has to run each task.
+    """
+
+    rule: str
+    model: str
+    done: bool
+    node: tuple[str, str] | None = None
+    site: str = ""
+    nodes: Amount = Amount()
+    finished: int = 0
+    evaluations: dict[str, Amount] = field(default_factory=dict)
+
+
+def jobs(config: Config, results: Path) -> list[Job]:
+    """Every job of the target `all`.
+
+    Args:
+        config: the configuration.
+        results: folder of the results; it need not exist.
+
+    Raises:
+        AtlasError: a damaged manifest among the results.
+    """
+    found = [Job("run_config", "", (results / "run_config.yaml").is_file())]
+    for model in grid.models(config):
+        folder = results / model
+        found.append(Job("model", model, (folder / "model.json").is_file()))
+        for site in grid.model_sites(config, model):
+            capture, metrics = folder / f"capture/{site}.json", folder / f"metrics/{site}.parquet"
+            found.append(Job("capture", model, capture.is_file(), site=site))
+            found.append(Job("metrics", model, metrics.is_file(), site=site))
+        missing = _missing(folder / "dense", grid.model_tasks(config, model))
+        found.append(Job("dense", model, not missing, evaluations=_once(missing)))
+    for curve in grid.curves(config):
+        found += _curve_jobs(config, curve, results / curve.folder)
+    for model in grid.models(config):
+        found.append(Job("model_summary", model, (results / model / "summary.csv").is_file()))
+    for rule, output in (
+        ("tables", "critical_sparsity.csv"),
+        ("figures", "figures"),
+        ("page", "index.html"),
+    ):
+        found.append(Job(rule, "", (results / output).exists()))
+    return found
+
+
+def _missing(folder: Path, tasks: tuple[str, ...]) -> tuple[str, ...]:
+    """Tasks that a node's folder has no result of."""
+    path = folder / "eval.json"
+    present = read_manifest(path)["tasks"] if path.is_file() else ()
+    return tuple(task for task in tasks if task not in present)
+
+
+def _once(tasks: tuple[str, ...]) -> dict[str, Amount]:
+    return {task: Amount.exactly(1) for task in tasks}
+
+
+def _curve_jobs(config: Config, curve: Curve, folder: Path) -> Iterator[Job]:
+    node = (curve.criterion, curve.site)
+
+    def evaluate(level: str) -> Job:
+        missing = _missing(folder / level, curve.tasks)
+        evaluations = _once(missing)
+        done = not missing
+        return Job(
+            "evaluate", curve.model, done, node, "", Amount.exactly(1), int(done), evaluations
+        )
+
+    yield from map(evaluate, curve.levels)
+    if curve.auto:
+        searched = _searched_levels(folder)
+        # A node that a finished search had made, and that was deleted, is made again by itself.
+        deleted = [one for one in searched or () if not (folder / one / "eval.json").is_file()]
+        yield from map(evaluate, [level for level in deleted if level not in curve.levels])
+        yield _search(config, curve, folder, searched)
+    for rule, name in (("output_error", "sparsity.parquet"), ("curve", "curve.json")):
+        yield Job(rule, curve.model, (folder / name).is_file(), node)
+
+
+def _searched_levels(folder: Path) -> list[str] | None:
+    """Levels of a finished search; None if there is none."""
+    path = folder / "search.json"
+    return [one["level"] for one in read_manifest(path)["levels"]] if path.is_file() else None
+
+
+def _search(config: Config, curve: Curve, folder: Path, searched: list[str] | None) -> Job:
+    """The search of a curve, continued where an earlier one was cut off."""
+    begun = [path.parent.name for path in folder.glob("*/eval.json")]
+    there = [level for level in begun if level in (searched or begun)]
+    missing = [_missing(folder / level, curve.tasks) for level in there]
+    if searched is not None:
+        levels = Amount.exactly(len(there))
+    else:
+        most = config.search.max_levels
+        levels = Amount(max(min(USUAL_LEVELS, most), len(there)), max(most, len(there)))
+    evaluations = {}
+    for task in curve.tasks:
+        with_task = sum(task not in one for one in missing)
+        evaluations[task] = levels + Amount.exactly(-with_task)
+    return Job(
+        "search",
+        curve.model,
+        done=searched is not None and not any(missing),
+        node=(curve.criterion, curve.site),
+        nodes=levels,
+        finished=sum(not one for one in missing),
+        evaluations={task: amount for task, amount in evaluations.items() if amount.most},
+    )

@@ -1,0 +1,207 @@
+"""What is known of a model before a run: sizes, tokens and speed, or why they are not known."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sparsity_atlas import grid
+from sparsity_atlas.capture import ITEM_BYTES
+from sparsity_atlas.config import Config
+from sparsity_atlas.devices import pick_device, pick_dtype
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.evaluate import Node, Session
+from sparsity_atlas.models import PATTERNS, check_sites, load, load_tokenizer, resolve
+from sparsity_atlas.plan.dry_run import DryLM, TaskCost, count
+from sparsity_atlas.plan.rates import TimedLM, free_memory, node_seconds
+from sparsity_atlas.sites import find_ffns
+from sparsity_atlas.store import read_manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel
+
+    from sparsity_atlas.tasks import LoadedTask
+
+NodeKey = tuple[str, str] | None
+"""Criterion and site; None for the dense baseline."""
+
+
+class Unknowns(dict[str, list[str]]):
+    """What could not be found out, by the reason."""
+
+    def note(self, what: str, reason: BaseException | str) -> None:
+        """Add one thing."""
+        lines = str(reason).strip().splitlines() or [type(reason).__name__]
+        self.setdefault(lines[0], []).append(what)
+
+
+@dataclass
+class Outlook:
+    """What is known of a model; what is empty is not known.
+
+    Attributes:
+        parameters: all of them.
+        dtype: of the computation, and so of the activations.
+        shapes: width of the FFN's input and of its factors, for each layer.
+        costs: what one evaluation of each task takes.
+        ready: seconds until the weights are loaded and the sites found.
+        seconds: of one evaluation's forward passes, by criterion and site, and by task.
+    """
+
+    parameters: int | None = None
+    dtype: str = ""
+    shapes: list[tuple[int, int]] = field(default_factory=list)
+    costs: dict[str, TaskCost] = field(default_factory=dict)
+    ready: float = 0.0
+    seconds: dict[NodeKey, dict[str, float]] = field(default_factory=dict)
+
+    def store_bytes(self, tokens: int, tensors: Sequence[str]) -> int:
+        """Bytes of some tensors' activations before compression."""
+        width = sum(
+            hidden if tensor == "input" else inner
+            for tensor in tensors
+            for hidden, inner in self.shapes
+        )
+        return tokens * width * ITEM_BYTES[self.dtype]
+
+
+def captured_tokens(config: Config) -> int:
+    """Tokens of a capture: whole sequences."""
+    length = config.capture.sequence_length
+    return -(-config.capture.tokens // length) * length
+
+
+def find(source: dict[str, Any]) -> Path:
+    """The model's folder with configuration and tokenizer. Weights are not fetched.
+
+    Raises:
+        AtlasError: it is not here, and could not be fetched.
+    """
+    try:
+        return resolve(source, offline=True)
+    except AtlasError:
+        if "path" in source:
+            raise
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    if constants.HF_HUB_OFFLINE:
+        raise AtlasError("not in the cache, and the Hub cannot be reached")
+    small = [pattern for pattern in PATTERNS if not pattern.endswith(".safetensors")]
+    try:
+        return Path(
+            snapshot_download(source["hub"], revision=source.get("revision"), allow_patterns=small)
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise AtlasError(f"not in the cache; {str(error).strip().splitlines()[0]}") from None
+
+
+def look(
+    config: Config,
+    name: str,
+    tasks: dict[str, LoadedTask],
+    manifest: Path,
+    unknowns: Unknowns,
+) -> Outlook:
+    """Find out about one model: all but its speed.
+
+    Args:
+        config: the configuration.
+        name: of the model.
+        tasks: of the model, as far as they could be loaded.
+        manifest: where an earlier run may have left the model's manifest.
+        unknowns: takes what could not be found out.
+    """
+    outlook = Outlook()
+    settings = json.loads(grid.evaluation_slice(config, name, ()))
+    try:
+        folder = find(json.loads(grid.fetch_slice(config, name)))
+        with torch.device("meta"):
+            blank = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(folder, local_files_only=True)
+            )
+        lm = DryLM(
+            blank,
+            load_tokenizer(folder),
+            **{key: settings[key] for key in ("batch_size", "max_length", "add_bos_token")},
+        )
+    except (AtlasError, OSError, ValueError, KeyError) as error:
+        unknowns.note(name, error)
+        return outlook
+    outlook.parameters = blank.num_parameters()
+    outlook.dtype = _dtype(settings, blank)
+    outlook.shapes = _shapes(manifest, blank)
+    chat = settings["apply_chat_template"]
+    for task in tasks.values():
+        try:
+            with tempfile.TemporaryDirectory() as scratch:
+                cost = count(lm, task, seed=config.seed, chat=chat, folder=Path(scratch))
+        except Exception as error:  # noqa: BLE001 (a task's own code may raise anything)
+            unknowns.note(f"{task.name} with {name}", error)
+        else:
+            outlook.costs[task.name] = cost
+    return outlook
+
+
+def _dtype(settings: dict[str, Any], model: PreTrainedModel) -> str:
+    """Type that the model will compute in, also where its device is not here."""
+    device = settings["device"]
+    dtype = pick_dtype(
+        settings["dtype"], pick_device(device) if device == "auto" else torch.device(device)
+    )
+    own = str(model.config.get_text_config().dtype or torch.float32)
+    return own.removeprefix("torch.") if dtype == "auto" else dtype
+
+
+def _shapes(manifest: Path, model: PreTrainedModel) -> list[tuple[int, int]]:
+    """Of the layers' FFNs, as proved by an earlier run, else as the configuration says."""
+    if manifest.is_file():
+        return [(ffn["hidden"], ffn["width"]) for ffn in read_manifest(manifest)["ffn"]]
+    text = model.config.get_text_config()
+    layers = getattr(text, "num_hidden_layers", 0)
+    shape = (getattr(text, "hidden_size", None), getattr(text, "intermediate_size", None))
+    return [shape] * layers if all(isinstance(width, int) for width in shape) else []
+
+
+def measure(config: Config, name: str, outlook: Outlook, nodes: dict[NodeKey, Node | None]) -> None:
+    """Time a model's forward passes.
+
+    Args:
+        config: the configuration.
+        name: of the model.
+        outlook: takes the times, and the proven shapes of the FFNs.
+        nodes: a node to time for each criterion and site.
+
+    Raises:
+        AtlasError: its device, its weights or one of the sites are not here, or it is too large.
+    """
+    source = json.loads(grid.fetch_slice(config, name))
+    settings = json.loads(grid.evaluation_slice(config, name, ()))
+    device = pick_device(settings["device"])
+    needed = (outlook.parameters or 0) * ITEM_BYTES[outlook.dtype]
+    free = free_memory(device)
+    if needed > 0.7 * free:
+        raise AtlasError(
+            f"too large to be timed here: {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+        )
+    began = time.perf_counter()
+    folder = resolve(source, offline=True)
+    # On the CPU first: a job waits for a GPU of its own, a plan shares one.
+    model = load(folder, dtype=outlook.dtype, device="cpu").to(device)
+    ffns = find_ffns(model, source.get("modules"))
+    check_sites(name, grid.model_sites(config, name), list(ffns[0].sites()))
+    outlook.ready = time.perf_counter() - began
+    outlook.shapes = [(ffn.hidden, ffn.width) for ffn in ffns]
+    lm = TimedLM(model, load_tokenizer(folder), batch_size=settings["batch_size"], max_length=None)
+    session = Session(lm, ffns, {}, config.seed, False, {})
+    times = node_seconds(session, list(nodes.values()), outlook.costs)
+    outlook.seconds = dict(zip(nodes, times, strict=True))

@@ -1,0 +1,126 @@
+"""How fast things go on this machine: forward passes, imports, and what earlier runs recorded."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparsity_atlas.evaluate import Node, Session
+from sparsity_atlas.journal import Journal
+from sparsity_atlas.lm import AtlasLM
+from sparsity_atlas.plan.dry_run import Batch, TaskCost
+
+if TYPE_CHECKING:
+    import torch
+
+# A timing need not be longer; a whole batch of a large model on a CPU takes minutes.
+ENOUGH_SECONDS = 0.4
+SMALLEST = (1, 32)  # rows, tokens
+
+
+class TimedLM(AtlasLM):
+    """Scores batches for their time only."""
+
+    def time(self, batch: Batch) -> float:
+        """Seconds of one pass over a batch."""
+        began = time.perf_counter()
+        self._score(batch.rows, batch.targets)
+        return time.perf_counter() - began
+
+
+def cut(batch: Batch, rows: int, tokens: int) -> Batch:
+    """The first rows and tokens of a batch."""
+    kept = [row[:tokens] for row in batch.rows[:rows]]
+    targets = [
+        [cont[-len(row) :] for cont in conts]
+        for row, conts in zip(kept, batch.targets, strict=False)
+    ]
+    return Batch(kept, targets)
+
+
+def piece(lm: TimedLM, batch: Batch) -> Batch:
+    """As much of a batch as is needed to time it: all of it, if that does not take long.
+
+    The shape matters: many short rows cost more a token than few long ones, and a large model on a
+    GPU is slow a token until a batch fills it.
+    """
+    rows, tokens = SMALLEST
+    while True:
+        part = cut(batch, rows, tokens)
+        whole = rows >= len(batch.rows) and tokens >= max(map(len, batch.rows))
+        lm.time(part)  # the first pass over a new shape is slower
+        if whole or lm.time(part) > ENOUGH_SECONDS / 3:
+            return part
+        if tokens < max(map(len, batch.rows)):
+            tokens *= 2
+        else:
+            rows *= 2
+
+
+def node_seconds(
+    session: Session, nodes: list[Node | None], costs: dict[str, TaskCost]
+) -> list[dict[str, float]]:
+    """Seconds of the forward passes of each task, for each node.
+
+    Args:
+        session: with a `TimedLM`.
+        nodes: None is the dense baseline.
+        costs: of each task.
+    """
+    lm = session.lm
+    assert isinstance(lm, TimedLM)
+    pieces: dict[str, Batch] = {}
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, node in enumerate([None, *nodes]):
+            with session.attach(node) as counter:
+                lm.start(Journal(Path(folder, str(number)), {}), counter)
+                if not pieces:
+                    pieces = {name: piece(lm, cost.sample) for name, cost in costs.items()}
+                for part in pieces.values():
+                    lm.time(cut(part, *SMALLEST))
+                seconds.append(
+                    {name: _seconds(lm, pieces[name], cost) for name, cost in costs.items()}
+                )
+    return seconds[1:]
+
+
+def _seconds(lm: TimedLM, part: Batch, cost: TaskCost) -> float:
+    total = cost.positions / part.positions * lm.time(part)
+    if cost.steps:
+        # One token a row; a long context makes a step slower than this.
+        total += cost.steps * lm.time(cut(cost.sample, len(cost.sample.rows), 1))
+    return total
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free where a model would be loaded."""
+    import psutil
+    import torch
+
+    free = psutil.virtual_memory().available
+    return min(free, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free
+
+
+def import_seconds(modules: str) -> float:
+    """Seconds that a new Python process takes to import some modules."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", f"import {modules}"], check=True, capture_output=True)
+    return time.perf_counter() - began
+
+
+def recorded(benchmarks: Path) -> dict[str, float]:
+    """Mean seconds of a rule's jobs in earlier runs, from Snakemake's extended benchmark records."""
+    seconds = defaultdict(list)
+    for path in benchmarks.rglob("*.jsonl"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            if "rule_name" in record:
+                seconds[record["rule_name"]].append(record["s"])
+    return {rule: sum(values) / len(values) for rule, values in seconds.items()}

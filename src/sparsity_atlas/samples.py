@@ -1,0 +1,96 @@
+"""The per-sample table of a node: one Parquet file with every finished task and its result."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.store import FORMAT, canonical, write_atomically
+
+SCHEMA = pa.schema(
+    [
+        ("task", pa.string()),  # key in the configuration
+        ("leaf", pa.string()),  # lm-eval's task; differs for a group
+        ("doc_id", pa.int64()),
+        ("doc_hash", pa.string()),
+        ("cluster", pa.string()),  # items made alike; null: each item by itself
+        ("metrics", pa.map_(pa.string(), pa.float64())),  # "metric,filter" -> value of this sample
+        ("nats", pa.float64()),  # negative log-likelihood of all that was predicted
+        ("predicted", pa.int64()),  # tokens predicted
+        ("prefill_tokens", pa.int64()),
+        ("prefill_zeros", pa.list_(pa.int64())),  # by slot
+        ("generation_tokens", pa.int64()),
+        ("generation_zeros", pa.list_(pa.int64())),
+    ]
+)
+_KEY = b"sparsity_atlas"
+
+
+@dataclass
+class SampleTable:
+    """Contents of `samples.parquet`.
+
+    Attributes:
+        slots: `[tensor, layer, width]` of each entry of the zeros.
+        tasks: for each task `{"fingerprint": digest, "result": what eval.json says of it}`.
+        rows: for each task its samples, as dictionaries by column of `SCHEMA`.
+    """
+
+    slots: list[list[Any]]
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        """Write the table atomically; the same contents give the same bytes."""
+        order = sorted(self.tasks)
+        header = {"format": FORMAT, "slots": self.slots, "tasks": {k: self.tasks[k] for k in order}}
+        table = pa.Table.from_pylist([row for name in order for row in self.rows[name]], SCHEMA)
+        table = table.replace_schema_metadata({_KEY: canonical(header).encode()})
+        write_atomically(
+            path, lambda temporary: pq.write_table(table, temporary, compression="zstd")
+        )
+
+
+def read_table(path: Path) -> tuple[dict[str, Any], pa.Table]:
+    """Header (`slots`, `tasks`) and rows of a sample table.
+
+    Raises:
+        AtlasError: missing, damaged, or of a newer format.
+    """
+    if not path.is_file():
+        raise AtlasError(f"{path}: no such file")
+    try:
+        table = pq.read_table(path)
+        header = json.loads(table.schema.metadata[_KEY])
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise AtlasError(
+            f"{path}: damaged sample table ({error}); delete it and run again"
+        ) from None
+    if header["format"] > FORMAT:
+        raise AtlasError(
+            f"{path}: format {header['format']} is newer than this release reads ({FORMAT})"
+        )
+    return header, table
+
+
+def read_samples(path: Path, slots: list[list[Any]]) -> SampleTable:
+    """The table at `path` as a `SampleTable`; an empty one if there is none, or its slots differ.
+
+    Raises:
+        AtlasError: damaged, or of a newer format.
+    """
+    if not path.is_file():
+        return SampleTable(slots)
+    header, table = read_table(path)
+    if header["slots"] != slots:
+        return SampleTable(slots)
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in header["tasks"]}
+    for row in table.to_pylist():
+        rows[row["task"]].append(row)
+    return SampleTable(slots, header["tasks"], rows)

@@ -1,0 +1,95 @@
+"""Which number of a task makes its curve: an accuracy-like metric of each sample, or the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from sparsity_atlas.errors import AtlasError
+
+Kind = Literal["accuracy", "loss"]
+
+# In this order, where the configuration names no metric.
+PREFERRED = ("acc", "exact_match", "em", "f1")
+# lm-eval's perplexities; for whole documents all of them stand for nats a token.
+PERPLEXITIES = ("word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity", "loss")
+
+
+def choose_metric(task: str, wanted: str | None, result: dict[str, Any]) -> tuple[Kind, str | None]:
+    """The metric of a task's curve.
+
+    Args:
+        task: name in the configuration.
+        wanted: `metric` or `metric,filter` from the configuration, if any.
+        result: what eval.json says of the task (dense).
+
+    Returns:
+        ("loss", None), or ("accuracy", "metric,filter").
+
+    Raises:
+        AtlasError: the task has no such metric, or it does not grow with quality.
+    """
+    rolling = result["output_types"] == ["loglikelihood_rolling"]
+    # Of all tasks of a group: every sample must have it.
+    leaves = [result["scores"][leaf] for leaf in result["leaves"]]
+    available = sorted(
+        key for key in leaves[0] if "_stderr," not in key and all(key in leaf for leaf in leaves)
+    )
+    if rolling and (wanted is None or wanted.split(",")[0] in PERPLEXITIES):
+        return "loss", None
+    key = _find(wanted, available) if wanted else _prefer(available)
+    if key is None:
+        found = ", ".join(available) or "none"
+        raise AtlasError(f"tasks.{task}: metric: no '{wanted or 'acc'}' among its metrics: {found}")
+    name = key.split(",")[0]
+    growing = [leaf[name] for leaf in result["higher_is_better"].values() if name in leaf]
+    if not growing or not all(growing):
+        raise AtlasError(
+            f"tasks.{task}: metric: '{name}' does not grow with quality; choose one that does"
+        )
+    return "accuracy", key
+
+
+def _find(wanted: str, available: list[str]) -> str | None:
+    if "," in wanted:
+        return wanted if wanted in available else None
+    matches = [key for key in available if key.split(",")[0] == wanted]
+    # `none` is lm-eval's name for no filter; with several filters the first by name.
+    return f"{wanted},none" if f"{wanted},none" in matches else next(iter(matches), None)
+
+
+def _prefer(available: list[str]) -> str | None:
+    return next((key for name in PREFERRED if (key := _find(name, available))), None)
+
+
+def sample_values(task: str, key: str, metrics: Iterable[Any]) -> list[float]:
+    """A metric of each sample.
+
+    Args:
+        task: name in the configuration.
+        key: `metric,filter`.
+        metrics: the column of the sample table.
+
+    Raises:
+        AtlasError: lm-eval computes the metric from all samples together (such as a correlation).
+    """
+    try:
+        return [dict(one)[key] for one in metrics]
+    except KeyError:
+        raise AtlasError(
+            f"tasks.{task}: metric: '{key}' is no mean over samples; choose one that is, such as acc"
+        ) from None
+
+
+def pooled_score(task: str, kind: Kind, key: str | None, rows: list[dict[str, Any]]) -> float:
+    """A task's score over its samples: mean of the metric, or nats a token.
+
+    Args:
+        task: name in the configuration.
+        kind: as `choose_metric` gives it.
+        key: likewise.
+        rows: the task's rows of the sample table.
+    """
+    if kind == "loss":
+        return sum(row["nats"] for row in rows) / sum(row["predicted"] for row in rows)
+    return sum(sample_values(task, key, (row["metrics"] for row in rows))) / len(rows)

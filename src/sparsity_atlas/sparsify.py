@@ -1,0 +1,167 @@
+"""Attach a criterion at a site and count zeros, without waiting for the device inside a forward pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.sites import TENSORS, observe, transform
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from sparsity_atlas.criteria import Criterion
+    from sparsity_atlas.sites import FFN
+
+
+class NumericalFailure(AtlasError):
+    """NaN or an infinity where a model computes; the message names the layer."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One counted vector: a tensor of one layer."""
+
+    tensor: str
+    layer: int
+    width: int
+
+
+class Counter:
+    """Counts zeros for each slot and each row of the batch, in each forward pass.
+
+    The caller says before a forward pass which of its tokens count (`expect`) and takes the counts
+    once a batch (`take`). All sums stay on the device until then.
+    """
+
+    def __init__(self, slots: list[Slot]) -> None:
+        self.slots = slots
+        self._index = {(slot.tensor, slot.layer): i for i, slot in enumerate(slots)}
+        self._valid: Tensor | None = None
+        self._zeros: list[list[Tensor | None]] = []  # [passes][slots], each [batch]
+        self._broken: list[list[Tensor | None]] = []
+
+    def expect(self, valid: Tensor) -> None:
+        """Announce a batch: bool [batch, tokens], True where a token is no padding.
+
+        Later passes of the same batch (generation) bring one token for each row, which all count.
+        """
+        self._valid = valid
+        self._zeros, self._broken = [], []
+
+    def begin_pass(self, *_: object) -> None:
+        """A forward pass of the model begins (a hook calls this)."""
+        self._zeros.append([None] * len(self.slots))
+        self._broken.append([None] * len(self.slots))
+
+    def add(self, tensor_name: str, layer: int, values: Tensor, mask: Tensor | None) -> None:
+        """Count a slot's zeros after masking.
+
+        Args:
+            tensor_name: which tensor of the layer.
+            layer: index of the layer.
+            values: [..., width], before masking.
+            mask: bool of the same shape, True where kept; None keeps all.
+        """
+        if self._valid is None:  # a forward pass that nobody evaluates, such as a warm-up
+            return
+        width = values.shape[-1]
+        kept = values != 0 if mask is None else mask & (values != 0)
+        zeros = width - kept.reshape(-1, width).sum(-1)  # [tokens of the pass]
+        batch = self._valid.shape[0]
+        zeros = zeros.view(batch, -1)
+        # A NaN or an infinity makes the largest magnitude one as well.
+        finite = torch.isfinite(values.detach().abs().amax(-1)).view(batch, -1)
+        if len(self._zeros) == 1:
+            zeros = zeros * self._valid
+            finite = finite | ~self._valid
+        slot = self._index[tensor_name, layer]
+        self._zeros[-1][slot] = zeros.sum(1)
+        self._broken[-1][slot] = ~finite.all()
+
+    def take(self) -> np.ndarray:
+        """Zeros of the batch, int64 [passes, slots, batch]: the one copy to the host.
+
+        Raises:
+            NumericalFailure: a vector that counts held NaN or an infinity.
+        """
+        self._valid = None
+        counts = torch.stack([torch.stack(one) for one in self._zeros])
+        broken = torch.stack([torch.stack(one) for one in self._broken]).any(0)
+        for slot, bad in zip(self.slots, broken.tolist(), strict=True):
+            if bad:
+                raise NumericalFailure(f"NaN or infinity in '{slot.tensor}' of layer {slot.layer}")
+        return counts.cpu().numpy().astype(np.int64)
+
+
+def exact_mask(criterion: Criterion, rows: Tensor, level: float) -> Tensor:
+    """`criterion.mask`, on the CPU where the device has no float64 (Apple's MPS)."""
+    if rows.device.type == "mps":
+        return criterion.mask(rows.cpu(), level).to(rows.device)
+    return criterion.mask(rows, level)
+
+
+def _slots(ffns: list[FFN], tensors: tuple[str, ...]) -> list[Slot]:
+    """Slots in the order in which a forward pass reaches them."""
+    order = [name for name in ("input", "up", "gate", "intermediate") if name in tensors]
+    return [
+        Slot(name, ffn.layer, ffn.hidden if name == "input" else ffn.width)
+        for ffn in ffns
+        for name in order
+    ]
+
+
+@contextlib.contextmanager
+def counted(model: PreTrainedModel, ffns: list[FFN]) -> Iterator[Counter]:
+    """Count exact zeros at every site of an untouched model."""
+    tensors = tuple({name: None for site in ffns[0].sites() for name in TENSORS[site]})
+    counter = Counter(_slots(ffns, tensors))
+    with (
+        _passes(model, counter),
+        observe(
+            ffns,
+            ffns[0].sites(),
+            lambda layer, name, values: counter.add(name, layer, values, None),
+        ),
+    ):
+        yield counter
+
+
+@contextlib.contextmanager
+def sparsified(
+    model: PreTrainedModel, ffns: list[FFN], site: str, criterion: Criterion, level: float
+) -> Iterator[Counter]:
+    """Zero what `criterion` drops at `site` in every layer, and count zeros there."""
+    counter = Counter(_slots(ffns, TENSORS[site]))
+
+    def mask_of(layer: int, name: str, values: Tensor) -> Tensor:
+        rows = values.reshape(-1, values.shape[-1])
+        mask = criterion.mask(rows, level)
+        if not (torch.is_tensor(mask) and mask.dtype == torch.bool and mask.shape == rows.shape):
+            found = f"{mask.dtype} {list(mask.shape)}" if torch.is_tensor(mask) else type(mask)
+            raise AtlasError(
+                f"{type(criterion).__name__}.mask: expected torch.bool {list(rows.shape)}, "
+                f"found {found}"
+            )
+        mask = mask.view(values.shape)
+        counter.add(name, layer, values, mask)
+        return mask
+
+    with _passes(model, counter), transform(ffns, site, mask_of):
+        yield counter
+
+
+@contextlib.contextmanager
+def _passes(model: PreTrainedModel, counter: Counter) -> Iterator[None]:
+    handle = model.register_forward_pre_hook(counter.begin_pass)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,102 @@
+"""The run's tables as data frames, for figures and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import pandas as pd
+
+from sparsity_atlas.errors import AtlasError
+
+# In figures and tables: the most tolerant site first, the two at once last.
+SITE_ORDER = ("intermediate", "input", "gate", "up", "all_inputs")
+HEADLINE_BAR = 0.99
+AVERAGE = "average"
+_TEXT = {"model", "criterion", "site", "level", "tensor", "task", "kind", "status", "relation"}
+_TEXT |= {"bar_label", "family", "reason", "source", "revision", "architecture", "activation"}
+_TEXT |= {"dtype", "sites", "digest"}
+_FLAGS = {"low_open", "high_open", "non_monotone", "resolved"}
+
+
+@dataclass(frozen=True)
+class Tables:
+    """One frame for each CSV file that `summarize` writes, under the file's name."""
+
+    critical_sparsity: pd.DataFrame
+    curves: pd.DataFrame
+    layers: pd.DataFrame
+    metrics: pd.DataFrame
+    magnitudes: pd.DataFrame
+    output_error: pd.DataFrame
+    scaling: pd.DataFrame
+    models: pd.DataFrame
+    failures: pd.DataFrame
+
+    def of(self, model: str) -> Tables:
+        """The rows of one model; `scaling`, which has no models, becomes empty."""
+        kept = {}
+        for one in fields(self):
+            frame = getattr(self, one.name)
+            kept[one.name] = frame[frame["model"] == model] if "model" in frame else frame[:0]
+        return replace(self, **kept)
+
+    def criteria(self) -> list[str]:
+        """Criteria of the run, in its own order."""
+        # What the store alone tells is there before any curve is.
+        named = pd.concat([self.curves["criterion"], self.output_error["criterion"]])
+        return list(named.unique())
+
+    def by_size(self) -> list[str]:
+        """Models, the smallest first."""
+        return list(self.models.sort_values("non_embedding_parameters", kind="stable")["model"])
+
+    def loss_task(self) -> str | None:
+        """The task that the headline is read from: the first one with a loss."""
+        losses = self.critical_sparsity.query("kind == 'loss'")["task"]
+        return None if losses.empty else losses.iloc[0]
+
+    def headline(self, task: str | None) -> pd.DataFrame:
+        """Rows of critical_sparsity.csv of a task at the headline bar."""
+        rows = self.critical_sparsity
+        return rows[(rows["task"] == task) & (rows["bar"] == HEADLINE_BAR)]
+
+
+def in_order(found: Iterable[str]) -> list[str]:
+    """The sites among some names, each once, in the order in which they are shown."""
+    names = set(found)
+    return [site for site in SITE_ORDER if site in names]
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """Read one of our tables; names stay text whatever they look like.
+
+    Raises:
+        AtlasError: it is missing or damaged.
+    """
+    try:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except FileNotFoundError:
+        raise AtlasError(f"{path}: no such file") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise AtlasError(f"{path}: not a table ({error}); delete it and run again") from None
+    for column in frame.columns:
+        if column in _FLAGS:
+            frame[column] = frame[column] == "true"
+        elif column not in _TEXT:
+            frame[column] = pd.to_numeric(frame[column].replace("", None))
+    return frame
+
+
+def read_tables(paths: Sequence[Path]) -> Tables:
+    """Read the tables among some files.
+
+    Raises:
+        AtlasError: one of them is not given, missing or damaged.
+    """
+    given = {path.stem: path for path in paths}
+    missing = [one.name for one in fields(Tables) if one.name not in given]
+    if missing:
+        raise AtlasError(f"tables: expected {missing[0]}.csv, found {', '.join(given) or 'none'}")
+    return Tables(**{one.name: read_csv(given[one.name]) for one in fields(Tables)})

@@ -1,0 +1,1 @@
+"""The embedded models and what they are judged on: training recipe, minimal pairs, cloze items."""

@@ -1,0 +1,132 @@
+"""The training loop: a fresh model, its schedule, its loss, its optimizer."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+
+import torch
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.zoo import batches, recipe
+from sparsity_atlas.zoo.tokenizer import END_OF_TEXT_ID
+
+log = logging.getLogger(__name__)
+
+_REPORT_EVERY = 200
+
+
+def build_model(shape: recipe.Architecture, training: recipe.Training) -> LlamaForCausalLM:
+    """A freshly initialised model; the same seed gives the same weights, whatever the activation.
+
+    No padding token is set: torch would keep its embedding, which is also the one that begins
+    every sequence, at zero.
+    """
+    config = LlamaConfig(
+        vocab_size=training.vocab_size,
+        hidden_size=shape.width,
+        intermediate_size=shape.ffn_width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        head_dim=recipe.HEAD_WIDTH,
+        hidden_act=shape.activation,
+        max_position_embeddings=training.context,
+        tie_word_embeddings=True,
+        bos_token_id=END_OF_TEXT_ID,
+        eos_token_id=END_OF_TEXT_ID,
+        pad_token_id=None,
+    )
+    torch.manual_seed(training.seed)
+    model = LlamaForCausalLM(config)
+    model.generation_config.pad_token_id = END_OF_TEXT_ID
+    return model
+
+
+def learning_rate(step: int, peak: float, training: recipe.Training) -> float:
+    """Linear warm-up, then half a cosine down to zero at the end. Steps count from 0."""
+    warmup = training.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, training.steps - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def batch_loss(
+    model: LlamaForCausalLM, inputs: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Mean cross entropy in nats a token; inputs and targets are (sequences, context).
+
+    Runs the layers one by one without an attention mask. The model's own forward builds a mask
+    once it is compiled, and a mask rules out the fast causal attention.
+    """
+    hidden = model.model.embed_tokens(inputs)
+    positions = torch.arange(inputs.shape[1], device=inputs.device)[None]
+    rotary = model.model.rotary_emb(hidden, positions)
+    for layer in model.model.layers:
+        hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
+    logits = model.lm_head(model.model.norm(hidden))
+    return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+def optimizer_for(
+    model: LlamaForCausalLM, peak: float, training: recipe.Training, device: torch.device
+) -> torch.optim.AdamW:
+    """AdamW; matrices are decayed, the gains of the norms are not."""
+    weights = list(model.parameters())
+    groups = [
+        {"params": [w for w in weights if w.ndim > 1], "weight_decay": training.weight_decay},
+        {"params": [w for w in weights if w.ndim == 1], "weight_decay": 0.0},
+    ]
+    betas = (training.beta1, training.beta2)
+    return torch.optim.AdamW(groups, lr=peak, betas=betas, fused=device.type == "cuda")
+
+
+def fit(
+    model: LlamaForCausalLM,
+    tokens: batches.Tokens,
+    peak: float,
+    training: recipe.Training,
+    device: torch.device,
+) -> list[tuple[int, float]]:
+    """Train in place. Returns (step, mean loss in nats a token since the last entry) pairs.
+
+    On CUDA in bfloat16 autocast and compiled, elsewhere plainly in float32. AtlasError when the
+    loss is no longer finite.
+    """
+    on_gpu = device.type == "cuda"
+    model.to(device).train()
+    optimizer = optimizer_for(model, peak, training, device)
+    step_loss = torch.compile(batch_loss, dynamic=False) if on_gpu else batch_loss
+    source = batches.training_batches(tokens, training.context, training.sequences, training.seed)
+    curve: list[tuple[int, float]] = []
+    since_last = torch.zeros((), device=device)
+    entry_step, entry_time = 0, time.perf_counter()
+    for step in range(training.steps):
+        pair = (torch.from_numpy(array) for array in next(source))
+        if on_gpu:
+            pair = (tensor.pin_memory().to(device, non_blocking=True) for tensor in pair)
+        inputs, targets = pair
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, peak, training)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=on_gpu):
+            value = step_loss(model, inputs, targets)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        since_last += value.detach()
+        done = step + 1
+        if done % _REPORT_EVERY == 0 or done == training.steps:
+            mean = since_last.item() / (done - entry_step)
+            if not math.isfinite(mean):
+                raise AtlasError(f"training diverged before step {done}: loss {mean}")
+            curve.append((done, mean))
+            rate = (done - entry_step) * training.batch_tokens / (time.perf_counter() - entry_time)
+            log.info("step %d of %d: loss %.4f, %.0f tokens/s", done, training.steps, mean, rate)
+            since_last.zero_()
+            entry_step, entry_time = done, time.perf_counter()
+    return curve

@@ -1,0 +1,93 @@
+"""What the embedded models are: one table of sizes, one set of training settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from sparsity_atlas.errors import AtlasError
+
+HEAD_WIDTH = 32
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One Llama-shaped model: gated FFN, rotary positions, RMSNorm, tied embeddings, no biases.
+
+    `activation` is the name of the gate's nonlinearity as transformers spells it. The learning
+    rate stands here because the best one falls as models widen.
+    """
+
+    width: int
+    layers: int
+    ffn_width: int
+    learning_rate: float
+    activation: str = "silu"
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of `HEAD_WIDTH` channels each (no grouped queries)."""
+        return self.width // HEAD_WIDTH
+
+    @property
+    def non_embedding_parameters(self) -> int:
+        """Weights outside the token embedding: attention, FFN and norms."""
+        per_layer = 4 * self.width**2 + 3 * self.width * self.ffn_width + 2 * self.width
+        return self.layers * per_layer + self.width
+
+
+_MEDIUM = Architecture(width=160, layers=5, ffn_width=448, learning_rate=6e-3)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "small": Architecture(width=96, layers=4, ffn_width=256, learning_rate=1e-2),
+    "medium": _MEDIUM,
+    "large": Architecture(width=256, layers=6, ffn_width=704, learning_rate=5e-3),
+    # The positive control: exact zeros by its nonlinearity, all else as in `medium`.
+    "medium-relu": replace(_MEDIUM, activation="relu"),
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings shared by all models. Lengths and batches are counted in predicted tokens."""
+
+    steps: int = 16_384
+    batch_tokens: int = 32_768
+    seed: int = 0
+    context: int = 512
+    vocab_size: int = 4096
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    gradient_clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise AtlasError(f"--steps: found {self.steps}, expected at least 1")
+        if self.batch_tokens < self.context or self.batch_tokens % self.context:
+            raise AtlasError(
+                f"--batch-tokens: found {self.batch_tokens}, "
+                f"expected a multiple of the context length {self.context}"
+            )
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of rising learning rate: 500, or a tenth of a shorter training."""
+        return min(500, self.steps // 10)
+
+    @property
+    def sequences(self) -> int:
+        """Sequences in a batch."""
+        return self.batch_tokens // self.context
+
+    @property
+    def tokens(self) -> int:
+        """Predicted tokens over the whole training."""
+        return self.steps * self.batch_tokens
+
+
+def architecture(name: str) -> Architecture:
+    """Look a model up by name; AtlasError names the known ones."""
+    if name not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise AtlasError(f"--model: found {name!r}, expected one of {known}")
+    return ARCHITECTURES[name]

@@ -1,0 +1,172 @@
+"""Train the embedded models: `python -m sparsity_atlas.zoo.train --model large --corpus ...`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from transformers import LlamaForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.zoo import batches, card, corpus, loss, recipe
+from sparsity_atlas.zoo.fit import build_model, fit
+from sparsity_atlas.zoo.tokenizer import as_pretrained, load_tokenizer, train_tokenizer
+
+log = logging.getLogger("sparsity_atlas.zoo.train")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What models are trained and measured on; `source` says in words what the training text is."""
+
+    tokenizer: Tokenizer
+    train: batches.Tokens
+    valid: batches.Tokens
+    source: str
+
+
+def train_model(
+    name: str,
+    shape: recipe.Architecture,
+    training: recipe.Training,
+    texts: Texts,
+    folder: Path,
+    device: torch.device,
+) -> card.Record:
+    """Train one model and write its folder: weights (bfloat16), tokenizer, configuration, card.
+
+    The losses in the returned record are measured on the saved weights, computed in float32.
+    AtlasError when the folder cannot be made, the corpus is too small, or the training diverges.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AtlasError(f"--out: cannot make the folder {folder} ({error.strerror})") from error
+    model = build_model(shape, training)
+    curve = fit(model, texts.train, shape.learning_rate, training, device)
+    model.to("cpu", torch.bfloat16).save_pretrained(folder)
+    as_pretrained(texts.tokenizer, training.context).save_pretrained(folder)
+    saved = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    sizes = batches.token_bytes(texts.tokenizer)
+    valid = batches.evaluation_blocks(texts.valid.ids, training.context)
+    # About as much of the training text as there is validation text, from all over it.
+    stride = max(1, len(texts.train.ids) // len(texts.valid.ids))
+    train = batches.evaluation_blocks(texts.train.ids, training.context, stride)
+    record = card.Record(
+        name=name,
+        architecture=shape,
+        training=training,
+        source=texts.source,
+        total_parameters=sum(weight.numel() for weight in saved.parameters()),
+        corpus_tokens=len(texts.train.ids),
+        device=device.type,
+        curve=curve,
+        train=loss.measure(saved, *train, sizes),
+        valid=loss.measure(saved, *valid, sizes),
+    )
+    card.write(record, folder)
+    return record
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU; AtlasError for a CUDA that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise AtlasError(
+            "--device: found cuda, but torch sees no CUDA device; expected auto or cpu"
+        )
+    return torch.device(name)
+
+
+def read_texts(arguments: argparse.Namespace, training: recipe.Training) -> Texts:
+    """Read and encode both texts, with the tokenizer trained on the way unless one is given."""
+    valid = corpus.paragraphs(corpus.read_text(arguments.valid))
+    if arguments.corpus_hub is None:
+        origin = arguments.corpus.name
+        train = corpus.paragraphs(corpus.read_text(arguments.corpus))
+    else:
+        origin = arguments.corpus_hub
+        train = corpus.paragraphs(corpus.read_hub(origin, arguments.hub_column))
+    for option, found in (("--valid", valid), ("--corpus", train)):
+        if not found:
+            raise AtlasError(f"{option}: no text in it, expected paragraphs between blank lines")
+    if arguments.tokenizer is None:
+        tokenizer = train_tokenizer(train, training.vocab_size)
+    else:
+        tokenizer = load_tokenizer(arguments.tokenizer, training.vocab_size)
+    tokens = batches.encode_cached(tokenizer, train, arguments.cache)
+    log.info("corpus: %d paragraphs, %.1f M tokens", len(train), len(tokens.ids) / 1e6)
+    return Texts(tokenizer, tokens, batches.encode(tokenizer, valid), arguments.source or origin)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train the named models one after another on the same encoded texts."""
+    overrides = {
+        key: value
+        for key in ("steps", "seed", "batch_tokens")
+        if (value := getattr(arguments, key)) is not None
+    }
+    training = recipe.Training(**overrides)
+    shapes = {name: recipe.architecture(name) for name in arguments.model}
+    device = choose_device(arguments.device)
+    texts = read_texts(arguments, training)
+    for name, shape in shapes.items():
+        folder = arguments.out / name
+        record = train_model(name, shape, training, texts, folder, device)
+        sys.stdout.write(
+            f"{name}: train {record.train.nats_per_token:.4f}, "
+            f"valid {record.valid.nats_per_token:.4f} nats/token "
+            f"({record.valid.bits_per_byte:.4f} bits/byte) -> {folder}\n"
+        )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    defaults = recipe.Training()
+    command = argparse.ArgumentParser(
+        prog="python -m sparsity_atlas.zoo.train", description=__doc__
+    )
+    command.add_argument(
+        "--model", nargs="+", required=True, metavar="NAME", help=", ".join(recipe.ARCHITECTURES)
+    )
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--corpus", type=Path, help="training text, .txt or .txt.xz")
+    source.add_argument("--corpus-hub", metavar="ID", help="training text as a Hub data set")
+    command.add_argument("--hub-column", default="text", help="its text column (%(default)s)")
+    command.add_argument("--source", help="what the training text is, for the model card")
+    command.add_argument("--valid", type=Path, required=True, help="validation text")
+    command.add_argument("--out", type=Path, required=True, help="each model goes to OUT/NAME")
+    command.add_argument(
+        "--tokenizer", type=Path, help="folder with a trained tokenizer (trained when left out)"
+    )
+    command.add_argument("--cache", type=Path, help="folder that keeps the encoded corpus")
+    command.add_argument("--steps", type=int, help=f"optimizer steps ({defaults.steps})")
+    command.add_argument("--seed", type=int, help=f"weights and data order ({defaults.seed})")
+    command.add_argument(
+        "--batch-tokens", type=int, help=f"tokens in a step ({defaults.batch_tokens})"
+    )
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    return command
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 1 after one line on stderr."""
+    disable_progress_bar()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        run(parser().parse_args(argv))
+    except AtlasError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
