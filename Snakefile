@@ -1,0 +1,53 @@
+"""Sparsity Atlas: how much of a language model's FFN activations can be dropped.
+
+snakemake --cores all                                    everything that config.yaml asks for
+snakemake --cores all results/<model>/summary.csv        one model
+snakemake --cores all results/<model>/<criterion>/<site>/<level>/eval.json      one node
+snakemake --cores all plan                               what it will cost, before it runs
+"""
+
+from snakemake.utils import min_version
+
+min_version("9.20")
+
+
+configfile: f"{workflow.basedir}/config.yaml"
+
+
+report: "workflow/report/workflow.rst"
+
+
+# In the order of a run.
+include: "workflow/rules/common.smk"
+include: "workflow/rules/models.smk"
+include: "workflow/rules/capture.smk"
+include: "workflow/rules/metrics.smk"
+include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/summarize.smk"
+include: "workflow/rules/figures.smk"
+include: "workflow/rules/plan.smk"
+
+
+onerror:
+    # A report of what there is, with what failed and why.
+    shell(
+        "python -m sparsity_atlas.report partial --results results --config {ask.config_text:q} >&2"
+    )
+
+
+localrules:
+    all,
+    plan,
+
+
+rule all:
+    default_target: True
+    input:
+        "results/run_config.yaml",
+        "results/critical_sparsity.csv",
+        "results/curves.csv",
+        "results/index.html",
+        "results/headline.csv",
+        ask.model_files("summary.csv"),
+        ask.listed_nodes(),
+        ask.lost_nodes(),

@@ -1,0 +1,39 @@
+"""The activations.
+
+In:  a model's manifest, and the text of `capture` in the configuration.
+Out: a manifest for each site. The values are in results/{model}/activations.zarr, which is no output:
+     Snakemake would delete it with a job that fails, and a killed capture goes on where it stood.
+"""
+
+
+rule capture:
+    input:
+        model="results/{model}/model.json",
+    output:
+        "results/{model}/capture/{site}.json",
+    log:
+        "results/logs/{model}/capture/{site}.log",
+    benchmark:
+        "results/benchmarks/{model}/capture/{site}.jsonl"
+    conda:
+        "../../envs/atlas.yaml"
+    threads: 1
+    # Not in params: a site that is added must not capture its siblings again.
+    resources:
+        sites=ask.requested_sites,
+    params:
+        settings=ask.capture_settings,
+        text=ask.capture_text,
+        store="results/{model}/activations.zarr",
+        code=code_version("capture"),
+    shell:
+        """
+        python -m sparsity_atlas.capture \
+            --model {input.model} \
+            --site {wildcards.site} \
+            --siblings {resources.sites:q} \
+            --settings {params.settings:q} \
+            --code {params.code} \
+            --store {params.store} \
+            --output {output} >{log} 2>&1
+        """

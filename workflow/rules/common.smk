@@ -1,0 +1,57 @@
+"""What the rules know of the configuration.
+
+The answers are in src/sparsity_atlas/asks.py: which files, or which slice of the configuration.
+
+Path grammar, below results/:
+    {model}/model.json                              the model's manifest
+    {model}/capture/{site}.json                     its activations (in activations.zarr)
+    {model}/metrics/{site}.parquet                  what they look like
+    {model}/dense/eval.json                         the untouched model on all its tasks
+    {model}/{criterion}/{site}/{level}/eval.json    a node
+    {model}/{criterion}/{site}/search.json          the levels that `levels: auto` chose
+    {model}/{criterion}/{site}/sparsity.parquet     induced sparsity and output error, all levels
+    {model}/{criterion}/{site}/curve.json           what later stages need of the nodes
+    {model}/summary.csv                             one model's numbers
+"""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+# This checkout's own code, in this process and in the jobs', also where it is not installed.
+SOURCE = str(Path(workflow.basedir, "src"))
+sys.path.insert(0, SOURCE)
+os.environ.update(PYTHONPATH=os.pathsep.join(filter(None, [SOURCE, os.environ.get("PYTHONPATH")])))
+
+from sparsity_atlas.asks import Asks
+from sparsity_atlas.code import code_version
+from sparsity_atlas.config import parse as parse_config
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.figures import FIGURES
+from sparsity_atlas.inputs import check_inputs, locate
+
+try:
+    ATLAS = parse_config(locate(config, Path(workflow.basedir)))
+    check_inputs(ATLAS)
+    ask = Asks(ATLAS, "results")
+except AtlasError as error:
+    # Snakemake would add to any other exception where in this file it was raised.
+    raise SystemExit(f"error: {error}") from None
+
+
+wildcard_constraints:
+    model="|".join(map(re.escape, ATLAS.models)),
+    criterion="|".join(map(re.escape, ATLAS.criteria)),
+    site="input|up|gate|intermediate|all_inputs",
+    level=r"0|[1-9]\d*|\d+\.\d*[1-9]",
+
+
+def figure_files(suffix):
+    """Every figure of a run in one format, with its place in Snakemake's own report."""
+    files = []
+    for name, figure in FIGURES.items():
+        labels = {"figure": figure.title, "format": suffix.upper()}
+        place = dict(caption=f"../report/{name}.rst", category=figure.category, labels=labels)
+        files += [report(f"results/figures/{name}.{suffix}", **place)]
+    return files

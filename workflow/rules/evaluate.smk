@@ -1,0 +1,97 @@
+"""The tasks, with and without a criterion.
+
+In:  a model's manifest; tasks, criterion, site and level from the configuration.
+Out: eval.json of the dense baseline and of every listed node; search.json where levels are searched
+     for. Samples and journals lie beside eval.json and are no outputs: a killed job goes on with them.
+"""
+
+
+rule dense:
+    input:
+        model="results/{model}/model.json",
+    output:
+        "results/{model}/dense/eval.json",
+    log:
+        "results/logs/{model}/dense/eval.log",
+    benchmark:
+        "results/benchmarks/{model}/dense/eval.jsonl"
+    conda:
+        "../../envs/atlas.yaml"
+    threads: 1
+    params:
+        settings=ask.dense_settings,
+        tasks=ask.dense_tasks,
+        code=code_version("evaluate"),
+    shell:
+        """
+        python -m sparsity_atlas.evaluate \
+            --model {input.model} \
+            --settings {params.settings:q} \
+            --code {params.code} \
+            --output {output} >{log} 2>&1
+        """
+
+
+rule evaluate:
+    input:
+        model="results/{model}/model.json",
+        search=ancient(ask.search_of_node),
+    output:
+        "results/{model}/{criterion}/{site}/{level}/eval.json",
+    log:
+        "results/logs/{model}/{criterion}/{site}/{level}/eval.log",
+    benchmark:
+        "results/benchmarks/{model}/{criterion}/{site}/{level}/eval.jsonl"
+    conda:
+        "../../envs/atlas.yaml"
+    threads: 1
+    params:
+        settings=ask.node_settings,
+        criterion=ask.criterion,
+        tasks=ask.node_tasks,
+        code=ask.criterion_code("evaluate"),
+    shell:
+        """
+        python -m sparsity_atlas.evaluate \
+            --model {input.model} \
+            --settings {params.settings:q} \
+            --code {params.code} \
+            --criterion {params.criterion:q} \
+            --site {wildcards.site} \
+            --level {wildcards.level} \
+            --output {output} >{log} 2>&1
+        """
+
+
+rule search:
+    input:
+        model="results/{model}/model.json",
+        dense="results/{model}/dense/eval.json",
+    output:
+        "results/{model}/{criterion}/{site}/search.json",
+    log:
+        "results/logs/{model}/{criterion}/{site}/search.log",
+    benchmark:
+        "results/benchmarks/{model}/{criterion}/{site}/search.jsonl"
+    conda:
+        "../../envs/atlas.yaml"
+    threads: 1
+    params:
+        settings=ask.node_settings,
+        search=ask.search_settings,
+        criterion=ask.criterion,
+        tasks=ask.node_tasks,
+        code=ask.criterion_code("evaluate"),
+        search_code=code_version("search"),
+    shell:
+        """
+        python -m sparsity_atlas.search \
+            --model {input.model} \
+            --dense {input.dense} \
+            --settings {params.settings:q} \
+            --search {params.search:q} \
+            --code {params.code} \
+            --criterion {params.criterion:q} \
+            --site {wildcards.site} \
+            --output {output} >{log} 2>&1
+        """

@@ -1,0 +1,24 @@
+"""What the configuration will cost, before anything runs.
+
+In:  the configuration, and whatever stands in results/ already.
+Out: a table on the terminal; no file.
+"""
+
+
+rule plan:
+    log:
+        "results/logs/plan.log",
+    conda:
+        "../../envs/atlas.yaml"
+    threads: 1
+    params:
+        config=ask.config_text,
+        # On a cluster --jobs limits what runs at once, not the cores of this machine.
+        jobs=lambda wildcards: workflow.cores if workflow.local_exec else workflow.nodes,
+    shell:
+        """
+        python -m sparsity_atlas.plan \
+            --config {params.config:q} \
+            --cores {params.jobs} \
+            --results results 2>{log}
+        """

@@ -1,0 +1,93 @@
+"""Curves, critical sparsities and tables.
+
+In:  the nodes of a curve and its dense baseline.
+Out: curve.json (the only stage that reads samples), a summary for each model, and the run's tables.
+"""
+
+
+rule curve:
+    input:
+        dense="results/{model}/dense/eval.json",
+        nodes=ask.curve_nodes,
+        search=ask.curve_search,
+    output:
+        "results/{model}/{criterion}/{site}/curve.json",
+    log:
+        "results/logs/{model}/{criterion}/{site}/curve.log",
+    benchmark:
+        "results/benchmarks/{model}/{criterion}/{site}/curve.jsonl"
+    conda:
+        "../../envs/atlas.yaml"
+    threads: 1
+    params:
+        settings=ask.curve_settings,
+        levels=ask.listed_levels,
+        code=code_version("curve"),
+    shell:
+        """
+        python -m sparsity_atlas.curve \
+            --dense {input.dense} \
+            --levels={params.levels:q} \
+            --search={input.search:q} \
+            --site {wildcards.site} \
+            --settings {params.settings:q} \
+            --output {output} >{log} 2>&1
+        """
+
+
+rule model_summary:
+    input:
+        model="results/{model}/model.json",
+        curves=ask.model_curves,
+        sparsity=ask.model_sparsity,
+        metrics=ask.model_metrics,
+    output:
+        "results/{model}/summary.csv",
+    log:
+        "results/logs/{model}/summary.log",
+    conda:
+        "../../envs/atlas.yaml"
+    params:
+        code=code_version("summarize"),
+    shell:
+        """
+        python -m sparsity_atlas.summarize model \
+            --models {input.model} \
+            --curves {input.curves:q} \
+            --output {output} >{log} 2>&1
+        """
+
+
+rule tables:
+    input:
+        models=ask.model_files("model.json"),
+        curves=ask.curve_files("curve.json"),
+        sparsity=ask.curve_files("sparsity.parquet"),
+        metrics=ask.metric_files(),
+    output:
+        critical=report("results/critical_sparsity.csv", category="Tables"),
+        curves=report("results/curves.csv", category="Tables"),
+        layers="results/layers.csv",
+        metrics="results/metrics.csv",
+        magnitudes="results/magnitudes.csv",
+        output_error="results/output_error.csv",
+        scaling="results/scaling.csv",
+        models="results/models.csv",
+        failures="results/failures.csv",
+    log:
+        "results/logs/tables.log",
+    benchmark:
+        "results/benchmarks/tables.jsonl"
+    conda:
+        "../../envs/atlas.yaml"
+    params:
+        code=code_version("summarize"),
+    shell:
+        """
+        python -m sparsity_atlas.summarize tables \
+            --models {input.models:q} \
+            --curves {input.curves:q} \
+            --sparsity {input.sparsity:q} \
+            --metrics {input.metrics:q} \
+            --output results >{log} 2>&1
+        """
