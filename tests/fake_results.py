@@ -1,0 +1,185 @@
+"""A results folder as a run leaves it, of any shape and made in seconds: all files that tables,
+figures and the report read, with plausible numbers from the real estimators."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sparsity_atlas import metrics, output_error
+from sparsity_atlas.bootstrap import TaskSamples
+from sparsity_atlas.critical import BARS, critical
+from sparsity_atlas.curves import curve_points
+from sparsity_atlas.store import write_manifest
+from sparsity_atlas.terms import TENSORS
+
+LEVELS = ("0.97", "0.9", "0.75", "0.5")
+ENTRIES = 1000
+LAYERS = 3
+
+
+def write_model(folder: Path, parameters: int = 1_000_000, **other: Any) -> None:
+    """model.json."""
+    write_manifest(
+        folder / "model.json",
+        {
+            "name": folder.name,
+            "source": {"path": f"zoo/{folder.name}"},
+            "revision": None,
+            "digest": "ab" * 32,
+            "architecture": "LlamaForCausalLM",
+            "model_type": "llama",
+            "dtype": "bfloat16",
+            "parameters": {"total": 2 * parameters, "non_embedding": parameters},
+            "layers": LAYERS,
+            "hidden": 64,
+            "width": 256,
+            "sites": ["input", "up", "gate", "intermediate", "all_inputs"],
+            "activation": "silu",
+            "ffn": [],
+            **other,
+        },
+    )
+
+
+def samples(
+    task: str,
+    kind: str,
+    levels: Sequence[str],
+    *,
+    tolerance: float = 0.5,
+    items: int = 300,
+    clusters: int | None = None,
+    chance: float | None = None,
+    dense: float = 0.7,
+    failed: Sequence[str] = (),
+    seed: int = 0,
+) -> TaskSamples:
+    """Paired samples of a model that gets worse beyond a sparsity of about `tolerance`."""
+    rng = np.random.default_rng(seed)
+    sparsity = np.array([(1 - float(level)) ** 0.5 for level in levels])
+    damage = (sparsity / tolerance) ** 6 * 0.01
+    if kind == "accuracy":
+        luck = rng.random(items)
+        base = (luck < dense).astype(float)
+        value = (luck < dense * (1 - damage[:, None])).astype(float)
+        weight = np.ones(items)
+    else:
+        weight = rng.integers(20, 60, items).astype(float)
+        base = weight * rng.normal(4, 0.3, items)
+        value = base + weight * (damage[:, None] + rng.normal(0, 0.02, (len(levels), items)))
+    for level in failed:
+        value[levels.index(level)] = np.nan
+    zeros = np.repeat(np.round(sparsity * ENTRIES).astype(np.int64)[:, None], items, axis=1)
+    return TaskSamples(
+        task=task,
+        kind=kind,
+        value=value,
+        weight=weight,
+        dense=base,
+        zeros=zeros,
+        entries=np.full(zeros.shape, ENTRIES),
+        cluster=None if clusters is None else np.arange(items) % clusters,
+        chance=chance,
+    )
+
+
+def write_curve(
+    folder: Path, tasks: Sequence[TaskSamples], levels: Sequence[str], replicates: int = 100
+) -> None:
+    """curve.json, search.json, the nodes' eval.json and sparsity.parquet of results/M/C/S."""
+    site = folder.name
+    shares = {level: (1 - float(level)) ** 0.5 for level in levels}
+    failures = [
+        {"level": level, "task": task.task, "reason": "NaN in model.layers.1.mlp"}
+        for task in tasks
+        for level, value in zip(levels, task.value, strict=True)
+        if np.isnan(value).any()
+    ]
+    write_manifest(
+        folder / "curve.json",
+        {
+            "levels": list(levels),
+            "points": [asdict(one) for one in curve_points(tasks, levels, replicates)],
+            "critical": [asdict(one) for one in critical(tasks, BARS, replicates)],
+            "layers": {
+                level: {
+                    tensor: [share * (0.8 + 0.1 * layer) for layer in range(LAYERS)]
+                    for tensor in TENSORS[site]
+                }
+                for level, share in shares.items()
+            },
+            "failures": failures,
+        },
+    )
+    write_manifest(folder / "search.json", {"levels": [{"level": level} for level in levels]})
+    for level in levels:
+        write_manifest(folder / level / "eval.json", {"tasks": {}})
+    rows = [
+        {"level": level, "layer": layer, "sparsity": share, "error": share**2 * (1 + layer / 10)}
+        for level, share in shares.items()
+        for layer in range(LAYERS)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, output_error.SCHEMA), folder / "sparsity.parquet")
+
+
+def write_metrics(model: Path, site: str) -> None:
+    """capture/{site}.json and metrics/{site}.parquet."""
+    write_manifest(model / "capture" / f"{site}.json", {"site": site})
+    rng = np.random.default_rng(zlib.crc32(f"{model.name} {site}".encode()))
+    rows = []
+    for tensor in TENSORS[site]:
+        for layer in range(LAYERS):
+            values = rng.standard_t(3, size=(128, 64)).astype(np.float32)
+            rows.append({"tensor": tensor, "layer": layer, **metrics.layer_metrics(values)})
+    (model / "metrics").mkdir(exist_ok=True)
+    path = model / "metrics" / f"{site}.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, metrics.SCHEMA), path)
+
+
+def make_results(
+    results: Path,
+    models: dict[str, dict[str, Any]],
+    *,
+    criteria: Sequence[str] = ("topp",),
+    sites: Sequence[str] = ("intermediate", "input"),
+    levels: Sequence[str] = LEVELS,
+    tasks: dict[str, dict[str, Any]] | None = None,
+    replicates: int = 100,
+) -> Path:
+    """Fill a results folder; returns it.
+
+    Args:
+        results: the folder.
+        models: arguments of `write_model` by name; `tolerance` may be among them.
+        criteria: every model has all of them,
+        sites: at all of these
+        levels: and at all of these.
+        tasks: arguments of `samples` by name; by default one loss and one accuracy task.
+        replicates: of the bootstrap.
+    """
+    chosen = {"prose": {"kind": "loss"}, "pairs": {"kind": "accuracy", "chance": 0.5}}
+    tasks = chosen if tasks is None else tasks
+    for name, about in models.items():
+        about = dict(about)
+        tolerance = about.pop("tolerance", 0.5)
+        write_model(results / name, **about)
+        write_manifest(results / name / "dense" / "eval.json", {"tasks": {}})
+        for site in sites:
+            write_metrics(results / name, site)
+            for criterion in criteria:
+                seed = zlib.crc32(f"{name} {criterion} {site}".encode())
+                bend = tolerance * (1 if site == "intermediate" else 0.8)
+                drawn = [
+                    samples(task, levels=levels, tolerance=bend, seed=seed, **arguments)
+                    for task, arguments in tasks.items()
+                ]
+                write_curve(results / name / criterion / site, drawn, levels, replicates)
+    return results

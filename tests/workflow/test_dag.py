@@ -1,0 +1,153 @@
+"""Which jobs a configuration asks for, and which configurations and targets are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from checkout import Checkout, Planned
+
+
+def counts(planned: Planned) -> dict[str, int]:
+    """Jobs by rule, without the figures and the report."""
+    assert planned.returncode == 0, planned.text
+    return {rule: n for rule, n in planned.counts.items() if rule not in ("figures", "page")}
+
+
+def test_smoke_grid(empty: Checkout) -> None:
+    # Three curves of one model: two searched for, one with two levels.
+    assert counts(empty.plan()) == {
+        **{"all": 1, "run_config": 1, "model": 1, "dense": 1, "model_summary": 1, "tables": 1},
+        **{"capture": 2, "metrics": 2, "output_error": 3, "curve": 3, "search": 2, "evaluate": 2},
+    }
+
+
+def test_default_grid(empty: Checkout) -> None:
+    # 4 models × 2 sites, 3 more sites of one model, and 2 more criteria at one of its sites.
+    assert counts(empty.plan("--configfile", "config.yaml")) == {
+        **{"all": 1, "run_config": 1, "model": 4, "dense": 4, "model_summary": 4, "tables": 1},
+        **{"capture": 11, "metrics": 11, "output_error": 13, "curve": 13, "search": 13},
+    }
+
+
+def test_paper_grid(empty: Checkout) -> None:
+    # 13 models × 5 sites × 26 levels of one criterion; nothing of the default comes along.
+    assert counts(empty.plan("--configfile", "workflow/config/paper.yaml")) == {
+        **{"all": 1, "run_config": 1, "model": 13, "dense": 13, "model_summary": 13, "tables": 1},
+        **{"capture": 65, "metrics": 65, "output_error": 65, "curve": 65, "evaluate": 1690},
+    }
+
+
+def test_one_node_by_its_path(empty: Checkout) -> None:
+    planned = empty.plan("results/zoo-small/topk/intermediate/0.9/eval.json")
+    assert planned.jobs == {
+        "model zoo-small/model.json",
+        "evaluate zoo-small/topk/intermediate/0.9/eval.json",
+    }
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "zoo-small/topk/intermediate/0.123",  # a level that no block names
+        "zoo-small/topp/gate/0.9",  # a site that no block names
+        "zoo-small/maxp/input/0.01",  # a criterion of the catalogue that no block names
+        "zoo-large/topp/input/1",  # a model of the catalogue that no block names
+    ],
+)
+def test_a_node_that_no_block_names(empty: Checkout, path: str) -> None:
+    planned = empty.plan(f"results/{path}/eval.json")
+    assert planned.returncode == 0, planned.text
+    assert planned.of("evaluate") == {f"evaluate {path}/eval.json"}
+    assert planned.counts == {"evaluate": 1, "model": 1}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "zoo-small/topk/intermediate/0.90/eval.json",  # not as levels are spelled in paths
+        "zoo-small/topk/intermediate/1.0/eval.json",
+        "zoo-small/topk/intermediate/-1/eval.json",
+        "zoo-small/topk/intermediate/p/eval.json",
+        "zoo-small/topk/middle/0.9/eval.json",
+        "zoo-small/bottomk/intermediate/0.9/eval.json",
+        "zoo-tiny/topk/intermediate/0.9/eval.json",
+        "zoo-small/x/topk/intermediate/0.9/eval.json",
+    ],
+)
+def test_paths_that_name_nothing(empty: Checkout, path: str) -> None:
+    planned = empty.plan(f"results/{path}")
+    assert planned.returncode != 0
+    assert not planned.jobs
+    assert "Traceback" not in planned.text
+
+
+def test_one_model(empty: Checkout) -> None:
+    planned = empty.plan("results/zoo-small/summary.csv", "--configfile", "config.yaml")
+    assert planned.counts == {
+        **{"model": 1, "dense": 1, "model_summary": 1},
+        **{"capture": 2, "metrics": 2, "output_error": 2, "curve": 2, "search": 2},
+    }
+
+
+def test_the_plan_runs_nothing_else(empty: Checkout) -> None:
+    planned = empty.plan("plan")
+    assert planned.returncode == 0, planned.text
+    assert planned.counts == {"plan": 1}
+
+
+def test_overlapping_blocks_are_one_grid(empty: Checkout, config: dict[str, Any]) -> None:
+    once = counts(empty.plan(config=config))
+    config["run"] += [{**config["run"][1], "levels": ["0.90", 0.7]}]
+    assert counts(empty.plan(config=config)) == {**once, "evaluate": once["evaluate"] + 1}
+
+
+def _mistakes() -> dict[str, tuple[dict[str, Any], list[str]]]:
+    """Changes of the smoke configuration, and what their message must name."""
+    block = {"models": ["zoo-small"], "criteria": ["topk"], "sites": ["intermediate"]}
+    return {
+        "unknown key": ({"repicates": 10}, ["repicates", "unknown key"]),
+        "unknown model": ({"run": [{**block, "models": ["nobody"]}]}, ["models", "nobody"]),
+        "unknown criterion": ({"run": [{**block, "criteria": ["topq"]}]}, ["criteria", "topq"]),
+        "unknown rule": ({"criteria": {"topk": {"rule": "topq"}}}, ["topq"]),
+        "unknown site": ({"run": [{**block, "sites": ["middle"]}]}, ["sites", "middle"]),
+        "unknown task": ({"run": [{**block, "tasks": ["sums"]}]}, ["tasks", "sums"]),
+        "level out of range": ({"run": [{**block, "levels": [1.5]}]}, ["levels", "1.5", "topk"]),
+        "level twice": ({"run": [{**block, "levels": [0.9, "0.90"]}]}, ["levels", "twice", "0.9"]),
+        "no levels": ({"run": [{**block, "levels": []}]}, ["levels", "empty"]),
+        "text file missing": ({"texts": {"prose": {"file": "no.txt"}}}, ["prose", "no.txt"]),
+        "include folder missing": (
+            {"tasks": {"few_pairs": {"include": "no/folder"}}},
+            ["few_pairs", "no/folder"],
+        ),
+        "task file that is not YAML": (
+            {"tasks": {"few_pairs": {"include": "broken_tasks"}}},
+            ["broken_tasks"],
+        ),
+        "criterion file missing": ({"criteria": {"mine": {"file": "no.py"}}}, ["no.py"]),
+    }
+
+
+@pytest.mark.parametrize("mistake", list(_mistakes()))
+def test_mistakes_end_in_one_line(empty: Checkout, config: dict[str, Any], mistake: str) -> None:
+    changes, named = _mistakes()[mistake]
+    broken = empty.path / "broken_tasks" / "broken.yaml"
+    broken.parent.mkdir(exist_ok=True)
+    broken.write_text("task: [unclosed\n")
+    for key, value in changes.items():
+        if key == "tasks":
+            config[key]["few_pairs"].update(value["few_pairs"])
+        else:
+            config[key] = value
+    if "mine" in config.get("criteria", {}):
+        config["run"][1]["criteria"] = ["mine"]
+    planned = empty.plan(config=config)
+    assert planned.returncode == 1
+    # Snakemake's own lines say which profile and configuration files it reads.
+    said = [
+        line for line in planned.text.splitlines() if not line.startswith(("Using ", "Config "))
+    ]
+    assert len(said) == 1
+    assert said[0].startswith("error: ")
+    assert all(word in said[0] for word in named)

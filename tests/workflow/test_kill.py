@@ -1,0 +1,216 @@
+"""Killed at any moment, the next run does only what is left and ends with the same bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkout import Checkout, smoke_config
+
+NODE = "zoo-small/topk/intermediate/0.9"
+SEARCH = "zoo-small/topp/input"
+CAPTURE = "zoo-small/capture/intermediate.json"
+STORE = "zoo-small/activations.zarr"
+MADE = {"capture": [STORE, CAPTURE], "evaluate": [NODE], "search": [SEARCH]}
+TARGETS = [f"results/{NODE}/eval.json", f"results/{SEARCH}/search.json", f"results/{CAPTURE}"]
+
+
+def long_capture() -> dict[str, Any]:
+    """A capture of four batches in two blocks: what is killed after the first must not repeat it."""
+    config = smoke_config()
+    config["capture"] = {"tokens": 16384, "sequence_length": 256}
+    return config
+
+
+@pytest.fixture(scope="session")
+def undisturbed(smoke: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """The smoke run with a longer capture. Leave it as it is."""
+    checkout = smoke.copy(tmp_path_factory.mktemp("undisturbed") / "atlas")
+    checkout.run_well(f"results/{CAPTURE}", config=long_capture())
+    assert len(checkout.forwards()) == 4
+    return checkout
+
+
+@pytest.fixture
+def unfinished(undisturbed: Checkout, tmp_path: Path) -> Checkout:
+    """A copy of that run without a node, a search and the captures."""
+    checkout = undisturbed.copy(tmp_path / "atlas")
+    for name in (NODE, SEARCH, "zoo-small/capture", STORE):
+        shutil.rmtree(checkout.results / name)
+    return checkout
+
+
+def passes(smoke: Checkout) -> dict[str, int]:
+    """Forward passes of the node and of the search when nothing disturbs them."""
+    counts = Counter(smoke.forwards())
+    return {
+        "evaluate": counts[f"evaluate {NODE}/eval.json"],
+        "search": counts[f"search {SEARCH}/search.json"],
+        "capture": 4,
+    }
+
+
+def assert_same(checkout: Checkout, undisturbed: Checkout, names: list[str]) -> None:
+    """These files and folders have the bytes of the undisturbed run."""
+    asked_for_by_nobody = {f"{SEARCH}/curve.json", f"{SEARCH}/sparsity.parquet"}
+    expected = {
+        path: data
+        for path, data in undisturbed.contents().items()
+        if path.startswith(tuple(names)) and path not in asked_for_by_nobody
+    }
+    found = checkout.contents()
+    assert expected
+    assert {path for path in found if path.startswith(tuple(names))} == expected.keys()
+    assert [path for path, data in expected.items() if found[path] != data] == []
+
+
+def test_stages_killed_in_their_middle(
+    smoke: Checkout, undisturbed: Checkout, unfinished: Checkout
+) -> None:
+    whole = passes(smoke)
+    node = whole["search"] // 3
+    assert whole["evaluate"] >= 3
+    # The capture dies in its second block, the node in its second batch, the search in its second node's.
+    at = {"capture": 4, "evaluate": 2, "search": node + 2}
+    failed = unfinished.run(
+        *TARGETS, config=long_capture(), KILL=",".join(f"{stage}:{n}" for stage, n in at.items())
+    )
+    assert failed.returncode != 0
+    before = Counter(line.split()[0] for line in unfinished.forwards())
+    assert before == at
+    # The failed jobs keep what they had finished.
+    assert list(unfinished.results.glob(f"{NODE}/*.journal"))
+    assert len(list(unfinished.results.glob(f"{SEARCH}/*/eval.json"))) == 1
+    for target in TARGETS:
+        assert not (unfinished.path / target).exists()
+
+    again = Counter(
+        line.split()[0] for line in unfinished.run_well(*TARGETS, config=long_capture())
+    )
+    # The pass that was cut short is done again, and nothing else.
+    assert again == {stage: whole[stage] - at[stage] + 1 for stage in at}
+    assert_same(unfinished, undisturbed, [NODE, SEARCH, STORE, CAPTURE])
+
+
+def test_everything_killed(smoke: Checkout, undisturbed: Checkout, unfinished: Checkout) -> None:
+    whole = passes(smoke)["evaluate"]
+    target = TARGETS[0]
+    killed = unfinished.run(target, config=long_capture(), KILL="evaluate:2:all")
+    assert killed.returncode == -signal.SIGKILL
+    locked = unfinished.run(target, config=long_capture())
+    assert locked.returncode != 0
+    assert "--unlock" in locked.stdout
+    assert unfinished.run("--unlock", config=long_capture()).returncode == 0
+    again = unfinished.run_well(target, config=long_capture())
+    assert len(again) == whole - 1
+    assert_same(unfinished, undisturbed, [NODE])
+
+
+def test_snakemake_killed_alone(
+    smoke: Checkout, undisturbed: Checkout, unfinished: Checkout
+) -> None:
+    """Its job lives on; the same command, given again at once, waits for it and repeats nothing."""
+    whole = passes(smoke)["evaluate"]
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--cores",
+        "2",
+        TARGETS[0],
+        "--configfile",
+        "variant.yaml",
+    ]
+    unfinished.plan(config=long_capture())  # writes variant.yaml
+    first = subprocess.Popen(
+        command,
+        cwd=unfinished.path,
+        env=unfinished.environment(SLOW="1"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        wait_for(lambda: unfinished.forwards(), first)
+        first.kill()
+        first.wait()
+        assert unfinished.run("--unlock", config=long_capture()).returncode == 0
+        done = unfinished.run(TARGETS[0], config=long_capture())
+        assert done.returncode == 0, done.stdout
+        assert len(unfinished.forwards()) == whole
+        assert_same(unfinished, undisturbed, [NODE])
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(first.pid, signal.SIGKILL)
+
+
+def wait_for(happened: Any, process: subprocess.Popen, seconds: float = 300) -> None:
+    """Wait until `happened()`, as long as the process lives."""
+    end = time.monotonic() + seconds
+    while not happened():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.study
+@pytest.mark.parametrize("whom", ["", ":all"], ids=["stage", "everything"])
+@pytest.mark.parametrize(
+    ("stage", "target"), list(zip(["evaluate", "search", "capture"], TARGETS, strict=True))
+)
+def test_killed_over_and_over(
+    smoke: Checkout, undisturbed: Checkout, unfinished: Checkout, stage: str, target: str, whom: str
+) -> None:
+    """Killed in each run after as little progress as possible, it gets through all the same."""
+    # The first block of the capture has three passes; a run must live for a whole one.
+    limit = 4 if stage == "capture" else 2
+    runs = 0
+    killed = True
+    while killed and runs <= passes(smoke)[stage]:
+        done = unfinished.run(target, config=long_capture(), KILL=f"{stage}:{limit}{whom}")
+        killed = done.returncode != 0
+        runs += 1
+        if killed and whom:
+            assert unfinished.run("--unlock", config=long_capture()).returncode == 0
+    assert not killed
+    assert runs >= 2
+    made = {
+        "capture": ["zoo-small/activations.zarr", CAPTURE],
+        "evaluate": [NODE],
+        "search": [SEARCH],
+    }
+    assert_same(unfinished, undisturbed, made[stage])
+
+
+@pytest.mark.study
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "target"), list(zip(["evaluate", "search", "capture"], TARGETS, strict=True))
+)
+def test_killed_while_a_file_is_put_in_place(
+    smoke: Checkout,
+    undisturbed: Checkout,
+    unfinished: Checkout,
+    stage: str,
+    target: str,
+    number: int,
+) -> None:
+    """Killed between a temporary file and its rename."""
+    killed = unfinished.run(target, config=long_capture(), KILL_WRITE=f"{stage}:{number}")
+    before = len(unfinished.forwards())
+    again = unfinished.run_well(target, config=long_capture())
+    # A node has two files; no third one is put in place.
+    assert (killed.returncode == 0) == (stage == "evaluate" and number == 3)
+    # A block of the capture that was not recorded is repeated; an evaluation repeats nothing.
+    assert before + len(again) <= passes(smoke)[stage] + (3 if stage == "capture" else 0)
+    assert_same(unfinished, undisturbed, MADE[stage])
