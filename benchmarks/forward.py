@@ -84,7 +84,7 @@ def make(name: str, device: str) -> tuple[nn.Module, list[FFN]]:
 def measure(name: str, device: str, level: float, batch: int, tokens: int, repeats: int) -> None:
     """Print one model's table."""
     model, ffns = make(name, device)
-    ids = torch.randint(SHAPES[name][6], (batch, tokens), device=device)
+    ids = torch.randint(model.config.vocab_size, (batch, tokens), device=device)
     valid = torch.ones_like(ids, dtype=torch.bool)
 
     @torch.no_grad()
