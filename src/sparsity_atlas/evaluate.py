@@ -10,7 +10,8 @@ import argparse
 import contextlib
 import json
 import random
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +119,10 @@ class Session:
         }
         return cls(lm, bind_ffns(model, manifest["ffn"]), tasks, settings["seed"], chat, identity)
 
+    def with_code(self, code: str) -> Session:
+        """The same model and tasks, for results of another code version: another criterion's."""
+        return replace(self, identity={**self.identity, "code": code})
+
     def attach(self, node: Node | None) -> contextlib.AbstractContextManager[Counter]:
         """Sparsify the model as the node says; None counts exact zeros of the dense model."""
         from sparsity_atlas.sparsify import counted, sparsified
@@ -212,8 +217,16 @@ def evaluation_code(criterion: dict[str, Any] | None) -> str:
     return code_version("evaluate", str(source_file(criterion)) if criterion else None)
 
 
-def main() -> None:
-    """Command line of the stage."""
+def main(
+    command: Sequence[str] | None = None,
+    open_session: Callable[[Path, dict[str, Any], str], Session] = Session.open,
+) -> None:
+    """Command line of the stage.
+
+    Args:
+        command: its arguments; None for those of this process.
+        open_session: how to come by a loaded model: a worker has it already.
+    """
     parser = argparse.ArgumentParser(prog="python -m sparsity_atlas.evaluate", description=__doc__)
     parser.add_argument("--model", required=True, type=Path, help="the model's manifest")
     parser.add_argument(
@@ -228,13 +241,13 @@ def main() -> None:
     parser.add_argument("--site")
     parser.add_argument("--level")
     parser.add_argument("--output", required=True, type=Path, help="eval.json to write")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(command)
 
     node = None
     if arguments.criterion is not None:
         node = Node.make(arguments.criterion, arguments.site, arguments.level)
     code = arguments.code or evaluation_code(arguments.criterion)
-    session = Session.open(arguments.model, arguments.settings, code)
+    session = open_session(arguments.model, arguments.settings, code)
     result = evaluate_node(session, node, cli.folder_of(arguments.output))
     for name, task in result["tasks"].items():
         cli.logger.info("%s: %s", name, task.get("reason") or _headline(task))
