@@ -9,13 +9,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from sparsity_atlas import cli
 from sparsity_atlas.code import code_version
@@ -24,14 +21,17 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.journal import Journal
 from sparsity_atlas.models import check_sites, from_manifest, load, load_tokenizer
 from sparsity_atlas.outcome import sample_rows, task_result
-from sparsity_atlas.samples import SampleTable, read_samples
+from sparsity_atlas.samples import SCHEMA, SampleTable, read_samples
 from sparsity_atlas.store import canonical, digest, locked, write_manifest
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from sparsity_atlas.criteria import Criterion
     from sparsity_atlas.lm import AtlasLM
+    from sparsity_atlas.prepared import Prepared
     from sparsity_atlas.sites import FFN
-    from sparsity_atlas.sparsify import Counter
+    from sparsity_atlas.sparsify import Counter, Slot
     from sparsity_atlas.tasks import LoadedTask
 
 
@@ -75,6 +75,7 @@ class Session:
     seed: int
     chat: bool
     identity: dict[str, Any]
+    _prepared: dict[str, Prepared] = field(default_factory=dict)
 
     @classmethod
     def open(cls, manifest_path: Path, settings: dict[str, Any], code: str) -> Session:
@@ -123,13 +124,27 @@ class Session:
         """The same model and tasks, for results of another code version: another criterion's."""
         return replace(self, identity={**self.identity, "code": code})
 
+    def prepared(self, name: str) -> Prepared:
+        """A task with its requests, which are built when they are first asked for."""
+        if name not in self._prepared:
+            from sparsity_atlas.prepared import prepare
+
+            task = self.tasks[name]
+            self._prepared[name] = prepare(self.lm, task, seed=self.seed, chat=self.chat)
+        return self._prepared[name]
+
+    def slots(self, node: Node | None) -> list[Slot]:
+        """What is counted."""
+        from sparsity_atlas.sparsify import slots_of
+
+        return slots_of(self.ffns, node.site if node else None)
+
     def attach(self, node: Node | None) -> contextlib.AbstractContextManager[Counter]:
         """Sparsify the model as the node says; None counts exact zeros of the dense model."""
         from sparsity_atlas.sparsify import counted, sparsified
 
         if node is None:
             return counted(self.lm.model, self.ffns)
-        check_sites("of this run", [node.site], list(self.ffns[0].sites()))
         return sparsified(self.lm.model, self.ffns, node.site, node.rule, float(node.level))
 
 
@@ -147,17 +162,17 @@ def evaluate_node(session: Session, node: Node | None, folder: Path) -> dict[str
     """
     identity = {**session.identity, **(node.identity() if node else {"criterion": None})}
     path = folder / "samples.parquet"
-    with locked(folder / ".lock"), session.attach(node) as counter:
-        slots = [[slot.tensor, slot.layer, slot.width] for slot in counter.slots]
-        table = read_samples(path, slots)
+    if node is not None:
+        check_sites("of this run", [node.site], list(session.ffns[0].sites()))
+    with locked(folder / ".lock"):
+        slots = session.slots(node)
+        table = read_samples(path, [[slot.tensor, slot.layer, slot.width] for slot in slots])
         for name, task in session.tasks.items():
             fingerprint = {**identity, "task": task.identity}
             key = digest(fingerprint)
             journal_path = folder / f"{name}.journal"
             if table.tasks.get(name, {}).get("fingerprint") != key:
-                journal = Journal(journal_path, fingerprint)
-                result, rows = _run(session, task, journal, counter)
-                journal.close()
+                result, rows = _run(session, node, name, journal_path, fingerprint)
                 # As a later run reads it from the table, so that eval.json has the same bytes.
                 table.tasks[name] = {"fingerprint": key, "result": json.loads(canonical(result))}
                 table.rows[name] = rows
@@ -181,35 +196,40 @@ def _manifest(session: Session, node: Node | None, table: SampleTable) -> dict[s
 
 
 def _run(
-    session: Session, task: LoadedTask, journal: Journal, counter: Counter
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Run one task: its result, and its rows of the sample table."""
+    session: Session, node: Node | None, name: str, path: Path, fingerprint: dict[str, Any]
+) -> tuple[dict[str, Any], pa.Table]:
+    """Run one task, with its journal at `path`: its result, and its rows of the sample table."""
     import torch
     from lm_eval import evaluator
 
     from sparsity_atlas.sparsify import NumericalFailure
 
-    # As lm-eval's own command does before a run; each task by itself, since each may be resumed alone.
-    random.seed(session.seed)
-    np.random.seed(session.seed)
-    torch.manual_seed(session.seed)
-    for leaf in task.leaves.values():
-        leaf.set_fewshot_seed(session.seed)
-    session.lm.start(journal, counter)
+    task = session.tasks[name]
+    # Before anything is attached: it tries the untouched model.
+    prepared = session.prepared(name)
+    # Batches follow from what the model was seen to do right.
+    journal = Journal(path, {**fingerprint, "abilities": asdict(prepared.work.abilities)})
     try:
-        with torch.no_grad():
+        with torch.no_grad(), session.attach(node) as counter:
+            session.lm.start(journal, counter, prepared.work)
             outcome = evaluator.evaluate(
                 session.lm,
-                task.contents,
+                prepared.contents,
                 limit=task.limit,
+                # Only tasks without a metric of their own need it.
+                log_samples=any(
+                    "bypass" in leaf._metric_fn_list for leaf in prepared.leaves.values()
+                ),
                 bootstrap_iters=0,  # intervals come from the sample table
                 apply_chat_template=session.chat,
                 fewshot_as_multiturn=session.chat,
             )
     except NumericalFailure as failure:
-        return {"status": "failed", "reason": str(failure)}, []
-    rows = sample_rows(task, outcome["samples"], session.lm.usage)
-    return task_result(task, outcome, rows, counter.slots), rows
+        return {"status": "failed", "reason": str(failure)}, SCHEMA.empty_table()
+    finally:
+        journal.close()
+    rows = sample_rows(task, prepared, session.lm.usage)
+    return task_result(prepared, outcome, session.lm.usage, counter.slots), rows
 
 
 def evaluation_code(criterion: dict[str, Any] | None) -> str:
