@@ -17,6 +17,8 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 _CACHE = tempfile.mkdtemp(prefix="sparsity-atlas-tests-")
 os.environ["HF_DATASETS_CACHE"] = _CACHE
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+# Before Triton is imported: its interpreter runs the CUDA kernels on the CPU.
+os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture

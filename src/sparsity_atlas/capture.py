@@ -147,7 +147,7 @@ def _to_numpy(values: Tensor, layer: int, name: str) -> np.ndarray:
     """[tokens, channel]; bfloat16 as its bits."""
     import torch
 
-    from sparsity_atlas.sparsify import NumericalFailure
+    from sparsity_atlas.errors import NumericalFailure
 
     if not torch.isfinite(values).all():
         raise NumericalFailure(f"NaN or infinity in '{name}' of layer {layer}")

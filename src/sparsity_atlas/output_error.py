@@ -51,29 +51,29 @@ def sparse_output(
     Returns:
         output [tokens, hidden], zeros and entries at the site.
     """
-    from sparsity_atlas.sparsify import exact_mask
+    from sparsity_atlas.sparsify import dropping
 
     zeros = entries = 0
 
-    def drop(values: Tensor, onto: Tensor) -> Tensor:
+    def drop(name: str, values: Tensor, onto: Tensor) -> Tensor:
         nonlocal zeros, entries
-        mask = exact_mask(criterion, values, level)
-        zeros += int((~mask | (values == 0)).sum())
+        masked = dropping(criterion.at(ffn.layer, name), level)(values, onto)
+        zeros += int(masked.zeros.sum())
         entries += values.numel()
-        return onto.masked_fill(~mask, 0)
+        return masked.out
 
     if site in ("input", "all_inputs"):
-        x = drop(x, x)
+        x = drop("input", x, x)
     u, g = ffn.factors(x) if site in ("up", "gate") else (None, None)
     i = ffn.intermediate(x)
     # Dropping an entry of a factor drops the same entry of the product.
     match site:
         case "up":
-            i = drop(u, i)
+            i = drop(site, u, i)
         case "gate":
-            i = drop(g, i)
+            i = drop(site, g, i)
         case "intermediate" | "all_inputs":
-            i = drop(i, i)
+            i = drop("intermediate", i, i)
     return ffn.output(i), zeros, entries
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 
-from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.sites import TENSORS, observe, transform
+from sparsity_atlas import kernels
+from sparsity_atlas.criteria.base import declares_threshold
+from sparsity_atlas.errors import AtlasError, NumericalFailure
+from sparsity_atlas.kernels import Masked
+from sparsity_atlas.sites import TENSORS, intercept, observe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,10 +22,12 @@ if TYPE_CHECKING:
 
     from sparsity_atlas.criteria import Criterion
     from sparsity_atlas.sites import FFN
+    from sparsity_atlas.threshold import Threshold
 
+__all__ = ["Counter", "Drop", "NumericalFailure", "Slot", "counted", "dropping", "sparsified"]
 
-class NumericalFailure(AtlasError):
-    """NaN or an infinity where a model computes; the message names the layer."""
+Drop = Callable[["Tensor", "Tensor"], Masked]
+"""Zeroes in the second tensor what a criterion drops of the first; see `kernels.masked`."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Counter:
         self._index = {(slot.tensor, slot.layer): i for i, slot in enumerate(slots)}
         self._valid: Tensor | None = None
         self._zeros: list[list[Tensor | None]] = []  # [passes][slots], each [batch, tokens]
-        self._broken: list[list[Tensor | None]] = []
+        self._finite: list[list[Tensor | None]] = []
 
     def expect(self, valid: Tensor) -> None:
         """Announce a batch: bool [batch, tokens], True where a token is no padding.
@@ -53,37 +59,27 @@ class Counter:
         Later passes of the same batch (generation) bring one token for each row, which all count.
         """
         self._valid = valid
-        self._zeros, self._broken = [], []
+        self._zeros, self._finite = [], []
 
     def begin_pass(self, *_: object) -> None:
         """A forward pass of the model begins (a hook calls this)."""
         self._zeros.append([None] * len(self.slots))
-        self._broken.append([None] * len(self.slots))
+        self._finite.append([None] * len(self.slots))
 
-    def add(self, tensor_name: str, layer: int, values: Tensor, mask: Tensor | None) -> None:
-        """Count a slot's zeros after masking.
+    def add(self, tensor_name: str, layer: int, zeros: Tensor, finite: Tensor) -> None:
+        """Count a slot's zeros.
 
         Args:
             tensor_name: which tensor of the layer.
             layer: index of the layer.
-            values: [..., width], before masking.
-            mask: bool of the same shape, True where kept; None keeps all.
+            zeros: integer [batch, tokens], after masking.
+            finite: bool [batch, tokens], whether a token's vector is free of NaN and infinities.
         """
         if self._valid is None:  # a forward pass that nobody evaluates, such as a warm-up
             return
-        width = values.shape[-1]
-        kept = values != 0 if mask is None else mask & (values != 0)
-        zeros = width - kept.reshape(-1, width).sum(-1)  # [tokens of the pass]
-        batch = self._valid.shape[0]
-        zeros = zeros.view(batch, -1)
-        # A NaN or an infinity makes the largest magnitude one as well.
-        finite = torch.isfinite(values.detach().abs().amax(-1)).view(batch, -1)
-        if len(self._zeros) == 1:
-            zeros = zeros * self._valid
-            finite = finite | ~self._valid
         slot = self._index[tensor_name, layer]
         self._zeros[-1][slot] = zeros
-        self._broken[-1][slot] = ~finite.all()
+        self._finite[-1][slot] = finite
 
     def take(self) -> tuple[Tensor, Tensor]:
         """Zeros of the batch, on the device.
@@ -95,21 +91,48 @@ class Counter:
         Raises:
             NumericalFailure: a vector that counts held NaN or an infinity.
         """
-        self._valid = None
-        broken = torch.stack([torch.stack(one) for one in self._broken]).any(0)
-        for slot, bad in zip(self.slots, broken.tolist(), strict=True):
-            if bad:
+        valid, self._valid = self._valid, None
+        zeros = [torch.stack(one).long() for one in self._zeros]  # each [slots, batch, tokens]
+        finite = [torch.stack(one) for one in self._finite]
+        zeros[0] = zeros[0] * valid
+        finite[0] = finite[0] | ~valid
+        whole = torch.stack([one.flatten(1).all(-1) for one in finite]).all(0)
+        for slot, good in zip(self.slots, whole.tolist(), strict=True):
+            if not good:
                 raise NumericalFailure(f"NaN or infinity in '{slot.tensor}' of layer {slot.layer}")
-        first, *later = (torch.stack(one) for one in self._zeros)
+        first, *later = zeros
         rest = torch.stack(later).squeeze(-1) if later else first.new_zeros(0, *first.shape[:2])
         return first, rest
 
 
-def exact_mask(criterion: Criterion, rows: Tensor, level: float) -> Tensor:
-    """`criterion.mask`, on the CPU where the device has no float64 (Apple's MPS)."""
-    if rows.device.type == "mps":
-        return criterion.mask(rows.cpu(), level).to(rows.device)
-    return criterion.mask(rows, level)
+def dropping(criterion: Criterion, level: float) -> Drop:
+    """What a criterion does at a level, by the fastest path there is; prepared once for each width.
+
+    Raises:
+        AtlasError: (when called) a criterion of the user's that returns no mask of the right type.
+    """
+    if not declares_threshold(criterion):
+        return lambda values, onto: _by_mask(criterion, values, onto, level)
+
+    @cache
+    def rule(width: int, device: torch.device) -> Threshold:
+        return criterion.threshold(level, width).to(device)
+
+    return lambda values, onto: kernels.masked(rule(values.shape[-1], values.device), values, onto)
+
+
+def _by_mask(criterion: Criterion, values: Tensor, onto: Tensor, level: float) -> Masked:
+    rows = values.reshape(-1, values.shape[-1])
+    # Apple's MPS has no float64, which a definition may need.
+    seen = rows.cpu() if rows.device.type == "mps" else rows
+    mask = criterion.mask(seen, level)
+    if not (torch.is_tensor(mask) and mask.dtype == torch.bool and mask.shape == rows.shape):
+        found = f"{mask.dtype} {list(mask.shape)}" if torch.is_tensor(mask) else type(mask)
+        raise AtlasError(
+            f"{type(criterion).__name__}.mask: expected torch.bool {list(rows.shape)}, "
+            f"found {found}"
+        )
+    return kernels.by_mask(mask.to(rows.device).view(values.shape), values, onto)
 
 
 def slots_of(ffns: list[FFN], site: str | None) -> list[Slot]:
@@ -128,14 +151,11 @@ def slots_of(ffns: list[FFN], site: str | None) -> list[Slot]:
 def counted(model: PreTrainedModel, ffns: list[FFN]) -> Iterator[Counter]:
     """Count exact zeros at every site of an untouched model."""
     counter = Counter(slots_of(ffns, None))
-    with (
-        _passes(model, counter),
-        observe(
-            ffns,
-            ffns[0].sites(),
-            lambda layer, name, values: counter.add(name, layer, values, None),
-        ),
-    ):
+
+    def count(layer: int, name: str, values: Tensor) -> None:
+        counter.add(name, layer, (values == 0).sum(-1), kernels.finite(values))
+
+    with _passes(model, counter), observe(ffns, ffns[0].sites(), count):
         yield counter
 
 
@@ -145,21 +165,17 @@ def sparsified(
 ) -> Iterator[Counter]:
     """Zero what `criterion` drops at `site` in every layer, and count zeros there."""
     counter = Counter(slots_of(ffns, site))
+    drops = {
+        (slot.layer, slot.tensor): dropping(criterion.at(slot.layer, slot.tensor), level)
+        for slot in counter.slots
+    }
 
-    def mask_of(layer: int, name: str, values: Tensor) -> Tensor:
-        rows = values.reshape(-1, values.shape[-1])
-        mask = criterion.mask(rows, level)
-        if not (torch.is_tensor(mask) and mask.dtype == torch.bool and mask.shape == rows.shape):
-            found = f"{mask.dtype} {list(mask.shape)}" if torch.is_tensor(mask) else type(mask)
-            raise AtlasError(
-                f"{type(criterion).__name__}.mask: expected torch.bool {list(rows.shape)}, "
-                f"found {found}"
-            )
-        mask = mask.view(values.shape)
-        counter.add(name, layer, values, mask)
-        return mask
+    def rewrite(layer: int, name: str, values: Tensor, onto: Tensor) -> Tensor:
+        out, zeros, finite = drops[layer, name](values, onto)
+        counter.add(name, layer, zeros, finite)
+        return out
 
-    with _passes(model, counter), transform(ffns, site, mask_of):
+    with _passes(model, counter), intercept(ffns, site, rewrite):
         yield counter
 
 
