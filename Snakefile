@@ -35,9 +35,12 @@ onerror:
     )
 
 
+# A second's work each; on a cluster they are not worth a job.
 localrules:
     all,
     plan,
+    run_config,
+    model_summary,
 
 
 rule all:

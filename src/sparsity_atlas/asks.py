@@ -13,7 +13,9 @@ from typing import Any, Protocol
 from sparsity_atlas import criteria, grid
 from sparsity_atlas.code import code_version
 from sparsity_atlas.config import Config
+from sparsity_atlas.devices import visible_gpus
 from sparsity_atlas.inputs import model_content, task_content, text_content
+from sparsity_atlas.needs import Needs, levels_of
 
 
 class Wildcards(Protocol):
@@ -46,6 +48,7 @@ class Asks:
         self.models = grid.models(config)
         self._by_key = {(curve.model, curve.criterion, curve.site): curve for curve in self.curves}
         self._searched = grid.searched_levels(config, results)
+        self._needs = Needs(config, results)
 
     # Files of the whole run
 
@@ -191,6 +194,34 @@ class Asks:
             return code_version(stage, str(criteria.source_file(spec)))
 
         return version
+
+    # Resources; Snakemake passes how often a job has been tried, from 1
+
+    def memory(self, wildcards: Wildcards, attempt: int) -> int:
+        """MiB of a job that loads a model."""
+        return attempt * self._needs.memory(wildcards.model)
+
+    def capture_minutes(self, wildcards: Wildcards, attempt: int) -> int:
+        """Minutes of a capture."""
+        return attempt * self._needs.capture_minutes(wildcards.model)
+
+    def error_minutes(self, wildcards: Wildcards, attempt: int) -> int:
+        """Minutes of the output error of a curve's levels."""
+        levels = levels_of(self._config, self.curve_of(wildcards))
+        return attempt * self._needs.capture_minutes(wildcards.model, levels)
+
+    def node_minutes(self, wildcards: Wildcards, attempt: int) -> int:
+        """Minutes of a node, or of a dense baseline."""
+        return attempt * self._needs.evaluation_minutes(wildcards.model)
+
+    def search_minutes(self, wildcards: Wildcards, attempt: int) -> int:
+        """Minutes of a search."""
+        levels = self._config.search.max_levels
+        return attempt * self._needs.evaluation_minutes(wildcards.model, levels)
+
+    def gpus(self, wildcards: Wildcards) -> int:
+        """1 for a job that will use a GPU of this machine; a cluster's profile says so itself."""
+        return int(self._config.device in ("auto", "cuda") and visible_gpus() > 0)
 
     def _tasks_of(self, model: str) -> tuple[str, ...]:
         return grid.model_tasks(self._config, model) or tuple(self._config.tasks)

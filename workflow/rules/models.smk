@@ -37,6 +37,8 @@ rule model:
     # Not in params: a site that is added must not make the manifest anew.
     resources:
         sites=ask.requested_sites,
+        mem_mb=ask.memory,
+        runtime=ask.capture_minutes,
     params:
         source=ask.model_source,
         files=ask.model_digest,
