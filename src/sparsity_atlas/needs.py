@@ -6,6 +6,7 @@ are for scheduling, so they err on the side of too much, and each further attemp
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ UNKNOWN_WEIGHTS_MIB = 32000
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Tokens a sequence, where the configuration sets no limit; longer ones are rare in the usual tasks.
 USUAL_LENGTH = 2048
+
+LOOK_AGAIN_SECONDS = 1.0
 
 BASE_MINUTES = 30
 UNKNOWN_MINUTES = 240
@@ -51,6 +54,7 @@ class Needs:
         self._results = Path(results)
         self._sizes: dict[str, Sizes] = {}
         self._tokens: dict[str, int] = {}
+        self._missing: dict[Path, float] = {}  # when it was last looked for
 
     def memory(self, model: str) -> int:
         """Host memory in MiB of a job that loads a model: parameters × type, and activations."""
@@ -107,7 +111,13 @@ class Needs:
 
     def _manifest(self, model: str, name: str) -> dict[str, Any] | None:
         path = self._results / model / name
-        return read_manifest(path) if path.is_file() else None
+        # Snakemake asks for each of thousands of ready jobs at once; a shared file system answers slowly.
+        if time.monotonic() < self._missing.get(path, 0) + LOOK_AGAIN_SECONDS:
+            return None
+        if path.is_file():
+            return read_manifest(path)
+        self._missing[path] = time.monotonic()
+        return None
 
 
 def _weights_before_manifest(path: str | None) -> int:

@@ -11,7 +11,8 @@
 # Tried with Slurm 22.05 of Debian 12: proctrack/pgid, task/none and no cgroup plugin, so that it also runs in
 # containers; memory is tracked in scheduling and, by jobacct_gather/linux with OverMemoryKill, enforced.
 # Two nodes share the machine, each with four cores, as it says, and a GPU that is /dev/null.
-set -euo pipefail
+set -Eeuo pipefail
+trap 'echo "slurm.sh: line $LINENO: \"$BASH_COMMAND\" failed" >&2' ERR
 
 die() {
     echo "slurm.sh: $*" >&2
@@ -49,30 +50,28 @@ await() { # WHAT COMMAND...: until the command succeeds, half a minute at most
 }
 
 start_munge() {
-    # Not below FOLDER: munged refuses a socket or a key in a place that others may enter or write.
-    mkdir -p "$munge"
-    head -c 1024 /dev/urandom >"$munge/key"
-    chmod 400 "$munge/key"
-    chmod 711 "$munge"
-    chown -R munge: "$munge"
-    runuser -u munge -- /usr/sbin/munged --key-file "$munge/key" --socket "$munge/socket" \
-        --pid-file "$munge/pid" --log-file "$munge/log" --seed-file "$munge/seed"
+    mkdir -p "$services/munge"
+    head -c 1024 /dev/urandom >"$services/munge/key"
+    chmod 400 "$services/munge/key"
+    chown -R munge: "$services/munge"
+    runuser -u munge -- /usr/sbin/munged --key-file "$services/munge/key" --socket "$munge" \
+        --pid-file "$services/munge/pid" --log-file "$services/munge/log" --seed-file "$services/munge/seed"
 }
 
 start_accounting() {
     local port=$1 database=$2
-    mkdir -p "$folder/mariadb"
-    chown mysql: "$folder/mariadb"
-    mariadb-install-db --no-defaults --user=mysql --datadir="$folder/mariadb" \
+    mkdir -p "$services/mariadb"
+    chown mysql: "$services/mariadb"
+    mariadb-install-db --no-defaults --user=mysql --datadir="$services/mariadb" \
         --auth-root-authentication-method=normal >"$folder/log/mariadb-install.log" 2>&1
-    mariadbd --no-defaults --user=mysql --datadir="$folder/mariadb" --socket="$folder/mariadb/socket" \
-        --bind-address=127.0.0.1 --port="$database" --pid-file="$folder/mariadb/pid" \
+    mariadbd --no-defaults --user=mysql --datadir="$services/mariadb" --socket="$services/mariadb/socket" \
+        --bind-address=127.0.0.1 --port="$database" --pid-file="$services/mariadb/pid" \
         --skip-name-resolve --innodb-buffer-pool-size=64M >"$folder/log/mariadb.log" 2>&1 &
-    await mariadbd mariadb --no-defaults --socket="$folder/mariadb/socket" -u root -e "
+    await mariadbd mariadb --no-defaults --socket="$services/mariadb/socket" -u root -e "
         create database slurm; create user slurm@'127.0.0.1'; grant all on slurm.* to slurm@'127.0.0.1'"
     cat >"$folder/slurmdbd.conf" <<CONF
 AuthType=auth/munge
-AuthInfo=socket=$munge/socket
+AuthInfo=socket=$munge
 DbdHost=localhost
 DbdAddr=127.0.0.1
 DbdPort=$port
@@ -110,7 +109,7 @@ SlurmctldPort=${ports[0]}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket=$munge/socket
+AuthInfo=socket=$munge
 CredType=cred/munge
 StateSaveLocation=$folder/state
 SlurmdSpoolDir=$folder/spool%n
@@ -131,7 +130,7 @@ JobAcctGatherParams=OverMemoryKill
 AccountingStorageType=$storage
 AccountingStorageHost=127.0.0.1
 AccountingStoragePort=${ports[3]}
-AccountingStoragePass=$munge/socket
+AccountingStoragePass=$munge
 GresTypes=gpu
 MinJobAge=600
 SlurmdParameters=config_overrides
@@ -154,7 +153,7 @@ CONF
 
 stop() {
     local file pid
-    for file in "$folder"/slurmd[12].pid "$folder"/{slurmctld,slurmdbd}.pid "$folder/mariadb/pid" "$munge/pid"; do
+    for file in "$folder"/slurmd[12].pid "$folder"/{slurmctld,slurmdbd}.pid "$services"/{mariadb,munge}/pid; do
         [ -s "$file" ] || continue
         pid=$(<"$file")
         kill "$pid" 2>/dev/null || continue
@@ -167,7 +166,7 @@ stop() {
     for file in /etc/slurm/{slurm,gres,slurmdbd}.conf; do
         [ "$(readlink "$file")" != "$folder/${file##*/}" ] || rm "$file"
     done
-    rm -rf "$munge"
+    rm -rf "$services"
 }
 
 [ $# -ge 2 ] || die "usage: slurm.sh start FOLDER [accounting] | slurm.sh stop FOLDER"
@@ -175,7 +174,9 @@ mkdir -p "$2"
 folder=$(cd "$2" && pwd)
 accounting=${3:-}
 host=$(hostname -s)
-munge=/run/sparsity-atlas-munge-$(printf %s "$folder" | md5sum | head -c 8)
+# Not below FOLDER, which their users need not be able to enter.
+services=/var/lib/sparsity-atlas-$(printf %s "$folder" | md5sum | head -c 8)
+munge=$services/munge/socket
 case $1 in
 start | stop) "$1" ;;
 *) die "expected start or stop, found $1" ;;

@@ -16,7 +16,7 @@ import pytest
 
 from checkout import HOOKS, ROOT, Checkout
 
-SCRIPT = Path(__file__).with_name("slurm.sh")
+SCRIPT = ROOT / "tests/cluster/slurm.sh"
 
 # What differs from a cluster: a local file system, and short waits so that the tests end soon.
 LOCAL = ("--latency-wait", "5", "--slurm-init-seconds-before-status-checks", "1")
@@ -39,7 +39,7 @@ class Slurm:
         """Run the smoke configuration, or the one of `--configfile`; returns what Snakemake said."""
         process = self.start(checkout, *arguments, **environment)
         try:
-            text, _ = process.communicate(timeout=400)
+            text, _ = process.communicate(timeout=900)
         finally:
             stop(process)
         assert process.returncode == 0, text
@@ -101,7 +101,9 @@ def stop(process: subprocess.Popen[str]) -> None:
 def loopback(folder: Path, *, accounting: bool = False) -> Iterator[Slurm]:
     """A cluster, until the end of the block. Skips where nothing can be installed, else insists."""
     if os.geteuid() != 0 or not Path("/usr/bin/apt-get").exists():
-        pytest.skip("needs root on Debian or Ubuntu: Slurm is installed and its daemons run as root")
+        pytest.skip(
+            "needs root on Debian or Ubuntu: Slurm is installed and its daemons run as root"
+        )
     plugin = _install_plugin(folder / "plugin")
     state = folder / "slurm"
     log = folder / "slurm.log"
@@ -124,7 +126,7 @@ def loopback(folder: Path, *, accounting: bool = False) -> Iterator[Slurm]:
 
 
 def _install_plugin(folder: Path) -> Path:
-    """The `slurm` extra, beside the environment: every snakemake process of the other tests would import it."""
+    """The `slurm` extra, in a folder of its own: in the environment, every test would import it."""
     with (ROOT / "pyproject.toml").open("rb") as file:
         extra = tomllib.load(file)["project"]["optional-dependencies"]["slurm"]
     # --target would bring pandas and numpy again, which the environment has; the job step it has not.
