@@ -35,15 +35,8 @@ onerror:
     )
 
 
-# A second's work each; on a cluster they are not worth a job.
-localrules:
-    all,
-    plan,
-    run_config,
-    model_summary,
-
-
 rule all:
+    localrule: True
     default_target: True
     input:
         "results/run_config.yaml",

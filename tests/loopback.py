@@ -36,7 +36,7 @@ class Slurm:
         self._accounting = accounting
 
     def run(self, checkout: Checkout, *arguments: str, **environment: str) -> str:
-        """Run the smoke configuration, or the one of `--configfile`; returns what Snakemake said."""
+        """Run the smoke configuration; returns what Snakemake said."""
         process = self.start(checkout, *arguments, **environment)
         try:
             text, _ = process.communicate(timeout=900)
@@ -52,11 +52,11 @@ class Slurm:
         command = [sys.executable, "-m", "snakemake", "--nocolor"]
         command += ["--workflow-profile", "profiles/slurm", *LOCAL]
         command += [] if self._accounting else NO_ACCOUNTING
-        if "--configfile" not in arguments:
-            command += ["--configfile", "workflow/config/smoke.yaml"]
+        # Last, since it takes whatever follows it.
+        command += [*arguments, "--configfile", "workflow/config/smoke.yaml"]
         path = os.pathsep.join(map(str, (checkout.path / "src", HOOKS, self._plugin)))
         return subprocess.Popen(
-            [*command, *arguments],
+            command,
             cwd=checkout.path,
             env=checkout.environment(PYTHONPATH=path, **environment),
             stdout=subprocess.PIPE,

@@ -33,7 +33,7 @@ class Wildcards(Protocol):
 
 
 class Asks:
-    """Answers for one configuration and one results folder (relative to the working directory).
+    """Answers for one configuration and one results folder.
 
     Attributes:
         config_text: the validated configuration as JSON.
@@ -43,11 +43,16 @@ class Asks:
     def __init__(self, config: Config, results: str) -> None:
         """Look at the configuration, and at the searches that have finished.
 
+        Args:
+            config: the configuration.
+            results: where the results folder is. Paths in answers begin with plain `results`: in a
+                module Snakemake itself puts the prefix before them.
+
         Raises:
             AtlasError: a search.json is damaged.
         """
         self._config = config
-        self._results = results
+        self._place = Path(results)
         self.config_text = json.dumps(config.model_dump(mode="json", exclude_none=True))
         self.curves = grid.curves(config)
         self._by_key = {(curve.model, curve.criterion, curve.site): curve for curve in self.curves}
@@ -68,11 +73,11 @@ class Asks:
 
     def curve_files(self, name: str) -> list[str]:
         """A file of every curve's folder."""
-        return [f"{self._results}/{curve.folder}/{name}" for curve in self.curves]
+        return [f"results/{curve.folder}/{name}" for curve in self.curves]
 
     def model_files(self, name: str) -> list[str]:
         """A file of every model's folder."""
-        return [f"{self._results}/{model}/{name}" for model in self.models]
+        return [f"results/{model}/{name}" for model in self.models]
 
     def metric_files(self) -> list[str]:
         """Metrics of every model and site."""
@@ -84,12 +89,12 @@ class Asks:
 
     def lost_nodes(self) -> list[str]:
         """Nodes of finished searches that were deleted, so that they are made again."""
-        paths = (
-            f"{self._results}/{curve.folder}/{level}/eval.json"
+        nodes = (
+            f"{curve.folder}/{level}/eval.json"
             for curve, levels in self._searched.items()
             for level in levels
         )
-        return [path for path in paths if not Path(path).exists()]
+        return [f"results/{node}" for node in nodes if not (self._place / node).exists()]
 
     # Files of one model or curve
 
@@ -109,7 +114,7 @@ class Asks:
     def curve_search(self, wildcards: Wildcards) -> list[str]:
         """search.json of a curve whose levels are searched for."""
         curve = self.curve_of(wildcards)
-        return [f"{self._results}/{curve.folder}/search.json"] if curve.auto else []
+        return [f"results/{curve.folder}/search.json"] if curve.auto else []
 
     @question
     def search_of_node(self, wildcards: Wildcards) -> list[str]:
@@ -120,7 +125,7 @@ class Asks:
         """
         curve = self.curve_of(wildcards)
         searched = wildcards.level in self._searched.get(curve, ())
-        return [f"{self._results}/{curve.folder}/search.json"] if searched else []
+        return [f"results/{curve.folder}/search.json"] if searched else []
 
     @question
     def model_curves(self, wildcards: Wildcards) -> list[str]:
@@ -139,13 +144,13 @@ class Asks:
 
     def _of_model(self, wildcards: Wildcards, name: str) -> list[str]:
         own = self._by_model[wildcards.model]
-        return [f"{self._results}/{curve.folder}/{name}" for curve in own]
+        return [f"results/{curve.folder}/{name}" for curve in own]
 
     def _metrics_of(self, model: str) -> list[str]:
-        return [f"{self._results}/{model}/metrics/{site}.parquet" for site in self._sites_of(model)]
+        return [f"results/{model}/metrics/{site}.parquet" for site in self._sites_of(model)]
 
     def _nodes_of(self, curve: grid.Curve) -> list[str]:
-        return [f"{self._results}/{curve.folder}/{level}/eval.json" for level in curve.levels]
+        return [f"results/{curve.folder}/{level}/eval.json" for level in curve.levels]
 
     def _sites_of(self, model: str) -> list[str]:
         return list(dict.fromkeys(curve.site for curve in self._by_model[model]))

@@ -7,6 +7,7 @@ Out: results/run_config.yaml, and a manifest for each model: where it comes from
 
 
 rule run_config:
+    localrule: True
     output:
         "results/run_config.yaml",
     log:
