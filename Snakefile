@@ -35,12 +35,8 @@ onerror:
     )
 
 
-localrules:
-    all,
-    plan,
-
-
 rule all:
+    localrule: True
     default_target: True
     input:
         "results/run_config.yaml",

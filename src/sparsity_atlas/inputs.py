@@ -57,9 +57,11 @@ def check_inputs(config: Config) -> None:
     Raises:
         AtlasError: an unknown rule, a level out of range, or a file that is missing or not YAML.
     """
-    for curve in grid.curves(config):
-        spec = json.loads(grid.criterion_slice(config, curve.criterion))
-        low, high = criteria.level_range(spec)
+    curves = grid.curves(config)
+    specs = {curve.criterion: grid.criterion_slice(config, curve.criterion) for curve in curves}
+    ranges = {name: criteria.level_range(json.loads(spec)) for name, spec in specs.items()}
+    for curve in curves:
+        low, high = ranges[curve.criterion]
         for level in curve.levels:
             if not low <= float(level) <= high:
                 raise AtlasError(

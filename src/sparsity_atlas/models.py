@@ -126,7 +126,7 @@ def load(folder: Path, *, dtype: str = "auto", device: str = "auto") -> PreTrain
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    target = pick_device(device)
+    target = own_device(pick_device(device))
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=pick_dtype(dtype, target), use_safetensors=True, local_files_only=True
@@ -140,7 +140,7 @@ def load(folder: Path, *, dtype: str = "auto", device: str = "auto") -> PreTrain
         ) from None
     if model.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise AtlasError(f"{folder}: weights of type {model.dtype} are not supported")
-    return model.to(own_device(target)).eval()
+    return model.to(target).eval()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

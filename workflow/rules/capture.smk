@@ -21,6 +21,9 @@ rule capture:
     # Not in params: a site that is added must not capture its siblings again.
     resources:
         sites=ask.requested_sites,
+        gpu=ask.gpus,
+        mem_mb=ask.memory,
+        runtime=ask.capture_minutes,
     params:
         settings=ask.capture_settings,
         text=ask.capture_text,

@@ -43,6 +43,10 @@ rule output_error:
     conda:
         "../../envs/atlas.yaml"
     threads: 1
+    resources:
+        gpu=ask.gpus,
+        mem_mb=ask.memory,
+        runtime=ask.error_minutes,
     params:
         settings=ask.loading_settings,
         criterion=ask.criterion,

@@ -7,6 +7,7 @@ Out: results/run_config.yaml, and a manifest for each model: where it comes from
 
 
 rule run_config:
+    localrule: True
     output:
         "results/run_config.yaml",
     log:
@@ -37,6 +38,8 @@ rule model:
     # Not in params: a site that is added must not make the manifest anew.
     resources:
         sites=ask.requested_sites,
+        mem_mb=ask.memory,
+        runtime=ask.capture_minutes,
     params:
         source=ask.model_source,
         files=ask.model_digest,

@@ -6,6 +6,7 @@ Out: a table on the terminal; no file.
 
 
 rule plan:
+    localrule: True
     log:
         "results/logs/plan.log",
     conda:

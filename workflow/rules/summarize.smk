@@ -36,6 +36,7 @@ rule curve:
 
 
 rule model_summary:
+    localrule: True
     input:
         model="results/{model}/model.json",
         curves=ask.model_curves,
