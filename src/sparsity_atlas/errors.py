@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from sparsity_atlas.credentials import hide
+
+_LONGEST = 2000
+
 
 class AtlasError(Exception):
-    """Bad input. The message is one line: the file or key, what was found, what would be right."""
+    """Bad input. The message is one line: the file or key, what was found, what would be right.
+
+    What it quotes is somebody else's text: credentials are hidden, control characters (which a terminal
+    would obey) replaced, and a text without end is cut.
+    """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(str(message).split()))
+        line = " ".join(hide(str(message)).split())
+        shown = "".join(
+            sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in line
+        )
+        super().__init__(shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]} ...")

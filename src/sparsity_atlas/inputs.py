@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsity_atlas import criteria, grid
+from sparsity_atlas.checkpoint import Checkpoint
 from sparsity_atlas.config import Config
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.models import check_folder, content_digest
 from sparsity_atlas.store import file_digest
 from sparsity_atlas.task_files import files_digest, override_digest
 
@@ -75,9 +75,9 @@ def check_inputs(config: Config) -> None:
 
 
 @functools.cache
-def _model_digest(folder: str) -> str:
-    check_folder(Path(folder))
-    return content_digest(Path(folder))
+def _model_digest(checkpoint: Checkpoint) -> str:
+    checkpoint.config()
+    return checkpoint.digest()
 
 
 def model_content(config: Config, model: str) -> str:
@@ -89,7 +89,13 @@ def model_content(config: Config, model: str) -> str:
     if entry.path is None or not Path(entry.path).is_dir():
         return ""
     try:
-        return _model_digest(entry.path)
+        return _model_digest(
+            Checkpoint(
+                Path(entry.path),
+                trust_remote_code=entry.trust_remote_code,
+                allow_pickle=entry.allow_pickle,
+            )
+        )
     except AtlasError as error:
         return str(error)
 

@@ -16,6 +16,8 @@ from sparsity_atlas.errors import AtlasError
 
 # Version of every file format of ours; a file with a higher one was written by a newer release.
 FORMAT = 1
+# Bytes; a hundred times the largest manifest or index of weights.
+LARGEST_JSON = 256 * 2**20
 
 
 def canonical(value: Any) -> str:
@@ -100,6 +102,24 @@ def write_manifest(path: Path, content: dict[str, Any]) -> None:
     write_text(path, text + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """Read a JSON file, which may be somebody else's.
+
+    Raises:
+        AtlasError: it is missing, not JSON, or too large or too deeply nested to be what it should be.
+    """
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_JSON:
+            raise AtlasError(f"{path}: {size:,} bytes; at most {LARGEST_JSON:,} are read as JSON")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AtlasError(f"{path}: no such file") from None
+    # Of the ValueErrors: not UTF-8, not JSON, and a number of more digits than Python reads.
+    except (ValueError, RecursionError) as error:
+        raise AtlasError(f"{path}: not JSON ({error})") from None
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """Read a manifest.
 
@@ -107,16 +127,18 @@ def read_manifest(path: Path) -> dict[str, Any]:
         AtlasError: it is missing, not JSON, or of a newer format.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AtlasError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AtlasError(f"{path}: damaged manifest ({error}); delete it and run again") from None
-    if not isinstance(content, dict) or not isinstance(content.get("format"), int):
+        content = read_json(path)
+    except AtlasError as error:
+        if not path.is_file():
+            raise
+        reason = str(error).removeprefix(f"{path}: ")
+        raise AtlasError(f"{path}: damaged manifest ({reason}); delete it and run again") from None
+    written = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(written, int):
         raise AtlasError(f"{path}: not a manifest of Sparsity Atlas; delete it and run again")
-    if content["format"] > FORMAT:
+    if written > FORMAT:
         raise AtlasError(
-            f"{path}: format {content['format']} is newer than this release reads ({FORMAT}); "
+            f"{path}: format {written} is newer than this release reads ({FORMAT}); "
             "update sparsity-atlas"
         )
     return content
