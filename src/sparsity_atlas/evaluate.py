@@ -166,12 +166,14 @@ def evaluate_node(session: Session, node: Node | None, folder: Path) -> dict[str
 
 def _manifest(session: Session, node: Node | None, table: SampleTable) -> dict[str, Any]:
     results = {name: table.tasks[name]["result"] for name in session.tasks}
+    data = {name: task.data for name, task in session.tasks.items() if task.data}
     return {
         "status": "failed" if any(one["status"] == "failed" for one in results.values()) else "ok",
         **(node.identity() if node else {"criterion": None}),
         "run": session.identity,
         "fingerprints": {name: table.tasks[name]["fingerprint"] for name in session.tasks},
         "tasks": results,
+        **({"data": data} if data else {}),
     }
 
 

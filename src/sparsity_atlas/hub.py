@@ -6,16 +6,18 @@ others; that is checked here, because huggingface_hub compares sizes only.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sparsity_atlas import cli
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.store import file_digest
+from sparsity_atlas.store import canonical, file_digest
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
@@ -174,6 +176,32 @@ class Repository:
 
     def __str__(self) -> str:
         return f"{self.what}: {self.name} at {self.revision} on the Hub"
+
+
+def with_data(config: dict[str, Any]) -> dict[str, Any]:
+    """An lm-eval task's configuration whose Hub data set is named by its commit, and in the cache.
+
+    Raises:
+        AtlasError: see `Repository.fetch_data`.
+    """
+    path = config.get("dataset_path")
+    options = dict(config.get("dataset_kwargs") or {})
+    local = {"data_files", "data_dir"} & options.keys()
+    if not isinstance(path, str) or local or Path(path).exists() or config.get("custom_dataset"):
+        return config
+    # An option of a time when data sets had code; lm-eval drops it, too.
+    options.pop("trust_remote_code", None)
+    revision = options.pop("revision", None) or "main"
+    commit = _with_data(path, config.get("dataset_name"), revision, canonical(options))
+    return {**config, "dataset_kwargs": {**options, "revision": commit}}
+
+
+@functools.cache
+def _with_data(name: str, subset: str | None, revision: str, options: str) -> str:
+    repository = Repository("tasks", "dataset", name, revision)
+    repository = replace(repository, revision=repository.commit())
+    repository.fetch_data(subset, **json.loads(options))
+    return repository.revision
 
 
 def _git_digest(path: Path) -> str:

@@ -207,6 +207,18 @@ def test_shards(hub: HubServer, client: Client, zoo_files: dict[str, bytes]) -> 
     assert "names model-00002-of-00002.safetensors, which is not there" in client.refused("org/cut")
 
 
+def test_a_plan_fetches_no_weights(
+    hub: HubServer, client: Client, zoo_files: dict[str, bytes]
+) -> None:
+    hub.model(NAME).commit(zoo_files)
+    find = "from sparsity_atlas.plan.outlook import find; import sys\n"
+    find += f"print(sorted(path.name for path in find({{'hub': '{NAME}'}}).folder.iterdir()))"
+    done = client.run("-c", find)
+    assert done.returncode == 0, done.stderr
+    assert "tokenizer.json" in done.stdout
+    assert not hub.lines("safetensors")
+
+
 def test_an_index_that_names_files_elsewhere(
     hub: HubServer, client: Client, zoo_files: dict[str, bytes]
 ) -> None:
