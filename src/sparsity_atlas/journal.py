@@ -69,6 +69,10 @@ def _whole_lines(path: Path) -> list[tuple[Any, int]]:
             checksum, _, text = line.rstrip(b"\n").partition(b" ")
             if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text):
                 break
+            try:
+                record = json.loads(text)
+            except (ValueError, RecursionError):
+                break
             end += len(line)
-            records.append((json.loads(text), end))
+            records.append((record, end))
     return records

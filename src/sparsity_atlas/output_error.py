@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sparsity_atlas import cli
 from sparsity_atlas.activations import ActivationStore
 from sparsity_atlas.criteria import check_level, create
 from sparsity_atlas.models import from_manifest, load
-from sparsity_atlas.store import read_manifest, write_atomically
+from sparsity_atlas.parquet import write_parquet
+from sparsity_atlas.store import read_manifest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -149,7 +149,7 @@ def main() -> None:
             for row in layer_rows(ffn, store, arguments.site, criterion, levels)
         ]
     table = pa.Table.from_pylist(rows, SCHEMA)
-    write_atomically(arguments.output, lambda temporary: pq.write_table(table, temporary))
+    write_parquet(arguments.output, table)
 
 
 if __name__ == "__main__":

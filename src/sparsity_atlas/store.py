@@ -97,9 +97,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_manifest(path: Path, content: dict[str, Any]) -> None:
-    """Write a manifest: JSON that says what it is, last and atomically."""
-    text = json.dumps({"format": FORMAT, **content}, indent=2, allow_nan=False, ensure_ascii=False)
+    """Write a manifest: JSON that says what it is and has a checksum, last and atomically."""
+    content = {"format": FORMAT, **content}
+    content["checksum"] = _checksum(content)
+    text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
     write_text(path, text + "\n")
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    """Of a manifest as it will be read: JSON has no tuples, and text as keys."""
+    return digest(json.loads(json.dumps(content, allow_nan=False)))[:16]
 
 
 def read_json(path: Path) -> Any:
@@ -124,7 +131,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Read a manifest.
 
     Raises:
-        AtlasError: it is missing, not JSON, or of a newer format.
+        AtlasError: it is missing, not JSON, of a newer format, or not as it was written.
     """
     try:
         content = read_json(path)
@@ -140,6 +147,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise AtlasError(
             f"{path}: format {written} is newer than this release reads ({FORMAT}); "
             "update sparsity-atlas"
+        )
+    checksum = content.pop("checksum", None)
+    try:
+        sound = checksum == _checksum(content)
+    except ValueError:  # it has a NaN, which no manifest of ours has
+        sound = False
+    if not sound:
+        raise AtlasError(
+            f"{path}: damaged manifest (its checksum is not that of its content); "
+            "delete it and run again"
         )
     return content
 

@@ -16,6 +16,9 @@ import yaml
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.store import digest, file_digest
 
+# Bytes; lm-eval's largest is a hundredth of it.
+LARGEST = 2**20
+
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML that keeps lm-eval's `!function module.name` as text."""
@@ -39,8 +42,12 @@ def _catalogue(include: Path) -> dict[str, Path]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        size = path.stat().st_size
+        if size > LARGEST:
+            raise AtlasError(f"tasks: {path}: {size:,} bytes; at most {LARGEST:,} are read as YAML")
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    # A ValueError of a constructor: a date of month 13, a number without digits.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise AtlasError(f"tasks: {path}: not YAML: {error}") from None
     return content if isinstance(content, dict) else {}
 
@@ -101,13 +108,18 @@ def _files(include: Path, name: str, seen: set[str]) -> set[Path]:
 
 
 def _strings(value: Any) -> list[str]:
-    """Every string inside a YAML value."""
-    if isinstance(value, str):
-        return [value]
-    children = (
-        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    )
-    return [text for child in children for text in _strings(child)]
+    """Every string inside a YAML value, whose aliases may repeat and even contain themselves."""
+    found: list[str] = []
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            found.append(one)
+        elif isinstance(one, dict | list) and id(one) not in seen:
+            seen.add(id(one))
+            waiting += one.values() if isinstance(one, dict) else one
+    return found
 
 
 def _named_files(folder: Path, text: str) -> list[Path]:
