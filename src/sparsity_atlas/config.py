@@ -81,7 +81,8 @@ def canonical_level(value: Any) -> str:
     try:
         # repr of a float is its shortest decimal; Decimal(0.1) would be its binary expansion.
         number = Decimal(repr(value) if isinstance(value, float) else str(value))
-    except ArithmeticError:
+    # A ValueError: an integer of more digits than Python writes out.
+    except (ArithmeticError, ValueError):
         raise ValueError("a level is a number, such as 0.9") from None
     if not number.is_finite():
         raise ValueError("a level is a finite number")
@@ -327,6 +328,8 @@ def parse(data: dict[str, Any]) -> Config:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, int) and value.bit_length() > 1000:
+        return f"an integer of {value.bit_length():,} bits"
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]} ..."
 

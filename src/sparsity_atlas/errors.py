@@ -15,8 +15,13 @@ class AtlasError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        line = " ".join(hide(str(message)).split())
-        shown = "".join(
-            sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in line
-        )
-        super().__init__(shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]} ...")
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """A text as one line that may be shown."""
+    line = " ".join(hide(str(text)).split())
+    shown = "".join(
+        sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in line[:_LONGEST]
+    )
+    return shown if len(line) <= _LONGEST else f"{shown} ..."

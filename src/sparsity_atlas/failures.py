@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sparsity_atlas import grid
 from sparsity_atlas.config import Config
-from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.errors import AtlasError, one_line
 from sparsity_atlas.grid import Curve
 from sparsity_atlas.metrics import SCHEMA as METRICS
 from sparsity_atlas.output_error import SCHEMA as OUTPUT_ERROR
@@ -108,10 +108,8 @@ def last_error(log: Path) -> str:
     """The last line of a log that tells what went wrong; empty if there is no log."""
     if not log.is_file():
         return ""
-    lines = [
-        line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
-    ]
-    lines = [line for line in lines if line]
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = list(filter(None, map(one_line, text.splitlines())))
     errors = [line for line in lines if _ERROR.match(line)]
     if errors:
         return errors[-1].removeprefix("error: ")[:_LONGEST]

@@ -54,10 +54,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def override_digest(override: dict[str, Any]) -> str:
     """Digest of the local files that an `override` names; an empty string if there are none."""
-    files = {
-        text: Path(text) for text in _strings(override) if len(text) < 500 and "\n" not in text
-    }
-    digests = {text: file_digest(path) for text, path in files.items() if path.is_file()}
+    files = [text for text in _strings(override) if os.path.isfile(text)]
+    digests = {text: file_digest(Path(text)) for text in files}
     return digest(digests) if digests else ""
 
 
@@ -92,15 +90,17 @@ def _files(include: Path, name: str, seen: set[str]) -> set[Path]:
     seen.add(name)
     files = {path}
     content = _read(path)
-    while "include" in content:
+    while isinstance(content.get("include"), str):
         path = path.parent / content["include"]
-        if not path.is_file() or path in files:
+        if not os.path.isfile(path) or path in files:
             break
         files.add(path)
         content = {**_read(path), **{k: v for k, v in content.items() if k != "include"}}
     members = content.get("task")
     for member in members if isinstance(members, list) else []:
-        child = member if isinstance(member, str) else member.get("task") or member.get("group")
+        child = member
+        if isinstance(member, dict):
+            child = member.get("task") or member.get("group")
         if isinstance(child, str):
             files |= _files(include, child, seen)
     files |= {file for text in _strings(content) for file in _named_files(path.parent, text)}
@@ -126,10 +126,7 @@ def _named_files(folder: Path, text: str) -> list[Path]:
     """The file that a string of a task's YAML names: a data file, or a module by `!function`."""
     if text.startswith("!function "):
         candidates = [folder / f"{text.removeprefix('!function ').rpartition('.')[0]}.py"]
-    elif "\n" in text or len(text) > 500:
-        candidates = []
     else:
         candidates = [folder / text, Path(text)]
-    return [path for path in candidates[:1] if path.is_file()] or [
-        path for path in candidates[1:] if path.is_file()
-    ]
+    # os.path, unlike Path.is_file, takes a name that no file can have for that of no file.
+    return next(([path] for path in candidates if os.path.isfile(path)), [])

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from checkout import ROOT
+from checkout import ROOT, Checkout
 from hub_server import HubServer
 
 ZOO = ROOT / "workflow/resources/zoo/small"
@@ -121,3 +121,9 @@ def client(hub: HubServer, tmp_path: Path) -> Client:
 def zoo_files() -> dict[str, bytes]:
     """The files of a zoo model."""
     return {path.name: path.read_bytes() for path in ZOO.iterdir() if path.is_file()}
+
+
+@pytest.fixture(scope="session")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """A working copy in which nothing has run. For dry runs only."""
+    return Checkout.make(tmp_path_factory.mktemp("empty") / "atlas")
