@@ -140,7 +140,8 @@ def capture(
 
     for name in missing:
         checks = [record[name] for record in journal.records]
-        store.finish(name, {"fingerprint": fingerprint, "dtype": dtype, "blocks": checks})
+        record = {"fingerprint": fingerprint, "dtype": dtype, "rows": block * positions}
+        store.finish(name, {**record, "blocks": checks})
     store.sweep()
     journal.delete()
 

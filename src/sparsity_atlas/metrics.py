@@ -143,6 +143,8 @@ def main() -> None:
     site = read_manifest(arguments.capture)["site"]
     tensors = ["input", "intermediate"] if site == "all_inputs" else [site]
     store = ActivationStore(arguments.store)
+    for tensor in tensors:
+        store.check(tensor)
     rows = [
         {"tensor": tensor, "layer": layer, **layer_metrics(store.read(tensor, layer))}
         for tensor in tensors

@@ -142,6 +142,7 @@ def main() -> None:
 
     model = load(folder, dtype=arguments.settings["dtype"], device=arguments.settings["device"])
     store = ActivationStore(arguments.store)
+    store.check("input")
     with torch.no_grad():
         rows = [
             row
