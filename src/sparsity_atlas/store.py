@@ -83,12 +83,22 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 def _sweep(path: Path) -> None:
     """Remove the temporary neighbours of `path` whose writers are dead."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        try:
-            os.kill(int(left.name.split(".")[-2]), 0)
-        except ProcessLookupError:
+        if abandoned(left):
             left.unlink(missing_ok=True)
-        except PermissionError:
-            continue  # somebody else's process, and alive
+
+
+def abandoned(temporary: Path) -> bool:
+    """Whether the writer of a temporary file of ours is dead, as far as this machine knows."""
+    writer = temporary.name.split(".")[-2]
+    if not writer.isdigit():
+        return False
+    try:
+        os.kill(int(writer), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        pass  # somebody else's process, and alive
+    return False
 
 
 def write_text(path: Path, text: str) -> None:
@@ -168,3 +178,18 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def free(path: Path) -> Iterator[bool]:
+    """Whether nobody holds the lock on `path`; nobody gets it as long as this lasts."""
+    if not path.is_file():
+        yield True
+        return
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from checkout import ROOT, Checkout
+from faults import pipeline
 from hub_server import HubServer
 
 ZOO = ROOT / "workflow/resources/zoo/small"
@@ -127,3 +128,17 @@ def zoo_files() -> dict[str, bytes]:
 def empty(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     """A working copy in which nothing has run. For dry runs only."""
     return Checkout.make(tmp_path_factory.mktemp("empty") / "atlas")
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """A finished run of every stage on the tiny model. Leave it as it is."""
+    checkout = pipeline.make(tmp_path_factory.mktemp("whole") / "atlas")
+    pipeline.run_all(checkout)
+    return checkout
+
+
+@pytest.fixture
+def spoilt(whole: Checkout, tmp_path: Path) -> Checkout:
+    """A copy of that run, to be spoilt."""
+    return pipeline.copy(whole, tmp_path / "atlas")

@@ -31,6 +31,9 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.figures import FIGURES
 from sparsity_atlas.inputs import check_inputs, locate
 
+# Of the rule `clean` alone, and no part of what is measured: `--config remove=true`.
+REMOVE = config.pop("remove", False)
+
 try:
     ATLAS = parse_config(locate(config, Path(workflow.basedir)))
     check_inputs(ATLAS)
