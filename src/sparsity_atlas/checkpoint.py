@@ -6,6 +6,7 @@ is used only where the model's entry of the configuration says so.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,7 +91,8 @@ class Checkpoint:
                 "allow_pickle: true"
             )
         used = files or pickles
-        missing = [path.name for path in used if not path.is_file()]
+        # Unlike Path.is_file, this takes a name that no file can have for that of no file.
+        missing = [path.name for path in used if not os.path.isfile(path)]
         if missing:
             raise AtlasError(f"{self}: the index names {missing[0]}, which is not there")
         return used

@@ -46,7 +46,8 @@ def locate(data: dict[str, Any], workflow: Path) -> dict[str, Any]:
 
 
 def _beside(path: str, workflow: Path) -> str:
-    if Path(path).is_absolute() or Path(path).exists() or not (workflow / path).exists():
+    # os.path takes a name that no file can have for that of no file; Path raises.
+    if os.path.isabs(path) or os.path.exists(path) or not os.path.exists(workflow / path):
         return path
     return os.path.relpath(workflow / path)
 
@@ -66,11 +67,11 @@ def check_inputs(config: Config) -> None:
                     f"run: levels: {level} is out of range for '{curve.criterion}' ({low:g} to {high:g})"
                 )
     for name, entry in config.tasks.items():
-        if entry.include is not None and not Path(entry.include).is_dir():
+        if entry.include is not None and not os.path.isdir(entry.include):
             raise AtlasError(f"tasks.{name}: include: {entry.include}: no such folder")
         task_content(config, (name,))
     text = config.texts[config.capture.text]
-    if text.file is not None and not Path(text.file).is_file():
+    if text.file is not None and not os.path.isfile(text.file):
         raise AtlasError(f"texts.{config.capture.text}: file: {text.file}: no such file")
 
 
@@ -86,7 +87,7 @@ def model_content(config: Config, model: str) -> str:
     A folder that cannot be used is left to the job, whose failure stays that model's own.
     """
     entry = config.models[model]
-    if entry.path is None or not Path(entry.path).is_dir():
+    if entry.path is None or not os.path.isdir(entry.path):
         return ""
     try:
         return _model_digest(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,7 @@ def resolve(
     allowed = {key: source.get(key, False) for key in ("trust_remote_code", "allow_pickle")}
     if "path" in source:
         folder, commit = Path(source["path"]), None
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise AtlasError(f"models: {folder}: no such folder")
     else:
         revision = recorded["revision"] if recorded else source.get("revision", "main")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -35,7 +36,7 @@ def documents(source: dict[str, Any]) -> Iterator[str]:
 
 
 def _local(path: Path, column: str) -> Iterator[str]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise AtlasError(f"texts: {path}: no such file")
     try:
         with path.open(encoding="utf-8") as file:

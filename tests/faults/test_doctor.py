@@ -12,6 +12,7 @@ import pytest
 
 from checkout import Checkout
 from faults import pipeline
+from sparsity_atlas.doctor import examine
 from sparsity_atlas.store import locked
 
 NODE = "tiny/topk/intermediate/0.5"
@@ -86,14 +87,23 @@ def test_a_sound_run(whole: Checkout) -> None:
 
 
 @pytest.mark.parametrize("name", SPOILT)
-def test_damage(spoilt: Checkout, whole: Checkout, name: str) -> None:
-    """It is named; after what the doctor prescribes, every result has its bytes again."""
+def test_damage_is_named(spoilt: Checkout, name: str) -> None:
     damage, words = SPOILT[name]
     damage(spoilt.results)
-    lines = doctor(spoilt, 1)
-    found = [line for line in lines if line.startswith("damaged: ")]
+    found = [one for one in examine(spoilt.results) if one.problem]
     assert len(found) == 1
-    assert any(word in found[0] for word in words.split("|")), found
+    told = f"{found[0].path}: {found[0].problem}"
+    assert any(word in told for word in words.split("|")), told
+    assert found[0].again
+
+
+def test_what_the_doctor_prescribes_mends_it(spoilt: Checkout, whole: Checkout) -> None:
+    """Every result has its bytes again, of a run that was damaged in several places."""
+    names = ["chunk flipped", "samples of another node", "model", "search", "curve", "sparsity"]
+    for name in names:
+        SPOILT[name][0](spoilt.results)
+    lines = doctor(spoilt, 1)
+    assert len([line for line in lines if line.startswith("damaged: ")]) == len(names)
     removal, command = lines[-2:]
     subprocess.run(["bash", "-c", removal], cwd=spoilt.path, check=True)
     targets = command.removeprefix("snakemake --cores all ").split()

@@ -251,6 +251,21 @@ def read_store(folder: Path, change: tuple[int, int, bytes]) -> None:
         store.check("input")
 
 
+@pytest.mark.parametrize("size", [b"\x80", b"\x7f", b"\0", b"\xff"])
+def test_a_chunk_that_gives_its_size_wrongly(tmp_path: Path, size: bytes) -> None:
+    """Found by fuzzing: Blosc's header has the size in four bytes, the highest at 7."""
+    path = make_store(tmp_path)
+    chunk = next(one for one in sorted(path.rglob("c/0/0")))
+    content = chunk.read_bytes()
+    chunk.write_bytes(content[:7] + size + content[8:])
+    store = ActivationStore(path)
+    if size == content[7:8]:
+        store.check("input")
+    else:
+        with pytest.raises(AtlasError, match=r"activations\.zarr: damaged"):
+            store.check("input")
+
+
 def targets(folder: Path) -> dict[str, Target]:
     """Every parser, by name."""
     manifest, table = sample_manifest(folder), sample_table(folder)

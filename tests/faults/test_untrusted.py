@@ -23,6 +23,8 @@ from sparsity_atlas.config import parse
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.figures import FIGURES
 from sparsity_atlas.figures.draw import draw_all
+from sparsity_atlas.inputs import check_inputs, locate, model_content
+from sparsity_atlas.models import resolve
 from sparsity_atlas.parquet import read_parquet, write_parquet
 from sparsity_atlas.store import read_json, read_manifest, write_manifest
 from sparsity_atlas.tables import read_tables
@@ -239,6 +241,14 @@ def test_an_index_of_weights(model: Path, index: Any) -> None:
         Checkpoint(model).weight_files()
 
 
+def test_an_index_with_a_name_that_no_file_can_have(model: Path) -> None:
+    """Found by fuzzing."""
+    index = {"weight_map": {"a": "9" * 5000}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(AtlasError, match="the index names 999"):
+        Checkpoint(model).weight_files()
+
+
 @pytest.mark.parametrize("auto_map", [None, 3, "a--b", {"A": ["x--y.Z", None, 3]}, {"A": {}}])
 def test_strange_maps_of_classes(model: Path, auto_map: Any) -> None:
     (model / "config.json").write_text(json.dumps({"auto_map": auto_map}))
@@ -367,3 +377,31 @@ def test_an_error_is_one_line_whatever_it_quotes() -> None:
     assert error.isprintable()
     assert error.startswith("a b\ufffd]0;title\ufffd")
     assert len(error) < 2100
+
+
+@pytest.mark.parametrize(
+    ("catalogue", "key", "message"),
+    [
+        ("tasks", "include", "tasks.pairs: include: 9+: no such folder"),
+        ("texts", "file", "texts.prose: file: 9+: no such file"),
+        ("criteria", "file", "criteria: 9+: no such file"),
+    ],
+)
+def test_paths_that_no_file_can_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, catalogue: str, key: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prose.jsonl").touch()
+    data = copy.deepcopy(BASE)
+    (name,) = data[catalogue]
+    data[catalogue][name] = {key: "9" * 1000}
+    with pytest.raises(AtlasError, match=message):
+        check_inputs(parse(locate(data, tmp_path)))
+
+
+def test_a_model_whose_path_no_folder_can_have(tmp_path: Path) -> None:
+    """Left to its job, like any other folder that cannot be used."""
+    data = {**BASE, "models": {"small": {"path": "9" * 1000}}}
+    assert model_content(parse(locate(data, tmp_path)), "small") == ""
+    with pytest.raises(AtlasError, match=r"models: 9+: no such folder"):
+        resolve({"path": "9" * 1000})

@@ -31,7 +31,7 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.figures import FIGURES
 from sparsity_atlas.inputs import check_inputs, locate
 
-# Of the rule `clean` alone, and no part of what is measured: `--config remove=true`.
+# For the target `clean` alone (`--config remove=true`), and no part of what is measured.
 REMOVE = config.pop("remove", False)
 
 try:
