@@ -4,6 +4,7 @@ snakemake --cores all                                    everything that config.
 snakemake --cores all results/<model>/summary.csv        one model
 snakemake --cores all results/<model>/<criterion>/<site>/<level>/eval.json      one node
 snakemake --cores all plan                               what it will cost, before it runs
+snakemake --cores 1 clean                                what is left of runs, and needed by nothing
 """
 
 from snakemake.utils import min_version
@@ -26,6 +27,7 @@ include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/summarize.smk"
 include: "workflow/rules/figures.smk"
 include: "workflow/rules/plan.smk"
+include: "workflow/rules/clean.smk"
 
 
 onerror:
@@ -36,7 +38,6 @@ onerror:
 
 
 rule all:
-    localrule: True
     default_target: True
     input:
         "results/run_config.yaml",
@@ -47,3 +48,4 @@ rule all:
         ask.model_files("summary.csv"),
         ask.listed_nodes(),
         ask.lost_nodes(),
+    localrule: True

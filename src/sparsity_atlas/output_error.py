@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sparsity_atlas import cli
 from sparsity_atlas.activations import ActivationStore
 from sparsity_atlas.criteria import check_level, create
 from sparsity_atlas.models import from_manifest, load
-from sparsity_atlas.store import read_manifest, write_atomically
+from sparsity_atlas.parquet import write_parquet
+from sparsity_atlas.store import read_manifest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,13 +135,14 @@ def main() -> None:
     levels = sorted(set(levels), key=float, reverse=True)
     for level in levels:
         check_level(criterion, level)
-    manifest, folder = from_manifest(arguments.model)
+    manifest, checkpoint = from_manifest(arguments.model)
     import torch
 
     from sparsity_atlas.sites import bind_ffns
 
-    model = load(folder, dtype=arguments.settings["dtype"], device=arguments.settings["device"])
+    model = load(checkpoint, dtype=arguments.settings["dtype"], device=arguments.settings["device"])
     store = ActivationStore(arguments.store)
+    store.check("input")
     with torch.no_grad():
         rows = [
             row
@@ -149,7 +150,7 @@ def main() -> None:
             for row in layer_rows(ffn, store, arguments.site, criterion, levels)
         ]
     table = pa.Table.from_pylist(rows, SCHEMA)
-    write_atomically(arguments.output, lambda temporary: pq.write_table(table, temporary))
+    write_parquet(arguments.output, table)
 
 
 if __name__ == "__main__":

@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from sparsity_atlas import cli
+from sparsity_atlas import cli, metrics, output_error
 from sparsity_atlas.critical import CriticalRow
 from sparsity_atlas.curves import CurvePoint
-from sparsity_atlas.metrics import BIN_EDGES
+from sparsity_atlas.parquet import read_parquet
 from sparsity_atlas.scaling import SCALING, scaling_rows
 from sparsity_atlas.store import read_manifest, write_text
 
@@ -108,7 +107,7 @@ def layer_rows(curves: list[Path], sparsity: list[Path]) -> Iterator[dict[str, A
     captured = {
         (*_key(path).values(), row["level"], row["layer"]): row
         for path in sparsity
-        for row in pq.read_table(path).to_pylist()
+        for row in read_parquet(path, output_error.SCHEMA).to_pylist()
     }
     for path in curves:
         key = _key(path)
@@ -124,11 +123,11 @@ def layer_rows(curves: list[Path], sparsity: list[Path]) -> Iterator[dict[str, A
                     }
 
 
-def metric_rows(metrics: list[Path]) -> list[dict[str, Any]]:
+def metric_rows(paths: list[Path]) -> list[dict[str, Any]]:
     """Rows of metrics.csv and the histograms; `all_inputs` repeats other sites' tensors."""
     rows = {}
-    for path in metrics:
-        for row in pq.read_table(path).to_pylist():
+    for path in paths:
+        for row in read_parquet(path, metrics.SCHEMA).to_pylist():
             rows.setdefault((path.parts[-3], row["tensor"], row["layer"]), row)
     return [{"model": model, **row} for (model, _, _), row in rows.items()]
 
@@ -139,8 +138,9 @@ def magnitude_rows(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for row in rows:
         key = (row["model"], row["tensor"])
         pooled[key] = pooled.get(key, 0) + np.array(row["histogram"])
+    edges = metrics.BIN_EDGES
     for (model, tensor), counts in pooled.items():
-        for low, high, count in zip(BIN_EDGES[:-1], BIN_EDGES[1:], counts, strict=True):
+        for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
             yield {
                 **{"model": model, "tensor": tensor, "low": float(low), "high": float(high)},
                 "share": float(count / max(counts.sum(), 1)),
@@ -151,7 +151,7 @@ def error_rows(sparsity: list[Path]) -> Iterator[dict[str, Any]]:
     """Rows of output_error.csv; a level with a layer whose dense output is all zeros is left out."""
     for path in sparsity:
         levels: dict[str, list[dict[str, Any]]] = {}
-        for row in pq.read_table(path).to_pylist():
+        for row in read_parquet(path, output_error.SCHEMA).to_pylist():
             levels.setdefault(row["level"], []).append(row)
         for level, rows in levels.items():
             errors = [row["error"] for row in rows]
@@ -198,7 +198,7 @@ def write_tables(
     models: list[Path],
     curves: list[Path],
     sparsity: list[Path],
-    metrics: list[Path],
+    measured: list[Path],
 ) -> None:
     """Write all tables of a run into a folder.
 
@@ -207,17 +207,17 @@ def write_tables(
         models: manifests of the models; every file of the other lists belongs to one of them.
         curves: curve.json files.
         sparsity: sparsity.parquet files.
-        metrics: Parquet files of `metrics`.
+        measured: Parquet files of `metrics`.
     """
     critical = list(critical_rows(curves, model_sizes(models)))
     described = model_rows(models)
     families = {row["model"]: row["family"] for row in described}
-    measured = metric_rows(metrics)
+    rows = metric_rows(measured)
     write_csv(folder / "critical_sparsity.csv", CRITICAL, critical)
     write_csv(folder / "curves.csv", POINTS, curve_rows(curves))
     write_csv(folder / "layers.csv", LAYERS, layer_rows(curves, sparsity))
-    write_csv(folder / "metrics.csv", METRICS, measured)
-    write_csv(folder / "magnitudes.csv", MAGNITUDES, magnitude_rows(measured))
+    write_csv(folder / "metrics.csv", METRICS, rows)
+    write_csv(folder / "magnitudes.csv", MAGNITUDES, magnitude_rows(rows))
     write_csv(folder / "output_error.csv", ERRORS, error_rows(sparsity))
     write_csv(folder / "scaling.csv", SCALING, scaling_rows(critical, families))
     write_csv(folder / "models.csv", MODELS, described)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsity_atlas.devices import own_device, pick_device, pick_dtype
+from sparsity_atlas.devices import pick_device, pick_dtype
 from sparsity_atlas.errors import AtlasError
 
 CLAIM = """

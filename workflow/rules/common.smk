@@ -35,6 +35,9 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.figures import FIGURES
 from sparsity_atlas.inputs import check_inputs, locate
 
+# For the target `clean` alone (`--config remove=true`), and no part of what is measured.
+REMOVE = config.pop("remove", False)
+
 try:
     ATLAS = parse_config(locate(config, ROOT))
     check_inputs(ATLAS)

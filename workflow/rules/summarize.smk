@@ -36,7 +36,6 @@ rule curve:
 
 
 rule model_summary:
-    localrule: True
     input:
         model="results/{model}/model.json",
         curves=ask.model_curves,
@@ -46,6 +45,7 @@ rule model_summary:
         "results/{model}/summary.csv",
     log:
         "results/logs/{model}/summary.log",
+    localrule: True
     conda:
         "../../envs/atlas.yaml"
     params:
