@@ -42,8 +42,9 @@ def run(stage: Callable[[], None]) -> None:
     A mistake of the user's, a full disk, SIGINT and SIGTERM end in one line and a code other than 0.
     """
     sys.stdout, sys.stderr = HidingStream(sys.stdout), HidingStream(sys.stderr)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     # Progress bars and advice of the libraries would bury our own lines in the log.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logger.setLevel(logging.INFO)
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -131,11 +131,18 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """A finished run of every stage on the tiny model. Leave it as it is."""
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Checkout, dict[pipeline.Job, float]]:
+    """A finished run of every stage on the tiny model, and the seconds that each job took."""
     checkout = pipeline.make(tmp_path_factory.mktemp("whole") / "atlas")
-    pipeline.run_all(checkout)
-    return checkout
+    return checkout, pipeline.run_all(checkout)
+
+
+@pytest.fixture(scope="session")
+def whole(undisturbed: tuple[Checkout, dict[pipeline.Job, float]]) -> Checkout:
+    """That run. Leave it as it is."""
+    return undisturbed[0]
 
 
 @pytest.fixture
