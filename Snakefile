@@ -36,7 +36,6 @@ onerror:
 
 
 rule all:
-    localrule: True
     default_target: True
     input:
         "results/run_config.yaml",
@@ -47,3 +46,4 @@ rule all:
         ask.model_files("summary.csv"),
         ask.listed_nodes(),
         ask.lost_nodes(),
+    localrule: True

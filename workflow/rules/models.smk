@@ -7,11 +7,11 @@ Out: results/run_config.yaml, and a manifest for each model: where it comes from
 
 
 rule run_config:
-    localrule: True
     output:
         "results/run_config.yaml",
     log:
         "results/logs/run_config.log",
+    localrule: True
     conda:
         "../../envs/atlas.yaml"
     params:

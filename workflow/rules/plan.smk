@@ -6,9 +6,9 @@ Out: a table on the terminal; no file.
 
 
 rule plan:
-    localrule: True
     log:
         "results/logs/plan.log",
+    localrule: True
     conda:
         "../../envs/atlas.yaml"
     threads: 1
