@@ -19,7 +19,7 @@ rule figures:
     conda:
         "../../envs/atlas.yaml"
     params:
-        folder=subpath(output.svg[0], parent=True),
+        folder=lambda wildcards, output: Path(output[0]).parent,
         captions={name: figure.caption for name, figure in FIGURES.items()},
         code=code_version("figures"),
     shell:
