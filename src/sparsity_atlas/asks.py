@@ -21,6 +21,7 @@ from sparsity_atlas.devices import visible_gpus
 from sparsity_atlas.inputs import model_content, task_content, text_content
 from sparsity_atlas.needs import Needs, levels_of
 from sparsity_atlas.question import question
+from sparsity_atlas.selection import fold
 
 
 class Wildcards(Protocol):
@@ -95,6 +96,11 @@ class Asks:
             for level in levels
         )
         return [f"results/{node}" for node in nodes if not (self._place / node).exists()]
+
+    @functools.cached_property
+    def selection(self) -> str:
+        """The curves of the run, folded."""
+        return fold(self.curves)
 
     # Files of one model or curve
 

@@ -68,7 +68,9 @@ def read_parquet(path: Path, schema: pa.Schema) -> pa.Table:
                     f"{', '.join(file.schema_arrow.names) or 'none'} or other types; "
                     "delete it and run again"
                 )
-            return file.read()
+            return file.read(
+                use_threads=False
+            )  # a job has one core; threads cost more than they bring
     # Arrow's errors are ValueErrors, OSErrors and others of Python's own.
     except (pa.ArrowException, OSError, ValueError) as error:
         raise AtlasError(f"{path}: damaged table ({error}); delete it and run again") from None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from checkout import Checkout, smoke_run
+from checkout import Checkout
 from loopback import Slurm, loopback, stop
 
 pytestmark = pytest.mark.study
@@ -21,10 +21,12 @@ TARGET = f"results/{NODE}/eval.json"
 PASS = f"evaluate {NODE}/eval.json"
 
 
-@pytest.fixture(scope="session")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """The smoke configuration, run on this machine without Slurm. Leave it as it is."""
-    return smoke_run(tmp_path_factory.getbasetemp())
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """The node, run on this machine without Slurm. Leave it as it is."""
+    checkout = Checkout.make(tmp_path_factory.mktemp("local") / "atlas")
+    checkout.run_well(TARGET)
+    return checkout
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["squeue", "sacct"])
@@ -63,14 +65,14 @@ def tries(slurm: Slurm, *fields: str) -> list[dict[str, str]]:
     return [job for job in slurm.jobs("State", *fields) if job["rule"] == "evaluate"][-2:]
 
 
-def check(checkout: Checkout, smoke: Checkout) -> None:
+def check(checkout: Checkout, alone: Checkout) -> None:
     """The node is what it is anywhere, with one batch repeated at most."""
-    assert checkout.contents(NODE) == smoke.contents(NODE)
-    once = smoke.forwards().count(PASS)
+    assert checkout.contents(NODE) == alone.contents(NODE)
+    once = alone.forwards().count(PASS)
     assert once <= checkout.forwards().count(PASS) <= once + 1
 
 
-def test_a_killed_slurmd(slurm: Slurm, smoke: Checkout, tmp_path: Path) -> None:
+def test_a_killed_slurmd(slurm: Slurm, alone: Checkout, tmp_path: Path) -> None:
     """The controller gives the node up after SlurmdTimeout; the job runs on the other one.
 
     The first try still runs on the dead node, which Slurm cannot reach; the second one waits for its lock.
@@ -84,12 +86,12 @@ def test_a_killed_slurmd(slurm: Slurm, smoke: Checkout, tmp_path: Path) -> None:
     assert first["State"] == "NODE_FAIL"
     assert second["State"] == "COMPLETED"
     assert first["NodeList"] != second["NodeList"] or not second["NodeList"]
-    check(checkout, smoke)
+    check(checkout, alone)
     subprocess.run(["slurmd", "-N", job["NodeList"]], check=True, timeout=20)
     wait_for_nodes()
 
 
-def test_a_killed_controller(slurm: Slurm, smoke: Checkout, tmp_path: Path) -> None:
+def test_a_killed_controller(slurm: Slurm, alone: Checkout, tmp_path: Path) -> None:
     checkout = Checkout.make(tmp_path / "atlas")
     process = begin(slurm, checkout)
     os.kill(slurm.pid("slurmctld"), signal.SIGKILL)
@@ -97,19 +99,19 @@ def test_a_killed_controller(slurm: Slurm, smoke: Checkout, tmp_path: Path) -> N
     subprocess.run(["slurmctld"], check=True, timeout=20)
     end(process)
     assert tries(slurm)[-1]["State"] == "COMPLETED"
-    check(checkout, smoke)
+    check(checkout, alone)
 
 
-def test_a_killed_snakemake(slurm: Slurm, smoke: Checkout, tmp_path: Path) -> None:
+def test_a_killed_snakemake(slurm: Slurm, alone: Checkout, tmp_path: Path) -> None:
     """Its jobs run on. The next run submits the node again, which waits for the first one's lock."""
     checkout = Checkout.make(tmp_path / "atlas")
     stop(begin(slurm, checkout))
     end(slurm.start(checkout, "--unlock"))
     end(slurm.start(checkout, TARGET))
-    check(checkout, smoke)
+    check(checkout, alone)
 
 
-def test_too_little_memory(slurm: Slurm, smoke: Checkout, tmp_path: Path) -> None:
+def test_too_little_memory(slurm: Slurm, alone: Checkout, tmp_path: Path) -> None:
     checkout = Checkout.make(tmp_path / "atlas")
     given = ("--set-resources", "evaluate:gpu=1", "evaluate:mem_mb=attempt * 600")
     end(slurm.start(checkout, TARGET, *given))
@@ -117,7 +119,7 @@ def test_too_little_memory(slurm: Slurm, smoke: Checkout, tmp_path: Path) -> Non
     assert (first["MinMemory"], second["MinMemory"]) == ("600M", "1200M")
     assert first["State"] in ("OUT_OF_MEMORY", "CANCELLED", "FAILED")
     assert second["State"] == "COMPLETED"
-    check(checkout, smoke)
+    check(checkout, alone)
 
 
 def wait_for_nodes() -> None:

@@ -27,7 +27,7 @@ rule capture:
     params:
         settings=ask.capture_settings,
         text=ask.capture_text,
-        store="results/{model}/activations.zarr",
+        model=subpath(output[0], ancestor=2),
         code=code_version("capture"),
     shell:
         """
@@ -37,6 +37,6 @@ rule capture:
             --siblings {resources.sites:q} \
             --settings {params.settings:q} \
             --code {params.code} \
-            --store {params.store} \
+            --store {params.model}/activations.zarr \
             --output {output} >{log} 2>&1
         """
