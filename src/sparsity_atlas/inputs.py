@@ -55,11 +55,18 @@ def check_inputs(config: Config) -> None:
     """Check what can be checked without loading a model or lm-eval.
 
     Raises:
-        AtlasError: an unknown rule, a level out of range, or a file that is missing or not YAML.
+        AtlasError: an unknown rule, a site or a level that it does not have, or a file that is
+            missing or not YAML.
     """
     for curve in grid.curves(config):
         spec = json.loads(grid.criterion_slice(config, curve.criterion))
-        low, high = criteria.level_range(spec)
+        constants = criteria.declared(spec)
+        low, high, sites = (constants[name] for name in ("lowest", "highest", "sites"))
+        if sites and curve.site not in sites:
+            raise AtlasError(
+                f"run: sites: '{curve.criterion}' is not defined at '{curve.site}'; its sites are "
+                f"{', '.join(sites)}"
+            )
         for level in curve.levels:
             if not low <= float(level) <= high:
                 raise AtlasError(

@@ -11,13 +11,17 @@ import numpy as np
 import torch
 
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.sites import TENSORS, observe, transform
+from sparsity_atlas.place import bind_all
+from sparsity_atlas.sites import TENSORS, intercept, observe
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from sparsity_atlas.criteria import Criterion
+    from sparsity_atlas.place import State
     from sparsity_atlas.sites import FFN
 
 
@@ -136,26 +140,45 @@ def counted(model: PreTrainedModel, ffns: list[FFN]) -> Iterator[Counter]:
 
 @contextlib.contextmanager
 def sparsified(
-    model: PreTrainedModel, ffns: list[FFN], site: str, criterion: Criterion, level: float
+    model: PreTrainedModel,
+    ffns: list[FFN],
+    site: str,
+    criterion: Criterion,
+    level: float,
+    calibration: Mapping[str, State] | None = None,
 ) -> Iterator[Counter]:
-    """Zero what `criterion` drops at `site` in every layer, and count zeros there."""
-    counter = Counter(_slots(ffns, TENSORS[site]))
+    """Drop what `criterion` drops at `site` in every layer, and count zeros there.
 
-    def mask_of(layer: int, name: str, values: Tensor) -> Tensor:
+    A dropped entry counts as a zero also where the criterion puts something in its place.
+    """
+    counter = Counter(_slots(ffns, TENSORS[site]))
+    bound = bind_all(criterion, ffns, site, calibration)
+
+    def rewrite(layer: int, name: str, values: Tensor, written: Tensor) -> Tensor:
+        rule = bound[layer, name]
         rows = values.reshape(-1, values.shape[-1])
-        mask = criterion.mask(rows, level)
+        mask = exact_mask(rule, rows, level)
         if not (torch.is_tensor(mask) and mask.dtype == torch.bool and mask.shape == rows.shape):
             found = f"{mask.dtype} {list(mask.shape)}" if torch.is_tensor(mask) else type(mask)
             raise AtlasError(
                 f"{type(criterion).__name__}.mask: expected torch.bool {list(rows.shape)}, "
                 f"found {found}"
             )
-        mask = mask.view(values.shape)
-        counter.add(name, layer, values, mask)
-        return mask
+        counter.add(name, layer, values, mask.view(values.shape))
+        replaced = replaced_rows(rule, rows, written.reshape(rows.shape), mask)
+        return replaced.view(written.shape)
 
-    with _passes(model, counter), transform(ffns, site, mask_of):
+    with _passes(model, counter), intercept(ffns, site, rewrite):
         yield counter
+
+
+def replaced_rows(criterion: Criterion, values: Tensor, written: Tensor, mask: Tensor) -> Tensor:
+    """What becomes of `written` under a mask: see `Criterion.replace`."""
+    if values.device.type == "mps":
+        replaced = criterion.replace(values.cpu(), written.cpu(), mask.cpu())
+    else:
+        replaced = criterion.replace(values, written, mask)
+    return torch.where(mask, written, 0) if replaced is None else replaced.to(written)
 
 
 @contextlib.contextmanager

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparsity_atlas.place import Place, Sample
 
 
 class Criterion(ABC):
@@ -13,7 +16,9 @@ class Criterion(ABC):
 
     A criterion is one file with one subclass. The definition is plain torch and exact: it is the
     reference for every faster path. Its one number, the level, lies in [lowest, highest].
-    Parameters of the criterion are the keyword arguments of `__init__`.
+    Parameters of the criterion are the keyword arguments of `__init__`. One that looks at weights or
+    at a calibration overrides `bind`; the constants stand in its own file, as plain literals, where
+    they are read without running it.
 
     Rules that every criterion keeps: thresholds look at one row only, never across a batch; ties at
     a threshold are kept; NaN and infinities need no care here, they are reported by the caller.
@@ -25,6 +30,45 @@ class Criterion(ABC):
     """The level at which nothing changes; sparsity grows with the distance from it."""
     coarse_levels: ClassVar[tuple[str, ...]]
     """First levels of a search, from mild to harsh, spread over the useful range."""
+    sites: ClassVar[tuple[str, ...]] = ()
+    """The sites where the rule means something; empty: all of them."""
+    calibrated: ClassVar[bool] = False
+    """Whether `bind` needs what `calibrate` found in the captured activations."""
+
+    def calibrate(self, place: Place, sample: Sample) -> dict[str, Tensor]:
+        """Find what every level needs at one place: thresholds by level, means, a basis.
+
+        Args:
+            place: a tensor of one layer.
+            sample: that layer's captured activations.
+
+        Returns:
+            float32 tensors by name, which `bind` gets.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is calibrated and has no `calibrate`")
+
+    def bind(self, place: Place, state: dict[str, Tensor]) -> Self:
+        """The criterion for one place; itself where it treats all places alike.
+
+        Args:
+            place: a tensor of one layer.
+            state: what `calibrate` found there; empty without a calibration.
+        """
+        return self
+
+    def replace(self, values: Tensor, written: Tensor, mask: Tensor) -> Tensor | None:
+        """What the model goes on with, where dropped entries do not become zeros.
+
+        Args:
+            values: [rows, width], what `mask` was asked about.
+            written: [rows, width], the vector that is sparsified: `values`, or the product i where
+                they are one of its factors.
+            mask: bool [rows, width], as `mask` returned it.
+
+        Returns:
+            [rows, width], or None: `written` with zeros where it was dropped.
+        """
+        return None
 
     @abstractmethod
     def mask(self, values: Tensor, level: float) -> Tensor:
