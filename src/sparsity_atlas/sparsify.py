@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from sparsity_atlas.criteria.base import SequenceCriterion
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.place import bind_all
 from sparsity_atlas.sites import TENSORS, intercept, observe
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sparsity_atlas.criteria import Criterion
+    from sparsity_atlas.criteria.base import Phase
     from sparsity_atlas.place import State
     from sparsity_atlas.sites import FFN
 
@@ -49,21 +51,38 @@ class Counter:
         self.slots = slots
         self._index = {(slot.tensor, slot.layer): i for i, slot in enumerate(slots)}
         self._valid: Tensor | None = None
+        self._generates = False
         self._zeros: list[list[Tensor | None]] = []  # [passes][slots], each [batch]
         self._broken: list[list[Tensor | None]] = []
 
-    def expect(self, valid: Tensor) -> None:
+    def expect(self, valid: Tensor, *, generates: bool = False) -> None:
         """Announce a batch: bool [batch, tokens], True where a token is no padding.
 
         Later passes of the same batch (generation) bring one token for each row, which all count.
+
+        Args:
+            valid: of the first pass.
+            generates: whether later passes follow.
         """
         self._valid = valid
+        self._generates = generates
         self._zeros, self._broken = [], []
 
     def begin_pass(self, *_: object) -> None:
         """A forward pass of the model begins (a hook calls this)."""
         self._zeros.append([None] * len(self.slots))
         self._broken.append([None] * len(self.slots))
+
+    def sequences(self, values: Tensor) -> tuple[Tensor, Phase]:
+        """What a pass is: its valid tokens, bool [batch, tokens], and its phase.
+
+        Args:
+            values: [batch, tokens, width], of the pass.
+        """
+        if len(self._zeros) == 1 and self._valid is not None:
+            return self._valid, "prompt" if self._generates else "scoring"
+        valid = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
+        return valid, "scoring" if self._valid is None else "generation"
 
     def add(self, tensor_name: str, layer: int, values: Tensor, mask: Tensor | None) -> None:
         """Count a slot's zeros after masking.
@@ -157,7 +176,11 @@ def sparsified(
     def rewrite(layer: int, name: str, values: Tensor, written: Tensor) -> Tensor:
         rule = bound[layer, name]
         rows = values.reshape(-1, values.shape[-1])
-        mask = exact_mask(rule, rows, level)
+        if isinstance(rule, SequenceCriterion):
+            valid, phase = counter.sequences(values)
+            mask = rule.mask_sequences(values, valid, phase, level).view(rows.shape)
+        else:
+            mask = exact_mask(rule, rows, level)
         if not (torch.is_tensor(mask) and mask.dtype == torch.bool and mask.shape == rows.shape):
             found = f"{mask.dtype} {list(mask.shape)}" if torch.is_tensor(mask) else type(mask)
             raise AtlasError(
@@ -165,19 +188,21 @@ def sparsified(
                 f"found {found}"
             )
         counter.add(name, layer, values, mask.view(values.shape))
-        replaced = replaced_rows(rule, rows, written.reshape(rows.shape), mask)
+        replaced = replaced_rows(rule, rows, written.reshape(rows.shape), mask, level)
         return replaced.view(written.shape)
 
     with _passes(model, counter), intercept(ffns, site, rewrite):
         yield counter
 
 
-def replaced_rows(criterion: Criterion, values: Tensor, written: Tensor, mask: Tensor) -> Tensor:
+def replaced_rows(
+    criterion: Criterion, values: Tensor, written: Tensor, mask: Tensor, level: float
+) -> Tensor:
     """What becomes of `written` under a mask: see `Criterion.replace`."""
     if values.device.type == "mps":
-        replaced = criterion.replace(values.cpu(), written.cpu(), mask.cpu())
+        replaced = criterion.replace(values.cpu(), written.cpu(), mask.cpu(), level)
     else:
-        replaced = criterion.replace(values, written, mask)
+        replaced = criterion.replace(values, written, mask, level)
     return torch.where(mask, written, 0) if replaced is None else replaced.to(written)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sparsity_atlas.place import Place, Sample
+
+
+Phase = Literal["scoring", "prompt", "generation"]
 
 
 class Criterion(ABC):
@@ -56,7 +59,7 @@ class Criterion(ABC):
         """
         return self
 
-    def replace(self, values: Tensor, written: Tensor, mask: Tensor) -> Tensor | None:
+    def replace(self, values: Tensor, written: Tensor, mask: Tensor, level: float) -> Tensor | None:
         """What the model goes on with, where dropped entries do not become zeros.
 
         Args:
@@ -64,6 +67,7 @@ class Criterion(ABC):
             written: [rows, width], the vector that is sparsified: `values`, or the product i where
                 they are one of its factors.
             mask: bool [rows, width], as `mask` returned it.
+            level: in [lowest, highest].
 
         Returns:
             [rows, width], or None: `written` with zeros where it was dropped.
@@ -80,4 +84,30 @@ class Criterion(ABC):
 
         Returns:
             bool [rows, width], True where the entry is kept.
+        """
+
+
+class SequenceCriterion(Criterion):
+    """A criterion whose mask for a token follows from tokens before it in the same sequence.
+
+    A bound one may keep what the first pass of a batch tells for the passes of its generation.
+    """
+
+    def mask(self, values: Tensor, level: float) -> Tensor:
+        """Single rows do not say which sequence they belong to: see `mask_sequences`."""
+        raise NotImplementedError(f"{type(self).__name__} masks sequences")
+
+    @abstractmethod
+    def mask_sequences(self, values: Tensor, valid: Tensor, phase: Phase, level: float) -> Tensor:
+        """Return which entries are kept.
+
+        Args:
+            values: [batch, tokens, width].
+            valid: bool [batch, tokens], True where a token is no padding.
+            phase: `scoring` of given tokens in one pass, the `prompt` of a generation, or one pass of
+                the `generation` after it, with one new token for each row.
+            level: in [lowest, highest].
+
+        Returns:
+            bool [batch, tokens, width], True where the entry is kept.
         """
