@@ -94,6 +94,12 @@ class Asks:
         curve = self.curve_of(wildcards)
         return [f"{self._results}/{curve.folder}/search.json"] if curve.auto else []
 
+    def calibration(self, wildcards: Wildcards) -> list[str]:
+        """The calibration of a curve whose criterion needs one."""
+        if not criteria.declared(json.loads(self.criterion(wildcards)))["calibrated"]:
+            return []
+        return [f"{self._results}/{self.curve_of(wildcards).folder}/calibration.safetensors"]
+
     def search_of_node(self, wildcards: Wildcards) -> list[str]:
         """The search that left a node.
 
@@ -142,9 +148,9 @@ class Asks:
         """Digest of a local model's files."""
         return model_content(self._config, wildcards.model)
 
-    def loading_settings(self, wildcards: Wildcards) -> str:
-        """How a model is loaded."""
-        return json.dumps(grid.loading_slice(self._config, wildcards.model))
+    def store_settings(self, wildcards: Wildcards) -> str:
+        """How a model is loaded beside its activations, and how these are split."""
+        return grid.store_slice(self._config, wildcards.model)
 
     def capture_settings(self, wildcards: Wildcards) -> str:
         """How a model's activations are captured."""

@@ -15,11 +15,14 @@ import pyarrow.parquet as pq
 
 from sparsity_atlas import cli
 from sparsity_atlas.activations import ActivationStore
+from sparsity_atlas.calibration import read_calibration
 from sparsity_atlas.criteria import check_level, create
 from sparsity_atlas.models import from_manifest, load
 from sparsity_atlas.store import read_manifest, write_atomically
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from sparsity_atlas.criteria import Criterion
@@ -37,7 +40,7 @@ _BLOCK_BYTES = 64 * 2**20
 
 
 def sparse_output(
-    ffn: FFN, x: Tensor, site: str, criterion: Criterion, level: float
+    ffn: FFN, x: Tensor, site: str, rules: Mapping[str, Criterion], level: float, length: int = 1
 ) -> tuple[Tensor, int, int]:
     """An FFN's output with a criterion at a site.
 
@@ -45,57 +48,73 @@ def sparse_output(
         ffn: the layer's FFN.
         x: its input, [tokens, hidden].
         site: where.
-        criterion: the rule.
+        rules: the criterion as it is bound to each tensor of the site in this layer.
         level: its number.
+        length: tokens of a sequence; whole sequences stand one after the other in x.
 
     Returns:
         output [tokens, hidden], zeros and entries at the site.
     """
-    from sparsity_atlas.sparsify import exact_mask
+    import torch
+
+    from sparsity_atlas.criteria.base import SequenceCriterion
+    from sparsity_atlas.sparsify import exact_mask, replaced_rows
 
     zeros = entries = 0
 
-    def drop(values: Tensor, onto: Tensor) -> Tensor:
+    def drop(tensor: str, values: Tensor, onto: Tensor) -> Tensor:
         nonlocal zeros, entries
-        mask = exact_mask(criterion, values, level)
+        rule = rules[tensor]
+        if isinstance(rule, SequenceCriterion):
+            batch = values.view(-1, length, values.shape[-1])
+            valid = torch.ones(batch.shape[:2], dtype=torch.bool, device=batch.device)
+            mask = rule.mask_sequences(batch, valid, "scoring", level).view(values.shape)
+        else:
+            mask = exact_mask(rule, values, level)
         zeros += int((~mask | (values == 0)).sum())
         entries += values.numel()
-        return onto.masked_fill(~mask, 0)
+        return replaced_rows(rule, values, onto, mask, level)
 
     if site in ("input", "all_inputs"):
-        x = drop(x, x)
+        x = drop("input", x, x)
     u, g = ffn.factors(x) if site in ("up", "gate") else (None, None)
     i = ffn.intermediate(x)
     # Dropping an entry of a factor drops the same entry of the product.
     match site:
         case "up":
-            i = drop(u, i)
+            i = drop("up", u, i)
         case "gate":
-            i = drop(g, i)
+            i = drop("gate", g, i)
         case "intermediate" | "all_inputs":
-            i = drop(i, i)
+            i = drop("intermediate", i, i)
     return ffn.output(i), zeros, entries
 
 
 def layer_rows(
-    ffn: FFN, store: ActivationStore, site: str, criterion: Criterion, levels: list[str]
+    ffn: FFN,
+    store: ActivationStore,
+    site: str,
+    rules: Mapping[str, Criterion],
+    levels: list[str],
+    first: int = 0,
 ) -> list[dict[str, Any]]:
-    """Rows of `SCHEMA` for one layer, a block of tokens at a time."""
+    """Rows of `SCHEMA` for one layer, a block of tokens at a time, from the token `first` on."""
     import torch
 
     tokens = store.shape("input", ffn.layer)[0]
-    step = max(1, _BLOCK_BYTES // (4 * ffn.width))
+    length = store.ids().shape[1]
+    step = max(1, _BLOCK_BYTES // (4 * ffn.width * length)) * length
     sums = {level: {"zeros": 0, "entries": 0, "error": 0.0} for level in levels}
     counted = 0
     parameter = next(ffn.down.module.parameters())
-    for start in range(0, tokens, step):
+    for start in range(first, tokens, step):
         block = torch.from_numpy(store.read("input", ffn.layer, start, start + step))
         x = block.to(parameter.device, parameter.dtype)
         dense = ffn.output(ffn.intermediate(x))
         norm = dense.float().norm(dim=-1)
         counted += int((norm > 0).sum())
         for level in levels:
-            output, zeros, entries = sparse_output(ffn, x, site, criterion, float(level))
+            output, zeros, entries = sparse_output(ffn, x, site, rules, float(level), length)
             error = (output - dense).float().norm(dim=-1)[norm > 0] / norm[norm > 0]
             sums[level]["zeros"] += zeros
             sums[level]["entries"] += entries
@@ -124,7 +143,15 @@ def main() -> None:
     parser.add_argument(
         "--search", type=cli.optional_path, help="search.json whose levels are taken as well"
     )
-    parser.add_argument("--settings", required=True, type=json.loads, help="JSON: model loading")
+    parser.add_argument(
+        "--calibration", type=cli.optional_path, help="calibration of the criterion, if it has one"
+    )
+    parser.add_argument(
+        "--settings",
+        required=True,
+        type=json.loads,
+        help="JSON: model loading, calibration tokens (these are left out)",
+    )
     parser.add_argument("--output", required=True, type=Path, help="Parquet file to write")
     arguments = parser.parse_args()
 
@@ -138,16 +165,20 @@ def main() -> None:
     manifest, folder = from_manifest(arguments.model)
     import torch
 
+    from sparsity_atlas.place import bind_all
     from sparsity_atlas.sites import bind_ffns
 
-    model = load(folder, dtype=arguments.settings["dtype"], device=arguments.settings["device"])
+    settings = arguments.settings
+    model = load(folder, dtype=settings["dtype"], device=settings["device"])
     store = ActivationStore(arguments.store)
+    states = read_calibration(arguments.calibration).states if arguments.calibration else None
+    first = settings.get("calibration_tokens", 0)
+    rows = []
     with torch.no_grad():
-        rows = [
-            row
-            for ffn in bind_ffns(model, manifest["ffn"])
-            for row in layer_rows(ffn, store, arguments.site, criterion, levels)
-        ]
+        for ffn in bind_ffns(model, manifest["ffn"]):
+            bound = bind_all(criterion, [ffn], arguments.site, states)
+            rules = {tensor: rule for (_, tensor), rule in bound.items()}
+            rows += layer_rows(ffn, store, arguments.site, rules, levels, first)
     table = pa.Table.from_pylist(rows, SCHEMA)
     write_atomically(arguments.output, lambda temporary: pq.write_table(table, temporary))
 

@@ -34,6 +34,7 @@ rule output_error:
         model="results/{model}/model.json",
         capture="results/{model}/capture/{site}.json",
         search=ask.curve_search,
+        calibration=ask.calibration,
     output:
         "results/{model}/{criterion}/{site}/sparsity.parquet",
     log:
@@ -44,7 +45,7 @@ rule output_error:
         "../../envs/atlas.yaml"
     threads: 1
     params:
-        settings=ask.loading_settings,
+        settings=ask.store_settings,
         criterion=ask.criterion,
         levels=ask.listed_levels,
         store="results/{model}/activations.zarr",
@@ -58,6 +59,7 @@ rule output_error:
             --criterion {params.criterion:q} \
             --levels={params.levels:q} \
             --search={input.search:q} \
+            --calibration={input.calibration:q} \
             --settings {params.settings:q} \
             --output {output} >{log} 2>&1
         """
