@@ -4,6 +4,7 @@ snakemake --cores all                                    everything that config.
 snakemake --cores all results/<model>/summary.csv        one model
 snakemake --cores all results/<model>/<criterion>/<site>/<level>/eval.json      one node
 snakemake --cores all plan                               what it will cost, before it runs
+snakemake --cores all export                             the thresholds of calibrated criteria, for kernels
 """
 
 from snakemake.utils import min_version
@@ -26,6 +27,7 @@ include: "workflow/rules/metrics.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/summarize.smk"
 include: "workflow/rules/figures.smk"
+include: "workflow/rules/export.smk"
 include: "workflow/rules/plan.smk"
 
 
@@ -38,6 +40,7 @@ onerror:
 
 localrules:
     all,
+    export,
     plan,
 
 

@@ -100,6 +100,16 @@ class Asks:
             return []
         return [f"{self._results}/{self.curve_of(wildcards).folder}/calibration.safetensors"]
 
+    def exports(self) -> list[str]:
+        """Exported thresholds of every curve whose criterion is calibrated."""
+        return [
+            f"{self._results}/{curve.folder}/thresholds.json"
+            for curve in self.curves
+            if criteria.declared(json.loads(grid.criterion_slice(self._config, curve.criterion)))[
+                "calibrated"
+            ]
+        ]
+
     def search_of_node(self, wildcards: Wildcards) -> list[str]:
         """The search that left a node.
 

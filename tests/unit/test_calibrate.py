@@ -10,16 +10,19 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from sparsity_atlas import calibrate, capture, output_error, search
+from sparsity_atlas import calibrate, capture, export, output_error, search
 from sparsity_atlas.activations import ActivationStore
 from sparsity_atlas.asks import Asks
 from sparsity_atlas.calibration import Calibration, check_disjoint, read_calibration
 from sparsity_atlas.config import parse
+from sparsity_atlas.criteria import create
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluate import Node, evaluate_node
 from sparsity_atlas.inputs import check_inputs
-from sparsity_atlas.store import read_manifest
+from sparsity_atlas.place import bind_all
+from sparsity_atlas.store import file_digest, read_manifest
 from sparsity_atlas.texts import documents
 from tiny_lm import ROLLING, open_session, rolling_documents, sentences, settings, write_task
 
@@ -340,3 +343,42 @@ def test_only_calibrated_criteria_wait_for_a_calibration(config: dict[str, Any])
     path = "results/tiny/teal/input/calibration.safetensors"
     assert ask.calibration(At("tiny", "teal", "input")) == [path]
     assert ask.calibration(At("tiny", "topk", "input")) == []
+
+
+# Export
+
+
+def test_exported_thresholds_are_the_masks(
+    work: Work, tmp_path: Path, tasks: dict[str, Any]
+) -> None:
+    """A kernel that knows the files alone drops what the criterion drops."""
+    store = ActivationStore(work.store)
+    for rule, tensor in (("teal", "input"), ("chess", "gate"), ("cett", "intermediate")):
+        folder = tmp_path / rule
+        made = calibrated(work, folder / "calibration.safetensors", rule, tensor)
+        run(
+            export,
+            {
+                **{"--model": work.manifest, "--criterion": json.dumps({"rule": rule})},
+                **{"--site": tensor, "--calibration": folder / "calibration.safetensors"},
+                **{"--levels": "0.3,0.5", "--output": folder / "thresholds.json"},
+                "--settings": json.dumps({"dtype": "auto", "device": "cpu"}),
+            },
+        )
+        manifest = read_manifest(folder / "thresholds.json")
+        assert list(manifest["levels"]) == ["0.5", "0.3"]
+        session = open_session(work.manifest, tasks)
+        for level, one in manifest["levels"].items():
+            assert file_digest(folder / one["file"]) == one["sha256"]
+            about = read_manifest(folder / level / "thresholds.json")
+            assert (about["level"], about["site"]) == (level, tensor)
+            assert about["calibration"] == made.identity()
+            tensors = load_file(folder / one["file"])
+            assert {name: list(t.shape) for name, t in tensors.items()} == about["tensors"]
+            bound = bind_all(create({"rule": rule}), session.ffns, tensor, made.states)
+            for layer in (0, 1):
+                values = torch.from_numpy(store.read(tensor, layer))
+                kept = values.abs() >= tensors[f"{tensor}.{layer}.threshold"]
+                assert torch.equal(kept, bound[layer, tensor].mask(values, float(level)))
+                for path in about["readers"][f"{tensor}.{layer}"]:
+                    assert session.lm.model.get_submodule(path).in_features == values.shape[1]

@@ -74,6 +74,13 @@ class Criterion(ABC):
         """
         return None
 
+    def export(self, level: float) -> dict[str, Tensor]:
+        """What a kernel of a bound, calibrated criterion needs at a level: float32 tensors by name.
+
+        `threshold`, [] or [width], is what |v| must reach for an entry to be kept.
+        """
+        return {}
+
     @abstractmethod
     def mask(self, values: Tensor, level: float) -> Tensor:
         """Return which entries are kept.

@@ -33,3 +33,7 @@ class MeanCompensation(Quantile):
     def replace(self, values: Tensor, written: Tensor, mask: Tensor, level: float) -> Tensor:
         """See `Criterion.replace`."""
         return torch.where(mask, written, (values * self._state["mean"]).to(written.dtype))
+
+    def export(self, level: float) -> dict[str, Tensor]:
+        """See `Criterion.export`; `mean` is mean(g), [width]."""
+        return {**super().export(level), "mean": self._state["mean"]}

@@ -43,3 +43,7 @@ class Quantile(Criterion):
     def mask(self, values: Tensor, level: float) -> Tensor:
         """See `Criterion.mask`."""
         return values.abs().float() >= self.thresholds(level)
+
+    def export(self, level: float) -> dict[str, Tensor]:
+        """See `Criterion.export`."""
+        return {"threshold": self.thresholds(level)}

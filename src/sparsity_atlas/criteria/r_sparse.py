@@ -43,6 +43,9 @@ class RSparse(Quantile):
         whole = inputs * outputs / (inputs + outputs)
         return round((1 - level) * (1 - self.sparse_share) * whole)
 
+    def _basis(self, level: float) -> Tensor:
+        return self._state["basis"][: self._rank(self._shape, level)]
+
     def calibrate(self, place: Place, sample: Sample) -> dict[str, Tensor]:
         """See `Criterion.calibrate`."""
         scores = sample.read(place.tensor).abs() * place.column_norms()
@@ -67,7 +70,11 @@ class RSparse(Quantile):
 
     def replace(self, values: Tensor, written: Tensor, mask: Tensor, level: float) -> Tensor:
         """See `Criterion.replace`."""
-        basis = self._state["basis"][: self._rank(self._shape, level)]
+        basis = self._basis(level)
         dropped = torch.where(mask, 0, written).float()
         projected = (dropped @ basis.T) @ basis
         return torch.where(mask, written, 0) + projected.to(written.dtype)
+
+    def export(self, level: float) -> dict[str, Tensor]:
+        """See `Criterion.export`; `basis` is V_rᵀ, [rank, width]."""
+        return {**super().export(level), "basis": self._basis(level)}

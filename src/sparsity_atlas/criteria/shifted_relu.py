@@ -60,6 +60,13 @@ class ShiftedRelu(Quantile):
         ratio = (inverse(self._function, gate) - shift) / gate
         return torch.where(mask, (written.float() * ratio).to(written.dtype), 0)
 
+    def export(self, level: float) -> dict[str, Tensor]:
+        """See `Criterion.export`; here g must exceed `threshold`, and `shift` is b, []."""
+        threshold = self.thresholds(level)
+        finite = 0 < level < 1
+        shift = inverse(self._function, threshold[None])[0] if finite else threshold
+        return {"threshold": threshold, "shift": shift}
+
 
 def inverse(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
     """z ≥ 0 with function(z) = values, by bisection.

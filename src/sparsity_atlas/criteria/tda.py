@@ -44,3 +44,7 @@ class Tda(PromptMask):
         squares = torch.where(counted[..., None], prompt, 0).square().sum(1)
         rms = (squares / counted.sum(1, keepdim=True)).sqrt()
         return self._cett.mask(rms, level)
+
+    def export(self, level: float) -> dict[str, Tensor]:
+        """See `Criterion.export`; here the root mean square over the prompt is compared."""
+        return self._cett.export(level)
