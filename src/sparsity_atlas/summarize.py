@@ -2,6 +2,8 @@
 
 critical_sparsity.csv   model × criterion × site × task × bar: critical and PPL-p% sparsity
 curves.csv              … × level: induced sparsity, score, retained accuracy, added loss
+comparison.csv          model × site × task × sparsity × criterion: scores at equal induced sparsity, and
+                        their paired differences from the first criterion
 layers.csv              … × level × tensor × layer: induced sparsity under the tasks, and, from the
                         captured text, induced sparsity and FFN-output error
 metrics.csv             model × tensor × layer: effective rank, Gini, Hoyer, zeros
@@ -28,6 +30,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from sparsity_atlas import cli
+from sparsity_atlas.comparison import COMPARISON, comparison_rows
 from sparsity_atlas.critical import CriticalRow
 from sparsity_atlas.curves import CurvePoint
 from sparsity_atlas.metrics import BIN_EDGES
@@ -205,7 +208,7 @@ def write_tables(
     Args:
         folder: where the CSV files go.
         models: manifests of the models; every file of the other lists belongs to one of them.
-        curves: curve.json files.
+        curves: curve.json files, with equal_sparsity.parquet beside each.
         sparsity: sparsity.parquet files.
         metrics: Parquet files of `metrics`.
     """
@@ -215,6 +218,7 @@ def write_tables(
     measured = metric_rows(metrics)
     write_csv(folder / "critical_sparsity.csv", CRITICAL, critical)
     write_csv(folder / "curves.csv", POINTS, curve_rows(curves))
+    write_csv(folder / "comparison.csv", COMPARISON, comparison_rows(curves, sparsity))
     write_csv(folder / "layers.csv", LAYERS, layer_rows(curves, sparsity))
     write_csv(folder / "metrics.csv", METRICS, measured)
     write_csv(folder / "magnitudes.csv", MAGNITUDES, magnitude_rows(measured))

@@ -81,6 +81,22 @@ FIGURES = {
         "The same site of the same model under different criteria, over the sparsity that each of "
         "them induced. " + _LINES,
     ),
+    "comparison": Entry(
+        "Differences at equal sparsity",
+        "Curves",
+        ("comparison",),
+        "Each criterion's score minus that of the first criterion at the same site of the same model, "
+        "both read between their levels at the same induced sparsity. Below zero a criterion adds less "
+        "loss than the reference. Bands are 95 % intervals of the difference by paired bootstrap: both "
+        "curves draw the same samples.",
+    ),
+    "comparison_error": Entry(
+        "FFN-output error at equal sparsity",
+        "Curves",
+        ("comparison",),
+        "Relative error of an FFN's output, mean over tokens and layers of the captured text that no "
+        "criterion was calibrated on, over the sparsity that each criterion induced there.",
+    ),
     "tasks": Entry(
         "Task by task",
         "Tasks",
