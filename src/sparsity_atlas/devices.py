@@ -13,8 +13,8 @@ from sparsity_atlas.errors import AtlasError
 if TYPE_CHECKING:
     import torch
 
-# Locks that this process holds until it ends.
-_claimed: list[IO[str]] = []
+# GPUs that this process holds until it ends, with their locks.
+_claimed: dict[int, IO[str]] = {}
 
 
 def pick_device(device: str) -> torch.device:
@@ -64,7 +64,7 @@ def claim_gpu(identities: list[str], folder: Path | None = None, poll: float = 1
             except BlockingIOError:
                 file.close()
                 continue
-            _claimed.append(file)
+            _claimed[index] = file
             return index
         time.sleep(poll)
 
@@ -75,6 +75,8 @@ def own_device(device: torch.device) -> torch.device:
 
     if device.type != "cuda":
         return device
+    if _claimed:  # a process that loads one model after the other would wait for itself
+        return torch.device("cuda", next(iter(_claimed)))
     uuids = [
         str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())
     ]

@@ -43,6 +43,11 @@ def read_scores(
     }
 
 
+def headline_tasks(metrics: dict[str, tuple[Kind, str | None]]) -> list[str]:
+    """The tasks that the headline is read from: the first one with a loss, else all."""
+    return [task for task, (kind, _) in metrics.items() if kind == "loss"][:1] or list(metrics)
+
+
 def damage(
     metrics: dict[str, tuple[Kind, str | None]],
     dense: dict[str, float],
@@ -55,20 +60,19 @@ def damage(
     """
     if scores is None:
         return math.inf
-    losses = [task for task, (kind, _) in metrics.items() if kind == "loss"]
-    if losses:
-        return (scores[losses[0]] - dense[losses[0]]) / ALLOWED_LOSS
+    first = headline_tasks(metrics)[0]
+    if metrics[first][0] == "loss":
+        return (scores[first] - dense[first]) / ALLOWED_LOSS
     lost = 1 - sum(scores.values()) / sum(dense.values())
     return lost / (1 - HEADLINE)
 
 
-def induced(manifest: dict[str, Any], site: str) -> float:
-    """Induced sparsity of a node or of dense at a site: mean over its tasks, NaN if all failed."""
+def induced(results: dict[str, Any], site: str, tasks: list[str]) -> float:
+    """Induced sparsity at a site: mean over some tasks' results, NaN if all of them failed."""
     shares = []
-    for task in manifest["tasks"].values():
-        if task["status"] == "ok":
-            tensors = TENSORS[site]
-            totals = [task["sparsity"][tensor] for tensor in tensors]
+    for task in tasks:
+        if results[task]["status"] == "ok":
+            totals = [results[task]["sparsity"][tensor] for tensor in TENSORS[site]]
             shares.append(
                 sum(one["zeros"] for one in totals) / sum(one["entries"] for one in totals)
             )
@@ -114,7 +118,9 @@ def search(
     rule = create(criterion)
     harshest = rule.lowest if rule.dense_level == rule.highest else rule.highest
     levels = Range(rule.dense_level, harshest, rule.coarse_levels)
-    dense_sparsity = induced({"tasks": baseline}, site)
+    # The bracket is as wide as the headline's own curve says, which is over its own tasks' tokens.
+    read_from = headline_tasks(metrics)
+    dense_sparsity = induced(baseline, site, read_from)
     points: list[Point] = []
     while True:
         level = next_level(
@@ -127,7 +133,7 @@ def search(
         manifest = evaluate_node(session, node, folder / level)
         point = Point(
             level,
-            induced(manifest, site),
+            induced(manifest["tasks"], site, read_from),
             damage(metrics, dense, read_scores(folder / level, metrics)),
         )
         points.append(point)
@@ -137,9 +143,9 @@ def search(
             *(len(points), settings["max_levels"], time.monotonic() - began),
         )
     cli.logger.info("stopped: %s", level.reason)
-    headline = next((task for task, (kind, _) in metrics.items() if kind == "loss"), "average")
+    first = read_from[0]
     return {
-        "headline": headline,
+        "headline": first if metrics[first][0] == "loss" else "average",
         "stopped": level.reason,
         "levels": [
             {

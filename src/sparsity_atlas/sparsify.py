@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from sparsity_atlas.criteria.base import SequenceCriterion
@@ -41,10 +40,10 @@ class Slot:
 
 
 class Counter:
-    """Counts zeros for each slot and each row of the batch, in each forward pass.
+    """Counts zeros for each slot and each token, in each forward pass.
 
     The caller says before a forward pass which of its tokens count (`expect`) and takes the counts
-    once a batch (`take`). All sums stay on the device until then.
+    once a batch (`take`), to weigh and add them up as it sees fit. They stay on the device until then.
     """
 
     def __init__(self, slots: list[Slot]) -> None:
@@ -52,7 +51,7 @@ class Counter:
         self._index = {(slot.tensor, slot.layer): i for i, slot in enumerate(slots)}
         self._valid: Tensor | None = None
         self._generates = False
-        self._zeros: list[list[Tensor | None]] = []  # [passes][slots], each [batch]
+        self._zeros: list[list[Tensor | None]] = []  # [passes][slots], each [batch, tokens]
         self._broken: list[list[Tensor | None]] = []
 
     def expect(self, valid: Tensor, *, generates: bool = False) -> None:
@@ -106,22 +105,27 @@ class Counter:
             zeros = zeros * self._valid
             finite = finite | ~self._valid
         slot = self._index[tensor_name, layer]
-        self._zeros[-1][slot] = zeros.sum(1)
+        self._zeros[-1][slot] = zeros
         self._broken[-1][slot] = ~finite.all()
 
-    def take(self) -> np.ndarray:
-        """Zeros of the batch, int64 [passes, slots, batch]: the one copy to the host.
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Zeros of the batch, on the device.
+
+        Returns:
+            Of the first pass, int64 [slots, batch, tokens], 0 where padding is; of the later passes
+            with their one token a row, int64 [passes - 1, slots, batch].
 
         Raises:
             NumericalFailure: a vector that counts held NaN or an infinity.
         """
         self._valid = None
-        counts = torch.stack([torch.stack(one) for one in self._zeros])
         broken = torch.stack([torch.stack(one) for one in self._broken]).any(0)
         for slot, bad in zip(self.slots, broken.tolist(), strict=True):
             if bad:
                 raise NumericalFailure(f"NaN or infinity in '{slot.tensor}' of layer {slot.layer}")
-        return counts.cpu().numpy().astype(np.int64)
+        first, *later = (torch.stack(one) for one in self._zeros)
+        rest = torch.stack(later).squeeze(-1) if later else first.new_zeros(0, *first.shape[:2])
+        return first, rest
 
 
 def exact_mask(criterion: Criterion, rows: Tensor, level: float) -> Tensor:
@@ -131,8 +135,10 @@ def exact_mask(criterion: Criterion, rows: Tensor, level: float) -> Tensor:
     return criterion.mask(rows, level)
 
 
-def _slots(ffns: list[FFN], tensors: tuple[str, ...]) -> list[Slot]:
-    """Slots in the order in which a forward pass reaches them."""
+def slots_of(ffns: list[FFN], site: str | None) -> list[Slot]:
+    """What is counted at a site (None: at every site), in the order of a forward pass."""
+    sites = ffns[0].sites() if site is None else [site]
+    tensors = {name for one in sites for name in TENSORS[one]}
     order = [name for name in ("input", "up", "gate", "intermediate") if name in tensors]
     return [
         Slot(name, ffn.layer, ffn.hidden if name == "input" else ffn.width)
@@ -144,8 +150,7 @@ def _slots(ffns: list[FFN], tensors: tuple[str, ...]) -> list[Slot]:
 @contextlib.contextmanager
 def counted(model: PreTrainedModel, ffns: list[FFN]) -> Iterator[Counter]:
     """Count exact zeros at every site of an untouched model."""
-    tensors = tuple({name: None for site in ffns[0].sites() for name in TENSORS[site]})
-    counter = Counter(_slots(ffns, tensors))
+    counter = Counter(slots_of(ffns, None))
     with (
         _passes(model, counter),
         observe(
@@ -170,7 +175,7 @@ def sparsified(
 
     A dropped entry counts as a zero also where the criterion puts something in its place.
     """
-    counter = Counter(_slots(ffns, TENSORS[site]))
+    counter = Counter(slots_of(ffns, site))
     bound = bind_all(criterion, ffns, site, calibration)
 
     def rewrite(layer: int, name: str, values: Tensor, written: Tensor) -> Tensor:

@@ -347,7 +347,7 @@ class _Clock(rates.TimedLM):
 
 
 def test_a_quick_batch_is_timed_whole_and_a_slow_one_in_part() -> None:
-    batch = Batch([tuple(range(100))] * 7 + [tuple(range(40))], [[[1, 2]]] * 8)
+    batch = Batch([list(range(100))] * 7 + [list(range(40))], [2] * 8)
     assert rates.piece(_Clock(1e9), batch).rows == batch.rows
     slow = rates.piece(_Clock(10), batch)
     assert (len(slow.rows), slow.positions) == (1, 32)

@@ -18,12 +18,15 @@ from sparsity_atlas.evaluate import Node, evaluate_node
 from sparsity_atlas.output_error import sparse_output
 from sparsity_atlas.place import Place, bind_all
 from sparsity_atlas.samples import read_table
+from sparsity_atlas.scoring import Abilities
 from sparsity_atlas.sites import find_ffns
 from sparsity_atlas.sparsify import sparsified
 from sparsity_atlas.thresholds import STEPS
 from tiny_lm import (
+    CHOICE,
     GENERATION,
     ROLLING,
+    choice_documents,
     open_session,
     rolling_documents,
     save_model,
@@ -132,14 +135,14 @@ def test_each_layer_remembers_its_own_neurons() -> None:
             )
         counter.expect(torch.ones_like(ids, dtype=torch.bool))
         model(ids)
-        zeros = counter.take()
+        zeros, _ = counter.take()
     kept = [seen[ffn.layer][:, 3:] != 0 for ffn in ffns]
     for one in kept:
         assert torch.equal(one, one[:, :1].expand(one.shape))
         assert int(one[:, 0].sum(-1).max()) == WIDTH // 4
     assert not torch.equal(kept[0], kept[1])
     # Three tokens of six are dense.
-    assert zeros[0].tolist() == [[3 * (WIDTH - WIDTH // 4)] * 2] * len(ffns)
+    assert zeros.sum(-1).tolist() == [[3 * (WIDTH - WIDTH // 4)] * 2] * len(ffns)
 
 
 def test_prefill_is_dense_and_generation_sparse(manifest: Path, tmp_path: Path) -> None:
@@ -172,6 +175,24 @@ def test_batches_change_nothing(tmp_path: Path) -> None:
         assert left["prefill_zeros"] == right["prefill_zeros"]
         assert left["generation_zeros"] == right["generation_zeros"]
         assert left["nats"] == pytest.approx(right["nats"], abs=1e-3)
+
+
+def test_options_of_a_question_do_not_share_their_row(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each option has a prompt of its own, half of question and option; rows that branch have none."""
+    tasks = {"choice": write_task(tmp_path / "t", "choice", choice_documents(), **CHOICE)}
+    node = Node.make({"rule": "prompt_mask"}, "intermediate", "0.3")
+    session = open_session(manifest, tasks)
+    evaluate_node(session, None, tmp_path / "dense")  # this one shares
+    assert session.prepared("choice").work.abilities.branches
+    evaluate_node(session, node, tmp_path / "node")
+    monkeypatch.setattr("sparsity_atlas.lm.abilities", lambda *_: Abilities())
+    evaluate_node(open_session(manifest, tasks), node, tmp_path / "alone")
+    tables = [read_table(tmp_path / name / "samples.parquet")[1] for name in ("node", "alone")]
+    for left, right in zip(*(table.to_pylist() for table in tables), strict=True):
+        assert left["prefill_zeros"] == right["prefill_zeros"]
+        assert left["nats"] == pytest.approx(right["nats"], abs=1e-4)
 
 
 def test_the_output_error_sees_whole_sequences() -> None:

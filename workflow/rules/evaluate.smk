@@ -53,7 +53,7 @@ rule evaluate:
         code=ask.criterion_code("evaluate"),
     shell:
         """
-        python -m sparsity_atlas.evaluate \
+        python -m sparsity_atlas.worker \
             --model {input.model} \
             --settings {params.settings:q} \
             --code {params.code} \
