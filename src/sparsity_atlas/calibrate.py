@@ -86,7 +86,23 @@ def calibrate(
         for place in places(ffns, site):
             state = criterion.calibrate(place, StoreSample(store, place, site, tokens))
             states[state_name(place)] = {key: value.float() for key, value in state.items()}
-    return states
+    if criterion.allocation == "uniform":
+        return states
+
+    from sparsity_atlas.allocation import ERROR_TOKENS, allocate
+
+    like = next(ffns[0].model.parameters())
+    ids = store.ids()
+
+    def inputs(layer: int) -> Tensor:
+        values = store.read("input", layer, 0, min(tokens, ERROR_TOKENS))
+        return torch.from_numpy(values).to(like.device, like.dtype)
+
+    shares = allocate(criterion, ffns, site, states, inputs, ids[: tokens // ids.shape[1]])
+    return {
+        name: {**state, **{key: value.float() for key, value in shares[name].items()}}
+        for name, state in states.items()
+    }
 
 
 def seen_text(folder: Path, store: ActivationStore, tokens: int) -> tuple[str, str]:

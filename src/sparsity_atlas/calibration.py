@@ -56,8 +56,12 @@ def write_calibration(path: Path, states: dict[str, State], about: dict[str, Any
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def read_calibration(path: Path) -> Calibration:
+def read_calibration(path: Path, framework: str = "pt") -> Calibration:
     """Read a calibration.
+
+    Args:
+        path: the file.
+        framework: of the tensors; `np` gives NumPy's arrays, and does without torch.
 
     Raises:
         AtlasError: it is missing or damaged.
@@ -68,7 +72,7 @@ def read_calibration(path: Path) -> Calibration:
         raise AtlasError(f"{path}: no such file; run its calibration first")
     states: dict[str, State] = defaultdict(dict)
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, framework) as file:
             about = json.loads(file.metadata()["about"])
             for key in list(file.keys()):
                 place, _, name = key.partition("/")

@@ -128,7 +128,9 @@ def prepare(
     torch.manual_seed(seed)
     leaves = {}
     requests: dict[str, list[Instance]] = defaultdict(list)
-    for name, leaf in task.leaves.items():
+    for name, loaded in task.leaves.items():
+        # A copy: a task holds the requests that were built last, and is prepared in two ways.
+        leaf = copy.copy(loaded)
         leaf.set_fewshot_seed(seed)
         leaf.build_all_requests(
             limit=task.limit,

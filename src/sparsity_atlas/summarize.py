@@ -10,6 +10,9 @@ metrics.csv             model × tensor × layer: effective rank, Gini, Hoyer, z
 magnitudes.csv          model × tensor: histogram of log10(|v| / RMS)
 output_error.csv        model × criterion × site × level: over the layers, mean induced sparsity
                         and mean, smallest and largest FFN-output error on the captured text
+allocation.csv          model × criterion × site × tensor × layer × sparsity, of criteria with an
+                        allocation: damage of this layer alone at this sparsity, and its own sparsity
+                        where this is the target
 scaling.csv             criterion × family × site × task × bar: slope over log10 of the
                         non-embedding parameters
 models.csv              one row a model: source, architecture, sizes
@@ -30,6 +33,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from sparsity_atlas import cli
+from sparsity_atlas.calibration import read_calibration
 from sparsity_atlas.comparison import COMPARISON, comparison_rows
 from sparsity_atlas.critical import CriticalRow
 from sparsity_atlas.curves import CurvePoint
@@ -73,6 +77,7 @@ METRICS = ["model", "tensor", "layer", "tokens", "width", "effective_rank", "eff
 METRICS += ["gini", "hoyer", "near_zero", "exact_zero", "rms"]
 MAGNITUDES = ["model", "tensor", "low", "high", "share"]
 ERRORS = [*KEY, "level", "sparsity", "error", "error_low", "error_high"]
+ALLOCATION = [*KEY, "allocation", "tensor", "layer", "sparsity", "damage", "own_sparsity"]
 MODELS = ["model", "source", "revision", "architecture", "activation", "family", "dtype", *SIZES]
 MODELS += ["hidden", "width", "sites", "digest"]
 FAILURES = [*KEY, "level", "task", "reason"]
@@ -169,6 +174,28 @@ def error_rows(sparsity: list[Path]) -> Iterator[dict[str, Any]]:
                 }
 
 
+def allocation_rows(curves: list[Path]) -> Iterator[dict[str, Any]]:
+    """Rows of allocation.csv, from the calibrations beside the curves."""
+    for path in curves:
+        calibration = path.with_name("calibration.safetensors")
+        if not calibration.is_file():
+            continue
+        found = read_calibration(calibration, "np")
+        for place, state in found.states.items():
+            if "share" not in state:
+                continue
+            tensor, _, layer = place.rpartition(".")
+            targets = np.linspace(0, 1, len(state["share"]))
+            own = np.interp(state["grid"], targets, state["share"])
+            for level, damage, share in zip(state["grid"], state["damage"], own, strict=True):
+                yield {
+                    **_key(path),
+                    "allocation": found.about["criterion"]["allocation"],
+                    **{"tensor": tensor, "layer": int(layer), "sparsity": round(float(level), 6)},
+                    **{"damage": float(damage), "own_sparsity": float(share)},
+                }
+
+
 def model_rows(paths: list[Path]) -> list[dict[str, Any]]:
     """Rows of models.csv. A family shares its architecture and its activation."""
     sizes = model_sizes(paths)
@@ -223,6 +250,7 @@ def write_tables(
     write_csv(folder / "metrics.csv", METRICS, measured)
     write_csv(folder / "magnitudes.csv", MAGNITUDES, magnitude_rows(measured))
     write_csv(folder / "output_error.csv", ERRORS, error_rows(sparsity))
+    write_csv(folder / "allocation.csv", ALLOCATION, allocation_rows(curves))
     write_csv(folder / "scaling.csv", SCALING, scaling_rows(critical, families))
     write_csv(folder / "models.csv", MODELS, described)
     write_csv(folder / "failures.csv", FAILURES, failure_rows(curves))

@@ -16,7 +16,7 @@ HEADLINE_BAR = 0.99
 AVERAGE = "average"
 _TEXT = {"model", "criterion", "site", "level", "tensor", "task", "kind", "status", "relation"}
 _TEXT |= {"bar_label", "family", "reason", "source", "revision", "architecture", "activation"}
-_TEXT |= {"dtype", "sites", "digest", "reference"}
+_TEXT |= {"dtype", "sites", "digest", "reference", "allocation"}
 _FLAGS = {"low_open", "high_open", "non_monotone", "resolved"}
 
 
@@ -31,6 +31,7 @@ class Tables:
     metrics: pd.DataFrame
     magnitudes: pd.DataFrame
     output_error: pd.DataFrame
+    allocation: pd.DataFrame
     scaling: pd.DataFrame
     models: pd.DataFrame
     failures: pd.DataFrame

@@ -21,6 +21,7 @@ from sparsity_atlas.samples import read_table
 from sparsity_atlas.scoring import Abilities
 from sparsity_atlas.sites import find_ffns
 from sparsity_atlas.sparsify import sparsified
+from sparsity_atlas.store import read_manifest
 from sparsity_atlas.thresholds import STEPS
 from tiny_lm import (
     CHOICE,
@@ -187,6 +188,10 @@ def test_options_of_a_question_do_not_share_their_row(
     evaluate_node(session, None, tmp_path / "dense")  # this one shares
     assert session.prepared("choice").work.abilities.branches
     evaluate_node(session, node, tmp_path / "node")
+    # And what shares goes on as before.
+    evaluate_node(session, None, tmp_path / "again")
+    manifests = [read_manifest(tmp_path / name / "eval.json") for name in ("dense", "again")]
+    assert manifests[0] == manifests[1]
     monkeypatch.setattr("sparsity_atlas.lm.abilities", lambda *_: Abilities())
     evaluate_node(open_session(manifest, tasks), node, tmp_path / "alone")
     tables = [read_table(tmp_path / name / "samples.parquet")[1] for name in ("node", "alone")]

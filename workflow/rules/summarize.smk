@@ -75,6 +75,7 @@ rule tables:
         metrics="results/metrics.csv",
         magnitudes="results/magnitudes.csv",
         output_error="results/output_error.csv",
+        allocation="results/allocation.csv",
         scaling="results/scaling.csv",
         models="results/models.csv",
         failures="results/failures.csv",

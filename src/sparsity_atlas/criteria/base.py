@@ -37,6 +37,8 @@ class Criterion(ABC):
     """The sites where the rule means something; empty: all of them."""
     calibrated: ClassVar[bool] = False
     """Whether `bind` needs what `calibrate` found in the captured activations."""
+    allocation: str = "uniform"
+    """How a level is spread over a site's places; other than uniform, their states say: `allocation`."""
 
     def calibrate(self, place: Place, sample: Sample) -> dict[str, Tensor]:
         """Find what every level needs at one place: thresholds by level, means, a basis.

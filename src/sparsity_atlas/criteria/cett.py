@@ -34,6 +34,10 @@ class Cett(Quantile):
     calibrated = True
     coarse_levels = ("0.05", "0.1", "0.2", "0.4")
 
+    def __init__(self) -> None:
+        # Its layers have their own sparsities as it is.
+        super().__init__()
+
     def calibrate(self, place: Place, sample: Sample) -> dict[str, Tensor]:
         """See `Criterion.calibrate`."""
         i = sample.read("intermediate")
@@ -64,4 +68,4 @@ class Cett(Quantile):
 
     def thresholds(self, level: float) -> Tensor:
         """See `Quantile.thresholds`."""
-        return by_channel(at_level(self._state["table"], level), self._state["norms"])
+        return by_channel(self._threshold(level), self._state["norms"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sparsity_atlas.criteria.quantile import Quantile
-from sparsity_atlas.thresholds import at_level, by_channel, quantile_table
+from sparsity_atlas.thresholds import by_channel, quantile_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,4 +31,4 @@ class Chess(Quantile):
 
     def thresholds(self, level: float) -> Tensor:
         """See `Quantile.thresholds`."""
-        return by_channel(at_level(self._state["table"], level), self._state["rms"])
+        return by_channel(self._threshold(level), self._state["rms"])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Self
 
+import numpy as np
+
 from sparsity_atlas.criteria.base import Criterion
-from sparsity_atlas.thresholds import at_level, quantile_table
+from sparsity_atlas.thresholds import ALLOCATIONS, TARGETS, at_level, quantile_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,11 +22,19 @@ class Quantile(Criterion):
     The rule of TEAL, CATS and COUNTDOWN-M at any site. The level is the target sparsity: the share
     of the layer's entries that was dropped in calibration. level = 0 changes nothing, level = 1
     drops everything.
+
+    Every layer has the level for its sparsity, or one of its own by `allocation`: equal_cett,
+    sensitivity or greedy, which the module `allocation` describes.
     """
 
     dense_level = 0.0
     coarse_levels = ("0.2", "0.4", "0.6", "0.8")
     calibrated = True
+
+    def __init__(self, allocation: str = "uniform") -> None:
+        if allocation not in ALLOCATIONS:
+            raise ValueError(f"allocation: expected {', '.join(ALLOCATIONS)}, found {allocation!r}")
+        self.allocation = allocation
 
     def calibrate(self, place: Place, sample: Sample) -> dict[str, Tensor]:
         """See `Criterion.calibrate`."""
@@ -34,11 +44,19 @@ class Quantile(Criterion):
         """See `Criterion.bind`."""
         bound = copy.copy(self)
         bound._state = state
+        # Read where it is used with the level, which is a number of Python's.
+        bound._share = state["share"].cpu().numpy() if "share" in state else None
         return bound
+
+    def _threshold(self, level: float) -> Tensor:
+        """The table's threshold at what is this place's own level."""
+        if self._share is not None:
+            level = float(np.interp(level, TARGETS, self._share))
+        return at_level(self._state["table"], level)
 
     def thresholds(self, level: float) -> Tensor:
         """What |v| must reach, of a bound criterion: float32 [], or [width] by channel."""
-        return at_level(self._state["table"], level)
+        return self._threshold(level)
 
     def mask(self, values: Tensor, level: float) -> Tensor:
         """See `Criterion.mask`."""

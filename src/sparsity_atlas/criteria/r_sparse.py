@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Self
 
 import torch
 
 from sparsity_atlas.criteria.quantile import Quantile
-from sparsity_atlas.thresholds import at_level, by_channel, quantile_table
+from sparsity_atlas.thresholds import by_channel, quantile_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +35,7 @@ class RSparse(Quantile):
             raise ValueError(
                 f"sparse_share: expected a number above 0 and at most 1, found {sparse_share!r}"
             )
+        super().__init__()
         self.sparse_share = float(sparse_share)
 
     def _rank(self, shape: torch.Size, level: float) -> int:
@@ -58,15 +58,14 @@ class RSparse(Quantile):
 
     def bind(self, place: Place, state: dict[str, Tensor]) -> Self:
         """See `Criterion.bind`."""
-        bound = copy.copy(self)
-        bound._state = {**state, "norms": place.column_norms()}
+        bound = super().bind(place, {**state, "norms": place.column_norms()})
         bound._shape = place.weight.shape
         return bound
 
     def thresholds(self, level: float) -> Tensor:
         """See `Quantile.thresholds`."""
         dropped = 0.0 if level == 0 else 1 - (1 - level) * self.sparse_share
-        return by_channel(at_level(self._state["table"], dropped), self._state["norms"])
+        return by_channel(self._threshold(dropped), self._state["norms"])
 
     def replace(self, values: Tensor, written: Tensor, mask: Tensor, level: float) -> Tensor:
         """See `Criterion.replace`."""

@@ -33,6 +33,9 @@ class ShiftedRelu(Quantile):
     calibrated = True
     coarse_levels = ("0.5", "0.7", "0.9", "0.97")
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def calibrate(self, place: Place, sample: Sample) -> dict[str, Tensor]:
         """See `Criterion.calibrate`."""
         return {"table": quantile_table(sample.read("gate").clamp(min=0))}

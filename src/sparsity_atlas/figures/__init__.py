@@ -111,6 +111,21 @@ FIGURES = {
         "Share of zeros in each layer at each level, counted while the tasks ran, averaged over "
         "tasks. Levels stand in the order of the sparsity that they induce.",
     ),
+    "sensitivity": Entry(
+        "Sensitivity of single layers",
+        "Layers",
+        ("allocation",),
+        "What one layer costs if it alone is sparsified, over the sparsity that it has then: added loss "
+        "on the calibration text for criteria with the allocation sensitivity, relative FFN-output error "
+        "for the others. On a logarithmic scale.",
+    ),
+    "allocation": Entry(
+        "Allocation over layers",
+        "Layers",
+        ("allocation",),
+        "Sparsity that each layer has at a target for all of them, for criteria whose allocation is not "
+        "uniform.",
+    ),
     "output_error": Entry(
         "FFN-output error",
         "Layers",
