@@ -58,6 +58,24 @@ def check_space(path: Path, needed: int) -> None:
         )
 
 
+class Rows:
+    """A layer's rows, read as they are asked for: `rows[start:stop]` is float32 [rows, channel].
+
+    Attributes:
+        shape: (tokens, channels).
+        chunk: rows that are stored together; reading multiples of it reads nothing twice.
+    """
+
+    def __init__(self, array: zarr.Array) -> None:
+        self._array = array
+        self._dtype = array.attrs["dtype"]
+        self.shape: tuple[int, int] = array.shape
+        self.chunk: int = array.chunks[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return decode(np.asarray(self._array[rows]), self._dtype)
+
+
 class ActivationStore:
     """A store on disk. `create` and `write` are for one process at a time; reading is free."""
 
@@ -133,8 +151,11 @@ class ActivationStore:
 
     def read(self, tensor: str, layer: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows of a layer as float32 (exact for every stored type), [rows, channel]."""
-        array = self.root[tensor][layer_name(layer)]
-        return decode(np.asarray(array[start:stop]), array.attrs["dtype"])
+        return self.rows(tensor, layer)[start:stop]
+
+    def rows(self, tensor: str, layer: int) -> Rows:
+        """A layer's rows, without reading any."""
+        return Rows(self.root[tensor][layer_name(layer)])
 
     def shape(self, tensor: str, layer: int) -> tuple[int, int]:
         """(tokens, channels) of a layer."""

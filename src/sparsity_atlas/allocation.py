@@ -21,16 +21,16 @@ import torch.nn.functional as F
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
+from sparsity_atlas.criteria.base import Criterion
 from sparsity_atlas.output_error import sparse_output
 from sparsity_atlas.place import Place, bind_all, state_name
 from sparsity_atlas.sites import intercept
-from sparsity_atlas.sparsify import replaced_rows
+from sparsity_atlas.sparsify import Drop, dropping
 from sparsity_atlas.thresholds import TARGETS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from sparsity_atlas.criteria import Criterion
     from sparsity_atlas.place import State
     from sparsity_atlas.sites import FFN
 
@@ -122,16 +122,18 @@ def _error(
     return float(error.double().mean()) if len(error) else 0.0
 
 
-class _Fixed:
+class _Fixed(Criterion):
     """A criterion that is asked for any level and answers for one."""
 
     def __init__(self, rule: Criterion, level: float) -> None:
         self._rule, self._level = rule, level
 
     def mask(self, values: Tensor, level: float) -> Tensor:
+        """See `Criterion.mask`."""
         return self._rule.mask(values, self._level)
 
     def replace(self, values: Tensor, written: Tensor, mask: Tensor, level: float) -> Tensor | None:
+        """See `Criterion.replace`."""
         return self._rule.replace(values, written, mask, self._level)
 
 
@@ -172,21 +174,17 @@ def single_losses(
             if level == 0:
                 continue
 
+            drop = dropping(rule, float(level))
+
             def rewrite(
                 layer: int,
                 name: str,
                 values: Tensor,
                 written: Tensor,
                 place: tuple[int, str] = place,
-                rule: Criterion = rule,
-                level: float = float(level),
+                drop: Drop = drop,
             ) -> Tensor | None:
-                if (layer, name) != place:
-                    return None
-                rows = values.flatten(0, -2)
-                mask = rule.mask(rows, level)
-                onto = written.reshape(rows.shape)
-                return replaced_rows(rule, rows, onto, mask, level).view(written.shape)
+                return drop(values, written).out if (layer, name) == place else None
 
             with intercept(ffns, site, rewrite):
                 found[row, column] = loss() - dense

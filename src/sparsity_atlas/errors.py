@@ -1,4 +1,4 @@
-"""The error that a user can mend: printed as one line, without a traceback, with exit code 1."""
+"""Errors that a user can mend: printed as one line, without a traceback, with exit code 1."""
 
 from __future__ import annotations
 
@@ -8,3 +8,7 @@ class AtlasError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(str(message).split()))
+
+
+class NumericalFailure(AtlasError):
+    """NaN or an infinity where a model computes; the message names the layer."""

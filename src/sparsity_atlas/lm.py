@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lm_eval import utils
 
-from sparsity_atlas import forest, scoring
+from sparsity_atlas import cli, forest, scoring
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.generation import GeneratingLM
 from sparsity_atlas.scoring import Abilities
@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 
     from sparsity_atlas.journal import Journal
     from sparsity_atlas.sparsify import Counter
+
+# What is said, once, of a model that cannot do something.
+SLOWER = {
+    "branches": "each answer option reads its whole context, since they cannot share it here",
+    "selects": "logits are computed for every token, since the head cannot be shown a few",
+}
 
 # Token ids of one request of lm-eval's: context and continuation, a whole document, or a prompt.
 Encoding = tuple[list[int], ...]
@@ -77,6 +83,7 @@ class AtlasLM(GeneratingLM):
             max_length=max_length,
             add_bos_token=add_bos_token,
         )
+        self._told: set[str] = set()
 
     def encode(self, kind: str, requests: list[Instance]) -> list[Encoding]:
         """Token ids of requests of one kind (lm-eval's request type)."""
@@ -142,7 +149,12 @@ class AtlasLM(GeneratingLM):
         return work
 
     def _abilities(self, requests: list[forest.Request]) -> Abilities:
-        return abilities(self.model, requests)
+        found, faults = abilities(self.model, requests)
+        for name, fault in faults.items():
+            if name not in self._told:
+                cli.logger.info("%s: %s", SLOWER[name], fault)
+                self._told.add(name)
+        return found
 
     def _windows(self, tokens: list[int]) -> list[tuple[list[int], list[int]]]:
         return [

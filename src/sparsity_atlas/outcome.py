@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from sparsity_atlas.samples import SCHEMA
+from sparsity_atlas.usage import PHASES
 
 if TYPE_CHECKING:
     from sparsity_atlas.prepared import Prepared
@@ -90,7 +91,7 @@ def task_result(
         "chance": prepared.chance,
         "scores": {name: _numbers(scores[name]) for name in sorted(scores)},
         "higher_is_better": outcome["higher_is_better"],
-        "sparsity": _sparsity(usage, slots),
+        "sparsity": sparsity([usage], slots),
         "tokens": {phase: int(tokens.sum()) for phase, tokens in usage.tokens.items()},
     }
     if kinds == ["loglikelihood_rolling"]:
@@ -108,14 +109,14 @@ def _numbers(scores: dict[str, Any]) -> dict[str, float | None]:
     return numbers
 
 
-def _sparsity(usage: Usage, slots: list[Slot]) -> dict[str, Any]:
+def sparsity(usages: list[Usage], slots: list[Slot]) -> dict[str, Any]:
     """Induced sparsity: zeros over entries of each tensor, pooled and by layer, padding excluded.
 
     `total` and `layers` weigh a token by how often it was run or would be without sharing; `unique`
     counts each token of a document once.
     """
-    zeros = {phase: counts.sum(0) for phase, counts in usage.zeros.items()}
-    tokens = {phase: int(counts.sum()) for phase, counts in usage.tokens.items()}
+    zeros = {phase: sum(usage.zeros[phase].sum(0) for usage in usages) for phase in PHASES}
+    tokens = {phase: sum(int(usage.tokens[phase].sum()) for usage in usages) for phase in PHASES}
     run = tokens["prefill"] + tokens["generation"]
     summary: dict[str, Any] = {}
     for tensor in dict.fromkeys(slot.tensor for slot in slots):
@@ -124,7 +125,7 @@ def _sparsity(usage: Usage, slots: list[Slot]) -> dict[str, Any]:
         every = (zeros["prefill"] + zeros["generation"])[index]
         shares = {
             phase: _ratio(zeros[phase][index].sum(), tokens[phase] * widths.sum())
-            for phase in ("prefill", "generation", "unique")
+            for phase in PHASES
         }
         summary[tensor] = {
             "zeros": int(every.sum()),

@@ -55,25 +55,17 @@ def sparse_output(
     Returns:
         output [tokens, hidden], zeros and entries at the site.
     """
-    import torch
-
-    from sparsity_atlas.criteria.base import SequenceCriterion
-    from sparsity_atlas.sparsify import exact_mask, replaced_rows
+    from sparsity_atlas.sparsify import dropping
 
     zeros = entries = 0
 
-    def drop(tensor: str, values: Tensor, onto: Tensor) -> Tensor:
+    def drop(name: str, values: Tensor, onto: Tensor) -> Tensor:
         nonlocal zeros, entries
-        rule = rules[tensor]
-        if isinstance(rule, SequenceCriterion):
-            batch = values.view(-1, length, values.shape[-1])
-            valid = torch.ones(batch.shape[:2], dtype=torch.bool, device=batch.device)
-            mask = rule.mask_sequences(batch, valid, "scoring", level).view(values.shape)
-        else:
-            mask = exact_mask(rule, values, level)
-        zeros += int((~mask | (values == 0)).sum())
+        shape = (-1, length, values.shape[-1])
+        masked = dropping(rules[name], level)(values.view(shape), onto.view(shape))
+        zeros += int(masked.zeros.sum())
         entries += values.numel()
-        return replaced_rows(rule, values, onto, mask, level)
+        return masked.out.view(values.shape)
 
     if site in ("input", "all_inputs"):
         x = drop("input", x, x)
@@ -82,9 +74,9 @@ def sparse_output(
     # Dropping an entry of a factor drops the same entry of the product.
     match site:
         case "up":
-            i = drop("up", u, i)
+            i = drop(site, u, i)
         case "gate":
-            i = drop("gate", g, i)
+            i = drop(site, g, i)
         case "intermediate" | "all_inputs":
             i = drop("intermediate", i, i)
     return ffn.output(i), zeros, entries

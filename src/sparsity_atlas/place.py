@@ -79,6 +79,12 @@ def matrix(projection: Projection, width: int) -> Tensor:
     return torch.cat(rows).T
 
 
+def relative(norms: Tensor) -> Tensor:
+    """Weights that order entries as these norms do: 1 where all are equal, which rounds nothing."""
+    largest = norms.max()
+    return norms / torch.where(largest > 0, largest, 1.0)
+
+
 def places(ffns: list[FFN], site: str) -> Iterator[Place]:
     """The places of a site, layer by layer in the order of a forward pass."""
     for ffn in ffns:

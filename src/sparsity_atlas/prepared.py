@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.utils import handle_non_serializable, hash_string
 
+from sparsity_atlas import request_cache
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.request_cache import Row
 
 if TYPE_CHECKING:
-    from lm_eval.api.instance import Instance
     from lm_eval.api.task import Task
 
-    from sparsity_atlas.lm import AtlasLM, Work
+    from sparsity_atlas.lm import AtlasLM, Encoding, Work
     from sparsity_atlas.tasks import LoadedTask
 
 
@@ -33,11 +35,18 @@ class PreparedTask:
         metrics: by filter, of each document; of the last evaluation.
     """
 
-    def __init__(self, task: Task, documents: list[dict[str, Any]]) -> None:
+    def __init__(self, task: Task, documents: list[dict[str, Any]], rows: list[Row]) -> None:
         self._task = task
         self.eval_docs = task.eval_docs  # a property that may process every document anew
-        self.instances: list[Instance] = task.instances
         self.documents = documents
+        self.instances = [
+            Instance(
+                *(row.kind, documents[row.doc_id], row.arguments, row.idx),
+                metadata=(task.task_name, row.doc_id, row.repeats),
+            )
+            for row in rows
+        ]
+        task._instances = self.instances
         self.metrics: dict[str, list[dict[str, Any]]] = {}
         # A function of the task's own may change the document that it is given.
         self._copies = callable(task.config.process_results)
@@ -122,27 +131,25 @@ def prepare(
     Raises:
         AtlasError: a request that cannot be scored, or no field of the name that `cluster` gives.
     """
-    # As lm-eval's own command does before a run; each task by itself, since each may be resumed alone.
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    made_of = request_cache.key(lm, task, seed=seed, chat=chat)
+    rows = request_cache.read(made_of) if made_of else None
+    if rows is None:
+        rows = _build(lm, task, seed=seed, chat=chat)
+        if made_of:
+            request_cache.write(made_of, rows)
     leaves = {}
     requests: dict[str, list[Instance]] = defaultdict(list)
+    encodings: dict[str, list[Encoding]] = defaultdict(list)
     for name, loaded in task.leaves.items():
-        # A copy: a task holds the requests that were built last, and is prepared in two ways.
+        # A copy: a task may be prepared in two ways, and answers for one of them.
         leaf = copy.copy(loaded)
-        leaf.set_fewshot_seed(seed)
-        leaf.build_all_requests(
-            limit=task.limit,
-            apply_chat_template=chat,
-            fewshot_as_multiturn=chat,
-            chat_template=lm.apply_chat_template if chat else None,
-        )
         documents = [document for _, document in leaf.doc_iterator(limit=task.limit)]
-        leaves[name] = PreparedTask(leaf, documents)
-        for instance in leaf.instances:
-            requests[instance.request_type] += [instance] * instance.repeats
-    encodings = {kind: lm.encode(kind, some) for kind, some in requests.items()}
+        own = [row for row in rows if row.leaf == name]
+        leaves[name] = PreparedTask(leaf, documents, own)
+        for row, instance in zip(own, leaves[name].instances, strict=True):
+            # As often as lm-eval will ask for it.
+            requests[row.kind] += [instance] * row.repeats
+            encodings[row.kind] += [row.encoding] * row.repeats
     return Prepared(
         contents={**task.contents, "tasks": leaves},
         work=lm.work(requests, encodings, share=share),
@@ -152,6 +159,32 @@ def prepare(
         },
         chance=_chance(leaves),
     )
+
+
+def _build(lm: AtlasLM, task: LoadedTask, *, seed: int, chat: bool) -> list[Row]:
+    # As lm-eval's own command does before a run; each task by itself, since each may be resumed alone.
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    built: list[tuple[str, Instance]] = []
+    for name, leaf in task.leaves.items():
+        leaf.set_fewshot_seed(seed)
+        leaf.build_all_requests(
+            limit=task.limit,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+            chat_template=lm.apply_chat_template if chat else None,
+        )
+        built += [(name, instance) for instance in leaf.instances]
+    rows = []
+    for kind in dict.fromkeys(instance.request_type for _, instance in built):
+        some = [(name, instance) for name, instance in built if instance.request_type == kind]
+        encoded = lm.encode(kind, [instance for _, instance in some])
+        rows += [
+            Row(name, kind, one.doc_id, one.idx, one.repeats, one.args, encoding)
+            for (name, one), encoding in zip(some, encoded, strict=True)
+        ]
+    return rows
 
 
 def _hash(document: dict[str, Any]) -> str:

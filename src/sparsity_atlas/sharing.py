@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from sparsity_atlas import cli
 from sparsity_atlas.forest import Batch, Request, pack
 from sparsity_atlas.hypotheses import relative_error
 from sparsity_atlas.scoring import Abilities, logits
@@ -21,36 +20,43 @@ if TYPE_CHECKING:
 
 # Relative error of the logits that rounding explains: in float32, and in 16 bits.
 EXACT, ROUNDED = 1e-5, 0.05
+# So much farther off must a row without its mask be.
+DISTINCT = 8
 # Predictions compared at the end of each request.
 PREDICTIONS = 16
 # How a model says that it does not take an argument, or trips over it.
 REFUSALS = (TypeError, ValueError, IndexError, RuntimeError, AttributeError, KeyError)
 
 
-def abilities(model: PreTrainedModel, requests: list[Request]) -> Abilities:
+def abilities(model: PreTrainedModel, requests: list[Request]) -> tuple[Abilities, dict[str, str]]:
     """Try what saves time on the longest of some requests, without any hook of ours.
 
     The longest, because a window of attention shows in no shorter ones. A row that branches must give
     the logits of its requests by themselves, as far as rounding lets that be seen, and not one bit may
     depend on the tokens of another branch.
+
+    Returns:
+        What the model does right, and of the rest what is wrong with it.
     """
     sample = _sample(requests)
     plain = pack(sample, len(sample), share=False)
     shared = pack(sample, len(sample), share=True)
     with torch.no_grad():
         expected = _predictions(model, plain)
-        selects = _holds(
-            "logits of scored tokens only",
-            lambda: _difference(model, expected, _predictions(model, plain, select=True)),
-        )
-        branches = _holds(
-            "requests that share tokens",
-            lambda: (
-                _difference(model, expected, _predictions(model, shared))
-                or _interference(model, shared)
+        faults = {
+            "selects": _fault(
+                lambda: _difference(model, expected, _predictions(model, plain, select=True))
             ),
-        )
-    return Abilities(branches, selects)
+            "branches": _fault(
+                lambda: (
+                    _difference(model, expected, _predictions(model, shared))
+                    or _indistinct(model, expected, shared)
+                    or _interference(model, shared)
+                )
+            ),
+        }
+    found = Abilities(**{name: fault is None for name, fault in faults.items()})
+    return found, {name: fault for name, fault in faults.items() if fault is not None}
 
 
 def _sample(requests: list[Request]) -> list[Request]:
@@ -85,9 +91,25 @@ def _predictions(
 def _difference(model: PreTrainedModel, expected: list[Tensor], found: list[Tensor]) -> str | None:
     """What is wrong with logits, if anything is."""
     allowed = EXACT if model.dtype == torch.float32 else ROUNDED
-    error = max(relative_error(*pair) for pair in zip(expected, found, strict=True))
+    error = _error(expected, found)
     # Written so that NaN is wrong.
     return None if error <= allowed else f"relative error {error:.2g}, allowed {allowed:.2g}"
+
+
+def _error(expected: list[Tensor], found: list[Tensor]) -> float:
+    return max(relative_error(*pair) for pair in zip(expected, found, strict=True))
+
+
+def _indistinct(model: PreTrainedModel, expected: list[Tensor], batches: list[Batch]) -> str | None:
+    """Whether rounding to 16 bits could hide a mistake: without its mask a row must be far off."""
+    if model.dtype == torch.float32 or not any(batch.branched for batch in batches):
+        return None
+    unmasked = [replace(one, ends=np.full_like(one.ends, one.ends.shape[1])) for one in batches]
+    error = _error(expected, _predictions(model, batches))
+    wrong = _error(expected, _predictions(model, unmasked))
+    if DISTINCT * error <= wrong:
+        return None
+    return f"relative error {error:.2g}, which a mistake could explain: without a mask {wrong:.2g}"
 
 
 def _interference(model: PreTrainedModel, batches: list[Batch]) -> str | None:
@@ -107,14 +129,11 @@ def _interference(model: PreTrainedModel, batches: list[Batch]) -> str | None:
     return None
 
 
-def _holds(what: str, fault: Callable[[], str | None]) -> bool:
-    """Whether there is no fault; the log tells of one, and so why an evaluation takes longer."""
+def _fault(attempt: Callable[[], str | None]) -> str | None:
+    """What an attempt finds wrong, or how the model refuses it."""
     try:
-        reason = fault()
+        return attempt()
     except torch.OutOfMemoryError:
         raise
     except REFUSALS as refusal:
-        reason = f"{type(refusal).__name__}: {(str(refusal).splitlines() or [''])[0]}"
-    if reason:
-        cli.logger.info("evaluation without %s: %s", what, reason)
-    return reason is None
+        return f"{type(refusal).__name__}: {(str(refusal).splitlines() or [''])[0]}"

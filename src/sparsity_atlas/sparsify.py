@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 
-from sparsity_atlas.criteria.base import SequenceCriterion
-from sparsity_atlas.errors import AtlasError
+from sparsity_atlas import kernels
+from sparsity_atlas.criteria.base import Criterion, SequenceCriterion, declares_threshold
+from sparsity_atlas.errors import AtlasError, NumericalFailure
+from sparsity_atlas.kernels import Masked
 from sparsity_atlas.place import bind_all
 from sparsity_atlas.sites import TENSORS, intercept, observe
 
@@ -20,14 +23,16 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from sparsity_atlas.criteria import Criterion
     from sparsity_atlas.criteria.base import Phase
     from sparsity_atlas.place import State
     from sparsity_atlas.sites import FFN
+    from sparsity_atlas.threshold import Threshold
 
+__all__ = ["Counter", "Drop", "NumericalFailure", "Slot", "counted", "dropping", "sparsified"]
 
-class NumericalFailure(AtlasError):
-    """NaN or an infinity where a model computes; the message names the layer."""
+Drop = Callable[["Tensor", "Tensor"], Masked]
+"""Drops of the second tensor what a criterion drops of the first; see `kernels.masked`."""
+Sequences = Callable[["Tensor"], "tuple[Tensor, Phase]"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Counter:
         self._valid: Tensor | None = None
         self._generates = False
         self._zeros: list[list[Tensor | None]] = []  # [passes][slots], each [batch, tokens]
-        self._broken: list[list[Tensor | None]] = []
+        self._finite: list[list[Tensor | None]] = []
 
     def expect(self, valid: Tensor, *, generates: bool = False) -> None:
         """Announce a batch: bool [batch, tokens], True where a token is no padding.
@@ -65,12 +70,12 @@ class Counter:
         """
         self._valid = valid
         self._generates = generates
-        self._zeros, self._broken = [], []
+        self._zeros, self._finite = [], []
 
     def begin_pass(self, *_: object) -> None:
         """A forward pass of the model begins (a hook calls this)."""
         self._zeros.append([None] * len(self.slots))
-        self._broken.append([None] * len(self.slots))
+        self._finite.append([None] * len(self.slots))
 
     def sequences(self, values: Tensor) -> tuple[Tensor, Phase]:
         """What a pass is: its valid tokens, bool [batch, tokens], and its phase.
@@ -83,30 +88,20 @@ class Counter:
         valid = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
         return valid, "scoring" if self._valid is None else "generation"
 
-    def add(self, tensor_name: str, layer: int, values: Tensor, mask: Tensor | None) -> None:
-        """Count a slot's zeros after masking.
+    def add(self, tensor_name: str, layer: int, zeros: Tensor, finite: Tensor) -> None:
+        """Count a slot's zeros.
 
         Args:
             tensor_name: which tensor of the layer.
             layer: index of the layer.
-            values: [..., width], before masking.
-            mask: bool of the same shape, True where kept; None keeps all.
+            zeros: integer [batch, tokens], after masking.
+            finite: bool [batch, tokens], whether a token's vector is free of NaN and infinities.
         """
         if self._valid is None:  # a forward pass that nobody evaluates, such as a warm-up
             return
-        width = values.shape[-1]
-        kept = values != 0 if mask is None else mask & (values != 0)
-        zeros = width - kept.reshape(-1, width).sum(-1)  # [tokens of the pass]
-        batch = self._valid.shape[0]
-        zeros = zeros.view(batch, -1)
-        # A NaN or an infinity makes the largest magnitude one as well.
-        finite = torch.isfinite(values.detach().abs().amax(-1)).view(batch, -1)
-        if len(self._zeros) == 1:
-            zeros = zeros * self._valid
-            finite = finite | ~self._valid
         slot = self._index[tensor_name, layer]
         self._zeros[-1][slot] = zeros
-        self._broken[-1][slot] = ~finite.all()
+        self._finite[-1][slot] = finite
 
     def take(self) -> tuple[Tensor, Tensor]:
         """Zeros of the batch, on the device.
@@ -118,21 +113,69 @@ class Counter:
         Raises:
             NumericalFailure: a vector that counts held NaN or an infinity.
         """
-        self._valid = None
-        broken = torch.stack([torch.stack(one) for one in self._broken]).any(0)
-        for slot, bad in zip(self.slots, broken.tolist(), strict=True):
-            if bad:
+        valid, self._valid = self._valid, None
+        zeros = [torch.stack(one).long() for one in self._zeros]  # each [slots, batch, tokens]
+        finite = [torch.stack(one) for one in self._finite]
+        zeros[0] = zeros[0] * valid
+        finite[0] = finite[0] | ~valid
+        whole = torch.stack([one.flatten(1).all(-1) for one in finite]).all(0)
+        for slot, good in zip(self.slots, whole.tolist(), strict=True):
+            if not good:
                 raise NumericalFailure(f"NaN or infinity in '{slot.tensor}' of layer {slot.layer}")
-        first, *later = (torch.stack(one) for one in self._zeros)
+        first, *later = zeros
         rest = torch.stack(later).squeeze(-1) if later else first.new_zeros(0, *first.shape[:2])
         return first, rest
 
 
-def exact_mask(criterion: Criterion, rows: Tensor, level: float) -> Tensor:
-    """`criterion.mask`, on the CPU where the device has no float64 (Apple's MPS)."""
-    if rows.device.type == "mps":
-        return criterion.mask(rows.cpu(), level).to(rows.device)
-    return criterion.mask(rows, level)
+def scored(values: Tensor) -> tuple[Tensor, Phase]:
+    """Whole sequences [batch, tokens, width] that are scored in one pass; see `Counter.sequences`."""
+    return torch.ones(values.shape[:2], dtype=torch.bool, device=values.device), "scoring"
+
+
+def dropping(criterion: Criterion, level: float, sequences: Sequences = scored) -> Drop:
+    """What a bound criterion does at a level, by the fastest path there is; prepared once a width.
+
+    Args:
+        criterion: as it is bound to the tensor.
+        level: its number.
+        sequences: which tokens of [batch, tokens, width] are valid, and their phase; asked where the
+            criterion looks at more than one token.
+
+    Raises:
+        AtlasError: (when called) a criterion of the user's that returns no mask of the right type.
+    """
+    replaces = type(criterion).replace is not Criterion.replace
+    if replaces or not declares_threshold(criterion):
+        return lambda values, onto: _by_mask(criterion, values, onto, level, sequences)
+
+    @cache
+    def rule(width: int, device: torch.device) -> Threshold:
+        return criterion.threshold(level, width).to(device)
+
+    return lambda values, onto: kernels.masked(rule(values.shape[-1], values.device), values, onto)
+
+
+def _by_mask(
+    criterion: Criterion, values: Tensor, onto: Tensor, level: float, sequences: Sequences
+) -> Masked:
+    shape, device = values.shape, values.device
+    # Apple's MPS has no float64, which a definition may need.
+    seen, written = (one.cpu() if device.type == "mps" else one for one in (values, onto))
+    rows, written = (one.reshape(-1, shape[-1]) for one in (seen, written))
+    if isinstance(criterion, SequenceCriterion):
+        valid, phase = sequences(seen)
+        mask = criterion.mask_sequences(seen, valid.to(seen.device), phase, level).view(rows.shape)
+    else:
+        mask = criterion.mask(rows, level)
+    if not (torch.is_tensor(mask) and mask.dtype == torch.bool and mask.shape == rows.shape):
+        found = f"{mask.dtype} {list(mask.shape)}" if torch.is_tensor(mask) else type(mask)
+        raise AtlasError(
+            f"{type(criterion).__name__}.mask: expected torch.bool {list(rows.shape)}, "
+            f"found {found}"
+        )
+    masked = kernels.by_mask(mask.to(device).view(shape), values, onto)
+    replaced = criterion.replace(rows, written, mask, level)
+    return masked if replaced is None else masked._replace(out=replaced.to(device).view(shape))
 
 
 def slots_of(ffns: list[FFN], site: str | None) -> list[Slot]:
@@ -151,14 +194,11 @@ def slots_of(ffns: list[FFN], site: str | None) -> list[Slot]:
 def counted(model: PreTrainedModel, ffns: list[FFN]) -> Iterator[Counter]:
     """Count exact zeros at every site of an untouched model."""
     counter = Counter(slots_of(ffns, None))
-    with (
-        _passes(model, counter),
-        observe(
-            ffns,
-            ffns[0].sites(),
-            lambda layer, name, values: counter.add(name, layer, values, None),
-        ),
-    ):
+
+    def count(layer: int, name: str, values: Tensor) -> None:
+        counter.add(name, layer, (values == 0).sum(-1), kernels.finite(values))
+
+    with _passes(model, counter), observe(ffns, ffns[0].sites(), count):
         yield counter
 
 
@@ -176,25 +216,15 @@ def sparsified(
     A dropped entry counts as a zero also where the criterion puts something in its place.
     """
     counter = Counter(slots_of(ffns, site))
-    bound = bind_all(criterion, ffns, site, calibration)
+    drops = {
+        place: dropping(rule, level, counter.sequences)
+        for place, rule in bind_all(criterion, ffns, site, calibration).items()
+    }
 
-    def rewrite(layer: int, name: str, values: Tensor, written: Tensor) -> Tensor:
-        rule = bound[layer, name]
-        rows = values.reshape(-1, values.shape[-1])
-        if isinstance(rule, SequenceCriterion):
-            valid, phase = counter.sequences(values)
-            mask = rule.mask_sequences(values, valid, phase, level).view(rows.shape)
-        else:
-            mask = exact_mask(rule, rows, level)
-        if not (torch.is_tensor(mask) and mask.dtype == torch.bool and mask.shape == rows.shape):
-            found = f"{mask.dtype} {list(mask.shape)}" if torch.is_tensor(mask) else type(mask)
-            raise AtlasError(
-                f"{type(criterion).__name__}.mask: expected torch.bool {list(rows.shape)}, "
-                f"found {found}"
-            )
-        counter.add(name, layer, values, mask.view(values.shape))
-        replaced = replaced_rows(rule, rows, written.reshape(rows.shape), mask, level)
-        return replaced.view(written.shape)
+    def rewrite(layer: int, name: str, values: Tensor, onto: Tensor) -> Tensor:
+        out, zeros, finite = drops[layer, name](values, onto)
+        counter.add(name, layer, zeros, finite)
+        return out
 
     with _passes(model, counter), intercept(ffns, site, rewrite):
         yield counter

@@ -36,6 +36,11 @@ def digest(value: Any) -> str:
 REMEMBER_BYTES = 64 * 2**20
 
 
+def cache_folder(name: str) -> Path:
+    """A folder of ours in the user's cache, for what is only kept to save time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sparsity-atlas", name)
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, as 64 hex digits.
 
@@ -46,10 +51,7 @@ def file_digest(path: Path) -> str:
     if state.st_size < REMEMBER_BYTES:
         return _hash(path)
     identity = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {state.st_ino}"
-    cache = Path(
-        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sparsity-atlas", "digests"
-    )
-    memory = cache / hashlib.sha256(identity.encode()).hexdigest()
+    memory = cache_folder("digests") / hashlib.sha256(identity.encode()).hexdigest()
     known = memory.read_text() if memory.is_file() else ""
     if len(known) == 64:
         return known

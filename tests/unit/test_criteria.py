@@ -263,8 +263,8 @@ def test_own_criterion_may_derive_from_a_built_in_one(tmp_path: Path) -> None:
 
 
 def test_a_constant_that_is_only_inherited(tmp_path: Path) -> None:
-    text = "from sparsity_atlas.criteria.threshold import Threshold\n\n\n"
-    text += "class Mine(Threshold):\n    lowest = 0.0\n"
+    text = "from sparsity_atlas.criteria.threshold import GlobalThreshold\n\n\n"
+    text += "class Mine(GlobalThreshold):\n    lowest = 0.0\n"
     with pytest.raises(AtlasError, match=r"mine\.py: Mine: highest is 1000\.0 by inheritance"):
         create(own(tmp_path, text))
 

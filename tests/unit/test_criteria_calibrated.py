@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from drawn_rows import rows
+from sparsity_atlas import kernels
 from sparsity_atlas.criteria import Criterion, create
 from sparsity_atlas.criteria.shifted_relu import inverse
 from sparsity_atlas.errors import AtlasError
@@ -21,6 +22,7 @@ from sparsity_atlas.ffn import FFN
 from sparsity_atlas.models import load, load_tokenizer
 from sparsity_atlas.place import Place
 from sparsity_atlas.sites import find_ffns, observe
+from sparsity_atlas.sparsify import dropping
 from sparsity_atlas.texts import token_ids
 from sparsity_atlas.thresholds import STEPS, at_level, by_channel, quantile_table
 from tiny_models import HIDDEN, Strange, tiny_model
@@ -389,6 +391,25 @@ def test_rows_do_not_see_each_other(rule: str, dtype: torch.dtype, ffn: FFN) -> 
     if replaced is not None:
         assert replaced.dtype == dtype
         assert replaced.shape == written.shape
+
+
+@pytest.mark.parametrize("rule", CALIBRATED)
+def test_the_compiled_path_gives_the_same_bits(
+    rule: str, ffn: FFN, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = sample(ffn)
+    bound, site = bound_to(rule, ffn, given)
+    values = given[site]
+    written = given["intermediate"] if site in ("up", "gate") else values
+    for level in (0, 0.2, 0.7, 1):
+        found = []
+        for path in ("reference", "compiled"):
+            # What is no plain threshold has one path only.
+            monkeypatch.setenv(kernels.VARIABLE, path)
+            found.append(dropping(bound, level)(values, written))
+        assert torch.equal(found[0].out, found[1].out)
+        dropped = ~bound.mask(values, level) | (values == 0)
+        assert found[1].zeros.tolist() == found[0].zeros.tolist() == dropped.sum(-1).tolist()
 
 
 @pytest.mark.parametrize("rule", CALIBRATED)

@@ -179,8 +179,11 @@ def _import(path: Path) -> ModuleType:
 def _check(path: Path, criterion: Criterion) -> None:
     """What a search relies on, and only a user's own file can get wrong."""
     from sparsity_atlas.config import canonical_level
+    from sparsity_atlas.criteria.base import Criterion as base
 
-    name = type(criterion).__name__
+    kind, name = type(criterion), type(criterion).__name__
+    if kind.mask is base.mask and kind.threshold is base.threshold:
+        raise AtlasError(f"{path}: {name}: expected a method `threshold` or `mask`, found neither")
     ends = (criterion.lowest, criterion.highest)
     dense = getattr(criterion, "dense_level", None)
     if dense not in ends:

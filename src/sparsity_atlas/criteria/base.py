@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparsity_atlas.place import Place, Sample
-
+    from sparsity_atlas.threshold import Threshold
 
 Phase = Literal["scoring", "prompt", "generation"]
 
@@ -17,11 +17,18 @@ Phase = Literal["scoring", "prompt", "generation"]
 class Criterion(ABC):
     """Decides, for each token's vector by itself, which entries are kept.
 
-    A criterion is one file with one subclass. The definition is plain torch and exact: it is the
-    reference for every faster path. Its one number, the level, lies in [lowest, highest].
-    Parameters of the criterion are the keyword arguments of `__init__`. One that looks at weights or
-    at a calibration overrides `bind`; the constants stand in its own file, as plain literals, where
-    they are read without running it.
+    A criterion is one file with one subclass. Its one number, the level, lies in [lowest, highest].
+    Parameters of the criterion are the keyword arguments of `__init__`. It says what it does in one
+    of two ways:
+
+    - `threshold` returns a `Threshold`: a share of the mass, a rank, a share of the largest, or fixed
+      constants, of scores that may be weighted by channel. The plain torch definition and the compiled
+      kernels both follow from it.
+    - `mask` computes the mask in plain torch, exactly. It then is the only path, on every device.
+
+    A criterion whose numbers differ from layer to layer (calibrated constants, weights taken from the
+    model) overrides `bind`, which is asked once for each layer and tensor before anything runs. The
+    constants below stand in its own file, as plain literals: they are read without running it.
 
     Rules that every criterion keeps: thresholds look at one row only, never across a batch; ties at
     a threshold are kept; NaN and infinities need no care here, they are reported by the caller.
@@ -83,17 +90,26 @@ class Criterion(ABC):
         """
         return {}
 
-    @abstractmethod
+    def threshold(self, level: float, width: int) -> Threshold:
+        """The rule at a level.
+
+        Args:
+            level: in [lowest, highest].
+            width: entries of a row.
+        """
+        raise NotImplementedError
+
     def mask(self, values: Tensor, level: float) -> Tensor:
         """Return which entries are kept.
 
         Args:
-            values: [rows, width], one row a token; any floating type.
+            values: [rows, width], one row a token; float32, bfloat16 or float16.
             level: in [lowest, highest].
 
         Returns:
             bool [rows, width], True where the entry is kept.
         """
+        return self.threshold(level, values.shape[-1]).to(values.device).mask(values)
 
 
 class SequenceCriterion(Criterion):
@@ -120,3 +136,9 @@ class SequenceCriterion(Criterion):
         Returns:
             bool [batch, tokens, width], True where the entry is kept.
         """
+
+
+def declares_threshold(criterion: Criterion) -> bool:
+    """Whether `threshold` says all that the criterion does."""
+    kind = type(criterion)
+    return kind.mask is Criterion.mask and kind.threshold is not Criterion.threshold

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from sparsity_atlas.criteria.base import Criterion
+from sparsity_atlas.threshold import Threshold
 from sparsity_atlas.thresholds import ALLOCATIONS, TARGETS, at_level, quantile_table
 
 if TYPE_CHECKING:
@@ -58,9 +59,9 @@ class Quantile(Criterion):
         """What |v| must reach, of a bound criterion: float32 [], or [width] by channel."""
         return self._threshold(level)
 
-    def mask(self, values: Tensor, level: float) -> Tensor:
-        """See `Criterion.mask`."""
-        return values.abs().float() >= self.thresholds(level)
+    def threshold(self, level: float, width: int) -> Threshold:
+        """See `Criterion.threshold`."""
+        return Threshold("fixed", constants=self.thresholds(level).reshape(-1))
 
     def export(self, level: float) -> dict[str, Tensor]:
         """See `Criterion.export`."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import numpy as np
+import torch
 
 from sparsity_atlas.criteria.base import Criterion
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from sparsity_atlas.threshold import Threshold
 
 
-class Threshold(Criterion):
+class GlobalThreshold(Criterion):
     """Keep |v| ≥ level, in every layer alike.
 
     On a ReLU gate this is FATReLU, g if g ≥ t else 0 (ProSparse, arXiv 2402.13516, t = 0.01); the
@@ -22,7 +21,10 @@ class Threshold(Criterion):
     dense_level = 0.0
     coarse_levels = ("0.01", "0.05", "0.2", "1")
 
-    def mask(self, values: Tensor, level: float) -> Tensor:
-        """See `Criterion.mask`."""
-        # In float64, where the level is not rounded to the tensor's type.
-        return values.abs().double() >= level
+    def threshold(self, level: float, width: int) -> Threshold:
+        """See `Criterion.threshold`."""
+        least = np.float32(level)
+        if least < level:
+            # What float32 rounds down must not let smaller entries pass.
+            least = np.nextafter(least, np.float32(np.inf))
+        return Threshold("fixed", constants=torch.tensor([least]))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
 from sparsity_atlas.criteria.topp import TopP
+from sparsity_atlas.place import relative
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sparsity_atlas.place import Place
+    from sparsity_atlas.threshold import Threshold
 
 
 class WeightedTopP(TopP):
@@ -25,10 +28,9 @@ class WeightedTopP(TopP):
     def bind(self, place: Place, state: dict[str, Tensor]) -> Self:
         """See `Criterion.bind`."""
         bound = copy.copy(self)
-        bound._norms = place.column_norms().double()
+        bound._weights = relative(place.column_norms())
         return bound
 
-    def mask(self, values: Tensor, level: float) -> Tensor:
-        """See `Criterion.mask`."""
-        # A product of two float32 is exact in float64, so that weights alone make no new ties.
-        return super().mask(values.double() * self._norms, level)
+    def threshold(self, level: float, width: int) -> Threshold:
+        """See `Criterion.threshold`."""
+        return replace(super().threshold(level, width), weights=self._weights)
