@@ -16,6 +16,7 @@ from sparsity_atlas import metrics, output_error
 from sparsity_atlas.bootstrap import TaskSamples
 from sparsity_atlas.critical import BARS, critical
 from sparsity_atlas.curves import curve_points
+from sparsity_atlas.equal import equal_rows, write_equal
 from sparsity_atlas.parquet import write_parquet
 from sparsity_atlas.store import write_manifest
 from sparsity_atlas.terms import TENSORS
@@ -94,7 +95,7 @@ def samples(
 def write_curve(
     folder: Path, tasks: Sequence[TaskSamples], levels: Sequence[str], replicates: int = 100
 ) -> None:
-    """curve.json, search.json, the nodes' eval.json and sparsity.parquet of results/M/C/S."""
+    """All files of results/M/C/S, of its nodes only eval.json."""
     site = folder.name
     shares = {level: (1 - float(level)) ** 0.5 for level in levels}
     failures = [
@@ -119,6 +120,7 @@ def write_curve(
             "failures": failures,
         },
     )
+    write_equal(folder / "equal_sparsity.parquet", equal_rows(tasks, replicates, 0))
     write_manifest(folder / "search.json", {"levels": [{"level": level} for level in levels]})
     for level in levels:
         write_manifest(folder / level / "eval.json", {"tasks": {}})

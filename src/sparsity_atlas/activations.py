@@ -178,6 +178,10 @@ class ActivationStore:
             "text/ids", data=ids, overwrite=True, dimension_names=("sequence", "position")
         )
 
+    def ids(self) -> np.ndarray:
+        """The token ids that the activations belong to, int64 [sequence, position]."""
+        return np.asarray(self.root["text/ids"])
+
     def finish(self, tensor: str, record: dict[str, Any]) -> None:
         """Declare a tensor complete."""
         self.root[tensor].attrs["complete"] = record

@@ -18,6 +18,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    NonNegativeInt,
     Tag,
     ValidationError,
     WithJsonSchema,
@@ -194,11 +195,15 @@ class TextEntry(_Strict):
     """Split of the Hub data set."""
     column: str = "text"
     """Field with the text, in JSONL and in Hub data sets."""
+    documents: list[NonNegativeInt] | None = Field(default=None, min_length=2, max_length=2)
+    """First document and the one after the last, counted from 0. Unset: all of them."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.file is None) == (self.hub is None):
             raise ValueError("give either `file` (local) or `hub` (a Hub data set)")
+        if self.documents is not None and self.documents[0] >= self.documents[1]:
+            raise ValueError("documents: the first must lie before the second, as in [45, 69]")
         return self
 
 
@@ -250,6 +255,14 @@ class CaptureSettings(_Strict):
     """Tokens a sequence."""
 
 
+class CalibrationSettings(_Strict):
+    """What calibrated criteria may look at: the beginning of the captured text."""
+
+    tokens: int = Field(gt=0)
+    """Captured tokens, the first ones, that thresholds are found on; output errors are measured on the
+    others. No task may evaluate this text."""
+
+
 class SearchSettings(_Strict):
     """How `levels: auto` chooses levels."""
 
@@ -272,6 +285,8 @@ class Config(_Strict):
     """Retained accuracy at which critical sparsity is read; 0.99 is the headline. A loss task's bar is
     the matching rise in perplexity: 0.99 stands for PPL + 1 %."""
     capture: CaptureSettings = CaptureSettings()
+    calibration: CalibrationSettings | None = None
+    """Needed by criteria that are calibrated."""
     search: SearchSettings = SearchSettings()
     models: dict[Name, ModelEntry]
     criteria: dict[Name, CriterionEntry]
@@ -295,6 +310,8 @@ class Config(_Strict):
             raise ValueError("bars: values between 0 and 1, 0.99 (the headline) among them")
         if self.capture.text not in self.texts:
             raise ValueError(_unknown("capture.text", self.capture.text, self.texts))
+        if self.calibration is not None:
+            self._check_calibration(self.calibration)
         for number, block in enumerate(self.run):
             for key in ("models", "criteria", "tasks"):
                 catalogue = getattr(self, key)
@@ -302,6 +319,19 @@ class Config(_Strict):
                     if name not in catalogue:
                         raise ValueError(_unknown(f"run.{number}.{key}", name, catalogue))
         return self
+
+    def _check_calibration(self, calibration: CalibrationSettings) -> None:
+        length = self.capture.sequence_length
+        if calibration.tokens % length:
+            raise ValueError(
+                f"calibration.tokens: {calibration.tokens} is no multiple of "
+                f"capture.sequence_length ({length})"
+            )
+        if calibration.tokens >= self.capture.tokens:
+            raise ValueError(
+                f"calibration.tokens: {calibration.tokens} of capture.tokens "
+                f"({self.capture.tokens}) leave none to measure output errors on"
+            )
 
 
 def _unknown(key: str, name: str, catalogue: dict) -> str:

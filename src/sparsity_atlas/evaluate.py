@@ -11,10 +11,12 @@ import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsity_atlas import cli
+from sparsity_atlas.calibration import Calibration, check_disjoint, read_calibration
 from sparsity_atlas.code import code_version
 from sparsity_atlas.criteria import check_level, create, source_file
 from sparsity_atlas.errors import AtlasError
@@ -43,22 +45,33 @@ class Node:
     site: str
     level: str
     rule: Criterion = field(compare=False)
+    calibration: Calibration | None = field(default=None, compare=False)
 
     @classmethod
-    def make(cls, criterion: dict[str, Any], site: str, level: str) -> Node:
+    def make(
+        cls,
+        criterion: dict[str, Any],
+        site: str,
+        level: str,
+        calibration: Calibration | None = None,
+    ) -> Node:
         """Make a node.
 
         Raises:
-            AtlasError: unusable criterion, or a level outside its range.
+            AtlasError: unusable criterion, a level outside its range, or no calibration where it
+                needs one.
         """
         rule = create(criterion)
         check_level(rule, level)
-        return cls(criterion, site, level, rule)
+        if rule.calibrated and calibration is None:
+            raise AtlasError(f"criteria: {type(rule).__name__} needs a calibration; found none")
+        return cls(criterion, site, level, rule, calibration)
 
     def identity(self) -> dict[str, Any]:
         """What distinguishes the node; a criterion's own file counts by its code, not its path."""
         criterion = {key: value for key, value in self.criterion.items() if key != "file"}
-        return {"criterion": criterion, "site": self.site, "level": self.level}
+        calibration = {"calibration": self.calibration.identity()} if self.calibration else {}
+        return {"criterion": criterion, "site": self.site, "level": self.level, **calibration}
 
 
 @dataclass
@@ -75,7 +88,7 @@ class Session:
     seed: int
     chat: bool
     identity: dict[str, Any]
-    _prepared: dict[str, Prepared] = field(default_factory=dict)
+    _prepared: dict[tuple[str, bool], Prepared] = field(default_factory=dict)
 
     @classmethod
     def open(cls, manifest_path: Path, settings: dict[str, Any], code: str) -> Session:
@@ -124,14 +137,22 @@ class Session:
         """The same model and tasks, for results of another code version: another criterion's."""
         return replace(self, identity={**self.identity, "code": code})
 
-    def prepared(self, name: str) -> Prepared:
-        """A task with its requests, which are built when they are first asked for."""
-        if name not in self._prepared:
+    def prepared(self, name: str, *, share: bool = True) -> Prepared:
+        """A task with its requests, which are built when they are first asked for.
+
+        Args:
+            name: of the task.
+            share: whether requests may share what they have in common.
+        """
+        key = (name, share)
+        if key not in self._prepared:
             from sparsity_atlas.prepared import prepare
 
             task = self.tasks[name]
-            self._prepared[name] = prepare(self.lm, task, seed=self.seed, chat=self.chat)
-        return self._prepared[name]
+            self._prepared[key] = prepare(
+                self.lm, task, seed=self.seed, chat=self.chat, share=share
+            )
+        return self._prepared[key]
 
     def slots(self, node: Node | None) -> list[Slot]:
         """What is counted."""
@@ -145,7 +166,19 @@ class Session:
 
         if node is None:
             return counted(self.lm.model, self.ffns)
-        return sparsified(self.lm.model, self.ffns, node.site, node.rule, float(node.level))
+        states = node.calibration.states if node.calibration else None
+        level = float(node.level)
+        return sparsified(self.lm.model, self.ffns, node.site, node.rule, level, states)
+
+    def check_disjoint(self, calibration: Calibration) -> None:
+        """Refuse tasks that evaluate what a criterion was calibrated on.
+
+        Raises:
+            AtlasError: names the task and the document.
+        """
+        for name, task in self.tasks.items():
+            for leaf in task.leaves.values():
+                check_disjoint(calibration, name, islice(leaf.eval_docs, task.limit))
 
 
 def evaluate_node(session: Session, node: Node | None, folder: Path) -> dict[str, Any]:
@@ -204,11 +237,13 @@ def _run(
     import torch
     from lm_eval import evaluator
 
+    from sparsity_atlas.criteria.base import SequenceCriterion
     from sparsity_atlas.sparsify import NumericalFailure
 
     task = session.tasks[name]
     # Before anything is attached: it tries the untouched model.
-    prepared = session.prepared(name)
+    share = node is None or not isinstance(node.rule, SequenceCriterion)
+    prepared = session.prepared(name, share=share)
     # Batches follow from what the model was seen to do right.
     journal = Journal(path, {**fingerprint, "abilities": asdict(prepared.work.abilities)})
     try:
@@ -262,14 +297,20 @@ def main(
     )
     parser.add_argument("--site")
     parser.add_argument("--level")
+    parser.add_argument(
+        "--calibration", type=cli.optional_path, help="calibration of the criterion, if it has one"
+    )
     parser.add_argument("--output", required=True, type=Path, help="eval.json to write")
     arguments = parser.parse_args(command)
 
     node = None
+    calibration = read_calibration(arguments.calibration) if arguments.calibration else None
     if arguments.criterion is not None:
-        node = Node.make(arguments.criterion, arguments.site, arguments.level)
+        node = Node.make(arguments.criterion, arguments.site, arguments.level, calibration)
     code = arguments.code or evaluation_code(arguments.criterion)
     session = open_session(arguments.model, arguments.settings, code)
+    if calibration is not None:
+        session.check_disjoint(calibration)
     result = evaluate_node(session, node, cli.folder_of(arguments.output))
     for name, task in result["tasks"].items():
         cli.logger.info("%s: %s", name, task.get("reason") or _headline(task))

@@ -89,7 +89,7 @@ class GeneratingLM(HFLM):
             del generation_kwargs["temperature"]
         stops = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0])
         watch = _FinishWatch(stops, self._end_tokens(), context.shape)
-        self._counter.expect(mask)
+        self._counter.expect(mask, generates=True)
         with torch.no_grad():
             output = self.model.generate(
                 input_ids=context,

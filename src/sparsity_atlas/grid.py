@@ -121,6 +121,16 @@ def capture_slice(config: Config, model: str) -> str:
     )
 
 
+def calibration_tokens(config: Config) -> int:
+    """Captured tokens that calibrations look at; 0 without any."""
+    return config.calibration.tokens if config.calibration is not None else 0
+
+
+def store_slice(config: Config, model: str) -> str:
+    """What a stage depends on that loads a model beside its captured activations."""
+    return _json({**loading_slice(config, model), "calibration_tokens": calibration_tokens(config)})
+
+
 def evaluation_slice(config: Config, model: str, tasks: tuple[str, ...]) -> str:
     """What an evaluation depends on beside its criterion, site and level."""
     entry = config.models[model]

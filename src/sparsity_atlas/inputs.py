@@ -17,7 +17,7 @@ from sparsity_atlas.checkpoint import Checkpoint
 from sparsity_atlas.config import Config
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.store import file_digest
-from sparsity_atlas.task_files import files_digest, override_digest
+from sparsity_atlas.task_files import data_files, files_digest, override_digest
 
 # Where the configuration names local files: catalogue and key.
 _PATHS = (("models", "path"), ("criteria", "file"), ("texts", "file"), ("tasks", "include"))
@@ -56,13 +56,22 @@ def check_inputs(config: Config) -> None:
     """Check what can be checked without loading a model or lm-eval.
 
     Raises:
-        AtlasError: an unknown rule, a level out of range, or a file that is missing or not YAML.
+        AtlasError: an unknown rule, a site or a level that it does not have, or a file that is
+            missing or not YAML.
     """
     curves = grid.curves(config)
     specs = {curve.criterion: grid.criterion_slice(config, curve.criterion) for curve in curves}
-    ranges = {name: criteria.level_range(json.loads(spec)) for name, spec in specs.items()}
+    declared = {name: criteria.declared(json.loads(spec)) for name, spec in specs.items()}
     for curve in curves:
-        low, high = ranges[curve.criterion]
+        constants = declared[curve.criterion]
+        low, high, sites = (constants[name] for name in ("lowest", "highest", "sites"))
+        if sites and curve.site not in sites:
+            raise AtlasError(
+                f"run: sites: '{curve.criterion}' is not defined at '{curve.site}'; its sites are "
+                f"{', '.join(sites)}"
+            )
+        if constants["calibrated"]:
+            _check_calibration(config, curve)
         for level in curve.levels:
             if not low <= float(level) <= high:
                 raise AtlasError(
@@ -75,6 +84,32 @@ def check_inputs(config: Config) -> None:
     text = config.texts[config.capture.text]
     if text.file is not None and not os.path.isfile(text.file):
         raise AtlasError(f"texts.{config.capture.text}: file: {text.file}: no such file")
+
+
+def _check_calibration(config: Config, curve: grid.Curve) -> None:
+    """A calibrated criterion must not have seen what it is evaluated on.
+
+    Here by files and documents; `evaluate` compares the texts themselves.
+    """
+    if config.calibration is None:
+        raise AtlasError(
+            f"run: criteria: '{curve.criterion}' is calibrated; say on how many captured tokens, for "
+            "instance calibration: {tokens: 4096}"
+        )
+    text = config.texts[config.capture.text]
+    first, end = text.documents or (0, None)
+    for task in curve.tasks if text.file is not None else ():
+        entry = config.tasks[task]
+        if Path(text.file).resolve() not in data_files(entry.include, entry.task or task):
+            continue
+        if entry.limit is None or first < entry.limit:
+            used = f"first {entry.limit} documents" if entry.limit else "documents"
+            seen = f"documents {first} to {end}" if end else f"documents {first} to the last"
+            raise AtlasError(
+                f"tasks.{task}: '{curve.criterion}' is calibrated on {seen} of {text.file}, and "
+                f"this task evaluates its {used}; part them by texts.{config.capture.text}.documents "
+                f"and tasks.{task}.limit"
+            )
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,13 +98,18 @@ class AtlasLM(GeneratingLM):
         return [(context, continuation) for _, context, continuation in requests]
 
     def work(
-        self, requests: dict[str, list[Instance]], encodings: dict[str, list[Encoding]]
+        self,
+        requests: dict[str, list[Instance]],
+        encodings: dict[str, list[Encoding]],
+        *,
+        share: bool = True,
     ) -> Work:
         """Arrange a task's requests in batches.
 
         Args:
             requests: by kind.
             encodings: as `encode` gives them.
+            share: whether requests may share what they have in common, where the model can.
 
         Raises:
             AtlasError: a request that cannot be scored.
@@ -135,7 +140,8 @@ class AtlasLM(GeneratingLM):
                     for one, pair, owner in zip(some, encodings[kind], owners[kind], strict=True)
                 ]
         if any(scored.values()):
-            work.abilities = self._abilities([one for some in scored.values() for one in some])
+            found = self._abilities([one for some in scored.values() for one in some])
+            work.abilities = replace(found, branches=found.branches and share)
         work.batches = {
             kind: forest.pack(some, self.batch_size, share=work.abilities.branches)
             for kind, some in scored.items()

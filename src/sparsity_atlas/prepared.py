@@ -116,7 +116,9 @@ class Prepared:
         return self.contents["tasks"]
 
 
-def prepare(lm: AtlasLM, task: LoadedTask, *, seed: int, chat: bool) -> Prepared:
+def prepare(
+    lm: AtlasLM, task: LoadedTask, *, seed: int, chat: bool, share: bool = True
+) -> Prepared:
     """Build and tokenise a task's requests.
 
     Args:
@@ -124,6 +126,7 @@ def prepare(lm: AtlasLM, task: LoadedTask, *, seed: int, chat: bool) -> Prepared
         task: the task.
         seed: of few-shot draws.
         chat: whether requests are wrapped in the chat template.
+        share: whether requests may share what they have in common, where the model can.
 
     Raises:
         AtlasError: a request that cannot be scored, or no field of the name that `cluster` gives.
@@ -137,7 +140,9 @@ def prepare(lm: AtlasLM, task: LoadedTask, *, seed: int, chat: bool) -> Prepared
     leaves = {}
     requests: dict[str, list[Instance]] = defaultdict(list)
     encodings: dict[str, list[Encoding]] = defaultdict(list)
-    for name, leaf in task.leaves.items():
+    for name, loaded in task.leaves.items():
+        # A copy: a task may be prepared in two ways, and answers for one of them.
+        leaf = copy.copy(loaded)
         documents = [document for _, document in leaf.doc_iterator(limit=task.limit)]
         own = [row for row in rows if row.leaf == name]
         leaves[name] = PreparedTask(leaf, documents, own)
@@ -147,7 +152,7 @@ def prepare(lm: AtlasLM, task: LoadedTask, *, seed: int, chat: bool) -> Prepared
             encodings[row.kind] += [row.encoding] * row.repeats
     return Prepared(
         contents={**task.contents, "tasks": leaves},
-        work=lm.work(requests, encodings),
+        work=lm.work(requests, encodings, share=share),
         hashes={name: [_hash(one) for one in leaf.documents] for name, leaf in leaves.items()},
         clusters={
             name: [_cluster(task, one) for one in leaf.documents] for name, leaf in leaves.items()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsity_atlas import cli
+from sparsity_atlas.calibration import Calibration, read_calibration
 from sparsity_atlas.config import SearchSettings
 from sparsity_atlas.criteria import create
 from sparsity_atlas.evaluate import Node, Session, evaluate_node, evaluation_code
@@ -85,6 +86,7 @@ def search(
     dense_folder: Path,
     folder: Path,
     settings: dict[str, Any],
+    calibration: Calibration | None = None,
 ) -> dict[str, Any]:
     """Evaluate levels until the bar is bracketed; returns the content of search.json.
 
@@ -95,6 +97,7 @@ def search(
         dense_folder: the dense baseline's files.
         folder: holds one folder a level.
         settings: as `grid.search_slice` gives it.
+        calibration: of the criterion, if it has one.
 
     Raises:
         AtlasError: a metric is unknown.
@@ -126,7 +129,8 @@ def search(
         if isinstance(level, Stop):
             break
         began = time.monotonic()
-        manifest = evaluate_node(session, Node.make(criterion, site, level), folder / level)
+        node = Node.make(criterion, site, level, calibration)
+        manifest = evaluate_node(session, node, folder / level)
         point = Point(
             level,
             induced(manifest["tasks"], site, read_from),
@@ -175,11 +179,17 @@ def main() -> None:
     )
     parser.add_argument("--criterion", required=True, type=json.loads, help="JSON")
     parser.add_argument("--site", required=True)
+    parser.add_argument(
+        "--calibration", type=cli.optional_path, help="calibration of the criterion, if it has one"
+    )
     parser.add_argument("--output", required=True, type=Path, help="search.json to write")
     arguments = parser.parse_args()
 
     code = arguments.code or evaluation_code(arguments.criterion)
+    calibration = read_calibration(arguments.calibration) if arguments.calibration else None
     session = Session.open(arguments.model, arguments.settings, code)
+    if calibration is not None:
+        session.check_disjoint(calibration)
     settings = {
         **SearchSettings().model_dump(),
         "tasks": {name: {} for name in session.tasks},
@@ -187,7 +197,15 @@ def main() -> None:
     }
     folder = cli.folder_of(arguments.output)
     dense_folder = arguments.dense.parent
-    content = search(session, arguments.criterion, arguments.site, dense_folder, folder, settings)
+    content = search(
+        session,
+        arguments.criterion,
+        arguments.site,
+        dense_folder,
+        folder,
+        settings,
+        calibration,
+    )
     write_manifest(arguments.output, content)
 
 

@@ -2,12 +2,17 @@
 
 critical_sparsity.csv   model × criterion × site × task × bar: critical and PPL-p% sparsity
 curves.csv              … × level: induced sparsity, score, retained accuracy, added loss
+comparison.csv          model × site × task × sparsity × criterion: scores at equal induced sparsity, and
+                        their paired differences from the first criterion
 layers.csv              … × level × tensor × layer: induced sparsity under the tasks, and, from the
                         captured text, induced sparsity and FFN-output error
 metrics.csv             model × tensor × layer: effective rank, Gini, Hoyer, zeros
 magnitudes.csv          model × tensor: histogram of log10(|v| / RMS)
 output_error.csv        model × criterion × site × level: over the layers, mean induced sparsity
                         and mean, smallest and largest FFN-output error on the captured text
+allocation.csv          model × criterion × site × tensor × layer × sparsity, of criteria with an
+                        allocation: damage of this layer alone at this sparsity, and its own sparsity
+                        where this is the target
 scaling.csv             criterion × family × site × task × bar: slope over log10 of the
                         non-embedding parameters
 models.csv              one row a model: source, architecture, sizes
@@ -25,6 +30,8 @@ from typing import Any
 import numpy as np
 
 from sparsity_atlas import cli
+from sparsity_atlas.calibration import read_calibration
+from sparsity_atlas.comparison import COMPARISON, comparison_rows
 from sparsity_atlas.critical import CriticalRow
 from sparsity_atlas.csv_files import Table, write_csv, write_side_by_side
 from sparsity_atlas.curves import CurvePoint
@@ -51,6 +58,7 @@ METRICS = ["model", "tensor", "layer", "tokens", "width", "effective_rank", "eff
 METRICS += ["gini", "hoyer", "near_zero", "exact_zero", "rms"]
 MAGNITUDES = ["model", "tensor", "low", "high", "share"]
 ERRORS = [*KEY, "level", "sparsity", "error", "error_low", "error_high"]
+ALLOCATION = [*KEY, "allocation", "tensor", "layer", "sparsity", "damage", "own_sparsity"]
 MODELS = ["model", "source", "revision", "architecture", "activation", "family", "dtype", *SIZES]
 MODELS += ["hidden", "width", "sites", "digest"]
 FAILURES = [*KEY, "level", "task", "reason"]
@@ -140,6 +148,28 @@ def error_rows(key: dict[str, str], captured: list[dict[str, Any]]) -> Iterator[
             }
 
 
+def allocation_rows(curves: list[Path]) -> Iterator[dict[str, Any]]:
+    """Rows of allocation.csv, from the calibrations beside the curves."""
+    for path in curves:
+        calibration = path.with_name("calibration.safetensors")
+        if not calibration.is_file():
+            continue
+        found = read_calibration(calibration, "np")
+        for place, state in found.states.items():
+            if "share" not in state:
+                continue
+            tensor, _, layer = place.rpartition(".")
+            targets = np.linspace(0, 1, len(state["share"]))
+            own = np.interp(state["grid"], targets, state["share"])
+            for level, damage, share in zip(state["grid"], state["damage"], own, strict=True):
+                yield {
+                    **_key(path),
+                    "allocation": found.about["criterion"]["allocation"],
+                    **{"tensor": tensor, "layer": int(layer), "sparsity": round(float(level), 6)},
+                    **{"damage": float(damage), "own_sparsity": float(share)},
+                }
+
+
 def model_rows(paths: list[Path]) -> list[dict[str, Any]]:
     """Rows of models.csv. A family shares its architecture and its activation."""
     sizes = model_sizes(paths)
@@ -172,7 +202,7 @@ def write_tables(
     Args:
         folder: where the CSV files go.
         models: manifests of the models; every file of the other lists belongs to one of them.
-        curves: curve.json files.
+        curves: curve.json files, with equal_sparsity.parquet beside each.
         sparsity: sparsity.parquet files.
         metrics: Parquet files of `metrics`.
     """
@@ -202,6 +232,8 @@ def write_tables(
     measured = metric_rows(metrics)
     write_csv(folder / "metrics.csv", METRICS, measured)
     write_csv(folder / "magnitudes.csv", MAGNITUDES, magnitude_rows(measured))
+    write_csv(folder / "comparison.csv", COMPARISON, comparison_rows(curves, sparsity))
+    write_csv(folder / "allocation.csv", ALLOCATION, allocation_rows(curves))
 
 
 def write_summary(path: Path, model: Path, curves: list[Path]) -> None:

@@ -83,6 +83,11 @@ def files_digest(include: str | None, name: str) -> str:
     )
 
 
+def data_files(include: str | None, name: str) -> set[Path]:
+    """The local files of a task, its data among them, as absolute paths."""
+    return set() if include is None else {p.resolve() for p in _files(Path(include), name, set())}
+
+
 def _files(include: Path, name: str, seen: set[str]) -> set[Path]:
     path = _catalogue(include).get(name)
     if path is None or name in seen:

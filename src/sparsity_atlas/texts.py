@@ -24,15 +24,17 @@ def documents(source: dict[str, Any]) -> Iterator[str]:
     """Yield the documents of a text.
 
     Args:
-        source: `{"file": path, "column": ...}` or `{"hub": id, "subset", "revision", "split", "column"}`.
+        source: `{"file": path, "column": ...}` or `{"hub": id, "subset", "revision", "split", "column"}`;
+            with `"documents": [first, end]` only those.
 
     Raises:
         AtlasError: it cannot be read, or has no such field.
     """
+    first, end = source.get("documents", (0, None))
     if "file" in source:
-        yield from _local(Path(source["file"]), source.get("column", "text"))
+        yield from islice(_local(Path(source["file"]), source.get("column", "text")), first, end)
     else:
-        yield from _hub(source)
+        yield from islice(_hub(source), first, end)
 
 
 def _local(path: Path, column: str) -> Iterator[str]:

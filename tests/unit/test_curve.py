@@ -123,7 +123,7 @@ def run(
     arguments = {
         **{"--dense": model / "dense" / "eval.json", "--levels": ",".join(list(levels)[:2])},
         **{"--search": search, "--site": "intermediate", "--output": folder / "curve.json"},
-        "--settings": json.dumps(SETTINGS | changes),
+        **{"--settings": json.dumps(SETTINGS | changes), "--equal": folder / "equal.parquet"},
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["x", *(str(one) for pair in arguments.items() for one in pair)])

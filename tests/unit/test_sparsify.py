@@ -14,6 +14,7 @@ from sparsity_atlas.criteria.base import Criterion
 from sparsity_atlas.criteria.topk import TopK
 from sparsity_atlas.errors import AtlasError, NumericalFailure
 from sparsity_atlas.ffn import FFN
+from sparsity_atlas.place import Place
 from sparsity_atlas.sites import SITES, TENSORS, find_ffns
 from sparsity_atlas.sparsify import Counter, Slot, sparsified
 from sparsity_atlas.threshold import Threshold
@@ -86,8 +87,8 @@ class Layered(Criterion):
     def __init__(self, constant: float = 0.0) -> None:
         self.constant = constant
 
-    def at(self, layer: int, tensor: str) -> Layered:
-        return Layered(torch.inf if (layer, tensor) == (1, "input") else 0.0)
+    def bind(self, place: Place, state: dict[str, Tensor]) -> Layered:
+        return Layered(torch.inf if (place.layer, place.tensor) == (1, "input") else 0.0)
 
     def threshold(self, level: float, width: int) -> Threshold:
         return Threshold("fixed", constants=torch.tensor([self.constant]))

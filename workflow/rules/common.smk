@@ -8,9 +8,12 @@ Path grammar, below results/:
     {model}/metrics/{site}.parquet                  what they look like
     {model}/dense/eval.json                         the untouched model on all its tasks
     {model}/{criterion}/{site}/{level}/eval.json    a node
+    {model}/{criterion}/{site}/calibration.safetensors      what a calibrated criterion found there
+    {model}/{criterion}/{site}/thresholds.json      the thresholds of each level, for those who write kernels
     {model}/{criterion}/{site}/search.json          the levels that `levels: auto` chose
     {model}/{criterion}/{site}/sparsity.parquet     induced sparsity and output error, all levels
     {model}/{criterion}/{site}/curve.json           what later stages need of the nodes
+    {model}/{criterion}/{site}/equal_sparsity.parquet       scores at fixed sparsities, to compare criteria
     {model}/summary.csv                             one model's numbers
 """
 
