@@ -113,7 +113,7 @@ def measure(name: str, device: str, level: float, batch: int, tokens: int, repea
             counter.expect(valid)
             model(input_ids=ids, use_cache=False)
             entries = valid.numel() * sum(slot.width for slot in counter.slots)
-            sparsity = counter.take().sum() / entries
+            sparsity = counter.take()[0].sum() / entries
         ours = timed(partial(sparsified, model, ffns, site, TopP(), level))
         # Dense again: the machine may have become slower in between.
         again = timed(contextlib.nullcontext)

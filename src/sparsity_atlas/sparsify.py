@@ -8,27 +8,31 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from sparsity_atlas import kernels
-from sparsity_atlas.criteria.base import declares_threshold
+from sparsity_atlas.criteria.base import Criterion, SequenceCriterion, declares_threshold
 from sparsity_atlas.errors import AtlasError, NumericalFailure
 from sparsity_atlas.kernels import Masked
+from sparsity_atlas.place import bind_all
 from sparsity_atlas.sites import TENSORS, intercept, observe
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from sparsity_atlas.criteria import Criterion
+    from sparsity_atlas.criteria.base import Phase
+    from sparsity_atlas.place import State
     from sparsity_atlas.sites import FFN
     from sparsity_atlas.threshold import Threshold
 
 __all__ = ["Counter", "Drop", "NumericalFailure", "Slot", "counted", "dropping", "sparsified"]
 
 Drop = Callable[["Tensor", "Tensor"], Masked]
-"""Zeroes in the second tensor what a criterion drops of the first; see `kernels.masked`."""
+"""Drops of the second tensor what a criterion drops of the first; see `kernels.masked`."""
+Sequences = Callable[["Tensor"], "tuple[Tensor, Phase]"]
 
 
 @dataclass(frozen=True)
@@ -41,31 +45,48 @@ class Slot:
 
 
 class Counter:
-    """Counts zeros for each slot and each row of the batch, in each forward pass.
+    """Counts zeros for each slot and each token, in each forward pass.
 
     The caller says before a forward pass which of its tokens count (`expect`) and takes the counts
-    once a batch (`take`). Until then they stay on the device, one for each token.
+    once a batch (`take`), to weigh and add them up as it sees fit. They stay on the device until then.
     """
 
     def __init__(self, slots: list[Slot]) -> None:
         self.slots = slots
         self._index = {(slot.tensor, slot.layer): i for i, slot in enumerate(slots)}
         self._valid: Tensor | None = None
+        self._generates = False
         self._zeros: list[list[Tensor | None]] = []  # [passes][slots], each [batch, tokens]
         self._finite: list[list[Tensor | None]] = []
 
-    def expect(self, valid: Tensor) -> None:
+    def expect(self, valid: Tensor, *, generates: bool = False) -> None:
         """Announce a batch: bool [batch, tokens], True where a token is no padding.
 
         Later passes of the same batch (generation) bring one token for each row, which all count.
+
+        Args:
+            valid: of the first pass.
+            generates: whether later passes follow.
         """
         self._valid = valid
+        self._generates = generates
         self._zeros, self._finite = [], []
 
     def begin_pass(self, *_: object) -> None:
         """A forward pass of the model begins (a hook calls this)."""
         self._zeros.append([None] * len(self.slots))
         self._finite.append([None] * len(self.slots))
+
+    def sequences(self, values: Tensor) -> tuple[Tensor, Phase]:
+        """What a pass is: its valid tokens, bool [batch, tokens], and its phase.
+
+        Args:
+            values: [batch, tokens, width], of the pass.
+        """
+        if len(self._zeros) == 1 and self._valid is not None:
+            return self._valid, "prompt" if self._generates else "scoring"
+        valid = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
+        return valid, "scoring" if self._valid is None else "generation"
 
     def add(self, tensor_name: str, layer: int, zeros: Tensor, finite: Tensor) -> None:
         """Count a slot's zeros.
@@ -82,33 +103,50 @@ class Counter:
         self._zeros[-1][slot] = zeros
         self._finite[-1][slot] = finite
 
-    def take(self) -> np.ndarray:
-        """Zeros of the batch, int64 [passes, slots, batch]: the one copy to the host.
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Zeros of the batch, on the device.
+
+        Returns:
+            Of the first pass, int64 [slots, batch, tokens], 0 where padding is; of the later passes
+            with their one token a row, int64 [passes - 1, slots, batch].
 
         Raises:
             NumericalFailure: a vector that counts held NaN or an infinity.
         """
         valid, self._valid = self._valid, None
-        zeros = [torch.stack(one) for one in self._zeros]  # each [slots, batch, tokens]
+        zeros = [torch.stack(one).long() for one in self._zeros]  # each [slots, batch, tokens]
         finite = [torch.stack(one) for one in self._finite]
         zeros[0] = zeros[0] * valid
         finite[0] = finite[0] | ~valid
-        counts = torch.stack([one.sum(-1) for one in zeros])
         whole = torch.stack([one.flatten(1).all(-1) for one in finite]).all(0)
         for slot, good in zip(self.slots, whole.tolist(), strict=True):
             if not good:
                 raise NumericalFailure(f"NaN or infinity in '{slot.tensor}' of layer {slot.layer}")
-        return counts.cpu().numpy().astype(np.int64)
+        first, *later = zeros
+        rest = torch.stack(later).squeeze(-1) if later else first.new_zeros(0, *first.shape[:2])
+        return first, rest
 
 
-def dropping(criterion: Criterion, level: float) -> Drop:
-    """What a criterion does at a level, by the fastest path there is; prepared once for each width.
+def scored(values: Tensor) -> tuple[Tensor, Phase]:
+    """Whole sequences [batch, tokens, width] that are scored in one pass; see `Counter.sequences`."""
+    return torch.ones(values.shape[:2], dtype=torch.bool, device=values.device), "scoring"
+
+
+def dropping(criterion: Criterion, level: float, sequences: Sequences = scored) -> Drop:
+    """What a bound criterion does at a level, by the fastest path there is; prepared once a width.
+
+    Args:
+        criterion: as it is bound to the tensor.
+        level: its number.
+        sequences: which tokens of [batch, tokens, width] are valid, and their phase; asked where the
+            criterion looks at more than one token.
 
     Raises:
         AtlasError: (when called) a criterion of the user's that returns no mask of the right type.
     """
-    if not declares_threshold(criterion):
-        return lambda values, onto: _by_mask(criterion, values, onto, level)
+    replaces = type(criterion).replace is not Criterion.replace
+    if replaces or not declares_threshold(criterion):
+        return lambda values, onto: _by_mask(criterion, values, onto, level, sequences)
 
     @cache
     def rule(width: int, device: torch.device) -> Threshold:
@@ -117,22 +155,33 @@ def dropping(criterion: Criterion, level: float) -> Drop:
     return lambda values, onto: kernels.masked(rule(values.shape[-1], values.device), values, onto)
 
 
-def _by_mask(criterion: Criterion, values: Tensor, onto: Tensor, level: float) -> Masked:
-    rows = values.reshape(-1, values.shape[-1])
+def _by_mask(
+    criterion: Criterion, values: Tensor, onto: Tensor, level: float, sequences: Sequences
+) -> Masked:
+    shape, device = values.shape, values.device
     # Apple's MPS has no float64, which a definition may need.
-    seen = rows.cpu() if rows.device.type == "mps" else rows
-    mask = criterion.mask(seen, level)
+    seen, written = (one.cpu() if device.type == "mps" else one for one in (values, onto))
+    rows, written = (one.reshape(-1, shape[-1]) for one in (seen, written))
+    if isinstance(criterion, SequenceCriterion):
+        valid, phase = sequences(seen)
+        mask = criterion.mask_sequences(seen, valid.to(seen.device), phase, level).view(rows.shape)
+    else:
+        mask = criterion.mask(rows, level)
     if not (torch.is_tensor(mask) and mask.dtype == torch.bool and mask.shape == rows.shape):
         found = f"{mask.dtype} {list(mask.shape)}" if torch.is_tensor(mask) else type(mask)
         raise AtlasError(
             f"{type(criterion).__name__}.mask: expected torch.bool {list(rows.shape)}, "
             f"found {found}"
         )
-    return kernels.by_mask(mask.to(rows.device).view(values.shape), values, onto)
+    masked = kernels.by_mask(mask.to(device).view(shape), values, onto)
+    replaced = criterion.replace(rows, written, mask, level)
+    return masked if replaced is None else masked._replace(out=replaced.to(device).view(shape))
 
 
-def _slots(ffns: list[FFN], tensors: tuple[str, ...]) -> list[Slot]:
-    """Slots in the order in which a forward pass reaches them."""
+def slots_of(ffns: list[FFN], site: str | None) -> list[Slot]:
+    """What is counted at a site (None: at every site), in the order of a forward pass."""
+    sites = ffns[0].sites() if site is None else [site]
+    tensors = {name for one in sites for name in TENSORS[one]}
     order = [name for name in ("input", "up", "gate", "intermediate") if name in tensors]
     return [
         Slot(name, ffn.layer, ffn.hidden if name == "input" else ffn.width)
@@ -144,8 +193,7 @@ def _slots(ffns: list[FFN], tensors: tuple[str, ...]) -> list[Slot]:
 @contextlib.contextmanager
 def counted(model: PreTrainedModel, ffns: list[FFN]) -> Iterator[Counter]:
     """Count exact zeros at every site of an untouched model."""
-    tensors = tuple({name: None for site in ffns[0].sites() for name in TENSORS[site]})
-    counter = Counter(_slots(ffns, tensors))
+    counter = Counter(slots_of(ffns, None))
 
     def count(layer: int, name: str, values: Tensor) -> None:
         counter.add(name, layer, (values == 0).sum(-1), kernels.finite(values))
@@ -156,13 +204,21 @@ def counted(model: PreTrainedModel, ffns: list[FFN]) -> Iterator[Counter]:
 
 @contextlib.contextmanager
 def sparsified(
-    model: PreTrainedModel, ffns: list[FFN], site: str, criterion: Criterion, level: float
+    model: PreTrainedModel,
+    ffns: list[FFN],
+    site: str,
+    criterion: Criterion,
+    level: float,
+    calibration: Mapping[str, State] | None = None,
 ) -> Iterator[Counter]:
-    """Zero what `criterion` drops at `site` in every layer, and count zeros there."""
-    counter = Counter(_slots(ffns, TENSORS[site]))
+    """Drop what `criterion` drops at `site` in every layer, and count zeros there.
+
+    A dropped entry counts as a zero also where the criterion puts something in its place.
+    """
+    counter = Counter(slots_of(ffns, site))
     drops = {
-        (slot.layer, slot.tensor): dropping(criterion.at(slot.layer, slot.tensor), level)
-        for slot in counter.slots
+        place: dropping(rule, level, counter.sequences)
+        for place, rule in bind_all(criterion, ffns, site, calibration).items()
     }
 
     def rewrite(layer: int, name: str, values: Tensor, onto: Tensor) -> Tensor:
@@ -172,6 +228,17 @@ def sparsified(
 
     with _passes(model, counter), intercept(ffns, site, rewrite):
         yield counter
+
+
+def replaced_rows(
+    criterion: Criterion, values: Tensor, written: Tensor, mask: Tensor, level: float
+) -> Tensor:
+    """What becomes of `written` under a mask: see `Criterion.replace`."""
+    if values.device.type == "mps":
+        replaced = criterion.replace(values.cpu(), written.cpu(), mask.cpu(), level)
+    else:
+        replaced = criterion.replace(values, written, mask, level)
+    return torch.where(mask, written, 0) if replaced is None else replaced.to(written)
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ def tasks(tmp_path: Path) -> dict[str, dict[str, Any]]:
     """Three tasks of several batches each."""
     folder = tmp_path / "tasks"
     return {
-        "choice": write_task(folder, "choice", choice_documents(), **CHOICE),
+        "choice": write_task(folder, "choice", choice_documents(40), **CHOICE),
         "pages": write_task(folder, "pages", rolling_documents(), **ROLLING),
         "words": write_task(folder, "words", rolling_documents(9, 4), **GENERATION),
     }
@@ -132,7 +132,7 @@ def test_a_task_added_runs_alone(manifest: Path, tasks: dict, tmp_path: Path) ->
 def test_an_edited_data_file_is_run_anew(manifest: Path, tasks: dict, tmp_path: Path) -> None:
     evaluate(manifest, tasks, tmp_path / "node")
     before = read_table(tmp_path / "node" / "samples.parquet")[1].to_pylist()
-    documents = choice_documents()
+    documents = choice_documents(40)
     documents[3]["label"] = (documents[3]["label"] + 1) % len(documents[3]["choices"])
     write_task(tmp_path / "tasks", "choice", documents, **CHOICE)
     calls = evaluate(manifest, tasks, tmp_path / "node")
@@ -155,7 +155,7 @@ def test_an_edited_task_is_run_anew(
 ) -> None:
     one = {"choice": tasks["choice"]}
     evaluate(manifest, one, tmp_path / "node")
-    write_task(tmp_path / "tasks", "choice", choice_documents(), **{**CHOICE, **changed})
+    write_task(tmp_path / "tasks", "choice", choice_documents(40), **{**CHOICE, **changed})
     assert bool(evaluate(manifest, one, tmp_path / "node")) == again
 
 
@@ -166,7 +166,7 @@ def test_an_interrupted_task_that_was_edited_is_run_anew(
     watch(session, 3)
     with pytest.raises(Interrupted):
         evaluate_node(session, NODE, tmp_path / "node")
-    write_task(tmp_path / "tasks", "choice", choice_documents(seed=9), **CHOICE)
+    write_task(tmp_path / "tasks", "choice", choice_documents(40, seed=9), **CHOICE)
     whole = evaluate(manifest, {"choice": tasks["choice"]}, tmp_path / "whole")
     assert evaluate(manifest, {"choice": tasks["choice"]}, tmp_path / "node") == whole
     assert products(tmp_path / "node") == products(tmp_path / "whole")
@@ -233,7 +233,7 @@ def test_results_do_not_depend_on_the_folder(manifest: Path, tasks: dict, tmp_pa
     evaluate(manifest, tasks, tmp_path / "node")
     elsewhere = tmp_path / "elsewhere"
     moved = {
-        "choice": write_task(elsewhere, "choice", choice_documents(), **CHOICE),
+        "choice": write_task(elsewhere, "choice", choice_documents(40), **CHOICE),
         "pages": write_task(elsewhere, "pages", rolling_documents(), **ROLLING),
         "words": write_task(elsewhere, "words", rolling_documents(9, 4), **GENERATION),
     }
@@ -289,5 +289,5 @@ def test_damaged_samples_are_named(manifest: Path, tasks: dict, tmp_path: Path) 
     evaluate(manifest, tasks, tmp_path / "node")
     path = tmp_path / "node" / "samples.parquet"
     path.write_bytes(path.read_bytes()[:-50])
-    with pytest.raises(AtlasError, match=r"samples\.parquet: damaged sample table"):
+    with pytest.raises(AtlasError, match=r"samples\.parquet: damaged table"):
         evaluate(manifest, tasks, tmp_path / "node")

@@ -79,6 +79,7 @@ def through_atlas(
     original = evaluator.evaluate
 
     def spy(*arguments: Any, **options: Any) -> Any:
+        options["log_samples"] = True
         outcomes.append(original(*arguments, **options))
         return outcomes[-1]
 

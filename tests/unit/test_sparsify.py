@@ -14,6 +14,7 @@ from sparsity_atlas.criteria.base import Criterion
 from sparsity_atlas.criteria.topk import TopK
 from sparsity_atlas.errors import AtlasError, NumericalFailure
 from sparsity_atlas.ffn import FFN
+from sparsity_atlas.place import Place
 from sparsity_atlas.sites import SITES, TENSORS, find_ffns
 from sparsity_atlas.sparsify import Counter, Slot, sparsified
 from sparsity_atlas.threshold import Threshold
@@ -28,14 +29,14 @@ def ffns() -> list[FFN]:
 
 
 def run(ffns: list[FFN], site: str, criterion: Criterion, level: float) -> tuple[Tensor, list]:
-    """Logits and counts of a batch whose last token is padding."""
+    """Logits and counts [slots][batch] of a batch that has one token of padding."""
     ids = token_ids()
     valid = torch.ones_like(ids, dtype=torch.bool)
     valid[0, -1] = False
     with torch.no_grad(), sparsified(ffns[0].model, ffns, site, criterion, level) as counter:
         counter.expect(valid)
         logits = ffns[0].model(ids).logits
-        return logits, counter.take().tolist()
+        return logits, counter.take()[0].sum(-1).tolist()
 
 
 class Masks(Criterion):
@@ -63,7 +64,7 @@ def test_all_paths_give_the_same_bits(
         again = run(ffns, site, other, 0.4)
         assert torch.equal(again[0], logits)
         assert again[1] == counts
-    assert len(counts[0]) == LAYERS * len(TENSORS[site])
+    assert len(counts) == LAYERS * len(TENSORS[site])
 
 
 def test_what_overrides_a_mask_is_asked_for_it(ffns: list[FFN]) -> None:
@@ -73,9 +74,7 @@ def test_what_overrides_a_mask_is_asked_for_it(ffns: list[FFN]) -> None:
 
     _, counts = run(ffns, "intermediate", Nothing(), 1.0)
     width, batch = ffns[0].width, token_ids()
-    assert counts == [
-        [[(batch.shape[1] - (row == 0)) * width for row in range(len(batch))]] * LAYERS
-    ]
+    assert counts == [[(batch.shape[1] - (row == 0)) * width for row in range(len(batch))]] * LAYERS
 
 
 class Layered(Criterion):
@@ -88,15 +87,15 @@ class Layered(Criterion):
     def __init__(self, constant: float = 0.0) -> None:
         self.constant = constant
 
-    def at(self, layer: int, tensor: str) -> Layered:
-        return Layered(torch.inf if (layer, tensor) == (1, "input") else 0.0)
+    def bind(self, place: Place, state: dict[str, Tensor]) -> Layered:
+        return Layered(torch.inf if (place.layer, place.tensor) == (1, "input") else 0.0)
 
     def threshold(self, level: float, width: int) -> Threshold:
         return Threshold("fixed", constants=torch.tensor([self.constant]))
 
 
 def test_each_layer_and_tensor_has_its_own_rule(ffns: list[FFN]) -> None:
-    _, ((first, first_i, second, second_i, *_),) = run(ffns, "all_inputs", Layered(), 1.0)
+    _, (first, first_i, second, second_i, *_) = run(ffns, "all_inputs", Layered(), 1.0)
     assert sum(first) == sum(first_i) == 0
     tokens = token_ids().numel() - 1
     # Without an input there is no intermediate either: exact zeros count.
@@ -127,7 +126,7 @@ def test_padding_neither_counts_nor_breaks(padding: bool) -> None:
         "up", 0, torch.tensor([[5, 6], [7, 8]]), torch.tensor([[True, False], [True, True]])
     )
     if padding:
-        assert counter.take().tolist() == [[[1, 7], [5, 15]]]
+        assert counter.take()[0].tolist() == [[[1, 0], [3, 4]], [[5, 0], [7, 8]]]
     else:
         with pytest.raises(NumericalFailure, match="NaN or infinity in 'up' of layer 0"):
             counter.take()

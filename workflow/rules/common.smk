@@ -8,9 +8,12 @@ Path grammar, below results/:
     {model}/metrics/{site}.parquet                  what they look like
     {model}/dense/eval.json                         the untouched model on all its tasks
     {model}/{criterion}/{site}/{level}/eval.json    a node
+    {model}/{criterion}/{site}/calibration.safetensors      what a calibrated criterion found there
+    {model}/{criterion}/{site}/thresholds.json      the thresholds of each level, for those who write kernels
     {model}/{criterion}/{site}/search.json          the levels that `levels: auto` chose
     {model}/{criterion}/{site}/sparsity.parquet     induced sparsity and output error, all levels
     {model}/{criterion}/{site}/curve.json           what later stages need of the nodes
+    {model}/{criterion}/{site}/equal_sparsity.parquet       scores at fixed sparsities, to compare criteria
     {model}/summary.csv                             one model's numbers
 """
 
@@ -19,8 +22,12 @@ import re
 import sys
 from pathlib import Path
 
+# Not workflow.basedir, nor plain "results": another workflow may use this one as a module, with a prefix.
+ROOT = Path(workflow.current_basedir).parents[1]
+RESULTS = str(workflow.modifier.modify_path("results"))
+
 # This checkout's own code, in this process and in the jobs', also where it is not installed.
-SOURCE = str(Path(workflow.basedir, "src"))
+SOURCE = str(ROOT / "src")
 sys.path.insert(0, SOURCE)
 os.environ.update(PYTHONPATH=os.pathsep.join(filter(None, [SOURCE, os.environ.get("PYTHONPATH")])))
 
@@ -31,10 +38,13 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.figures import FIGURES
 from sparsity_atlas.inputs import check_inputs, locate
 
+# For the target `clean` alone (`--config remove=true`), and no part of what is measured.
+REMOVE = config.pop("remove", False)
+
 try:
-    ATLAS = parse_config(locate(config, Path(workflow.basedir)))
+    ATLAS = parse_config(locate(config, ROOT))
     check_inputs(ATLAS)
-    ask = Asks(ATLAS, "results")
+    ask = Asks(ATLAS, RESULTS)
 except AtlasError as error:
     # Snakemake would add to any other exception where in this file it was raised.
     raise SystemExit(f"error: {error}") from None

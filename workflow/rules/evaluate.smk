@@ -18,6 +18,10 @@ rule dense:
     conda:
         "../../envs/atlas.yaml"
     threads: 1
+    resources:
+        gpu=ask.gpus,
+        mem_mb=ask.memory,
+        runtime=ask.node_minutes,
     params:
         settings=ask.dense_settings,
         tasks=ask.dense_tasks,
@@ -36,6 +40,7 @@ rule evaluate:
     input:
         model="results/{model}/model.json",
         search=ancient(ask.search_of_node),
+        calibration=ask.calibration,
     output:
         "results/{model}/{criterion}/{site}/{level}/eval.json",
     log:
@@ -45,6 +50,10 @@ rule evaluate:
     conda:
         "../../envs/atlas.yaml"
     threads: 1
+    resources:
+        gpu=ask.gpus,
+        mem_mb=ask.memory,
+        runtime=ask.node_minutes,
     params:
         settings=ask.node_settings,
         criterion=ask.criterion,
@@ -52,13 +61,14 @@ rule evaluate:
         code=ask.criterion_code("evaluate"),
     shell:
         """
-        python -m sparsity_atlas.evaluate \
+        python -m sparsity_atlas.worker \
             --model {input.model} \
             --settings {params.settings:q} \
             --code {params.code} \
             --criterion {params.criterion:q} \
             --site {wildcards.site} \
             --level {wildcards.level} \
+            --calibration={input.calibration:q} \
             --output {output} >{log} 2>&1
         """
 
@@ -67,6 +77,7 @@ rule search:
     input:
         model="results/{model}/model.json",
         dense="results/{model}/dense/eval.json",
+        calibration=ask.calibration,
     output:
         "results/{model}/{criterion}/{site}/search.json",
     log:
@@ -76,6 +87,10 @@ rule search:
     conda:
         "../../envs/atlas.yaml"
     threads: 1
+    resources:
+        gpu=ask.gpus,
+        mem_mb=ask.memory,
+        runtime=ask.search_minutes,
     params:
         settings=ask.node_settings,
         search=ask.search_settings,
@@ -93,5 +108,6 @@ rule search:
             --code {params.code} \
             --criterion {params.criterion:q} \
             --site {wildcards.site} \
+            --calibration={input.calibration:q} \
             --output {output} >{log} 2>&1
         """

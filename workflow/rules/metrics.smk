@@ -18,13 +18,13 @@ rule metrics:
         "../../envs/atlas.yaml"
     threads: 1
     params:
-        store="results/{model}/activations.zarr",
+        model=subpath(input.capture, ancestor=2),
         code=code_version("metrics"),
     shell:
         """
         python -m sparsity_atlas.metrics \
             --capture {input.capture} \
-            --store {params.store} \
+            --store {params.model}/activations.zarr \
             --output {output} >{log} 2>&1
         """
 
@@ -34,6 +34,7 @@ rule output_error:
         model="results/{model}/model.json",
         capture="results/{model}/capture/{site}.json",
         search=ask.curve_search,
+        calibration=ask.calibration,
     output:
         "results/{model}/{criterion}/{site}/sparsity.parquet",
     log:
@@ -43,21 +44,26 @@ rule output_error:
     conda:
         "../../envs/atlas.yaml"
     threads: 1
+    resources:
+        gpu=ask.gpus,
+        mem_mb=ask.memory,
+        runtime=ask.error_minutes,
     params:
-        settings=ask.loading_settings,
+        settings=ask.store_settings,
         criterion=ask.criterion,
         levels=ask.listed_levels,
-        store="results/{model}/activations.zarr",
+        model=subpath(input.capture, ancestor=2),
         code=ask.criterion_code("output_error"),
     shell:
         """
         python -m sparsity_atlas.output_error \
             --model {input.model} \
             --site {wildcards.site} \
-            --store {params.store} \
+            --store {params.model}/activations.zarr \
             --criterion {params.criterion:q} \
             --levels={params.levels:q} \
             --search={input.search:q} \
+            --calibration={input.calibration:q} \
             --settings {params.settings:q} \
             --output {output} >{log} 2>&1
         """

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from abc import ABC
-from typing import ClassVar
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from sparsity_atlas.threshold import Threshold
+    from sparsity_atlas.place import Place, Sample
+    from sparsity_atlas.threshold import Threshold
+
+Phase = Literal["scoring", "prompt", "generation"]
 
 
 class Criterion(ABC):
@@ -23,7 +27,8 @@ class Criterion(ABC):
     - `mask` computes the mask in plain torch, exactly. It then is the only path, on every device.
 
     A criterion whose numbers differ from layer to layer (calibrated constants, weights taken from the
-    model) overrides `at`, which is asked once for each layer and tensor before anything runs.
+    model) overrides `bind`, which is asked once for each layer and tensor before anything runs. The
+    constants below stand in its own file, as plain literals: they are read without running it.
 
     Rules that every criterion keeps: thresholds look at one row only, never across a batch; ties at
     a threshold are kept; NaN and infinities need no care here, they are reported by the caller.
@@ -35,14 +40,55 @@ class Criterion(ABC):
     """The level at which nothing changes; sparsity grows with the distance from it."""
     coarse_levels: ClassVar[tuple[str, ...]]
     """First levels of a search, from mild to harsh, spread over the useful range."""
+    sites: ClassVar[tuple[str, ...]] = ()
+    """The sites where the rule means something; empty: all of them."""
+    calibrated: ClassVar[bool] = False
+    """Whether `bind` needs what `calibrate` found in the captured activations."""
+    allocation: str = "uniform"
+    """How a level is spread over a site's places; other than uniform, their states say: `allocation`."""
 
-    def at(self, layer: int, tensor: str) -> Criterion:
-        """The criterion of one layer and tensor (`input`, `up`, `gate`, `intermediate`).
+    def calibrate(self, place: Place, sample: Sample) -> dict[str, Tensor]:
+        """Find what every level needs at one place: thresholds by level, means, a basis.
 
-        A calibrated criterion returns one that holds the constants or weights of that place; by
-        default every place has the same criterion.
+        Args:
+            place: a tensor of one layer.
+            sample: that layer's captured activations.
+
+        Returns:
+            float32 tensors by name, which `bind` gets.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is calibrated and has no `calibrate`")
+
+    def bind(self, place: Place, state: dict[str, Tensor]) -> Self:
+        """The criterion for one place; itself where it treats all places alike.
+
+        Args:
+            place: a tensor of one layer.
+            state: what `calibrate` found there; empty without a calibration.
         """
         return self
+
+    def replace(self, values: Tensor, written: Tensor, mask: Tensor, level: float) -> Tensor | None:
+        """What the model goes on with, where dropped entries do not become zeros.
+
+        Args:
+            values: [rows, width], what `mask` was asked about.
+            written: [rows, width], the vector that is sparsified: `values`, or the product i where
+                they are one of its factors.
+            mask: bool [rows, width], as `mask` returned it.
+            level: in [lowest, highest].
+
+        Returns:
+            [rows, width], or None: `written` with zeros where it was dropped.
+        """
+        return None
+
+    def export(self, level: float) -> dict[str, Tensor]:
+        """What a kernel of a bound, calibrated criterion needs at a level: float32 tensors by name.
+
+        `threshold`, [] or [width], is what |v| must reach for an entry to be kept.
+        """
+        return {}
 
     def threshold(self, level: float, width: int) -> Threshold:
         """The rule at a level.
@@ -64,6 +110,32 @@ class Criterion(ABC):
             bool [rows, width], True where the entry is kept.
         """
         return self.threshold(level, values.shape[-1]).to(values.device).mask(values)
+
+
+class SequenceCriterion(Criterion):
+    """A criterion whose mask for a token follows from tokens before it in the same sequence.
+
+    A bound one may keep what the first pass of a batch tells for the passes of its generation.
+    """
+
+    def mask(self, values: Tensor, level: float) -> Tensor:
+        """Single rows do not say which sequence they belong to: see `mask_sequences`."""
+        raise NotImplementedError(f"{type(self).__name__} masks sequences")
+
+    @abstractmethod
+    def mask_sequences(self, values: Tensor, valid: Tensor, phase: Phase, level: float) -> Tensor:
+        """Return which entries are kept.
+
+        Args:
+            values: [batch, tokens, width].
+            valid: bool [batch, tokens], True where a token is no padding.
+            phase: `scoring` of given tokens in one pass, the `prompt` of a generation, or one pass of
+                the `generation` after it, with one new token for each row.
+            level: in [lowest, highest].
+
+        Returns:
+            bool [batch, tokens, width], True where the entry is kept.
+        """
 
 
 def declares_threshold(criterion: Criterion) -> bool:

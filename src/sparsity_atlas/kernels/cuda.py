@@ -273,7 +273,8 @@ def _search(
     mean = _sum(mass, BLOCK) / width
     middle = (mean * tl.load(numbers + 1).to(tl.float32) * back).to(tl.int32, bitcast=True) >> SHIFT
     low = (mean * tl.load(numbers + 2).to(tl.float32) * back).to(tl.int32, bitcast=True) >> SHIFT
-    low = tl.minimum(low, peak >> SHIFT)
+    # A mean that overflows says nothing, and its NaN has the bits of a large number.
+    low = tl.where(mean < float("inf"), tl.minimum(low, peak >> SHIFT), 0)
     high = (peak >> SHIFT) + 1
     sure = 1
     if KIND == _RANK:
