@@ -6,8 +6,8 @@
 Questions are pieces of this project's prose with four options each. HFLM does what it does for every node:
 build and tokenise the requests, run them, make the metrics; it counts no zeros. Ours counts them, journals
 each batch and writes the sample table and eval.json; requests were built once before, as in a search, and
-the time for that is given. Repetitions take turns, and medians are compared; on a machine with other work look at the
-processors' time.
+the time for that is given. Repetitions take turns, and medians are compared; on a machine with other work
+look at the processors' time.
 """
 
 from __future__ import annotations
