@@ -66,7 +66,7 @@ class Slurm:
         )
 
     def jobs(self, *fields: str) -> list[dict[str, str]]:
-        """Every job so far, the first one first: these fields of `squeue --Format`, with the rule and its wildcards."""
+        """Every job, the first one first: fields of `squeue --Format`, rule and wildcards."""
         widths = ",".join(f"{field}:120" for field in ("Comment", *fields))
         text = call("squeue", "--states=all", "--sort=i", "--noheader", "--Format", widths)
         rows = []
