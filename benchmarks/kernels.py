@@ -13,6 +13,7 @@ import argparse
 import multiprocessing
 import os
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import NamedTuple
@@ -189,9 +190,14 @@ def ffn(x: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> Tensor:
 
 
 def share_of_ffn(rows: int, width: int, level: float) -> None:
-    """On the CPU: the kernel's share of the time of the dense FFN that it stands in."""
-    hidden = width // 4
-    print(f"\nshare of the dense FFN ({hidden} to {width}, {rows:,} vectors, {level:g}); ms")
+    """On the CPU: the kernel's share of the time of the dense FFN that it stands in.
+
+    One thread and its own CPU time, which other work on the machine hardly changes.
+    """
+    hidden = 2048
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    print(f"\none thread's CPU time, FFN {hidden} to {width}, {rows:,} vectors, p = {level:g}; ms")
     for dtype in ("fp32", "bf16"):
         kind = TYPES[dtype]
         x = torch.randn(rows, hidden).to(kind)
@@ -199,15 +205,16 @@ def share_of_ffn(rows: int, width: int, level: float) -> None:
             (torch.randn(shape) / shape[1] ** 0.5).to(kind)
             for shape in ((width, hidden), (width, hidden), (hidden, width))
         )
-        dense = seconds(partial(ffn, x, up, gate, down), "cpu", 3)
+        dense = seconds(partial(ffn, x, up, gate, down), "cpu", 3, time.process_time)
         values = activations(rows, width, kind, "cpu")
         made = rule("topp", width, level, "cpu")
-        ours = seconds(partial(kernels.masked, made, values, values), "cpu", 20)
-        theirs = seconds(partial(official, values, level), "cpu", 2)
+        ours = seconds(partial(kernels.masked, made, values, values), "cpu", 20, time.process_time)
+        theirs = seconds(partial(official, values, level), "cpu", 2, time.process_time)
         print(
             f"{dtype}: FFN {dense * 1e3:.1f}, ours {ours * 1e3:.2f} ({ours / dense:.2%}), "
             f"official {theirs * 1e3:.0f} ({theirs / dense:.0%})"
         )
+    torch.set_num_threads(threads)
 
 
 def tune(rows: int) -> None:
@@ -222,8 +229,8 @@ def tune(rows: int) -> None:
         for entries in (16, 32, 64):
             cuda.ENTRIES_A_THREAD = entries
             made = rule("topp", width, 0.9, "cuda")
-            time = seconds(partial(kernels.masked, made, values, values), "cuda", 20)
-            line.append(f"{entries}: {time * 1e3:.3f}")
+            spent = seconds(partial(kernels.masked, made, values, values), "cuda", 20)
+            line.append(f"{entries}: {spent * 1e3:.3f}")
         print(f"width {width:>5} | {'  '.join(line)}")
     cuda.ENTRIES_A_THREAD = chosen
 

@@ -32,15 +32,20 @@ def bandwidth() -> float | None:
     return next((value for key, value in BANDWIDTH.items() if key in name), None)
 
 
-def seconds(work: Callable[[], object], device: str, repeats: int = 10) -> float:
+def seconds(
+    work: Callable[[], object],
+    device: str,
+    repeats: int = 10,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Time of one call: the best of some on a CPU, the median on a GPU, each after a warm-up."""
     work()
     if device != "cuda":
         times = []
         for _ in range(repeats):
-            start = time.perf_counter()
+            start = clock()
             work()
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
         return min(times)
     work()
     events = [
