@@ -13,7 +13,6 @@ import argparse
 import multiprocessing
 import os
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import NamedTuple
@@ -190,14 +189,9 @@ def ffn(x: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> Tensor:
 
 
 def share_of_ffn(rows: int, width: int, level: float) -> None:
-    """On the CPU: the kernel's share of the time of the dense FFN that it stands in.
-
-    One thread and its own CPU time, which other work on the machine hardly changes.
-    """
+    """On the CPU: the kernel's share of the time of the dense FFN that it stands in."""
     hidden = 2048
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    print(f"\none thread's CPU time, FFN {hidden} to {width}, {rows:,} vectors, p = {level:g}; ms")
+    print(f"\nshare of a dense FFN {hidden} to {width}, {rows:,} vectors, p = {level:g}; ms")
     for dtype in ("fp32", "bf16"):
         kind = TYPES[dtype]
         x = torch.randn(rows, hidden).to(kind)
@@ -205,16 +199,15 @@ def share_of_ffn(rows: int, width: int, level: float) -> None:
             (torch.randn(shape) / shape[1] ** 0.5).to(kind)
             for shape in ((width, hidden), (width, hidden), (hidden, width))
         )
-        dense = seconds(partial(ffn, x, up, gate, down), "cpu", 3, time.process_time)
+        dense = seconds(partial(ffn, x, up, gate, down), "cpu", 3)
         values = activations(rows, width, kind, "cpu")
         made = rule("topp", width, level, "cpu")
-        ours = seconds(partial(kernels.masked, made, values, values), "cpu", 20, time.process_time)
-        theirs = seconds(partial(official, values, level), "cpu", 2, time.process_time)
+        ours = seconds(partial(kernels.masked, made, values, values), "cpu", 20)
+        theirs = seconds(partial(official, values, level), "cpu", 2)
         print(
             f"{dtype}: FFN {dense * 1e3:.1f}, ours {ours * 1e3:.2f} ({ours / dense:.2%}), "
             f"official {theirs * 1e3:.0f} ({theirs / dense:.0%})"
         )
-    torch.set_num_threads(threads)
 
 
 def tune(rows: int) -> None:
@@ -246,6 +239,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     os.environ[kernels.VARIABLE] = "compiled"
+    if arguments.device == "cpu":
+        torch.set_num_threads(1)
     print(machine(arguments.device))
     good = check(arguments.device) if arguments.check else True
     if arguments.device == "cuda":
