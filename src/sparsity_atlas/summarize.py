@@ -30,7 +30,6 @@ from sparsity_atlas import cli
 from sparsity_atlas.critical import CriticalRow
 from sparsity_atlas.csv_files import Table, write_csv, write_side_by_side
 from sparsity_atlas.curves import CurvePoint
-from sparsity_atlas.metrics import BIN_EDGES
 from sparsity_atlas.scaling import SCALING, Scaling
 from sparsity_atlas.selection import unfold
 from sparsity_atlas.store import read_manifest
@@ -109,6 +108,9 @@ def metric_rows(metrics: list[Path]) -> list[dict[str, Any]]:
 
 def magnitude_rows(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Rows of magnitudes.csv: the histograms of a model's layers, pooled; zeros are left out."""
+    # Only here: it brings zarr, and a model's summary needs neither.
+    from sparsity_atlas.metrics import BIN_EDGES
+
     pooled: dict[tuple[str, str], np.ndarray] = {}
     for row in rows:
         key = (row["model"], row["tensor"])
