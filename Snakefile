@@ -4,6 +4,8 @@ snakemake --cores all                                    everything that config.
 snakemake --cores all results/<model>/summary.csv        one model
 snakemake --cores all results/<model>/<criterion>/<site>/<level>/eval.json      one node
 snakemake --cores all plan                               what it will cost, before it runs
+snakemake --cores all export                             the thresholds of calibrated criteria, for kernels
+snakemake --cores 1 clean                                what is left of runs, and needed by nothing
 """
 
 from snakemake.utils import min_version
@@ -21,11 +23,14 @@ report: "workflow/report/workflow.rst"
 include: "workflow/rules/common.smk"
 include: "workflow/rules/models.smk"
 include: "workflow/rules/capture.smk"
+include: "workflow/rules/calibrate.smk"
 include: "workflow/rules/metrics.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/summarize.smk"
 include: "workflow/rules/figures.smk"
+include: "workflow/rules/export.smk"
 include: "workflow/rules/plan.smk"
+include: "workflow/rules/clean.smk"
 
 
 onerror:

@@ -13,10 +13,13 @@ import pytest
 # Before transformers is imported: no test may look for a model outside.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
-# Nor may it find there, or leave there, what another run made of a data file.
+# Nor may it find there, or leave there, what another run made of a data file or a task.
 _CACHE = tempfile.mkdtemp(prefix="sparsity-atlas-tests-")
 os.environ["HF_DATASETS_CACHE"] = _CACHE
+os.environ["XDG_CACHE_HOME"] = _CACHE
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+# Before Triton is imported: its interpreter runs the CUDA kernels on the CPU.
+os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture

@@ -123,6 +123,23 @@ class Asks:
         return [f"results/{curve.folder}/search.json"] if curve.auto else []
 
     @question
+    def calibration(self, wildcards: Wildcards) -> list[str]:
+        """The calibration of a curve whose criterion needs one."""
+        if not criteria.declared(json.loads(self.criterion(wildcards)))["calibrated"]:
+            return []
+        return [f"results/{self.curve_of(wildcards).folder}/calibration.safetensors"]
+
+    def exports(self) -> list[str]:
+        """Exported thresholds of every curve whose criterion is calibrated."""
+        return [
+            f"results/{curve.folder}/thresholds.json"
+            for curve in self.curves
+            if criteria.declared(json.loads(grid.criterion_slice(self._config, curve.criterion)))[
+                "calibrated"
+            ]
+        ]
+
+    @question
     def search_of_node(self, wildcards: Wildcards) -> list[str]:
         """The search that left a node.
 
@@ -184,9 +201,9 @@ class Asks:
         return model_content(self._config, wildcards.model)
 
     @question
-    def loading_settings(self, wildcards: Wildcards) -> str:
-        """How a model is loaded."""
-        return json.dumps(grid.loading_slice(self._config, wildcards.model))
+    def store_settings(self, wildcards: Wildcards) -> str:
+        """How a model is loaded beside its activations, and how these are split."""
+        return grid.store_slice(self._config, wildcards.model)
 
     @question
     def capture_settings(self, wildcards: Wildcards) -> str:

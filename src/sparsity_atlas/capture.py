@@ -3,6 +3,11 @@
 Each site has a job and a manifest of its own. The first job of a model takes a lock and captures what
 any of them lacks; the others find their tensors complete and write their manifest. With a site comes
 the FFN's input, from which every output error can be computed.
+
+Tensors leave the device on a stream of their own and are written by a thread while the model runs on; a
+block is recorded when all of it is written. Host memory holds a block in hand (one tensor of one layer
+at a time where a block is one batch, as with large models) and PENDING of its tensors that are being
+written.
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,18 +23,23 @@ from sparsity_atlas import cli
 from sparsity_atlas.activations import ActivationStore, check_space, chunk_sequences
 from sparsity_atlas.code import code_version
 from sparsity_atlas.devices import pick_device, pick_dtype
+from sparsity_atlas.errors import NumericalFailure
 from sparsity_atlas.journal import Journal
 from sparsity_atlas.models import check_sites, from_manifest, load, load_tokenizer
 from sparsity_atlas.store import digest, locked, write_manifest
 from sparsity_atlas.terms import TENSORS
-from sparsity_atlas.texts import digest_of, token_ids
+from sparsity_atlas.texts import digest_of, pinned, token_ids
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from sparsity_atlas.checkpoint import Checkpoint
+
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+# Tensors of a block that may wait for the disk.
+PENDING = 4
 
 
 def tensors_of(sites: Iterable[str]) -> list[str]:
@@ -47,7 +57,7 @@ def starts_with_bos(tokenizer: PreTrainedTokenizerBase, wanted: bool | None) -> 
 def capture(
     store_path: Path,
     manifest: dict[str, Any],
-    folder: Path,
+    checkpoint: Checkpoint,
     ids: np.ndarray,
     missing: list[str],
     fingerprint: str,
@@ -58,7 +68,7 @@ def capture(
     Args:
         store_path: the Zarr store.
         manifest: the model's manifest.
-        folder: the model's files.
+        checkpoint: the model's files.
         ids: int64 [sequences, positions].
         missing: tensors to capture.
         fingerprint: of everything that the values depend on.
@@ -70,8 +80,9 @@ def capture(
     import torch
 
     from sparsity_atlas.sites import bind_ffns, observe
+    from sparsity_atlas.spool import HostCopy, Writer, copy_stream
 
-    model = load(folder, dtype=settings["dtype"], device=settings["device"])
+    model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
     ffns = bind_ffns(model, manifest["ffn"])
     dtype = str(model.dtype).removeprefix("torch.")
     sequences, positions = ids.shape
@@ -107,52 +118,60 @@ def capture(
             store.create(name, widths[name], ids.size, chunk * positions, dtype)
 
     sites = [name for name in missing if name in ffns[0].sites()]
-    for start in range(len(journal.records) * block, sequences, block):
-        rows = ids[start : start + block]
-        parts: dict[tuple[str, int], list[np.ndarray]] = defaultdict(list)
-        checksums: dict[str, list[int]] = {name: [0] * len(ffns) for name in missing}
-        batches = [rows[first : first + batch] for first in range(0, len(rows), batch)]
+    stream = copy_stream(model.device)
+    with Writer(PENDING) as writer:
+        for start in range(len(journal.records) * block, sequences, block):
+            rows = ids[start : start + block]
+            parts: dict[tuple[str, int], list[HostCopy]] = defaultdict(list)
+            checksums: dict[str, list[int]] = {name: [0] * len(ffns) for name in missing}
+            batches = [rows[first : first + batch] for first in range(0, len(rows), batch)]
 
-        def keep(
-            layer: int,
-            name: str,
-            values: Tensor,
-            parts: dict = parts,
-            checksums: dict = checksums,
-            count: int = len(batches),
-            row: int = start * positions,
-        ) -> None:
-            parts[name, layer].append(_to_numpy(values, layer, name))
-            # Written as soon as a block is whole: a large model's block is one batch of one layer.
-            if len(parts[name, layer]) == count:
-                import numpy as np
-
-                whole = np.concatenate(parts.pop((name, layer)))
+            def write(
+                layer: int,
+                name: str,
+                copies: list[HostCopy],
+                checksums: dict = checksums,
+                row: int = start * positions,
+            ) -> None:
+                whole = _stored([copy.wait() for copy in copies], layer, name)
                 checksums[name][layer] = store.put(name, layer, row, whole)
 
-        with torch.no_grad(), observe(ffns, sites, keep):
-            for one in batches:
-                model(input_ids=torch.from_numpy(one).to(model.device), use_cache=False)
-        journal.append(checksums)
-        cli.logger.info("captured %d of %d sequences", min(start + block, sequences), sequences)
+            def keep(
+                layer: int,
+                name: str,
+                values: Tensor,
+                parts: dict = parts,
+                count: int = len(batches),
+                write: Callable = write,
+            ) -> None:
+                parts[name, layer].append(HostCopy(values, stream))
+                # As soon as a block is whole: a large model's block is one batch of one layer.
+                if len(parts[name, layer]) == count:
+                    writer.submit(write, layer, name, parts.pop((name, layer)))
+
+            with torch.no_grad(), observe(ffns, sites, keep):
+                for one in batches:
+                    model(input_ids=torch.from_numpy(one).to(model.device), use_cache=False)
+            writer.drain()
+            journal.append(checksums)
+            cli.logger.info("captured %d of %d sequences", min(start + block, sequences), sequences)
 
     for name in missing:
         checks = [record[name] for record in journal.records]
-        store.finish(name, {"fingerprint": fingerprint, "dtype": dtype, "blocks": checks})
+        record = {"fingerprint": fingerprint, "dtype": dtype, "rows": block * positions}
+        store.finish(name, {**record, "blocks": checks})
     store.sweep()
     journal.delete()
 
 
-def _to_numpy(values: Tensor, layer: int, name: str) -> np.ndarray:
-    """[tokens, channel]; bfloat16 as its bits."""
+def _stored(batches: list[Tensor], layer: int, name: str) -> np.ndarray:
+    """[tokens, channel] of some batches; bfloat16 as its bits."""
     import torch
 
-    from sparsity_atlas.sparsify import NumericalFailure
-
-    if not torch.isfinite(values).all():
+    whole = torch.cat([one.reshape(-1, one.shape[-1]) for one in batches])
+    if not torch.isfinite(whole).all():
         raise NumericalFailure(f"NaN or infinity in '{name}' of layer {layer}")
-    flat = values.reshape(-1, values.shape[-1])
-    return (flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).cpu().numpy()
+    return (whole.view(torch.uint16) if whole.dtype == torch.bfloat16 else whole).numpy()
 
 
 def main() -> None:
@@ -172,12 +191,13 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = arguments.settings
 
-    manifest, folder = from_manifest(arguments.model)
+    manifest, checkpoint = from_manifest(arguments.model)
     check_sites(manifest["name"], [arguments.site], manifest["sites"])
     siblings = [site for site in arguments.siblings.split(",") if site in manifest["sites"]]
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(checkpoint)
+    text = pinned(settings["text"])
     ids = token_ids(
-        settings["text"],
+        text,
         tokenizer,
         settings["tokens"],
         settings["sequence_length"],
@@ -197,7 +217,7 @@ def main() -> None:
         done = _complete(arguments.store, fingerprint)
         if not set(own) <= set(done):
             missing = [name for name in tensors_of([arguments.site, *siblings]) if name not in done]
-            capture(arguments.store, manifest, folder, ids, missing, fingerprint, settings)
+            capture(arguments.store, manifest, checkpoint, ids, missing, fingerprint, settings)
             done = _complete(arguments.store, fingerprint)
     write_manifest(
         arguments.output,
@@ -207,6 +227,8 @@ def main() -> None:
             "tokens": int(ids.size),
             "sequence_length": int(ids.shape[1]),
             "tensors": {name: done[name] for name in own},
+            # A local file is known by the digest of its tokens, which is in the fingerprint.
+            **({"text": text} if "hub" in text else {}),
         },
     )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent
 
 # What these do reaches a stage through its arguments, never through the numbers that it computes.
-_NO_SCIENCE = {"__init__", "cli", "code", "config", "errors", "grid"}
+_NO_SCIENCE = {"__init__", "cli", "code", "config", "credentials", "errors", "grid"}
 
 
 @functools.cache
@@ -26,10 +26,13 @@ def code_version(stage: str, criterion_file: str | None = None) -> str:
 
     Args:
         stage: module or package of this package that is run, for instance `evaluate`.
-        criterion_file: the one file of the criterion in use, which no stage imports by name.
+        criterion_file: the file of the criterion in use, which no stage imports by name.
     """
     content = hashlib.sha256()
-    for name in sorted(_closure(stage)):
+    used = _closure(stage)
+    if criterion_file is not None:
+        used = used.union(*(_closure(name) for name in _imports(Path(criterion_file))))
+    for name in sorted(used):
         source = _module_file(name)
         for path in sorted(source.parent.glob(f"{source.stem}.*")):
             content.update(path.read_bytes())

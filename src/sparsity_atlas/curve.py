@@ -16,6 +16,7 @@ from sparsity_atlas import cli
 from sparsity_atlas.bootstrap import TaskSamples
 from sparsity_atlas.critical import critical
 from sparsity_atlas.curves import curve_points
+from sparsity_atlas.equal import equal_rows, write_equal
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.samples import read_table
 from sparsity_atlas.scores import Kind, choose_metric, sample_values
@@ -132,27 +133,39 @@ def phases(node: NodeSamples, task: str) -> dict[str, Any]:
     }
 
 
-def build(
+def all_samples(
     dense: NodeSamples, nodes: dict[str, NodeSamples], settings: dict[str, Any]
-) -> dict[str, Any]:
-    """The content of curve.json.
+) -> list[TaskSamples]:
+    """Paired samples of every task that the dense model did not fail on.
 
     Args:
         dense: the baseline.
         nodes: by level.
         settings: as `grid.curve_slice` gives it.
     """
+    found = (
+        task_samples(task, entry.get("metric"), dense, list(nodes.values()))
+        for task, entry in settings["tasks"].items()
+    )
+    return [one for one in found if one is not None]
+
+
+def build(
+    dense: NodeSamples,
+    nodes: dict[str, NodeSamples],
+    samples: list[TaskSamples],
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """The content of curve.json.
+
+    Args:
+        dense: the baseline.
+        nodes: by level.
+        samples: as `all_samples` gives them.
+        settings: as `grid.curve_slice` gives it.
+    """
     tasks = list(settings["tasks"])
     levels = list(nodes)
-    samples = [
-        one
-        for task in tasks
-        if (
-            one := task_samples(
-                task, settings["tasks"][task].get("metric"), dense, list(nodes.values())
-            )
-        )
-    ]
     failures = [
         {"level": level, "task": task, "reason": node.manifest["tasks"][task]["reason"]}
         for level, node in {"dense": dense, **nodes}.items()
@@ -192,6 +205,9 @@ def main() -> None:
     parser.add_argument(
         "--output", required=True, type=Path, help="curve.json to write, above its nodes"
     )
+    parser.add_argument(
+        "--equal", required=True, type=Path, help="Parquet file with scores at equal sparsities"
+    )
     arguments = parser.parse_args()
 
     levels = [level for level in arguments.levels.split(",") if level]
@@ -203,7 +219,10 @@ def main() -> None:
         for level in sorted(set(levels), key=float, reverse=True)
     }
     dense = NodeSamples(arguments.dense.parent, arguments.site)
-    write_manifest(arguments.output, build(dense, nodes, arguments.settings))
+    settings = arguments.settings
+    samples = all_samples(dense, nodes, settings)
+    write_equal(arguments.equal, equal_rows(samples, settings["replicates"], settings["seed"]))
+    write_manifest(arguments.output, build(dense, nodes, samples, settings))
 
 
 if __name__ == "__main__":

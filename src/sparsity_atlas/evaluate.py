@@ -9,28 +9,31 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import random
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from sparsity_atlas import cli
+from sparsity_atlas.calibration import Calibration, check_disjoint, read_calibration
 from sparsity_atlas.code import code_version
 from sparsity_atlas.criteria import check_level, create, source_file
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.journal import Journal
 from sparsity_atlas.models import check_sites, from_manifest, load, load_tokenizer
 from sparsity_atlas.outcome import sample_rows, task_result
-from sparsity_atlas.samples import SampleTable, read_samples
+from sparsity_atlas.samples import SCHEMA, SampleTable, read_samples
 from sparsity_atlas.store import canonical, digest, locked, write_manifest
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from sparsity_atlas.criteria import Criterion
     from sparsity_atlas.lm import AtlasLM
+    from sparsity_atlas.prepared import Prepared
     from sparsity_atlas.sites import FFN
-    from sparsity_atlas.sparsify import Counter
+    from sparsity_atlas.sparsify import Counter, Slot
     from sparsity_atlas.tasks import LoadedTask
 
 
@@ -42,22 +45,33 @@ class Node:
     site: str
     level: str
     rule: Criterion = field(compare=False)
+    calibration: Calibration | None = field(default=None, compare=False)
 
     @classmethod
-    def make(cls, criterion: dict[str, Any], site: str, level: str) -> Node:
+    def make(
+        cls,
+        criterion: dict[str, Any],
+        site: str,
+        level: str,
+        calibration: Calibration | None = None,
+    ) -> Node:
         """Make a node.
 
         Raises:
-            AtlasError: unusable criterion, or a level outside its range.
+            AtlasError: unusable criterion, a level outside its range, or no calibration where it
+                needs one.
         """
         rule = create(criterion)
         check_level(rule, level)
-        return cls(criterion, site, level, rule)
+        if rule.calibrated and calibration is None:
+            raise AtlasError(f"criteria: {type(rule).__name__} needs a calibration; found none")
+        return cls(criterion, site, level, rule, calibration)
 
     def identity(self) -> dict[str, Any]:
         """What distinguishes the node; a criterion's own file counts by its code, not its path."""
         criterion = {key: value for key, value in self.criterion.items() if key != "file"}
-        return {"criterion": criterion, "site": self.site, "level": self.level}
+        calibration = {"calibration": self.calibration.identity()} if self.calibration else {}
+        return {"criterion": criterion, "site": self.site, "level": self.level, **calibration}
 
 
 @dataclass
@@ -74,6 +88,7 @@ class Session:
     seed: int
     chat: bool
     identity: dict[str, Any]
+    _prepared: dict[tuple[str, bool], Prepared] = field(default_factory=dict)
 
     @classmethod
     def open(cls, manifest_path: Path, settings: dict[str, Any], code: str) -> Session:
@@ -87,14 +102,14 @@ class Session:
         Raises:
             AtlasError: model or tasks cannot be used.
         """
-        manifest, folder = from_manifest(manifest_path)
+        manifest, checkpoint = from_manifest(manifest_path)
         from sparsity_atlas.lm import AtlasLM
         from sparsity_atlas.sites import bind_ffns
         from sparsity_atlas.tasks import load_tasks
 
         tasks = load_tasks(settings["tasks"], settings["seed"])
-        model = load(folder, dtype=settings["dtype"], device=settings["device"])
-        tokenizer = load_tokenizer(folder)
+        model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
+        tokenizer = load_tokenizer(checkpoint)
         chat = settings["apply_chat_template"]
         if chat and tokenizer.chat_template is None:
             raise AtlasError(
@@ -118,14 +133,52 @@ class Session:
         }
         return cls(lm, bind_ffns(model, manifest["ffn"]), tasks, settings["seed"], chat, identity)
 
+    def with_code(self, code: str) -> Session:
+        """The same model and tasks, for results of another code version: another criterion's."""
+        return replace(self, identity={**self.identity, "code": code})
+
+    def prepared(self, name: str, *, share: bool = True) -> Prepared:
+        """A task with its requests, which are built when they are first asked for.
+
+        Args:
+            name: of the task.
+            share: whether requests may share what they have in common.
+        """
+        key = (name, share)
+        if key not in self._prepared:
+            from sparsity_atlas.prepared import prepare
+
+            task = self.tasks[name]
+            self._prepared[key] = prepare(
+                self.lm, task, seed=self.seed, chat=self.chat, share=share
+            )
+        return self._prepared[key]
+
+    def slots(self, node: Node | None) -> list[Slot]:
+        """What is counted."""
+        from sparsity_atlas.sparsify import slots_of
+
+        return slots_of(self.ffns, node.site if node else None)
+
     def attach(self, node: Node | None) -> contextlib.AbstractContextManager[Counter]:
         """Sparsify the model as the node says; None counts exact zeros of the dense model."""
         from sparsity_atlas.sparsify import counted, sparsified
 
         if node is None:
             return counted(self.lm.model, self.ffns)
-        check_sites("of this run", [node.site], list(self.ffns[0].sites()))
-        return sparsified(self.lm.model, self.ffns, node.site, node.rule, float(node.level))
+        states = node.calibration.states if node.calibration else None
+        level = float(node.level)
+        return sparsified(self.lm.model, self.ffns, node.site, node.rule, level, states)
+
+    def check_disjoint(self, calibration: Calibration) -> None:
+        """Refuse tasks that evaluate what a criterion was calibrated on.
+
+        Raises:
+            AtlasError: names the task and the document.
+        """
+        for name, task in self.tasks.items():
+            for leaf in task.leaves.values():
+                check_disjoint(calibration, name, islice(leaf.eval_docs, task.limit))
 
 
 def evaluate_node(session: Session, node: Node | None, folder: Path) -> dict[str, Any]:
@@ -142,17 +195,17 @@ def evaluate_node(session: Session, node: Node | None, folder: Path) -> dict[str
     """
     identity = {**session.identity, **(node.identity() if node else {"criterion": None})}
     path = folder / "samples.parquet"
-    with locked(folder / ".lock"), session.attach(node) as counter:
-        slots = [[slot.tensor, slot.layer, slot.width] for slot in counter.slots]
-        table = read_samples(path, slots)
+    if node is not None:
+        check_sites("of this run", [node.site], list(session.ffns[0].sites()))
+    with locked(folder / ".lock"):
+        slots = session.slots(node)
+        table = read_samples(path, [[slot.tensor, slot.layer, slot.width] for slot in slots])
         for name, task in session.tasks.items():
             fingerprint = {**identity, "task": task.identity}
             key = digest(fingerprint)
             journal_path = folder / f"{name}.journal"
             if table.tasks.get(name, {}).get("fingerprint") != key:
-                journal = Journal(journal_path, fingerprint)
-                result, rows = _run(session, task, journal, counter)
-                journal.close()
+                result, rows = _run(session, node, name, journal_path, fingerprint)
                 # As a later run reads it from the table, so that eval.json has the same bytes.
                 table.tasks[name] = {"fingerprint": key, "result": json.loads(canonical(result))}
                 table.rows[name] = rows
@@ -166,45 +219,54 @@ def evaluate_node(session: Session, node: Node | None, folder: Path) -> dict[str
 
 def _manifest(session: Session, node: Node | None, table: SampleTable) -> dict[str, Any]:
     results = {name: table.tasks[name]["result"] for name in session.tasks}
+    data = {name: task.data for name, task in session.tasks.items() if task.data}
     return {
         "status": "failed" if any(one["status"] == "failed" for one in results.values()) else "ok",
         **(node.identity() if node else {"criterion": None}),
         "run": session.identity,
         "fingerprints": {name: table.tasks[name]["fingerprint"] for name in session.tasks},
         "tasks": results,
+        **({"data": data} if data else {}),
     }
 
 
 def _run(
-    session: Session, task: LoadedTask, journal: Journal, counter: Counter
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Run one task: its result, and its rows of the sample table."""
+    session: Session, node: Node | None, name: str, path: Path, fingerprint: dict[str, Any]
+) -> tuple[dict[str, Any], pa.Table]:
+    """Run one task, with its journal at `path`: its result, and its rows of the sample table."""
     import torch
     from lm_eval import evaluator
 
+    from sparsity_atlas.criteria.base import SequenceCriterion
     from sparsity_atlas.sparsify import NumericalFailure
 
-    # As lm-eval's own command does before a run; each task by itself, since each may be resumed alone.
-    random.seed(session.seed)
-    np.random.seed(session.seed)
-    torch.manual_seed(session.seed)
-    for leaf in task.leaves.values():
-        leaf.set_fewshot_seed(session.seed)
-    session.lm.start(journal, counter)
+    task = session.tasks[name]
+    # Before anything is attached: it tries the untouched model.
+    share = node is None or not isinstance(node.rule, SequenceCriterion)
+    prepared = session.prepared(name, share=share)
+    # Batches follow from what the model was seen to do right.
+    journal = Journal(path, {**fingerprint, "abilities": asdict(prepared.work.abilities)})
     try:
-        with torch.no_grad():
+        with torch.no_grad(), session.attach(node) as counter:
+            session.lm.start(journal, counter, prepared.work)
             outcome = evaluator.evaluate(
                 session.lm,
-                task.contents,
+                prepared.contents,
                 limit=task.limit,
+                # Only tasks without a metric of their own need it.
+                log_samples=any(
+                    "bypass" in leaf._metric_fn_list for leaf in prepared.leaves.values()
+                ),
                 bootstrap_iters=0,  # intervals come from the sample table
                 apply_chat_template=session.chat,
                 fewshot_as_multiturn=session.chat,
             )
     except NumericalFailure as failure:
-        return {"status": "failed", "reason": str(failure)}, []
-    rows = sample_rows(task, outcome["samples"], session.lm.usage)
-    return task_result(task, outcome, rows, counter.slots), rows
+        return {"status": "failed", "reason": str(failure)}, SCHEMA.empty_table()
+    finally:
+        journal.close()
+    rows = sample_rows(task, prepared, session.lm.usage)
+    return task_result(prepared, outcome, session.lm.usage, counter.slots), rows
 
 
 def evaluation_code(criterion: dict[str, Any] | None) -> str:
@@ -212,8 +274,16 @@ def evaluation_code(criterion: dict[str, Any] | None) -> str:
     return code_version("evaluate", str(source_file(criterion)) if criterion else None)
 
 
-def main() -> None:
-    """Command line of the stage."""
+def main(
+    command: Sequence[str] | None = None,
+    open_session: Callable[[Path, dict[str, Any], str], Session] = Session.open,
+) -> None:
+    """Command line of the stage.
+
+    Args:
+        command: its arguments; None for those of this process.
+        open_session: how to come by a loaded model: a worker has it already.
+    """
     parser = argparse.ArgumentParser(prog="python -m sparsity_atlas.evaluate", description=__doc__)
     parser.add_argument("--model", required=True, type=Path, help="the model's manifest")
     parser.add_argument(
@@ -227,14 +297,20 @@ def main() -> None:
     )
     parser.add_argument("--site")
     parser.add_argument("--level")
+    parser.add_argument(
+        "--calibration", type=cli.optional_path, help="calibration of the criterion, if it has one"
+    )
     parser.add_argument("--output", required=True, type=Path, help="eval.json to write")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(command)
 
     node = None
+    calibration = read_calibration(arguments.calibration) if arguments.calibration else None
     if arguments.criterion is not None:
-        node = Node.make(arguments.criterion, arguments.site, arguments.level)
+        node = Node.make(arguments.criterion, arguments.site, arguments.level, calibration)
     code = arguments.code or evaluation_code(arguments.criterion)
-    session = Session.open(arguments.model, arguments.settings, code)
+    session = open_session(arguments.model, arguments.settings, code)
+    if calibration is not None:
+        session.check_disjoint(calibration)
     result = evaluate_node(session, node, cli.folder_of(arguments.output))
     for name, task in result["tasks"].items():
         cli.logger.info("%s: %s", name, task.get("reason") or _headline(task))

@@ -93,9 +93,9 @@ def _json(value: Any) -> str:
 def fetch_slice(config: Config, model: str) -> str:
     """What `models` depends on: where the model comes from and how its FFN is named."""
     entry = config.models[model]
-    return _json(
-        entry.model_dump(include={"path", "hub", "revision", "modules"}, exclude_none=True)
-    )
+    allowed = {key for key in ("trust_remote_code", "allow_pickle") if getattr(entry, key)}
+    keys = {"path", "hub", "revision", "code_revision", "modules", *allowed}
+    return _json(entry.model_dump(include=keys, exclude_none=True))
 
 
 def loading_slice(config: Config, model: str) -> dict[str, Any]:
@@ -118,6 +118,16 @@ def capture_slice(config: Config, model: str) -> str:
             "add_bos_token": entry.add_bos_token,
         }
     )
+
+
+def calibration_tokens(config: Config) -> int:
+    """Captured tokens that calibrations look at; 0 without any."""
+    return config.calibration.tokens if config.calibration is not None else 0
+
+
+def store_slice(config: Config, model: str) -> str:
+    """What a stage depends on that loads a model beside its captured activations."""
+    return _json({**loading_slice(config, model), "calibration_tokens": calibration_tokens(config)})
 
 
 def evaluation_slice(config: Config, model: str, tasks: tuple[str, ...]) -> str:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from sparsity_atlas import criteria, grid
+from sparsity_atlas.checkpoint import Checkpoint
 from sparsity_atlas.config import Config
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.models import check_folder, content_digest
 from sparsity_atlas.store import file_digest
-from sparsity_atlas.task_files import files_digest, override_digest
+from sparsity_atlas.task_files import data_files, files_digest, override_digest
 
 # Where the configuration names local files: catalogue and key.
 _PATHS = (("models", "path"), ("criteria", "file"), ("texts", "file"), ("tasks", "include"))
@@ -46,7 +46,8 @@ def locate(data: dict[str, Any], workflow: Path) -> dict[str, Any]:
 
 
 def _beside(path: str, workflow: Path) -> str:
-    if Path(path).is_absolute() or Path(path).exists() or not (workflow / path).exists():
+    # os.path takes a name that no file can have for that of no file; Path raises.
+    if os.path.isabs(path) or os.path.exists(path) or not os.path.exists(workflow / path):
         return path
     return os.path.relpath(workflow / path)
 
@@ -55,31 +56,66 @@ def check_inputs(config: Config) -> None:
     """Check what can be checked without loading a model or lm-eval.
 
     Raises:
-        AtlasError: an unknown rule, a level out of range, or a file that is missing or not YAML.
+        AtlasError: an unknown rule, a site or a level that it does not have, or a file that is
+            missing or not YAML.
     """
     curves = grid.curves(config)
     specs = {curve.criterion: grid.criterion_slice(config, curve.criterion) for curve in curves}
-    ranges = {name: criteria.level_range(json.loads(spec)) for name, spec in specs.items()}
+    declared = {name: criteria.declared(json.loads(spec)) for name, spec in specs.items()}
     for curve in curves:
-        low, high = ranges[curve.criterion]
+        constants = declared[curve.criterion]
+        low, high, sites = (constants[name] for name in ("lowest", "highest", "sites"))
+        if sites and curve.site not in sites:
+            raise AtlasError(
+                f"run: sites: '{curve.criterion}' is not defined at '{curve.site}'; its sites are "
+                f"{', '.join(sites)}"
+            )
+        if constants["calibrated"]:
+            _check_calibration(config, curve)
         for level in curve.levels:
             if not low <= float(level) <= high:
                 raise AtlasError(
                     f"run: levels: {level} is out of range for '{curve.criterion}' ({low:g} to {high:g})"
                 )
     for name, entry in config.tasks.items():
-        if entry.include is not None and not Path(entry.include).is_dir():
+        if entry.include is not None and not os.path.isdir(entry.include):
             raise AtlasError(f"tasks.{name}: include: {entry.include}: no such folder")
         task_content(config, (name,))
     text = config.texts[config.capture.text]
-    if text.file is not None and not Path(text.file).is_file():
+    if text.file is not None and not os.path.isfile(text.file):
         raise AtlasError(f"texts.{config.capture.text}: file: {text.file}: no such file")
 
 
+def _check_calibration(config: Config, curve: grid.Curve) -> None:
+    """A calibrated criterion must not have seen what it is evaluated on.
+
+    Here by files and documents; `evaluate` compares the texts themselves.
+    """
+    if config.calibration is None:
+        raise AtlasError(
+            f"run: criteria: '{curve.criterion}' is calibrated; say on how many captured tokens, for "
+            "instance calibration: {tokens: 4096}"
+        )
+    text = config.texts[config.capture.text]
+    first, end = text.documents or (0, None)
+    for task in curve.tasks if text.file is not None else ():
+        entry = config.tasks[task]
+        if Path(text.file).resolve() not in data_files(entry.include, entry.task or task):
+            continue
+        if entry.limit is None or first < entry.limit:
+            used = f"first {entry.limit} documents" if entry.limit else "documents"
+            seen = f"documents {first} to {end}" if end else f"documents {first} to the last"
+            raise AtlasError(
+                f"tasks.{task}: '{curve.criterion}' is calibrated on {seen} of {text.file}, and "
+                f"this task evaluates its {used}; part them by texts.{config.capture.text}.documents "
+                f"and tasks.{task}.limit"
+            )
+
+
 @functools.cache
-def _model_digest(folder: str) -> str:
-    check_folder(Path(folder))
-    return content_digest(Path(folder))
+def _model_digest(checkpoint: Checkpoint) -> str:
+    checkpoint.config()
+    return checkpoint.digest()
 
 
 def model_content(config: Config, model: str) -> str:
@@ -88,10 +124,16 @@ def model_content(config: Config, model: str) -> str:
     A folder that cannot be used is left to the job, whose failure stays that model's own.
     """
     entry = config.models[model]
-    if entry.path is None or not Path(entry.path).is_dir():
+    if entry.path is None or not os.path.isdir(entry.path):
         return ""
     try:
-        return _model_digest(entry.path)
+        return _model_digest(
+            Checkpoint(
+                Path(entry.path),
+                trust_remote_code=entry.trust_remote_code,
+                allow_pickle=entry.allow_pickle,
+            )
+        )
     except AtlasError as error:
         return str(error)
 

@@ -1,44 +1,73 @@
 """Stage `metrics`: what a site's activations look like, layer by layer, from the store alone.
 
-Works on numpy, a block of tokens at a time; memory is bounded by one layer's Gram matrix and block.
+Reads a block of tokens at a time. At any width and number of tokens the memory in use is that of the Gram
+matrix, 8 · min(tokens, width)² bytes (0.13 GB for 4,096 tokens), again as much for its eigenvalues, and
+a few times BLOCK_BYTES.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sparsity_atlas import cli
-from sparsity_atlas.activations import ActivationStore
-from sparsity_atlas.store import read_manifest, write_atomically
+from sparsity_atlas.activations import ActivationStore, Rows
+from sparsity_atlas.parquet import write_parquet
+from sparsity_atlas.store import read_manifest
 
 # An entry is near zero when it is at most this share of its token's largest magnitude.
 NEAR_ZERO = 0.01
 # Bins of log10(|v| / RMS of the layer), each a twentieth of a decade.
 BIN_EDGES = np.linspace(-6.0, 2.0, 161)
-_BLOCK_BYTES = 64 * 2**20
+BLOCK_BYTES = 64 * 2**20  # of a block in float64, or one chunk of the store if that is more
 
 
-def effective_rank(values: np.ndarray) -> float:
+def blocks(values: np.ndarray | Rows) -> Iterator[slice]:
+    """Slices of the rows of `values`, each of whole chunks and about BLOCK_BYTES."""
+    tokens, width = values.shape
+    chunk = getattr(values, "chunk", 1)
+    step = max(1, BLOCK_BYTES // (8 * width * chunk)) * chunk
+    for start in range(0, tokens, step):
+        yield slice(start, min(start + step, tokens))
+
+
+def gram(values: np.ndarray | Rows) -> np.ndarray:
+    """Inner products of the smaller side: of the channels in one pass, of the tokens by pairs of blocks.
+
+    Returns:
+        float64 [channel, channel], or [token, token] where the rows are wider than they are many.
+    """
+    tokens, width = values.shape
+    if width <= tokens:
+        total = np.zeros((width, width))
+        for rows in blocks(values):
+            block = values[rows].astype(np.float64)
+            total += block.T @ block
+        return total
+    total = np.empty((tokens, tokens))
+    for rows in blocks(values):
+        block = values[rows].astype(np.float64)
+        total[rows, rows] = block @ block.T
+        for others in blocks(values):
+            if others.start > rows.start:
+                product = block @ values[others].astype(np.float64).T
+                total[rows, others], total[others, rows] = product, product.T
+    return total
+
+
+def effective_rank(values: np.ndarray | Rows) -> float:
     """exp of the entropy of the normalised singular values (Roy & Vetterli 2007).
 
     Args:
         values: [tokens, channel]. The singular values come from the Gram matrix of the smaller side
             in float64, so those below 1e-8 of the largest are noise; they weigh nothing here.
     """
-    wide = values.shape[1] > values.shape[0]
-    gram = np.zeros((min(values.shape),) * 2)
-    step = max(1, _BLOCK_BYTES // (8 * values.shape[0 if wide else 1]))
-    for start in range(0, values.shape[1 if wide else 0], step):
-        block = values[:, start : start + step] if wide else values[start : start + step].T
-        block = block.astype(np.float64)
-        gram += block @ block.T
-    singular = np.sqrt(np.clip(np.linalg.eigvalsh(gram), 0, None))
+    singular = np.sqrt(np.clip(np.linalg.eigvalsh(gram(values)), 0, None))
     if singular.sum() == 0:
         return 0.0
     share = singular / singular.sum()
@@ -74,11 +103,11 @@ def hoyer(magnitude: np.ndarray) -> np.ndarray:
     return (root - ratio) / (root - 1)
 
 
-def layer_metrics(values: np.ndarray) -> dict[str, Any]:
+def layer_metrics(values: np.ndarray | Rows) -> dict[str, Any]:
     """Every metric of one layer.
 
     Args:
-        values: [tokens, channel], float32.
+        values: [tokens, channel], float32, in memory or in the store.
 
     Returns:
         tokens, width, effective_rank, effective_rank_share (of the width), gini and hoyer (means
@@ -86,21 +115,23 @@ def layer_metrics(values: np.ndarray) -> dict[str, Any]:
         histogram: counts of log10(|v| / rms) in BIN_EDGES (zeros and what lies outside left out).
     """
     tokens, width = values.shape
-    rms = float(np.sqrt(np.mean(values.astype(np.float64) ** 2)))
+    entries = tokens * width
     sums = {"gini": 0.0, "hoyer": 0.0}
     counted = near = exact = 0
-    histogram = np.zeros(len(BIN_EDGES) - 1, dtype=np.int64)
-    step = max(1, _BLOCK_BYTES // (8 * width))
-    for start in range(0, tokens, step):
-        magnitude = np.abs(values[start : start + step])
-        alive = magnitude.max(1) > 0
-        counted += int(alive.sum())
+    squares = 0.0
+    for rows in blocks(values):
+        magnitude = np.abs(values[rows])
+        counted += int((magnitude.max(1) > 0).sum())
+        squares += float(np.sum(magnitude.astype(np.float64) ** 2))
         sums["gini"] += float(np.nansum(gini(magnitude)))
         sums["hoyer"] += float(np.nansum(hoyer(magnitude)))
         near += int((magnitude <= NEAR_ZERO * magnitude.max(1, keepdims=True)).sum())
         exact += int((magnitude == 0).sum())
-        positive = magnitude[magnitude > 0]
-        histogram += np.histogram(np.log10(positive / rms), BIN_EDGES)[0]
+    rms = (squares / entries) ** 0.5
+    histogram = np.zeros(len(BIN_EDGES) - 1, dtype=np.int64)
+    for rows in blocks(values):
+        magnitude = np.abs(values[rows])
+        histogram += np.histogram(np.log10(magnitude[magnitude > 0] / rms), BIN_EDGES)[0]
     rank = effective_rank(values)
     means = {name: total / counted if counted else None for name, total in sums.items()}
     return {
@@ -109,8 +140,8 @@ def layer_metrics(values: np.ndarray) -> dict[str, Any]:
         "effective_rank": rank,
         "effective_rank_share": rank / width,
         **means,
-        "near_zero": near / values.size,
-        "exact_zero": exact / values.size,
+        "near_zero": near / entries,
+        "exact_zero": exact / entries,
         "rms": rms,
         "histogram": histogram.tolist(),
     }
@@ -143,13 +174,15 @@ def main() -> None:
     site = read_manifest(arguments.capture)["site"]
     tensors = ["input", "intermediate"] if site == "all_inputs" else [site]
     store = ActivationStore(arguments.store)
+    for tensor in tensors:
+        store.check(tensor)
     rows = [
-        {"tensor": tensor, "layer": layer, **layer_metrics(store.read(tensor, layer))}
+        {"tensor": tensor, "layer": layer, **layer_metrics(store.rows(tensor, layer))}
         for tensor in tensors
         for layer in range(store.layers(tensor))
     ]
     table = pa.Table.from_pylist(rows, SCHEMA)
-    write_atomically(arguments.output, lambda temporary: pq.write_table(table, temporary))
+    write_parquet(arguments.output, table)
 
 
 if __name__ == "__main__":

@@ -5,104 +5,98 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
-from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.samples import SCHEMA
+from sparsity_atlas.usage import PHASES
 
 if TYPE_CHECKING:
-    from sparsity_atlas.lm import Usage
+    from sparsity_atlas.prepared import Prepared
     from sparsity_atlas.sparsify import Slot
     from sparsity_atlas.tasks import LoadedTask
+    from sparsity_atlas.usage import Usage
 
 
-def sample_rows(
-    task: LoadedTask, samples: dict[str, list[dict[str, Any]]], usage: dict[tuple[str, int], Usage]
-) -> list[dict[str, Any]]:
+def sample_rows(task: LoadedTask, prepared: Prepared, usage: Usage) -> pa.Table:
     """A task's rows of the sample table, in the order of leaf and document.
 
     Args:
         task: the task.
-        samples: lm-eval's samples of each leaf.
+        prepared: after the run.
         usage: `AtlasLM.usage` after the run.
-
-    Raises:
-        AtlasError: the documents have no field of the name that `cluster` gives.
     """
-    return [row for leaf in sorted(samples) for row in _leaf_rows(task, leaf, samples[leaf], usage)]
+    names = sorted(prepared.leaves)
+    place = {document: row for row, document in enumerate(usage.documents)}
+    keys = [(name, i) for name in names for i in range(len(prepared.leaves[name].documents))]
+    order = np.array([place[key] for key in keys])
+    columns: dict[str, Any] = {
+        "task": pa.array([task.name] * len(keys)),
+        "leaf": pa.array([name for name, _ in keys]),
+        "doc_id": pa.array([number for _, number in keys], pa.int64()),
+        "doc_hash": pa.array([one for name in names for one in prepared.hashes[name]]),
+        "cluster": pa.array(
+            [one for name in names for one in prepared.clusters[name]], pa.string()
+        ),
+        "metrics": pa.array(
+            [one for name in names for one in _metrics(prepared.leaves[name].metrics)],
+            SCHEMA.field("metrics").type,
+        ),
+        "nats": pa.array(usage.nats[order]),
+        "predicted": pa.array(usage.predicted[order]),
+    }
+    for phase, zeros in usage.zeros.items():
+        columns[f"{phase}_tokens"] = pa.array(usage.tokens[phase][order])
+        columns[f"{phase}_zeros"] = _lists(zeros[order])
+    return pa.table(columns, schema=SCHEMA)
 
 
-def _leaf_rows(
-    task: LoadedTask, leaf: str, samples: list[dict[str, Any]], usage: dict[tuple[str, int], Usage]
-) -> list[dict[str, Any]]:
-    """One row a document; a document has one sample for each filter of its task."""
-    by_document: dict[int, dict[str, Any]] = {}
-    for sample in samples:
-        document = sample["doc_id"]
-        if document not in by_document:
-            used = usage[leaf, document]
-            by_document[document] = {
-                "task": task.name,
-                "leaf": leaf,
-                "doc_id": document,
-                "doc_hash": sample["doc_hash"],
-                "cluster": _cluster(task, sample["doc"]),
-                "metrics": [],
-                "nats": used.nats,
-                "predicted": used.predicted,
-                "prefill_tokens": used.prefill_tokens,
-                "prefill_zeros": used.prefill_zeros.tolist(),
-                "generation_tokens": used.generation_tokens,
-                "generation_zeros": used.generation_zeros.tolist(),
-            }
-        by_document[document]["metrics"] += [
-            (f"{metric},{sample['filter']}", float(sample[metric]))
-            for metric in sample["metrics"]
+def _metrics(by_filter: dict[str, list[dict[str, Any]]]) -> list[list[tuple[str, float]]]:
+    """Of each document its numbers, by "metric,filter"."""
+    return [
+        [
+            (f"{metric},{name}", float(value))
+            for name, found in zip(by_filter, of_document, strict=True)
+            for metric, value in found.items()
             # Weighted metrics (a log-likelihood over its words) are pairs; nats and predicted say more.
-            if isinstance(sample[metric], int | float | np.number | np.bool_)
+            if isinstance(value, int | float | np.number | np.bool_)
         ]
-    return [by_document[document] for document in sorted(by_document)]
+        for of_document in zip(*by_filter.values(), strict=True)
+    ]
 
 
-def _cluster(task: LoadedTask, document: dict[str, Any]) -> str | None:
-    if task.cluster is None:
-        return None
-    if task.cluster not in document:
-        raise AtlasError(
-            f"tasks.{task.name}: cluster: documents have no field '{task.cluster}'; "
-            f"they have {', '.join(document)}"
-        )
-    return str(document[task.cluster])
+def _lists(values: np.ndarray) -> pa.Array:
+    """A column of lists from an array [rows, length]."""
+    offsets = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.ravel()))
 
 
 def task_result(
-    task: LoadedTask, outcome: dict[str, Any], rows: list[dict[str, Any]], slots: list[Slot]
+    prepared: Prepared, outcome: dict[str, Any], usage: Usage, slots: list[Slot]
 ) -> dict[str, Any]:
     """What eval.json says of a task.
 
     Args:
-        task: the task.
+        prepared: the task, after the run.
         outcome: what `lm_eval.evaluator.evaluate` returned.
-        rows: as `sample_rows` gives them.
+        usage: `AtlasLM.usage` after the run.
         slots: what was counted.
     """
-    kinds = sorted({leaf.OUTPUT_TYPE for leaf in task.leaves.values()})
+    kinds = sorted({leaf.OUTPUT_TYPE for leaf in prepared.leaves.values()})
     scores = {**outcome["results"], **outcome.get("groups", {})}
     result: dict[str, Any] = {
         "status": "ok",
-        "items": len(rows),
+        "items": len(usage.documents),
         "output_types": kinds,
-        "leaves": sorted(task.leaves),
-        "chance": _chance(task),
+        "leaves": sorted(prepared.leaves),
+        "chance": prepared.chance,
         "scores": {name: _numbers(scores[name]) for name in sorted(scores)},
         "higher_is_better": outcome["higher_is_better"],
-        "sparsity": _sparsity(rows, slots),
-        "tokens": {
-            phase: sum(row[f"{phase}_tokens"] for row in rows)
-            for phase in ("prefill", "generation")
-        },
+        "sparsity": sparsity([usage], slots),
+        "tokens": {phase: int(tokens.sum()) for phase, tokens in usage.tokens.items()},
     }
     if kinds == ["loglikelihood_rolling"]:
         # Nats a token, the only perplexity that does not depend on how words or bytes are counted.
-        result["loss"] = sum(row["nats"] for row in rows) / sum(row["predicted"] for row in rows)
+        result["loss"] = float(usage.nats.sum() / usage.predicted.sum())
     return result
 
 
@@ -115,42 +109,31 @@ def _numbers(scores: dict[str, Any]) -> dict[str, float | None]:
     return numbers
 
 
-def _chance(task: LoadedTask) -> float | None:
-    """Accuracy of a guess: mean of 1 / options over a multiple-choice task's documents."""
-    shares = []
-    for leaf in task.leaves.values():
-        if leaf.OUTPUT_TYPE != "multiple_choice":
-            return None
-        shares += [
-            1 / len(leaf.doc_to_choice(document))
-            for _, document in leaf.doc_iterator(limit=task.limit)
-        ]
-    return sum(shares) / len(shares)
+def sparsity(usages: list[Usage], slots: list[Slot]) -> dict[str, Any]:
+    """Induced sparsity: zeros over entries of each tensor, pooled and by layer, padding excluded.
 
-
-def _sparsity(rows: list[dict[str, Any]], slots: list[Slot]) -> dict[str, Any]:
-    """Induced sparsity: zeros over entries of each tensor, pooled and by layer, padding excluded."""
+    `total` and `layers` weigh a token by how often it was run or would be without sharing; `unique`
+    counts each token of a document once.
+    """
+    zeros = {phase: sum(usage.zeros[phase].sum(0) for usage in usages) for phase in PHASES}
+    tokens = {phase: sum(int(usage.tokens[phase].sum()) for usage in usages) for phase in PHASES}
+    run = tokens["prefill"] + tokens["generation"]
     summary: dict[str, Any] = {}
-    zeros = {
-        phase: np.sum([row[f"{phase}_zeros"] for row in rows], axis=0)
-        for phase in ("prefill", "generation")
-    }
-    tokens = {phase: sum(row[f"{phase}_tokens"] for row in rows) for phase in zeros}
     for tensor in dict.fromkeys(slot.tensor for slot in slots):
         index = [i for i, slot in enumerate(slots) if slot.tensor == tensor]
         widths = np.array([slots[i].width for i in index])
-        every = sum(zeros.values())[index]
+        every = (zeros["prefill"] + zeros["generation"])[index]
+        shares = {
+            phase: _ratio(zeros[phase][index].sum(), tokens[phase] * widths.sum())
+            for phase in PHASES
+        }
         summary[tensor] = {
             "zeros": int(every.sum()),
-            "entries": int(sum(tokens.values()) * widths.sum()),
-            "total": _ratio(every.sum(), sum(tokens.values()) * widths.sum()),
-            "prefill": _ratio(zeros["prefill"][index].sum(), tokens["prefill"] * widths.sum()),
-            "generation": _ratio(
-                zeros["generation"][index].sum(), tokens["generation"] * widths.sum()
-            ),
+            "entries": int(run * widths.sum()),
+            "total": _ratio(every.sum(), run * widths.sum()),
+            **shares,
             "layers": [
-                _ratio(count, sum(tokens.values()) * width)
-                for count, width in zip(every, widths, strict=True)
+                _ratio(count, run * width) for count, width in zip(every, widths, strict=True)
             ],
         }
     return summary

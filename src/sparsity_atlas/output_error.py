@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sparsity_atlas import cli
 from sparsity_atlas.activations import ActivationStore
+from sparsity_atlas.calibration import read_calibration
 from sparsity_atlas.criteria import check_level, create
 from sparsity_atlas.models import from_manifest, load
-from sparsity_atlas.store import read_manifest, write_atomically
+from sparsity_atlas.parquet import write_parquet
+from sparsity_atlas.store import read_manifest
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from sparsity_atlas.criteria import Criterion
@@ -37,7 +40,7 @@ _BLOCK_BYTES = 64 * 2**20
 
 
 def sparse_output(
-    ffn: FFN, x: Tensor, site: str, criterion: Criterion, level: float
+    ffn: FFN, x: Tensor, site: str, rules: Mapping[str, Criterion], level: float, length: int = 1
 ) -> tuple[Tensor, int, int]:
     """An FFN's output with a criterion at a site.
 
@@ -45,57 +48,65 @@ def sparse_output(
         ffn: the layer's FFN.
         x: its input, [tokens, hidden].
         site: where.
-        criterion: the rule.
+        rules: the criterion as it is bound to each tensor of the site in this layer.
         level: its number.
+        length: tokens of a sequence; whole sequences stand one after the other in x.
 
     Returns:
         output [tokens, hidden], zeros and entries at the site.
     """
-    from sparsity_atlas.sparsify import exact_mask
+    from sparsity_atlas.sparsify import dropping
 
     zeros = entries = 0
 
-    def drop(values: Tensor, onto: Tensor) -> Tensor:
+    def drop(name: str, values: Tensor, onto: Tensor) -> Tensor:
         nonlocal zeros, entries
-        mask = exact_mask(criterion, values, level)
-        zeros += int((~mask | (values == 0)).sum())
+        shape = (-1, length, values.shape[-1])
+        masked = dropping(rules[name], level)(values.view(shape), onto.view(shape))
+        zeros += int(masked.zeros.sum())
         entries += values.numel()
-        return onto.masked_fill(~mask, 0)
+        return masked.out.view(values.shape)
 
     if site in ("input", "all_inputs"):
-        x = drop(x, x)
+        x = drop("input", x, x)
     u, g = ffn.factors(x) if site in ("up", "gate") else (None, None)
     i = ffn.intermediate(x)
     # Dropping an entry of a factor drops the same entry of the product.
     match site:
         case "up":
-            i = drop(u, i)
+            i = drop(site, u, i)
         case "gate":
-            i = drop(g, i)
+            i = drop(site, g, i)
         case "intermediate" | "all_inputs":
-            i = drop(i, i)
+            i = drop("intermediate", i, i)
     return ffn.output(i), zeros, entries
 
 
 def layer_rows(
-    ffn: FFN, store: ActivationStore, site: str, criterion: Criterion, levels: list[str]
+    ffn: FFN,
+    store: ActivationStore,
+    site: str,
+    rules: Mapping[str, Criterion],
+    levels: list[str],
+    first: int = 0,
 ) -> list[dict[str, Any]]:
-    """Rows of `SCHEMA` for one layer, a block of tokens at a time."""
+    """Rows of `SCHEMA` for one layer, a block of tokens at a time, from the token `first` on."""
     import torch
 
     tokens = store.shape("input", ffn.layer)[0]
-    step = max(1, _BLOCK_BYTES // (4 * ffn.width))
+    length = store.ids().shape[1]
+    step = max(1, _BLOCK_BYTES // (4 * ffn.width * length)) * length
     sums = {level: {"zeros": 0, "entries": 0, "error": 0.0} for level in levels}
     counted = 0
     parameter = next(ffn.down.module.parameters())
-    for start in range(0, tokens, step):
+    for start in range(first, tokens, step):
         block = torch.from_numpy(store.read("input", ffn.layer, start, start + step))
         x = block.to(parameter.device, parameter.dtype)
         dense = ffn.output(ffn.intermediate(x))
         norm = dense.float().norm(dim=-1)
         counted += int((norm > 0).sum())
         for level in levels:
-            output, zeros, entries = sparse_output(ffn, x, site, criterion, float(level))
+            output, zeros, entries = sparse_output(ffn, x, site, rules, float(level), length)
             error = (output - dense).float().norm(dim=-1)[norm > 0] / norm[norm > 0]
             sums[level]["zeros"] += zeros
             sums[level]["entries"] += entries
@@ -124,7 +135,15 @@ def main() -> None:
     parser.add_argument(
         "--search", type=cli.optional_path, help="search.json whose levels are taken as well"
     )
-    parser.add_argument("--settings", required=True, type=json.loads, help="JSON: model loading")
+    parser.add_argument(
+        "--calibration", type=cli.optional_path, help="calibration of the criterion, if it has one"
+    )
+    parser.add_argument(
+        "--settings",
+        required=True,
+        type=json.loads,
+        help="JSON: model loading, calibration tokens (these are left out)",
+    )
     parser.add_argument("--output", required=True, type=Path, help="Parquet file to write")
     arguments = parser.parse_args()
 
@@ -135,21 +154,26 @@ def main() -> None:
     levels = sorted(set(levels), key=float, reverse=True)
     for level in levels:
         check_level(criterion, level)
-    manifest, folder = from_manifest(arguments.model)
+    manifest, checkpoint = from_manifest(arguments.model)
     import torch
 
+    from sparsity_atlas.place import bind_all
     from sparsity_atlas.sites import bind_ffns
 
-    model = load(folder, dtype=arguments.settings["dtype"], device=arguments.settings["device"])
+    settings = arguments.settings
+    model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
     store = ActivationStore(arguments.store)
+    store.check("input")
+    states = read_calibration(arguments.calibration).states if arguments.calibration else None
+    first = settings.get("calibration_tokens", 0)
+    rows = []
     with torch.no_grad():
-        rows = [
-            row
-            for ffn in bind_ffns(model, manifest["ffn"])
-            for row in layer_rows(ffn, store, arguments.site, criterion, levels)
-        ]
+        for ffn in bind_ffns(model, manifest["ffn"]):
+            bound = bind_all(criterion, [ffn], arguments.site, states)
+            rules = {tensor: rule for (_, tensor), rule in bound.items()}
+            rows += layer_rows(ffn, store, arguments.site, rules, levels, first)
     table = pa.Table.from_pylist(rows, SCHEMA)
-    write_atomically(arguments.output, lambda temporary: pq.write_table(table, temporary))
+    write_parquet(arguments.output, table)
 
 
 if __name__ == "__main__":

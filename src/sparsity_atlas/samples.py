@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.store import FORMAT, canonical, write_atomically
+from sparsity_atlas.parquet import read_parquet, write_parquet
+from sparsity_atlas.store import FORMAT, canonical
 
 SCHEMA = pa.schema(
     [
@@ -25,6 +26,8 @@ SCHEMA = pa.schema(
         ("predicted", pa.int64()),  # tokens predicted
         ("prefill_tokens", pa.int64()),
         ("prefill_zeros", pa.list_(pa.int64())),  # by slot
+        ("unique_tokens", pa.int64()),  # of prefill, each token of the document once
+        ("unique_zeros", pa.list_(pa.int64())),
         ("generation_tokens", pa.int64()),
         ("generation_zeros", pa.list_(pa.int64())),
     ]
@@ -39,22 +42,21 @@ class SampleTable:
     Attributes:
         slots: `[tensor, layer, width]` of each entry of the zeros.
         tasks: for each task `{"fingerprint": digest, "result": what eval.json says of it}`.
-        rows: for each task its samples, as dictionaries by column of `SCHEMA`.
+        rows: for each task its samples, of `SCHEMA`.
     """
 
     slots: list[list[Any]]
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    rows: dict[str, pa.Table] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         """Write the table atomically; the same contents give the same bytes."""
         order = sorted(self.tasks)
         header = {"format": FORMAT, "slots": self.slots, "tasks": {k: self.tasks[k] for k in order}}
-        table = pa.Table.from_pylist([row for name in order for row in self.rows[name]], SCHEMA)
+        # One chunk a column, whether the rows were made or read: the bytes follow the chunks.
+        table = pa.concat_tables([self.rows[name] for name in order]).combine_chunks()
         table = table.replace_schema_metadata({_KEY: canonical(header).encode()})
-        write_atomically(
-            path, lambda temporary: pq.write_table(table, temporary, compression="zstd")
-        )
+        write_parquet(path, table)
 
 
 def read_table(path: Path) -> tuple[dict[str, Any], pa.Table]:
@@ -63,20 +65,31 @@ def read_table(path: Path) -> tuple[dict[str, Any], pa.Table]:
     Raises:
         AtlasError: missing, damaged, or of a newer format.
     """
-    if not path.is_file():
-        raise AtlasError(f"{path}: no such file")
+    table = read_parquet(path, SCHEMA)
     try:
-        table = pq.read_table(path)
-        header = json.loads(table.schema.metadata[_KEY])
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise AtlasError(
-            f"{path}: damaged sample table ({error}); delete it and run again"
-        ) from None
-    if header["format"] > FORMAT:
-        raise AtlasError(
-            f"{path}: format {header['format']} is newer than this release reads ({FORMAT})"
-        )
+        header = json.loads((table.schema.metadata or {})[_KEY])
+        if header["format"] > FORMAT:
+            raise AtlasError(
+                f"{path}: format {header['format']} is newer than this release reads ({FORMAT})"
+            )
+        _check_header(header)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise AtlasError(f"{path}: damaged table ({error}); delete it and run again") from None
     return header, table
+
+
+def _check_header(header: dict[str, Any]) -> None:
+    """See that a header has the parts that its readers take for granted.
+
+    Raises:
+        KeyError, TypeError, ValueError: it has not.
+    """
+    for tensor, layer, width in header["slots"]:
+        if not (isinstance(tensor, str) and isinstance(layer, int) and isinstance(width, int)):
+            raise TypeError("slots are [tensor, layer, width]")
+    for one in header["tasks"].values():
+        if not (isinstance(one["fingerprint"], str) and isinstance(one["result"]["status"], str)):
+            raise TypeError("tasks have a fingerprint and a result")
 
 
 def read_samples(path: Path, slots: list[list[Any]]) -> SampleTable:
@@ -88,9 +101,10 @@ def read_samples(path: Path, slots: list[list[Any]]) -> SampleTable:
     if not path.is_file():
         return SampleTable(slots)
     header, table = read_table(path)
-    if header["slots"] != slots:
+    # A table of an earlier release is as good as none.
+    if header["slots"] != slots or not table.schema.equals(SCHEMA):
         return SampleTable(slots)
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in header["tasks"]}
-    for row in table.to_pylist():
-        rows[row["task"]].append(row)
+    # Parquet has names of its own for the parts of lists and maps.
+    table = table.cast(SCHEMA)
+    rows = {name: table.filter(pc.equal(table["task"], name)) for name in header["tasks"]}
     return SampleTable(slots, header["tasks"], rows)

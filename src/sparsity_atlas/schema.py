@@ -22,6 +22,7 @@ _SECTIONS = {
     "tasks.<name>": "TaskEntry",
     "run, each block": "RunBlock",
     "capture": "CaptureSettings",
+    "calibration": "CalibrationSettings",
     "search": "SearchSettings",
 }
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsity_atlas import cli
+from sparsity_atlas.calibration import Calibration, read_calibration
 from sparsity_atlas.config import SearchSettings
 from sparsity_atlas.criteria import create
 from sparsity_atlas.evaluate import Node, Session, evaluate_node, evaluation_code
@@ -42,6 +43,11 @@ def read_scores(
     }
 
 
+def headline_tasks(metrics: dict[str, tuple[Kind, str | None]]) -> list[str]:
+    """The tasks that the headline is read from: the first one with a loss, else all."""
+    return [task for task, (kind, _) in metrics.items() if kind == "loss"][:1] or list(metrics)
+
+
 def damage(
     metrics: dict[str, tuple[Kind, str | None]],
     dense: dict[str, float],
@@ -54,20 +60,19 @@ def damage(
     """
     if scores is None:
         return math.inf
-    losses = [task for task, (kind, _) in metrics.items() if kind == "loss"]
-    if losses:
-        return (scores[losses[0]] - dense[losses[0]]) / ALLOWED_LOSS
+    first = headline_tasks(metrics)[0]
+    if metrics[first][0] == "loss":
+        return (scores[first] - dense[first]) / ALLOWED_LOSS
     lost = 1 - sum(scores.values()) / sum(dense.values())
     return lost / (1 - HEADLINE)
 
 
-def induced(manifest: dict[str, Any], site: str) -> float:
-    """Induced sparsity of a node or of dense at a site: mean over its tasks, NaN if all failed."""
+def induced(results: dict[str, Any], site: str, tasks: list[str]) -> float:
+    """Induced sparsity at a site: mean over some tasks' results, NaN if all of them failed."""
     shares = []
-    for task in manifest["tasks"].values():
-        if task["status"] == "ok":
-            tensors = TENSORS[site]
-            totals = [task["sparsity"][tensor] for tensor in tensors]
+    for task in tasks:
+        if results[task]["status"] == "ok":
+            totals = [results[task]["sparsity"][tensor] for tensor in TENSORS[site]]
             shares.append(
                 sum(one["zeros"] for one in totals) / sum(one["entries"] for one in totals)
             )
@@ -81,6 +86,7 @@ def search(
     dense_folder: Path,
     folder: Path,
     settings: dict[str, Any],
+    calibration: Calibration | None = None,
 ) -> dict[str, Any]:
     """Evaluate levels until the bar is bracketed; returns the content of search.json.
 
@@ -91,6 +97,7 @@ def search(
         dense_folder: the dense baseline's files.
         folder: holds one folder a level.
         settings: as `grid.search_slice` gives it.
+        calibration: of the criterion, if it has one.
 
     Raises:
         AtlasError: a metric is unknown.
@@ -111,7 +118,9 @@ def search(
     rule = create(criterion)
     harshest = rule.lowest if rule.dense_level == rule.highest else rule.highest
     levels = Range(rule.dense_level, harshest, rule.coarse_levels)
-    dense_sparsity = induced({"tasks": baseline}, site)
+    # The bracket is as wide as the headline's own curve says, which is over its own tasks' tokens.
+    read_from = headline_tasks(metrics)
+    dense_sparsity = induced(baseline, site, read_from)
     points: list[Point] = []
     while True:
         level = next_level(
@@ -120,10 +129,11 @@ def search(
         if isinstance(level, Stop):
             break
         began = time.monotonic()
-        manifest = evaluate_node(session, Node.make(criterion, site, level), folder / level)
+        node = Node.make(criterion, site, level, calibration)
+        manifest = evaluate_node(session, node, folder / level)
         point = Point(
             level,
-            induced(manifest, site),
+            induced(manifest["tasks"], site, read_from),
             damage(metrics, dense, read_scores(folder / level, metrics)),
         )
         points.append(point)
@@ -133,9 +143,9 @@ def search(
             *(len(points), settings["max_levels"], time.monotonic() - began),
         )
     cli.logger.info("stopped: %s", level.reason)
-    headline = next((task for task, (kind, _) in metrics.items() if kind == "loss"), "average")
+    first = read_from[0]
     return {
-        "headline": headline,
+        "headline": first if metrics[first][0] == "loss" else "average",
         "stopped": level.reason,
         "levels": [
             {
@@ -169,11 +179,17 @@ def main() -> None:
     )
     parser.add_argument("--criterion", required=True, type=json.loads, help="JSON")
     parser.add_argument("--site", required=True)
+    parser.add_argument(
+        "--calibration", type=cli.optional_path, help="calibration of the criterion, if it has one"
+    )
     parser.add_argument("--output", required=True, type=Path, help="search.json to write")
     arguments = parser.parse_args()
 
     code = arguments.code or evaluation_code(arguments.criterion)
+    calibration = read_calibration(arguments.calibration) if arguments.calibration else None
     session = Session.open(arguments.model, arguments.settings, code)
+    if calibration is not None:
+        session.check_disjoint(calibration)
     settings = {
         **SearchSettings().model_dump(),
         "tasks": {name: {} for name in session.tasks},
@@ -181,7 +197,15 @@ def main() -> None:
     }
     folder = cli.folder_of(arguments.output)
     dense_folder = arguments.dense.parent
-    content = search(session, arguments.criterion, arguments.site, dense_folder, folder, settings)
+    content = search(
+        session,
+        arguments.criterion,
+        arguments.site,
+        dense_folder,
+        folder,
+        settings,
+        calibration,
+    )
     write_manifest(arguments.output, content)
 
 

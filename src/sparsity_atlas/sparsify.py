@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
-from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.sites import TENSORS, observe, transform
+from sparsity_atlas import kernels
+from sparsity_atlas.criteria.base import Criterion, SequenceCriterion, declares_threshold
+from sparsity_atlas.errors import AtlasError, NumericalFailure
+from sparsity_atlas.kernels import Masked
+from sparsity_atlas.place import bind_all
+from sparsity_atlas.sites import TENSORS, intercept, observe
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from sparsity_atlas.criteria import Criterion
+    from sparsity_atlas.criteria.base import Phase
+    from sparsity_atlas.place import State
     from sparsity_atlas.sites import FFN
+    from sparsity_atlas.threshold import Threshold
 
+__all__ = ["Counter", "Drop", "NumericalFailure", "Slot", "counted", "dropping", "sparsified"]
 
-class NumericalFailure(AtlasError):
-    """NaN or an infinity where a model computes; the message names the layer."""
+Drop = Callable[["Tensor", "Tensor"], Masked]
+"""Drops of the second tensor what a criterion drops of the first; see `kernels.masked`."""
+Sequences = Callable[["Tensor"], "tuple[Tensor, Phase]"]
 
 
 @dataclass(frozen=True)
@@ -35,81 +45,143 @@ class Slot:
 
 
 class Counter:
-    """Counts zeros for each slot and each row of the batch, in each forward pass.
+    """Counts zeros for each slot and each token, in each forward pass.
 
     The caller says before a forward pass which of its tokens count (`expect`) and takes the counts
-    once a batch (`take`). All sums stay on the device until then.
+    once a batch (`take`), to weigh and add them up as it sees fit. They stay on the device until then.
     """
 
     def __init__(self, slots: list[Slot]) -> None:
         self.slots = slots
         self._index = {(slot.tensor, slot.layer): i for i, slot in enumerate(slots)}
         self._valid: Tensor | None = None
-        self._zeros: list[list[Tensor | None]] = []  # [passes][slots], each [batch]
-        self._broken: list[list[Tensor | None]] = []
+        self._generates = False
+        self._zeros: list[list[Tensor | None]] = []  # [passes][slots], each [batch, tokens]
+        self._finite: list[list[Tensor | None]] = []
 
-    def expect(self, valid: Tensor) -> None:
+    def expect(self, valid: Tensor, *, generates: bool = False) -> None:
         """Announce a batch: bool [batch, tokens], True where a token is no padding.
 
         Later passes of the same batch (generation) bring one token for each row, which all count.
+
+        Args:
+            valid: of the first pass.
+            generates: whether later passes follow.
         """
         self._valid = valid
-        self._zeros, self._broken = [], []
+        self._generates = generates
+        self._zeros, self._finite = [], []
 
     def begin_pass(self, *_: object) -> None:
         """A forward pass of the model begins (a hook calls this)."""
         self._zeros.append([None] * len(self.slots))
-        self._broken.append([None] * len(self.slots))
+        self._finite.append([None] * len(self.slots))
 
-    def add(self, tensor_name: str, layer: int, values: Tensor, mask: Tensor | None) -> None:
-        """Count a slot's zeros after masking.
+    def sequences(self, values: Tensor) -> tuple[Tensor, Phase]:
+        """What a pass is: its valid tokens, bool [batch, tokens], and its phase.
+
+        Args:
+            values: [batch, tokens, width], of the pass.
+        """
+        if len(self._zeros) == 1 and self._valid is not None:
+            return self._valid, "prompt" if self._generates else "scoring"
+        valid = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
+        return valid, "scoring" if self._valid is None else "generation"
+
+    def add(self, tensor_name: str, layer: int, zeros: Tensor, finite: Tensor) -> None:
+        """Count a slot's zeros.
 
         Args:
             tensor_name: which tensor of the layer.
             layer: index of the layer.
-            values: [..., width], before masking.
-            mask: bool of the same shape, True where kept; None keeps all.
+            zeros: integer [batch, tokens], after masking.
+            finite: bool [batch, tokens], whether a token's vector is free of NaN and infinities.
         """
         if self._valid is None:  # a forward pass that nobody evaluates, such as a warm-up
             return
-        width = values.shape[-1]
-        kept = values != 0 if mask is None else mask & (values != 0)
-        zeros = width - kept.reshape(-1, width).sum(-1)  # [tokens of the pass]
-        batch = self._valid.shape[0]
-        zeros = zeros.view(batch, -1)
-        # A NaN or an infinity makes the largest magnitude one as well.
-        finite = torch.isfinite(values.detach().abs().amax(-1)).view(batch, -1)
-        if len(self._zeros) == 1:
-            zeros = zeros * self._valid
-            finite = finite | ~self._valid
         slot = self._index[tensor_name, layer]
-        self._zeros[-1][slot] = zeros.sum(1)
-        self._broken[-1][slot] = ~finite.all()
+        self._zeros[-1][slot] = zeros
+        self._finite[-1][slot] = finite
 
-    def take(self) -> np.ndarray:
-        """Zeros of the batch, int64 [passes, slots, batch]: the one copy to the host.
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Zeros of the batch, on the device.
+
+        Returns:
+            Of the first pass, int64 [slots, batch, tokens], 0 where padding is; of the later passes
+            with their one token a row, int64 [passes - 1, slots, batch].
 
         Raises:
             NumericalFailure: a vector that counts held NaN or an infinity.
         """
-        self._valid = None
-        counts = torch.stack([torch.stack(one) for one in self._zeros])
-        broken = torch.stack([torch.stack(one) for one in self._broken]).any(0)
-        for slot, bad in zip(self.slots, broken.tolist(), strict=True):
-            if bad:
+        valid, self._valid = self._valid, None
+        zeros = [torch.stack(one).long() for one in self._zeros]  # each [slots, batch, tokens]
+        finite = [torch.stack(one) for one in self._finite]
+        zeros[0] = zeros[0] * valid
+        finite[0] = finite[0] | ~valid
+        whole = torch.stack([one.flatten(1).all(-1) for one in finite]).all(0)
+        for slot, good in zip(self.slots, whole.tolist(), strict=True):
+            if not good:
                 raise NumericalFailure(f"NaN or infinity in '{slot.tensor}' of layer {slot.layer}")
-        return counts.cpu().numpy().astype(np.int64)
+        first, *later = zeros
+        rest = torch.stack(later).squeeze(-1) if later else first.new_zeros(0, *first.shape[:2])
+        return first, rest
 
 
-def exact_mask(criterion: Criterion, rows: Tensor, level: float) -> Tensor:
-    """`criterion.mask`, on the CPU where the device has no float64 (Apple's MPS)."""
-    if rows.device.type == "mps":
-        return criterion.mask(rows.cpu(), level).to(rows.device)
-    return criterion.mask(rows, level)
+def scored(values: Tensor) -> tuple[Tensor, Phase]:
+    """Whole sequences [batch, tokens, width] that are scored in one pass; see `Counter.sequences`."""
+    return torch.ones(values.shape[:2], dtype=torch.bool, device=values.device), "scoring"
 
 
-def _slots(ffns: list[FFN], tensors: tuple[str, ...]) -> list[Slot]:
-    """Slots in the order in which a forward pass reaches them."""
+def dropping(criterion: Criterion, level: float, sequences: Sequences = scored) -> Drop:
+    """What a bound criterion does at a level, by the fastest path there is; prepared once a width.
+
+    Args:
+        criterion: as it is bound to the tensor.
+        level: its number.
+        sequences: which tokens of [batch, tokens, width] are valid, and their phase; asked where the
+            criterion looks at more than one token.
+
+    Raises:
+        AtlasError: (when called) a criterion of the user's that returns no mask of the right type.
+    """
+    replaces = type(criterion).replace is not Criterion.replace
+    if replaces or not declares_threshold(criterion):
+        return lambda values, onto: _by_mask(criterion, values, onto, level, sequences)
+
+    @cache
+    def rule(width: int, device: torch.device) -> Threshold:
+        return criterion.threshold(level, width).to(device)
+
+    return lambda values, onto: kernels.masked(rule(values.shape[-1], values.device), values, onto)
+
+
+def _by_mask(
+    criterion: Criterion, values: Tensor, onto: Tensor, level: float, sequences: Sequences
+) -> Masked:
+    shape, device = values.shape, values.device
+    # Apple's MPS has no float64, which a definition may need.
+    seen, written = (one.cpu() if device.type == "mps" else one for one in (values, onto))
+    rows, written = (one.reshape(-1, shape[-1]) for one in (seen, written))
+    if isinstance(criterion, SequenceCriterion):
+        valid, phase = sequences(seen)
+        mask = criterion.mask_sequences(seen, valid.to(seen.device), phase, level).view(rows.shape)
+    else:
+        mask = criterion.mask(rows, level)
+    if not (torch.is_tensor(mask) and mask.dtype == torch.bool and mask.shape == rows.shape):
+        found = f"{mask.dtype} {list(mask.shape)}" if torch.is_tensor(mask) else type(mask)
+        raise AtlasError(
+            f"{type(criterion).__name__}.mask: expected torch.bool {list(rows.shape)}, "
+            f"found {found}"
+        )
+    masked = kernels.by_mask(mask.to(device).view(shape), values, onto)
+    replaced = criterion.replace(rows, written, mask, level)
+    return masked if replaced is None else masked._replace(out=replaced.to(device).view(shape))
+
+
+def slots_of(ffns: list[FFN], site: str | None) -> list[Slot]:
+    """What is counted at a site (None: at every site), in the order of a forward pass."""
+    sites = ffns[0].sites() if site is None else [site]
+    tensors = {name for one in sites for name in TENSORS[one]}
     order = [name for name in ("input", "up", "gate", "intermediate") if name in tensors]
     return [
         Slot(name, ffn.layer, ffn.hidden if name == "input" else ffn.width)
@@ -121,41 +193,52 @@ def _slots(ffns: list[FFN], tensors: tuple[str, ...]) -> list[Slot]:
 @contextlib.contextmanager
 def counted(model: PreTrainedModel, ffns: list[FFN]) -> Iterator[Counter]:
     """Count exact zeros at every site of an untouched model."""
-    tensors = tuple({name: None for site in ffns[0].sites() for name in TENSORS[site]})
-    counter = Counter(_slots(ffns, tensors))
-    with (
-        _passes(model, counter),
-        observe(
-            ffns,
-            ffns[0].sites(),
-            lambda layer, name, values: counter.add(name, layer, values, None),
-        ),
-    ):
+    counter = Counter(slots_of(ffns, None))
+
+    def count(layer: int, name: str, values: Tensor) -> None:
+        counter.add(name, layer, (values == 0).sum(-1), kernels.finite(values))
+
+    with _passes(model, counter), observe(ffns, ffns[0].sites(), count):
         yield counter
 
 
 @contextlib.contextmanager
 def sparsified(
-    model: PreTrainedModel, ffns: list[FFN], site: str, criterion: Criterion, level: float
+    model: PreTrainedModel,
+    ffns: list[FFN],
+    site: str,
+    criterion: Criterion,
+    level: float,
+    calibration: Mapping[str, State] | None = None,
 ) -> Iterator[Counter]:
-    """Zero what `criterion` drops at `site` in every layer, and count zeros there."""
-    counter = Counter(_slots(ffns, TENSORS[site]))
+    """Drop what `criterion` drops at `site` in every layer, and count zeros there.
 
-    def mask_of(layer: int, name: str, values: Tensor) -> Tensor:
-        rows = values.reshape(-1, values.shape[-1])
-        mask = criterion.mask(rows, level)
-        if not (torch.is_tensor(mask) and mask.dtype == torch.bool and mask.shape == rows.shape):
-            found = f"{mask.dtype} {list(mask.shape)}" if torch.is_tensor(mask) else type(mask)
-            raise AtlasError(
-                f"{type(criterion).__name__}.mask: expected torch.bool {list(rows.shape)}, "
-                f"found {found}"
-            )
-        mask = mask.view(values.shape)
-        counter.add(name, layer, values, mask)
-        return mask
+    A dropped entry counts as a zero also where the criterion puts something in its place.
+    """
+    counter = Counter(slots_of(ffns, site))
+    drops = {
+        place: dropping(rule, level, counter.sequences)
+        for place, rule in bind_all(criterion, ffns, site, calibration).items()
+    }
 
-    with _passes(model, counter), transform(ffns, site, mask_of):
+    def rewrite(layer: int, name: str, values: Tensor, onto: Tensor) -> Tensor:
+        out, zeros, finite = drops[layer, name](values, onto)
+        counter.add(name, layer, zeros, finite)
+        return out
+
+    with _passes(model, counter), intercept(ffns, site, rewrite):
         yield counter
+
+
+def replaced_rows(
+    criterion: Criterion, values: Tensor, written: Tensor, mask: Tensor, level: float
+) -> Tensor:
+    """What becomes of `written` under a mask: see `Criterion.replace`."""
+    if values.device.type == "mps":
+        replaced = criterion.replace(values.cpu(), written.cpu(), mask.cpu(), level)
+    else:
+        replaced = criterion.replace(values, written, mask, level)
+    return torch.where(mask, written, 0) if replaced is None else replaced.to(written)
 
 
 @contextlib.contextmanager

@@ -2,12 +2,17 @@
 
 critical_sparsity.csv   model × criterion × site × task × bar: critical and PPL-p% sparsity
 curves.csv              … × level: induced sparsity, score, retained accuracy, added loss
+comparison.csv          model × site × task × sparsity × criterion: scores at equal induced sparsity, and
+                        their paired differences from the first criterion
 layers.csv              … × level × tensor × layer: induced sparsity under the tasks, and, from the
                         captured text, induced sparsity and FFN-output error
 metrics.csv             model × tensor × layer: effective rank, Gini, Hoyer, zeros
 magnitudes.csv          model × tensor: histogram of log10(|v| / RMS)
 output_error.csv        model × criterion × site × level: over the layers, mean induced sparsity
                         and mean, smallest and largest FFN-output error on the captured text
+allocation.csv          model × criterion × site × tensor × layer × sparsity, of criteria with an
+                        allocation: damage of this layer alone at this sparsity, and its own sparsity
+                        where this is the target
 scaling.csv             criterion × family × site × task × bar: slope over log10 of the
                         non-embedding parameters
 models.csv              one row a model: source, architecture, sizes
@@ -23,13 +28,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sparsity_atlas import cli
+from sparsity_atlas.calibration import read_calibration
+from sparsity_atlas.comparison import COMPARISON, comparison_rows
 from sparsity_atlas.critical import CriticalRow
 from sparsity_atlas.csv_files import Table, write_csv, write_side_by_side
 from sparsity_atlas.curves import CurvePoint
+from sparsity_atlas.parquet import read_parquet
 from sparsity_atlas.scaling import SCALING, Scaling
 from sparsity_atlas.selection import unfold
 from sparsity_atlas.store import read_manifest
@@ -49,6 +55,7 @@ METRICS = ["model", "tensor", "layer", "tokens", "width", "effective_rank", "eff
 METRICS += ["gini", "hoyer", "near_zero", "exact_zero", "rms"]
 MAGNITUDES = ["model", "tensor", "low", "high", "share"]
 ERRORS = [*KEY, "level", "sparsity", "error", "error_low", "error_high"]
+ALLOCATION = [*KEY, "allocation", "tensor", "layer", "sparsity", "damage", "own_sparsity"]
 MODELS = ["model", "source", "revision", "architecture", "activation", "family", "dtype", *SIZES]
 MODELS += ["hidden", "width", "sites", "digest"]
 FAILURES = [*KEY, "level", "task", "reason"]
@@ -92,23 +99,27 @@ def layer_rows(
                 }
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of one of our small Parquet files; threads and memory maps only cost time here."""
-    return pq.ParquetFile(pa.BufferReader(path.read_bytes())).read(use_threads=False).to_pylist()
+def _captured(path: Path) -> list[dict[str, Any]]:
+    """Rows of a sparsity.parquet."""
+    # The stages' own modules bring zarr, which a model's summary does not need; here and below.
+    from sparsity_atlas.output_error import SCHEMA
+
+    return read_parquet(path, SCHEMA).to_pylist()
 
 
 def metric_rows(metrics: list[Path]) -> list[dict[str, Any]]:
     """Rows of metrics.csv and the histograms; `all_inputs` repeats other sites' tensors."""
+    from sparsity_atlas.metrics import SCHEMA
+
     rows = {}
     for path in metrics:
-        for row in read_rows(path):
+        for row in read_parquet(path, SCHEMA).to_pylist():
             rows.setdefault((path.parts[-3], row["tensor"], row["layer"]), row)
     return [{"model": model, **row} for (model, _, _), row in rows.items()]
 
 
 def magnitude_rows(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Rows of magnitudes.csv: the histograms of a model's layers, pooled; zeros are left out."""
-    # Only here: it brings zarr, and a model's summary needs neither.
     from sparsity_atlas.metrics import BIN_EDGES
 
     pooled: dict[tuple[str, str], np.ndarray] = {}
@@ -139,6 +150,28 @@ def error_rows(key: dict[str, str], captured: list[dict[str, Any]]) -> Iterator[
                 "error_low": min(errors),
                 "error_high": max(errors),
             }
+
+
+def allocation_rows(curves: list[Path]) -> Iterator[dict[str, Any]]:
+    """Rows of allocation.csv, from the calibrations beside the curves."""
+    for path in curves:
+        calibration = path.with_name("calibration.safetensors")
+        if not calibration.is_file():
+            continue
+        found = read_calibration(calibration, "np")
+        for place, state in found.states.items():
+            if "share" not in state:
+                continue
+            tensor, _, layer = place.rpartition(".")
+            targets = np.linspace(0, 1, len(state["share"]))
+            own = np.interp(state["grid"], targets, state["share"])
+            for level, damage, share in zip(state["grid"], state["damage"], own, strict=True):
+                yield {
+                    **_key(path),
+                    "allocation": found.about["criterion"]["allocation"],
+                    **{"tensor": tensor, "layer": int(layer), "sparsity": round(float(level), 6)},
+                    **{"damage": float(damage), "own_sparsity": float(share)},
+                }
 
 
 def model_rows(paths: list[Path]) -> list[dict[str, Any]]:
@@ -173,7 +206,7 @@ def write_tables(
     Args:
         folder: where the CSV files go.
         models: manifests of the models; every file of the other lists belongs to one of them.
-        curves: curve.json files.
+        curves: curve.json files, with equal_sparsity.parquet beside each.
         sparsity: sparsity.parquet files.
         metrics: Parquet files of `metrics`.
     """
@@ -185,7 +218,7 @@ def write_tables(
     def read_curves(tables: dict[str, Table]) -> None:
         for path in curves:
             key, curve = _key(path), read_manifest(path)
-            captured = read_rows(stored[path.parent]) if path.parent in stored else []
+            captured = _captured(stored[path.parent]) if path.parent in stored else []
             critical = list(critical_rows(key, curve, sizes))
             tables["critical_sparsity.csv"].add(critical)
             for row in critical:
@@ -196,13 +229,15 @@ def write_tables(
 
     columns = {"critical_sparsity.csv": CRITICAL, "curves.csv": POINTS, "layers.csv": LAYERS}
     write_side_by_side(folder, {**columns, "failures.csv": FAILURES}, read_curves)
-    errors = (row for path in sparsity for row in error_rows(_key(path), read_rows(path)))
+    errors = (row for path in sparsity for row in error_rows(_key(path), _captured(path)))
     write_csv(folder / "output_error.csv", ERRORS, errors)
     write_csv(folder / "scaling.csv", SCALING, scaling.rows())
     write_csv(folder / "models.csv", MODELS, described)
     measured = metric_rows(metrics)
     write_csv(folder / "metrics.csv", METRICS, measured)
     write_csv(folder / "magnitudes.csv", MAGNITUDES, magnitude_rows(measured))
+    write_csv(folder / "comparison.csv", COMPARISON, comparison_rows(curves, sparsity))
+    write_csv(folder / "allocation.csv", ALLOCATION, allocation_rows(curves))
 
 
 def write_summary(path: Path, model: Path, curves: list[Path]) -> None:

@@ -16,7 +16,7 @@ HEADLINE_BAR = 0.99
 AVERAGE = "average"
 _TEXT = {"model", "criterion", "site", "level", "tensor", "task", "kind", "status", "relation"}
 _TEXT |= {"bar_label", "family", "reason", "source", "revision", "architecture", "activation"}
-_TEXT |= {"dtype", "sites", "digest"}
+_TEXT |= {"dtype", "sites", "digest", "reference", "allocation"}
 _FLAGS = {"low_open", "high_open", "non_monotone", "resolved"}
 
 
@@ -26,10 +26,12 @@ class Tables:
 
     critical_sparsity: pd.DataFrame
     curves: pd.DataFrame
+    comparison: pd.DataFrame
     layers: pd.DataFrame
     metrics: pd.DataFrame
     magnitudes: pd.DataFrame
     output_error: pd.DataFrame
+    allocation: pd.DataFrame
     scaling: pd.DataFrame
     models: pd.DataFrame
     failures: pd.DataFrame

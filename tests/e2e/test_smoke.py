@@ -115,7 +115,7 @@ def test_top_p_of_everything_is_dense(smoke: Checkout, tmp_path: Path) -> None:
     for name in ("zoo-small/dense", node):
         rows = pq.read_table(checkout.results / name / "samples.parquet").to_pylist()
         results[name] = [(row["doc_hash"], row["metrics"], row["nats"]) for row in rows]
-    assert len(results[node]) == 20
+    assert len(results[node]) == 40
     assert results[node] == results["zoo-small/dense"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,6 +205,52 @@ def test_interrupted_and_resumed(
     assert done == blocks + 1
     capture(work, "all_inputs")
     assert len(forwards) - done == 5 - blocks
+    assert contents(work.folder) == contents(whole.folder)
+
+
+def test_a_block_is_recorded_when_it_is_written(
+    work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[tuple[str, int]] = []
+    put, append = ActivationStore.put, stage.Journal.append
+
+    def late(store: ActivationStore, tensor: str, layer: int, *rest: Any) -> int:
+        time.sleep(0.02)
+        checksum = put(store, tensor, layer, *rest)
+        written.append((tensor, layer))
+        return checksum
+
+    def after(journal: Any, record: dict[str, list[int]]) -> None:
+        assert sorted(written) == [(name, layer) for name in sorted(record) for layer in (0, 1)]
+        assert all(all(checksums) for checksums in record.values())
+        written.clear()
+        append(journal, record)
+
+    monkeypatch.setattr(ActivationStore, "put", late)
+    monkeypatch.setattr(stage.Journal, "append", after)
+    capture(work, "all_inputs")
+
+
+def test_an_error_of_the_writer_ends_the_capture(
+    work: Work, forwards: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = ActivationStore.put
+
+    def full(store: ActivationStore, tensor: str, layer: int, start: int, *rest: Any) -> int:
+        if start > 0 and layer == 1:
+            raise OSError(28, "No space left on device")
+        return put(store, tensor, layer, start, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ActivationStore, "put", full)
+        with pytest.raises(OSError, match="No space left"):
+            capture(work, "up")
+    assert not (work.folder / "capture" / "up.json").exists()
+    done = len(forwards)
+    capture(work, "up")
+    assert len(forwards) - done == 4
+    whole = work._replace(folder=work.folder.parent / "whole")
+    capture(whole, "up")
     assert contents(work.folder) == contents(whole.folder)
 
 

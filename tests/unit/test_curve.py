@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from sparsity_atlas import curve, summarize
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.samples import SampleTable
+from sparsity_atlas.samples import SCHEMA, SampleTable
 from sparsity_atlas.store import read_manifest, write_manifest
 
 ITEMS = 2000
@@ -54,11 +55,10 @@ def write_node(
         "sparsity": {name: share for name in dict.fromkeys(slot[0] for slot in slots)},
     }
     failed = {"status": "failed", "reason": "NaN or infinity in 'intermediate' of layer 1"}
-    for task in ("group", "pages"):
-        table.rows[task] = []
+    rows: dict[str, list[dict[str, Any]]] = {"group": [], "pages": []}
     results["group"] = results["pages"] = failed
     if right is not None:
-        table.rows["group"] = [
+        rows["group"] = [
             row("group", "a" if item < ITEMS // 4 else "b", item, slots, zeros)
             | {"metrics": [("acc,none", float((item * 7) % ITEMS < round(right * ITEMS)))]}
             for item in range(ITEMS)
@@ -76,14 +76,14 @@ def write_node(
             "higher_is_better": {"a": {"acc": True}, "b": {"acc": True}, "group": {"acc": True}},
         }
     if nats is not None:
-        table.rows["pages"] = [
+        rows["pages"] = [
             # Documents of unlike lengths: the mean is over tokens.
             row("pages", "pages", item, slots, zeros, nats=nats * (1 + item), predicted=1 + item)
             for item in range(20)
         ]
         # An empty document, as a text may have.
         empty = {"prefill_tokens": 0, "generation_tokens": 0, "nats": 0.0, "predicted": 0}
-        table.rows["pages"].append(row("pages", "pages", 20, slots, 0, **empty))
+        rows["pages"].append(row("pages", "pages", 20, slots, 0, **empty))
         results["pages"] = {
             **common,
             "output_types": ["loglikelihood_rolling"],
@@ -92,6 +92,7 @@ def write_node(
             "scores": {"pages": {"word_perplexity,none": math.exp(nats)}},
             "higher_is_better": {"pages": {"word_perplexity": False}},
         }
+    table.rows = {name: pa.Table.from_pylist(some, SCHEMA) for name, some in rows.items()}
     table.tasks = {name: {"fingerprint": "f", "result": one} for name, one in results.items()}
     table.write(folder / "samples.parquet")
     write_manifest(folder / "eval.json", {"status": "ok", "tasks": results})
@@ -122,7 +123,7 @@ def run(
     arguments = {
         **{"--dense": model / "dense" / "eval.json", "--levels": ",".join(list(levels)[:2])},
         **{"--search": search, "--site": "intermediate", "--output": folder / "curve.json"},
-        "--settings": json.dumps(SETTINGS | changes),
+        **{"--settings": json.dumps(SETTINGS | changes), "--equal": folder / "equal.parquet"},
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["x", *(str(one) for pair in arguments.items() for one in pair)])
@@ -206,7 +207,8 @@ def test_samples_that_differ_from_dense(tmp_path: Path) -> None:
     rows = table.to_pylist()
     rows[7]["doc_hash"] = "another"
     by_task = {name: [one for one in rows if one["task"] == name] for name in header["tasks"]}
-    SampleTable(header["slots"], header["tasks"], by_task).write(node / "samples.parquet")
+    tables = {name: pa.Table.from_pylist(some, SCHEMA) for name, some in by_task.items()}
+    SampleTable(header["slots"], header["tasks"], tables).write(node / "samples.parquet")
     dense = curve.NodeSamples(tmp_path / "small" / "dense", "intermediate")
     with pytest.raises(AtlasError, match=r"0\.8: samples of 'group' differ from the dense"):
         curve.task_samples("group", None, dense, [curve.NodeSamples(node, "intermediate")])
@@ -219,7 +221,8 @@ def test_clusters_are_resampled_together(tmp_path: Path) -> None:
         for one in rows:
             one["cluster"] = f"c{one['doc_id'] % 5}"
         by_task = {name: [one for one in rows if one["task"] == name] for name in header["tasks"]}
-        SampleTable(header["slots"], header["tasks"], by_task).write(folder / "samples.parquet")
+        tables = {name: pa.Table.from_pylist(some, SCHEMA) for name, some in by_task.items()}
+        SampleTable(header["slots"], header["tasks"], tables).write(folder / "samples.parquet")
 
     run(tmp_path)
     node = tmp_path / "small" / "topp" / "intermediate" / "0.8"

@@ -38,7 +38,7 @@ def tasks(tmp_path: Path) -> dict[str, dict[str, Any]]:
     """Three tasks of several batches each."""
     folder = tmp_path / "tasks"
     return {
-        "choice": write_task(folder, "choice", choice_documents(), **CHOICE),
+        "choice": write_task(folder, "choice", choice_documents(40), **CHOICE),
         "pages": write_task(folder, "pages", rolling_documents(), **ROLLING),
         "words": write_task(folder, "words", rolling_documents(9, 4), **GENERATION),
     }
@@ -109,6 +109,19 @@ def test_interrupted_in_a_record(manifest: Path, tasks: dict, tmp_path: Path) ->
     assert products(tmp_path / "cut") == products(tmp_path / "whole")
 
 
+def test_nodes_of_a_session_do_not_see_each_other(
+    manifest: Path, tasks: dict, tmp_path: Path
+) -> None:
+    session = open_session(manifest, tasks)
+    other = Node.make({"rule": "topk"}, "all_inputs", "0.3")
+    for name, node in {"first": NODE, "other": other, "again": NODE, "dense": None}.items():
+        evaluate_node(session, node, tmp_path / name)
+    evaluate(manifest, tasks, tmp_path / "alone", None)
+    assert products(tmp_path / "again") == products(tmp_path / "first")
+    assert products(tmp_path / "dense") == products(tmp_path / "alone")
+    assert products(tmp_path / "other") != products(tmp_path / "first")
+
+
 def test_asked_for_again_nothing_runs(manifest: Path, tasks: dict, tmp_path: Path) -> None:
     evaluate(manifest, tasks, tmp_path / "node")
     before = products(tmp_path / "node")
@@ -132,7 +145,7 @@ def test_a_task_added_runs_alone(manifest: Path, tasks: dict, tmp_path: Path) ->
 def test_an_edited_data_file_is_run_anew(manifest: Path, tasks: dict, tmp_path: Path) -> None:
     evaluate(manifest, tasks, tmp_path / "node")
     before = read_table(tmp_path / "node" / "samples.parquet")[1].to_pylist()
-    documents = choice_documents()
+    documents = choice_documents(40)
     documents[3]["label"] = (documents[3]["label"] + 1) % len(documents[3]["choices"])
     write_task(tmp_path / "tasks", "choice", documents, **CHOICE)
     calls = evaluate(manifest, tasks, tmp_path / "node")
@@ -155,7 +168,7 @@ def test_an_edited_task_is_run_anew(
 ) -> None:
     one = {"choice": tasks["choice"]}
     evaluate(manifest, one, tmp_path / "node")
-    write_task(tmp_path / "tasks", "choice", choice_documents(), **{**CHOICE, **changed})
+    write_task(tmp_path / "tasks", "choice", choice_documents(40), **{**CHOICE, **changed})
     assert bool(evaluate(manifest, one, tmp_path / "node")) == again
 
 
@@ -166,7 +179,7 @@ def test_an_interrupted_task_that_was_edited_is_run_anew(
     watch(session, 3)
     with pytest.raises(Interrupted):
         evaluate_node(session, NODE, tmp_path / "node")
-    write_task(tmp_path / "tasks", "choice", choice_documents(seed=9), **CHOICE)
+    write_task(tmp_path / "tasks", "choice", choice_documents(40, seed=9), **CHOICE)
     whole = evaluate(manifest, {"choice": tasks["choice"]}, tmp_path / "whole")
     assert evaluate(manifest, {"choice": tasks["choice"]}, tmp_path / "node") == whole
     assert products(tmp_path / "node") == products(tmp_path / "whole")
@@ -233,7 +246,7 @@ def test_results_do_not_depend_on_the_folder(manifest: Path, tasks: dict, tmp_pa
     evaluate(manifest, tasks, tmp_path / "node")
     elsewhere = tmp_path / "elsewhere"
     moved = {
-        "choice": write_task(elsewhere, "choice", choice_documents(), **CHOICE),
+        "choice": write_task(elsewhere, "choice", choice_documents(40), **CHOICE),
         "pages": write_task(elsewhere, "pages", rolling_documents(), **ROLLING),
         "words": write_task(elsewhere, "words", rolling_documents(9, 4), **GENERATION),
     }
@@ -289,5 +302,5 @@ def test_damaged_samples_are_named(manifest: Path, tasks: dict, tmp_path: Path) 
     evaluate(manifest, tasks, tmp_path / "node")
     path = tmp_path / "node" / "samples.parquet"
     path.write_bytes(path.read_bytes()[:-50])
-    with pytest.raises(AtlasError, match=r"samples\.parquet: damaged sample table"):
+    with pytest.raises(AtlasError, match=r"samples\.parquet: damaged table"):
         evaluate(manifest, tasks, tmp_path / "node")

@@ -30,7 +30,7 @@ def rank_by_svd(values: np.ndarray) -> float:
 def test_effective_rank_is_that_of_the_svd(
     shape: tuple[int, int], block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(metrics, "BLOCK_BYTES", block)
     values = matrix(*shape)
     assert effective_rank(values) == pytest.approx(rank_by_svd(values), rel=1e-9)
 
@@ -109,11 +109,40 @@ def test_layer_of_known_values() -> None:
     assert found["histogram"] == expected.tolist()
 
 
+@pytest.mark.parametrize("shape", [(53, 11), (11, 53)])
+def test_no_more_than_a_block_is_read_at_once(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = matrix(*shape)
+
+    class Stored:
+        """Rows of a store with four rows a chunk."""
+
+        chunk = 4
+
+        def __init__(self) -> None:
+            self.shape = values.shape
+
+        def __getitem__(self, rows: slice) -> np.ndarray:
+            assert rows.start % 4 == 0
+            assert rows.stop - rows.start <= 8
+            assert rows.stop % 4 == 0 or rows.stop == len(values)
+            return values[rows]
+
+    whole = layer_metrics(values)
+    monkeypatch.setattr(metrics, "BLOCK_BYTES", 8 * shape[1] * 9)
+    for key, value in layer_metrics(Stored()).items():
+        assert value == pytest.approx(whole[key], rel=1e-9)
+    # A chunk is read as one, whatever its size.
+    monkeypatch.setattr(metrics, "BLOCK_BYTES", 1)
+    assert layer_metrics(Stored())["near_zero"] == whole["near_zero"]
+
+
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.maximum(matrix(53, 11), 0)
     values[4] = 0
     whole = layer_metrics(values)
-    monkeypatch.setattr(metrics, "_BLOCK_BYTES", 8 * 11 * 5)
+    monkeypatch.setattr(metrics, "BLOCK_BYTES", 8 * 11 * 5)
     for key, value in layer_metrics(values).items():
         assert value == pytest.approx(whole[key], rel=1e-12)
 

@@ -69,10 +69,13 @@ def test_levels_are_ordinary_nodes(manifest: Path, tasks: dict, tmp_path: Path) 
     for one in result["levels"]:
         node = Node.make(TOPP, "intermediate", one["level"])
         manifest_of_node = evaluate_node(session, node, tmp_path / "nodes" / one["level"])
-        shares = [
-            task["sparsity"]["intermediate"]["total"] for task in manifest_of_node["tasks"].values()
-        ]
-        assert one["sparsity"] == pytest.approx(sum(shares) / 2)
+        shares = {
+            name: task["sparsity"]["intermediate"]["total"]
+            for name, task in manifest_of_node["tasks"].items()
+        }
+        # The headline's own sparsity: that of other tasks would misplace the bracket.
+        assert shares["letters"] != shares["pages"]
+        assert one["sparsity"] == pytest.approx(shares["pages"])
     assert again == []
     repeated, calls = search(manifest, tasks, tmp_path)
     assert calls == []

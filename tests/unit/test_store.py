@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sparsity_atlas import code
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.samples import SampleTable, read_samples, read_table
+from sparsity_atlas.samples import SCHEMA, SampleTable, read_samples, read_table
 from sparsity_atlas.store import (
     canonical,
     digest,
@@ -74,6 +76,7 @@ def sample(task: str, item: int) -> dict:
         **{"task": task, "leaf": task, "doc_id": item, "doc_hash": "h", "cluster": None},
         **{"metrics": [("acc,none", 1.0)], "nats": 0.1, "predicted": 3, "prefill_tokens": 4},
         **{"prefill_zeros": [1, 2], "generation_tokens": 0, "generation_zeros": [0, 0]},
+        **{"unique_tokens": 3, "unique_zeros": [1, 1]},
     }
 
 
@@ -81,7 +84,8 @@ def table(*tasks: str) -> SampleTable:
     made = SampleTable([["up", 0, 5], ["up", 1, 5]])
     for name in tasks:
         made.tasks[name] = {"fingerprint": name, "result": {"status": "ok"}}
-        made.rows[name] = [sample(name, item) for item in range(3)]
+        samples = [sample(name, item) for item in range(3)]
+        made.rows[name] = pa.Table.from_pylist(samples, SCHEMA)
     return made
 
 
@@ -101,12 +105,18 @@ def test_tables_of_other_slots_are_not_continued(tmp_path: Path) -> None:
     assert read_samples(tmp_path / "none", []).tasks == {}
 
 
+def test_tables_with_other_columns_are_not_continued(tmp_path: Path) -> None:
+    table("a").write(tmp_path / "1")
+    pq.write_table(pq.read_table(tmp_path / "1").drop(["unique_tokens"]), tmp_path / "1")
+    assert read_samples(tmp_path / "1", [["up", 0, 5], ["up", 1, 5]]).tasks == {}
+
+
 @pytest.mark.parametrize("end", [0, 4, 300, -1])
 def test_damaged_tables(tmp_path: Path, end: int) -> None:
     path = tmp_path / "samples.parquet"
     table("a").write(path)
     path.write_bytes(path.read_bytes()[:end])
-    with pytest.raises(AtlasError, match=r"samples\.parquet: damaged sample table"):
+    with pytest.raises(AtlasError, match=r"samples\.parquet: damaged table"):
         read_table(path)
 
 
@@ -136,12 +146,15 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("evaluate.py", {"evaluate", "search"}),
         # Imported inside a function, or by another module.
         ("lm.py", {"evaluate", "search"}),
-        ("sparsify.py", {"evaluate", "search", "capture", "output_error"}),
+        ("sparsify.py", {"evaluate", "search", "output_error"}),
+        ("kernels/cpu.py", {"evaluate", "search", "output_error"}),
+        ("kernels/cuda.py", {"evaluate", "search", "output_error"}),
+        ("threshold.py", {"evaluate", "search", "output_error"}),
         ("levels.py", {"search"}),
         ("activations.py", {"capture", "metrics", "output_error"}),
         ("curve.py", {"curve"}),
         ("critical.py", {"curve"}),
-        ("criteria/base.py", {"evaluate", "search", "capture", "output_error"}),
+        ("criteria/base.py", {"evaluate", "search", "output_error"}),
         # One criterion is the matter of its own nodes; messages are nobody's.
         ("criteria/topp.py", set()),
         ("config.py", set()),

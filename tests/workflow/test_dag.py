@@ -39,6 +39,45 @@ def test_paper_grid(empty: Checkout) -> None:
     }
 
 
+def test_criteria_grid(empty: Checkout) -> None:
+    # 4 models at 5 sites: 15 + 9 + 8 + 5 + 4 criteria there, 4 + 4 + 5 + 3 + 2 of them calibrated.
+    found = counts(empty.plan("--configfile", "workflow/config/criteria.yaml"))
+    assert found == {
+        **{"all": 1, "run_config": 1, "model": 4, "dense": 4, "model_summary": 4, "tables": 1},
+        **{"capture": 20, "metrics": 20, "calibrate": 72, "search": 164},
+        **{"output_error": 164, "curve": 164},
+    }
+
+
+def test_a_calibrated_node_by_its_path(empty: Checkout, config: dict[str, Any]) -> None:
+    config["criteria"] = {"teal": {}}
+    config["calibration"] = {"tokens": 256}
+    planned = empty.plan("results/zoo-small/teal/input/0.5/eval.json", config=config)
+    assert planned.jobs == {
+        "model zoo-small/model.json",
+        "capture zoo-small/capture/input.json",
+        "calibrate zoo-small/teal/input/calibration.safetensors",
+        "evaluate zoo-small/teal/input/0.5/eval.json",
+    }
+
+
+def test_exports_of_what_is_calibrated(empty: Checkout, config: dict[str, Any]) -> None:
+    config["criteria"] = {"teal": {}}
+    config["calibration"] = {"tokens": 256}
+    config["run"][1] |= {"criteria": ["topk", "teal"]}
+    planned = empty.plan("export", config=config)
+    assert planned.of("export_curve") == {
+        "export_curve zoo-small/teal/intermediate/thresholds.json"
+    }
+    assert planned.counts == {
+        "model": 1,
+        "capture": 1,
+        "calibrate": 1,
+        "export_curve": 1,
+        "export": 1,
+    }
+
+
 def test_one_node_by_its_path(empty: Checkout) -> None:
     planned = empty.plan("results/zoo-small/topk/intermediate/0.9/eval.json")
     assert planned.jobs == {
@@ -124,6 +163,10 @@ def _mistakes() -> dict[str, tuple[dict[str, Any], list[str]]]:
         "task file that is not YAML": (
             {"tasks": {"few_pairs": {"include": "broken_tasks"}}},
             ["broken_tasks"],
+        ),
+        "calibrated without a text": (
+            {"criteria": {"teal": None}, "run": [{**block, "criteria": ["teal"]}]},
+            ["teal", "calibrated", "calibration: {tokens"],
         ),
         "criterion file missing": ({"criteria": {"mine": {"file": "no.py"}}}, ["no.py"]),
     }

@@ -8,9 +8,12 @@ Path grammar, below results/:
     {model}/metrics/{site}.parquet                  what they look like
     {model}/dense/eval.json                         the untouched model on all its tasks
     {model}/{criterion}/{site}/{level}/eval.json    a node
+    {model}/{criterion}/{site}/calibration.safetensors      what a calibrated criterion found there
+    {model}/{criterion}/{site}/thresholds.json      the thresholds of each level, for those who write kernels
     {model}/{criterion}/{site}/search.json          the levels that `levels: auto` chose
     {model}/{criterion}/{site}/sparsity.parquet     induced sparsity and output error, all levels
     {model}/{criterion}/{site}/curve.json           what later stages need of the nodes
+    {model}/{criterion}/{site}/equal_sparsity.parquet       scores at fixed sparsities, to compare criteria
     {model}/summary.csv                             one model's numbers
 """
 
@@ -34,6 +37,9 @@ from sparsity_atlas.config import parse as parse_config
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.figures import FIGURES
 from sparsity_atlas.inputs import check_inputs, locate
+
+# For the target `clean` alone (`--config remove=true`), and no part of what is measured.
+REMOVE = config.pop("remove", False)
 
 try:
     ATLAS = parse_config(locate(config, ROOT))

@@ -40,6 +40,7 @@ rule evaluate:
     input:
         model="results/{model}/model.json",
         search=ancient(ask.search_of_node),
+        calibration=ask.calibration,
     output:
         "results/{model}/{criterion}/{site}/{level}/eval.json",
     log:
@@ -60,13 +61,14 @@ rule evaluate:
         code=ask.criterion_code("evaluate"),
     shell:
         """
-        python -m sparsity_atlas.evaluate \
+        python -m sparsity_atlas.worker \
             --model {input.model} \
             --settings {params.settings:q} \
             --code {params.code} \
             --criterion {params.criterion:q} \
             --site {wildcards.site} \
             --level {wildcards.level} \
+            --calibration={input.calibration:q} \
             --output {output} >{log} 2>&1
         """
 
@@ -75,6 +77,7 @@ rule search:
     input:
         model="results/{model}/model.json",
         dense="results/{model}/dense/eval.json",
+        calibration=ask.calibration,
     output:
         "results/{model}/{criterion}/{site}/search.json",
     log:
@@ -105,5 +108,6 @@ rule search:
             --code {params.code} \
             --criterion {params.criterion:q} \
             --site {wildcards.site} \
+            --calibration={input.calibration:q} \
             --output {output} >{log} 2>&1
         """

@@ -34,6 +34,7 @@ rule output_error:
         model="results/{model}/model.json",
         capture="results/{model}/capture/{site}.json",
         search=ask.curve_search,
+        calibration=ask.calibration,
     output:
         "results/{model}/{criterion}/{site}/sparsity.parquet",
     log:
@@ -48,7 +49,7 @@ rule output_error:
         mem_mb=ask.memory,
         runtime=ask.error_minutes,
     params:
-        settings=ask.loading_settings,
+        settings=ask.store_settings,
         criterion=ask.criterion,
         levels=ask.listed_levels,
         model=subpath(input.capture, ancestor=2),
@@ -62,6 +63,7 @@ rule output_error:
             --criterion {params.criterion:q} \
             --levels={params.levels:q} \
             --search={input.search:q} \
+            --calibration={input.calibration:q} \
             --settings {params.settings:q} \
             --output {output} >{log} 2>&1
         """

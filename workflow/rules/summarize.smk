@@ -1,7 +1,7 @@
 """Curves, critical sparsities and tables.
 
 In:  the nodes of a curve and its dense baseline.
-Out: curve.json (the only stage that reads samples), a summary for each model, and the run's tables.
+Out: curve.json and equal_sparsity.parquet (the only stage that reads samples), a summary for each model, and the run's tables.
 """
 
 
@@ -11,7 +11,8 @@ rule curve:
         nodes=ask.curve_nodes,
         search=ask.curve_search,
     output:
-        "results/{model}/{criterion}/{site}/curve.json",
+        curve="results/{model}/{criterion}/{site}/curve.json",
+        equal="results/{model}/{criterion}/{site}/equal_sparsity.parquet",
     log:
         "results/logs/{model}/{criterion}/{site}/curve.log",
     benchmark:
@@ -31,7 +32,8 @@ rule curve:
             --search={input.search:q} \
             --site {wildcards.site} \
             --settings {params.settings:q} \
-            --output {output} >{log} 2>&1
+            --output {output.curve} \
+            --equal {output.equal} >{log} 2>&1
         """
 
 
@@ -63,15 +65,18 @@ rule tables:
     input:
         models=ask.model_files("model.json"),
         curves=ask.curve_files("curve.json"),
+        equal=ask.curve_files("equal_sparsity.parquet"),
         sparsity=ask.curve_files("sparsity.parquet"),
         metrics=ask.metric_files(),
     output:
         critical=report("results/critical_sparsity.csv", category="Tables"),
         curves=report("results/curves.csv", category="Tables"),
+        comparison=report("results/comparison.csv", category="Tables"),
         layers="results/layers.csv",
         metrics="results/metrics.csv",
         magnitudes="results/magnitudes.csv",
         output_error="results/output_error.csv",
+        allocation="results/allocation.csv",
         scaling="results/scaling.csv",
         models="results/models.csv",
         failures="results/failures.csv",

@@ -6,17 +6,27 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.terms import SITES
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     from sparsity_atlas.criteria.base import Criterion
 
-__all__ = ["Criterion", "built_in", "check_level", "create", "level_range", "source_file"]
+__all__ = [
+    "Criterion",
+    "built_in",
+    "check_level",
+    "create",
+    "declared",
+    "level_range",
+    "source_file",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -48,7 +58,7 @@ def source_file(spec: dict[str, Any]) -> Path:
     """
     if "file" in spec:
         path = Path(spec["file"])
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise AtlasError(f"criteria: {path}: no such file")
         return path
     if spec["rule"] not in built_in():
@@ -59,19 +69,23 @@ def source_file(spec: dict[str, Any]) -> Path:
     return Path(__file__).with_name(f"{spec['rule']}.py")
 
 
-def level_range(spec: dict[str, Any]) -> tuple[float, float]:
-    """Lowest and highest level, read from the criterion's source without importing torch.
+def declared(spec: dict[str, Any]) -> dict[str, Any]:
+    """The constants of a criterion, read from its source without importing torch.
+
+    Returns:
+        lowest, highest, sites and calibrated; where the file names none, as the base class has them.
 
     Raises:
-        AtlasError: no such rule or file, the file is not Python, or a bound is no plain number.
+        AtlasError: no such rule or file, the file is not Python, or a constant is no plain literal.
     """
     path = source_file(spec)
     try:
         tree = ast.parse(path.read_bytes())
     except SyntaxError as error:
         raise AtlasError(f"{path}: line {error.lineno}: {error.msg}") from None
-    bounds = {"lowest": 0.0, "highest": 1.0}
-    for node in ast.walk(tree):
+    found: dict[str, Any] = {"lowest": 0.0, "highest": 1.0, "sites": (), "calibrated": False}
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    for node in (statement for one in classes for statement in one.body):
         if isinstance(node, ast.Assign):
             targets = node.targets
         elif isinstance(node, ast.AnnAssign) and node.value is not None:
@@ -79,19 +93,39 @@ def level_range(spec: dict[str, Any]) -> tuple[float, float]:
         else:
             continue
         for target in targets:
-            if isinstance(target, ast.Name) and target.id in bounds:
-                bounds[target.id] = _literal(path, target.id, node.value)
-    return bounds["lowest"], bounds["highest"]
+            if isinstance(target, ast.Name) and target.id in found:
+                found[target.id] = _literal(path, target.id, node.value)
+    return found
 
 
-def _literal(path: Path, name: str, value: ast.expr) -> float:
+def level_range(spec: dict[str, Any]) -> tuple[float, float]:
+    """Lowest and highest level; see `declared`."""
+    constants = declared(spec)
+    return constants["lowest"], constants["highest"]
+
+
+_PLAIN = {
+    "lowest": "a plain number",
+    "highest": "a plain number",
+    "sites": f"a tuple of {', '.join(SITES)}",
+    "calibrated": "True or False",
+}
+
+
+def _literal(path: Path, name: str, value: ast.expr) -> Any:
     try:
-        number = ast.literal_eval(value)
+        found = ast.literal_eval(value)
     except ValueError:
-        number = None
-    if isinstance(number, bool) or not isinstance(number, int | float):
-        raise AtlasError(f"{path}: line {value.lineno}: {name}: expected a plain number")
-    return float(number)
+        found = None
+    if name == "sites":
+        right = isinstance(found, tuple) and set(found) <= set(SITES)
+    elif name == "calibrated":
+        right = isinstance(found, bool)
+    else:
+        right = isinstance(found, int | float) and not isinstance(found, bool)
+    if not right:
+        raise AtlasError(f"{path}: line {value.lineno}: {name}: expected {_PLAIN[name]}")
+    return found if name in ("sites", "calibrated") else float(found)
 
 
 def create(spec: dict[str, Any]) -> Criterion:
@@ -101,6 +135,7 @@ def create(spec: dict[str, Any]) -> Criterion:
         AtlasError: unknown rule, unusable or incomplete file, unknown or bad parameter.
     """
     path = source_file(spec)
+    constants = declared(spec)
     module = _import(path) if "file" in spec else importlib.import_module(f"{__name__}.{path.stem}")
     from sparsity_atlas.criteria.base import Criterion
 
@@ -119,6 +154,12 @@ def create(spec: dict[str, Any]) -> Criterion:
     except (TypeError, ValueError) as error:
         raise AtlasError(f"criteria: {spec.get('rule', path)}: {error}") from None
     _check(path, criterion)
+    for name, value in constants.items():
+        if getattr(criterion, name) != value:
+            raise AtlasError(
+                f"{path}: {type(criterion).__name__}: {name} is {getattr(criterion, name)!r} by "
+                "inheritance; the file itself must say so, since it is read without being run"
+            )
     return criterion
 
 
@@ -139,8 +180,11 @@ def _import(path: Path) -> ModuleType:
 def _check(path: Path, criterion: Criterion) -> None:
     """What a search relies on, and only a user's own file can get wrong."""
     from sparsity_atlas.config import canonical_level
+    from sparsity_atlas.criteria.base import Criterion as base
 
-    name = type(criterion).__name__
+    kind, name = type(criterion), type(criterion).__name__
+    if kind.mask is base.mask and kind.threshold is base.threshold:
+        raise AtlasError(f"{path}: {name}: expected a method `threshold` or `mask`, found neither")
     ends = (criterion.lowest, criterion.highest)
     dense = getattr(criterion, "dense_level", None)
     if dense not in ends:

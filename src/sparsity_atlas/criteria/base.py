@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparsity_atlas.place import Place, Sample
+    from sparsity_atlas.threshold import Threshold
+
+Phase = Literal["scoring", "prompt", "generation"]
 
 
 class Criterion(ABC):
     """Decides, for each token's vector by itself, which entries are kept.
 
-    A criterion is one file with one subclass. The definition is plain torch and exact: it is the
-    reference for every faster path. Its one number, the level, lies in [lowest, highest].
-    Parameters of the criterion are the keyword arguments of `__init__`.
+    A criterion is one file with one subclass. Its one number, the level, lies in [lowest, highest].
+    Parameters of the criterion are the keyword arguments of `__init__`. It says what it does in one
+    of two ways:
+
+    - `threshold` returns a `Threshold`: a share of the mass, a rank, a share of the largest, or fixed
+      constants, of scores that may be weighted by channel. The plain torch definition and the compiled
+      kernels both follow from it.
+    - `mask` computes the mask in plain torch, exactly. It then is the only path, on every device.
+
+    A criterion whose numbers differ from layer to layer (calibrated constants, weights taken from the
+    model) overrides `bind`, which is asked once for each layer and tensor before anything runs. The
+    constants below stand in its own file, as plain literals: they are read without running it.
 
     Rules that every criterion keeps: thresholds look at one row only, never across a batch; ties at
     a threshold are kept; NaN and infinities need no care here, they are reported by the caller.
@@ -25,15 +40,105 @@ class Criterion(ABC):
     """The level at which nothing changes; sparsity grows with the distance from it."""
     coarse_levels: ClassVar[tuple[str, ...]]
     """First levels of a search, from mild to harsh, spread over the useful range."""
+    sites: ClassVar[tuple[str, ...]] = ()
+    """The sites where the rule means something; empty: all of them."""
+    calibrated: ClassVar[bool] = False
+    """Whether `bind` needs what `calibrate` found in the captured activations."""
+    allocation: str = "uniform"
+    """How a level is spread over a site's places; other than uniform, their states say: `allocation`."""
 
-    @abstractmethod
+    def calibrate(self, place: Place, sample: Sample) -> dict[str, Tensor]:
+        """Find what every level needs at one place: thresholds by level, means, a basis.
+
+        Args:
+            place: a tensor of one layer.
+            sample: that layer's captured activations.
+
+        Returns:
+            float32 tensors by name, which `bind` gets.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is calibrated and has no `calibrate`")
+
+    def bind(self, place: Place, state: dict[str, Tensor]) -> Self:
+        """The criterion for one place; itself where it treats all places alike.
+
+        Args:
+            place: a tensor of one layer.
+            state: what `calibrate` found there; empty without a calibration.
+        """
+        return self
+
+    def replace(self, values: Tensor, written: Tensor, mask: Tensor, level: float) -> Tensor | None:
+        """What the model goes on with, where dropped entries do not become zeros.
+
+        Args:
+            values: [rows, width], what `mask` was asked about.
+            written: [rows, width], the vector that is sparsified: `values`, or the product i where
+                they are one of its factors.
+            mask: bool [rows, width], as `mask` returned it.
+            level: in [lowest, highest].
+
+        Returns:
+            [rows, width], or None: `written` with zeros where it was dropped.
+        """
+        return None
+
+    def export(self, level: float) -> dict[str, Tensor]:
+        """What a kernel of a bound, calibrated criterion needs at a level: float32 tensors by name.
+
+        `threshold`, [] or [width], is what |v| must reach for an entry to be kept.
+        """
+        return {}
+
+    def threshold(self, level: float, width: int) -> Threshold:
+        """The rule at a level.
+
+        Args:
+            level: in [lowest, highest].
+            width: entries of a row.
+        """
+        raise NotImplementedError
+
     def mask(self, values: Tensor, level: float) -> Tensor:
         """Return which entries are kept.
 
         Args:
-            values: [rows, width], one row a token; any floating type.
+            values: [rows, width], one row a token; float32, bfloat16 or float16.
             level: in [lowest, highest].
 
         Returns:
             bool [rows, width], True where the entry is kept.
         """
+        return self.threshold(level, values.shape[-1]).to(values.device).mask(values)
+
+
+class SequenceCriterion(Criterion):
+    """A criterion whose mask for a token follows from tokens before it in the same sequence.
+
+    A bound one may keep what the first pass of a batch tells for the passes of its generation.
+    """
+
+    def mask(self, values: Tensor, level: float) -> Tensor:
+        """Single rows do not say which sequence they belong to: see `mask_sequences`."""
+        raise NotImplementedError(f"{type(self).__name__} masks sequences")
+
+    @abstractmethod
+    def mask_sequences(self, values: Tensor, valid: Tensor, phase: Phase, level: float) -> Tensor:
+        """Return which entries are kept.
+
+        Args:
+            values: [batch, tokens, width].
+            valid: bool [batch, tokens], True where a token is no padding.
+            phase: `scoring` of given tokens in one pass, the `prompt` of a generation, or one pass of
+                the `generation` after it, with one new token for each row.
+            level: in [lowest, highest].
+
+        Returns:
+            bool [batch, tokens, width], True where the entry is kept.
+        """
+
+
+def declares_threshold(criterion: Criterion) -> bool:
+    """Whether `threshold` says all that the criterion does."""
+    kind = type(criterion)
+    return kind.mask is Criterion.mask and kind.threshold is not Criterion.threshold

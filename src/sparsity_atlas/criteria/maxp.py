@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from sparsity_atlas.criteria.base import Criterion
+from sparsity_atlas.threshold import Threshold
 
 
 class MaxP(Criterion):
@@ -18,12 +16,6 @@ class MaxP(Criterion):
     dense_level = 0.0
     coarse_levels = ("0.01", "0.04", "0.1", "0.25")
 
-    def mask(self, values: Tensor, level: float) -> Tensor:
-        """See `Criterion.mask`."""
-        magnitude = values.abs()
-        exact = magnitude.amax(dim=-1, keepdim=True).double() * level
-        threshold = exact.to(values.dtype)
-        # Rounded down, it would keep an entry that lies below the exact product.
-        raised = torch.nextafter(threshold, torch.full_like(threshold, torch.inf))
-        threshold = torch.where(threshold.double() < exact, raised, threshold)
-        return magnitude >= threshold
+    def threshold(self, level: float, width: int) -> Threshold:
+        """See `Criterion.threshold`."""
+        return Threshold("peak", level)

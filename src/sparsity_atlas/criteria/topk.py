@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
-import torch
-from torch import Tensor
-
 from sparsity_atlas.criteria.base import Criterion
+from sparsity_atlas.threshold import Threshold
 
 
 class TopK(Criterion):
@@ -20,15 +18,7 @@ class TopK(Criterion):
     dense_level = 1.0
     coarse_levels = ("0.8", "0.6", "0.4", "0.2")
 
-    def mask(self, values: Tensor, level: float) -> Tensor:
-        """See `Criterion.mask`."""
-        width = values.shape[-1]
+    def threshold(self, level: float, width: int) -> Threshold:
+        """See `Criterion.threshold`."""
         # The decimal that the user wrote, not its binary neighbour: ⌊0.29 · 100⌋ is 29.
-        kept = math.floor(Fraction(repr(level)) * width)
-        if kept == width:
-            return torch.ones_like(values, dtype=torch.bool)
-        if kept == 0:
-            return torch.zeros_like(values, dtype=torch.bool)
-        magnitude = values.abs()
-        threshold = magnitude.kthvalue(width - kept + 1, dim=-1, keepdim=True).values
-        return magnitude >= threshold
+        return Threshold("rank", math.floor(Fraction(repr(level)) * width))

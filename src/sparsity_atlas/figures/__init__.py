@@ -81,6 +81,22 @@ FIGURES = {
         "The same site of the same model under different criteria, over the sparsity that each of "
         "them induced. " + _LINES,
     ),
+    "comparison": Entry(
+        "Differences at equal sparsity",
+        "Curves",
+        ("comparison",),
+        "Each criterion's score minus that of the first criterion at the same site of the same model, "
+        "both read between their levels at the same induced sparsity. Below zero a criterion adds less "
+        "loss than the reference. Bands are 95 % intervals of the difference by paired bootstrap: both "
+        "curves draw the same samples.",
+    ),
+    "comparison_error": Entry(
+        "FFN-output error at equal sparsity",
+        "Curves",
+        ("comparison",),
+        "Relative error of an FFN's output, mean over tokens and layers of the captured text that no "
+        "criterion was calibrated on, over the sparsity that each criterion induced there.",
+    ),
     "tasks": Entry(
         "Task by task",
         "Tasks",
@@ -94,6 +110,21 @@ FIGURES = {
         ("layers",),
         "Share of zeros in each layer at each level, counted while the tasks ran, averaged over "
         "tasks. Levels stand in the order of the sparsity that they induce.",
+    ),
+    "sensitivity": Entry(
+        "Sensitivity of single layers",
+        "Layers",
+        ("allocation",),
+        "What one layer costs if it alone is sparsified, over the sparsity that it has then: added loss "
+        "on the calibration text for criteria with the allocation sensitivity, relative FFN-output error "
+        "for the others. On a logarithmic scale.",
+    ),
+    "allocation": Entry(
+        "Allocation over layers",
+        "Layers",
+        ("allocation",),
+        "Sparsity that each layer has at a target for all of them, for criteria whose allocation is not "
+        "uniform.",
     ),
     "output_error": Entry(
         "FFN-output error",

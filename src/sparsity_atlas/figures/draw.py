@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from sparsity_atlas.figures import curves, layers, points, scaling, tasks
+from sparsity_atlas.figures import allocation, comparison, curves, layers, points, scaling, tasks
 from sparsity_atlas.figures.style import SUFFIXES, arrange, save, styled
 from sparsity_atlas.tables import Tables
 
@@ -18,8 +18,12 @@ DRAW: dict[str, Callable[[Tables], Figure]] = {
     "added_loss": curves.added_loss,
     "retained_accuracy": curves.retained_accuracy,
     "criteria": curves.criteria,
+    "comparison": comparison.differences,
+    "comparison_error": comparison.output_errors,
     "tasks": tasks.tasks,
     "layer_sparsity": layers.layer_sparsity,
+    "sensitivity": allocation.sensitivity,
+    "allocation": allocation.own_sparsity,
     "output_error": layers.output_error,
     "effective_rank": layers.effective_rank,
     "magnitudes": layers.magnitudes,

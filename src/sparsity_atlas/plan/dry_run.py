@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from sparsity_atlas import forest
 from sparsity_atlas.evaluate import Node, Session, evaluate_node
 from sparsity_atlas.lm import AtlasLM
-from sparsity_atlas.sparsify import Counter
+from sparsity_atlas.scoring import Abilities
+from sparsity_atlas.sparsify import Counter, Slot
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sparsity_atlas.journal import Journal
+    from sparsity_atlas.lm import Work
     from sparsity_atlas.tasks import LoadedTask
 
 
@@ -36,12 +39,12 @@ class Batch:
 
     Attributes:
         rows: token ids of each row, without padding.
-        targets: for each row the continuations that are scored at its end.
+        predicted: for each row how many tokens' successors are predicted.
         steps: passes of one token a row that follow at most, in generation.
     """
 
-    rows: list[tuple[int, ...]]
-    targets: list[list[list[int]]]
+    rows: list[list[int]]
+    predicted: list[int]
     steps: int = 0
 
     @property
@@ -58,7 +61,7 @@ class TaskCost:
         documents: rows of the sample table.
         prefill: tokens of all requests, as eval.json will count them.
         generation: tokens that are generated and fed back, at most.
-        positions: computed in all passes over requests; equal requests once, padding included.
+        positions: computed in all passes over requests; what requests share once, padding included.
         steps: passes of generation, at most.
         sample: the batch in the middle of the positions.
         overhead: seconds for all but the forward passes.
@@ -86,19 +89,30 @@ class DryLM(AtlasLM):
         super().__init__(model, tokenizer, **options)
         self._device = torch.device("cpu")  # the model may have no weights, and so no device
 
-    def start(self, journal: Journal, counter: Counter) -> None:
+    def start(self, journal: Journal, counter: Counter, work: Work) -> None:
         """Begin a task; see `AtlasLM.start`."""
-        super().start(journal, counter)
+        super().start(journal, counter, work)
         self.batches: list[Batch] = []
 
-    def _score(
-        self, batch: list[tuple[int, ...]], targets: list[list[list[int]]]
-    ) -> dict[str, Any]:
-        self.batches.append(Batch(batch, targets))
-        scores = [[(0.0, False)] * len(conts) for conts in targets]
-        return {"zeros": [[]] * len(batch), "scores": scores}
+    def _abilities(self, requests: list[forest.Request]) -> Abilities:
+        return Abilities(branches=True, selects=True)  # as nearly every model
 
-    def _generate(self, batch: list[Instance]) -> dict[str, Any]:
+    def _score(self, batch: forest.Batch) -> dict[str, Any]:
+        longest = batch.tokens.shape[1]
+        rows = [
+            row[:length].tolist() for row, length in zip(batch.tokens, batch.lengths, strict=True)
+        ]
+        predicted = np.bincount(batch.scored // longest, minlength=len(rows)).tolist()
+        self.batches.append(Batch(rows, predicted))
+        nothing: list[list[int]] = [[]] * len(batch.documents)
+        count = len(batch.requests)
+        return {
+            **{"zeros": nothing, "unique": nothing},
+            **{"scores": [0.0] * count, "greedy": [False] * count},
+        }
+
+    def generate(self, batch: list[Instance], seed: int) -> dict[str, Any]:
+        """Prepare a batch of generation; see `GeneratingLM.generate`."""
         texts = HFLM.generate_until(self, batch, disable_tqdm=True)
         rows = self.batches[-1].rows
         nothing: list[list[int]] = [[]] * len(rows)
@@ -114,15 +128,18 @@ class DryLM(AtlasLM):
         self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
     ) -> Tensor:
         mask = generation_kwargs["attention_mask"].bool()
-        rows = [tuple(row[keep].tolist()) for row, keep in zip(context, mask, strict=True)]
+        rows = [row[keep].tolist() for row, keep in zip(context, mask, strict=True)]
         # The last generated token is not fed back.
         steps = max(max_length - context.shape[1] - 1, 0)
-        self.batches.append(Batch(rows, [[list(row[-1:])] for row in rows], steps))
+        self.batches.append(Batch(rows, [1] * len(rows), steps))
         return context
 
 
 class _DrySession(Session):
     """A session whose model has no sites to attach to."""
+
+    def slots(self, node: Node | None) -> list[Slot]:
+        return []
 
     def attach(self, node: Node | None) -> contextlib.AbstractContextManager[Counter]:
         return contextlib.nullcontext(Counter([]))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sparsity_atlas import grid
 from sparsity_atlas.config import Config
-from sparsity_atlas.criteria import create
+from sparsity_atlas.criteria import create, declared
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluate import Node
 from sparsity_atlas.plan.jobs import UNKNOWN, Amount, Job, jobs
@@ -18,7 +18,7 @@ from sparsity_atlas.plan.rates import import_seconds, recorded
 from sparsity_atlas.tasks import LoadedTask, _load, _manager
 
 # Rules whose jobs run a model, with what their stages import.
-HEAVY = {"model", "capture", "dense", "evaluate", "search", "output_error"}
+HEAVY = {"model", "capture", "dense", "evaluate", "search", "output_error", "calibrate"}
 HEAVY_IMPORTS = "sparsity_atlas.lm, sparsity_atlas.sites, sparsity_atlas.tasks, lm_eval.evaluator"
 LIGHT_IMPORTS = "sparsity_atlas.curve, sparsity_atlas.summarize"
 EVALUATING = ("dense", "evaluate", "search")
@@ -131,6 +131,9 @@ def _nodes(config: Config, left: list[Job]) -> dict[NodeKey, Node | None]:
         elif job.rule in EVALUATING and job.node is not None and job.node not in nodes:
             criterion, site = job.node
             spec = json.loads(grid.criterion_slice(config, criterion))
+            if declared(spec)["calibrated"]:
+                # No threshold is known yet; to compare with one takes as long whatever it is.
+                spec = {"rule": "threshold"}
             levels = create(spec).coarse_levels
             nodes[job.node] = Node.make(spec, site, levels[len(levels) // 2])
     return nodes

@@ -6,12 +6,14 @@ model, task or source file shows in a dry run.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparsity_atlas import grid
 from sparsity_atlas.config import Config
+from sparsity_atlas.criteria import declared
 from sparsity_atlas.grid import Curve
 from sparsity_atlas.store import read_manifest
 
@@ -137,6 +139,8 @@ def _curve_jobs(config: Config, curve: Curve, folder: Path) -> Iterator[Job]:
             "evaluate", curve.model, done, node, "", Amount.exactly(1), int(done), evaluations
         )
 
+    if declared(json.loads(grid.criterion_slice(config, curve.criterion)))["calibrated"]:
+        yield Job("calibrate", curve.model, (folder / "calibration.safetensors").is_file(), node)
     yield from map(evaluate, curve.levels)
     if curve.auto:
         searched = _searched_levels(folder)

@@ -11,9 +11,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparsity_atlas import forest
 from sparsity_atlas.evaluate import Node, Session
 from sparsity_atlas.journal import Journal
-from sparsity_atlas.lm import AtlasLM
+from sparsity_atlas.lm import AtlasLM, Work
 from sparsity_atlas.plan.dry_run import Batch, TaskCost
 
 if TYPE_CHECKING:
@@ -29,19 +30,26 @@ class TimedLM(AtlasLM):
 
     def time(self, batch: Batch) -> float:
         """Seconds of one pass over a batch."""
+        # Longer than any request of the task where several share a row; a model may have no such place.
+        requests = [
+            forest.Request(
+                [*row[: self.max_length], 0], min(predicted, len(row), self.max_length), i
+            )
+            for i, (row, predicted) in enumerate(zip(batch.rows, batch.predicted, strict=True))
+        ]
+        (packed,) = forest.pack(requests, len(requests), share=False)
         began = time.perf_counter()
-        self._score(batch.rows, batch.targets)
+        self._score(packed)
         return time.perf_counter() - began
 
 
 def cut(batch: Batch, rows: int, tokens: int) -> Batch:
     """The first rows and tokens of a batch."""
     kept = [row[:tokens] for row in batch.rows[:rows]]
-    targets = [
-        [cont[-len(row) :] for cont in conts]
-        for row, conts in zip(kept, batch.targets, strict=False)
+    predicted = [
+        max(1, min(count, len(row))) for row, count in zip(kept, batch.predicted, strict=False)
     ]
-    return Batch(kept, targets)
+    return Batch(kept, predicted)
 
 
 def piece(lm: TimedLM, batch: Batch) -> Batch:
@@ -80,7 +88,7 @@ def node_seconds(
     with tempfile.TemporaryDirectory() as folder:
         for number, node in enumerate([None, *nodes]):
             with session.attach(node) as counter:
-                lm.start(Journal(Path(folder, str(number)), {}), counter)
+                lm.start(Journal(Path(folder, str(number)), {}), counter, Work([], {}))
                 if not pieces:
                     pieces = {name: piece(lm, cost.sample) for name, cost in costs.items()}
                 for part in pieces.values():

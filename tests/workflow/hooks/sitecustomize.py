@@ -1,6 +1,7 @@
 """Seen by every Python process of a run under test: notes each forward pass, and may kill at one.
 
 FORWARD_LOG    file that gets a line "stage output" at the start of each forward pass of a loaded model
+LOAD_LOG       file that gets a line "stage" for each model that is loaded
 KILL           "stage:n,...": SIGKILL to a stage's process at the start of its n-th pass; with
                "stage:n:all" to the whole process group, which is Snakemake's
 KILL_WRITE     "stage:n": SIGKILL to a stage's process when its n-th file is about to be put in place
@@ -69,6 +70,9 @@ class _Finder(importlib.abc.MetaPathFinder):
 
             def watched(*arguments: Any, **options: Any) -> Any:
                 model = load(*arguments, **options)
+                if "LOAD_LOG" in os.environ:
+                    with open(os.environ["LOAD_LOG"], "a") as log:
+                        log.write(f"{stage}\n")
                 model.register_forward_pre_hook(_Watch(stage, output))
                 return model
 
@@ -79,9 +83,13 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 _words = sys.orig_argv
-if "--output" in _words and "-m" in _words:
+if "-m" in _words and ("--output" in _words or "--serve" in _words):
     stage = _words[_words.index("-m") + 1].removeprefix("sparsity_atlas.")
-    output = _words[_words.index("--output") + 1].removeprefix("results/")
+    output = ""  # a worker is told with each request
+    if "--output" in _words:
+        output = _words[_words.index("--output") + 1].removeprefix("results/")
+        # A job that does the work itself.
+        stage = {"worker": "evaluate"}.get(stage, stage)
     sys.meta_path.insert(0, _Finder())
     _victim, _, _number = os.environ.get("KILL_WRITE", "").partition(":")
     if _victim == stage:

@@ -1,0 +1,155 @@
+"""A forward pass with a criterion at a site, over the dense one: ours and the official algorithm's.
+
+    python benchmarks/forward.py --device cuda
+    python benchmarks/forward.py --device cpu --models tiny
+
+Models have all layers and the vocabulary of a real one, in bfloat16, and random weights; those of the FFN
+have heavy tails, so that activations have them too. The largest takes 17 GB, and 5 GB for what it computes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import os
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from measure import machine, official, seconds
+from sparsity_atlas import kernels
+from sparsity_atlas.criteria.topp import TopP
+from sparsity_atlas.ffn import FFN, bind_ffns
+from sparsity_atlas.sites import intercept
+from sparsity_atlas.sparsify import sparsified
+
+# Layers, hidden width, FFN width, heads, key-value heads, width of a head, vocabulary, activation.
+SHAPES = {
+    "llama-1b": ("llama", 16, 2048, 8192, 32, 8, 64, 128256, "silu"),
+    "llama-8b": ("llama", 32, 4096, 14336, 32, 8, 128, 128256, "silu"),
+    "gemma-4b": ("gemma3_text", 34, 2560, 10240, 8, 4, 256, 262208, "gelu_pytorch_tanh"),
+    "tiny": ("llama", 2, 512, 2048, 8, 4, 64, 1000, "silu"),
+}
+SITES = ("intermediate", "input")
+
+
+def make(name: str, device: str) -> tuple[nn.Module, list[FFN]]:
+    """A model of a shape, with its FFNs."""
+    kind, layers, hidden, width, heads, groups, head, vocabulary, activation = SHAPES[name]
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=vocabulary,
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=width,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=head,
+        tie_word_embeddings=name != "llama-8b",
+        **{"hidden_activation" if kind.startswith("gemma") else "hidden_act": activation},
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    for block in model.model.layers:
+        for linear in (block.mlp.up_proj, block.mlp.gate_proj):
+            # Each channel has a scale of its own, log-normal.
+            scale = torch.exp(torch.randn(linear.out_features, 1, device=device))
+            normal = torch.randn(linear.weight.shape, device=device) / linear.in_features**0.5
+            linear.weight.data.copy_(normal * scale)
+    place = "model.layers.{}.mlp.{}".format
+    return model, bind_ffns(
+        model,
+        [
+            {
+                "layer": layer,
+                "hidden": hidden,
+                "width": width,
+                "gated": True,
+                "up": {"module": place(layer, "up_proj"), "half": None},
+                "gate": {"module": place(layer, "gate_proj"), "half": None},
+                "activation": {"name": activation, "module": None, "shared": False},
+                "down": {"module": place(layer, "down_proj"), "half": None},
+                "overwritten": False,
+            }
+            for layer in range(layers)
+        ],
+    )
+
+
+def measure(name: str, device: str, level: float, batch: int, tokens: int, repeats: int) -> None:
+    """Print one model's table."""
+    model, ffns = make(name, device)
+    ids = torch.randint(model.config.vocab_size, (batch, tokens), device=device)
+    valid = torch.ones_like(ids, dtype=torch.bool)
+
+    @torch.no_grad()
+    def forward() -> None:
+        model(input_ids=ids, use_cache=False)
+
+    def timed(attach: Callable[[], contextlib.AbstractContextManager]) -> float:
+        with attach() as counter:
+
+            def once() -> None:
+                if counter is not None:
+                    counter.expect(valid)
+                forward()
+                if counter is not None:
+                    counter.take()
+
+            return seconds(once, device, repeats)
+
+    def theirs(layer: int, tensor: str, values: Tensor, onto: Tensor) -> Tensor:
+        return official(values, level)[0]
+
+    dense = timed(contextlib.nullcontext)
+    print(f"{name}: {len(ffns)} layers, dense {dense * 1e3:.1f} ms")
+    for site in SITES:
+        with torch.no_grad(), sparsified(model, ffns, site, TopP(), level) as counter:
+            counter.expect(valid)
+            model(input_ids=ids, use_cache=False)
+            entries = valid.numel() * sum(slot.width for slot in counter.slots)
+            sparsity = counter.take()[0].sum() / entries
+        ours = timed(partial(sparsified, model, ffns, site, TopP(), level))
+        # Dense again: the machine may have become slower in between.
+        again = timed(contextlib.nullcontext)
+        paper = timed(partial(intercept, ffns, site, theirs))
+        base = (dense + again) / 2
+        print(
+            f"  {site:<12} {sparsity:4.0%} sparse | ours {ours / base:.3f} × dense, "
+            f"{1e3 * (ours - base) / len(ffns):.3f} ms a layer | official {paper / base:.2f} × dense"
+        )
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
+    parser.add_argument("--models", default="llama-1b,llama-8b,gemma-4b", help="comma-separated")
+    parser.add_argument("--level", type=float, default=0.9)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=6)
+    arguments = parser.parse_args()
+
+    os.environ[kernels.VARIABLE] = "compiled"
+    print(machine(arguments.device))
+    print(
+        f"top-p, p = {arguments.level:g}; {arguments.batch} × {arguments.tokens} tokens; bfloat16"
+    )
+    for name in arguments.models.split(","):
+        measure(
+            *(name, arguments.device, arguments.level),
+            *(arguments.batch, arguments.tokens, arguments.repeats),
+        )
+        gc.collect()
+        if arguments.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

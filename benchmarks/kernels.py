@@ -1,0 +1,271 @@
+"""The criteria's kernels against a copy of memory and against the official algorithm.
+
+    python benchmarks/kernels.py --device cpu
+    python benchmarks/kernels.py --device cuda --check --tune
+
+`--check` compares the kernels with the definition first, bit for bit, for all types, rules and widths;
+any difference, and any variant that does not compile, is listed and makes the exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from measure import activations, bandwidth, machine, official, seconds
+from sparsity_atlas import kernels
+from sparsity_atlas.threshold import Threshold
+
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+WIDTHS = (1, 896, 1001, 2048, 8192, 14336, 28671, 28672)
+LEVELS = (0.0, 0.3, 0.5, 0.75, 0.9, 0.98, 0.9999, 1.0)
+
+
+def rule(name: str, width: int, level: float, device: str) -> Threshold:
+    """A rule by its name in the tables."""
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.rand(width, generator=generator).to(device)
+    match name.split():
+        case ["topp"]:
+            return Threshold("share", level)
+        case ["topp", "weighted"]:
+            return Threshold("share", level, weights=weights)
+        case ["topp", power]:
+            return Threshold("share", level, float(power.removeprefix("q=")))
+        case ["topk"]:
+            return Threshold("rank", int(level * width))
+        case ["topk", "weighted"]:
+            return Threshold("rank", int(level * width), weights=weights)
+        case ["maxp"]:
+            return Threshold("peak", level)
+        case ["fixed"]:
+            return Threshold("fixed", constants=torch.tensor([level], device=device))
+        case ["fixed", "by", "channel"]:
+            return Threshold("fixed", constants=level * weights)
+    raise ValueError(name)
+
+
+OTHERS = (
+    *("topp q=2", "topp q=3", "topp q=1.5", "topp q=40", "topp weighted"),
+    *("topk", "topk weighted", "maxp", "fixed", "fixed by channel"),
+)
+
+
+class Case(NamedTuple):
+    """One thing to check: every level of a rule on rows of every kind."""
+
+    name: str
+    dtype: str
+    width: int
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.dtype}, width {self.width}"
+
+
+def cases(device: str) -> list[Case]:
+    """Top-p at every width, the other rules at an odd and at an even one."""
+    found = [Case("topp", dtype, width, device) for width in WIDTHS for dtype in TYPES]
+    for width in (1001, 14336):
+        found += [Case(name, dtype, width, device) for name in OTHERS for dtype in TYPES]
+    return sorted(found, key=lambda case: -case.width)
+
+
+def hard_rows(width: int, dtype: torch.dtype) -> Tensor:
+    """Rows of every kind that a kernel could get wrong, [rows, width] on the CPU."""
+    generator = torch.Generator().manual_seed(width)
+    normal = torch.randn(2, width, generator=generator, dtype=torch.float64)
+    exponents = torch.randint(-149, 127, (2, width), generator=generator)
+    broken = normal.clone()
+    broken[0, width // 2], broken[1, width - 1] = torch.nan, -torch.inf
+    kinds = (
+        *(normal, normal * torch.exp(3 * normal.flip(-1)), normal * 2.0**exponents),
+        *((2 * normal).round(), normal.clamp(min=0), normal[:, :1].repeat(1, width)),
+        *((4 * normal).round() * 2.0**-149, normal * 1e38, normal * 1e-38, 0 * normal),
+        *(torch.where(normal.abs() > 2.5, normal * 100, normal), broken),
+    )
+    largest = torch.finfo(dtype).max
+    return torch.cat([one.clamp(-largest, largest) for one in kinds]).to(dtype)
+
+
+def failure(case: Case) -> str | None:
+    """What is wrong with a case; None if nothing is."""
+    values = hard_rows(case.width, TYPES[case.dtype])
+    bits = torch.int32 if values.element_size() == 4 else torch.int16
+    there = values.to(case.device)
+    for level in LEVELS:
+        for onto, onto_there in ((values, there), (values.flip(0), there.flip(0))):
+            expected = kernels.reference(rule(case.name, case.width, level, "cpu"), values, onto)
+            try:
+                found = kernels.masked(
+                    rule(case.name, case.width, level, case.device), there, onto_there
+                )
+                out, zeros, finite = (one.cpu() for one in found)
+            # A variant that fails must not hide the others.
+            except Exception as error:  # noqa: BLE001
+                text = " ".join(str(error).split())
+                return f"{case}, level {level}: {type(error).__name__}: {text[:300]}"
+            wrong = (out.view(bits) != expected.out.view(bits)).sum(-1)
+            if wrong.any():
+                rows = wrong.nonzero().flatten().tolist()
+                return f"{case}, level {level}: {int(wrong.sum())} entries differ, in rows {rows}"
+            if not torch.equal(zeros.long(), expected.zeros.long()):
+                return f"{case}, level {level}: masks are equal, counts of zeros are not"
+            if not torch.equal(finite, expected.finite):
+                return f"{case}, level {level}: broken rows are not told alike"
+    return None
+
+
+def check(device: str) -> bool:
+    """Check all cases, several at a time because most of it is compiling; print what is wrong."""
+    todo = cases(device)
+    workers = max(1, min(12, (os.cpu_count() or 1) - 1)) if device == "cuda" else 1
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        workers, context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        failures = [found for found in pool.map(failure, todo) if found]
+    for text in failures:
+        print(f"WRONG  {text}")
+    print(
+        f"check: {len(todo) - len(failures)} of {len(todo)} cases equal the definition, bit for bit"
+    )
+    return not failures
+
+
+def table(device: str, rows: int, widths: list[int], dtypes: list[str], level: float) -> None:
+    """Top-p at several widths, beside a copy and the official algorithm."""
+    print(f"\ntop-p, p = {level:g}, {rows:,} vectors; ms")
+    print("type  width |    ours    copy official | ours/copy official/ours |  GB/s of the limit")
+    for dtype in dtypes:
+        for width in widths:
+            values = activations(rows, width, TYPES[dtype], device)
+            target = torch.empty_like(values)
+            made = rule("topp", width, level, device)
+            ours = seconds(partial(kernels.masked, made, values, values), device, 20)
+            copy = seconds(partial(target.copy_, values), device, 20)
+            theirs = seconds(partial(official, values, level), device, 3)
+            speed = 2 * values.nbytes / ours
+            limit = bandwidth() if device == "cuda" else None
+            share = f"{speed / limit:8.0%}" if limit else " " * 8
+            print(
+                f"{dtype}  {width:>5} | {ours * 1e3:7.3f} {copy * 1e3:7.3f} {theirs * 1e3:8.2f} | "
+                f"{ours / copy:9.2f} {theirs / ours:13.1f} | {speed / 1e9:5.0f} {share}"
+            )
+
+
+def rules_table(device: str, rows: int, width: int, dtype: str) -> None:
+    """Every rule at one width, beside a copy."""
+    values = activations(rows, width, TYPES[dtype], device)
+    target = torch.empty_like(values)
+    copy = seconds(partial(target.copy_, values), device, 20)
+    print(
+        f"\nevery rule, {dtype}, {rows:,} vectors of width {width}; a copy takes {copy * 1e3:.3f} ms"
+    )
+    for name in ("topp", *OTHERS):
+        for level in (0.5, 0.9, 0.98):
+            made = rule(name, width, level, device)
+            try:
+                ours = seconds(partial(kernels.masked, made, values, values), device)
+            # As above.
+            except Exception as error:  # noqa: BLE001
+                print(f"{name:<17} {level:4.2f} | {type(error).__name__}")
+                continue
+            print(f"{name:<17} {level:4.2f} | {ours * 1e3:7.3f} ms, {ours / copy:5.2f} of a copy")
+
+
+def ffn(x: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> Tensor:
+    """A gated FFN with SiLU."""
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def share_of_ffn(rows: int, width: int, level: float) -> None:
+    """On the CPU: the kernel's share of the time of the dense FFN that it stands in."""
+    hidden = width // 4
+    print(f"\nshare of the dense FFN ({hidden} to {width}, {rows:,} vectors, {level:g}); ms")
+    for dtype in ("fp32", "bf16"):
+        kind = TYPES[dtype]
+        x = torch.randn(rows, hidden).to(kind)
+        up, gate, down = (
+            (torch.randn(shape) / shape[1] ** 0.5).to(kind)
+            for shape in ((width, hidden), (width, hidden), (hidden, width))
+        )
+        dense = seconds(partial(ffn, x, up, gate, down), "cpu", 3)
+        values = activations(rows, width, kind, "cpu")
+        made = rule("topp", width, level, "cpu")
+        ours = seconds(partial(kernels.masked, made, values, values), "cpu", 20)
+        theirs = seconds(partial(official, values, level), "cpu", 2)
+        print(
+            f"{dtype}: FFN {dense * 1e3:.1f}, ours {ours * 1e3:.2f} ({ours / dense:.2%}), "
+            f"official {theirs * 1e3:.0f} ({theirs / dense:.0%})"
+        )
+
+
+def tune(rows: int) -> None:
+    """On a GPU: entries and registers a thread, of which the kernel has one choice built in."""
+    from sparsity_atlas.kernels import cuda
+
+    chosen = cuda.ENTRIES_A_THREAD, cuda.REGISTERS
+    print(
+        f"\nentries/registers a thread (built in: {chosen[0]}/{chosen[1]}), bf16, {rows:,} vectors; ms"
+    )
+    for width in (2048, 8192, 14336, 28672):
+        values = activations(rows, width, torch.bfloat16, "cuda")
+        line = []
+        for entries, registers in (
+            (16, 32),
+            (16, 40),
+            (32, 48),
+            (32, 56),
+            (32, 64),
+            (64, 96),
+            (64, 128),
+        ):
+            cuda.ENTRIES_A_THREAD, cuda.REGISTERS = entries, registers
+            made = rule("topp", width, 0.9, "cuda")
+            time = seconds(partial(kernels.masked, made, values, values), "cuda", 20)
+            line.append(f"{entries}/{registers}: {time * 1e3:.3f}")
+        print(f"width {width:>5} | {'  '.join(line)}")
+    cuda.ENTRIES_A_THREAD, cuda.REGISTERS = chosen
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
+    parser.add_argument("--check", action="store_true", help="compare with the definition first")
+    parser.add_argument("--tune", action="store_true", help="try other launch settings (cuda)")
+    parser.add_argument("--rows", type=int, help="vectors; 8192 on a GPU, 512 on a CPU")
+    parser.add_argument("--level", type=float, default=0.9)
+    arguments = parser.parse_args()
+
+    os.environ[kernels.VARIABLE] = "compiled"
+    print(machine(arguments.device))
+    good = check(arguments.device) if arguments.check else True
+    if arguments.device == "cuda":
+        rows = arguments.rows or 8192
+        table("cuda", rows, [896, 2048, 4096, 8192, 11008, 14336, 28672], ["bf16"], arguments.level)
+        table("cuda", rows, [8192, 14336], ["fp16", "fp32"], arguments.level)
+        rules_table("cuda", rows, 14336, "bf16")
+        if arguments.tune:
+            tune(rows)
+    else:
+        rows = arguments.rows or 512
+        table("cpu", rows, [2048, 8192, 14336, 28672], ["fp32", "bf16"], arguments.level)
+        rules_table("cpu", rows, 8192, "fp32")
+        for width in (2048, 8192):
+            share_of_ffn(rows, width, arguments.level)
+    sys.exit(not good)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""How a target sparsity is spread over the places of a site, where not all take the same.
+
+equal_cett    every layer loses the same share of its FFN's output, as CETT does (arXiv 2411.02335)
+sensitivity   every place adds the same loss where it is sparsified alone
+greedy        block by block, as TEAL does (arXiv 2408.14690): the sparsity of whichever tensor hurts the
+              FFN's output least is raised by a step, again and again
+
+An allocation is a table for each place: its own sparsity at each target. It is found on the calibration's
+tokens. Of equal_cett and sensitivity the target is the mean over entries, which is the induced sparsity;
+of greedy the mean over the parameters that the entries meet, in each block by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.interpolate import PchipInterpolator
+from torch import Tensor
+
+from sparsity_atlas.criteria.base import Criterion
+from sparsity_atlas.output_error import sparse_output
+from sparsity_atlas.place import Place, bind_all, state_name
+from sparsity_atlas.sites import intercept
+from sparsity_atlas.sparsify import Drop, dropping
+from sparsity_atlas.thresholds import TARGETS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sparsity_atlas.place import State
+    from sparsity_atlas.sites import FFN
+
+# Sparsities at which a place is tried alone: a layer's error is cheap, a loss takes a forward pass.
+ERROR_GRID = np.linspace(0, 1, 21)
+LOSS_GRID = np.array([0, 0.2, 0.4, 0.6, 0.8, 0.9, 1])
+# Of a block's parameters, what a step of the greedy allocation drops.
+STEP = 0.02
+# Tokens that errors are measured on.
+ERROR_TOKENS = 1024
+Inputs = Callable[[int], Tensor]
+
+
+def spread(damage: np.ndarray, grid: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Sparsities at which all places have the same damage, for each mean sparsity of `TARGETS`.
+
+    Args:
+        damage: [places, grid], of each place alone; made non-decreasing.
+        grid: ascending sparsities from 0 to 1.
+        weights: [places], of the mean.
+
+    Returns:
+        [places, TARGETS]; non-decreasing, 0 and 1 at the ends.
+    """
+    rising = np.maximum.accumulate(damage, axis=1)
+    curves = []
+    for row in rising:
+        # Of equal damages the largest sparsity: what costs nothing is dropped first.
+        last = np.append(np.diff(row) > 1e-9 * row[-1], True)
+        curves.append((row[last], grid[last]))
+    inverse = [
+        PchipInterpolator(*curve) if len(curve[0]) > 1 else lambda _: 1.0 for curve in curves
+    ]
+
+    def at(level: float) -> np.ndarray:
+        return np.array(
+            [
+                1.0 if level >= x[-1] else float(one(max(level, x[0])))
+                for (x, _), one in zip(curves, inverse, strict=True)
+            ]
+        )
+
+    weights = weights / weights.sum()
+    table = np.empty((len(damage), len(TARGETS)))
+    for column, target in enumerate(TARGETS):
+        low, high = 0.0, float(rising.max()) or 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if weights @ at(middle) < target else (low, middle)
+        # What is free at every place may exceed the target by itself.
+        found = at(high)
+        table[:, column] = found * min(1.0, target / (weights @ found)) if target else 0.0
+    table[:, -1] = 1.0
+    return np.maximum.accumulate(table, axis=1)
+
+
+def layer_errors(
+    ffn: FFN, x: Tensor, site: str, rules: Mapping[str, Criterion], grid: np.ndarray
+) -> np.ndarray:
+    """Relative FFN-output error of one layer with its tensors sparsified one at a time.
+
+    Args:
+        ffn: the layer's FFN.
+        x: its input, [tokens, hidden].
+        site: where.
+        rules: the criterion as it is bound to each tensor.
+        grid: sparsities.
+
+    Returns:
+        [tensors, grid].
+    """
+    return np.array(
+        [
+            [_error(ffn, x, site, rules, {**dict.fromkeys(rules, 0.0), name: s}) for s in grid]
+            for name in rules
+        ]
+    )
+
+
+def _error(
+    ffn: FFN, x: Tensor, site: str, rules: Mapping[str, Criterion], levels: Mapping[str, float]
+) -> float:
+    """Mean over tokens of the relative output error, each tensor at a level of its own."""
+    fixed = {name: _Fixed(rule, float(levels[name])) for name, rule in rules.items()}
+    dense = ffn.output(ffn.intermediate(x)).float()
+    norm = dense.norm(dim=-1)
+    output, _, _ = sparse_output(ffn, x, site, fixed, 0.0)
+    error = (output.float() - dense).norm(dim=-1)[norm > 0] / norm[norm > 0]
+    return float(error.double().mean()) if len(error) else 0.0
+
+
+class _Fixed(Criterion):
+    """A criterion that is asked for any level and answers for one."""
+
+    def __init__(self, rule: Criterion, level: float) -> None:
+        self._rule, self._level = rule, level
+
+    def mask(self, values: Tensor, level: float) -> Tensor:
+        """See `Criterion.mask`."""
+        return self._rule.mask(values, self._level)
+
+    def replace(self, values: Tensor, written: Tensor, mask: Tensor, level: float) -> Tensor | None:
+        """See `Criterion.replace`."""
+        return self._rule.replace(values, written, mask, self._level)
+
+
+def single_losses(
+    ffns: Sequence[FFN],
+    site: str,
+    bound: Mapping[tuple[int, str], Criterion],
+    ids: Tensor,
+    grid: np.ndarray,
+    batch: int = 16,
+) -> np.ndarray:
+    """Loss that each place adds where it alone is sparsified: the single-layer sensitivity.
+
+    Args:
+        ffns: all FFNs of one model.
+        site: where.
+        bound: the criterion at every place.
+        ids: int64 [sequences, positions], on the model's device.
+        grid: sparsities.
+        batch: sequences a forward pass.
+
+    Returns:
+        [places, grid], nats per token.
+    """
+    model = ffns[0].model
+
+    def loss() -> float:
+        total = 0.0
+        for rows in ids.split(batch):
+            logits = model(input_ids=rows, use_cache=False).logits[:, :-1].flatten(0, 1)
+            total += float(F.cross_entropy(logits.double(), rows[:, 1:].flatten(), reduction="sum"))
+        return total / ids[:, 1:].numel()
+
+    dense = loss()
+    found = np.zeros((len(bound), len(grid)))
+    for row, (place, rule) in enumerate(bound.items()):
+        for column, level in enumerate(grid):
+            if level == 0:
+                continue
+
+            drop = dropping(rule, float(level))
+
+            def rewrite(
+                layer: int,
+                name: str,
+                values: Tensor,
+                written: Tensor,
+                place: tuple[int, str] = place,
+                drop: Drop = drop,
+            ) -> Tensor | None:
+                return drop(values, written).out if (layer, name) == place else None
+
+            with intercept(ffns, site, rewrite):
+                found[row, column] = loss() - dense
+    return found
+
+
+def greedy(
+    ffn: FFN, x: Tensor, site: str, rules: Mapping[str, Criterion], parameters: np.ndarray
+) -> np.ndarray:
+    """TEAL's block-wise greedy allocation for one layer: [tensors, TARGETS].
+
+    Args:
+        ffn: the layer's FFN.
+        x: its input, [tokens, hidden].
+        site: where.
+        rules: the criterion as it is bound to each tensor.
+        parameters: that each tensor's entries meet.
+    """
+    share = parameters / parameters.sum()
+    names = list(rules)
+    now = np.zeros(len(names))
+    means, path = [0.0], [now]
+    while (now < 1).any():
+        tries = []
+        for k in np.flatnonzero(now < 1):
+            step = now.copy()
+            step[k] = min(now[k] + STEP / share[k], 1.0)
+            levels = dict(zip(names, step.tolist(), strict=True))
+            tries.append((_error(ffn, x, site, rules, levels), step))
+        now = min(tries, key=lambda one: one[0])[1]
+        means.append(float(share @ now))
+        path.append(now)
+    return np.array([np.interp(TARGETS, means, column) for column in np.array(path).T])
+
+
+def allocate(
+    criterion: Criterion,
+    ffns: list[FFN],
+    site: str,
+    states: Mapping[str, State],
+    inputs: Inputs,
+    ids: np.ndarray,
+) -> dict[str, State]:
+    """The table of each place, as its state has it: `share`, and `damage` at the sparsities of `grid`.
+
+    Args:
+        criterion: names the allocation.
+        ffns: all FFNs of one model.
+        site: where.
+        states: what the criterion found at each place.
+        inputs: a layer's captured input, [tokens, hidden], on the model's device and in its type.
+        ids: int64 [sequences, positions] of the calibration.
+    """
+    bound = bind_all(criterion, ffns, site, states)
+    places = {key: Place(ffns[key[0]], key[1]) for key in bound}
+    by_layer = {
+        ffn.layer: {name: rule for (layer, name), rule in bound.items() if layer == ffn.layer}
+        for ffn in ffns
+    }
+    with torch.no_grad():
+        if criterion.allocation == "sensitivity":
+            grid = LOSS_GRID
+            device = next(ffns[0].model.parameters()).device
+            damage = single_losses(ffns, site, bound, torch.from_numpy(ids).to(device), grid)
+        else:
+            grid = ERROR_GRID
+            damage = np.concatenate(
+                [
+                    layer_errors(ffn, inputs(ffn.layer), site, by_layer[ffn.layer], grid)
+                    for ffn in ffns
+                ]
+            )
+        if criterion.allocation == "greedy":
+            tables = [
+                greedy(
+                    ffn,
+                    inputs(ffn.layer),
+                    site,
+                    by_layer[ffn.layer],
+                    np.array(
+                        [Place(ffn, name).weight.numel() for name in by_layer[ffn.layer]], float
+                    ),
+                )
+                for ffn in ffns
+            ]
+            share = np.concatenate(tables)
+        else:
+            weights = np.array([place.width for place in places.values()], dtype=np.float64)
+            share = spread(damage, grid, weights)
+    return {
+        state_name(place): {
+            "share": torch.from_numpy(share[row]),
+            "damage": torch.from_numpy(damage[row]),
+            "grid": torch.from_numpy(grid),
+        }
+        for row, place in enumerate(places.values())
+    }

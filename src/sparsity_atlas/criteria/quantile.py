@@ -1,0 +1,68 @@
+"""Quantile: one threshold for each layer, found on a calibration text."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from sparsity_atlas.criteria.base import Criterion
+from sparsity_atlas.threshold import Threshold
+from sparsity_atlas.thresholds import ALLOCATIONS, TARGETS, at_level, quantile_table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparsity_atlas.place import Place, Sample
+
+
+class Quantile(Criterion):
+    """Keep |v| ≥ t, where t is the level-quantile of the layer's |v| over the calibration tokens.
+
+    The rule of TEAL, CATS and COUNTDOWN-M at any site. The level is the target sparsity: the share
+    of the layer's entries that was dropped in calibration. level = 0 changes nothing, level = 1
+    drops everything.
+
+    Every layer has the level for its sparsity, or one of its own by `allocation`: equal_cett,
+    sensitivity or greedy, which the module `allocation` describes.
+    """
+
+    dense_level = 0.0
+    coarse_levels = ("0.2", "0.4", "0.6", "0.8")
+    calibrated = True
+
+    def __init__(self, allocation: str = "uniform") -> None:
+        if allocation not in ALLOCATIONS:
+            raise ValueError(f"allocation: expected {', '.join(ALLOCATIONS)}, found {allocation!r}")
+        self.allocation = allocation
+
+    def calibrate(self, place: Place, sample: Sample) -> dict[str, Tensor]:
+        """See `Criterion.calibrate`."""
+        return {"table": quantile_table(sample.read(place.tensor).abs())}
+
+    def bind(self, place: Place, state: dict[str, Tensor]) -> Self:
+        """See `Criterion.bind`."""
+        bound = copy.copy(self)
+        bound._state = state
+        # Read where it is used with the level, which is a number of Python's.
+        bound._share = state["share"].cpu().numpy() if "share" in state else None
+        return bound
+
+    def _threshold(self, level: float) -> Tensor:
+        """The table's threshold at what is this place's own level."""
+        if self._share is not None:
+            level = float(np.interp(level, TARGETS, self._share))
+        return at_level(self._state["table"], level)
+
+    def thresholds(self, level: float) -> Tensor:
+        """What |v| must reach, of a bound criterion: float32 [], or [width] by channel."""
+        return self._threshold(level)
+
+    def threshold(self, level: float, width: int) -> Threshold:
+        """See `Criterion.threshold`."""
+        return Threshold("fixed", constants=self.thresholds(level).reshape(-1))
+
+    def export(self, level: float) -> dict[str, Tensor]:
+        """See `Criterion.export`."""
+        return {"threshold": self.thresholds(level)}

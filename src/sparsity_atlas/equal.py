@@ -1,0 +1,109 @@
+"""Scores of a curve at fixed induced sparsities, so that criteria can be compared at equal ones.
+
+Levels of two criteria hardly ever induce the same sparsity, so each curve is read between its levels:
+on the monotone fit, by monotone cubic interpolation, in every bootstrap replicate. Curves of one model
+draw the same samples in the same replicate (`bootstrap.estimate`), so that their differences are paired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from scipy.interpolate import PchipInterpolator
+
+from sparsity_atlas.bootstrap import Estimates, TaskSamples
+from sparsity_atlas.curves import anchored_scores, estimate_all
+from sparsity_atlas.parquet import read_parquet, write_parquet
+
+# Induced sparsities at which curves are read.
+SPARSITIES = tuple(round(0.05 * step, 2) for step in range(1, 20))
+
+SCHEMA = pa.schema(
+    [
+        ("task", pa.string()),
+        ("kind", pa.string()),
+        ("sparsity", pa.float64()),
+        ("value", pa.float64()),  # added loss in nats per token, or retained accuracy
+        ("replicates", pa.list_(pa.float64())),  # the same, in each bootstrap replicate
+    ]
+)
+
+
+def read_between(x: np.ndarray, y: np.ndarray, at: Sequence[float]) -> np.ndarray:
+    """Values of a monotone curve between its points.
+
+    Args:
+        x: [points], ascending; points at one place are one point.
+        y: [points]; an infinite one ends the curve.
+        at: places.
+
+    Returns:
+        [places]; NaN outside the curve.
+    """
+    usable = np.isfinite(y) & np.isfinite(x)
+    usable &= np.logical_and.accumulate(usable)
+    x, first = np.unique(x[usable], return_index=True)
+    y = y[usable][first]
+    at = np.asarray(at, dtype=np.float64)
+    if len(x) < 2:
+        return np.where(np.isin(at, x), y[0] if len(y) else np.nan, np.nan)
+    return PchipInterpolator(x, y, extrapolate=False)(at)
+
+
+def at_sparsities(estimates: Estimates, at: Sequence[float] = SPARSITIES) -> np.ndarray:
+    """Added loss or retained accuracy at fixed sparsities: [1 + B, places], row 0 as measured.
+
+    Columns outside the measured range are NaN in every row. In a replicate the range differs a
+    little; a place just beyond its end takes the end's value.
+    """
+    scores = anchored_scores(estimates)
+    sign = 1.0 if estimates.kind == "accuracy" else -1.0
+    measured = read_between(scores.x[0], sign * scores.fit[0], at)
+    found = np.full((len(scores.x), len(measured)), np.nan)
+    found[0] = measured
+    inside = np.isfinite(measured)
+    places = np.asarray(at, dtype=np.float64)[inside]
+    for row in range(1, len(found)):
+        x, y = scores.x[row], sign * scores.fit[row]
+        finite = x[np.isfinite(y)]
+        found[row, inside] = read_between(x, y, np.clip(places, finite[0], finite[-1]))
+    return found
+
+
+def equal_rows(tasks: Sequence[TaskSamples], replicates: int, seed: int) -> list[dict[str, Any]]:
+    """Rows of `SCHEMA` for one curve: each task, and the average over accuracy tasks."""
+    rows = []
+    for estimates in estimate_all(tasks, replicates, seed):
+        dense = estimates.dense_value[0]
+        if not np.isfinite(dense) or (estimates.kind == "accuracy" and dense == 0):
+            continue
+        values = at_sparsities(estimates)
+        for place, sparsity in enumerate(SPARSITIES):
+            if np.isfinite(values[0, place]):
+                rows.append(
+                    {
+                        **{"task": estimates.task, "kind": estimates.kind, "sparsity": sparsity},
+                        "value": float(values[0, place]),
+                        "replicates": values[1:, place].tolist(),
+                    }
+                )
+    return rows
+
+
+def write_equal(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a curve's rows."""
+    write_parquet(path, pa.Table.from_pylist(rows, SCHEMA))
+
+
+def read_equal(path: Path) -> list[dict[str, Any]]:
+    """Read a curve's rows, replicates as arrays.
+
+    Raises:
+        AtlasError: the file is missing or damaged.
+    """
+    rows = read_parquet(path, SCHEMA).to_pylist()
+    return [{**row, "replicates": np.array(row["replicates"])} for row in rows]

@@ -1,0 +1,229 @@
+"""Batches of requests in which tokens that several requests begin with are run once.
+
+Requests that begin alike become a tree, and a tree becomes one row of a batch: its tokens depth-first,
+each at the position that it has in its requests, seeing its own ancestors only. A row whose requests
+do not branch is an ordinary sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+# Requests share a row if this part of the later one is common to both: a token that they share is
+# saved, but all others of the row become longer to attend over.
+WORTH_SHARING = 0.25
+# Tokens of a row that branches: at most so many, or this multiple of its first request.
+SMALL_TREE, GROWTH = 64, 2
+
+
+@dataclass(frozen=True)
+class Request:
+    """A sequence to score.
+
+    Attributes:
+        tokens: ids; the last one is predicted, but not run.
+        scored: how many tokens at the end are predicted.
+        owner: the document that it belongs to, by number.
+    """
+
+    tokens: list[int]
+    scored: int
+    owner: int
+
+    @property
+    def run(self) -> list[int]:
+        """Tokens that go through the model."""
+        return self.tokens[:-1]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """Where a request ends in its tree.
+
+    Attributes:
+        request: its number.
+        node: of its last token that is run.
+        known: node of its last token that the document's request before brought as well; -1 for none.
+        brought: how many tokens that makes.
+        scored: nodes whose next token is predicted.
+        targets: these tokens.
+    """
+
+    request: int
+    node: int
+    known: int
+    brought: int
+    scored: list[int]
+    targets: list[int]
+
+
+@dataclass
+class Tree:
+    """Requests with a common beginning; nodes are numbered depth-first."""
+
+    tokens: list[int] = field(default_factory=list)
+    depth: list[int] = field(default_factory=list)
+    leaves: list[Leaf] = field(default_factory=list)
+
+    def ends(self) -> list[int]:
+        """For each node the number behind its last descendant's."""
+        ends = [len(self.tokens)] * len(self.tokens)
+        open_nodes: list[int] = []
+        for node, depth in enumerate(self.depth):
+            while open_nodes and self.depth[open_nodes[-1]] >= depth:
+                ends[open_nodes.pop()] = node
+            open_nodes.append(node)
+        return ends
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass.
+
+    Attributes:
+        tokens: int64 [rows, longest], 0 where a row is shorter.
+        lengths: int64 [rows].
+        depth: int64 [rows, longest], position of each token in its requests.
+        ends: int64 [rows, longest]: a token is seen by those behind it in its row, up to here.
+        branched: whether any row is more than one sequence.
+        requests: numbers of the requests in it.
+        owners: of each of them, as an index into `documents`.
+        documents: owners that occur, in ascending order.
+        last: flat index [row * longest + column] of each request's last token.
+        known: likewise, of its last token that its document has already brought; -1 for none.
+        run: how many tokens each request runs.
+        brought: how many of them its document has already brought.
+        scored: flat indices of the tokens whose successor is predicted, each once, ascending.
+        row: for each prediction its index into `scored`.
+        targets: for each prediction the token, request by request.
+        firsts: index of each request's first prediction.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    depth: np.ndarray
+    ends: np.ndarray
+    branched: bool
+    requests: list[int]
+    owners: np.ndarray
+    documents: list[int]
+    last: np.ndarray
+    known: np.ndarray
+    run: np.ndarray
+    brought: np.ndarray
+    scored: np.ndarray
+    row: np.ndarray
+    targets: np.ndarray
+    firsts: np.ndarray
+
+
+def pack(requests: list[Request], batch_size: int, *, share: bool) -> list[Batch]:
+    """Arrange requests in batches, longest row first, as the requests and the arguments alone say.
+
+    A batch holds as many tokens, padding included, as `batch_size` of the longest request.
+
+    Args:
+        requests: in any order.
+        batch_size: sequences of the longest batch.
+        share: whether rows may branch; if not, only requests that run the same tokens share a row.
+    """
+    if not requests:
+        return []
+    budget = batch_size * max(len(request.run) for request in requests)
+    trees = _plant(requests, budget, share)
+    # Longest first: running out of memory shows at once.
+    trees.sort(key=lambda tree: (-len(tree.tokens), tree.tokens, tree.leaves[0].request))
+    batches = []
+    while trees:
+        rows = max(budget // len(trees[0].tokens), 1)
+        batches.append(_batch(trees[:rows], requests))
+        trees = trees[rows:]
+    return batches
+
+
+def _plant(requests: list[Request], budget: int, share: bool) -> list[Tree]:
+    trees: list[Tree] = []
+    limit = 0
+    before: list[int] = []
+    path: list[int] = []  # nodes of the request before, root first
+    brought: dict[int, list[int]] = {}  # the last request of each document
+    for number in sorted(range(len(requests)), key=lambda i: requests[i].run):
+        request = requests[number]
+        tokens = request.run
+        shared = _common(before, tokens)
+        # In this order no earlier request of the document has more in common than the one before.
+        known = _common(brought.get(request.owner, []), tokens)
+        brought[request.owner] = tokens
+        same = shared == len(tokens) == len(before)
+        grown = len(trees[-1].tokens) + len(tokens) - shared if trees else 0
+        worthwhile = share and shared >= WORTH_SHARING * len(tokens) and grown <= limit
+        if not same and not worthwhile:
+            trees.append(Tree())
+            limit = min(max(GROWTH * len(tokens), SMALL_TREE), budget)
+            shared = 0
+        tree = trees[-1]
+        path = path[:shared]
+        for depth in range(shared, len(tokens)):
+            path.append(len(tree.tokens))
+            tree.tokens.append(tokens[depth])
+            tree.depth.append(depth)
+        tree.leaves.append(
+            Leaf(
+                number,
+                path[-1],
+                path[known - 1] if known else -1,
+                known,
+                path[-request.scored :],
+                list(request.tokens[-request.scored :]),
+            )
+        )
+        before = tokens
+    return trees
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    shorter = min(len(one), len(other))
+    if one[:shorter] == other[:shorter]:
+        return shorter
+    return next(i for i in range(shorter) if one[i] != other[i])
+
+
+def _batch(trees: list[Tree], requests: list[Request]) -> Batch:
+    longest = len(trees[0].tokens)
+    shape = (len(trees), longest)
+    tokens, depth = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    # Padding sees itself, since a softmax over nothing is NaN.
+    ends = np.tile(np.arange(1, longest + 1), (len(trees), 1))
+    leaves: list[tuple[int, Leaf]] = []
+    for row, tree in enumerate(trees):
+        length = len(tree.tokens)
+        tokens[row, :length] = tree.tokens
+        depth[row, :length] = tree.depth
+        ends[row, :length] = tree.ends()
+        leaves += [(row * longest, leaf) for leaf in tree.leaves]
+    predictions = np.concatenate([start + np.array(leaf.scored) for start, leaf in leaves])
+    scored, row_of = np.unique(predictions, return_inverse=True)
+    owners = [requests[leaf.request].owner for _, leaf in leaves]
+    documents, owner_of = np.unique(owners, return_inverse=True)
+    counts = [len(leaf.scored) for _, leaf in leaves]
+    return Batch(
+        tokens=tokens,
+        lengths=np.array([len(tree.tokens) for tree in trees]),
+        depth=depth,
+        ends=ends,
+        branched=any(tree.depth[-1] != len(tree.depth) - 1 for tree in trees),
+        requests=[leaf.request for _, leaf in leaves],
+        owners=owner_of,
+        documents=documents.tolist(),
+        last=np.array([start + leaf.node for start, leaf in leaves]),
+        known=np.array([start + leaf.known if leaf.known >= 0 else -1 for start, leaf in leaves]),
+        run=np.array([len(requests[leaf.request].run) for _, leaf in leaves]),
+        brought=np.array([leaf.brought for _, leaf in leaves]),
+        scored=scored,
+        row=row_of,
+        targets=np.array([token for _, leaf in leaves for token in leaf.targets]),
+        firsts=np.cumsum([0, *counts[:-1]]),
+    )

@@ -1,0 +1,127 @@
+"""Fast paths of the thresholds: one read, one write, zeros counted on the way, no wait for the device.
+
+Which path is taken is decided by what there is: Triton for CUDA, Numba for the CPU, else the definition
+in torch. All give the same bits. `SPARSITY_ATLAS_KERNELS` in the environment forces one: `auto`, `reference`
+(the definition) or `compiled` (fail if there is no kernel).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from sparsity_atlas import cli
+from sparsity_atlas.errors import AtlasError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from sparsity_atlas.threshold import Threshold
+
+VARIABLE = "SPARSITY_ATLAS_KERNELS"
+CHOICES = ("auto", "reference", "compiled")
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Beyond, the kernels' bounds on the error of their sums do not hold.
+LARGEST_WIDTH = 1 << 17
+
+
+class Masked(NamedTuple):
+    """What masking left, and what was counted on the way.
+
+    Attributes:
+        out: the tensor with what is dropped set to zero.
+        zeros: integer, one for each row: zeros at the site.
+        finite: bool, one for each row: no NaN and no infinity at the site, or among its scores.
+    """
+
+    out: Tensor
+    zeros: Tensor
+    finite: Tensor
+
+
+def masked(rule: Threshold, values: Tensor, onto: Tensor) -> Masked:
+    """Zero in `onto` what the rule drops of `values`.
+
+    Args:
+        rule: with its tensors on the device of `values`.
+        values: [..., width], what the rule looks at, and whose zeros are counted.
+        onto: of the same shape and type, what is to be masked; often `values` itself. It is not changed.
+
+    Returns:
+        `out` of the shape of `onto`, which keeps every bit of what is kept; `zeros` and `finite` of the
+        shape without the width.
+
+    Raises:
+        AtlasError: `compiled` is forced and there is no kernel for this device or type.
+    """
+    shape = values.shape
+    rows, written = values.reshape(-1, shape[-1]), onto.reshape(-1, shape[-1])
+    apply = _path(values.device.type, values.dtype, shape[-1] <= LARGEST_WIDTH, _choice())
+    out, zeros, finite = apply(rule, rows, written)
+    return Masked(out.view(shape), zeros.view(shape[:-1]), finite.view(shape[:-1]))
+
+
+def by_mask(mask: Tensor, values: Tensor, onto: Tensor) -> Masked:
+    """As `masked`, with a mask (bool, True where kept) in place of a rule."""
+    zeros = (~mask | (values == 0)).sum(-1)
+    return Masked(torch.where(mask, onto, 0), zeros, finite(values))
+
+
+def finite(values: Tensor) -> Tensor:
+    """Whether each row is free of NaN and infinities: bool of the shape without the width."""
+    # A NaN or an infinity makes the largest magnitude one as well.
+    return torch.isfinite(values.abs().amax(-1))
+
+
+def reference(rule: Threshold, values: Tensor, onto: Tensor) -> Masked:
+    """`masked` by the definition, for tensors [rows, width]."""
+    seen = values
+    if values.device.type == "mps":  # which has no float64
+        seen, rule = values.cpu(), rule.to(torch.device("cpu"))
+    found = by_mask(rule.mask(seen).to(values.device), values, onto)
+    return found._replace(finite=finite(rule.scores(seen)).to(values.device))
+
+
+def _choice() -> str:
+    choice = os.environ.get(VARIABLE, "auto")
+    if choice not in CHOICES:
+        raise AtlasError(f"{VARIABLE}: expected one of {', '.join(CHOICES)}, found '{choice}'")
+    return choice
+
+
+@functools.cache
+def _path(device: str, dtype: torch.dtype, narrow: bool, choice: str) -> Callable[..., tuple]:
+    """The path for a kind of device and type; it is logged when it is chosen, which is once."""
+    libraries = {"cuda": "triton", "cpu": "numba"}
+    missing = f"none for {dtype} on {device}"
+    if not narrow:
+        missing = f"none for rows of more than {LARGEST_WIDTH:,} entries"
+    if choice != "reference" and device in libraries and dtype in _TYPES and narrow:
+        try:
+            path = _compiled(device)
+        except ModuleNotFoundError as error:
+            if error.name != libraries[device]:
+                raise
+            missing = f"{error.name} is not installed"
+        else:
+            cli.logger.info("kernels: compiled (%s)", libraries[device])
+            return path
+    if choice == "compiled":
+        raise AtlasError(f"{VARIABLE}: compiled: no kernel ({missing}); use auto or reference")
+    cli.logger.info("kernels: reference (%s)", "forced" if choice == "reference" else missing)
+    return reference
+
+
+def _compiled(device: str) -> Callable[..., tuple]:
+    if device == "cuda":
+        from sparsity_atlas.kernels import cuda
+
+        return cuda.masked
+    from sparsity_atlas.kernels import cpu
+
+    return cpu.masked

@@ -1,0 +1,86 @@
+"""From the device to the disk while the model runs: copies that are not waited for, and a writer thread."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class HostCopy:
+    """A tensor's copy in host memory, perhaps still on its way.
+
+    On CUDA the copy runs on a stream of its own into pinned memory; the model goes on meanwhile, and may
+    overwrite the tensor.
+    """
+
+    def __init__(self, values: Tensor, stream: torch.cuda.Stream | None) -> None:
+        """Begin to copy.
+
+        Args:
+            values: the model's tensor.
+            stream: for the copies from a CUDA device, see `copy_stream`.
+        """
+        self._arrived: torch.cuda.Event | None = None
+        own = values.detach().clone(memory_format=torch.contiguous_format)
+        if stream is None:
+            self._tensor = own.cpu()
+            return
+        self._tensor = torch.empty(own.shape, dtype=own.dtype, pin_memory=True)
+        stream.wait_stream(torch.cuda.current_stream(own.device))
+        with torch.cuda.stream(stream):
+            self._tensor.copy_(own, non_blocking=True)
+            self._arrived = stream.record_event()
+        # The memory of `own` may be given away once this stream has read it.
+        own.record_stream(stream)
+
+    def wait(self) -> Tensor:
+        """The copy, when it has arrived."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._tensor
+
+
+def copy_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream for the copies from a CUDA device; None for other devices."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+class Writer:
+    """Runs tasks one after another in a thread of its own.
+
+    At most `pending` tasks wait or run; `submit` then waits for the oldest. What a task raises is raised by
+    the next `submit` or `drain`. Leaving the context drops what has not begun.
+    """
+
+    def __init__(self, pending: int) -> None:
+        self._pending = pending
+        self._tasks: deque[Future] = deque()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
+
+    def submit(self, task: Callable[..., None], *arguments: Any) -> None:
+        """Hand over a task."""
+        while self._tasks and (self._tasks[0].done() or len(self._tasks) >= self._pending):
+            self._tasks.popleft().result()
+        self._tasks.append(self._thread.submit(task, *arguments))
+
+    def drain(self) -> None:
+        """Wait until all tasks are done."""
+        while self._tasks:
+            self._tasks.popleft().result()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._thread.shutdown(cancel_futures=True)

@@ -1,0 +1,53 @@
+"""What each document of a task cost: tokens, zeros, and nats, summed over its requests."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from sparsity_atlas.forest import Batch
+
+# Tokens of requests, as often as they stand in one; the same, each once; tokens generated and fed back.
+PHASES = ("prefill", "unique", "generation")
+
+
+class Usage:
+    """Sums by document.
+
+    Attributes:
+        documents: (task, document) of each row.
+        tokens: for each phase int64 [documents].
+        zeros: for each phase int64 [documents, slots].
+        nats: negative log-likelihood of all that was predicted, float64 [documents].
+        predicted: tokens predicted, int64 [documents].
+    """
+
+    def __init__(self, documents: list[tuple[str, int]], slots: int) -> None:
+        self.documents = documents
+        count = len(documents)
+        self.tokens = {phase: np.zeros(count, np.int64) for phase in PHASES}
+        self.zeros = {phase: np.zeros((count, slots), np.int64) for phase in PHASES}
+        self.nats = np.zeros(count)
+        self.predicted = np.zeros(count, np.int64)
+
+    def add_scored(self, batch: Batch, record: dict[str, Any]) -> None:
+        """Add a batch of scored requests."""
+        rows = np.array(batch.documents)
+        self.zeros["prefill"][rows] += np.array(record["zeros"], np.int64)
+        self.zeros["unique"][rows] += np.array(record["unique"], np.int64)
+        owners = rows[batch.owners]
+        np.add.at(self.tokens["prefill"], owners, batch.run)
+        np.add.at(self.tokens["unique"], owners, batch.run - batch.brought)
+        np.subtract.at(self.nats, owners, record["scores"])
+        np.add.at(self.predicted, owners, np.diff(batch.firsts, append=len(batch.row)))
+
+    def add_generated(self, owners: list[int], record: dict[str, Any]) -> None:
+        """Add a batch of generation."""
+        for phase in ("prefill", "generation"):
+            np.add.at(self.tokens[phase], owners, record[f"{phase}_tokens"])
+            np.add.at(self.zeros[phase], owners, np.array(record[f"{phase}_zeros"], np.int64))
+        # A prompt that is sampled from several times is the same each time.
+        self.tokens["unique"][owners] = record["prefill_tokens"]
+        self.zeros["unique"][owners] = record["prefill_zeros"]

@@ -1,0 +1,34 @@
+"""Stage `evaluate` in a worker: takes its command line, and does the work itself where it must."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from sparsity_atlas import cli
+from sparsity_atlas.worker.client import ask, wanted
+
+
+def main() -> None:
+    """Command line: as of `sparsity_atlas.evaluate`; `--serve` is for the workers themselves."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--serve", type=Path)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--settings", type=json.loads)
+    known, _ = parser.parse_known_args()
+    if known.serve is not None:
+        from sparsity_atlas.worker.server import serve
+
+        serve(known.serve)
+    elif known.model is not None and known.settings is not None and wanted():
+        ask(sys.argv[1:], known.model, known.settings)
+    else:
+        from sparsity_atlas.evaluate import main as evaluate
+
+        evaluate(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    cli.run(main)

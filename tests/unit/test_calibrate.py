@@ -1,0 +1,384 @@
+"""The calibration stage: what it finds in the store, what depends on it, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sparsity_atlas import calibrate, capture, export, output_error, search
+from sparsity_atlas.activations import ActivationStore
+from sparsity_atlas.asks import Asks
+from sparsity_atlas.calibration import Calibration, check_disjoint, read_calibration
+from sparsity_atlas.config import parse
+from sparsity_atlas.criteria import create
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.evaluate import Node, evaluate_node
+from sparsity_atlas.inputs import check_inputs
+from sparsity_atlas.place import bind_all
+from sparsity_atlas.store import file_digest, read_manifest
+from sparsity_atlas.texts import documents
+from tiny_lm import ROLLING, open_session, rolling_documents, sentences, settings, write_task
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TOKENS, LENGTH, SEEN = 160, 16, 96
+
+
+class Work(NamedTuple):
+    """A model with captured activations."""
+
+    manifest: Path
+    folder: Path
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "activations.zarr"
+
+
+def run(module: Any, arguments: dict[str, Any]) -> None:
+    """A stage by its command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        flat = [str(one) for pair in arguments.items() for one in pair]
+        patch.setattr("sys.argv", ["stage", *flat])
+        module.main()
+
+
+@pytest.fixture(scope="module")
+def work(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Work:
+    """Activations of all sites for ten sequences."""
+    folder = tmp_path_factory.mktemp("calibrate")
+    text = folder / "text.jsonl"
+    lines = sentences(60, seed=3, shortest=12, longest=20)
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    loading = {
+        **{"dtype": "auto", "device": "cpu", "text": {"file": str(text)}},
+        **{"tokens": TOKENS, "sequence_length": LENGTH, "batch_size": 4, "add_bos_token": None},
+    }
+    for site in ("all_inputs", "gate", "up", "intermediate", "input"):
+        run(
+            capture,
+            {
+                **{"--model": manifest, "--site": site, "--siblings": "gate,up"},
+                **{"--settings": json.dumps(loading), "--store": folder / "activations.zarr"},
+                "--output": folder / "capture" / f"{site}.json",
+            },
+        )
+    return Work(manifest, folder)
+
+
+def calibrated(work: Work, output: Path, rule: str, site: str, **changes: Any) -> Calibration:
+    loading = {"dtype": "auto", "device": "cpu", "calibration_tokens": changes.get("tokens", SEEN)}
+    run(
+        calibrate,
+        {
+            **{"--model": work.manifest, "--capture": work.folder / "capture" / f"{site}.json"},
+            **{"--store": work.store, "--criterion": json.dumps({"rule": rule})},
+            **{"--site": site, "--settings": json.dumps(loading), "--output": output},
+            "--code": changes.get("code", "test"),
+        },
+    )
+    return read_calibration(output)
+
+
+def test_it_sees_the_first_tokens_of_each_layer(work: Work, tmp_path: Path) -> None:
+    found = calibrated(work, tmp_path / "c.safetensors", "teal", "all_inputs")
+    store = ActivationStore(work.store)
+    assert set(found.states) == {f"{t}.{n}" for t in ("input", "intermediate") for n in (0, 1)}
+    for name, state in found.states.items():
+        tensor, _, layer = name.partition(".")
+        ranked = np.sort(np.abs(store.read(tensor, int(layer), 0, SEEN)).ravel())
+        assert float(state["table"][5000]) == ranked[len(ranked) // 2]
+    assert found.about["tokens"] == SEEN
+
+
+def test_other_tensors_follow_from_the_input(work: Work, tmp_path: Path) -> None:
+    """CHESS needs u beside g, which it is calibrated at."""
+    found = calibrated(work, tmp_path / "c.safetensors", "chess", "gate")
+    store = ActivationStore(work.store)
+    for layer in (0, 1):
+        u = torch.from_numpy(store.read("up", layer, 0, SEEN))
+        state = found.states[f"gate.{layer}"]
+        torch.testing.assert_close(state["rms"], u.square().mean(0).sqrt())
+
+
+def test_the_same_bytes_again(work: Work, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    digests = [calibrated(work, path, "cett", "intermediate").digest for path in paths]
+    assert digests[0] == digests[1]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    for change in ({"code": "other"}, {"tokens": 80}):
+        other = calibrated(work, tmp_path / "c.safetensors", "cett", "intermediate", **change)
+        assert other.digest != digests[0]
+
+
+@pytest.mark.parametrize("tokens", [0, TOKENS, 2 * TOKENS])
+def test_tokens_must_be_left_over(work: Work, tmp_path: Path, tokens: int) -> None:
+    with pytest.raises(AtlasError, match=rf"calibration.tokens: {tokens} found, expected 1 to 159"):
+        calibrated(work, tmp_path / "c.safetensors", "teal", "input", tokens=tokens)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rule_without_calibration(work: Work, tmp_path: Path) -> None:
+    with pytest.raises(AtlasError, match="criteria: TopK has nothing to calibrate"):
+        calibrated(work, tmp_path / "c.safetensors", "topk", "input")
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors at all"])
+def test_a_damaged_calibration(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "c.safetensors"
+    with pytest.raises(AtlasError, match="no such file; run its calibration first"):
+        read_calibration(path)
+    path.write_bytes(content)
+    with pytest.raises(AtlasError, match="damaged calibration"):
+        read_calibration(path)
+
+
+# What depends on it
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> dict[str, Any]:
+    return {"pages": write_task(tmp_path / "tasks", "pages", rolling_documents(), **ROLLING)}
+
+
+def node(work: Work, path: Path, rule: str, site: str, level: str, **changes: Any) -> Node:
+    return Node.make({"rule": rule}, site, level, calibrated(work, path, rule, site, **changes))
+
+
+def test_a_node_is_sparsified_by_its_calibration(
+    work: Work, tmp_path: Path, tasks: dict[str, Any]
+) -> None:
+    made = node(work, tmp_path / "c.safetensors", "teal", "all_inputs", "0.5")
+    result = evaluate_node(open_session(work.manifest, tasks), made, tmp_path / "node")
+    for tensor in ("input", "intermediate"):
+        # Word salad of the same words: the thresholds carry over.
+        assert result["tasks"]["pages"]["sparsity"][tensor]["total"] == pytest.approx(0.5, abs=0.05)
+    assert result["calibration"]["tokens"] == SEEN
+    assert result["calibration"]["digest"] == made.calibration.digest
+
+
+def test_level_0_is_the_dense_model(work: Work, tmp_path: Path, tasks: dict[str, Any]) -> None:
+    session = open_session(work.manifest, tasks)
+    dense = evaluate_node(session, None, tmp_path / "dense")["tasks"]["pages"]["scores"]
+    for rule, site in (("r_sparse", "input"), ("shifted_relu", "gate"), ("cett", "intermediate")):
+        made = node(work, tmp_path / "c.safetensors", rule, site, "0")
+        result = evaluate_node(session, made, tmp_path / rule)
+        assert result["tasks"]["pages"]["scores"] == dense
+
+
+def test_another_calibration_is_another_node(
+    work: Work, tmp_path: Path, tasks: dict[str, Any]
+) -> None:
+    session = open_session(work.manifest, tasks)
+    found = []
+    for tokens in (96, 80, 96):
+        made = node(work, tmp_path / "c.safetensors", "teal", "input", "0.5", tokens=tokens)
+        found.append(evaluate_node(session, made, tmp_path / "node"))
+    assert found[0] == found[2]
+    assert found[0]["fingerprints"] != found[1]["fingerprints"]
+    assert found[0]["tasks"] != found[1]["tasks"]
+
+
+def test_a_node_without_its_calibration() -> None:
+    with pytest.raises(AtlasError, match="criteria: Teal needs a calibration; found none"):
+        Node.make({"rule": "teal"}, "input", "0.5")
+
+
+def test_output_errors_leave_the_calibration_s_tokens_out(work: Work, tmp_path: Path) -> None:
+    store = ActivationStore(work.store)
+    found = calibrated(work, tmp_path / "c.safetensors", "quantile", "intermediate")
+    output = tmp_path / "sparsity.parquet"
+    loading = {"dtype": "auto", "device": "cpu", "calibration_tokens": SEEN}
+    run(
+        output_error,
+        {
+            **{"--model": work.manifest, "--site": "intermediate", "--store": work.store},
+            **{"--criterion": json.dumps({"rule": "quantile"}), "--levels": "0.3"},
+            **{"--settings": json.dumps(loading), "--output": output},
+            "--calibration": tmp_path / "c.safetensors",
+        },
+    )
+    for row in pq.read_table(output).to_pylist():
+        layer = row["layer"]
+        threshold = float(found.states[f"intermediate.{layer}"]["table"][3000])
+        i = store.read("intermediate", layer, SEEN)
+        assert row["sparsity"] == pytest.approx((np.abs(i) < threshold).mean(), abs=1e-3)
+
+
+def test_a_search_uses_it(work: Work, tmp_path: Path, tasks: dict[str, Any]) -> None:
+    session = open_session(work.manifest, tasks)
+    evaluate_node(session, None, tmp_path / "dense")
+    path = tmp_path / "cett" / "calibration.safetensors"
+    made = calibrated(work, path, "cett", "intermediate")
+    run(
+        search,
+        {
+            **{"--model": work.manifest, "--dense": tmp_path / "dense" / "eval.json"},
+            **{"--settings": json.dumps(settings(tasks)), "--site": "intermediate"},
+            **{"--criterion": json.dumps({"rule": "cett"}), "--calibration": path},
+            "--search": json.dumps({"max_levels": 3, "resolution": 0.1}),
+            "--output": tmp_path / "cett" / "search.json",
+        },
+    )
+    levels = read_manifest(tmp_path / "cett" / "search.json")["levels"]
+    assert [one["level"] for one in levels] == ["0.05", "0.1", "0.2"]
+    for one in levels:
+        result = read_manifest(tmp_path / "cett" / one["level"] / "eval.json")
+        assert result["calibration"]["digest"] == made.digest
+
+
+# Calibration text and evaluation text
+
+
+def about(content: str) -> Calibration:
+    return Calibration({}, {"content": content, "text": "", "tokens": 1}, "")
+
+
+LONG = (
+    "It was therefore with some surprise that Mrs. Dobbs heard the familiar groaning begin again."
+)
+
+
+@pytest.mark.parametrize(
+    ("seen", "evaluated"),
+    [
+        (f"Before. {LONG} After.", LONG),
+        (LONG[:70], f"Before. {LONG} After."),
+        (LONG.replace(" ", "\n"), f"  {LONG}  "),
+    ],
+)
+def test_a_task_that_evaluates_the_calibration_s_text(seen: str, evaluated: str) -> None:
+    with pytest.raises(AtlasError, match=r"tasks\.prose: document 1 is part of the text"):
+        check_disjoint(about(seen), "prose", [{"page": "x" * 99}, {"a": {"b": ["y", evaluated]}}])
+
+
+def test_short_strings_turn_up_anywhere() -> None:
+    check_disjoint(about(LONG), "prose", [{"word": LONG[:59], "other": LONG.upper()}])
+
+
+def test_a_stage_refuses_such_a_task(work: Work, tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    seen = calibrated(work, path, "teal", "input").about["content"]
+    pages = [*rolling_documents(), {"page": seen[20:120]}]
+    task = write_task(tmp_path / "tasks", "pages", pages, **ROLLING)
+    session = open_session(work.manifest, {"pages": {**task, "limit": 6}})
+    session.check_disjoint(read_calibration(path))  # the last document is not evaluated
+    session = open_session(work.manifest, {"pages": task})
+    with pytest.raises(AtlasError, match=r"tasks\.pages: document 6 is part of the text"):
+        session.check_disjoint(read_calibration(path))
+
+
+# Configuration
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A task and a text in one file, parted by document."""
+    monkeypatch.chdir(tmp_path)
+    write_task(tmp_path / "tasks", "pages", rolling_documents(), **ROLLING)
+    task = Path("tasks/pages.yaml")
+    task.write_text(
+        task.read_text().replace(str(tmp_path / "tasks" / "pages.jsonl"), "pages.jsonl")
+    )
+    return {
+        "models": {"tiny": {"path": "tiny"}},
+        "criteria": {"teal": {}, "topk": {}},
+        "texts": {"rest": {"file": "tasks/pages.jsonl", "column": "page", "documents": [4, 6]}},
+        "tasks": {"pages": {"include": "tasks", "limit": 4}},
+        "capture": {"text": "rest", "tokens": 96, "sequence_length": 16},
+        "calibration": {"tokens": 64},
+        "run": [{"models": ["tiny"], "criteria": ["teal"], "sites": ["input"], "levels": [0.5]}],
+    }
+
+
+def test_documents_of_a_text(config: dict[str, Any]) -> None:
+    check_inputs(parse(config))
+    pages = [one["page"] for one in rolling_documents()]
+    assert list(documents(config["texts"]["rest"])) == pages[4:6]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"calibration": None}, "run: criteria: 'teal' is calibrated; say on how many captured"),
+        ({"calibration": {"tokens": 72}}, "calibration.tokens: 72 is no multiple of"),
+        ({"calibration": {"tokens": 96}}, "calibration.tokens: 96 of capture.tokens"),
+        ({"calibration": {"tokens": 0}}, "calibration.tokens: "),
+        ({"tasks": {"pages": {"include": "tasks"}}}, r"tasks\.pages: 'teal' is calibrated on docu"),
+        ({"tasks": {"pages": {"include": "tasks", "limit": 5}}}, r"evaluates its first 5 docum"),
+        ({"texts": {"rest": {"file": "tasks/pages.jsonl"}}}, "documents 0 to the last of"),
+        ({"texts": {"rest": {"file": "a", "documents": [3, 3]}}}, r"texts\.rest: documents: the"),
+        ({"texts": {"rest": {"file": "a", "documents": [3]}}}, r"texts\.rest\.documents: "),
+    ],
+)
+def test_bad_configuration(config: dict[str, Any], change: dict, message: str) -> None:
+    data = {key: value for key, value in {**config, **change}.items() if value is not None}
+    with pytest.raises(AtlasError, match=message) as caught:
+        check_inputs(parse(data))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_rule_at_a_site_where_it_means_nothing(config: dict[str, Any]) -> None:
+    config["run"][0]["sites"] = ["input", "gate"]
+    with pytest.raises(AtlasError, match="run: sites: 'teal' is not defined at 'gate'; its sites"):
+        check_inputs(parse(config))
+
+
+def test_only_calibrated_criteria_wait_for_a_calibration(config: dict[str, Any]) -> None:
+    config["run"][0]["criteria"] = ["teal", "topk"]
+    ask = Asks(parse(config), "results")
+
+    class At(NamedTuple):
+        model: str
+        criterion: str
+        site: str
+
+    path = "results/tiny/teal/input/calibration.safetensors"
+    assert ask.calibration(At("tiny", "teal", "input")) == [path]
+    assert ask.calibration(At("tiny", "topk", "input")) == []
+
+
+# Export
+
+
+def test_exported_thresholds_are_the_masks(
+    work: Work, tmp_path: Path, tasks: dict[str, Any]
+) -> None:
+    """A kernel that knows the files alone drops what the criterion drops."""
+    store = ActivationStore(work.store)
+    for rule, tensor in (("teal", "input"), ("chess", "gate"), ("cett", "intermediate")):
+        folder = tmp_path / rule
+        made = calibrated(work, folder / "calibration.safetensors", rule, tensor)
+        run(
+            export,
+            {
+                **{"--model": work.manifest, "--criterion": json.dumps({"rule": rule})},
+                **{"--site": tensor, "--calibration": folder / "calibration.safetensors"},
+                **{"--levels": "0.3,0.5", "--output": folder / "thresholds.json"},
+                "--settings": json.dumps({"dtype": "auto", "device": "cpu"}),
+            },
+        )
+        manifest = read_manifest(folder / "thresholds.json")
+        assert list(manifest["levels"]) == ["0.5", "0.3"]
+        session = open_session(work.manifest, tasks)
+        for level, one in manifest["levels"].items():
+            assert file_digest(folder / one["file"]) == one["sha256"]
+            about = read_manifest(folder / level / "thresholds.json")
+            assert (about["level"], about["site"]) == (level, tensor)
+            assert about["calibration"] == made.identity()
+            tensors = load_file(folder / one["file"])
+            assert {name: list(t.shape) for name, t in tensors.items()} == about["tensors"]
+            bound = bind_all(create({"rule": rule}), session.ffns, tensor, made.states)
+            for layer in (0, 1):
+                values = torch.from_numpy(store.read(tensor, layer))
+                kept = values.abs() >= tensors[f"{tensor}.{layer}.threshold"]
+                assert torch.equal(kept, bound[layer, tensor].mask(values, float(level)))
+                for path in about["readers"][f"{tensor}.{layer}"]:
+                    assert session.lm.model.get_submodule(path).in_features == values.shape[1]

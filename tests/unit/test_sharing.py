@@ -1,0 +1,223 @@
+"""Tokens that requests share are run once where a model can do it: the same scores, the same zeros."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sparsity_atlas import scoring
+from sparsity_atlas.criteria import create
+from sparsity_atlas.evaluate import evaluate_node
+from sparsity_atlas.forest import Request, pack
+from sparsity_atlas.scoring import Abilities
+from sparsity_atlas.sharing import abilities
+from sparsity_atlas.sites import find_ffns
+from sparsity_atlas.sparsify import NumericalFailure, counted, sparsified
+from tiny_lm import (
+    CHOICE,
+    choice_documents,
+    open_session,
+    tiny_tokenizer,
+    write_model_manifest,
+    write_task,
+)
+from tiny_models import ARCHITECTURES, VOCABULARY, tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# No place for a mask of who sees whom or for positions, or a state that follows the row.
+UNABLE = {"bloom", "mpt", "rwkv", "openai-gpt", "lfm2", "recurrent_gemma"}
+
+
+def questions(count: int = 6, seed: int = 0, longest: int = 14) -> list[Request]:
+    """Contexts with two to four options each, of several tokens."""
+    draw = random.Random(seed)
+
+    def tokens(shortest: int, most: int) -> list[int]:
+        return draw.choices(range(3, VOCABULARY), k=draw.randint(shortest, most))
+
+    requests = []
+    for owner in range(count):
+        context = tokens(4, longest)
+        for _ in range(draw.randint(2, 4)):
+            option = tokens(1, 5)
+            requests.append(Request(context + option, len(option), owner))
+    return requests
+
+
+def run(
+    model: nn.Module, requests: list[Request], found: Abilities, attach: Any
+) -> tuple[list[tuple[float, bool]], dict[int, np.ndarray], dict[int, np.ndarray]]:
+    """Answers by request, and zeros [slots] by document: as often as asked for, and once."""
+    answers: list[Any] = [None] * len(requests)
+    every: dict[int, Any] = {}
+    once: dict[int, Any] = {}
+    with attach() as counter, torch.no_grad():
+        for batch in pack(requests, 3, share=found.branches):
+            valid = np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
+            counter.expect(torch.from_numpy(valid))
+            logits = scoring.logits(
+                model, lambda ids, **o: model(ids, **o).logits, batch, select=found.selects
+            )
+            zeros, _ = counter.take()
+            for sums, part in zip(
+                (every, once), scoring.zeros_by_document(zeros, batch), strict=True
+            ):
+                for owner, counts in zip(batch.documents, part, strict=True):
+                    sums[owner] = sums.get(owner, 0) + np.array(counts)
+            for number, *answer in zip(batch.requests, *scoring.scores(logits, batch), strict=True):
+                answers[number] = tuple(answer)
+    return answers, every, once
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_which_models_can(name: str) -> None:
+    found, faults = abilities(tiny_model(name), questions())
+    assert found == Abilities(branches=name not in UNABLE, selects=True)
+    assert ("branches" in faults) == (name in UNABLE)
+
+
+@pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - UNABLE))
+def test_scores_and_counts_are_those_of_each_request_by_itself(name: str) -> None:
+    model = tiny_model(name)
+    requests = questions()
+    ffns = find_ffns(model)
+    ways = {"dense": lambda: counted(model, ffns)}
+    for site in ffns[0].sites():
+        for rule, level in (("topp", 0.7), ("topk", 0.4), ("maxp", 0.2)):
+            ways[f"{rule} {site}"] = lambda site=site, rule=rule, level=level: sparsified(
+                model, ffns, site, create({"rule": rule}), level
+            )
+    for attach in ways.values():
+        plain = run(model, requests, Abilities(), attach)
+        shared = run(model, requests, Abilities(branches=True, selects=True), attach)
+        for (one, greedy), (other, likewise) in zip(plain[0], shared[0], strict=True):
+            assert one == pytest.approx(other, abs=1e-4)
+            assert greedy == likewise
+        for before, after in zip(plain[1:], shared[1:], strict=True):
+            assert {k: v.tolist() for k, v in before.items()} == {
+                k: v.tolist() for k, v in after.items()
+            }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "opt", *sorted(UNABLE)])
+def test_rounding_hides_no_mistake(name: str, dtype: torch.dtype) -> None:
+    # Weights so small as the default ones round every trace of a neighbour away.
+    found, _ = abilities(tiny_model(name, dtype=dtype, initializer_range=0.2), questions())
+    assert found == Abilities(branches=name not in UNABLE, selects=True)
+
+
+@pytest.mark.parametrize("window", [6, 64])
+@pytest.mark.parametrize(
+    ("name", "settings"), [("mistral", {}), ("gemma3", {"layer_types": ["sliding_attention"] * 2})]
+)
+def test_a_window_of_attention_that_is_reached(
+    name: str, settings: dict[str, Any], window: int
+) -> None:
+    found, faults = abilities(tiny_model(name, sliding_window=window, **settings), questions())
+    assert found.branches == (window == 64)
+    assert ("relative error" in faults.get("branches", "")) == (window == 6)
+
+
+def test_other_attention() -> None:
+    model = tiny_model("llama")
+    model.set_attn_implementation("eager")
+    assert abilities(model, questions())[0] == Abilities(branches=True, selects=True)
+
+
+def test_a_trace_of_a_neighbour_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token also sees the one before it in its row, too faintly for its logits to show it."""
+    model = tiny_model("llama")
+    inner = model.model.embed_tokens.forward
+
+    def leaking(ids: torch.Tensor) -> torch.Tensor:
+        embedded = inner(ids)
+        before = nn.functional.pad(embedded, (0, 0, 1, 0))[:, :-1]
+        return embedded + 1e-5 * before
+
+    monkeypatch.setattr(model.model.embed_tokens, "forward", leaking)
+    found, faults = abilities(model, questions())
+    assert not found.branches
+    assert faults["branches"] == "a branch depends on its neighbour"
+
+
+def test_a_head_that_must_see_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    shapes = []
+    model.model.embed_tokens.register_forward_pre_hook(
+        lambda module, args: shapes.append(args[0].shape)
+    )
+    inner = model.lm_head.forward
+
+    def whole(hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.shape[:2] != shapes[-1]:
+            raise ValueError("a whole batch is wanted")
+        return inner(hidden)
+
+    monkeypatch.setattr(model.lm_head, "forward", whole)
+    found, faults = abilities(model, questions())
+    assert found == Abilities(branches=True, selects=False)
+    assert faults == {"selects": "ValueError: a whole batch is wanted"}
+
+
+def test_what_takes_longer_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = AutoConfig.for_model("bloom", vocab_size=300, hidden_size=24, n_layer=2, n_head=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bloom")
+    tiny_tokenizer().save_pretrained(tmp_path / "bloom")
+    path = write_model_manifest(tmp_path / "bloom", tmp_path / "model.json")
+    tasks = {
+        name: write_task(tmp_path / "tasks", name, choice_documents(seed=seed), **CHOICE)
+        for seed, name in enumerate(("one", "two"))
+    }
+    with caplog.at_level("INFO", "sparsity_atlas"):
+        result = evaluate_node(open_session(path, tasks), None, tmp_path / "dense")
+    assert result["status"] == "ok"
+    assert caplog.text.count("each answer option reads its whole context") == 1
+
+
+@pytest.mark.parametrize("select", [True, False])
+def test_logits_of_scored_tokens_only(select: bool) -> None:
+    model = tiny_model("gemma2", final_logit_softcapping=2.0)
+    shapes = []
+    model.lm_head.register_forward_hook(lambda head, args, output: shapes.append(output.shape))
+    (batch,) = pack(questions(1), 8, share=True)
+    with torch.no_grad():
+        found = scoring.logits(model, lambda ids, **o: model(ids, **o).logits, batch, select=select)
+    assert found.shape == (len(batch.scored), VOCABULARY)
+    assert shapes == [(1, *found.shape) if select else (*batch.tokens.shape, VOCABULARY)]
+    # What the model does behind its head is done all the same.
+    assert found.abs().max() < 2
+
+
+@pytest.mark.parametrize("chunk", [1, 3 * VOCABULARY, 10**9])
+def test_scores_in_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(scoring.CHUNK, "cpu", chunk)
+    requests = questions()
+    for batch in pack(requests, 2, share=True):
+        generator = torch.Generator().manual_seed(len(batch.scored))
+        found = torch.randn(len(batch.scored), VOCABULARY, generator=generator)
+        # A tie: the first of the likeliest tokens is the one that greedy decoding takes.
+        found[:, 5] = found[:, 4] = found.amax(-1) + 1
+        likely = found.log_softmax(-1)
+        sums, greedy = scoring.scores(found, batch)
+        ends = [*batch.firsts[1:], len(batch.row)]
+        for i, (first, end) in enumerate(zip(batch.firsts, ends, strict=True)):
+            row, target = batch.row[first:end], batch.targets[first:end]
+            assert sums[i] == pytest.approx(likely[row, target].sum().item(), abs=1e-4)
+            assert greedy[i] == (found[row].argmax(-1).numpy() == target).all()
+
+
+def test_nan_in_the_logits_is_a_failure() -> None:
+    (batch,) = pack(questions(1), 8, share=True)
+    found = torch.zeros(len(batch.scored), VOCABULARY)
+    found[3, 7] = float("nan")
+    with pytest.raises(NumericalFailure, match="in the logits"):
+        scoring.scores(found, batch)

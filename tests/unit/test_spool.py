@@ -1,0 +1,88 @@
+"""The writer thread: order, bound, and what becomes of errors."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from sparsity_atlas.spool import HostCopy, Writer, copy_stream
+
+
+def test_tasks_run_in_order_beside_their_caller() -> None:
+    done: list[int] = []
+    gate = threading.Event()
+    with Writer(8) as writer:
+        writer.submit(gate.wait)
+        for number in range(5):
+            writer.submit(done.append, number)
+        assert done == []
+        gate.set()
+        writer.drain()
+        assert done == [0, 1, 2, 3, 4]
+
+
+def test_no_more_wait_than_may() -> None:
+    gate, started = threading.Event(), threading.Semaphore(0)
+
+    def task() -> None:
+        started.release()
+        gate.wait()
+
+    with Writer(2) as writer:
+        writer.submit(task)
+        writer.submit(task)
+        third = threading.Thread(target=writer.submit, args=(task,))
+        third.start()
+        started.acquire()
+        third.join(0.1)
+        assert third.is_alive()
+        gate.set()
+        third.join()
+        writer.drain()
+
+
+class DiskFull(Exception):
+    pass
+
+
+def fail() -> None:
+    raise DiskFull
+
+
+def test_an_error_is_raised_by_the_next_call() -> None:
+    with Writer(4) as writer:
+        writer.submit(fail)
+        with pytest.raises(DiskFull):
+            writer.drain()
+    with Writer(1) as writer:
+        writer.submit(fail)
+        with pytest.raises(DiskFull):
+            writer.submit(print)
+
+
+def test_what_has_not_begun_is_dropped_when_the_caller_fails() -> None:
+    gate, done = threading.Event(), []
+
+    def leave() -> None:
+        with Writer(8) as writer:
+            writer.submit(gate.wait)
+            writer.submit(done.append, 1)
+            threading.Timer(0.05, gate.set).start()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        leave()
+    assert done == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copy_is_a_copy(dtype: torch.dtype) -> None:
+    values = torch.arange(12).to(dtype).view(3, 4)
+    left = values[:, :2]
+    copy = HostCopy(left, copy_stream(values.device))
+    wanted = left.clone()
+    values.zero_()
+    assert torch.equal(copy.wait(), wanted)
+    assert copy.wait().is_contiguous()

@@ -1,0 +1,126 @@
+"""Workers are private, end when idle, and are not started where nobody may leave a process behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client
+from pathlib import Path
+
+import pytest
+
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.worker import slots
+from sparsity_atlas.worker.client import wanted
+from sparsity_atlas.worker.slots import Slot, folder_for, free_slot, places
+
+SERVE = """
+import sys
+from pathlib import Path
+from sparsity_atlas.worker.server import serve
+serve(Path(sys.argv[1]), idle=float(sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as path:
+        yield Path(path)
+
+
+def start(slot: Slot, idle: float) -> subprocess.Popen:
+    lock = slot.try_lock()
+    assert lock is not None
+    _ = slot.key
+    process = subprocess.Popen([sys.executable, "-c", SERVE, str(slot.folder), str(idle)])
+    while slot.connect() is None:
+        assert process.poll() is None
+        time.sleep(0.02)
+    lock.close()
+    return process
+
+
+def test_a_worker_that_nobody_needs_ends(folder: Path) -> None:
+    slot = Slot(folder / "0")
+    process = start(slot, idle=0.3)
+    assert process.wait(timeout=30) == 0
+    assert not slot.socket.exists()
+
+
+def test_a_worker_whose_slot_is_held_waits(folder: Path) -> None:
+    slot = Slot(folder / "0")
+    process = start(slot, idle=0.2)
+    with free_slot(folder, 1) as (_, connection):
+        assert connection is not None
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=1.5)
+    assert process.wait(timeout=30) == 0
+
+
+def test_a_stranger_is_turned_away_and_the_worker_lives(folder: Path) -> None:
+    slot = Slot(folder / "0")
+    process = start(slot, idle=60)
+    try:
+        with pytest.raises(AuthenticationError):
+            Client(str(slot.socket), family="AF_UNIX", authkey=b"guess")
+        with free_slot(folder, 1) as (_, connection):
+            assert connection is not None
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_key_and_the_folder_are_private(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    slot = Slot(folder_for(Path("model.json"), "code") / "0")
+    lock = slot.try_lock()
+    assert lock is not None
+    assert len(slot.key) == 32
+    lock.close()
+    assert (slot.folder / "key").stat().st_mode & 0o777 == 0o600
+    base = slot.folder.parents[1]
+    assert base.stat().st_mode & 0o777 == 0o700
+    base.chmod(0o755)
+    with pytest.raises(AtlasError, match="this user's alone"):
+        folder_for(Path("model.json"), "code")
+
+
+def test_other_code_or_another_model_has_other_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folders = {folder_for(Path(m), c) for m in ("a.json", "b.json") for c in ("x", "y")}
+    assert len(folders) == 4
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert folder_for(Path("a.json"), "x") not in folders
+
+
+def test_one_worker_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3")
+    assert places("auto") == places("cuda") == 2
+    assert places("cpu") == slots.MOST
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert places("auto") == slots.MOST
+
+
+def test_a_second_client_gets_the_second_slot(folder: Path) -> None:
+    with free_slot(folder, 2) as (first, _), free_slot(folder, 2) as (second, _):
+        assert {first.folder.name, second.folder.name} == {"0", "1"}
+
+
+def test_no_worker_inside_a_clusters_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SPARSITY_ATLAS_WORKER", raising=False)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert wanted()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert not wanted()
+    monkeypatch.delenv("SLURM_JOB_ID")
+    monkeypatch.setenv("SPARSITY_ATLAS_WORKER", "off")
+    assert not wanted()

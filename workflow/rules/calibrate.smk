@@ -1,0 +1,37 @@
+"""What calibrated criteria find in the captured activations.
+
+In:  a model's manifest and the activations of a site.
+Out: calibration.safetensors for each model, criterion and site: what every level of it needs.
+"""
+
+
+rule calibrate:
+    input:
+        model="results/{model}/model.json",
+        capture="results/{model}/capture/{site}.json",
+    output:
+        "results/{model}/{criterion}/{site}/calibration.safetensors",
+    log:
+        "results/logs/{model}/{criterion}/{site}/calibration.log",
+    benchmark:
+        "results/benchmarks/{model}/{criterion}/{site}/calibration.jsonl"
+    conda:
+        "../../envs/atlas.yaml"
+    threads: 1
+    params:
+        settings=ask.store_settings,
+        criterion=ask.criterion,
+        store="results/{model}/activations.zarr",
+        code=ask.criterion_code("calibrate"),
+    shell:
+        """
+        python -m sparsity_atlas.calibrate \
+            --model {input.model} \
+            --capture {input.capture} \
+            --store {params.store} \
+            --criterion {params.criterion:q} \
+            --site {wildcards.site} \
+            --settings {params.settings:q} \
+            --code {params.code} \
+            --output {output} >{log} 2>&1
+        """
