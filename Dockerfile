@@ -3,10 +3,10 @@
 # PyPI's build of torch for Linux brings CUDA; the host brings the driver.
 FROM python:3.12.11-slim-bookworm
 
-# Triton compiles its launchers when a kernel is first used.
+# Triton compiles its launchers when a kernel is first used; storage in a folder copies with rsync.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev rsync \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/sparsity-atlas

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fake_results import write_model
-from sparsity_atlas import needs
+from sparsity_atlas import asks, needs
 from sparsity_atlas.asks import Asks
 from sparsity_atlas.config import Config, parse
 from sparsity_atlas.grid import Curve
@@ -21,8 +22,6 @@ from sparsity_atlas.needs import Needs
 from sparsity_atlas.question import question
 from sparsity_atlas.selection import fold, unfold
 from sparsity_atlas.store import write_manifest
-
-GIB = 1024  # in MiB
 
 
 def config(model: dict[str, Any] | None = None, **changes: Any) -> Config:
@@ -108,6 +107,32 @@ def test_each_attempt_asks_for_more(tmp_path: Path) -> None:
     for question_ in (ask.memory, ask.node_minutes, ask.search_minutes, ask.error_minutes):
         once = question_(node, attempt=1)
         assert [question_(node, attempt=n) for n in (2, 3)] == [2 * once, 3 * once]
+
+
+def test_what_all_levels_share_is_worked_out_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each took milliseconds and up: for 50,000 jobs, minutes, at every look for jobs to start."""
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, answer: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            calls[name] += 1
+            return answer(*arguments)
+
+        return call
+
+    monkeypatch.setattr(asks, "task_content", counted("tasks", asks.task_content))
+    for name in ("evaluation_slice", "criterion_slice", "curves"):
+        monkeypatch.setattr(asks.grid, name, counted(name, getattr(asks.grid, name)))
+    ask = Asks(config(), str(tmp_path))
+    calls.clear()
+    code = ask.criterion_code("evaluate")
+    for level in range(100):
+        node = SimpleNamespace(model="m", criterion="topp", site="input", level=f"0.{level}")
+        for answer in (ask.node_tasks, ask.node_settings, ask.criterion, code, ask.search_of_node):
+            answer(node)
+    assert calls == {"tasks": 1, "evaluation_slice": 1, "criterion_slice": 1}
 
 
 def test_a_question_looks_like_a_bound_method() -> None:
