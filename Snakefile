@@ -5,6 +5,7 @@ snakemake --cores all results/<model>/summary.csv        one model
 snakemake --cores all results/<model>/<criterion>/<site>/<level>/eval.json      one node
 snakemake --cores all plan                               what it will cost, before it runs
 snakemake --cores all export                             the thresholds of calibrated criteria, for kernels
+snakemake --cores 1 clean                                what is left of runs, and needed by nothing
 """
 
 from snakemake.utils import min_version
@@ -29,6 +30,7 @@ include: "workflow/rules/summarize.smk"
 include: "workflow/rules/figures.smk"
 include: "workflow/rules/export.smk"
 include: "workflow/rules/plan.smk"
+include: "workflow/rules/clean.smk"
 
 
 onerror:
@@ -36,12 +38,6 @@ onerror:
     shell(
         "python -m sparsity_atlas.report partial --results results --config {ask.config_text:q} >&2"
     )
-
-
-localrules:
-    all,
-    export,
-    plan,
 
 
 rule all:
@@ -55,3 +51,4 @@ rule all:
         ask.model_files("summary.csv"),
         ask.listed_nodes(),
         ask.lost_nodes(),
+    localrule: True

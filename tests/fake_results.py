@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sparsity_atlas import metrics, output_error
 from sparsity_atlas.bootstrap import TaskSamples
 from sparsity_atlas.critical import BARS, critical
 from sparsity_atlas.curves import curve_points
 from sparsity_atlas.equal import equal_rows, write_equal
+from sparsity_atlas.parquet import write_parquet
 from sparsity_atlas.store import write_manifest
 from sparsity_atlas.terms import TENSORS
 
@@ -129,7 +129,7 @@ def write_curve(
         for level, share in shares.items()
         for layer in range(LAYERS)
     ]
-    pq.write_table(pa.Table.from_pylist(rows, output_error.SCHEMA), folder / "sparsity.parquet")
+    write_parquet(folder / "sparsity.parquet", pa.Table.from_pylist(rows, output_error.SCHEMA))
 
 
 def write_metrics(model: Path, site: str) -> None:
@@ -143,7 +143,7 @@ def write_metrics(model: Path, site: str) -> None:
             rows.append({"tensor": tensor, "layer": layer, **metrics.layer_metrics(values)})
     (model / "metrics").mkdir(exist_ok=True)
     path = model / "metrics" / f"{site}.parquet"
-    pq.write_table(pa.Table.from_pylist(rows, metrics.SCHEMA), path)
+    write_parquet(path, pa.Table.from_pylist(rows, metrics.SCHEMA))
 
 
 def make_results(

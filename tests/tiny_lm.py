@@ -13,8 +13,9 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from sparsity_atlas.checkpoint import Checkpoint
 from sparsity_atlas.evaluate import Session
-from sparsity_atlas.models import content_digest, describe
+from sparsity_atlas.models import describe
 from sparsity_atlas.store import write_manifest
 
 MAX_LENGTH = 48
@@ -94,7 +95,8 @@ def save_model(
 def write_model_manifest(folder: Path, path: Path) -> Path:
     """The manifest that stage `models` writes for a local folder."""
     source = {"name": folder.name, "source": {"path": str(folder)}, "revision": None}
-    write_manifest(path, {**source, "digest": content_digest(folder), **describe(folder, None)})
+    checkpoint = Checkpoint(folder)
+    write_manifest(path, {**source, "digest": checkpoint.digest(), **describe(checkpoint, None)})
     return path
 
 

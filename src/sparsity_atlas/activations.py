@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ from sparsity_atlas.errors import AtlasError
 
 # Between 8 and 16 MiB reads and writes run at the disk's speed.
 CHUNK_BYTES = 12 * 2**20
+# What Zarr and Blosc raise for metadata or a chunk that is not as it was written. A damaged size of a
+# chunk is a SystemError where it is negative, and a MemoryError where it is huge.
+_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, OSError, RuntimeError)
+_DAMAGE += (SystemError, MemoryError)
 
 
 def layer_name(layer: int) -> str:
@@ -90,14 +95,15 @@ class ActivationStore:
             raise AtlasError(f"{path}: no activation store; run its capture again")
         try:
             self.root = zarr.open_group(path, mode="a" if writable else "r")
-        except (ValueError, KeyError, OSError) as error:
-            raise AtlasError(
-                f"{path}: damaged activation store ({error}); delete it and run again"
-            ) from None
+        except _DAMAGE as error:
+            raise self._damaged(error) from None
 
     def complete(self, tensor: str) -> dict[str, Any] | None:
         """What `finish` recorded for a tensor; None if it is not complete."""
-        return dict(self.root[tensor].attrs).get("complete") if tensor in self.root else None
+        try:
+            return dict(self.root[tensor].attrs).get("complete") if tensor in self.root else None
+        except _DAMAGE as error:
+            raise self._damaged(error) from None
 
     def create(self, tensor: str, widths: list[int], tokens: int, chunk: int, dtype: str) -> None:
         """Make a tensor's arrays, without content, in place of any older ones.
@@ -124,6 +130,41 @@ class ActivationStore:
                 attributes={"dtype": dtype},
                 config={"write_empty_chunks": True},
             )
+
+    def check(self, tensor: str) -> None:
+        """Compare every block of a complete tensor with the CRC-32 that its capture recorded.
+
+        Raises:
+            AtlasError: it is not complete, cannot be read, or is not what was captured.
+        """
+        try:
+            record = self.complete(tensor)
+            if record is None:
+                raise AtlasError(f"{self.path}: '{tensor}' is not complete; run its capture again")
+            for layer, place, same in self._blocks(tensor, record):
+                if not same:
+                    raise AtlasError(
+                        f"{self.path}: '{tensor}', layer {layer}, tokens from {place:,} on are not what "
+                        f"was captured; delete {self.path.name} and capture/ beside it, and run again"
+                    )
+        except _DAMAGE as error:
+            raise self._damaged(error) from None
+
+    def _blocks(self, tensor: str, record: dict[str, Any]) -> Iterator[tuple[int, int, bool]]:
+        """Layer, first row and soundness of each block."""
+        rows = record["rows"]
+        for layer in range(len(record["blocks"][0])):
+            array = self.root[tensor][layer_name(layer)]
+            starts = range(0, array.shape[0], rows)
+            for start, checksums in zip(starts, record["blocks"], strict=True):
+                values = np.ascontiguousarray(array[start : start + rows])
+                yield layer, start, zlib.crc32(values.data) == checksums[layer]
+
+    def _damaged(self, error: Exception) -> AtlasError:
+        return AtlasError(
+            f"{self.path}: damaged activation store ({error}); delete it and capture/ beside it, and "
+            "run again"
+        )
 
     def put(self, tensor: str, layer: int, start: int, values: np.ndarray) -> int:
         """Write whole chunks of rows from `start` on; returns their CRC-32."""

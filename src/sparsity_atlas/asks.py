@@ -1,10 +1,14 @@
 """What the rules ask of the configuration: which files, and which slice of it a job depends on.
 
 A rule names a method where Snakemake takes a function of the wildcards. Each answers one question.
+Snakemake asks for every job, and again whenever it looks for jobs to start, so whatever is the same for
+all levels of a curve is worked out once.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +17,11 @@ from typing import Any, Protocol
 from sparsity_atlas import criteria, grid
 from sparsity_atlas.code import code_version
 from sparsity_atlas.config import Config
+from sparsity_atlas.devices import visible_gpus
 from sparsity_atlas.inputs import model_content, task_content, text_content
+from sparsity_atlas.needs import Needs, levels_of
+from sparsity_atlas.question import question
+from sparsity_atlas.selection import fold
 
 
 class Wildcards(Protocol):
@@ -26,7 +34,7 @@ class Wildcards(Protocol):
 
 
 class Asks:
-    """Answers for one configuration and one results folder (relative to the working directory).
+    """Answers for one configuration and one results folder.
 
     Attributes:
         config_text: the validated configuration as JSON.
@@ -36,26 +44,41 @@ class Asks:
     def __init__(self, config: Config, results: str) -> None:
         """Look at the configuration, and at the searches that have finished.
 
+        Args:
+            config: the configuration.
+            results: where the results folder is. Paths in answers begin with plain `results`: in a
+                module Snakemake itself puts the prefix before them.
+
         Raises:
             AtlasError: a search.json is damaged.
         """
         self._config = config
-        self._results = results
+        self._place = Path(results)
         self.config_text = json.dumps(config.model_dump(mode="json", exclude_none=True))
         self.curves = grid.curves(config)
-        self.models = grid.models(config)
         self._by_key = {(curve.model, curve.criterion, curve.site): curve for curve in self.curves}
+        self._by_model = {model: [] for model in config.models}
+        for curve in self.curves:
+            self._by_model[curve.model].append(curve)
+        self.models = tuple(model for model, own in self._by_model.items() if own)
         self._searched = grid.searched_levels(config, results)
+        self._needs = Needs(config, results)
+        self._gpus = int(config.device in ("auto", "cuda") and visible_gpus() > 0)
+        self._evaluation_slice = functools.cache(functools.partial(grid.evaluation_slice, config))
+        self._task_content = functools.cache(functools.partial(task_content, config))
+        self._criterion_slice = functools.cache(functools.partial(grid.criterion_slice, config))
+        self._text_content = functools.cache(functools.partial(text_content, config))
+        self._tasks_of = functools.cache(self._united_tasks)
 
     # Files of the whole run
 
     def curve_files(self, name: str) -> list[str]:
         """A file of every curve's folder."""
-        return [f"{self._results}/{curve.folder}/{name}" for curve in self.curves]
+        return [f"results/{curve.folder}/{name}" for curve in self.curves]
 
     def model_files(self, name: str) -> list[str]:
         """A file of every model's folder."""
-        return [f"{self._results}/{model}/{name}" for model in self.models]
+        return [f"results/{model}/{name}" for model in self.models]
 
     def metric_files(self) -> list[str]:
         """Metrics of every model and site."""
@@ -63,17 +86,21 @@ class Asks:
 
     def listed_nodes(self) -> list[str]:
         """Nodes of the levels that are listed."""
-        nodes = grid.nodes(self._config)
-        return [f"{self._results}/{curve.folder}/{level}/eval.json" for curve, level in nodes]
+        return [path for curve in self.curves for path in self._nodes_of(curve)]
 
     def lost_nodes(self) -> list[str]:
         """Nodes of finished searches that were deleted, so that they are made again."""
-        paths = (
-            f"{self._results}/{curve.folder}/{level}/eval.json"
+        nodes = (
+            f"{curve.folder}/{level}/eval.json"
             for curve, levels in self._searched.items()
             for level in levels
         )
-        return [path for path in paths if not Path(path).exists()]
+        return [f"results/{node}" for node in nodes if not (self._place / node).exists()]
+
+    @functools.cached_property
+    def selection(self) -> str:
+        """The curves of the run, folded."""
+        return fold(self.curves)
 
     # Files of one model or curve
 
@@ -84,32 +111,35 @@ class Asks:
             *key, auto=False, levels=(), tasks=self._tasks_of(wildcards.model)
         )
 
+    @question
     def curve_nodes(self, wildcards: Wildcards) -> list[str]:
         """Listed nodes of a curve."""
-        curve = self.curve_of(wildcards)
-        return [f"{self._results}/{curve.folder}/{level}/eval.json" for level in curve.levels]
+        return self._nodes_of(self.curve_of(wildcards))
 
+    @question
     def curve_search(self, wildcards: Wildcards) -> list[str]:
         """search.json of a curve whose levels are searched for."""
         curve = self.curve_of(wildcards)
-        return [f"{self._results}/{curve.folder}/search.json"] if curve.auto else []
+        return [f"results/{curve.folder}/search.json"] if curve.auto else []
 
+    @question
     def calibration(self, wildcards: Wildcards) -> list[str]:
         """The calibration of a curve whose criterion needs one."""
         if not criteria.declared(json.loads(self.criterion(wildcards)))["calibrated"]:
             return []
-        return [f"{self._results}/{self.curve_of(wildcards).folder}/calibration.safetensors"]
+        return [f"results/{self.curve_of(wildcards).folder}/calibration.safetensors"]
 
     def exports(self) -> list[str]:
         """Exported thresholds of every curve whose criterion is calibrated."""
         return [
-            f"{self._results}/{curve.folder}/thresholds.json"
+            f"results/{curve.folder}/thresholds.json"
             for curve in self.curves
             if criteria.declared(json.loads(grid.criterion_slice(self._config, curve.criterion)))[
                 "calibrated"
             ]
         ]
 
+    @question
     def search_of_node(self, wildcards: Wildcards) -> list[str]:
         """The search that left a node.
 
@@ -118,95 +148,158 @@ class Asks:
         """
         curve = self.curve_of(wildcards)
         searched = wildcards.level in self._searched.get(curve, ())
-        return [f"{self._results}/{curve.folder}/search.json"] if searched else []
+        return [f"results/{curve.folder}/search.json"] if searched else []
 
+    @question
     def model_curves(self, wildcards: Wildcards) -> list[str]:
         """curve.json of every curve of a model."""
         return self._of_model(wildcards, "curve.json")
 
+    @question
     def model_sparsity(self, wildcards: Wildcards) -> list[str]:
         """sparsity.parquet of every curve of a model."""
         return self._of_model(wildcards, "sparsity.parquet")
 
+    @question
     def model_metrics(self, wildcards: Wildcards) -> list[str]:
         """Metrics of every site of a model."""
         return self._metrics_of(wildcards.model)
 
     def _of_model(self, wildcards: Wildcards, name: str) -> list[str]:
-        own = (curve for curve in self.curves if curve.model == wildcards.model)
-        return [f"{self._results}/{curve.folder}/{name}" for curve in own]
+        own = self._by_model[wildcards.model]
+        return [f"results/{curve.folder}/{name}" for curve in own]
 
     def _metrics_of(self, model: str) -> list[str]:
-        sites = grid.model_sites(self._config, model)
-        return [f"{self._results}/{model}/metrics/{site}.parquet" for site in sites]
+        return [f"results/{model}/metrics/{site}.parquet" for site in self._sites_of(model)]
+
+    def _nodes_of(self, curve: grid.Curve) -> list[str]:
+        return [f"results/{curve.folder}/{level}/eval.json" for level in curve.levels]
+
+    def _sites_of(self, model: str) -> list[str]:
+        return list(dict.fromkeys(curve.site for curve in self._by_model[model]))
 
     # Slices of the configuration, and digests of the local files that it names
 
+    @question
     def listed_levels(self, wildcards: Wildcards) -> str:
         """Listed levels of a curve, comma-separated."""
         return ",".join(self.curve_of(wildcards).levels)
 
+    @question
     def requested_sites(self, wildcards: Wildcards) -> str:
         """Sites that the run asks of a model, comma-separated."""
-        return ",".join(grid.model_sites(self._config, wildcards.model))
+        return ",".join(self._sites_of(wildcards.model))
 
+    @question
     def model_source(self, wildcards: Wildcards) -> str:
         """Where a model comes from."""
         return grid.fetch_slice(self._config, wildcards.model)
 
+    @question
     def model_digest(self, wildcards: Wildcards) -> str:
         """Digest of a local model's files."""
         return model_content(self._config, wildcards.model)
 
+    @question
     def store_settings(self, wildcards: Wildcards) -> str:
         """How a model is loaded beside its activations, and how these are split."""
         return grid.store_slice(self._config, wildcards.model)
 
+    @question
     def capture_settings(self, wildcards: Wildcards) -> str:
         """How a model's activations are captured."""
         return grid.capture_slice(self._config, wildcards.model)
 
+    @question
     def capture_text(self, wildcards: Wildcards) -> str:
         """Digest of the local text of the capture."""
-        return text_content(self._config)
+        return self._text_content()
 
+    @question
     def dense_settings(self, wildcards: Wildcards) -> str:
         """How a model's dense baseline is run."""
-        return grid.evaluation_slice(self._config, wildcards.model, self._tasks_of(wildcards.model))
+        return self._evaluation_slice(wildcards.model, self._tasks_of(wildcards.model))
 
+    @question
     def dense_tasks(self, wildcards: Wildcards) -> str:
         """Digests of the local files of a model's tasks."""
-        return task_content(self._config, self._tasks_of(wildcards.model))
+        return self._task_content(self._tasks_of(wildcards.model))
 
+    @question
     def node_settings(self, wildcards: Wildcards) -> str:
         """How a curve's nodes are run."""
         tasks = self.curve_of(wildcards).tasks
-        return grid.evaluation_slice(self._config, wildcards.model, tasks)
+        return self._evaluation_slice(wildcards.model, tasks)
 
+    @question
     def node_tasks(self, wildcards: Wildcards) -> str:
         """Digests of the local files of a curve's tasks."""
-        return task_content(self._config, self.curve_of(wildcards).tasks)
+        return self._task_content(self.curve_of(wildcards).tasks)
 
+    @question
     def search_settings(self, wildcards: Wildcards) -> str:
         """How a curve's levels are searched for."""
         return grid.search_slice(self._config, self.curve_of(wildcards).tasks)
 
+    @question
     def curve_settings(self, wildcards: Wildcards) -> str:
         """How a curve's numbers are read from its samples."""
         return grid.curve_slice(self._config, self.curve_of(wildcards).tasks)
 
+    @question
     def criterion(self, wildcards: Wildcards) -> str:
         """What a criterion is made from."""
-        return grid.criterion_slice(self._config, wildcards.criterion)
+        return self._criterion_slice(wildcards.criterion)
 
     def criterion_code(self, stage: str) -> Callable[[Any], str]:
         """Code version of a stage with the criterion of the path."""
 
-        def version(wildcards: Wildcards) -> str:
-            spec = json.loads(self.criterion(wildcards))
+        @functools.cache
+        def of(criterion: str) -> str:
+            spec = json.loads(self._criterion_slice(criterion))
             return code_version(stage, str(criteria.source_file(spec)))
 
+        def version(wildcards: Wildcards) -> str:
+            return of(wildcards.criterion)
+
+        version.__signature__ = inspect.signature(version)
         return version
 
-    def _tasks_of(self, model: str) -> tuple[str, ...]:
-        return grid.model_tasks(self._config, model) or tuple(self._config.tasks)
+    # Resources; Snakemake passes how often a job has been tried, from 1
+
+    @question
+    def memory(self, wildcards: Wildcards, attempt: int) -> int:
+        """MiB of a job that loads a model."""
+        return attempt * self._needs.memory(wildcards.model)
+
+    @question
+    def capture_minutes(self, wildcards: Wildcards, attempt: int) -> int:
+        """Minutes of a capture."""
+        return attempt * self._needs.capture_minutes(wildcards.model)
+
+    @question
+    def error_minutes(self, wildcards: Wildcards, attempt: int) -> int:
+        """Minutes of the output error of a curve's levels."""
+        levels = levels_of(self._config, self.curve_of(wildcards))
+        return attempt * self._needs.capture_minutes(wildcards.model, levels)
+
+    @question
+    def node_minutes(self, wildcards: Wildcards, attempt: int) -> int:
+        """Minutes of a node, or of a dense baseline."""
+        return attempt * self._needs.evaluation_minutes(wildcards.model)
+
+    @question
+    def search_minutes(self, wildcards: Wildcards, attempt: int) -> int:
+        """Minutes of a search."""
+        levels = self._config.search.max_levels
+        return attempt * self._needs.evaluation_minutes(wildcards.model, levels)
+
+    @question
+    def gpus(self, wildcards: Wildcards) -> int:
+        """1 for a job that will use a GPU of this machine; a cluster's profile says so itself."""
+        return self._gpus
+
+    def _united_tasks(self, model: str) -> tuple[str, ...]:
+        """Tasks of a model's curves, in the order of the catalogue; all tasks, if it has no curve."""
+        used = {task for curve in self._by_model[model] for task in curve.tasks}
+        return tuple(task for task in self._config.tasks if task in used or not used)

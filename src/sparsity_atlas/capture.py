@@ -28,12 +28,14 @@ from sparsity_atlas.journal import Journal
 from sparsity_atlas.models import check_sites, from_manifest, load, load_tokenizer
 from sparsity_atlas.store import digest, locked, write_manifest
 from sparsity_atlas.terms import TENSORS
-from sparsity_atlas.texts import digest_of, token_ids
+from sparsity_atlas.texts import digest_of, pinned, token_ids
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
+
+    from sparsity_atlas.checkpoint import Checkpoint
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Tensors of a block that may wait for the disk.
@@ -55,7 +57,7 @@ def starts_with_bos(tokenizer: PreTrainedTokenizerBase, wanted: bool | None) -> 
 def capture(
     store_path: Path,
     manifest: dict[str, Any],
-    folder: Path,
+    checkpoint: Checkpoint,
     ids: np.ndarray,
     missing: list[str],
     fingerprint: str,
@@ -66,7 +68,7 @@ def capture(
     Args:
         store_path: the Zarr store.
         manifest: the model's manifest.
-        folder: the model's files.
+        checkpoint: the model's files.
         ids: int64 [sequences, positions].
         missing: tensors to capture.
         fingerprint: of everything that the values depend on.
@@ -80,7 +82,7 @@ def capture(
     from sparsity_atlas.sites import bind_ffns, observe
     from sparsity_atlas.spool import HostCopy, Writer, copy_stream
 
-    model = load(folder, dtype=settings["dtype"], device=settings["device"])
+    model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
     ffns = bind_ffns(model, manifest["ffn"])
     dtype = str(model.dtype).removeprefix("torch.")
     sequences, positions = ids.shape
@@ -156,7 +158,8 @@ def capture(
 
     for name in missing:
         checks = [record[name] for record in journal.records]
-        store.finish(name, {"fingerprint": fingerprint, "dtype": dtype, "blocks": checks})
+        record = {"fingerprint": fingerprint, "dtype": dtype, "rows": block * positions}
+        store.finish(name, {**record, "blocks": checks})
     store.sweep()
     journal.delete()
 
@@ -188,12 +191,13 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = arguments.settings
 
-    manifest, folder = from_manifest(arguments.model)
+    manifest, checkpoint = from_manifest(arguments.model)
     check_sites(manifest["name"], [arguments.site], manifest["sites"])
     siblings = [site for site in arguments.siblings.split(",") if site in manifest["sites"]]
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(checkpoint)
+    text = pinned(settings["text"])
     ids = token_ids(
-        settings["text"],
+        text,
         tokenizer,
         settings["tokens"],
         settings["sequence_length"],
@@ -213,7 +217,7 @@ def main() -> None:
         done = _complete(arguments.store, fingerprint)
         if not set(own) <= set(done):
             missing = [name for name in tensors_of([arguments.site, *siblings]) if name not in done]
-            capture(arguments.store, manifest, folder, ids, missing, fingerprint, settings)
+            capture(arguments.store, manifest, checkpoint, ids, missing, fingerprint, settings)
             done = _complete(arguments.store, fingerprint)
     write_manifest(
         arguments.output,
@@ -223,6 +227,8 @@ def main() -> None:
             "tokens": int(ids.size),
             "sequence_length": int(ids.shape[1]),
             "tensors": {name: done[name] for name in own},
+            # A local file is known by the digest of its tokens, which is in the fingerprint.
+            **({"text": text} if "hub" in text else {}),
         },
     )
 

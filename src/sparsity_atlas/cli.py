@@ -1,33 +1,83 @@
-"""What every stage's command line shares: logging, and errors in one line."""
+"""What every stage's command line shares: logging, and ends in one line."""
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
+from sparsity_atlas.credentials import HidingStream
 from sparsity_atlas.errors import AtlasError
 
 logger = logging.getLogger("sparsity_atlas")
 
+# httpx notes every URL, and a download's URL may be signed.
+_CHATTY = ("transformers", "datasets", "lm_eval", "lm-eval", "httpx", "httpx2", "huggingface_hub")
+# Errors of the disk, which the user can mend.
+_DISK = {
+    errno.ENOSPC: "no space is left on the disk; make room and run again",
+    errno.EDQUOT: "the disk quota is used up; make room and run again",
+    errno.EFBIG: "the file would be larger than the system allows",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "no permission",
+    errno.EPERM: "not permitted",
+    errno.EIO: "the disk reports an input/output error",
+}
+# Seconds that a stopped stage may take to put things away.
+_PATIENCE = 30
+
+
+class _Stopped(BaseException):
+    """A signal asked the process to end: unwinds it, so that nothing temporary is left."""
+
 
 def run(stage: Callable[[], None]) -> None:
-    """Run a stage's `main`; a mistake of the user's ends in one line and exit code 1."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    """Run a stage's `main`.
+
+    A mistake of the user's, a full disk, SIGINT and SIGTERM end in one line and a code other than 0.
+    """
+    sys.stdout, sys.stderr = HidingStream(sys.stdout), HidingStream(sys.stderr)
     # Progress bars and advice of the libraries would bury our own lines in the log.
-    for name in ("transformers", "datasets", "lm_eval", "lm-eval", "httpx", "huggingface_hub"):
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logger.setLevel(logging.INFO)
+    for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         stage()
     except AtlasError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(1) from None
+    except _Stopped as stopped:
+        raise SystemExit(128 + stopped.args[0]) from None
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        sys.stderr.write(f"error: {AtlasError(place + _DISK[error.errno])}\n")
+        raise SystemExit(1) from None
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """End in one line; a second signal, which Snakemake sends after Ctrl-C, changes nothing."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    # Python drops an exception that is raised in a destructor; then the alarm ends the process.
+    signal.alarm(_PATIENCE)
+    name = signal.Signals(number).name
+    # Not through sys.stderr, which this signal may have interrupted in the middle of a write.
+    os.write(2, f"error: stopped by {name}; the same command goes on from here\n".encode())
+    raise _Stopped(number)
 
 
 def optional_path(text: str) -> Path | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent
 
 # What these do reaches a stage through its arguments, never through the numbers that it computes.
-_NO_SCIENCE = {"__init__", "cli", "code", "config", "errors", "grid"}
+_NO_SCIENCE = {"__init__", "cli", "code", "config", "credentials", "errors", "grid"}
 
 
 @functools.cache

@@ -25,12 +25,17 @@ from pydantic import (
     model_validator,
 )
 
+from sparsity_atlas.credentials import places
 from sparsity_atlas.errors import AtlasError
 
 Site = Literal["input", "up", "gate", "intermediate", "all_inputs"]
 
-# Folders and files of results/ and results/{model}/ that a catalogue name would collide with.
+# Folders of results/ and results/{model}/ that a catalogue name would collide with, and endings of files.
 RESERVED = {"figures", "logs", "benchmarks", "dense", "capture", "metrics", "partial"}
+ENDINGS = (".json", ".jsonl", ".csv", ".yaml", ".html", ".zarr", ".parquet")
+ENDINGS += (".lock", ".journal", ".log", ".tmp", ".partial")
+# A folder's name may have 255 bytes, and a temporary file's is longer than its own.
+_LONGEST = 100
 
 
 def _name(value: str) -> str:
@@ -38,9 +43,32 @@ def _name(value: str) -> str:
         raise ValueError(
             "names are letters, digits, '.', '_' and '-', and begin with one of the first two"
         )
-    if value in RESERVED:
+    if len(value) > _LONGEST:
+        raise ValueError(f"a name of {len(value)} characters; at most {_LONGEST} are allowed")
+    # Some file systems do not tell capitals from small letters.
+    if value.lower() in RESERVED:
         raise ValueError(f"'{value}' is the name of a folder of the results")
+    if value.lower().endswith(ENDINGS):
+        raise ValueError(f"'{value}' ends like a file of the results")
     return value
+
+
+def _repository(value: str) -> str:
+    if not re.fullmatch(r"(?:\w[\w.-]*/)?\w[\w.-]*", value, re.ASCII) or ".." in value:
+        raise ValueError("a repository of the Hub is `name` or `owner/name`")
+    return value
+
+
+def _revision(value: str) -> str:
+    # It becomes a path in the Hub's cache.
+    if not re.fullmatch(r"\w[\w./-]*", value, re.ASCII) or ".." in value:
+        raise ValueError("a revision is a commit, tag or branch")
+    return value
+
+
+# A level is spelled out in a path: 1e999999 would be a name of a million digits.
+_LARGEST_EXPONENT = 39
+_MOST_DECIMALS = 60
 
 
 def canonical_level(value: Any) -> str:
@@ -54,15 +82,21 @@ def canonical_level(value: Any) -> str:
     try:
         # repr of a float is its shortest decimal; Decimal(0.1) would be its binary expansion.
         number = Decimal(repr(value) if isinstance(value, float) else str(value))
-    except ArithmeticError:
+    # A ValueError: an integer of more digits than Python writes out.
+    except (ArithmeticError, ValueError):
         raise ValueError("a level is a number, such as 0.9") from None
     if not number.is_finite():
         raise ValueError("a level is a finite number")
+    exponent = number.as_tuple().exponent
+    if number.adjusted() > _LARGEST_EXPONENT or exponent < -_MOST_DECIMALS:
+        raise ValueError("a level has at most 40 digits before the point and 60 after it")
     text = format(number.normalize(), "f")
     return "0" if text in ("-0", "0") else text
 
 
 Name = Annotated[str, AfterValidator(_name)]
+Repository = Annotated[str, AfterValidator(_repository)]
+Revision = Annotated[str, AfterValidator(_revision)]
 Level = Annotated[
     str, BeforeValidator(canonical_level), WithJsonSchema({"type": ["number", "string"]})
 ]
@@ -90,10 +124,16 @@ class ModelEntry(_Strict):
 
     path: str | None = None
     """Folder with config.json, safetensors weights and the tokenizer."""
-    hub: str | None = None
+    hub: Repository | None = None
     """Hub repository, for instance meta-llama/Llama-3.2-1B."""
-    revision: str | None = None
+    revision: Revision | None = None
     """Hub revision: a commit, tag or branch. It is resolved to a commit, which is recorded."""
+    trust_remote_code: bool = False
+    """Run the Python code that the model's repository or folder brings. Read it first."""
+    code_revision: Revision | None = None
+    """Revision of that code, where it is in another repository. Resolved and recorded likewise."""
+    allow_pickle: bool = False
+    """Load pickled weights (*.bin) if there are no safetensors. A pickle may hide code."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Computation type. `auto`: float32 on the CPU, the checkpoint's own type elsewhere."""
     add_bos_token: bool | None = None
@@ -115,6 +155,8 @@ class ModelEntry(_Strict):
             raise ValueError("give either `path` (a local folder) or `hub` (a Hub repository)")
         if self.path is not None and self.revision is not None:
             raise ValueError("`revision` belongs to `hub`, a local folder has none")
+        if self.code_revision is not None and not self.trust_remote_code:
+            raise ValueError("`code_revision` needs `trust_remote_code: true`")
         return self
 
 
@@ -143,12 +185,12 @@ class TextEntry(_Strict):
 
     file: str | None = None
     """Local .txt (documents separated by blank lines are one text) or .jsonl file."""
-    hub: str | None = None
+    hub: Repository | None = None
     """Hub data set, for instance Salesforce/wikitext."""
     subset: str | None = None
     """Configuration of the Hub data set."""
-    revision: str | None = None
-    """Hub revision: commit, tag or branch."""
+    revision: Revision | None = None
+    """Hub revision: commit, tag or branch. It is resolved to a commit, which is recorded."""
     split: str = "train"
     """Split of the Hub data set."""
     column: str = "text"
@@ -302,12 +344,24 @@ def parse(data: dict[str, Any]) -> Config:
     Raises:
         AtlasError: one line that names the key, what was found and what would be right.
     """
+    for place in places(data):
+        raise AtlasError(
+            f"config: {place}: holds a password or token, which would be written to results/; "
+            "set HF_TOKEN in the environment, or `hf auth login`"
+        )
     try:
         return Config.model_validate(data)
     except ValidationError as error:
         raise AtlasError(
             "config: " + "; ".join(_explain(item) for item in error.errors())
         ) from None
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, int) and value.bit_length() > 1000:
+        return f"an integer of {value.bit_length():,} bits"
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def _explain(item: dict[str, Any]) -> str:
@@ -331,5 +385,5 @@ def _explain(item: dict[str, Any]) -> str:
     message = message[0].lower() + message[1:]
     if item["type"] == "value_error" and not path:
         return message
-    found = "" if isinstance(item["input"], dict | list) else f", found {item['input']!r}"
+    found = "" if isinstance(item["input"], dict | list) else f", found {_short(item['input'])}"
     return f"{path}: {message}{found}"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import functools
+import logging
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -13,8 +16,10 @@ from sparsity_atlas.errors import AtlasError
 if TYPE_CHECKING:
     import torch
 
-# GPUs that this process holds until it ends, with their locks.
-_claimed: dict[int, IO[str]] = {}
+logger = logging.getLogger("sparsity_atlas")
+
+# Locks that this process holds until it ends.
+_claimed: list[IO[str]] = []
 
 
 def pick_device(device: str) -> torch.device:
@@ -42,6 +47,14 @@ def pick_dtype(dtype: str, device: torch.device) -> str:
     return "float32" if dtype == "auto" and device.type == "cpu" else dtype
 
 
+def visible_gpus() -> int:
+    """NVIDIA GPUs that a job of this machine may use, without importing torch."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return len([one for one in chosen.split(",") if one.strip() not in ("", "-1")])
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
 def claim_gpu(identities: list[str], folder: Path | None = None, poll: float = 1.0) -> int:
     """Wait for a GPU that no other job of ours uses, and keep it until this process ends.
 
@@ -56,28 +69,43 @@ def claim_gpu(identities: list[str], folder: Path | None = None, poll: float = 1
         Index of the GPU.
     """
     locks = Path(folder or tempfile.gettempdir())
+    told = False
     while True:
         for index, identity in enumerate(identities):
-            file = (locks / f"sparsity-atlas-gpu-{identity}.lock").open("a")
+            # Named by the user: nobody may open the lock file of another one in a shared /tmp.
+            file = (locks / f"sparsity-atlas-{os.getuid()}-gpu-{identity}.lock").open("a")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.close()
                 continue
-            _claimed[index] = file
+            _claimed.append(file)
             return index
+        if not told:
+            logger.info("all %d GPUs are in use by other jobs; waiting", len(identities))
+            told = True
         time.sleep(poll)
 
 
 def own_device(device: torch.device) -> torch.device:
-    """The device to load a model on: of several jobs and GPUs, each job has a GPU of its own."""
+    """The device to load a model on: of several jobs and GPUs, each job has a GPU of its own.
+
+    Ask before the model is loaded: a job that waits for a GPU would hold the weights in memory.
+    """
     import torch
 
-    if device.type != "cuda":
-        return device
-    if _claimed:  # a process that loads one model after the other would wait for itself
-        return torch.device("cuda", next(iter(_claimed)))
+    return torch.device("cuda", _own_gpu()) if device.type == "cuda" else device
+
+
+@functools.cache
+def _own_gpu() -> int:
+    """This process's GPU, among those that CUDA_VISIBLE_DEVICES leaves; made the current one."""
+    import torch
+
     uuids = [
         str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())
     ]
-    return torch.device("cuda", claim_gpu(uuids))
+    index = claim_gpu(uuids)
+    # Kernels and allocations that name no device would go to the first GPU, which is another job's.
+    torch.cuda.set_device(index)
+    return index

@@ -13,13 +13,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from scipy.interpolate import PchipInterpolator
 
 from sparsity_atlas.bootstrap import Estimates, TaskSamples
 from sparsity_atlas.curves import anchored_scores, estimate_all
-from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.store import write_atomically
+from sparsity_atlas.parquet import read_parquet, write_parquet
 
 # Induced sparsities at which curves are read.
 SPARSITIES = tuple(round(0.05 * step, 2) for step in range(1, 20))
@@ -106,8 +104,7 @@ def equal_rows(tasks: Sequence[TaskSamples], replicates: int, seed: int) -> list
 
 def write_equal(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write a curve's rows."""
-    table = pa.Table.from_pylist(rows, SCHEMA)
-    write_atomically(path, lambda temporary: pq.write_table(table, temporary))
+    write_parquet(path, pa.Table.from_pylist(rows, SCHEMA))
 
 
 def read_equal(path: Path) -> list[dict[str, Any]]:
@@ -116,10 +113,5 @@ def read_equal(path: Path) -> list[dict[str, Any]]:
     Raises:
         AtlasError: the file is missing or damaged.
     """
-    try:
-        rows = pq.read_table(path).to_pylist()
-    except FileNotFoundError:
-        raise AtlasError(f"{path}: no such file") from None
-    except pa.ArrowException as error:
-        raise AtlasError(f"{path}: damaged ({error}); delete it and run again") from None
+    rows = read_parquet(path, SCHEMA).to_pylist()
     return [{**row, "replicates": np.array(row["replicates"])} for row in rows]

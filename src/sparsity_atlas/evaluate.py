@@ -102,14 +102,14 @@ class Session:
         Raises:
             AtlasError: model or tasks cannot be used.
         """
-        manifest, folder = from_manifest(manifest_path)
+        manifest, checkpoint = from_manifest(manifest_path)
         from sparsity_atlas.lm import AtlasLM
         from sparsity_atlas.sites import bind_ffns
         from sparsity_atlas.tasks import load_tasks
 
         tasks = load_tasks(settings["tasks"], settings["seed"])
-        model = load(folder, dtype=settings["dtype"], device=settings["device"])
-        tokenizer = load_tokenizer(folder)
+        model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
+        tokenizer = load_tokenizer(checkpoint)
         chat = settings["apply_chat_template"]
         if chat and tokenizer.chat_template is None:
             raise AtlasError(
@@ -219,12 +219,14 @@ def evaluate_node(session: Session, node: Node | None, folder: Path) -> dict[str
 
 def _manifest(session: Session, node: Node | None, table: SampleTable) -> dict[str, Any]:
     results = {name: table.tasks[name]["result"] for name in session.tasks}
+    data = {name: task.data for name, task in session.tasks.items() if task.data}
     return {
         "status": "failed" if any(one["status"] == "failed" for one in results.values()) else "ok",
         **(node.identity() if node else {"criterion": None}),
         "run": session.identity,
         "fingerprints": {name: table.tasks[name]["fingerprint"] for name in session.tasks},
         "tasks": results,
+        **({"data": data} if data else {}),
     }
 
 

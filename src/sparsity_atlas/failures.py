@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sparsity_atlas import grid
 from sparsity_atlas.config import Config
-from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.errors import AtlasError, one_line
 from sparsity_atlas.grid import Curve
+from sparsity_atlas.metrics import SCHEMA as METRICS
+from sparsity_atlas.output_error import SCHEMA as OUTPUT_ERROR
+from sparsity_atlas.parquet import read_parquet
 from sparsity_atlas.store import read_manifest
 
 _ERROR = re.compile(r"error: |[\w.]*(Error|Exception|Interrupt|Exit)\b")
@@ -68,7 +71,16 @@ def take_stock(results: Path, config: Config) -> Remains:
         curves.append((*models[curve.model], dense, *search, *nodes, folder / "curve.json"))
         captured = captures[curve.model, curve.site]
         sparsity.append((*captured, *search, folder / "sparsity.parquet"))
-    damaged = {failure.output: failure for failure in _damaged(models.values(), curves)}
+    damaged = {
+        failure.output: failure
+        for failure in (
+            *_damaged(models.values(), read_manifest),
+            *_damaged(captures.values(), read_manifest),
+            *_damaged(curves, read_manifest),
+            *_damaged(metrics, lambda path: read_parquet(path, METRICS)),
+            *_damaged(sparsity, lambda path: read_parquet(path, OUTPUT_ERROR)),
+        )
+    }
     missing = list(
         dict.fromkeys(
             path
@@ -96,10 +108,8 @@ def last_error(log: Path) -> str:
     """The last line of a log that tells what went wrong; empty if there is no log."""
     if not log.is_file():
         return ""
-    lines = [
-        line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
-    ]
-    lines = [line for line in lines if line]
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = list(filter(None, map(one_line, text.splitlines())))
     errors = [line for line in lines if _ERROR.match(line)]
     if errors:
         return errors[-1].removeprefix("error: ")[:_LONGEST]
@@ -123,11 +133,13 @@ def _whole(chains: Sequence[tuple[Path, ...]], damaged: dict[str, Failure]) -> l
     ]
 
 
-def _damaged(*groups: Sequence[tuple[Path, ...]]) -> Iterator[Failure]:
-    """Manifests that cannot be read."""
-    for path in dict.fromkeys(chain[-1] for group in groups for chain in group):
+def _damaged(
+    chains: Iterable[tuple[Path, ...]], read: Callable[[Path], object]
+) -> Iterator[Failure]:
+    """Files at the ends of chains that cannot be read."""
+    for path in dict.fromkeys(chain[-1] for chain in chains):
         if path.is_file():
             try:
-                read_manifest(path)
+                read(path)
             except AtlasError as error:
                 yield Failure(str(path), str(error).removeprefix(f"{path}: "))

@@ -94,9 +94,9 @@ def _json(value: Any) -> str:
 def fetch_slice(config: Config, model: str) -> str:
     """What `models` depends on: where the model comes from and how its FFN is named."""
     entry = config.models[model]
-    return _json(
-        entry.model_dump(include={"path", "hub", "revision", "modules"}, exclude_none=True)
-    )
+    allowed = {key for key in ("trust_remote_code", "allow_pickle") if getattr(entry, key)}
+    keys = {"path", "hub", "revision", "code_revision", "modules", *allowed}
+    return _json(entry.model_dump(include=keys, exclude_none=True))
 
 
 def loading_slice(config: Config, model: str) -> dict[str, Any]:

@@ -80,12 +80,14 @@ class HarnessLM(AtlasLM):
         if not str(batch_size).isdigit():
             raise AtlasError(f"batch_size: expected a number, found {batch_size!r}")
         local = Path(pretrained).is_dir()
-        source = {"path": pretrained} if local else {"hub": pretrained, "revision": revision}
-        folder = resolve(source)
-        model = load(folder, dtype=dtype, device="auto" if device == "cuda:0" else device)
+        source = (
+            {"path": pretrained} if local else {"hub": pretrained, "revision": revision or "main"}
+        )
+        checkpoint, _ = resolve(source)
+        model = load(checkpoint, dtype=dtype, device="auto" if device == "cuda:0" else device)
         super().__init__(
             model,
-            load_tokenizer(folder),
+            load_tokenizer(checkpoint),
             batch_size=int(batch_size),
             max_length=max_length,
             add_bos_token=add_bos_token,

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsity_atlas import criteria, grid
+from sparsity_atlas.checkpoint import Checkpoint
 from sparsity_atlas.config import Config
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.models import check_folder, content_digest
 from sparsity_atlas.store import file_digest
 from sparsity_atlas.task_files import data_files, files_digest, override_digest
 
@@ -46,7 +46,8 @@ def locate(data: dict[str, Any], workflow: Path) -> dict[str, Any]:
 
 
 def _beside(path: str, workflow: Path) -> str:
-    if Path(path).is_absolute() or Path(path).exists() or not (workflow / path).exists():
+    # os.path takes a name that no file can have for that of no file; Path raises.
+    if os.path.isabs(path) or os.path.exists(path) or not os.path.exists(workflow / path):
         return path
     return os.path.relpath(workflow / path)
 
@@ -58,9 +59,11 @@ def check_inputs(config: Config) -> None:
         AtlasError: an unknown rule, a site or a level that it does not have, or a file that is
             missing or not YAML.
     """
-    for curve in grid.curves(config):
-        spec = json.loads(grid.criterion_slice(config, curve.criterion))
-        constants = criteria.declared(spec)
+    curves = grid.curves(config)
+    specs = {curve.criterion: grid.criterion_slice(config, curve.criterion) for curve in curves}
+    declared = {name: criteria.declared(json.loads(spec)) for name, spec in specs.items()}
+    for curve in curves:
+        constants = declared[curve.criterion]
         low, high, sites = (constants[name] for name in ("lowest", "highest", "sites"))
         if sites and curve.site not in sites:
             raise AtlasError(
@@ -75,11 +78,11 @@ def check_inputs(config: Config) -> None:
                     f"run: levels: {level} is out of range for '{curve.criterion}' ({low:g} to {high:g})"
                 )
     for name, entry in config.tasks.items():
-        if entry.include is not None and not Path(entry.include).is_dir():
+        if entry.include is not None and not os.path.isdir(entry.include):
             raise AtlasError(f"tasks.{name}: include: {entry.include}: no such folder")
         task_content(config, (name,))
     text = config.texts[config.capture.text]
-    if text.file is not None and not Path(text.file).is_file():
+    if text.file is not None and not os.path.isfile(text.file):
         raise AtlasError(f"texts.{config.capture.text}: file: {text.file}: no such file")
 
 
@@ -110,9 +113,9 @@ def _check_calibration(config: Config, curve: grid.Curve) -> None:
 
 
 @functools.cache
-def _model_digest(folder: str) -> str:
-    check_folder(Path(folder))
-    return content_digest(Path(folder))
+def _model_digest(checkpoint: Checkpoint) -> str:
+    checkpoint.config()
+    return checkpoint.digest()
 
 
 def model_content(config: Config, model: str) -> str:
@@ -121,10 +124,16 @@ def model_content(config: Config, model: str) -> str:
     A folder that cannot be used is left to the job, whose failure stays that model's own.
     """
     entry = config.models[model]
-    if entry.path is None or not Path(entry.path).is_dir():
+    if entry.path is None or not os.path.isdir(entry.path):
         return ""
     try:
-        return _model_digest(entry.path)
+        return _model_digest(
+            Checkpoint(
+                Path(entry.path),
+                trust_remote_code=entry.trust_remote_code,
+                allow_pickle=entry.allow_pickle,
+            )
+        )
     except AtlasError as error:
         return str(error)
 

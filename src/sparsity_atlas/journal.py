@@ -27,7 +27,7 @@ class Journal:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         header = json.loads(canonical(fingerprint))
-        lines = _whole_lines(path)
+        lines = whole_lines(path)
         if lines and lines[0][0] == header:
             self.records = [record for record, _ in lines[1:]]
             self._file = path.open("r+b")
@@ -58,7 +58,7 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
-def _whole_lines(path: Path) -> list[tuple[Any, int]]:
+def whole_lines(path: Path) -> list[tuple[Any, int]]:
     """The undamaged records from the start of a journal, each with the offset where it ends."""
     if not path.exists():
         return []
@@ -69,6 +69,10 @@ def _whole_lines(path: Path) -> list[tuple[Any, int]]:
             checksum, _, text = line.rstrip(b"\n").partition(b" ")
             if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text):
                 break
+            try:
+                record = json.loads(text)
+            except (ValueError, RecursionError):
+                break
             end += len(line)
-            records.append((json.loads(text), end))
+            records.append((record, end))
     return records

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sparsity_atlas import cli
 from sparsity_atlas.activations import ActivationStore, Rows
-from sparsity_atlas.store import read_manifest, write_atomically
+from sparsity_atlas.parquet import write_parquet
+from sparsity_atlas.store import read_manifest
 
 # An entry is near zero when it is at most this share of its token's largest magnitude.
 NEAR_ZERO = 0.01
@@ -174,13 +174,15 @@ def main() -> None:
     site = read_manifest(arguments.capture)["site"]
     tensors = ["input", "intermediate"] if site == "all_inputs" else [site]
     store = ActivationStore(arguments.store)
+    for tensor in tensors:
+        store.check(tensor)
     rows = [
         {"tensor": tensor, "layer": layer, **layer_metrics(store.rows(tensor, layer))}
         for tensor in tensors
         for layer in range(store.layers(tensor))
     ]
     table = pa.Table.from_pylist(rows, SCHEMA)
-    write_atomically(arguments.output, lambda temporary: pq.write_table(table, temporary))
+    write_parquet(arguments.output, table)
 
 
 if __name__ == "__main__":

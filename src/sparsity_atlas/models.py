@@ -8,189 +8,121 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsity_atlas import cli
-from sparsity_atlas.devices import own_device, pick_device, pick_dtype
+from sparsity_atlas.checkpoint import (
+    PICKLE_INDEX,
+    SAFE_INDEX,
+    Checkpoint,
+    load,
+    load_tokenizer,
+    shards,
+)
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.store import digest, file_digest, read_manifest, write_manifest
+from sparsity_atlas.hub import Repository
+from sparsity_atlas.store import file_digest, read_manifest, write_manifest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from sparsity_atlas.ffn import Activation
 
-# All that Hugging Face needs of a repository; never pickled weights.
-PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
-
-def resolve(source: dict[str, Any], *, revision: str | None = None, offline: bool = False) -> Path:
-    """The local folder of a model: itself, or the Hub's snapshot in the cache (`HF_HOME`).
+def resolve(
+    source: dict[str, Any],
+    *,
+    recorded: dict[str, Any] | None = None,
+    offline: bool = False,
+    weights: bool = True,
+) -> tuple[Checkpoint, str | None]:
+    """A model's files: its local folder, or the Hub's snapshot in the cache (`HF_HOME`).
 
     Args:
-        source: `{"path": folder}` or `{"hub": repository, "revision": ...}`.
-        revision: the commit to use in place of the source's own revision.
+        source: as `grid.fetch_slice` gives it: `path`, or `hub` and `revision`, and what is allowed.
+        recorded: an earlier manifest, whose commits are used in place of the source's own revisions.
         offline: use the cache only.
+        weights: whether the Hub's weights are needed, too.
+
+    Returns:
+        The files, and the commit; None for a local folder.
 
     Raises:
-        AtlasError: no such folder, or the Hub could not give the repository.
+        AtlasError: no such folder, or the Hub does not give what is needed.
     """
+    allowed = {key: source.get(key, False) for key in ("trust_remote_code", "allow_pickle")}
     if "path" in source:
-        folder = Path(source["path"])
-        if not folder.is_dir():
+        folder, commit = Path(source["path"]), None
+        if not os.path.isdir(folder):
             raise AtlasError(f"models: {folder}: no such folder")
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    wanted = revision or source.get("revision") or "main"
-    try:
-        return Path(
-            snapshot_download(
-                source["hub"], revision=wanted, allow_patterns=PATTERNS, local_files_only=offline
-            )
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise AtlasError(
-            f"models: cannot fetch {source['hub']} at {wanted} from the Hub: {reason}"
-        ) from None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in the order of their names.
-
-    Raises:
-        AtlasError: there are none, or the index names files that are missing.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise AtlasError(f"{folder}: {index.name} names {missing[0]}, which is not there")
-        return [folder / name for name in names]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickled = sorted(folder.glob("*.bin"))
-        found = f"only {pickled[0].name}, a pickle, which is not loaded" if pickled else "none"
-        raise AtlasError(f"{folder}: expected weights in *.safetensors, found {found}")
-    return files
+    else:
+        revision = recorded["revision"] if recorded else source.get("revision", "main")
+        wanted = Repository("models", "model", source["hub"], revision)
+        commit = wanted.commit(offline=offline)
+        repository = replace(wanted, revision=commit)
+        small = [f"*{end}" for end in Checkpoint(Path(), **allowed).small()]
+        folder = repository.fetch(small, offline=offline)
+        if weights:
+            _fetch_weights(repository, folder, allowed["allow_pickle"], offline)
+    checkpoint = Checkpoint(folder, **allowed)
+    code = checkpoint.code_repository() if checkpoint.trust_remote_code else None
+    if code is None:
+        return checkpoint, commit
+    revision = recorded["code"]["revision"] if recorded else source.get("code_revision", "main")
+    wanted = Repository("models: trust_remote_code", "model", code, revision)
+    revision = wanted.commit(offline=offline)
+    replace(wanted, revision=revision).fetch(["*.py"], offline=offline)
+    return replace(checkpoint, code_revision=revision), commit
 
 
-def content_digest(folder: Path) -> str:
-    """Digest of all that decides a model's output: weights, configuration and tokenizer."""
-    others = [
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_file()
-        and (path.suffix in (".json", ".model", ".jinja") or path.name.endswith(".txt"))
+def _fetch_weights(repository: Repository, folder: Path, pickles: bool, offline: bool) -> None:
+    """Bring the weights to a snapshot whose other files are there: one format of them, not all."""
+    kinds = [
+        (SAFE_INDEX, ("model.safetensors", "*.safetensors")),
+        *([(PICKLE_INDEX, ("pytorch_model.bin",))] if pickles else []),
     ]
-    files = {path.name: file_digest(path) for path in [*weight_files(folder), *others]}
-    return digest(files)
+    for index, patterns in kinds:
+        names = shards(folder / index)
+        for wanted in [names] if names else [[pattern] for pattern in patterns]:
+            repository.fetch(wanted, offline=offline)
+            if any(True for pattern in wanted for _ in folder.glob(pattern)):
+                return
 
 
-def check_folder(folder: Path) -> dict[str, Any]:
-    """Read a model folder's config.json.
-
-    Raises:
-        AtlasError: a file that a model needs is missing, or the checkpoint is quantised.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise AtlasError(f"{folder}: expected a Hugging Face model, found no config.json")
-    try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise AtlasError(f"{path}: not JSON ({error})") from None
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown method")
-        raise AtlasError(f"{folder}: a quantised checkpoint ({method}) is not supported yet")
-    weight_files(folder)
-    if not any(
-        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
-    ):
-        raise AtlasError(f"{folder}: expected a tokenizer (tokenizer.json), found none")
-    return config
-
-
-def load(folder: Path, *, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
-    """Load a causal LM for inference.
+def from_manifest(path: Path) -> tuple[dict[str, Any], Checkpoint]:
+    """A model's manifest and its files, checked to be what the manifest was written for.
 
     Raises:
-        AtlasError: the folder or its weights cannot be used.
-    """
-    config = check_folder(folder)
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    target = pick_device(device)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=pick_dtype(dtype, target), use_safetensors=True, local_files_only=True
-        )
-    except SafetensorError as error:
-        raise AtlasError(f"{folder}: damaged safetensors file ({error})") from None
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        kind = config.get("model_type", "unknown")
-        raise AtlasError(
-            f"{folder}: cannot load model type '{kind}': {_first_line(error)}"
-        ) from None
-    if model.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise AtlasError(f"{folder}: weights of type {model.dtype} are not supported")
-    return model.to(own_device(target)).eval()
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer.
-
-    Raises:
-        AtlasError: it cannot be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise AtlasError(f"{folder}: cannot load the tokenizer: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def from_manifest(path: Path) -> tuple[dict[str, Any], Path]:
-    """A model's manifest and its local folder, checked to hold what the manifest was written for.
-
-    Raises:
-        AtlasError: the weights changed since, or are not there any more.
+        AtlasError: the files changed since, or are not there any more.
     """
     manifest = read_manifest(path)
     source = manifest["source"]
     try:
-        folder = resolve(source, revision=manifest["revision"], offline=True)
+        checkpoint, _ = resolve(source, recorded=manifest, offline=True)
+        found = checkpoint.digest()
     except AtlasError:
         if "path" in source:
             raise
-        folder = resolve(source, revision=manifest["revision"])  # the cache was emptied
-    if "path" in source and content_digest(folder) != manifest["digest"]:
+        checkpoint, _ = resolve(source, recorded=manifest)  # the cache was emptied
+        found = checkpoint.digest()
+    if found != manifest["digest"]:
         raise AtlasError(
-            f"{folder}: changed since {path} was written; delete that file and run again"
+            f"{checkpoint}: changed since {path} was written; delete that file and run again"
         )
-    return manifest, folder
+    return manifest, checkpoint
 
 
-def describe(folder: Path, modules: dict[str, str] | None) -> dict[str, Any]:
+def describe(checkpoint: Checkpoint, modules: dict[str, str] | None) -> dict[str, Any]:
     """Architecture, sizes and proven sites of a model, as its manifest states them."""
     from sparsity_atlas.sites import find_ffns
 
-    config = check_folder(folder)
+    config = checkpoint.config()
     # A probe on meta weights would prove nothing: the real ones are loaded, once, on the CPU.
-    model = load(folder, dtype="auto", device="auto")
-    load_tokenizer(folder)
+    model = load(checkpoint, dtype="auto", device="auto")
+    load_tokenizer(checkpoint)
     ffns = find_ffns(model, modules)
     total = model.num_parameters()
     return {
@@ -243,11 +175,9 @@ def main() -> None:
 
     source = dict(arguments.source)
     modules = source.pop("modules", None)
-    folder = resolve(source)
-    check_folder(folder)
-    # The Hub's cache names a snapshot's folder by its commit.
-    revision = folder.name if "hub" in source else None
-    description = describe(folder, modules)
+    checkpoint, revision = resolve(source)
+    checkpoint.config()
+    description = describe(checkpoint, modules)
     check_sites(arguments.name, filter(None, arguments.sites.split(",")), description["sites"])
     write_manifest(
         arguments.output,
@@ -255,7 +185,8 @@ def main() -> None:
             "name": arguments.name,
             "source": source,
             "revision": revision,
-            "digest": content_digest(folder),
+            "digest": checkpoint.digest(),
+            **code_record(checkpoint, revision),
             **description,
         },
     )
@@ -267,6 +198,22 @@ def main() -> None:
         f"{description['parameters']['total']:,}",
         ", ".join(description["sites"]),
     )
+
+
+def code_record(checkpoint: Checkpoint, revision: str | None) -> dict[str, Any]:
+    """What a manifest says of a model's own code; nothing unless it is trusted."""
+    if not checkpoint.trust_remote_code:
+        return {}
+    repository = checkpoint.code_repository()
+    return {
+        "code": {
+            "repository": repository,
+            "revision": checkpoint.code_revision or revision,
+            "files": {
+                path.name: file_digest(path) for path in sorted(checkpoint.folder.glob("*.py"))
+            },
+        }
+    }
 
 
 def check_sites(model: str, wanted: Any, found: list[str]) -> None:

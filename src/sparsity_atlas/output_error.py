@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sparsity_atlas import cli
 from sparsity_atlas.activations import ActivationStore
 from sparsity_atlas.calibration import read_calibration
 from sparsity_atlas.criteria import check_level, create
 from sparsity_atlas.models import from_manifest, load
-from sparsity_atlas.store import read_manifest, write_atomically
+from sparsity_atlas.parquet import write_parquet
+from sparsity_atlas.store import read_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -154,15 +154,16 @@ def main() -> None:
     levels = sorted(set(levels), key=float, reverse=True)
     for level in levels:
         check_level(criterion, level)
-    manifest, folder = from_manifest(arguments.model)
+    manifest, checkpoint = from_manifest(arguments.model)
     import torch
 
     from sparsity_atlas.place import bind_all
     from sparsity_atlas.sites import bind_ffns
 
     settings = arguments.settings
-    model = load(folder, dtype=settings["dtype"], device=settings["device"])
+    model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
     store = ActivationStore(arguments.store)
+    store.check("input")
     states = read_calibration(arguments.calibration).states if arguments.calibration else None
     first = settings.get("calibration_tokens", 0)
     rows = []
@@ -172,7 +173,7 @@ def main() -> None:
             rules = {tensor: rule for (_, tensor), rule in bound.items()}
             rows += layer_rows(ffn, store, arguments.site, rules, levels, first)
     table = pa.Table.from_pylist(rows, SCHEMA)
-    write_atomically(arguments.output, lambda temporary: pq.write_table(table, temporary))
+    write_parquet(arguments.output, table)
 
 
 if __name__ == "__main__":

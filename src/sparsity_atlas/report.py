@@ -21,13 +21,14 @@ import yaml
 
 from sparsity_atlas import cli, page
 from sparsity_atlas.config import parse
+from sparsity_atlas.csv_files import write_csv
 from sparsity_atlas.failures import Remains, take_stock
 from sparsity_atlas.figures import FIGURES, curves, layers
 from sparsity_atlas.figures.draw import draw_all
 from sparsity_atlas.figures.style import arrange, fewer_colors, styled, to_screen, to_svg
 from sparsity_atlas.run_config import render
 from sparsity_atlas.store import write_text
-from sparsity_atlas.summarize import write_csv, write_tables
+from sparsity_atlas.summarize import write_tables
 from sparsity_atlas.tables import Tables, read_tables
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")

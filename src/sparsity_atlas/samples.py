@@ -9,10 +9,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.store import FORMAT, canonical, write_atomically
+from sparsity_atlas.parquet import read_parquet, write_parquet
+from sparsity_atlas.store import FORMAT, canonical
 
 SCHEMA = pa.schema(
     [
@@ -56,9 +56,7 @@ class SampleTable:
         # One chunk a column, whether the rows were made or read: the bytes follow the chunks.
         table = pa.concat_tables([self.rows[name] for name in order]).combine_chunks()
         table = table.replace_schema_metadata({_KEY: canonical(header).encode()})
-        write_atomically(
-            path, lambda temporary: pq.write_table(table, temporary, compression="zstd")
-        )
+        write_parquet(path, table)
 
 
 def read_table(path: Path) -> tuple[dict[str, Any], pa.Table]:
@@ -67,20 +65,31 @@ def read_table(path: Path) -> tuple[dict[str, Any], pa.Table]:
     Raises:
         AtlasError: missing, damaged, or of a newer format.
     """
-    if not path.is_file():
-        raise AtlasError(f"{path}: no such file")
+    table = read_parquet(path, SCHEMA)
     try:
-        table = pq.read_table(path)
-        header = json.loads(table.schema.metadata[_KEY])
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise AtlasError(
-            f"{path}: damaged sample table ({error}); delete it and run again"
-        ) from None
-    if header["format"] > FORMAT:
-        raise AtlasError(
-            f"{path}: format {header['format']} is newer than this release reads ({FORMAT})"
-        )
+        header = json.loads((table.schema.metadata or {})[_KEY])
+        if header["format"] > FORMAT:
+            raise AtlasError(
+                f"{path}: format {header['format']} is newer than this release reads ({FORMAT})"
+            )
+        _check_header(header)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise AtlasError(f"{path}: damaged table ({error}); delete it and run again") from None
     return header, table
+
+
+def _check_header(header: dict[str, Any]) -> None:
+    """See that a header has the parts that its readers take for granted.
+
+    Raises:
+        KeyError, TypeError, ValueError: it has not.
+    """
+    for tensor, layer, width in header["slots"]:
+        if not (isinstance(tensor, str) and isinstance(layer, int) and isinstance(width, int)):
+            raise TypeError("slots are [tensor, layer, width]")
+    for one in header["tasks"].values():
+        if not (isinstance(one["fingerprint"], str) and isinstance(one["result"]["status"], str)):
+            raise TypeError("tasks have a fingerprint and a result")
 
 
 def read_samples(path: Path, slots: list[list[Any]]) -> SampleTable:

@@ -8,7 +8,7 @@ points that happen to lie on a line, the first alone would call any two models a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ FAMILY = ["criterion", "family", "site", "task", "bar", "bar_label"]
 SCALING = [*FAMILY, "models", "slope", "intercept", "low", "high", "resolved", "reason"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SizePoint:
     """One model's critical or PPL-p% sparsity.
 
@@ -105,27 +105,30 @@ def _scatter(residual: np.ndarray, spread: float) -> float:
     return float(t.ppf(0.975, freedom) * error)
 
 
-def scaling_rows(
-    critical: Iterable[dict[str, Any]], families: dict[str, str]
-) -> Iterator[dict[str, Any]]:
-    """Rows of scaling.csv: every group of two or more models of one family.
+class Scaling:
+    """The points of every family, taken row by row from critical_sparsity.csv."""
 
-    Args:
-        critical: rows of critical_sparsity.csv.
-        families: by model.
-    """
-    groups: dict[tuple, list[SizePoint]] = {}
-    for row in critical:
-        row = {**row, "family": families[row["model"]]}
-        groups.setdefault(tuple(row[key] for key in FAMILY), []).append(_size_point(row))
-    for key, points in groups.items():
-        if len(points) > 1:
-            slope = fit_slope(points)
-            yield {
-                **dict(zip(FAMILY, key, strict=True)),
-                **asdict(slope),
-                "resolved": slope.resolved,
-            }
+    def __init__(self, families: dict[str, str]) -> None:
+        """Begin without points; `families` are by model."""
+        self._families = families
+        self._groups: dict[tuple, list[SizePoint]] = {}
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Take one row of critical_sparsity.csv."""
+        named = {**row, "family": self._families[row["model"]]}
+        key = tuple(named[name] for name in FAMILY)
+        self._groups.setdefault(key, []).append(_size_point(row))
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Rows of scaling.csv: every group of two or more models of one family."""
+        for key, points in self._groups.items():
+            if len(points) > 1:
+                slope = fit_slope(points)
+                yield {
+                    **dict(zip(FAMILY, key, strict=True)),
+                    **asdict(slope),
+                    "resolved": slope.resolved,
+                }
 
 
 def _size_point(row: dict[str, Any]) -> SizePoint:

@@ -16,6 +16,8 @@ from sparsity_atlas.errors import AtlasError
 
 # Version of every file format of ours; a file with a higher one was written by a newer release.
 FORMAT = 1
+# Bytes; a hundred times the largest manifest or index of weights.
+LARGEST_JSON = 256 * 2**20
 
 
 def canonical(value: Any) -> str:
@@ -83,12 +85,22 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 def _sweep(path: Path) -> None:
     """Remove the temporary neighbours of `path` whose writers are dead."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        try:
-            os.kill(int(left.name.split(".")[-2]), 0)
-        except ProcessLookupError:
+        if abandoned(left):
             left.unlink(missing_ok=True)
-        except PermissionError:
-            continue  # somebody else's process, and alive
+
+
+def abandoned(temporary: Path) -> bool:
+    """Whether the writer of a temporary file of ours is dead, as far as this machine knows."""
+    writer = temporary.name.split(".")[-2]
+    if not writer.isdigit():
+        return False
+    try:
+        os.kill(int(writer), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        pass  # somebody else's process, and alive
+    return False
 
 
 def write_text(path: Path, text: str) -> None:
@@ -97,29 +109,66 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_manifest(path: Path, content: dict[str, Any]) -> None:
-    """Write a manifest: JSON that says what it is, last and atomically."""
-    text = json.dumps({"format": FORMAT, **content}, indent=2, allow_nan=False, ensure_ascii=False)
+    """Write a manifest: JSON that says what it is and has a checksum, last and atomically."""
+    content = {"format": FORMAT, **content}
+    content["checksum"] = _checksum(content)
+    text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
     write_text(path, text + "\n")
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    """Of a manifest as it will be read: JSON has no tuples, and text as keys."""
+    return digest(json.loads(json.dumps(content, allow_nan=False)))[:16]
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file, which may be somebody else's.
+
+    Raises:
+        AtlasError: it is missing, not JSON, or too large or too deeply nested to be what it should be.
+    """
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_JSON:
+            raise AtlasError(f"{path}: {size:,} bytes; at most {LARGEST_JSON:,} are read as JSON")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AtlasError(f"{path}: no such file") from None
+    # Of the ValueErrors: not UTF-8, not JSON, and a number of more digits than Python reads.
+    except (ValueError, RecursionError) as error:
+        raise AtlasError(f"{path}: not JSON ({error})") from None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """Read a manifest.
 
     Raises:
-        AtlasError: it is missing, not JSON, or of a newer format.
+        AtlasError: it is missing, not JSON, of a newer format, or not as it was written.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AtlasError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AtlasError(f"{path}: damaged manifest ({error}); delete it and run again") from None
-    if not isinstance(content, dict) or not isinstance(content.get("format"), int):
+        content = read_json(path)
+    except AtlasError as error:
+        if not path.is_file():
+            raise
+        reason = str(error).removeprefix(f"{path}: ")
+        raise AtlasError(f"{path}: damaged manifest ({reason}); delete it and run again") from None
+    written = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(written, int):
         raise AtlasError(f"{path}: not a manifest of Sparsity Atlas; delete it and run again")
-    if content["format"] > FORMAT:
+    if written > FORMAT:
         raise AtlasError(
-            f"{path}: format {content['format']} is newer than this release reads ({FORMAT}); "
+            f"{path}: format {written} is newer than this release reads ({FORMAT}); "
             "update sparsity-atlas"
+        )
+    checksum = content.pop("checksum", None)
+    try:
+        sound = checksum == _checksum(content)
+    except ValueError:  # it has a NaN, which no manifest of ours has
+        sound = False
+    if not sound:
+        raise AtlasError(
+            f"{path}: damaged manifest (its checksum is not that of its content); "
+            "delete it and run again"
         )
     return content
 
@@ -131,3 +180,18 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def free(path: Path) -> Iterator[bool]:
+    """Whether nobody holds the lock on `path`; nobody gets it as long as this lasts."""
+    if not path.is_file():
+        yield True
+        return
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True

@@ -22,45 +22,26 @@ failures.csv            every task at every level that failed numerically, and w
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from sparsity_atlas import cli
 from sparsity_atlas.calibration import read_calibration
 from sparsity_atlas.comparison import COMPARISON, comparison_rows
 from sparsity_atlas.critical import CriticalRow
+from sparsity_atlas.csv_files import Table, write_csv, write_side_by_side
 from sparsity_atlas.curves import CurvePoint
 from sparsity_atlas.metrics import BIN_EDGES
-from sparsity_atlas.scaling import SCALING, scaling_rows
-from sparsity_atlas.store import read_manifest, write_text
-
-# Sums over samples differ in their last digits between numbers of threads; ten digits do not.
-DIGITS = 10
-
-
-def _format(value: Any) -> Any:
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return format(value, f".{DIGITS}g") if isinstance(value, float) else value
-
-
-def write_csv(path: Path, columns: list[str], rows: Iterable[dict[str, Any]]) -> None:
-    """Write a table atomically; None becomes an empty cell."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns)
-    for row in rows:
-        writer.writerow([_format(row[column]) for column in columns])
-    write_text(path, buffer.getvalue())
+from sparsity_atlas.metrics import SCHEMA as METRIC_SCHEMA
+from sparsity_atlas.output_error import SCHEMA as ERROR_SCHEMA
+from sparsity_atlas.parquet import read_parquet
+from sparsity_atlas.scaling import SCALING, Scaling
+from sparsity_atlas.selection import unfold
+from sparsity_atlas.store import read_manifest
 
 
 def _key(path: Path) -> dict[str, str]:
@@ -96,47 +77,41 @@ def model_sizes(paths: list[Path]) -> dict[str, dict[str, int]]:
     return sizes
 
 
-def critical_rows(curves: list[Path], sizes: dict[str, dict[str, int]]) -> Iterator[dict[str, Any]]:
-    """Rows of critical_sparsity.csv, one curve in memory at a time."""
-    for path in curves:
-        key = _key(path)
-        for row in read_manifest(path)["critical"]:
-            yield {**key, **sizes[key["model"]], **row}
+def critical_rows(
+    key: dict[str, str], curve: dict[str, Any], sizes: dict[str, dict[str, int]]
+) -> Iterator[dict[str, Any]]:
+    """A curve's rows of critical_sparsity.csv."""
+    for row in curve["critical"]:
+        yield {**key, **sizes[key["model"]], **row}
 
 
-def curve_rows(curves: list[Path]) -> Iterator[dict[str, Any]]:
-    """Rows of curves.csv."""
-    for path in curves:
-        for row in read_manifest(path)["points"]:
-            yield {**_key(path), **row}
+def layer_rows(
+    key: dict[str, str], curve: dict[str, Any], captured: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """A curve's rows of layers.csv, with those of its sparsity.parquet beside them."""
+    stored = {(row["level"], row["layer"]): row for row in captured}
+    for level, tensors in curve["layers"].items():
+        for tensor, shares in tensors.items():
+            for layer, share in enumerate(shares):
+                beside = stored.get((level, layer), {})
+                yield {
+                    **key,
+                    **{"level": level, "tensor": tensor, "layer": layer, "sparsity": share},
+                    "captured_sparsity": beside.get("sparsity"),
+                    "output_error": beside.get("error"),
+                }
 
 
-def layer_rows(curves: list[Path], sparsity: list[Path]) -> Iterator[dict[str, Any]]:
-    """Rows of layers.csv."""
-    captured = {
-        (*_key(path).values(), row["level"], row["layer"]): row
-        for path in sparsity
-        for row in pq.read_table(path).to_pylist()
-    }
-    for path in curves:
-        key = _key(path)
-        for level, tensors in read_manifest(path)["layers"].items():
-            for tensor, shares in tensors.items():
-                for layer, share in enumerate(shares):
-                    stored = captured.get((*key.values(), level, layer), {})
-                    yield {
-                        **key,
-                        **{"level": level, "tensor": tensor, "layer": layer, "sparsity": share},
-                        "captured_sparsity": stored.get("sparsity"),
-                        "output_error": stored.get("error"),
-                    }
+def _captured(path: Path) -> list[dict[str, Any]]:
+    """Rows of a sparsity.parquet."""
+    return read_parquet(path, ERROR_SCHEMA).to_pylist()
 
 
 def metric_rows(metrics: list[Path]) -> list[dict[str, Any]]:
     """Rows of metrics.csv and the histograms; `all_inputs` repeats other sites' tensors."""
     rows = {}
     for path in metrics:
-        for row in pq.read_table(path).to_pylist():
+        for row in read_parquet(path, METRIC_SCHEMA).to_pylist():
             rows.setdefault((path.parts[-3], row["tensor"], row["layer"]), row)
     return [{"model": model, **row} for (model, _, _), row in rows.items()]
 
@@ -155,23 +130,22 @@ def magnitude_rows(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             }
 
 
-def error_rows(sparsity: list[Path]) -> Iterator[dict[str, Any]]:
-    """Rows of output_error.csv; a level with a layer whose dense output is all zeros is left out."""
-    for path in sparsity:
-        levels: dict[str, list[dict[str, Any]]] = {}
-        for row in pq.read_table(path).to_pylist():
-            levels.setdefault(row["level"], []).append(row)
-        for level, rows in levels.items():
-            errors = [row["error"] for row in rows]
-            if None not in errors:
-                yield {
-                    **_key(path),
-                    "level": level,
-                    "sparsity": float(np.mean([row["sparsity"] for row in rows])),
-                    "error": float(np.mean(errors)),
-                    "error_low": min(errors),
-                    "error_high": max(errors),
-                }
+def error_rows(key: dict[str, str], captured: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A curve's rows of output_error.csv, without levels of which a layer's dense output is all zeros."""
+    levels: dict[str, list[dict[str, Any]]] = {}
+    for row in captured:
+        levels.setdefault(row["level"], []).append(row)
+    for level, rows in levels.items():
+        errors = [row["error"] for row in rows]
+        if None not in errors:
+            yield {
+                **key,
+                "level": level,
+                "sparsity": float(np.mean([row["sparsity"] for row in rows])),
+                "error": float(np.mean(errors)),
+                "error_low": min(errors),
+                "error_high": max(errors),
+            }
 
 
 def allocation_rows(curves: list[Path]) -> Iterator[dict[str, Any]]:
@@ -216,13 +190,6 @@ def model_rows(paths: list[Path]) -> list[dict[str, Any]]:
     return rows
 
 
-def failure_rows(curves: list[Path]) -> Iterator[dict[str, Any]]:
-    """Rows of failures.csv."""
-    for path in curves:
-        for row in read_manifest(path)["failures"]:
-            yield {**_key(path), **row}
-
-
 def write_tables(
     folder: Path,
     models: list[Path],
@@ -230,7 +197,7 @@ def write_tables(
     sparsity: list[Path],
     metrics: list[Path],
 ) -> None:
-    """Write all tables of a run into a folder.
+    """Write all tables of a run into a folder. One curve is in memory at a time.
 
     Args:
         folder: where the CSV files go.
@@ -239,52 +206,67 @@ def write_tables(
         sparsity: sparsity.parquet files.
         metrics: Parquet files of `metrics`.
     """
-    critical = list(critical_rows(curves, model_sizes(models)))
+    sizes = model_sizes(models)
     described = model_rows(models)
-    families = {row["model"]: row["family"] for row in described}
+    scaling = Scaling({row["model"]: row["family"] for row in described})
+    stored = {path.parent: path for path in sparsity}
+
+    def read_curves(tables: dict[str, Table]) -> None:
+        for path in curves:
+            key, curve = _key(path), read_manifest(path)
+            captured = _captured(stored[path.parent]) if path.parent in stored else []
+            critical = list(critical_rows(key, curve, sizes))
+            tables["critical_sparsity.csv"].add(critical)
+            for row in critical:
+                scaling.add(row)
+            tables["curves.csv"].add({**key, **row} for row in curve["points"])
+            tables["layers.csv"].add(layer_rows(key, curve, captured))
+            tables["failures.csv"].add({**key, **row} for row in curve["failures"])
+
+    columns = {"critical_sparsity.csv": CRITICAL, "curves.csv": POINTS, "layers.csv": LAYERS}
+    write_side_by_side(folder, {**columns, "failures.csv": FAILURES}, read_curves)
+    errors = (row for path in sparsity for row in error_rows(_key(path), _captured(path)))
+    write_csv(folder / "output_error.csv", ERRORS, errors)
+    write_csv(folder / "scaling.csv", SCALING, scaling.rows())
+    write_csv(folder / "models.csv", MODELS, described)
     measured = metric_rows(metrics)
-    write_csv(folder / "critical_sparsity.csv", CRITICAL, critical)
-    write_csv(folder / "curves.csv", POINTS, curve_rows(curves))
-    write_csv(folder / "comparison.csv", COMPARISON, comparison_rows(curves, sparsity))
-    write_csv(folder / "layers.csv", LAYERS, layer_rows(curves, sparsity))
     write_csv(folder / "metrics.csv", METRICS, measured)
     write_csv(folder / "magnitudes.csv", MAGNITUDES, magnitude_rows(measured))
-    write_csv(folder / "output_error.csv", ERRORS, error_rows(sparsity))
+    write_csv(folder / "comparison.csv", COMPARISON, comparison_rows(curves, sparsity))
     write_csv(folder / "allocation.csv", ALLOCATION, allocation_rows(curves))
-    write_csv(folder / "scaling.csv", SCALING, scaling_rows(critical, families))
-    write_csv(folder / "models.csv", MODELS, described)
-    write_csv(folder / "failures.csv", FAILURES, failure_rows(curves))
+
+
+def write_summary(path: Path, model: Path, curves: list[Path]) -> None:
+    """Write the rows of critical_sparsity.csv of one model's curves."""
+    sizes = model_sizes([model])
+    rows = (row for one in curves for row in critical_rows(_key(one), read_manifest(one), sizes))
+    write_csv(path, CRITICAL, rows)
 
 
 def main() -> None:
     """Command line of the stage."""
     parser = argparse.ArgumentParser(prog="python -m sparsity_atlas.summarize", description=__doc__)
-    parser.add_argument(
-        "what", choices=("model", "tables"), help="one model's summary, or all tables"
-    )
-    parser.add_argument("--models", required=True, nargs="+", type=Path, help="manifests of models")
-    parser.add_argument(
-        "--curves", nargs="*", type=Path, default=[], help="curve.json of each curve"
-    )
-    parser.add_argument(
-        "--sparsity", nargs="*", type=Path, default=[], help="sparsity.parquet of each"
-    )
-    parser.add_argument("--metrics", nargs="*", type=Path, default=[], help="Parquet of each site")
-    parser.add_argument(
-        "--output", required=True, type=Path, help="CSV file, or the tables' folder"
-    )
+    stages = parser.add_subparsers(dest="what", required=True)
+    one = stages.add_parser("model", help="one model's summary")
+    one.add_argument("--model", required=True, type=Path, help="its manifest")
+    one.add_argument("--curves", required=True, nargs="*", type=Path, help="its curve.json files")
+    one.add_argument("--output", required=True, type=Path, help="CSV file to write")
+    every = stages.add_parser("tables", help="all tables of a run")
+    every.add_argument("--curves", required=True, help="JSON: the run's curves (see selection.py)")
+    every.add_argument("--results", required=True, type=Path, help="the results' folder")
     arguments = parser.parse_args()
 
     if arguments.what == "model":
-        rows = critical_rows(arguments.curves, model_sizes(arguments.models))
-        write_csv(arguments.output, CRITICAL, rows)
+        write_summary(arguments.output, arguments.model, arguments.curves)
         return
+    results, keys = arguments.results, list(unfold(arguments.curves))
+    sites = dict.fromkeys((model, site) for model, _, site in keys)
     write_tables(
-        arguments.output,
-        arguments.models,
-        arguments.curves,
-        arguments.sparsity,
-        arguments.metrics,
+        results,
+        [results / model / "model.json" for model in dict.fromkeys(key[0] for key in keys)],
+        [results.joinpath(*key, "curve.json") for key in keys],
+        [results.joinpath(*key, "sparsity.parquet") for key in keys],
+        [results / model / "metrics" / f"{site}.parquet" for model, site in sites],
     )
 
 

@@ -16,6 +16,9 @@ import yaml
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.store import digest, file_digest
 
+# Bytes; lm-eval's largest is a hundredth of it.
+LARGEST = 2**20
+
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML that keeps lm-eval's `!function module.name` as text."""
@@ -39,18 +42,20 @@ def _catalogue(include: Path) -> dict[str, Path]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        size = path.stat().st_size
+        if size > LARGEST:
+            raise AtlasError(f"tasks: {path}: {size:,} bytes; at most {LARGEST:,} are read as YAML")
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    # A ValueError of a constructor: a date of month 13, a number without digits.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise AtlasError(f"tasks: {path}: not YAML: {error}") from None
     return content if isinstance(content, dict) else {}
 
 
 def override_digest(override: dict[str, Any]) -> str:
     """Digest of the local files that an `override` names; an empty string if there are none."""
-    files = {
-        text: Path(text) for text in _strings(override) if len(text) < 500 and "\n" not in text
-    }
-    digests = {text: file_digest(path) for text, path in files.items() if path.is_file()}
+    files = [text for text in _strings(override) if os.path.isfile(text)]
+    digests = {text: file_digest(Path(text)) for text in files}
     return digest(digests) if digests else ""
 
 
@@ -90,15 +95,17 @@ def _files(include: Path, name: str, seen: set[str]) -> set[Path]:
     seen.add(name)
     files = {path}
     content = _read(path)
-    while "include" in content:
+    while isinstance(content.get("include"), str):
         path = path.parent / content["include"]
-        if not path.is_file() or path in files:
+        if not os.path.isfile(path) or path in files:
             break
         files.add(path)
         content = {**_read(path), **{k: v for k, v in content.items() if k != "include"}}
     members = content.get("task")
     for member in members if isinstance(members, list) else []:
-        child = member if isinstance(member, str) else member.get("task") or member.get("group")
+        child = member
+        if isinstance(member, dict):
+            child = member.get("task") or member.get("group")
         if isinstance(child, str):
             files |= _files(include, child, seen)
     files |= {file for text in _strings(content) for file in _named_files(path.parent, text)}
@@ -106,23 +113,25 @@ def _files(include: Path, name: str, seen: set[str]) -> set[Path]:
 
 
 def _strings(value: Any) -> list[str]:
-    """Every string inside a YAML value."""
-    if isinstance(value, str):
-        return [value]
-    children = (
-        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    )
-    return [text for child in children for text in _strings(child)]
+    """Every string inside a YAML value, whose aliases may repeat and even contain themselves."""
+    found: list[str] = []
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            found.append(one)
+        elif isinstance(one, dict | list) and id(one) not in seen:
+            seen.add(id(one))
+            waiting += one.values() if isinstance(one, dict) else one
+    return found
 
 
 def _named_files(folder: Path, text: str) -> list[Path]:
     """The file that a string of a task's YAML names: a data file, or a module by `!function`."""
     if text.startswith("!function "):
         candidates = [folder / f"{text.removeprefix('!function ').rpartition('.')[0]}.py"]
-    elif "\n" in text or len(text) > 500:
-        candidates = []
     else:
         candidates = [folder / text, Path(text)]
-    return [path for path in candidates[:1] if path.is_file()] or [
-        path for path in candidates[1:] if path.is_file()
-    ]
+    # os.path, unlike Path.is_file, takes a name that no file can have for that of no file.
+    return next(([path] for path in candidates if os.path.isfile(path)), [])

@@ -16,6 +16,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.hub import with_data
 from sparsity_atlas.store import digest, file_digest
 
 if TYPE_CHECKING:
@@ -48,11 +49,18 @@ class LoadedTask:
         """lm-eval's tasks by name; one unless this is a group."""
         return self.contents["tasks"]
 
+    @property
+    def data(self) -> dict[str, str]:
+        """The commit of each Hub data set that it reads."""
+        configs = [leaf.config for leaf in self.leaves.values()]
+        options = {config.dataset_path: config.dataset_kwargs or {} for config in configs}
+        return {path: one["revision"] for path, one in options.items() if "revision" in one}
+
 
 class _LocalFiles(TaskFactory):
-    """lm-eval's factory, which also finds a task's data files beside its YAML.
+    """lm-eval's factory, which also finds a task's data files beside its YAML, and pins Hub data.
 
-    lm-eval looks for them from the working directory, so a task could only be run from one place.
+    lm-eval looks for files from the working directory, so a task could only be run from one place.
     """
 
     def _load_full_config(
@@ -63,7 +71,7 @@ class _LocalFiles(TaskFactory):
         if entry.yaml_path and isinstance(options, dict) and "data_files" in options:
             files = _beside(Path(entry.yaml_path).parent, options["data_files"])
             config["dataset_kwargs"] = {**options, "data_files": files}
-        return config
+        return with_data(config)
 
 
 def _beside(folder: Path, files: Any) -> Any:

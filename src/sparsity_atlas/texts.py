@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.hub import Repository
 
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
+# Characters of a document; the tokeniser takes one at a time, in many times its size.
+LONGEST = 64 * 2**20
 
 
 def documents(source: dict[str, Any]) -> Iterator[str]:
@@ -34,47 +38,72 @@ def documents(source: dict[str, Any]) -> Iterator[str]:
 
 
 def _local(path: Path, column: str) -> Iterator[str]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise AtlasError(f"texts: {path}: no such file")
     try:
-        if path.suffix != ".jsonl":
-            yield path.read_text(encoding="utf-8")
-            return
         with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                yield _field(path, number, line, column)
+            if path.suffix != ".jsonl":
+                yield _short(path, 1, file.read(LONGEST + 1))
+                return
+            lines = iter(lambda: file.readline(LONGEST + 1), "")
+            for number, line in enumerate(lines, 1):
+                yield _field(path, number, _short(path, number, line), column)
     except UnicodeDecodeError as error:
         raise AtlasError(f"texts: {path}: not UTF-8 ({error.reason})") from None
 
 
+def _short(path: Path, number: int, text: str) -> str:
+    if len(text) > LONGEST:
+        raise AtlasError(
+            f"texts: {path}: line {number} on: a document of more than {LONGEST:,} characters; "
+            "give documents, one a line of a .jsonl file"
+        )
+    return text
+
+
 def _field(path: Path, number: int, line: str, column: str) -> str:
     try:
-        return str(json.loads(line)[column])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise AtlasError(
-            f"texts: {path}: line {number} is not JSON with a field '{column}'"
-        ) from None
+        text = json.loads(line)[column]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        text = None
+    if not isinstance(text, str):
+        raise AtlasError(f"texts: {path}: line {number} is not JSON with a text in '{column}'")
+    return text
+
+
+def pinned(source: dict[str, Any]) -> dict[str, Any]:
+    """The source with the commit that its revision is now; a local file as it is.
+
+    Raises:
+        AtlasError: the Hub does not give it, and the cache does not know it.
+    """
+    if "file" in source:
+        return source
+    return {**source, "revision": _repository(source).commit()}
+
+
+def _repository(source: dict[str, Any]) -> Repository:
+    return Repository("texts", "dataset", source["hub"], source.get("revision", "main"))
 
 
 def _hub(source: dict[str, Any]) -> Iterator[str]:
-    from datasets import load_dataset
-
     column = source.get("column", "text")
+    name, split = source["hub"], source.get("split", "train")
+    builder = _repository(source).fetch_data(source.get("subset"))
     try:
-        data = load_dataset(
-            source["hub"],
-            source.get("subset"),
-            split=source.get("split", "train"),
-            revision=source.get("revision"),
-        )
-    except (OSError, ValueError, ConnectionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise AtlasError(f"texts: cannot load the data set {source['hub']}: {reason}") from None
+        builder.download_and_prepare()
+        data = builder.as_dataset(split)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise AtlasError(f"texts: cannot load the data set {name}: {reason}") from None
     if column not in data.column_names:
         raise AtlasError(
-            f"texts: {source['hub']} has no column '{column}'; it has {', '.join(data.column_names)}"
+            f"texts: {name} has no column '{column}'; it has {', '.join(data.column_names)}"
         )
-    yield from data[column]
+    for document in data[column]:
+        if not isinstance(document, str):
+            raise AtlasError(f"texts: {name}: column '{column}' is not text")
+        yield document
 
 
 def token_ids(

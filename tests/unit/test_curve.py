@@ -242,7 +242,7 @@ def test_the_summary_of_a_model(tmp_path: Path) -> None:
         model, {"parameters": {"total": 1000, "non_embedding": 600}, "layers": 2, "name": "small"}
     )
     output = tmp_path / "small" / "summary.csv"
-    arguments = ["model", "--models", model, "--curves"]
+    arguments = ["model", "--model", model, "--curves"]
     arguments += [tmp_path / "small" / "topp" / "intermediate" / "curve.json", "--output", output]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["x", *map(str, arguments)])

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsity_atlas import devices
-from sparsity_atlas.devices import own_device, pick_device, pick_dtype
+from sparsity_atlas.devices import pick_device, pick_dtype
 from sparsity_atlas.errors import AtlasError
 
 CLAIM = """
@@ -42,15 +41,6 @@ def test_each_job_has_a_gpu_of_its_own_and_a_third_waits(tmp_path: Path) -> None
     assert int(third.stdout.readline()) == 1
     for job in (*jobs, third):
         job.communicate(timeout=10) if job.poll() is None else job.stdout.close()
-
-
-def test_a_process_that_loads_a_second_model_keeps_its_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(devices, "_claimed", {})
-    assert devices.claim_gpu(["a"], tmp_path) == 0
-    # Without a memory of its claim it would wait here for itself.
-    assert own_device(torch.device("cuda")) == torch.device("cuda", 0)
 
 
 def test_the_cpu_computes_in_float32_unless_told_otherwise() -> None:

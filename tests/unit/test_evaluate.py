@@ -289,5 +289,5 @@ def test_damaged_samples_are_named(manifest: Path, tasks: dict, tmp_path: Path) 
     evaluate(manifest, tasks, tmp_path / "node")
     path = tmp_path / "node" / "samples.parquet"
     path.write_bytes(path.read_bytes()[:-50])
-    with pytest.raises(AtlasError, match=r"samples\.parquet: damaged sample table"):
+    with pytest.raises(AtlasError, match=r"samples\.parquet: damaged table"):
         evaluate(manifest, tasks, tmp_path / "node")

@@ -8,9 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import linregress, t
 
-from sparsity_atlas.scaling import SizePoint, fit_slope, scaling_rows
+from sparsity_atlas.scaling import Scaling, SizePoint, fit_slope
 
 SIZES = (10**5, 10**6, 10**7)
+
+
+def fitted(rows, families) -> list[dict]:
+    scaling = Scaling(families)
+    for one in rows:
+        scaling.add(one)
+    return list(scaling.rows())
 
 
 def points(values, half=0.01, sizes=SIZES) -> list[SizePoint]:
@@ -105,7 +112,7 @@ def test_families_are_not_mixed_and_one_model_makes_no_row():
         row("m0", 10**5, 0.1, criterion="topk"),
     ]
     families = {"m0": "A, silu", "m1": "A, silu", "m2": "A, silu", "twin": "A, relu"}
-    (only,) = scaling_rows(rows, families)
+    (only,) = fitted(rows, families)
     assert (only["family"], only["criterion"], only["models"]) == ("A, silu", "topp", 3)
     assert only["slope"] == pytest.approx(0.05)
     assert only["resolved"]
@@ -115,5 +122,5 @@ def test_families_are_not_mixed_and_one_model_makes_no_row():
 def test_what_lies_beyond_the_measured_is_no_point(change):
     rows = [row(f"m{i}", size, 0.3 + 0.05 * i) for i, size in enumerate(SIZES)]
     rows[1] |= change
-    (only,) = scaling_rows(rows, dict.fromkeys(("m0", "m1", "m2"), "A"))
+    (only,) = fitted(rows, dict.fromkeys(("m0", "m1", "m2"), "A"))
     assert not only["resolved"]

@@ -116,7 +116,7 @@ def test_damaged_tables(tmp_path: Path, end: int) -> None:
     path = tmp_path / "samples.parquet"
     table("a").write(path)
     path.write_bytes(path.read_bytes()[:end])
-    with pytest.raises(AtlasError, match=r"samples\.parquet: damaged sample table"):
+    with pytest.raises(AtlasError, match=r"samples\.parquet: damaged table"):
         read_table(path)
 
 

@@ -64,9 +64,9 @@ def test_the_digest_is_that_of_the_tokens(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"text": "a"}\n{"page": "b"}\n', r"a\.jsonl: line 2 is not JSON with a field 'text'"),
-        (b'{"text": "a"}\nhello\n', r"a\.jsonl: line 2 is not JSON with a field 'text'"),
-        (b'["a"]\n', r"a\.jsonl: line 1 is not JSON with a field 'text'"),
+        (b'{"text": "a"}\n{"page": "b"}\n', r"a\.jsonl: line 2 is not JSON with a text in 'text'"),
+        (b'{"text": "a"}\nhello\n', r"a\.jsonl: line 2 is not JSON with a text in 'text'"),
+        (b'["a"]\n', r"a\.jsonl: line 1 is not JSON with a text in 'text'"),
         (b'{"text": "\xff\xfe"}\n', r"a\.jsonl: not UTF-8"),
         (b'{"text": "a"}\n', r"a\.jsonl has \d tokens, 1,000 are asked for \(capture\.tokens\)"),
         (b"", r"a\.jsonl has 0 tokens, 1,000 are asked for"),

@@ -21,10 +21,13 @@ rule capture:
     # Not in params: a site that is added must not capture its siblings again.
     resources:
         sites=ask.requested_sites,
+        gpu=ask.gpus,
+        mem_mb=ask.memory,
+        runtime=ask.capture_minutes,
     params:
         settings=ask.capture_settings,
         text=ask.capture_text,
-        store="results/{model}/activations.zarr",
+        model=subpath(output[0], ancestor=2),
         code=code_version("capture"),
     shell:
         """
@@ -34,6 +37,6 @@ rule capture:
             --siblings {resources.sites:q} \
             --settings {params.settings:q} \
             --code {params.code} \
-            --store {params.store} \
+            --store {params.model}/activations.zarr \
             --output {output} >{log} 2>&1
         """

@@ -22,8 +22,12 @@ import re
 import sys
 from pathlib import Path
 
+# Not workflow.basedir, nor plain "results": another workflow may use this one as a module, with a prefix.
+ROOT = Path(workflow.current_basedir).parents[1]
+RESULTS = str(workflow.modifier.modify_path("results"))
+
 # This checkout's own code, in this process and in the jobs', also where it is not installed.
-SOURCE = str(Path(workflow.basedir, "src"))
+SOURCE = str(ROOT / "src")
 sys.path.insert(0, SOURCE)
 os.environ.update(PYTHONPATH=os.pathsep.join(filter(None, [SOURCE, os.environ.get("PYTHONPATH")])))
 
@@ -34,10 +38,13 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.figures import FIGURES
 from sparsity_atlas.inputs import check_inputs, locate
 
+# For the target `clean` alone (`--config remove=true`), and no part of what is measured.
+REMOVE = config.pop("remove", False)
+
 try:
-    ATLAS = parse_config(locate(config, Path(workflow.basedir)))
+    ATLAS = parse_config(locate(config, ROOT))
     check_inputs(ATLAS)
-    ask = Asks(ATLAS, "results")
+    ask = Asks(ATLAS, RESULTS)
 except AtlasError as error:
     # Snakemake would add to any other exception where in this file it was raised.
     raise SystemExit(f"error: {error}") from None

@@ -18,6 +18,10 @@ rule dense:
     conda:
         "../../envs/atlas.yaml"
     threads: 1
+    resources:
+        gpu=ask.gpus,
+        mem_mb=ask.memory,
+        runtime=ask.node_minutes,
     params:
         settings=ask.dense_settings,
         tasks=ask.dense_tasks,
@@ -46,6 +50,10 @@ rule evaluate:
     conda:
         "../../envs/atlas.yaml"
     threads: 1
+    resources:
+        gpu=ask.gpus,
+        mem_mb=ask.memory,
+        runtime=ask.node_minutes,
     params:
         settings=ask.node_settings,
         criterion=ask.criterion,
@@ -79,6 +87,10 @@ rule search:
     conda:
         "../../envs/atlas.yaml"
     threads: 1
+    resources:
+        gpu=ask.gpus,
+        mem_mb=ask.memory,
+        runtime=ask.search_minutes,
     params:
         settings=ask.node_settings,
         search=ask.search_settings,

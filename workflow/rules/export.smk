@@ -39,3 +39,4 @@ rule export_curve:
 rule export:
     input:
         ask.exports(),
+    localrule: True

@@ -19,13 +19,14 @@ rule figures:
     conda:
         "../../envs/atlas.yaml"
     params:
+        folder=lambda wildcards, output: Path(output[0]).parent,
         captions={name: figure.caption for name, figure in FIGURES.items()},
         code=code_version("figures"),
     shell:
         """
         python -m sparsity_atlas.figures \
             --tables {input.tables:q} \
-            --output results/figures >{log} 2>&1
+            --output {params.folder} >{log} 2>&1
         """
 
 

@@ -18,13 +18,13 @@ rule metrics:
         "../../envs/atlas.yaml"
     threads: 1
     params:
-        store="results/{model}/activations.zarr",
+        model=subpath(input.capture, ancestor=2),
         code=code_version("metrics"),
     shell:
         """
         python -m sparsity_atlas.metrics \
             --capture {input.capture} \
-            --store {params.store} \
+            --store {params.model}/activations.zarr \
             --output {output} >{log} 2>&1
         """
 
@@ -44,18 +44,22 @@ rule output_error:
     conda:
         "../../envs/atlas.yaml"
     threads: 1
+    resources:
+        gpu=ask.gpus,
+        mem_mb=ask.memory,
+        runtime=ask.error_minutes,
     params:
         settings=ask.store_settings,
         criterion=ask.criterion,
         levels=ask.listed_levels,
-        store="results/{model}/activations.zarr",
+        model=subpath(input.capture, ancestor=2),
         code=ask.criterion_code("output_error"),
     shell:
         """
         python -m sparsity_atlas.output_error \
             --model {input.model} \
             --site {wildcards.site} \
-            --store {params.store} \
+            --store {params.model}/activations.zarr \
             --criterion {params.criterion:q} \
             --levels={params.levels:q} \
             --search={input.search:q} \

@@ -11,6 +11,7 @@ rule run_config:
         "results/run_config.yaml",
     log:
         "results/logs/run_config.log",
+    localrule: True
     conda:
         "../../envs/atlas.yaml"
     params:
@@ -37,6 +38,8 @@ rule model:
     # Not in params: a site that is added must not make the manifest anew.
     resources:
         sites=ask.requested_sites,
+        mem_mb=ask.memory,
+        runtime=ask.capture_minutes,
     params:
         source=ask.model_source,
         files=ask.model_digest,

@@ -8,6 +8,7 @@ Out: a table on the terminal; no file.
 rule plan:
     log:
         "results/logs/plan.log",
+    localrule: True
     conda:
         "../../envs/atlas.yaml"
     threads: 1

@@ -47,6 +47,7 @@ rule model_summary:
         "results/{model}/summary.csv",
     log:
         "results/logs/{model}/summary.log",
+    localrule: True
     conda:
         "../../envs/atlas.yaml"
     params:
@@ -54,7 +55,7 @@ rule model_summary:
     shell:
         """
         python -m sparsity_atlas.summarize model \
-            --models {input.model} \
+            --model {input.model} \
             --curves {input.curves:q} \
             --output {output} >{log} 2>&1
         """
@@ -86,13 +87,13 @@ rule tables:
     conda:
         "../../envs/atlas.yaml"
     params:
+        # The input files by what they have in common: their names would exceed a command line.
+        curves=ask.selection,
+        results=subpath(output.critical, parent=True),
         code=code_version("summarize"),
     shell:
         """
         python -m sparsity_atlas.summarize tables \
-            --models {input.models:q} \
-            --curves {input.curves:q} \
-            --sparsity {input.sparsity:q} \
-            --metrics {input.metrics:q} \
-            --output results >{log} 2>&1
+            --curves {params.curves:q} \
+            --results {params.results} >{log} 2>&1
         """

@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ def source_file(spec: dict[str, Any]) -> Path:
     """
     if "file" in spec:
         path = Path(spec["file"])
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise AtlasError(f"criteria: {path}: no such file")
         return path
     if spec["rule"] not in built_in():

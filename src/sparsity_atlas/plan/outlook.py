@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparsity_atlas import grid
 from sparsity_atlas.capture import ITEM_BYTES
@@ -18,7 +17,7 @@ from sparsity_atlas.config import Config
 from sparsity_atlas.devices import pick_device, pick_dtype
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluate import Node, Session
-from sparsity_atlas.models import PATTERNS, check_sites, load, load_tokenizer, resolve
+from sparsity_atlas.models import check_sites, load, load_tokenizer, resolve
 from sparsity_atlas.plan.dry_run import DryLM, TaskCost, count
 from sparsity_atlas.plan.rates import TimedLM, free_memory, node_seconds
 from sparsity_atlas.sites import find_ffns
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from sparsity_atlas.checkpoint import Checkpoint
     from sparsity_atlas.tasks import LoadedTask
 
 NodeKey = tuple[str, str] | None
@@ -80,29 +80,18 @@ def captured_tokens(config: Config) -> int:
     return -(-config.capture.tokens // length) * length
 
 
-def find(source: dict[str, Any]) -> Path:
-    """The model's folder with configuration and tokenizer. Weights are not fetched.
+def find(source: dict[str, Any]) -> Checkpoint:
+    """The model's configuration and tokenizer. Weights are not fetched.
 
     Raises:
         AtlasError: it is not here, and could not be fetched.
     """
     try:
-        return resolve(source, offline=True)
+        return resolve(source, offline=True, weights=False)[0]
     except AtlasError:
         if "path" in source:
             raise
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    if constants.HF_HUB_OFFLINE:
-        raise AtlasError("not in the cache, and the Hub cannot be reached")
-    small = [pattern for pattern in PATTERNS if not pattern.endswith(".safetensors")]
-    try:
-        return Path(
-            snapshot_download(source["hub"], revision=source.get("revision"), allow_patterns=small)
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise AtlasError(f"not in the cache; {str(error).strip().splitlines()[0]}") from None
+    return resolve(source, weights=False)[0]
 
 
 def look(
@@ -124,14 +113,12 @@ def look(
     outlook = Outlook()
     settings = json.loads(grid.evaluation_slice(config, name, ()))
     try:
-        folder = find(json.loads(grid.fetch_slice(config, name)))
+        checkpoint = find(json.loads(grid.fetch_slice(config, name)))
         with torch.device("meta"):
-            blank = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(folder, local_files_only=True)
-            )
+            blank = checkpoint.blank()
         lm = DryLM(
             blank,
-            load_tokenizer(folder),
+            load_tokenizer(checkpoint),
             **{key: settings[key] for key in ("batch_size", "max_length", "add_bos_token")},
         )
     except (AtlasError, OSError, ValueError, KeyError) as error:
@@ -194,14 +181,16 @@ def measure(config: Config, name: str, outlook: Outlook, nodes: dict[NodeKey, No
             f"too large to be timed here: {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
         )
     began = time.perf_counter()
-    folder = resolve(source, offline=True)
+    checkpoint, _ = resolve(source, offline=True)
     # On the CPU first: a job waits for a GPU of its own, a plan shares one.
-    model = load(folder, dtype=outlook.dtype, device="cpu").to(device)
+    model = load(checkpoint, dtype=outlook.dtype, device="cpu").to(device)
     ffns = find_ffns(model, source.get("modules"))
     check_sites(name, grid.model_sites(config, name), list(ffns[0].sites()))
     outlook.ready = time.perf_counter() - began
     outlook.shapes = [(ffn.hidden, ffn.width) for ffn in ffns]
-    lm = TimedLM(model, load_tokenizer(folder), batch_size=settings["batch_size"], max_length=None)
+    lm = TimedLM(
+        model, load_tokenizer(checkpoint), batch_size=settings["batch_size"], max_length=None
+    )
     session = Session(lm, ffns, {}, config.seed, False, {})
     times = node_seconds(session, list(nodes.values()), outlook.costs)
     outlook.seconds = dict(zip(nodes, times, strict=True))

@@ -1,0 +1,73 @@
+"""profiles/slurm on a real Slurm of one machine, with and without accounting.
+
+Slurm's clients and the executor wait for ever for a controller that is gone; everything here ends at a
+hard limit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from checkout import Checkout, smoke_run
+from loopback import call, loopback, resources
+from sparsity_atlas.store import read_manifest
+
+NODE = "zoo-small/topk/intermediate/0.9"
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """The smoke configuration, run on this machine without Slurm. Leave it as it is."""
+    return smoke_run(tmp_path_factory.getbasetemp())
+
+
+def test_the_smoke_configuration_without_accounting(smoke: Checkout, tmp_path: Path) -> None:
+    checkout = Checkout.make(tmp_path / "atlas")
+    with loopback(tmp_path) as slurm:
+        # As many threads as there: sums differ in their last bits.
+        slurm.run(checkout, "--set-threads", "metrics=1")
+        jobs = slurm.jobs("tres-per-job", "MinMemory", "State")
+    assert checkout.contents() == smoke.contents()
+    assert {job["State"] for job in jobs} == {"COMPLETED"}
+    # A search is one job a curve, a listed node one; tables, figures and report are one together.
+    assert Counter(job["rule"] for job in jobs) == {
+        **{"model": 1, "capture": 2, "metrics": 2, "dense": 1, "search": 2, "evaluate": 2},
+        **{"output_error": 3, "curve": 3, "report_figures_page_tables": 1},
+    }
+    gpu = {job["rule"] for job in jobs if resources(job)["gpu"]}
+    assert gpu == {"capture", "dense", "evaluate", "search", "output_error"}
+    # float32 on the CPU; an FFN has 7 factors of the width of the small model's input and of its own.
+    manifest = read_manifest(checkout.results / "zoo-small/model.json")
+    token = 4 * (manifest["hidden"] + 3 * manifest["width"])
+    expected = 3000 + (4 * manifest["parameters"]["total"] + 16 * 2048 * token) // 2**20
+    heavy = [job for job in jobs if job["rule"] in gpu]
+    assert {resources(job)["mem"] for job in heavy} == {expected}
+
+
+def test_a_cancelled_node_with_accounting(smoke: Checkout, tmp_path: Path) -> None:
+    """The node is submitted again, with twice the memory, and repeats no more than one batch."""
+    checkout = Checkout.make(tmp_path / "atlas")
+    once = smoke.forwards().count(f"evaluate {NODE}/eval.json")
+    with loopback(tmp_path, accounting=True) as slurm:
+        process = slurm.start(checkout, f"results/{NODE}/eval.json", SLOW="3")
+        deadline = time.monotonic() + 300
+        while not checkout.forwards():
+            assert time.monotonic() < deadline, "no node ran in five minutes"
+            time.sleep(0.2)
+        (running,) = (job for job in slurm.jobs("JobID", "State") if job["rule"] == "evaluate")
+        call("scancel", running["JobID"])
+        text, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, text
+        jobs = [job for job in slurm.jobs("tres-per-job", "MinMemory", "State")]
+        accounts = call("sacct", "--allocations", "--noheader", "--parsable2", "--format=Account")
+    tries = [job for job in jobs if job["rule"] == "evaluate"]
+    assert [job["State"] for job in tries] == ["CANCELLED", "COMPLETED"]
+    first, second = (resources(job)["mem"] for job in tries)
+    assert second == 2 * first
+    assert set(accounts.split()) == {"atlas"}
+    assert checkout.contents(NODE) == smoke.contents(NODE)
+    assert once <= checkout.forwards().count(f"evaluate {NODE}/eval.json") <= once + 1

@@ -1,0 +1,144 @@
+"""A Slurm of this one machine (slurm.sh), and runs of a working copy through profiles/slurm on it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkout import HOOKS, ROOT, Checkout
+
+SCRIPT = ROOT / "tests/cluster/slurm.sh"
+
+# What differs from a cluster: a local file system, and short waits so that the tests end soon.
+LOCAL = ("--latency-wait", "5", "--slurm-init-seconds-before-status-checks", "1")
+NO_ACCOUNTING = ("--slurm-status-command", "squeue", "--slurm-no-account")
+
+
+class Slurm:
+    """A running loopback cluster.
+
+    Attributes:
+        folder: of its configuration, process ids and logs.
+    """
+
+    def __init__(self, folder: Path, plugin: Path, accounting: bool) -> None:
+        self.folder = folder
+        self._plugin = plugin
+        self._accounting = accounting
+
+    def run(self, checkout: Checkout, *arguments: str, **environment: str) -> str:
+        """Run the smoke configuration; returns what Snakemake said."""
+        process = self.start(checkout, *arguments, **environment)
+        try:
+            text, _ = process.communicate(timeout=900)
+        finally:
+            stop(process)
+        assert process.returncode == 0, text
+        return text
+
+    def start(
+        self, checkout: Checkout, *arguments: str, **environment: str
+    ) -> subprocess.Popen[str]:
+        """Start such a run, in a session of its own."""
+        command = [sys.executable, "-m", "snakemake", "--nocolor"]
+        command += ["--workflow-profile", "profiles/slurm", *LOCAL]
+        command += [] if self._accounting else NO_ACCOUNTING
+        # Last, since it takes whatever follows it.
+        command += [*arguments, "--configfile", "workflow/config/smoke.yaml"]
+        path = os.pathsep.join(map(str, (checkout.path / "src", HOOKS, self._plugin)))
+        return subprocess.Popen(
+            command,
+            cwd=checkout.path,
+            env=checkout.environment(PYTHONPATH=path, **environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def jobs(self, *fields: str) -> list[dict[str, str]]:
+        """Every job so far: these fields of `squeue --Format`, with the rule and its wildcards."""
+        widths = ",".join(f"{field}:120" for field in ("Comment", *fields))
+        text = call("squeue", "--states=all", "--noheader", "--Format", widths)
+        rows = []
+        for line in text.splitlines():
+            cells = [line[i : i + 120].strip() for i in range(0, 120 * (len(fields) + 1), 120)]
+            rule, _, wildcards = cells[0].removeprefix("rule_").partition("_wildcards_")
+            rows.append(
+                {"rule": rule, "wildcards": wildcards, **dict(zip(fields, cells[1:], strict=True))}
+            )
+        return rows
+
+    def pid(self, daemon: str) -> int:
+        """Process of slurmctld, slurmd1 or slurmd2."""
+        return int((self.folder / f"{daemon}.pid").read_text())
+
+
+def call(*command: str) -> str:
+    """Output of one of Slurm's commands, which wait for ever for a controller that is gone."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """End a run and whatever it started here, at once."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=20)
+
+
+@contextlib.contextmanager
+def loopback(folder: Path, *, accounting: bool = False) -> Iterator[Slurm]:
+    """A cluster, until the end of the block. Skips where nothing can be installed, else insists."""
+    if os.geteuid() != 0 or not Path("/usr/bin/apt-get").exists():
+        pytest.skip(
+            "needs root on Debian or Ubuntu: Slurm is installed and its daemons run as root"
+        )
+    plugin = _install_plugin(folder / "plugin")
+    state = folder / "slurm"
+    log = folder / "slurm.log"
+    words = ["accounting"] if accounting else []
+    try:
+        # To a file: daemons that inherit a pipe keep it open.
+        with log.open("w") as output:
+            done = subprocess.run(
+                ["timeout", "--kill-after=5", "240", SCRIPT, "start", state, *words],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+        assert done.returncode == 0, log.read_text()
+        yield Slurm(state, plugin, accounting)
+    finally:
+        subprocess.run(
+            ["timeout", "--kill-after=5", "120", SCRIPT, "stop", state], check=True, timeout=130
+        )
+
+
+def _install_plugin(folder: Path) -> Path:
+    """The `slurm` extra, in a folder of its own: in the environment, every test would import it."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        extra = tomllib.load(file)["project"]["optional-dependencies"]["slurm"]
+    # --target would bring pandas and numpy again, which the environment has; the job step it has not.
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder]
+    wanted = [*extra, "snakemake-executor-plugin-slurm-jobstep"]
+    subprocess.run([*command, *wanted], check=True, timeout=300)
+    return folder
+
+
+def resources(job: dict[str, str]) -> dict[str, Any]:
+    """GPUs and MiB that a job was submitted with."""
+    return {
+        "gpu": int(job["tres-per-job"].removeprefix("gres:gpu:").replace("N/A", "0")),
+        "mem": int(job["MinMemory"].removesuffix("M")),
+    }
