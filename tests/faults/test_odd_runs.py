@@ -183,7 +183,7 @@ def error(odd: tuple[Checkout, str], name: str) -> str:
 
 
 def test_a_task_without_documents(odd: tuple[Checkout, str]) -> None:
-    assert "tasks.nothing: " in error(odd, "nothing")
+    assert "tasks.nothing: 'nothing' has no documents" in error(odd, "nothing")
 
 
 def test_a_prompt_that_is_longer_than_the_context(odd: tuple[Checkout, str]) -> None:
