@@ -190,8 +190,8 @@ def ffn(x: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> Tensor:
 
 def share_of_ffn(rows: int, width: int, level: float) -> None:
     """On the CPU: the kernel's share of the time of the dense FFN that it stands in."""
-    hidden = width // 4
-    print(f"\nshare of the dense FFN ({hidden} to {width}, {rows:,} vectors, {level:g}); ms")
+    hidden = 2048
+    print(f"\nshare of a dense FFN {hidden} to {width}, {rows:,} vectors, p = {level:g}; ms")
     for dtype in ("fp32", "bf16"):
         kind = TYPES[dtype]
         x = torch.randn(rows, hidden).to(kind)
@@ -232,8 +232,8 @@ def tune(rows: int) -> None:
         ):
             cuda.ENTRIES_A_THREAD, cuda.REGISTERS = entries, registers
             made = rule("topp", width, 0.9, "cuda")
-            time = seconds(partial(kernels.masked, made, values, values), "cuda", 20)
-            line.append(f"{entries}/{registers}: {time * 1e3:.3f}")
+            spent = seconds(partial(kernels.masked, made, values, values), "cuda", 20)
+            line.append(f"{entries}/{registers}: {spent * 1e3:.3f}")
         print(f"width {width:>5} | {'  '.join(line)}")
     cuda.ENTRIES_A_THREAD, cuda.REGISTERS = chosen
 
@@ -249,6 +249,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     os.environ[kernels.VARIABLE] = "compiled"
+    if arguments.device == "cpu":
+        torch.set_num_threads(1)
     print(machine(arguments.device))
     good = check(arguments.device) if arguments.check else True
     if arguments.device == "cuda":

@@ -21,6 +21,8 @@ from sparsity_atlas.parquet import read_parquet, write_parquet
 
 # Induced sparsities at which curves are read.
 SPARSITIES = tuple(round(0.05 * step, 2) for step in range(1, 20))
+# Measured points farther apart than this say nothing of what lies between them.
+WIDEST_GAP = 0.25
 
 SCHEMA = pa.schema(
     [
@@ -42,7 +44,7 @@ def read_between(x: np.ndarray, y: np.ndarray, at: Sequence[float]) -> np.ndarra
         at: places.
 
     Returns:
-        [places]; NaN outside the curve.
+        [places]; NaN outside the curve, and in its gaps.
     """
     usable = np.isfinite(y) & np.isfinite(x)
     usable &= np.logical_and.accumulate(usable)
@@ -51,14 +53,17 @@ def read_between(x: np.ndarray, y: np.ndarray, at: Sequence[float]) -> np.ndarra
     at = np.asarray(at, dtype=np.float64)
     if len(x) < 2:
         return np.where(np.isin(at, x), y[0] if len(y) else np.nan, np.nan)
-    return PchipInterpolator(x, y, extrapolate=False)(at)
+    found = PchipInterpolator(x, y, extrapolate=False)(at)
+    after = np.clip(np.searchsorted(x, at), 1, len(x) - 1)
+    gap = (x[after] - x[after - 1] > WIDEST_GAP + 1e-9) & ~np.isin(at, x)
+    return np.where(gap, np.nan, found)
 
 
 def at_sparsities(estimates: Estimates, at: Sequence[float] = SPARSITIES) -> np.ndarray:
     """Added loss or retained accuracy at fixed sparsities: [1 + B, places], row 0 as measured.
 
-    Columns outside the measured range are NaN in every row. In a replicate the range differs a
-    little; a place just beyond its end takes the end's value.
+    Columns outside the measured range or in a gap of it are NaN in every row. In a replicate the range
+    differs a little; a place just beyond its end takes the end's value.
     """
     scores = anchored_scores(estimates)
     sign = 1.0 if estimates.kind == "accuracy" else -1.0
@@ -69,8 +74,11 @@ def at_sparsities(estimates: Estimates, at: Sequence[float] = SPARSITIES) -> np.
     places = np.asarray(at, dtype=np.float64)[inside]
     for row in range(1, len(found)):
         x, y = scores.x[row], sign * scores.fit[row]
-        finite = x[np.isfinite(y)]
-        found[row, inside] = read_between(x, y, np.clip(places, finite[0], finite[-1]))
+        x, first = np.unique(x[np.isfinite(y)], return_index=True)
+        y = y[np.isfinite(y)][first]
+        clipped = np.clip(places, x[0], x[-1])
+        # One point where a replicate's levels all tie with dense.
+        found[row, inside] = PchipInterpolator(x, y)(clipped) if len(x) > 1 else y[0]
     return found
 
 

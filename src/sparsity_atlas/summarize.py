@@ -170,7 +170,7 @@ def allocation_rows(curves: list[Path]) -> Iterator[dict[str, Any]]:
                     **_key(path),
                     "allocation": found.about["criterion"]["allocation"],
                     **{"tensor": tensor, "layer": int(layer), "sparsity": round(float(level), 6)},
-                    **{"damage": float(damage), "own_sparsity": float(share)},
+                    **{"damage": float(damage), "own_sparsity": round(float(share), 6)},
                 }
 
 

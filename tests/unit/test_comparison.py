@@ -29,12 +29,15 @@ def test_a_curve_is_read_between_its_points() -> None:
 @pytest.mark.parametrize(
     ("x", "y", "place", "value"),
     [
-        ([0, 0.5, 0.9], [0, 1, math.inf], 0.4, "inside"),
-        ([0, 0.5, 0.9], [0, 1, math.inf], 0.6, math.nan),
-        ([0, 0.5, 0.9], [0, math.inf, 1], 0.9, math.nan),  # nothing beyond a level that failed
+        ([0, 0.2, 0.4], [0, 1, math.inf], 0.1, "inside"),
+        ([0, 0.2, 0.4], [0, 1, math.inf], 0.3, math.nan),
+        ([0, 0.2, 0.4], [0, math.inf, 1], 0.4, math.nan),  # nothing beyond a level that failed
         ([0.3, 0.3, 0.9], [1, 1, 2], 0.3, 1),
         ([0.3, 0.3], [1, 1], 0.3, 1),
         ([0.3], [1], 0.4, math.nan),
+        ([0, 0.65, 0.7], [0, 1, 2], 0.3, math.nan),  # nobody measured between 0 and 65 %
+        ([0, 0.65, 0.7], [0, 1, 2], 0.65, 1),
+        ([0, 0.25, 0.5], [0, 1, 2], 0.4, 1.6),
     ],
 )
 def test_ends_of_a_curve(x: list, y: list, place: float, value: float | str) -> None:

@@ -8,6 +8,7 @@ import seaborn as sns
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from sparsity_atlas.figures.layers import COLORS, PANELS
 from sparsity_atlas.figures.panels import empty, grid, label, select
@@ -71,7 +72,9 @@ def _heatmaps(
         ax.grid(visible=False)
         what = site if site == tensor else f"{site}: {tensor}"
         ax.set_title(f"{heading(model, criterion)}\n{what}")
-    bar = figure.colorbar(ScalarMappable(norm, COLORS), ax=axes, shrink=0.5, aspect=30, pad=0.01)
+    scale = ScalarMappable(norm, COLORS)
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    bar = figure.colorbar(scale, ax=axes, shrink=0.5, aspect=30, pad=0.01, format=plain)
     bar.set_label(meaning)
     bar.outline.set_visible(False)
     label(figure, "sparsity (%)", "layer", note)

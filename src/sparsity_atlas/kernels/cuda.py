@@ -36,7 +36,7 @@ _GROUP = tl.constexpr(8)  # entries that lie in one thread, one after another
 _EMPTY_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 ENTRIES_A_THREAD = 32
 # Of a thread; a row's scores take one an entry. More leave room for fewer rows at a time.
-REGISTERS = 64
+REGISTERS = 48
 _UNSURE = tl.constexpr(-1)
 _ROWS_TO_SETTLE = 8  # that one program looks through
 
