@@ -20,7 +20,7 @@ SCRIPT = ROOT / "tests/cluster/slurm.sh"
 
 # What differs from a cluster: a local file system, and short waits so that the tests end soon.
 LOCAL = ("--latency-wait", "5", "--slurm-init-seconds-before-status-checks", "1")
-NO_ACCOUNTING = ("--slurm-status-command", "squeue", "--slurm-no-account")
+NO_ACCOUNTING = ("--slurm-no-account",)
 
 
 class Slurm:

@@ -29,7 +29,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     return checkout
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["squeue", "sacct"])
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "accounting"])
 def slurm(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Slurm]:

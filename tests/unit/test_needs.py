@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,11 +36,9 @@ def config(model: dict[str, Any] | None = None, **changes: Any) -> Config:
     )
 
 
-def with_manifest(results: Path, parameters: int = 8 * 10**9) -> None:
-    write_model(results / "m", hidden=4096, width=14336)
-    manifest = json.loads((results / "m/model.json").read_text())
-    sizes = {"total": parameters, "non_embedding": parameters}
-    write_manifest(results / "m/model.json", {**manifest, "parameters": sizes})
+def with_manifest(results: Path) -> None:
+    """Of a model of 8 billion parameters."""
+    write_model(results / "m", parameters=4 * 10**9, hidden=4096, width=14336)
 
 
 @pytest.mark.parametrize(
