@@ -352,3 +352,26 @@ def test_amounts_in_words() -> None:
         ["0 B", "999 B", "1.0 MiB", "3.5 TiB"]
     )
     assert [duration(59), duration(90), duration(7200)] == ["59 s", "1.5 min", "2.0 h"]
+
+
+def test_a_calibrated_criterion_is_planned_before_its_calibration(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    entry = write_task(tmp_path / "tasks", "choice", choice_documents(), **CHOICE)
+    config = make_config(
+        {"m": {"path": str(model_folder)}},
+        {"choice": entry},
+        block={"criteria": ["teal"], "sites": ["input"], "levels": [0.5]},
+        criteria={"teal": {}},
+        calibration={"tokens": 256},
+    )
+    planned = forecast(config, tmp_path / "results")
+    (job,) = (job for job in planned.jobs if job.rule == "calibrate")
+    assert job.node == ("teal", "input")
+    assert not job.done
+    # Its thresholds are not known yet; its nodes are timed all the same.
+    assert all(amount.complete for amount in planned.seconds)
+    (tmp_path / "results/m/teal/input").mkdir(parents=True)
+    (tmp_path / "results/m/teal/input/calibration.safetensors").touch()
+    (job,) = (job for job in jobs(config, tmp_path / "results") if job.rule == "calibrate")
+    assert job.done

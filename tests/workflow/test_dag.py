@@ -44,7 +44,7 @@ def test_criteria_grid(empty: Checkout) -> None:
     found = counts(empty.plan("--configfile", "workflow/config/criteria.yaml"))
     assert found == {
         **{"all": 1, "run_config": 1, "model": 4, "dense": 4, "model_summary": 4, "tables": 1},
-        **{"capture": 20, "metrics": 20, "calibrate": 72, "search": 164},
+        **{"capture": 20, "metrics": 20, "calibrate": 72, "search": 164, "evaluate": 300},
         **{"output_error": 164, "curve": 164},
     }
 

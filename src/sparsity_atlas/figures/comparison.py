@@ -8,7 +8,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from sparsity_atlas.figures.curves import ALLOWED_LOSS, PANELS
 from sparsity_atlas.figures.panels import empty, grid, label, legend, percent_axis, rule, select
-from sparsity_atlas.figures.style import GREY, heading, marks
+from sparsity_atlas.figures.style import GREY, Mark, heading, marks
 from sparsity_atlas.tables import AVERAGE, SITE_ORDER, Tables
 
 NOTHING = "One criterion a model and site in this run: nothing to compare."
@@ -49,7 +49,7 @@ def differences(tables: Tables) -> Figure:
             ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         else:
             percent_axis(ax.yaxis)
-    legend(figure, styles, rule("the reference", "-"))
+    legend(figure, _drawn(styles, rows), rule("the reference", "-"))
     y_label = (
         "added loss minus the reference's (nats)" if loss else "retained accuracy, difference (%)"
     )
@@ -81,7 +81,7 @@ def output_errors(tables: Tables) -> Figure:
             )
         percent_axis(ax.xaxis)
         percent_axis(ax.yaxis)
-    legend(figure, styles)
+    legend(figure, _drawn(styles, rows))
     label(figure, "induced sparsity (%), captured text", "relative FFN-output error (%)", note)
     return figure
 
@@ -93,6 +93,12 @@ def _keys(tables: Tables, rows: pd.DataFrame) -> tuple[list[tuple[str, str]], st
     sizes = tables.by_size()
     found.sort(key=lambda key: (sizes.index(key[0]), SITE_ORDER.index(key[1])))
     return select(found, PANELS)
+
+
+def _drawn(styles: dict[str, Mark], rows: pd.DataFrame) -> dict[str, Mark]:
+    """The marks of what is drawn: a legend of all criteria may be longer than that."""
+    there = set(rows["criterion"])
+    return {name: mark for name, mark in styles.items() if name in there}
 
 
 def _lines(panel: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:

@@ -106,7 +106,8 @@ def sample(mark: Mark, name: str) -> Line2D:
 def legend(figure: Figure, marks: Mapping[str, Mark], *others: Line2D) -> None:
     """A legend above all panels."""
     handles = [*(sample(mark, name) for name, mark in marks.items()), *others]
-    per_row = max(1, int(figure.get_figwidth() / 1.02))
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    per_row = max(1, int(figure.get_figwidth() / max(1.02, 0.5 + 0.055 * longest)))
     figure.legend(
         handles=handles,
         loc="outside upper left",
