@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from measure import machine
 from sparsity_atlas.activations import ActivationStore
 from sparsity_atlas.capture import capture
+from sparsity_atlas.checkpoint import Checkpoint, load
 from sparsity_atlas.sites import bind_ffns, find_ffns, observe
 
 TENSORS = ["gate", "input", "intermediate", "up"]
@@ -50,9 +51,7 @@ def forward_alone(
     folder: Path, manifest: dict[str, Any], ids: np.ndarray, settings: dict[str, Any]
 ) -> float:
     """Seconds of the same passes, with hooks that keep nothing."""
-    from sparsity_atlas.models import load
-
-    model = load(folder, dtype=settings["dtype"], device=settings["device"])
+    model = load(Checkpoint(folder), dtype=settings["dtype"], device=settings["device"])
     batch = settings["batch_size"]
     ffns = bind_ffns(model, manifest["ffn"])
     with torch.no_grad(), observe(ffns, TENSORS, lambda *_: None):
@@ -107,13 +106,12 @@ def main() -> None:
         for repeat in range(arguments.repeats):
             alone = forward_alone(folder / "model", manifest, ids, settings)
             store = folder / f"{repeat}.zarr"
-            # A first capture of one tensor, so that loading and imports count in neither.
             start = time.perf_counter()
-            capture(store, manifest, folder / "model", ids[:8], ["input"], "warm", settings)
-            warm = time.perf_counter() - start
+            load(Checkpoint(folder / "model"), dtype=settings["dtype"], device=settings["device"])
+            loading = time.perf_counter() - start
             start = time.perf_counter()
-            capture(store, manifest, folder / "model", ids, TENSORS, "all", settings)
-            times["capture"].append(time.perf_counter() - start - warm)
+            capture(store, manifest, Checkpoint(folder / "model"), ids, TENSORS, "all", settings)
+            times["capture"].append(time.perf_counter() - start - loading)
             times["forward"].append(alone)
             spent, size = plain_files(folder / f"plain-{repeat}", ActivationStore(store))
             times["disk"].append(spent)

@@ -32,9 +32,9 @@ from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from sparsity_atlas.checkpoint import Checkpoint, load, load_tokenizer
 from sparsity_atlas.evaluate import Node, Session, evaluate_node
 from sparsity_atlas.lm import AtlasLM
-from sparsity_atlas.models import load, load_tokenizer
 from sparsity_atlas.sites import find_ffns
 from sparsity_atlas.sparsify import sparsified
 from sparsity_atlas.tasks import load_tasks
@@ -138,9 +138,9 @@ def main() -> None:
     model = (
         of_shape(arguments.shape, dtype, device)
         if arguments.shape
-        else load(arguments.model, dtype=dtype, device=device)
+        else load(Checkpoint(arguments.model), dtype=dtype, device=device)
     )
-    tokenizer = load_tokenizer(arguments.model)
+    tokenizer = load_tokenizer(Checkpoint(arguments.model))
     ffns = find_ffns(model)
     size = arguments.batch_size
     lm = AtlasLM(model, tokenizer, batch_size=size, max_length=2048 if arguments.shape else None)

@@ -190,8 +190,8 @@ def ffn(x: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> Tensor:
 
 def share_of_ffn(rows: int, width: int, level: float) -> None:
     """On the CPU: the kernel's share of the time of the dense FFN that it stands in."""
-    hidden = width // 4
-    print(f"\nshare of the dense FFN ({hidden} to {width}, {rows:,} vectors, {level:g}); ms")
+    hidden = 2048
+    print(f"\nshare of a dense FFN {hidden} to {width}, {rows:,} vectors, p = {level:g}; ms")
     for dtype in ("fp32", "bf16"):
         kind = TYPES[dtype]
         x = torch.randn(rows, hidden).to(kind)
@@ -211,21 +211,31 @@ def share_of_ffn(rows: int, width: int, level: float) -> None:
 
 
 def tune(rows: int) -> None:
-    """On a GPU: entries a thread and registers a thread, of which the kernel has one choice built in."""
+    """On a GPU: entries and registers a thread, of which the kernel has one choice built in."""
     from sparsity_atlas.kernels import cuda
 
-    chosen = cuda.ENTRIES_A_THREAD
-    print(f"\nentries a thread (built in: {chosen}), bf16, {rows:,} vectors, p = 0.9; ms")
+    chosen = cuda.ENTRIES_A_THREAD, cuda.REGISTERS
+    print(
+        f"\nentries/registers a thread (built in: {chosen[0]}/{chosen[1]}), bf16, {rows:,} vectors; ms"
+    )
     for width in (2048, 8192, 14336, 28672):
         values = activations(rows, width, torch.bfloat16, "cuda")
         line = []
-        for entries in (16, 32, 64):
-            cuda.ENTRIES_A_THREAD = entries
+        for entries, registers in (
+            (16, 32),
+            (16, 40),
+            (32, 48),
+            (32, 56),
+            (32, 64),
+            (64, 96),
+            (64, 128),
+        ):
+            cuda.ENTRIES_A_THREAD, cuda.REGISTERS = entries, registers
             made = rule("topp", width, 0.9, "cuda")
-            time = seconds(partial(kernels.masked, made, values, values), "cuda", 20)
-            line.append(f"{entries}: {time * 1e3:.3f}")
+            spent = seconds(partial(kernels.masked, made, values, values), "cuda", 20)
+            line.append(f"{entries}/{registers}: {spent * 1e3:.3f}")
         print(f"width {width:>5} | {'  '.join(line)}")
-    cuda.ENTRIES_A_THREAD = chosen
+    cuda.ENTRIES_A_THREAD, cuda.REGISTERS = chosen
 
 
 def main() -> None:
@@ -239,6 +249,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     os.environ[kernels.VARIABLE] = "compiled"
+    if arguments.device == "cpu":
+        torch.set_num_threads(1)
     print(machine(arguments.device))
     good = check(arguments.device) if arguments.check else True
     if arguments.device == "cuda":

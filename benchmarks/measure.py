@@ -32,15 +32,22 @@ def bandwidth() -> float | None:
     return next((value for key, value in BANDWIDTH.items() if key in name), None)
 
 
-def seconds(work: Callable[[], object], device: str, repeats: int = 10) -> float:
-    """Time of one call: the best of some on a CPU, the median on a GPU, each after a warm-up."""
+def seconds(
+    work: Callable[[], object],
+    device: str,
+    repeats: int = 10,
+) -> float:
+    """Time of one call, after a warm-up: the median on a GPU; on a CPU the best, in the process's own time.
+
+    Other work on the machine hardly changes that. Set the number of threads to 1 for it to mean anything.
+    """
     work()
     if device != "cuda":
         times = []
         for _ in range(repeats):
-            start = time.perf_counter()
+            start = time.process_time()
             work()
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
         return min(times)
     work()
     events = [

@@ -171,7 +171,7 @@ class Checkout:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": f"{self.path / 'src'}{os.pathsep}{HOOKS}",
             "HF_HUB_OFFLINE": "1",
-            # A worker would outlive a test; those of test_worker.py turn it on.
+            # A worker would outlive a test; those of test_shared_model.py turn it on.
             "SPARSITY_ATLAS_WORKER": "off",
             "HF_HOME": str(caches),
             "FORWARD_LOG": str(self.path / "forwards.log"),

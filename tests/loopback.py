@@ -20,7 +20,7 @@ SCRIPT = ROOT / "tests/cluster/slurm.sh"
 
 # What differs from a cluster: a local file system, and short waits so that the tests end soon.
 LOCAL = ("--latency-wait", "5", "--slurm-init-seconds-before-status-checks", "1")
-NO_ACCOUNTING = ("--slurm-status-command", "squeue", "--slurm-no-account")
+NO_ACCOUNTING = ("--slurm-no-account",)
 
 
 class Slurm:
@@ -66,9 +66,9 @@ class Slurm:
         )
 
     def jobs(self, *fields: str) -> list[dict[str, str]]:
-        """Every job so far: these fields of `squeue --Format`, with the rule and its wildcards."""
+        """Every job, the first one first: fields of `squeue --Format`, rule and wildcards."""
         widths = ",".join(f"{field}:120" for field in ("Comment", *fields))
-        text = call("squeue", "--states=all", "--noheader", "--Format", widths)
+        text = call("squeue", "--states=all", "--sort=i", "--noheader", "--Format", widths)
         rows = []
         for line in text.splitlines():
             cells = [line[i : i + 120].strip() for i in range(0, 120 * (len(fields) + 1), 120)]

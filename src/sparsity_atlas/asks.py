@@ -69,6 +69,7 @@ class Asks:
         self._criterion_slice = functools.cache(functools.partial(grid.criterion_slice, config))
         self._text_content = functools.cache(functools.partial(text_content, config))
         self._tasks_of = functools.cache(self._united_tasks)
+        self._calibrated = functools.cache(self._is_calibrated)
 
     # Files of the whole run
 
@@ -125,7 +126,7 @@ class Asks:
     @question
     def calibration(self, wildcards: Wildcards) -> list[str]:
         """The calibration of a curve whose criterion needs one."""
-        if not criteria.declared(json.loads(self.criterion(wildcards)))["calibrated"]:
+        if not self._calibrated(wildcards.criterion):
             return []
         return [f"results/{self.curve_of(wildcards).folder}/calibration.safetensors"]
 
@@ -134,9 +135,7 @@ class Asks:
         return [
             f"results/{curve.folder}/thresholds.json"
             for curve in self.curves
-            if criteria.declared(json.loads(grid.criterion_slice(self._config, curve.criterion)))[
-                "calibrated"
-            ]
+            if self._calibrated(curve.criterion)
         ]
 
     @question
@@ -298,6 +297,9 @@ class Asks:
     def gpus(self, wildcards: Wildcards) -> int:
         """1 for a job that will use a GPU of this machine; a cluster's profile says so itself."""
         return self._gpus
+
+    def _is_calibrated(self, criterion: str) -> bool:
+        return criteria.declared(json.loads(self._criterion_slice(criterion)))["calibrated"]
 
     def _united_tasks(self, model: str) -> tuple[str, ...]:
         """Tasks of a model's curves, in the order of the catalogue; all tasks, if it has no curve."""

@@ -10,7 +10,6 @@ import numpy as np
 
 from sparsity_atlas.bootstrap import percentile_interval
 from sparsity_atlas.equal import SPARSITIES, read_between, read_equal
-from sparsity_atlas.output_error import SCHEMA as ERROR_SCHEMA
 from sparsity_atlas.parquet import read_parquet
 
 COMPARISON = ["model", "site", "task", "kind", "sparsity", "criterion", "reference"]
@@ -79,8 +78,10 @@ def _interval(name: str, row: dict[str, Any] | None) -> dict[str, float | None]:
 
 def _errors(path: Path) -> dict[float, float]:
     """Mean output error at each of `SPARSITIES` that the levels of a curve span."""
+    from sparsity_atlas.output_error import SCHEMA  # brings zarr
+
     levels: dict[str, list[tuple[float, float]]] = {}
-    for row in read_parquet(path, ERROR_SCHEMA).to_pylist():
+    for row in read_parquet(path, SCHEMA).to_pylist():
         if row["error"] is not None:
             levels.setdefault(row["level"], []).append((row["sparsity"], row["error"]))
     means = sorted(tuple(np.mean(pairs, axis=0)) for pairs in levels.values())

@@ -143,7 +143,8 @@ class ModelEntry(_Strict):
     max_length: int | None = Field(default=None, gt=1)
     """Longest sequence in tokens. Unset: the model's own limit."""
     batch_size: int = Field(default=16, gt=0)
-    """Sequences a forward pass. Fixed and recorded: in bfloat16 scores depend on it."""
+    """Sequences a forward pass, or as many tokens where a task's are shorter than its longest. Fixed and
+    recorded: in bfloat16 scores depend on it."""
     sites: Annotated[list[Site], AfterValidator(_some)] | None = None
     """Sites for the run blocks that name none."""
     modules: dict[str, str] | None = None

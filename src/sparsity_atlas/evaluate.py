@@ -253,9 +253,10 @@ def _run(
                 session.lm,
                 prepared.contents,
                 limit=task.limit,
-                # Only tasks without a metric of their own need it.
+                # lm-eval wants it for tasks whose metric is none.
                 log_samples=any(
-                    "bypass" in leaf._metric_fn_list for leaf in prepared.leaves.values()
+                    "bypass" in getattr(leaf, "_metric_fn_list", ())
+                    for leaf in prepared.leaves.values()
                 ),
                 bootstrap_iters=0,  # intervals come from the sample table
                 apply_chat_template=session.chat,

@@ -7,7 +7,6 @@ configuration reruns what depends on it and nothing else.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,10 +189,3 @@ def searched_levels(config: Config, results: str) -> dict[Curve, tuple[str, ...]
             chosen = (one["level"] for one in read_manifest(search)["levels"])
             found[curve] = tuple(level for level in chosen if level not in curve.levels)
     return found
-
-
-def nodes(config: Config) -> Iterator[tuple[Curve, str]]:
-    """Every node with a listed level."""
-    for curve in curves(config):
-        for level in curve.levels:
-            yield curve, level

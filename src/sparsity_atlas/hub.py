@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -186,8 +187,10 @@ def with_data(config: dict[str, Any]) -> dict[str, Any]:
     """
     path = config.get("dataset_path")
     options = dict(config.get("dataset_kwargs") or {})
-    local = {"data_files", "data_dir"} & options.keys()
-    if not isinstance(path, str) or local or Path(path).exists() or config.get("custom_dataset"):
+    if not isinstance(path, str) or config.get("custom_dataset") or os.path.exists(path):
+        return config
+    # `json`, `csv` and the like are formats, whose files are local or named by a URL.
+    if "/" not in path and {"data_files", "data_dir"} & options.keys():
         return config
     # An option of a time when data sets had code; lm-eval drops it, too.
     options.pop("trust_remote_code", None)

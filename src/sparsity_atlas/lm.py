@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lm_eval import utils
 
 from sparsity_atlas import cli, forest, scoring
-from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.generation import GeneratingLM
-from sparsity_atlas.scoring import Abilities
 from sparsity_atlas.sharing import abilities
 from sparsity_atlas.usage import Usage
+from sparsity_atlas.work import Limits, arrange
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -22,37 +20,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sparsity_atlas.journal import Journal
+    from sparsity_atlas.scoring import Abilities
     from sparsity_atlas.sparsify import Counter
+    from sparsity_atlas.work import Encoding, Work
 
 # What is said, once, of a model that cannot do something.
 SLOWER = {
     "branches": "each answer option reads its whole context, since they cannot share it here",
     "selects": "logits are computed for every token, since the head cannot be shown a few",
 }
-
-# Token ids of one request of lm-eval's: context and continuation, a whole document, or a prompt.
-Encoding = tuple[list[int], ...]
-
-
-@dataclass
-class Work:
-    """What a task's requests come to, for every node alike.
-
-    Attributes:
-        documents: (task, document) in the order of the requests.
-        abilities: how the batches are run.
-        batches: of each kind of request that is scored.
-        windows: for each window of a whole document the number of its request.
-        prompts: batches of generation, as numbers of requests.
-        owners: of each kind's requests, as indices into `documents`.
-    """
-
-    documents: list[tuple[str, int]]
-    owners: dict[str, list[int]]
-    abilities: Abilities = field(default_factory=Abilities)
-    batches: dict[str, list[forest.Batch]] = field(default_factory=dict)
-    windows: list[int] = field(default_factory=list)
-    prompts: list[list[int]] = field(default_factory=list)
 
 
 class AtlasLM(GeneratingLM):
@@ -104,49 +80,20 @@ class AtlasLM(GeneratingLM):
         *,
         share: bool = True,
     ) -> Work:
-        """Arrange a task's requests in batches.
+        """Arrange a task's requests in batches; see `work.arrange`.
 
         Args:
             requests: by kind.
             encodings: as `encode` gives them.
             share: whether requests may share what they have in common, where the model can.
-
-        Raises:
-            AtlasError: a request that cannot be scored.
         """
-        every = [(one.task_name, one.doc_id) for some in requests.values() for one in some]
-        documents = list(dict.fromkeys(every))
-        number = {document: row for row, document in enumerate(documents)}
-        owners = {
-            kind: [number[one.task_name, one.doc_id] for one in some]
-            for kind, some in requests.items()
-        }
-        work = Work(documents, owners)
-        scored: dict[str, list[forest.Request]] = {}
-        for kind, some in requests.items():
-            if kind == "generate_until":
-                work.prompts = self._prompts(some, encodings[kind])
-            elif kind == "loglikelihood_rolling":
-                windows = [self._windows(tokens) for (tokens,) in encodings[kind]]
-                work.windows = [i for i, parts in enumerate(windows) for _ in parts]
-                scored[kind] = [
-                    self._request(some[i], *part, owner=owners[kind][i])
-                    for i, parts in enumerate(windows)
-                    for part in parts
-                ]
-            else:
-                scored[kind] = [
-                    self._request(one, *pair, owner=owner)
-                    for one, pair, owner in zip(some, encodings[kind], owners[kind], strict=True)
-                ]
-        if any(scored.values()):
-            found = self._abilities([one for some in scored.values() for one in some])
-            work.abilities = replace(found, branches=found.branches and share)
-        work.batches = {
-            kind: forest.pack(some, self.batch_size, share=work.abilities.branches)
-            for kind, some in scored.items()
-        }
-        return work
+        limits = Limits(self.batch_size, self.max_length, self.prefix_token_id)
+
+        def found(some: list[forest.Request]) -> Abilities:
+            able = self._abilities(some)
+            return replace(able, branches=able.branches and share)
+
+        return arrange(requests, encodings, limits, found)
 
     def _abilities(self, requests: list[forest.Request]) -> Abilities:
         found, faults = abilities(self.model, requests)
@@ -155,40 +102,6 @@ class AtlasLM(GeneratingLM):
                 cli.logger.info("%s: %s", SLOWER[name], fault)
                 self._told.add(name)
         return found
-
-    def _windows(self, tokens: list[int]) -> list[tuple[list[int], list[int]]]:
-        return [
-            utils.make_disjoint_window(window)
-            for window in utils.get_rolling_token_windows(
-                token_list=tokens,
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            )
-        ]
-
-    def _request(
-        self, request: Instance, context: list[int], continuation: list[int], *, owner: int
-    ) -> forest.Request:
-        if not 0 < len(continuation) <= self.max_length:
-            raise AtlasError(
-                f"tasks: '{request.task_name}', document {request.doc_id}: max_length: "
-                f"{len(continuation)} tokens to score, at most {self.max_length} and at least 1 can be"
-            )
-        tokens = (context + continuation)[-(self.max_length + 1) :]
-        return forest.Request(tokens, len(continuation), owner)
-
-    def _prompts(self, requests: list[Instance], encodings: list[Encoding]) -> list[list[int]]:
-        groups: dict[str, list[int]] = {}
-        for index, request in enumerate(requests):
-            groups.setdefault(repr(request.args[1]), []).append(index)
-        batches = []
-        for group in groups.values():
-            # HFLM sorts by the same key, so that a batch's rows stay in the order given here.
-            group.sort(key=lambda index: (-len(encodings[index][0]), requests[index].args[0]))
-            starts = range(0, len(group), self.batch_size)
-            batches += [group[start : start + self.batch_size] for start in starts]
-        return batches
 
     def start(self, journal: Journal, counter: Counter, work: Work) -> None:
         """Begin a task: answer from `journal` what it holds, compute and record the rest."""
@@ -230,10 +143,9 @@ class AtlasLM(GeneratingLM):
         for batch in self._work.batches[kind]:
             record = self._batch(lambda batch=batch: self._score(batch))
             self.usage.add_scored(batch, record)
-            for number, *answer in zip(
-                batch.requests, record["scores"], record["greedy"], strict=True
-            ):
-                answers[number] = tuple(answer)
+            found = zip(record["scores"], record["greedy"], strict=True)
+            for number, answer in zip(batch.requests, found, strict=True):
+                answers[number] = answer
         return answers
 
     def _score(self, batch: forest.Batch) -> dict[str, Any]:

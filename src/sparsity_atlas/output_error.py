@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +117,8 @@ def layer_rows(
             "level": level,
             "layer": ffn.layer,
             "sparsity": one["zeros"] / one["entries"],
-            "error": one["error"] / counted if counted else None,
+            # Not a number where an output is infinite: that level fails in the evaluation, too.
+            "error": one["error"] / counted if counted and math.isfinite(one["error"]) else None,
         }
         for level, one in sums.items()
     ]

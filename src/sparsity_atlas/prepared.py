@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.utils import handle_non_serializable, hash_string
 
 from sparsity_atlas import request_cache
@@ -22,8 +23,9 @@ from sparsity_atlas.request_cache import Row
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-    from sparsity_atlas.lm import AtlasLM, Encoding, Work
+    from sparsity_atlas.lm import AtlasLM
     from sparsity_atlas.tasks import LoadedTask
+    from sparsity_atlas.work import Encoding, Work
 
 
 class PreparedTask:
@@ -48,8 +50,9 @@ class PreparedTask:
         ]
         task._instances = self.instances
         self.metrics: dict[str, list[dict[str, Any]]] = {}
-        # A function of the task's own may change the document that it is given.
-        self._copies = callable(task.config.process_results)
+        # Code of the task's own may change the document that it is given.
+        built_in = type(task).process_results is ConfigurableTask.process_results
+        self._copies = not built_in or callable(task.config.process_results)
         if not self._copies:
             for name in ("doc_to_text", "doc_to_choice", "doc_to_target"):
                 setattr(task, name, _remembered(getattr(task, name), documents))

@@ -26,8 +26,7 @@ class question(Generic[Answer]):
 
     def __get__(self, instance: Any, owner: type | None = None) -> Callable[..., Answer]:
         answer = functools.partial(self._method, instance)
-        parameters = [*inspect.signature(self._method).parameters.values()][1:]
-        answer.__signature__ = inspect.Signature(parameters)
+        answer.__signature__ = inspect.signature(self._method.__get__(instance))
         # Found before this descriptor from now on.
         instance.__dict__[self._name] = answer
         return answer

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import t
+from scipy.special import stdtrit
 
 # Below three points the scatter about a line is unknown.
 FEWEST_MODELS = 3
@@ -102,7 +102,7 @@ def _scatter(residual: np.ndarray, spread: float) -> float:
     """Half-width from the scatter about the line, with n - 2 degrees of freedom."""
     freedom = len(residual) - 2
     error = np.sqrt((residual**2).sum() / freedom / spread)
-    return float(t.ppf(0.975, freedom) * error)
+    return float(stdtrit(freedom, 0.975) * error)
 
 
 class Scaling:

@@ -142,6 +142,8 @@ def zeros_by_document(zeros: Tensor, batch: Batch) -> tuple[list[list[int]], lis
     Returns:
         With each token counted as often as it stands in a request, and each of them once.
     """
+    if zeros.device.type == "mps":  # which adds up no 64-bit integers
+        zeros = zeros.cpu()
     each = zeros.flatten(1)
     longest = batch.tokens.shape[1]
     starts = np.arange(len(batch.tokens))[:, None] * longest

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from itertools import groupby
+from typing import TYPE_CHECKING
 
-from sparsity_atlas.grid import Curve
+if TYPE_CHECKING:
+    from sparsity_atlas.grid import Curve
 
 Key = tuple[str, str, str]
 """Model, criterion and site."""

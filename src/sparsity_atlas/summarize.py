@@ -35,9 +35,6 @@ from sparsity_atlas.comparison import COMPARISON, comparison_rows
 from sparsity_atlas.critical import CriticalRow
 from sparsity_atlas.csv_files import Table, write_csv, write_side_by_side
 from sparsity_atlas.curves import CurvePoint
-from sparsity_atlas.metrics import BIN_EDGES
-from sparsity_atlas.metrics import SCHEMA as METRIC_SCHEMA
-from sparsity_atlas.output_error import SCHEMA as ERROR_SCHEMA
 from sparsity_atlas.parquet import read_parquet
 from sparsity_atlas.scaling import SCALING, Scaling
 from sparsity_atlas.selection import unfold
@@ -104,20 +101,27 @@ def layer_rows(
 
 def _captured(path: Path) -> list[dict[str, Any]]:
     """Rows of a sparsity.parquet."""
-    return read_parquet(path, ERROR_SCHEMA).to_pylist()
+    # The stages' own modules bring zarr, which a model's summary does not need; here and below.
+    from sparsity_atlas.output_error import SCHEMA
+
+    return read_parquet(path, SCHEMA).to_pylist()
 
 
 def metric_rows(metrics: list[Path]) -> list[dict[str, Any]]:
     """Rows of metrics.csv and the histograms; `all_inputs` repeats other sites' tensors."""
+    from sparsity_atlas.metrics import SCHEMA
+
     rows = {}
     for path in metrics:
-        for row in read_parquet(path, METRIC_SCHEMA).to_pylist():
+        for row in read_parquet(path, SCHEMA).to_pylist():
             rows.setdefault((path.parts[-3], row["tensor"], row["layer"]), row)
     return [{"model": model, **row} for (model, _, _), row in rows.items()]
 
 
 def magnitude_rows(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Rows of magnitudes.csv: the histograms of a model's layers, pooled; zeros are left out."""
+    from sparsity_atlas.metrics import BIN_EDGES
+
     pooled: dict[tuple[str, str], np.ndarray] = {}
     for row in rows:
         key = (row["model"], row["tensor"])

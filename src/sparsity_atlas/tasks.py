@@ -126,6 +126,8 @@ def _load(
             index[lm_eval_name], overrides=entry.get("override") or None, registry=index
         )
         contents = manager.load(built)
+    except StopIteration:  # of `datasets`, at an empty file
+        raise AtlasError(f"tasks.{name}: '{lm_eval_name}' has no documents") from None
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise AtlasError(f"tasks.{name}: cannot load '{lm_eval_name}': {_reason(error)}") from None
     for leaf in contents["tasks"].values():

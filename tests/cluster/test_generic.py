@@ -57,7 +57,11 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize("stand_in", NAMES, indirect=True)
+@pytest.mark.parametrize(
+    "stand_in",
+    ["lsf", *(pytest.param(kind, marks=pytest.mark.study) for kind in ("pbs", "sge"))],
+    indirect=True,
+)
 def test_a_job_is_submitted_and_found(stand_in: Path, plugin: Path, tmp_path: Path) -> None:
     kind = (stand_in / "kind").read_text()
     checkout = Checkout.make(tmp_path / "atlas")

@@ -29,7 +29,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     return checkout
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["squeue", "sacct"])
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "accounting"])
 def slurm(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Slurm]:
@@ -38,9 +38,9 @@ def slurm(
         yield running
 
 
-def begin(slurm: Slurm, checkout: Checkout, *arguments: str) -> subprocess.Popen[str]:
-    """Start a run of the node and wait until its first pass has begun; each takes five seconds."""
-    process = slurm.start(checkout, TARGET, *arguments, SLOW="5")
+def begin(slurm: Slurm, checkout: Checkout, seconds: int = 5) -> subprocess.Popen[str]:
+    """Start a run of the node, each pass of so many seconds, and wait until the first has begun."""
+    process = slurm.start(checkout, TARGET, SLOW=str(seconds))
     deadline = time.monotonic() + 300
     while not checkout.forwards():
         if time.monotonic() > deadline or process.poll() is not None:
@@ -78,7 +78,7 @@ def test_a_killed_slurmd(slurm: Slurm, alone: Checkout, tmp_path: Path) -> None:
     The first try still runs on the dead node, which Slurm cannot reach; the second one waits for its lock.
     """
     checkout = Checkout.make(tmp_path / "atlas")
-    process = begin(slurm, checkout)
+    process = begin(slurm, checkout, seconds=30)
     (job,) = (one for one in slurm.jobs("State", "NodeList") if one["State"] == "RUNNING")
     os.kill(slurm.pid(f"slurmd{job['NodeList']}"), signal.SIGKILL)
     end(process)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -71,6 +72,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "search": (lambda r: flip(r / "tiny/topp/intermediate/search.json"), "search.json: damaged"),
     "curve": (lambda r: flip(r / "tiny/topk/intermediate/curve.json"), "curve.json: damaged"),
     "metrics": (lambda r: flip(r / "tiny/metrics/intermediate.parquet"), "parquet: damaged table"),
+    "figure": (lambda r: os.truncate(next((r / "figures").iterdir()), 0), "figures/|empty"),
     "sparsity": (
         lambda r: flip(r / "tiny/topk/intermediate/sparsity.parquet"),
         "sparsity.parquet: damaged table",

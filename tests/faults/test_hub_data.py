@@ -128,10 +128,11 @@ def test_a_task_names_the_commit_of_its_data(
     hub: HubServer, client: Client, tmp_path: Path
 ) -> None:
     """Evaluated with the data of the commit; a moved branch with the same documents repeats nothing."""
-    files = {"test.jsonl": lines(choice_documents())}
+    files = {"my/test.jsonl": lines(choice_documents()), "other.jsonl": b"{}"}
     commit = hub.dataset(TASK).commit(files)
     (tmp_path / "tasks").mkdir()
     config = {"task": "questions", "dataset_path": TASK, "test_split": "test", **CHOICE}
+    config["dataset_kwargs"] = {"data_files": {"test": "my/test.jsonl"}}
     (tmp_path / "tasks/questions.yaml").write_text(yaml.safe_dump(config))
     manifest = write_model_manifest(save_model(tmp_path / "tiny"), tmp_path / "model.json")
     asked = settings({"questions": {"include": str(tmp_path / "tasks")}})

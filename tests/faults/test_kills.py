@@ -57,9 +57,9 @@ class Bench:
             assert log.splitlines()[-1] == f"{stopped[0]}"
             assert left == []
         else:
-            # SIGKILL; or a signal before the stage's own code had begun.
+            # SIGKILL; or before the stage's own code had begun, or when it had ended.
             end = "died at once"
-            assert number == signal.SIGKILL or len(log) == 0 or "KeyboardInterrupt" in log, log
+            assert code == -number or "KeyboardInterrupt" in log, log
         key = f"{number.name}: {end}"
         self.told[key] = self.told.get(key, 0) + 1
         damaged = [one for one in examine(self.checkout.results) if one.problem]
@@ -113,7 +113,7 @@ def trial(bench: Bench, job: Job, kills: int, seed: str) -> None:
     draw = random.Random(seed)
     bench.without(job)
     for _ in range(kills):
-        bench.kill(job, draw.uniform(0.2, 1.0), draw.choice(SIGNALS))
+        bench.kill(job, draw.uniform(0.2, 1.0), SIGNALS[sum(bench.told.values()) % 3])
     bench.finish(job)
 
 
@@ -154,14 +154,13 @@ def test_snakemake_killed(
     spoiling = Bench(spoilt, bench.whole, bench.jobs)
     for job in jobs:
         spoiling.without(job)
-    targets = [job.outputs[0] for job in jobs]
     config = pipeline.configuration()
-    assert {job.split()[0] for job in spoilt.plan(*targets, config=config).jobs} == set(rules)
+    assert {job.split()[0] for job in spoilt.plan(config=config).jobs} >= set(rules)
     log = spoilt.results / "logs/tiny/topp/intermediate/search.log"
     log.unlink()
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "snakemake", "--cores", "2", *targets),
+            *(sys.executable, "-m", "snakemake", "--cores", "2"),
             *("--configfile", "variant.yaml"),
         ],
         cwd=spoilt.path,
@@ -176,9 +175,10 @@ def test_snakemake_killed(
     longest = max(bench.jobs[job] for job in jobs)
     time.sleep(random.Random(f"snakemake {number}").uniform(0.1, 1.5) * longest)
     os.killpg(process.pid, number)
-    process.wait(timeout=120)
+    process.wait(timeout=300)
     assert [one for one in examine(spoilt.results) if one.problem and one.delete] == []
     assert spoilt.run("--unlock", config=config).returncode == 0
-    done = spoilt.run(*targets, config=config)
+    # All of it: a run that was stopped leaves a report of what there was.
+    done = spoilt.run(config=config)
     assert done.returncode == 0, done.stdout
     assert spoilt.contents() == whole.contents()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsity_atlas.devices import pick_device, pick_dtype
+from sparsity_atlas.devices import pick_device, pick_dtype, visible_gpus
 from sparsity_atlas.errors import AtlasError
 
 CLAIM = """
@@ -41,6 +42,48 @@ def test_each_job_has_a_gpu_of_its_own_and_a_third_waits(tmp_path: Path) -> None
     assert int(third.stdout.readline()) == 1
     for job in (*jobs, third):
         job.communicate(timeout=10) if job.poll() is None else job.stdout.close()
+
+
+OWN = """
+import os, sys, tempfile, types
+import torch
+tempfile.tempdir = sys.argv[1]
+visible = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+torch.cuda.device_count = lambda: len(visible)
+torch.cuda.get_device_properties = lambda index: types.SimpleNamespace(uuid=f"GPU-{visible[index]}")
+torch.cuda.set_device = lambda index: print(index, end=" ")
+from sparsity_atlas.devices import own_device
+first = own_device(torch.device("cuda"))
+assert own_device(torch.device("cuda")) == first
+print(first.index, visible[first.index], flush=True)
+sys.stdin.read()
+"""
+
+
+def test_of_the_visible_gpus_each_job_makes_a_free_one_its_own(tmp_path: Path) -> None:
+    jobs = []
+    # The third sees only what the first two have left it, under another number.
+    for visible in ("2,3", "2,3", "3,2,7"):
+        job = subprocess.Popen(
+            [sys.executable, "-c", OWN, str(tmp_path)],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": visible},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        jobs.append((job, job.stdout.readline().split()))
+    for job, _ in jobs:
+        job.communicate(timeout=10)
+    # The current device, the device to load on, and which of the machine's it is.
+    assert [line for _, line in jobs] == [["0", "0", "2"], ["1", "1", "3"], ["2", "2", "7"]]
+
+
+@pytest.mark.parametrize(("visible", "count"), [("0,1,2", 3), ("GPU-1a", 1), ("", 0), ("-1", 0)])
+def test_gpus_are_counted_without_torch(
+    monkeypatch: pytest.MonkeyPatch, visible: str, count: int
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert visible_gpus() == count
 
 
 def test_the_cpu_computes_in_float32_unless_told_otherwise() -> None:

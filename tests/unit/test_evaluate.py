@@ -109,6 +109,19 @@ def test_interrupted_in_a_record(manifest: Path, tasks: dict, tmp_path: Path) ->
     assert products(tmp_path / "cut") == products(tmp_path / "whole")
 
 
+def test_nodes_of_a_session_do_not_see_each_other(
+    manifest: Path, tasks: dict, tmp_path: Path
+) -> None:
+    session = open_session(manifest, tasks)
+    other = Node.make({"rule": "topk"}, "all_inputs", "0.3")
+    for name, node in {"first": NODE, "other": other, "again": NODE, "dense": None}.items():
+        evaluate_node(session, node, tmp_path / name)
+    evaluate(manifest, tasks, tmp_path / "alone", None)
+    assert products(tmp_path / "again") == products(tmp_path / "first")
+    assert products(tmp_path / "dense") == products(tmp_path / "alone")
+    assert products(tmp_path / "other") != products(tmp_path / "first")
+
+
 def test_asked_for_again_nothing_runs(manifest: Path, tasks: dict, tmp_path: Path) -> None:
     evaluate(manifest, tasks, tmp_path / "node")
     before = products(tmp_path / "node")

@@ -33,6 +33,18 @@ from tiny_lm import (
 )
 
 TOPP = {"rule": "topp"}
+# A task's own function, which takes its document apart.
+OWN_RESULTS = """
+def taking(document, results):
+    likelihoods = [score for score, _ in results]
+    best = max(range(len(likelihoods)), key=likelihoods.__getitem__)
+    document.pop("context")
+    return {"acc": float(best == document["label"]), "acc_norm": float(len(document))}
+"""
+FILTERS = [
+    {"name": name, "filter": [{"function": name}, {"function": "take_first"}]}
+    for name in ("lowercase", "uppercase")
+]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -50,6 +62,10 @@ def catalogue(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
         "tail": write_task(
             folder, "tail", rolling_documents(5, 8), **GENERATION | {"generation_kwargs": long}
         ),
+        "filtered": write_task(
+            folder, "filtered", rolling_documents(7, 9), **GENERATION | {"filter_list": FILTERS}
+        ),
+        "twice": write_task(folder, "twice", rolling_documents(5, 4), **GENERATION, repeats=2),
         "shots": write_task(
             folder,
             "shots",
@@ -60,6 +76,9 @@ def catalogue(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
             fewshot_config={"sampler": "default"},
         ),
     }
+    (folder / "results.py").write_text(OWN_RESULTS)
+    config = (folder / "choice.yaml").read_text().replace("task: choice", "task: own")
+    (folder / "own.yaml").write_text(config + "process_results: !function results.taking\n")
     (folder / "both.yaml").write_text(
         "group: both\ntask: [choice, letters]\n"
         "aggregate_metric_list: [{metric: acc, aggregation: mean, weight_by_size: true}]\n"
@@ -67,7 +86,7 @@ def catalogue(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
     (folder / "writing.yaml").write_text("group: writing\ntask: [words, tail]\n")
     return {
         **tasks,
-        **{name: {"task": name, "include": str(folder)} for name in ("both", "writing")},
+        **{name: {"task": name, "include": str(folder)} for name in ("own", "both", "writing")},
     }
 
 
@@ -148,7 +167,10 @@ def assert_same(ours: dict[str, Any], plain: dict[str, Any]) -> None:
     assert ours.get("groups") == plain.get("groups")
 
 
-KINDS = ("choice", "letters", "rolling", "last", "words", "both", "writing", "shots")
+KINDS = (
+    *("choice", "letters", "rolling", "last", "words", "filtered", "twice", "own"),
+    *("both", "writing", "shots"),
+)
 
 
 @pytest.mark.parametrize("node", [None, ("topp", "all_inputs", "1")])
@@ -226,6 +248,14 @@ def test_fewer_shots_than_the_task_says(
         session, "shots", Path(catalogue["shots"]["include"]), 4, num_fewshot=1, limit=5
     )
     assert_same(outcomes["shots"], plain)
+
+
+def test_a_task_s_own_function_gets_a_whole_document_each_time(
+    catalogue: dict, manifest: Path, tmp_path: Path
+) -> None:
+    session = open_session(manifest, {"own": catalogue["own"]})
+    first = evaluate_node(session, None, tmp_path / "first")
+    assert evaluate_node(session, None, tmp_path / "second") == first
 
 
 # Batches
@@ -308,6 +338,36 @@ def test_counts_of_scored_requests(catalogue: dict, manifest: Path, tmp_path: Pa
         assert row["generation_tokens"] == 0
         assert row["generation_zeros"] == [0, 0]
         assert row["nats"] == pytest.approx(nats, abs=1e-3)
+
+
+def test_counts_without_repetition(catalogue: dict, manifest: Path, tmp_path: Path) -> None:
+    names = ("choice", "letters", "words", "twice")
+    session = open_session(manifest, {name: catalogue[name] for name in names})
+    result = evaluate_node(session, Node.make({"rule": "topk"}, "intermediate", "0.45"), tmp_path)
+    table = read_table(tmp_path / "samples.parquet")[1].to_pylist()
+    encode = session.lm.tok_encode
+    documents = {"choice": choice_documents(), "letters": letter_documents()}
+    for row in table:
+        if row["leaf"] not in documents:
+            # A prompt stands once, however often it is continued.
+            share = 2 if row["leaf"] == "twice" else 1
+            assert share * row["unique_tokens"] == row["prefill_tokens"]
+            assert [share * n for n in row["unique_zeros"]] == row["prefill_zeros"]
+            continue
+        document = documents[row["leaf"]][row["doc_id"]]
+        prefixes = set()
+        for option in document["choices"]:
+            run = encode(f"{document['context']} {option}")[:-1]
+            prefixes |= {tuple(run[:end]) for end in range(1, len(run) + 1)}
+        zeros = sum(by_hand(session, list(prefix), 0.45, len(prefix) - 1)[0] for prefix in prefixes)
+        assert row["unique_tokens"] == len(prefixes) < row["prefill_tokens"]
+        assert row["unique_zeros"] == zeros.tolist()
+    for name in names:
+        rows = [row for row in table if row["task"] == name]
+        tokens = sum(row["unique_tokens"] for row in rows)
+        zeros = sum(sum(row["unique_zeros"]) for row in rows)
+        assert result["tasks"][name]["tokens"]["unique"] == tokens
+        assert result["tasks"][name]["sparsity"]["intermediate"]["unique"] == zeros / (80 * tokens)
 
 
 def test_counts_of_generation(catalogue: dict, manifest: Path, tmp_path: Path) -> None:

@@ -222,6 +222,8 @@ SOURCES = {
     "output_error.py": {"output_error"},
     "evaluate.py": {"dense", "evaluate", "search", "curve", "output_error"},
     "lm.py": {"dense", "evaluate", "search", "curve", "output_error"},
+    "spool.py": {"capture", "metrics", "output_error"},
+    "kernels/cpu.py": {"dense", "evaluate", "search", "curve", "output_error"},
     "search.py": {"search", "curve", "output_error"},
     "levels.py": {"search", "curve", "output_error"},
     "curve.py": {"curve"},

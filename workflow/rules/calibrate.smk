@@ -18,17 +18,21 @@ rule calibrate:
     conda:
         "../../envs/atlas.yaml"
     threads: 1
+    resources:
+        gpu=ask.gpus,
+        mem_mb=ask.memory,
+        runtime=ask.error_minutes,
     params:
         settings=ask.store_settings,
         criterion=ask.criterion,
-        store="results/{model}/activations.zarr",
+        model=subpath(input.capture, ancestor=2),
         code=ask.criterion_code("calibrate"),
     shell:
         """
         python -m sparsity_atlas.calibrate \
             --model {input.model} \
             --capture {input.capture} \
-            --store {params.store} \
+            --store {params.model}/activations.zarr \
             --criterion {params.criterion:q} \
             --site {wildcards.site} \
             --settings {params.settings:q} \

@@ -13,10 +13,11 @@ rule clean:
         "../../envs/atlas.yaml"
     params:
         config=ask.config_text,
+        results=RESULTS,
         flag="--remove" if REMOVE else "",
     shell:
         """
         python -m sparsity_atlas.clean \
             --config {params.config:q} \
-            --results results {params.flag} 2>{log}
+            --results {params.results} {params.flag} 2>{log}
         """

@@ -14,6 +14,7 @@ rule plan:
     threads: 1
     params:
         config=ask.config_text,
+        results=RESULTS,
         # On a cluster --jobs limits what runs at once, not the cores of this machine.
         jobs=lambda wildcards: workflow.cores if workflow.local_exec else workflow.nodes,
     shell:
@@ -21,5 +22,5 @@ rule plan:
         python -m sparsity_atlas.plan \
             --config {params.config:q} \
             --cores {params.jobs} \
-            --results results 2>{log}
+            --results {params.results} 2>{log}
         """

@@ -35,6 +35,8 @@ _GROUP = tl.constexpr(8)  # entries that lie in one thread, one after another
 # Low bits that a type leaves empty in float32.
 _EMPTY_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 ENTRIES_A_THREAD = 32
+# Of a thread; a row's scores take one an entry. More leave room for fewer rows at a time.
+REGISTERS = 48
 _UNSURE = tl.constexpr(-1)
 _ROWS_TO_SETTLE = 8  # that one program looks through
 
@@ -74,8 +76,8 @@ def masked(rule: Threshold, values: Tensor, onto: Tensor) -> tuple[Tensor, Tenso
         "BLOCK": block,
         "num_warps": warps(block),
     }
-    # Half of an SM's threads with all of its registers; of `_settle` a few programs do the work.
-    registers = {"maxnreg": 2 * ENTRIES_A_THREAD}
+    # Of `_settle` a few programs do the work.
+    registers = {"maxnreg": REGISTERS}
     with torch.cuda.device(values.device) if values.is_cuda else contextlib.nullcontext():
         _mask[(rows,)](*arguments, **options, **registers)
         if kind == "share":
@@ -198,10 +200,14 @@ def _load(
     WEIGHTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A row's bits, its scores, the scores' bit patterns, and the largest of these."""
+    """A row's scores, their bit patterns, and the largest of these."""
     column = tl.arange(0, BLOCK)
     inside = column < width
-    value = tl.load(values + row * stride + column, mask=inside, other=0)
+    # To be kept in the cache until it is written; the other policy there also stops the compiler from
+    # taking both loads for one, and the row back into registers.
+    value = tl.load(
+        values + row * stride + column, mask=inside, other=0, eviction_policy="evict_last"
+    )
     if value.dtype == tl.int32:
         score = (value & 0x7FFFFFFF).to(tl.float32, bitcast=True)
     elif HALF:
@@ -211,26 +217,37 @@ def _load(
     if WEIGHTED:
         score = score * tl.load(weights + column, mask=inside, other=0.0)
     key = score.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return value, score, key, tl.max(key, 0)
+    return score, key, tl.max(key, 0)
 
 
 @triton.jit
 def _write(
+    values,
     onto,
     out,
     zeros,
     row,
     width,
-    stride,
-    value,
+    values_stride,
+    onto_stride,
     kept,
     SAME: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Store what is kept, and how many zeros that leaves."""
+    """Store what is kept, and how many zeros that leaves.
+
+    The row is read again: it is still in the cache, and registers that hold it through the search
+    would be missing to other rows.
+    """
     column = tl.arange(0, BLOCK)
     inside = column < width
-    written = value if SAME else tl.load(onto + row * stride + column, mask=inside, other=0)
+    value = tl.load(
+        values + row * values_stride + column,
+        mask=inside,
+        other=0,
+        eviction_policy="evict_first",
+    )
+    written = value if SAME else tl.load(onto + row * onto_stride + column, mask=inside, other=0)
     tl.store(out + row * width + column, tl.where(kept, written, 0).to(written.dtype), mask=inside)
     magnitude: tl.constexpr = 0x7FFFFFFF if value.dtype == tl.int32 else 0x7FFF
     alive = kept & ((value & magnitude) != 0)
@@ -375,9 +392,7 @@ def _mask(
 ):
     """Mask one row; where its threshold is not sure, leave _UNSURE in place of its zeros."""
     row = tl.program_id(0).to(tl.int64)
-    value, score, key, peak = _load(
-        values, weights, row, width, values_stride, HALF, WEIGHTED, BLOCK
-    )
+    score, key, peak = _load(values, weights, row, width, values_stride, HALF, WEIGHTED, BLOCK)
     whole = peak < _INFINITY
     peak = tl.where(whole, peak, 0)
     sure = 1
@@ -413,7 +428,7 @@ def _mask(
             False,
         )
         kept = key >= least
-    _write(onto, out, zeros, row, width, onto_stride, value, kept, SAME, BLOCK)
+    _write(values, onto, out, zeros, row, width, values_stride, onto_stride, kept, SAME, BLOCK)
     if sure == 0:
         tl.store(zeros + row, _UNSURE)
     tl.store(finite + row, whole.to(tl.int8))
@@ -453,7 +468,7 @@ def _settle(
     for offset in range(ROWS):
         row = first + offset
         if tl.load(zeros + row, mask=row < rows, other=0) == _UNSURE:
-            value, score, key, peak = _load(
+            score, key, peak = _load(
                 values, weights, row, width, values_stride, HALF, WEIGHTED, BLOCK
             )
             least, _ = _search(
@@ -473,4 +488,16 @@ def _settle(
                 BLOCK,
                 True,
             )
-            _write(onto, out, zeros, row, width, onto_stride, value, key >= least, SAME, BLOCK)
+            _write(
+                values,
+                onto,
+                out,
+                zeros,
+                row,
+                width,
+                values_stride,
+                onto_stride,
+                key >= least,
+                SAME,
+                BLOCK,
+            )

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sparsity_atlas.journal import Journal
-    from sparsity_atlas.lm import Work
     from sparsity_atlas.tasks import LoadedTask
+    from sparsity_atlas.work import Work
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 from sparsity_atlas import forest
 from sparsity_atlas.evaluate import Node, Session
 from sparsity_atlas.journal import Journal
-from sparsity_atlas.lm import AtlasLM, Work
+from sparsity_atlas.lm import AtlasLM
 from sparsity_atlas.plan.dry_run import Batch, TaskCost
+from sparsity_atlas.work import Work
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +89,7 @@ def node_seconds(
     with tempfile.TemporaryDirectory() as folder:
         for number, node in enumerate([None, *nodes]):
             with session.attach(node) as counter:
-                lm.start(Journal(Path(folder, str(number)), {}), counter, Work([], {}))
+                lm.start(Journal(Path(folder, str(number)), {}), counter, Work())
                 if not pieces:
                     pieces = {name: piece(lm, cost.sample) for name, cost in costs.items()}
                 for part in pieces.values():

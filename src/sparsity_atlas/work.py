@@ -1,0 +1,134 @@
+"""What a task's requests come to: batches, the same for every node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lm_eval import utils
+
+from sparsity_atlas import forest
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.scoring import Abilities
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+# Token ids of one request of lm-eval's: context and continuation, a whole document, or a prompt.
+Encoding = tuple[list[int], ...]
+
+
+@dataclass
+class Work:
+    """A task's requests in batches.
+
+    Attributes:
+        documents: (task, document) in the order of the requests.
+        owners: of each kind's requests, as indices into `documents`.
+        abilities: how the batches are run.
+        batches: of each kind of request that is scored.
+        windows: for each window of a whole document the number of its request.
+        prompts: batches of generation, as numbers of requests.
+    """
+
+    documents: list[tuple[str, int]] = field(default_factory=list)
+    owners: dict[str, list[int]] = field(default_factory=dict)
+    abilities: Abilities = field(default_factory=Abilities)
+    batches: dict[str, list[forest.Batch]] = field(default_factory=dict)
+    windows: list[int] = field(default_factory=list)
+    prompts: list[list[int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Settings of a model that batches depend on."""
+
+    batch_size: int
+    max_length: int
+    prefix_token: int  # which the first token of a whole document is predicted from
+
+
+def arrange(
+    requests: dict[str, list[Instance]],
+    encodings: dict[str, list[Encoding]],
+    limits: Limits,
+    abilities: Callable[[list[forest.Request]], Abilities],
+) -> Work:
+    """Arrange a task's requests.
+
+    Args:
+        requests: by kind (lm-eval's request type).
+        encodings: of the same.
+        limits: of the model.
+        abilities: finds out what the model does right with some requests.
+
+    Raises:
+        AtlasError: a request that cannot be scored.
+    """
+    every = [(one.task_name, one.doc_id) for some in requests.values() for one in some]
+    work = Work(documents=list(dict.fromkeys(every)))
+    number = {document: row for row, document in enumerate(work.documents)}
+    scored: dict[str, list[forest.Request]] = {}
+    for kind, some in requests.items():
+        owners = [number[one.task_name, one.doc_id] for one in some]
+        work.owners[kind] = owners
+        if kind == "generate_until":
+            work.prompts = _prompts(some, encodings[kind], limits.batch_size)
+            continue
+        if kind == "loglikelihood_rolling":
+            parts = [_windows(tokens, limits) for (tokens,) in encodings[kind]]
+            work.windows = [i for i, windows in enumerate(parts) for _ in windows]
+            pieces = [(i, *window) for i, windows in enumerate(parts) for window in windows]
+        else:
+            pieces = [(i, *pair) for i, pair in enumerate(encodings[kind])]
+        scored[kind] = [
+            _request(some[i], context, continuation, owners[i], limits.max_length)
+            for i, context, continuation in pieces
+        ]
+    if any(scored.values()):
+        work.abilities = abilities([one for some in scored.values() for one in some])
+    for kind, some in scored.items():
+        work.batches[kind] = forest.pack(some, limits.batch_size, share=work.abilities.branches)
+    return work
+
+
+def _windows(tokens: list[int], limits: Limits) -> list[tuple[list[int], list[int]]]:
+    """A whole document as pairs of context and continuation."""
+    return [
+        utils.make_disjoint_window(window)
+        for window in utils.get_rolling_token_windows(
+            token_list=tokens,
+            prefix_token=limits.prefix_token,
+            max_seq_len=limits.max_length,
+            context_len=1,
+        )
+    ]
+
+
+def _request(
+    request: Instance, context: list[int], continuation: list[int], owner: int, max_length: int
+) -> forest.Request:
+    if not 0 < len(continuation) <= max_length:
+        raise AtlasError(
+            f"tasks: '{request.task_name}', document {request.doc_id}: max_length: "
+            f"{len(continuation)} tokens to score, at most {max_length} and at least 1 can be"
+        )
+    # As HFLM cuts it; the last token is not run.
+    tokens = (context + continuation)[-(max_length + 1) :]
+    return forest.Request(tokens, len(continuation), owner)
+
+
+def _prompts(
+    requests: list[Instance], encodings: list[Encoding], batch_size: int
+) -> list[list[int]]:
+    """Batches of generation: requests with the same options, longest first."""
+    groups: dict[str, list[int]] = {}
+    for index, request in enumerate(requests):
+        groups.setdefault(repr(request.args[1]), []).append(index)
+    batches = []
+    for group in groups.values():
+        # HFLM sorts by the same key, so that a batch's rows stay in the order given here.
+        group.sort(key=lambda index: (-len(encodings[index][0]), requests[index].args[0]))
+        batches += [group[start : start + batch_size] for start in range(0, len(group), batch_size)]
+    return batches
