@@ -23,6 +23,10 @@ _MARK = b"sparsity-atlas-sha256:"
 _EMPTY = b"0" * 64
 
 
+class OtherColumns(AtlasError):
+    """A whole table that is not of the schema that was asked for."""
+
+
 def write_parquet(path: Path, table: pa.Table) -> None:
     """Write a table atomically; the same contents give the same bytes."""
 
@@ -46,7 +50,8 @@ def read_parquet(path: Path, schema: pa.Schema) -> pa.Table:
         schema: columns and types that it must have.
 
     Raises:
-        AtlasError: missing, damaged, of other columns, or absurdly large.
+        OtherColumns: of other columns.
+        AtlasError: missing, damaged, or absurdly large.
     """
     if not path.is_file():
         raise AtlasError(f"{path}: no such file")
@@ -63,7 +68,7 @@ def read_parquet(path: Path, schema: pa.Schema) -> pa.Table:
                     f"{MOST_ROWS:,} rows and {MOST_BYTES:,} bytes are read"
                 )
             if not file.schema_arrow.equals(schema):
-                raise AtlasError(
+                raise OtherColumns(
                     f"{path}: expected the columns {', '.join(schema.names)}, found "
                     f"{', '.join(file.schema_arrow.names) or 'none'} or other types; "
                     "delete it and run again"

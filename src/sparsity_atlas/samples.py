@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.parquet import read_parquet, write_parquet
+from sparsity_atlas.parquet import OtherColumns, read_parquet, write_parquet
 from sparsity_atlas.store import FORMAT, canonical
 
 SCHEMA = pa.schema(
@@ -100,9 +100,11 @@ def read_samples(path: Path, slots: list[list[Any]]) -> SampleTable:
     """
     if not path.is_file():
         return SampleTable(slots)
-    header, table = read_table(path)
-    # A table of an earlier release is as good as none.
-    if header["slots"] != slots or not table.schema.equals(SCHEMA):
+    try:
+        header, table = read_table(path)
+    except OtherColumns:
+        return SampleTable(slots)  # of another release, and as good as none
+    if header["slots"] != slots:
         return SampleTable(slots)
     # Parquet has names of its own for the parts of lists and maps.
     table = table.cast(SCHEMA)

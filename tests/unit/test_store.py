@@ -11,6 +11,7 @@ import pytest
 
 from sparsity_atlas import code
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.parquet import write_parquet
 from sparsity_atlas.samples import SCHEMA, SampleTable, read_samples, read_table
 from sparsity_atlas.store import (
     canonical,
@@ -107,7 +108,7 @@ def test_tables_of_other_slots_are_not_continued(tmp_path: Path) -> None:
 
 def test_tables_with_other_columns_are_not_continued(tmp_path: Path) -> None:
     table("a").write(tmp_path / "1")
-    pq.write_table(pq.read_table(tmp_path / "1").drop(["unique_tokens"]), tmp_path / "1")
+    write_parquet(tmp_path / "1", pq.read_table(tmp_path / "1").drop(["unique_tokens"]))
     assert read_samples(tmp_path / "1", [["up", 0, 5], ["up", 1, 5]]).tasks == {}
 
 
