@@ -22,6 +22,15 @@ atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that look at the same run stay in one process, as do those of one file."""
+    for item in items:
+        folder, name = item.path.parts[-2:]
+        shares = "smoke" in getattr(item, "fixturenames", ())
+        group = "smoke" if shares else folder if folder == "faults" else f"{folder}/{name}"
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Compute with one thread: for tiny tensors, waiting for a second one takes most of the time."""

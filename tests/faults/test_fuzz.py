@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -25,7 +26,7 @@ from sparsity_atlas.config import canonical_level, parse
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.failures import last_error
 from sparsity_atlas.journal import Journal
-from sparsity_atlas.samples import SampleTable, read_table
+from sparsity_atlas.samples import SCHEMA, SampleTable, read_table
 from sparsity_atlas.store import canonical, read_manifest, write_manifest
 from sparsity_atlas.texts import documents
 
@@ -145,7 +146,8 @@ def sample_table(folder: Path) -> bytes:
     row = {"task": "a", "leaf": "a", "doc_id": 0, "doc_hash": "h", "cluster": None}
     row |= {"metrics": [("acc,none", 1.0)], "nats": 0.1, "predicted": 3, "prefill_tokens": 4}
     row |= {"prefill_zeros": [1], "generation_tokens": 0, "generation_zeros": [0]}
-    table.rows["a"] = [row]
+    row |= {"unique_tokens": 4, "unique_zeros": [1]}
+    table.rows["a"] = pa.Table.from_pylist([row], SCHEMA)
     table.write(folder / "samples.parquet")
     return (folder / "samples.parquet").read_bytes()
 
