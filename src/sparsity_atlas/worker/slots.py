@@ -14,6 +14,7 @@ from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import IO, Any
 
+from sparsity_atlas.devices import visible_gpus
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.store import digest
 
@@ -93,21 +94,13 @@ def folder_for(model: Path, code: str) -> Path:
     return base / digest(identity)[:16]
 
 
-def _visible_gpus() -> int:
-    """GPUs that a job could use, without the seconds that asking torch takes."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([one for one in visible.split(",") if one.strip()])
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))
-
-
 def places(device: str) -> int:
     """Workers that a model may have at once: one a GPU; on the CPU as many as Snakemake runs jobs.
 
     Args:
         device: as in the configuration.
     """
-    return min(_visible_gpus() if device != "cpu" else 0, MOST) or MOST
+    return min(visible_gpus() if device != "cpu" else 0, MOST) or MOST
 
 
 @contextlib.contextmanager
