@@ -25,6 +25,7 @@ from sparsity_atlas.terms import TENSORS
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sparsity_atlas.checkpoint import Checkpoint
     from sparsity_atlas.criteria import Criterion
     from sparsity_atlas.place import Place, State
     from sparsity_atlas.sites import FFN
@@ -105,11 +106,11 @@ def calibrate(
     }
 
 
-def seen_text(folder: Path, store: ActivationStore, tokens: int) -> tuple[str, str]:
+def seen_text(checkpoint: Checkpoint, store: ActivationStore, tokens: int) -> tuple[str, str]:
     """The text of the first tokens of a store, and the digest of their ids."""
     ids = store.ids()
     rows = ids[: tokens // ids.shape[1]]
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(checkpoint)
     content = "".join(tokenizer.decode(row, skip_special_tokens=True) for row in rows)
     return content, hashlib.sha256(rows.tobytes()).hexdigest()
 
@@ -140,15 +141,17 @@ def main() -> None:
             f"calibration.tokens: {tokens} found, expected 1 to {captured['tokens'] - 1}: there are "
             f"{captured['tokens']} captured tokens, and some must be left to measure output errors on"
         )
-    manifest, folder = from_manifest(arguments.model)
+    manifest, checkpoint = from_manifest(arguments.model)
     check_sites(manifest["name"], [arguments.site], manifest["sites"])
 
     from sparsity_atlas.sites import bind_ffns
 
-    model = load(folder, dtype=settings["dtype"], device=settings["device"])
+    model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
     store = ActivationStore(arguments.store)
+    for tensor in captured["tensors"]:
+        store.check(tensor)
     ffns = bind_ffns(model, manifest["ffn"])
-    content, text = seen_text(folder, store, tokens)
+    content, text = seen_text(checkpoint, store, tokens)
     states = calibrate(criterion, ffns, arguments.site, store, tokens)
     about: dict[str, Any] = {
         "model": manifest["digest"],

@@ -49,7 +49,7 @@ def main() -> None:
     levels = sorted(set(levels), key=float, reverse=True)
     for level in levels:
         check_level(criterion, level)
-    manifest, folder = from_manifest(arguments.model)
+    manifest, checkpoint = from_manifest(arguments.model)
     check_sites(manifest["name"], [arguments.site], manifest["sites"])
     calibration = read_calibration(arguments.calibration)
 
@@ -59,7 +59,7 @@ def main() -> None:
     from sparsity_atlas.sites import bind_ffns
 
     settings = arguments.settings
-    model = load(folder, dtype=settings["dtype"], device=settings["device"])
+    model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
     ffns = bind_ffns(model, manifest["ffn"])
     bound = bind_all(criterion, ffns, arguments.site, calibration.states)
     about: dict[str, Any] = {

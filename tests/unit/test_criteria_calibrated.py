@@ -15,11 +15,11 @@ from torch.nn import functional as F
 
 from drawn_rows import rows
 from sparsity_atlas import kernels
+from sparsity_atlas.checkpoint import Checkpoint, load, load_tokenizer
 from sparsity_atlas.criteria import Criterion, create
 from sparsity_atlas.criteria.shifted_relu import inverse
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.ffn import FFN
-from sparsity_atlas.models import load, load_tokenizer
 from sparsity_atlas.place import Place
 from sparsity_atlas.sites import find_ffns, observe
 from sparsity_atlas.sparsify import dropping
@@ -429,8 +429,8 @@ def test_bad_sparse_share(share: object) -> None:
 @pytest.fixture(scope="module")
 def zoo() -> tuple[list[FFN], list[Given], list[Given]]:
     """A model of the zoo: its FFNs, and each layer's tensors over two halves of the prose."""
-    folder = ROOT / "workflow/resources/zoo/small"
-    model, tokenizer = load(folder, device="cpu"), load_tokenizer(folder)
+    checkpoint = Checkpoint(ROOT / "workflow/resources/zoo/small")
+    model, tokenizer = load(checkpoint, device="cpu"), load_tokenizer(checkpoint)
     prose = {"file": str(ROOT / "workflow/resources/text/prose.jsonl")}
     ffns = find_ffns(model)
     halves = []
