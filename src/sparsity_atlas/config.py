@@ -7,99 +7,26 @@ Catalogues (`models`, `criteria`, `texts`, `tasks`) are mappings and say what ex
 
 from __future__ import annotations
 
-import re
-from decimal import Decimal
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
     NonNegativeInt,
     Tag,
     ValidationError,
-    WithJsonSchema,
     model_validator,
 )
 
 from sparsity_atlas.credentials import places
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.findings import explain
+from sparsity_atlas.spelling import Level, Name, Repository, Revision
 
 Site = Literal["input", "up", "gate", "intermediate", "all_inputs"]
-
-# Folders of results/ and results/{model}/ that a catalogue name would collide with, and endings of files.
-RESERVED = {"figures", "logs", "benchmarks", "dense", "capture", "metrics", "partial"}
-ENDINGS = (".json", ".jsonl", ".csv", ".yaml", ".html", ".zarr", ".parquet")
-ENDINGS += (".lock", ".journal", ".log", ".tmp", ".partial")
-# A folder's name may have 255 bytes, and a temporary file's is longer than its own.
-_LONGEST = 100
-
-
-def _name(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value) or ".." in value:
-        raise ValueError(
-            "names are letters, digits, '.', '_' and '-', and begin with one of the first two"
-        )
-    if len(value) > _LONGEST:
-        raise ValueError(f"a name of {len(value)} characters; at most {_LONGEST} are allowed")
-    # Some file systems do not tell capitals from small letters.
-    if value.lower() in RESERVED:
-        raise ValueError(f"'{value}' is the name of a folder of the results")
-    if value.lower().endswith(ENDINGS):
-        raise ValueError(f"'{value}' ends like a file of the results")
-    return value
-
-
-def _repository(value: str) -> str:
-    if not re.fullmatch(r"(?:\w[\w.-]*/)?\w[\w.-]*", value, re.ASCII) or ".." in value:
-        raise ValueError("a repository of the Hub is `name` or `owner/name`")
-    return value
-
-
-def _revision(value: str) -> str:
-    # It becomes a path in the Hub's cache.
-    if not re.fullmatch(r"\w[\w./-]*", value, re.ASCII) or ".." in value:
-        raise ValueError("a revision is a commit, tag or branch")
-    return value
-
-
-# A level is spelled out in a path: 1e999999 would be a name of a million digits.
-_LARGEST_EXPONENT = 39
-_MOST_DECIMALS = 60
-
-
-def canonical_level(value: Any) -> str:
-    """Spell a level as in paths: the shortest decimal (0.9 for 0.90, 1 for 1.0), no exponent.
-
-    Raises:
-        ValueError: `value` is not a finite number.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
-        raise ValueError("a level is a number, such as 0.9")
-    try:
-        # repr of a float is its shortest decimal; Decimal(0.1) would be its binary expansion.
-        number = Decimal(repr(value) if isinstance(value, float) else str(value))
-    # A ValueError: an integer of more digits than Python writes out.
-    except (ArithmeticError, ValueError):
-        raise ValueError("a level is a number, such as 0.9") from None
-    if not number.is_finite():
-        raise ValueError("a level is a finite number")
-    exponent = number.as_tuple().exponent
-    if number.adjusted() > _LARGEST_EXPONENT or exponent < -_MOST_DECIMALS:
-        raise ValueError("a level has at most 40 digits before the point and 60 after it")
-    text = format(number.normalize(), "f")
-    return "0" if text in ("-0", "0") else text
-
-
-Name = Annotated[str, AfterValidator(_name)]
-Repository = Annotated[str, AfterValidator(_repository)]
-Revision = Annotated[str, AfterValidator(_revision)]
-Level = Annotated[
-    str, BeforeValidator(canonical_level), WithJsonSchema({"type": ["number", "string"]})
-]
 
 
 def _unique(values: list) -> list:
@@ -353,38 +280,4 @@ def parse(data: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise AtlasError(
-            "config: " + "; ".join(_explain(item) for item in error.errors())
-        ) from None
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, int) and value.bit_length() > 1000:
-        return f"an integer of {value.bit_length():,} bits"
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]} ..."
-
-
-def _explain(item: dict[str, Any]) -> str:
-    """One clause for one finding of Pydantic."""
-    # Pydantic names the branch of a union in `loc`; the user's key path has no such parts.
-    path = ".".join(
-        str(part)
-        for part in item["loc"]
-        if not (
-            isinstance(part, str)
-            and (part.startswith(("list[", "literal[", "function-")) or part == "[key]")
-        )
-    )
-    if item["type"] == "extra_forbidden":
-        return f"{path}: unknown key"
-    if item["type"] == "missing":
-        return f"{path}: missing"
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "list_type" and path.endswith(".levels"):
-        message = "'auto' or a list of levels is wanted"
-    message = message[0].lower() + message[1:]
-    if item["type"] == "value_error" and not path:
-        return message
-    found = "" if isinstance(item["input"], dict | list) else f", found {_short(item['input'])}"
-    return f"{path}: {message}{found}"
+        raise AtlasError("config: " + "; ".join(explain(item) for item in error.errors())) from None

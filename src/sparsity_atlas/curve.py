@@ -194,10 +194,7 @@ def main() -> None:
     """Command line of the stage."""
     parser = argparse.ArgumentParser(prog="python -m sparsity_atlas.curve", description=__doc__)
     parser.add_argument("--dense", required=True, type=Path, help="eval.json of the dense baseline")
-    parser.add_argument("--levels", default="", help="comma-separated levels of listed nodes")
-    parser.add_argument(
-        "--search", type=cli.optional_path, help="search.json whose levels are taken as well"
-    )
+    cli.add_levels(parser)
     parser.add_argument("--site", required=True)
     parser.add_argument(
         "--settings", required=True, type=json.loads, help="JSON: metrics, bars, bootstrap"
@@ -210,13 +207,9 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    levels = [level for level in arguments.levels.split(",") if level]
-    if arguments.search:
-        levels += [one["level"] for one in read_manifest(arguments.search)["levels"]]
     folder = cli.folder_of(arguments.output)
     nodes = {
-        level: NodeSamples(folder / level, arguments.site)
-        for level in sorted(set(levels), key=float, reverse=True)
+        level: NodeSamples(folder / level, arguments.site) for level in cli.levels_of(arguments)
     }
     dense = NodeSamples(arguments.dense.parent, arguments.site)
     settings = arguments.settings

@@ -21,7 +21,6 @@ from sparsity_atlas.models import check_sites, from_manifest, load
 from sparsity_atlas.store import (
     canonical,
     file_digest,
-    read_manifest,
     write_atomically,
     write_manifest,
 )
@@ -34,19 +33,13 @@ def main() -> None:
     parser.add_argument("--criterion", required=True, type=json.loads, help="JSON")
     parser.add_argument("--site", required=True)
     parser.add_argument("--calibration", required=True, type=Path)
-    parser.add_argument("--levels", default="", help="comma-separated")
-    parser.add_argument(
-        "--search", type=cli.optional_path, help="search.json whose levels are taken as well"
-    )
+    cli.add_levels(parser)
     parser.add_argument("--settings", required=True, type=json.loads, help="JSON: model loading")
     parser.add_argument("--output", required=True, type=Path, help="manifest to write, last")
     arguments = parser.parse_args()
 
     criterion = create(arguments.criterion)
-    levels = [level for level in arguments.levels.split(",") if level]
-    if arguments.search:
-        levels += [one["level"] for one in read_manifest(arguments.search)["levels"]]
-    levels = sorted(set(levels), key=float, reverse=True)
+    levels = cli.levels_of(arguments)
     for level in levels:
         check_level(criterion, level)
     manifest, checkpoint = from_manifest(arguments.model)

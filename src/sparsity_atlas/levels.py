@@ -9,7 +9,7 @@ from decimal import Decimal
 
 from scipy.interpolate import PchipInterpolator
 
-from sparsity_atlas.config import canonical_level
+from sparsity_atlas.spelling import canonical_level
 
 # No criterion at hand tells levels apart that are closer than this.
 SMALLEST_STEP = Decimal("0.00001")

@@ -19,7 +19,6 @@ from sparsity_atlas.calibration import read_calibration
 from sparsity_atlas.criteria import check_level, create
 from sparsity_atlas.models import from_manifest, load
 from sparsity_atlas.parquet import write_parquet
-from sparsity_atlas.store import read_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -133,10 +132,7 @@ def main() -> None:
     parser.add_argument("--site", required=True)
     parser.add_argument("--store", required=True, type=Path, help="the Zarr store")
     parser.add_argument("--criterion", required=True, type=json.loads, help="JSON")
-    parser.add_argument("--levels", default="", help="comma-separated")
-    parser.add_argument(
-        "--search", type=cli.optional_path, help="search.json whose levels are taken as well"
-    )
+    cli.add_levels(parser)
     parser.add_argument(
         "--calibration", type=cli.optional_path, help="calibration of the criterion, if it has one"
     )
@@ -150,10 +146,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     criterion = create(arguments.criterion)
-    levels = [level for level in arguments.levels.split(",") if level]
-    if arguments.search:
-        levels += [one["level"] for one in read_manifest(arguments.search)["levels"]]
-    levels = sorted(set(levels), key=float, reverse=True)
+    levels = cli.levels_of(arguments)
     for level in levels:
         check_level(criterion, level)
     manifest, checkpoint = from_manifest(arguments.model)

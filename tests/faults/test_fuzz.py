@@ -22,11 +22,12 @@ from hypothesis import strategies as st
 from sparsity_atlas import grid, parquet, task_files
 from sparsity_atlas.activations import ActivationStore
 from sparsity_atlas.checkpoint import Checkpoint
-from sparsity_atlas.config import canonical_level, parse
+from sparsity_atlas.config import parse
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.failures import last_error
 from sparsity_atlas.journal import Journal
 from sparsity_atlas.samples import SCHEMA, SampleTable, read_table
+from sparsity_atlas.spelling import canonical_level
 from sparsity_atlas.store import canonical, read_manifest, write_manifest
 from sparsity_atlas.texts import documents
 

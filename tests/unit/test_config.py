@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsity_atlas import grid
-from sparsity_atlas.config import canonical_level, parse
+from sparsity_atlas.config import parse
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.inputs import check_inputs, locate
+from sparsity_atlas.spelling import canonical_level
 
 BASE: dict[str, Any] = {
     "models": {"small": {"path": "models/small"}, "large": {"path": "models/large"}},

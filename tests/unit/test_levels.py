@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsity_atlas.config import canonical_level
 from sparsity_atlas.criteria import create
 from sparsity_atlas.levels import Point, Range, Stop, next_level
+from sparsity_atlas.spelling import canonical_level
 
 TOPP = Range(1.0, 0.0, ("0.98", "0.9", "0.75", "0.5"))
 TOPK = Range(1.0, 0.0, ("0.8", "0.6", "0.4", "0.2"))

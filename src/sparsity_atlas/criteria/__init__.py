@@ -179,8 +179,8 @@ def _import(path: Path) -> ModuleType:
 
 def _check(path: Path, criterion: Criterion) -> None:
     """What a search relies on, and only a user's own file can get wrong."""
-    from sparsity_atlas.config import canonical_level
     from sparsity_atlas.criteria.base import Criterion as base
+    from sparsity_atlas.spelling import canonical_level
 
     kind, name = type(criterion), type(criterion).__name__
     if kind.mask is base.mask and kind.threshold is base.threshold:

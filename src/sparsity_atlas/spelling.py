@@ -1,0 +1,80 @@
+"""How names, repositories and levels are spelled: they become folders, and parts of paths."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
+
+# Folders of results/ and results/{model}/ that a catalogue name would collide with, and endings of files.
+RESERVED = {"figures", "logs", "benchmarks", "dense", "capture", "metrics", "partial"}
+ENDINGS = (".json", ".jsonl", ".csv", ".yaml", ".html", ".zarr", ".parquet")
+ENDINGS += (".lock", ".journal", ".log", ".tmp", ".partial")
+# A folder's name may have 255 bytes, and a temporary file's is longer than its own.
+_LONGEST = 100
+
+
+def _name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value) or ".." in value:
+        raise ValueError(
+            "names are letters, digits, '.', '_' and '-', and begin with one of the first two"
+        )
+    if len(value) > _LONGEST:
+        raise ValueError(f"a name of {len(value)} characters; at most {_LONGEST} are allowed")
+    # Some file systems do not tell capitals from small letters.
+    if value.lower() in RESERVED:
+        raise ValueError(f"'{value}' is the name of a folder of the results")
+    if value.lower().endswith(ENDINGS):
+        raise ValueError(f"'{value}' ends like a file of the results")
+    return value
+
+
+def _repository(value: str) -> str:
+    if not re.fullmatch(r"(?:\w[\w.-]*/)?\w[\w.-]*", value, re.ASCII) or ".." in value:
+        raise ValueError("a repository of the Hub is `name` or `owner/name`")
+    return value
+
+
+def _revision(value: str) -> str:
+    # It becomes a path in the Hub's cache.
+    if not re.fullmatch(r"\w[\w./-]*", value, re.ASCII) or ".." in value:
+        raise ValueError("a revision is a commit, tag or branch")
+    return value
+
+
+# A level is spelled out in a path: 1e999999 would be a name of a million digits.
+_LARGEST_EXPONENT = 39
+_MOST_DECIMALS = 60
+
+
+def canonical_level(value: Any) -> str:
+    """Spell a level as in paths: the shortest decimal (0.9 for 0.90, 1 for 1.0), no exponent.
+
+    Raises:
+        ValueError: `value` is not a finite number.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
+        raise ValueError("a level is a number, such as 0.9")
+    try:
+        # repr of a float is its shortest decimal; Decimal(0.1) would be its binary expansion.
+        number = Decimal(repr(value) if isinstance(value, float) else str(value))
+    # A ValueError: an integer of more digits than Python writes out.
+    except (ArithmeticError, ValueError):
+        raise ValueError("a level is a number, such as 0.9") from None
+    if not number.is_finite():
+        raise ValueError("a level is a finite number")
+    exponent = number.as_tuple().exponent
+    if number.adjusted() > _LARGEST_EXPONENT or exponent < -_MOST_DECIMALS:
+        raise ValueError("a level has at most 40 digits before the point and 60 after it")
+    text = format(number.normalize(), "f")
+    return "0" if text in ("-0", "0") else text
+
+
+Name = Annotated[str, AfterValidator(_name)]
+Repository = Annotated[str, AfterValidator(_repository)]
+Revision = Annotated[str, AfterValidator(_revision)]
+Level = Annotated[
+    str, BeforeValidator(canonical_level), WithJsonSchema({"type": ["number", "string"]})
+]
