@@ -102,24 +102,26 @@ def layer_errors(
     Returns:
         [tensors, grid].
     """
+    error = _error_of(ffn, x, site, rules)
     return np.array(
-        [
-            [_error(ffn, x, site, rules, {**dict.fromkeys(rules, 0.0), name: s}) for s in grid]
-            for name in rules
-        ]
+        [[error({**dict.fromkeys(rules, 0.0), name: s}) for s in grid] for name in rules]
     )
 
 
-def _error(
-    ffn: FFN, x: Tensor, site: str, rules: Mapping[str, Criterion], levels: Mapping[str, float]
-) -> float:
-    """Mean over tokens of the relative output error, each tensor at a level of its own."""
-    fixed = {name: _Fixed(rule, float(levels[name])) for name, rule in rules.items()}
+def _error_of(
+    ffn: FFN, x: Tensor, site: str, rules: Mapping[str, Criterion]
+) -> Callable[[Mapping[str, float]], float]:
+    """Mean over tokens of the relative output error, as a function of each tensor's level."""
     dense = ffn.output(ffn.intermediate(x)).float()
     norm = dense.norm(dim=-1)
-    output, _, _ = sparse_output(ffn, x, site, fixed, 0.0)
-    error = (output.float() - dense).norm(dim=-1)[norm > 0] / norm[norm > 0]
-    return float(error.double().mean()) if len(error) else 0.0
+
+    def error(levels: Mapping[str, float]) -> float:
+        fixed = {name: _Fixed(rule, float(levels[name])) for name, rule in rules.items()}
+        output, _, _ = sparse_output(ffn, x, site, fixed, 0.0)
+        relative = (output.float() - dense).norm(dim=-1)[norm > 0] / norm[norm > 0]
+        return float(relative.double().mean()) if len(relative) else 0.0
+
+    return error
 
 
 class _Fixed(Criterion):
@@ -207,13 +209,14 @@ def greedy(
     names = list(rules)
     now = np.zeros(len(names))
     means, path = [0.0], [now]
+    error = _error_of(ffn, x, site, rules)
     while (now < 1).any():
         tries = []
         for k in np.flatnonzero(now < 1):
             step = now.copy()
             step[k] = min(now[k] + STEP / share[k], 1.0)
             levels = dict(zip(names, step.tolist(), strict=True))
-            tries.append((_error(ffn, x, site, rules, levels), step))
+            tries.append((error(levels), step))
         now = min(tries, key=lambda one: one[0])[1]
         means.append(float(share @ now))
         path.append(now)

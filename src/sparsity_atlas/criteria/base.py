@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 if TYPE_CHECKING:
@@ -142,3 +144,22 @@ def declares_threshold(criterion: Criterion) -> bool:
     """Whether `threshold` says all that the criterion does."""
     kind = type(criterion)
     return kind.mask is Criterion.mask and kind.threshold is not Criterion.threshold
+
+
+class ColumnWeighted(Criterion):
+    """A rule whose scores are weighted by the norms of the columns that the entries meet.
+
+    Stands before the rule itself among a criterion's bases.
+    """
+
+    def bind(self, place: Place, state: dict[str, Tensor]) -> Self:
+        """See `Criterion.bind`."""
+        from sparsity_atlas.place import relative
+
+        bound = copy.copy(self)
+        bound._weights = relative(place.column_norms())
+        return bound
+
+    def threshold(self, level: float, width: int) -> Threshold:
+        """See `Criterion.threshold`."""
+        return replace(super().threshold(level, width), weights=self._weights)
