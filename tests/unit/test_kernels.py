@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -309,3 +313,12 @@ def test_very_wide_rows_take_the_reference(caplog: pytest.LogCaptureFixture) -> 
     assert kernels.masked(Threshold("share", 0.5), values, values).zeros.tolist() == [0]
     assert caplog.messages == ["kernels: reference (none for rows of more than 131,072 entries)"]
     kernels._path.cache_clear()
+
+
+def test_the_cuda_kernels_compile(tmp_path: Path) -> None:
+    """The interpreter takes what the compiler refuses; neither needs a GPU."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    del environment["TRITON_INTERPRET"]
+    script = Path(__file__).parents[1] / "compile_cuda.py"
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -4,6 +4,9 @@ A row's threshold is found on the bit patterns of its scores, which sort like in
 an interval of them by interpolation, with float32 sums that vectorise; a comparison that lies within
 the sums' error is never believed. What is left between its ends is settled by `_settle` with the integer
 masses of the definition. The masks are those of `Threshold.mask`, bit for bit.
+
+All compiled functions stand in this one file: Numba keeps what it compiled for as long as the file of the
+outermost function is the same, and would not see an edit of another one.
 """
 
 from __future__ import annotations

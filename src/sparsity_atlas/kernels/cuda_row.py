@@ -1,0 +1,238 @@
+"""One row on CUDA: read it, search for its threshold, write it. Triton inlines these into the kernels."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+KINDS = {"share": 0, "rank": 1, "peak": 2, "fixed": 3}
+SHARE, RANK, PEAK, FIXED = (tl.constexpr(kind) for kind in KINDS.values())
+INFINITY = tl.constexpr(0x7F800000)  # the bit pattern; NaN lies above
+# A float32 sum passes through at most 7 (a group) + 7 (a thread) + 9 (the trees) roundings of 2^-24, and
+# a mass through 8.
+_ERROR = tl.constexpr(2.0**-19)
+GROUP = tl.constexpr(8)  # entries that lie in one thread, one after another
+
+
+@triton.jit
+def _raised(base, WHOLE: tl.constexpr, FRACTION: tl.constexpr, DIGITS: tl.constexpr):
+    """As `threshold.raised`, in the type of `base`; the power is WHOLE + FRACTION / 2^DIGITS."""
+    result = tl.full(base.shape, 1.0, base.dtype)
+    square = base
+    for digit in tl.static_range(10):
+        if (WHOLE >> digit) > 0:
+            if (WHOLE >> digit) % 2 == 1:
+                result = result * square
+            square = square * square
+    if DIGITS > 0:
+        digits = tl.cast(FRACTION, tl.int64)
+        root = base
+        for digit in range(DIGITS):
+            root = tl.sqrt(root)
+            taken = (digits >> (DIGITS - 1 - digit)) & 1
+            result = tl.where(taken == 1, result * root, result)
+    return result
+
+
+@triton.jit
+def _inverse_unit(peak):
+    """1 / unit of `threshold.masses`, float64: the exponent of the peak, turned round its middle."""
+    largest = peak.to(tl.float32, bitcast=True).to(tl.float64)
+    exponent = largest.to(tl.int64, bitcast=True) >> 52
+    return ((2045 - exponent) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _masses(
+    score,
+    peak,
+    WHOLE: tl.constexpr,
+    FRACTION: tl.constexpr,
+    DIGITS: tl.constexpr,
+    UNIT_IS_PEAK: tl.constexpr,
+):
+    """(score / unit)^power in float64, as in `threshold.masses`."""
+    if UNIT_IS_PEAK:
+        base = score.to(tl.float64) / peak.to(tl.float32, bitcast=True).to(tl.float64)
+    else:
+        base = score.to(tl.float64) * _inverse_unit(peak)
+    return _raised(base, WHOLE, FRACTION, DIGITS)
+
+
+@triton.jit
+def _sum(mass, BLOCK: tl.constexpr):
+    """A float32 sum with few roundings on any way through it."""
+    return tl.sum(tl.sum(tl.reshape(mass, (BLOCK // GROUP, GROUP)), 1), 0)
+
+
+@triton.jit
+def load_row(
+    values,
+    weights,
+    row,
+    width,
+    stride,
+    HALF: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A row's scores, their bit patterns, and the largest of these."""
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    # To be kept in the cache until it is written; the other policy there also stops the compiler from
+    # taking both loads for one, and the row back into registers.
+    value = tl.load(
+        values + row * stride + column, mask=inside, other=0, eviction_policy="evict_last"
+    )
+    if value.dtype == tl.int32:
+        score = (value & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+    elif HALF:
+        score = (value & 0x7FFF).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        score = ((value.to(tl.int32) & 0x7FFF) << 16).to(tl.float32, bitcast=True)
+    if WEIGHTED:
+        score = score * tl.load(weights + column, mask=inside, other=0.0)
+    key = score.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return score, key, tl.max(key, 0)
+
+
+@triton.jit
+def write_row(
+    values,
+    onto,
+    out,
+    zeros,
+    row,
+    width,
+    values_stride,
+    onto_stride,
+    kept,
+    SAME: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store what is kept, and how many zeros that leaves.
+
+    The row is read again: it is still in the cache, and registers that hold it through the search
+    would be missing to other rows.
+    """
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    value = tl.load(
+        values + row * values_stride + column,
+        mask=inside,
+        other=0,
+        eviction_policy="evict_first",
+    )
+    written = value if SAME else tl.load(onto + row * onto_stride + column, mask=inside, other=0)
+    tl.store(out + row * width + column, tl.where(kept, written, 0).to(written.dtype), mask=inside)
+    magnitude: tl.constexpr = 0x7FFFFFFF if value.dtype == tl.int32 else 0x7FFF
+    alive = kept & ((value & magnitude) != 0)
+    tl.store(zeros + row, width - tl.sum(alive.to(tl.int32), 0))
+
+
+@triton.jit
+def search_row(
+    score,
+    key,
+    peak,
+    numbers,
+    width,
+    rank,
+    KIND: tl.constexpr,
+    SHIFT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    FRACTION: tl.constexpr,
+    DIGITS: tl.constexpr,
+    UNIT_IS_PEAK: tl.constexpr,
+    MASS_BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """The bit pattern of the row's threshold, and whether it is sure.
+
+    Regula falsi (Illinois) between `low`, at which the target is held, and `high`, at which it is not:
+    bit patterns without their SHIFT empty bits. With EXACT, or counting (KIND is RANK), all is sure.
+    """
+    amount = tl.load(numbers)
+    # Sums stay in range, whatever the size of the scores.
+    up = peak < 0x2B800000  # 2^-40
+    down = peak >= 0x5F800000  # 2^64
+    scale = tl.where(up, 2.0**104, tl.where(down, 2.0**-64, 1.0))
+    back = tl.where(up, 2.0**-104, tl.where(down, 2.0**64, 1.0))
+    if not EXACT:
+        # No second copy of the row in registers: rows out of range are left to be settled.
+        scale, back = 1.0, 1.0
+    mass = score * scale
+    mean = _sum(mass, BLOCK) / width
+    middle = (mean * tl.load(numbers + 1).to(tl.float32) * back).to(tl.int32, bitcast=True) >> SHIFT
+    low = (mean * tl.load(numbers + 2).to(tl.float32) * back).to(tl.int32, bitcast=True) >> SHIFT
+    # A mean that overflows says nothing, and its NaN has the bits of a large number.
+    low = tl.where(mean < float("inf"), tl.minimum(low, peak >> SHIFT), 0)
+    high = (peak >> SHIFT) + 1
+    sure = 1
+    if KIND == RANK:
+        total = width.to(tl.float32)
+        target = rank.to(tl.float32)
+    else:
+        if not EXACT:
+            sure = tl.where((up | down) & (peak > 0), 0, 1)
+            high = tl.where(sure == 1, high, low)
+        if WHOLE > 1 or DIGITS > 0:
+            if UNIT_IS_PEAK or DIGITS > 0:
+                mass = _masses(score, peak, WHOLE, FRACTION, DIGITS, UNIT_IS_PEAK).to(tl.float32)
+            else:
+                unit = (_inverse_unit(peak) * tl.cast(back, tl.float64)).to(tl.float32)
+                mass = _raised(mass * unit, WHOLE, FRACTION, DIGITS)
+        total = _sum(mass, BLOCK)
+        target = total * amount.to(tl.float32)
+        if EXACT:
+            whole = _masses(score, peak, WHOLE, FRACTION, DIGITS, UNIT_IS_PEAK)
+            whole = (whole * (2.0**MASS_BITS)).to(tl.int64)
+            all_of_it = tl.sum(whole, 0)
+            exact = all_of_it.to(tl.float64) * amount
+            wanted = exact.to(tl.int64)
+            wanted += (wanted.to(tl.float64) < exact).to(tl.int64)
+            wanted = tl.minimum(tl.maximum(wanted, 1), all_of_it)
+    above = total - target
+    below = -target
+    side = 0
+    tries = 0
+    step = (1 << 24) >> SHIFT  # two binades
+    while high - low > 1:
+        if tries > 0:
+            if low == 0:
+                middle = high - step
+                step = tl.minimum(step * 2, 1 << 29)
+            elif (tries > 12) & (tries % 2 == 0):
+                middle = low + (high - low) // 2
+            else:
+                spread = above - below
+                ratio = tl.where(spread > 0, above / spread, 0.5)
+                middle = low + ((high - low).to(tl.float32) * ratio).to(tl.int32)
+        middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
+        reaches = key >= (middle << SHIFT)
+        if KIND == RANK:
+            count = tl.sum(reaches.to(tl.int32), 0)
+            found = count.to(tl.float32)
+            enough = count >= rank
+        else:
+            found = _sum(tl.where(reaches, mass, 0.0), BLOCK)
+            enough = found >= target
+            if EXACT:
+                enough = tl.sum(tl.where(reaches, whole, 0), 0) >= wanted
+            else:
+                sure = tl.where(tl.abs(found - target) < _ERROR * (found + target), 0, 1)
+        # An end that stays twice counts half.
+        rest = found - target
+        below = tl.where(enough, tl.where(side == 1, below * 0.5, below), tl.minimum(rest, 0.0))
+        above = tl.where(enough, tl.maximum(rest, 0.0), tl.where(side == -1, above * 0.5, above))
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+        side = tl.where(enough, 1, -1)
+        tries += 1
+        if SHIFT == 0:
+            # Between two patterns that occur there is nothing to search.
+            low = tl.min(tl.where(key >= low, key, high), 0)
+            high = tl.max(tl.where(key < high, key, low), 0) + 1
+        high = tl.where(sure == 1, high, low)
+    return low << SHIFT, sure
