@@ -94,6 +94,10 @@ def capture(
     chunk = chunk_sequences(widest * positions * ITEM_BYTES[dtype], batch, sequences)
     block = max(chunk, batch)  # sequences between two records of the journal
 
+    total = ids.size * ITEM_BYTES[dtype] * sum(sum(row) for row in widths.values())
+    journal_path = store_path.with_suffix(".journal")
+    if not journal_path.exists():
+        check_space(store_path, total)  # before anything is made
     store = ActivationStore(store_path, writable=True)
     plan = {
         "fingerprint": fingerprint,
@@ -102,14 +106,13 @@ def capture(
         "block": block,
         "dtype": dtype,
     }
-    journal = Journal(store_path.with_suffix(".journal"), plan)
+    journal = Journal(journal_path, plan)
     if journal.records and any(name not in store.root for name in missing):
         # The store was deleted, the journal beside it was not.
         journal.delete()
-        journal = Journal(journal.path, plan)
-    total = ids.size * ITEM_BYTES[dtype] * sum(sum(row) for row in widths.values())
+        journal = Journal(journal_path, plan)
     if not journal.records:
-        check_space(store_path, total)
+        check_space(store_path, total)  # what another plan left may have been smaller
         cli.logger.info(
             "capturing %s: %s tokens, %.1f MiB", ", ".join(missing), f"{ids.size:,}", total / 2**20
         )

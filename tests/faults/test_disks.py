@@ -136,9 +136,7 @@ def test_a_disk_that_cannot_hold_the_store(copied: tuple[Checkout, Disk], whole:
         error = pipeline.error_of(checkout, job)
         assert "GiB are free; capture fewer tokens (capture.tokens) or make room" in error
         assert checkout.forwards() == []
-        begun = {"tiny/activations.journal", "tiny/activations.zarr/zarr.json"}
-        assert checkout.contents().keys() - before.keys() <= begun
-        shutil.rmtree(checkout.results / "tiny/activations.zarr", ignore_errors=True)
+        assert checkout.contents() == before
 
 
 @contextlib.contextmanager

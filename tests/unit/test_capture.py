@@ -317,6 +317,8 @@ def test_a_disk_that_is_too_small(work: Work, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(AtlasError, match=r"activations\.zarr: needs .* GiB are free"):
         capture(work, "up")
     assert not (work.folder / "capture" / "up.json").exists()
+    assert not list(work.folder.glob("activations.zarr*"))
+    assert not list(work.folder.glob("*.journal"))
     monkeypatch.undo()
     monkeypatch.setattr(activations, "CHUNK_BYTES", 2 * LENGTH * 40 * 4)
     capture(work, "up")
