@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sparsity_atlas import metrics, output_error
+from sparsity_atlas import metrics, output_error, summarize
 from sparsity_atlas.bootstrap import TaskSamples
 from sparsity_atlas.critical import BARS, critical
 from sparsity_atlas.curves import curve_points
 from sparsity_atlas.equal import equal_rows, write_equal
 from sparsity_atlas.parquet import write_parquet
 from sparsity_atlas.store import write_manifest
+from sparsity_atlas.tables import Tables, read_tables
 from sparsity_atlas.terms import TENSORS
 
 LEVELS = ("0.97", "0.9", "0.75", "0.5")
@@ -185,3 +186,23 @@ def make_results(
                 ]
                 write_curve(results / name / criterion / site, drawn, levels, replicates)
     return results
+
+
+def result_files(results: Path, last: str = "") -> tuple[list[Path], ...]:
+    """What `summarize.write_tables` reads: manifests, curves, sparsities and metrics.
+
+    Args:
+        results: the folder.
+        last: criterion whose files come last; by default all are in the order of their names.
+    """
+    patterns = ("*/model.json", "*/*/*/curve.json", "*/*/*/sparsity.parquet", "*/metrics/*.parquet")
+    return tuple(
+        sorted(sorted(results.glob(pattern)), key=lambda path: last in path.parts)
+        for pattern in patterns
+    )
+
+
+def make_tables(results: Path, last: str = "") -> Tables:
+    """Write a run's tables, and read them."""
+    summarize.write_tables(results, *result_files(results, last))
+    return read_tables(sorted(results.glob("*.csv")))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fake_results import make_results
-from sparsity_atlas import summarize
+from fake_results import make_results, make_tables
 from sparsity_atlas.allocation import (
     ERROR_GRID,
     LOSS_GRID,
@@ -32,7 +30,7 @@ from sparsity_atlas.ffn import FFN
 from sparsity_atlas.figures import allocation
 from sparsity_atlas.place import Place, bind_all, state_name
 from sparsity_atlas.sites import find_ffns, observe
-from sparsity_atlas.tables import Tables, read_tables
+from sparsity_atlas.tables import Tables
 from sparsity_atlas.thresholds import TARGETS
 from tiny_models import tiny_model, token_ids
 
@@ -265,17 +263,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Tables:
     about = {"criterion": {"rule": "teal", "allocation": "sensitivity"}, "text": "", "tokens": 1}
     write_calibration(results / "m/teal/input/calibration.safetensors", states, about)
 
-    def found(pattern: str) -> list[Path]:
-        return sorted(results.glob(pattern))
-
-    summarize.write_tables(
-        results,
-        found("*/model.json"),
-        found("*/*/*/curve.json"),
-        found("*/*/*/sparsity.parquet"),
-        found("*/metrics/*.parquet"),
-    )
-    return read_tables(found("*.csv"))
+    return make_tables(results)
 
 
 def test_the_table_of_an_allocation(tables: Tables) -> None:

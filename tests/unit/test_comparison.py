@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fake_results import ENTRIES, make_results, samples, write_curve, write_model
-from sparsity_atlas import summarize
+from fake_results import ENTRIES, make_results, make_tables, samples, write_curve, write_model
 from sparsity_atlas.bootstrap import TaskSamples, estimate
 from sparsity_atlas.comparison import comparison_rows
 from sparsity_atlas.equal import SPARSITIES, at_sparsities, equal_rows, read_between, read_equal
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.figures import comparison
-from sparsity_atlas.tables import Tables, read_tables
+from sparsity_atlas.tables import Tables
 
 
 def test_a_curve_is_read_between_its_points() -> None:
@@ -162,17 +161,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Tables:
     models = {"small": {"parameters": 10**5}, "large": {"parameters": 10**7}}
     make_results(results, models, criteria=("topp", "topk"))
 
-    def found(pattern: str) -> list[Path]:
-        return sorted(results.glob(pattern), key=lambda path: "topk" in path.parts)
-
-    summarize.write_tables(
-        results,
-        found("*/model.json"),
-        found("*/*/*/curve.json"),
-        found("*/*/*/sparsity.parquet"),
-        found("*/metrics/*.parquet"),
-    )
-    return read_tables(found("*.csv"))
+    return make_tables(results, last="topk")
 
 
 def test_the_figure_shows_the_table(tables: Tables) -> None:

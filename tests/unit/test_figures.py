@@ -10,11 +10,10 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from fake_results import make_results
-from sparsity_atlas import summarize
+from fake_results import make_results, make_tables
 from sparsity_atlas.figures import FIGURES, curves, layers, panels, points, scaling, style, tasks
 from sparsity_atlas.figures.draw import DRAW, draw_all
-from sparsity_atlas.tables import SITE_ORDER, Tables, read_csv, read_tables
+from sparsity_atlas.tables import SITE_ORDER, Tables, read_csv
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"small": 400_000, "medium": 1_600_000, "large": 6_400_000}
@@ -23,17 +22,7 @@ SIZES = {"small": 400_000, "medium": 1_600_000, "large": 6_400_000}
 def tables_of(results: Path, **shape) -> Tables:
     make_results(results, **shape)
 
-    def found(pattern: str) -> list[Path]:
-        return sorted(results.glob(pattern))
-
-    summarize.write_tables(
-        results,
-        found("*/model.json"),
-        found("*/*/*/curve.json"),
-        found("*/*/*/sparsity.parquet"),
-        found("*/metrics/*.parquet"),
-    )
-    return read_tables(found("*.csv"))
+    return make_tables(results)
 
 
 @pytest.fixture(scope="module")

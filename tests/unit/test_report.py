@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fake_results import make_results
-from sparsity_atlas import page, report, summarize
+from fake_results import make_results, make_tables
+from sparsity_atlas import page, report
 from sparsity_atlas.config import parse
 from sparsity_atlas.failures import last_error, take_stock
 from sparsity_atlas.figures import FIGURES
@@ -58,22 +58,8 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.words).split()).replace("\N{NO-BREAK SPACE}", " ")
 
 
-def make_tables(results: Path) -> None:
-    def found(pattern: str) -> list[Path]:
-        return sorted(results.glob(pattern))
-
-    summarize.write_tables(
-        results,
-        found("*/model.json"),
-        found("*/*/*/curve.json"),
-        found("*/*/*/sparsity.parquet"),
-        found("*/metrics/*.parquet"),
-    )
-
-
 def tables_of(results: Path, **shape) -> Tables:
-    make_tables(make_results(results, **shape))
-    return read_tables(sorted(results.glob("*.csv")))
+    return make_tables(make_results(results, **shape))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fake_results import make_results
+from fake_results import make_results, result_files
 from sparsity_atlas import summarize
 from sparsity_atlas.csv_files import write_side_by_side
 from sparsity_atlas.store import read_manifest
@@ -23,11 +23,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve curves."""
     models = {"small": {"parameters": 10**6}, "large": {"parameters": 10**7}}
     return make_results(tmp_path_factory.mktemp("results"), models, criteria=CRITERIA, sites=SITES)
-
-
-def files(results: Path) -> tuple[list[Path], ...]:
-    patterns = ("*/model.json", "*/*/*/curve.json", "*/*/*/sparsity.parquet", "*/metrics/*.parquet")
-    return tuple(sorted(results.glob(pattern)) for pattern in patterns)
 
 
 def test_one_curve_is_in_memory_at_a_time(
@@ -48,7 +43,7 @@ def test_one_curve_is_in_memory_at_a_time(
         return content
 
     monkeypatch.setattr(summarize, "read_manifest", read)
-    summarize.write_tables(tmp_path, *files(results))
+    summarize.write_tables(tmp_path, *result_files(results))
     # The last one is let go when the next is read.
     assert most <= 2
 
@@ -56,7 +51,7 @@ def test_one_curve_is_in_memory_at_a_time(
 def test_the_command_writes_the_same_tables(
     results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    summarize.write_tables(tmp_path, *files(results))
+    summarize.write_tables(tmp_path, *result_files(results))
     folded = [[["large", "small"], [[name, sorted(SITES)] for name in sorted(CRITERIA)]]]
     arguments = ["tables", "--curves", json.dumps(folded), "--results", str(results)]
     monkeypatch.setattr("sys.argv", ["x", *arguments])
