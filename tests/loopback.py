@@ -97,32 +97,48 @@ def stop(process: subprocess.Popen[str]) -> None:
     process.communicate(timeout=20)
 
 
-@contextlib.contextmanager
-def loopback(folder: Path, *, accounting: bool = False) -> Iterator[Slurm]:
-    """A cluster, until the end of the block. Skips where nothing can be installed, else insists."""
+def need_root() -> None:
+    """Skip where nothing can be installed."""
     if os.geteuid() != 0 or not Path("/usr/bin/apt-get").exists():
         pytest.skip(
             "needs root on Debian or Ubuntu: Slurm is installed and its daemons run as root"
         )
+
+
+def start_cluster(state: Path, *words: str, owner: int) -> subprocess.CompletedProcess[str]:
+    """Call slurm.sh, for a process; what it prints is the result's `stdout`."""
+    # To a file: daemons that inherit a pipe keep it open.
+    log = state.with_suffix(".log")
+    with log.open("w") as output:
+        done = subprocess.run(
+            ["timeout", "--kill-after=5", "240", SCRIPT, "start", state, *words],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, "OWNER": str(owner)},
+        )
+    return subprocess.CompletedProcess(done.args, done.returncode, log.read_text())
+
+
+def stop_cluster(state: Path) -> None:
+    """Stop what `start_cluster` started, if anything."""
+    subprocess.run(
+        ["timeout", "--kill-after=5", "120", SCRIPT, "stop", state], check=True, timeout=130
+    )
+
+
+@contextlib.contextmanager
+def loopback(folder: Path, *, accounting: bool = False) -> Iterator[Slurm]:
+    """A cluster, until the end of the block. Skips where nothing can be installed, else insists."""
+    need_root()
     plugin = _install_plugin(folder / "plugin")
     state = folder / "slurm"
-    log = folder / "slurm.log"
-    words = ["accounting"] if accounting else []
     try:
-        # To a file: daemons that inherit a pipe keep it open.
-        with log.open("w") as output:
-            done = subprocess.run(
-                ["timeout", "--kill-after=5", "240", SCRIPT, "start", state, *words],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-            )
-        assert done.returncode == 0, log.read_text()
+        done = start_cluster(state, *(["accounting"] if accounting else []), owner=os.getpid())
+        assert done.returncode == 0, done.stdout
         yield Slurm(state, plugin, accounting)
     finally:
-        subprocess.run(
-            ["timeout", "--kill-after=5", "120", SCRIPT, "stop", state], check=True, timeout=130
-        )
+        stop_cluster(state)
 
 
 def _install_plugin(folder: Path) -> Path:

@@ -5,7 +5,8 @@
 #   slurm.sh stop FOLDER                 stops all of it; the packages stay installed
 #
 # FOLDER is made and holds configuration, state and logs. /etc/slurm/slurm.conf becomes a link into it (not only
-# $SLURM_CONF, which the executor does not hand on to the `srun` in a job); one that is there already is refused.
+# $SLURM_CONF, which the executor does not hand on to the `srun` in a job); one that is there already is refused,
+# unless it is of a cluster made here whose owner, process $OWNER or else the caller, ended without stopping it.
 # Ports are free ones, munge and MariaDB its own.
 #
 # Tried with Slurm 22.05 of Debian 12: proctrack/pgid, task/none and no cgroup plugin, so that it also runs in
@@ -92,9 +93,20 @@ CONF
     sacctmgr --immediate add user root account=atlas >/dev/null
 }
 
+leave_behind() { # stops what an interrupted user of this script left, else refuses
+    local conf=/etc/slurm/slurm.conf left
+    [ -e "$conf" ] || [ -L "$conf" ] || return 0
+    left=$(dirname "$(readlink "$conf" || echo "$conf")")
+    [ ! -d "$left" ] || [ -f "$left/owner" ] || die "$conf: expected none, found one; is Slurm in use here?"
+    [ ! -f "$left/owner" ] || ! kill -0 "$(<"$left/owner")" 2>/dev/null ||
+        die "$conf: in use by process $(<"$left/owner"); \"slurm.sh stop $left\" stops it"
+    "$0" stop "$left"
+}
+
 start() {
-    [ ! -e /etc/slurm/slurm.conf ] || die "/etc/slurm/slurm.conf: expected none, found one; is Slurm in use here?"
+    leave_behind
     mkdir -p "$folder"/{state,spool1,spool2,log}
+    echo "${OWNER:-$PPID}" >"$folder/owner"
     need slurmctld slurm-wlm munge
     [ -z "$accounting" ] || need slurmdbd slurmdbd
     [ -z "$accounting" ] || need mariadbd mariadb-server

@@ -6,6 +6,8 @@ hard limit.
 
 from __future__ import annotations
 
+import os
+import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from checkout import Checkout, smoke_run
-from loopback import call, loopback, resources
+from loopback import call, loopback, need_root, resources, start_cluster, stop_cluster
 from sparsity_atlas.store import read_manifest
 
 NODE = "zoo-small/topk/intermediate/0.9"
@@ -72,3 +74,24 @@ def test_a_cancelled_node_with_accounting(smoke: Checkout, tmp_path: Path) -> No
     assert recorded.splitlines() == ["COMPLETED", "CANCELLED by 0", "COMPLETED"]
     assert checkout.contents(NODE) == smoke.contents(NODE)
     assert once <= checkout.forwards().count(f"evaluate {NODE}/eval.json") <= once + 1
+
+
+def test_a_cluster_is_taken_over_from_nobody_but_the_dead(tmp_path: Path) -> None:
+    need_root()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left, used, refused = (tmp_path / name for name in ("left", "used", "refused"))
+    try:
+        assert start_cluster(left, owner=gone.pid).returncode == 0
+        daemon = int((left / "slurmctld.pid").read_text())
+        taken = start_cluster(used, owner=os.getpid())
+        assert taken.returncode == 0, taken.stdout
+        with pytest.raises(ProcessLookupError):
+            os.kill(daemon, 0)
+        done = start_cluster(refused, owner=os.getpid())
+        assert done.returncode == 1
+        assert f"in use by process {os.getpid()}" in done.stdout
+        assert call("scontrol", "ping").strip().endswith("UP")
+    finally:
+        stop_cluster(used)
+        stop_cluster(left)
