@@ -21,8 +21,10 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.samples import read_table
 from sparsity_atlas.store import abandoned, free, read_manifest
 
-# Seconds. A younger temporary file may be that of a job on another machine of a cluster.
+# Seconds. A younger file may be a running job's.
 _YOUNG = 3600
+# Seconds. Nobody writes one file for so long.
+_DAY = 24 * 3600
 STORE = "activations.zarr"
 
 
@@ -59,7 +61,7 @@ def orphans(results: Path, config: Config) -> Iterator[Orphan]:
     for folder in sorted({path.parent for path in _node_files(results)}):
         yield from _node_orphans(results, config, folder)
     for path in sorted(results.rglob(".*.tmp")):
-        if _old(path) and abandoned(path):
+        if _old(path) and abandoned(path, elsewhere=_DAY):
             yield Orphan(path, "its writer is dead")
     for path in sorted(results.rglob("*.partial")):
         if path.is_file() and _old(path):

@@ -22,6 +22,10 @@ class NumericalFailure(AtlasError):
     """NaN or an infinity where a model computes; the message names the layer."""
 
 
+class TaskFailure(AtlasError):
+    """A task that cannot be run, at all or on one model: its result, which the other tasks do not share."""
+
+
 def one_line(text: str) -> str:
     """A text as one line that may be shown."""
     line = " ".join(hide(str(text)).split())

@@ -19,7 +19,7 @@ from sparsity_atlas import cli
 from sparsity_atlas.calibration import Calibration, check_disjoint, read_calibration
 from sparsity_atlas.code import code_version
 from sparsity_atlas.criteria import check_level, create, source_file
-from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.errors import AtlasError, TaskFailure
 from sparsity_atlas.journal import Journal
 from sparsity_atlas.models import check_sites, from_manifest, load, load_tokenizer
 from sparsity_atlas.outcome import sample_rows, task_result
@@ -190,8 +190,8 @@ def evaluate_node(session: Session, node: Node | None, folder: Path) -> dict[str
         folder: where the node's files are kept.
 
     Returns:
-        What was written to `eval.json`. A task in which NaN or an infinity came up has the status
-        `failed` and the reason; the others are not affected.
+        What was written to `eval.json`. A task that cannot be run, or in which NaN or an infinity came
+        up, has the status `failed` and the reason; the others are not affected.
     """
     identity = {**session.identity, **(node.identity() if node else {"criterion": None})}
     path = folder / "samples.parquet"
@@ -241,9 +241,12 @@ def _run(
     from sparsity_atlas.sparsify import NumericalFailure
 
     task = session.tasks[name]
-    # Before anything is attached: it tries the untouched model.
     share = node is None or not isinstance(node.rule, SequenceCriterion)
-    prepared = session.prepared(name, share=share)
+    try:
+        # Before anything is attached: it tries the untouched model.
+        prepared = session.prepared(name, share=share)
+    except TaskFailure as failure:
+        return _failed(failure)
     # Batches follow from what the model was seen to do right.
     journal = Journal(path, {**fingerprint, "abilities": asdict(prepared.work.abilities)})
     try:
@@ -263,11 +266,15 @@ def _run(
                 fewshot_as_multiturn=session.chat,
             )
     except NumericalFailure as failure:
-        return {"status": "failed", "reason": str(failure)}, SCHEMA.empty_table()
+        return _failed(failure)
     finally:
         journal.close()
     rows = sample_rows(task, prepared, session.lm.usage)
     return task_result(prepared, outcome, session.lm.usage, counter.slots), rows
+
+
+def _failed(failure: AtlasError) -> tuple[dict[str, Any], pa.Table]:
+    return {"status": "failed", "reason": str(failure)}, SCHEMA.empty_table()
 
 
 def evaluation_code(criterion: dict[str, Any] | None) -> str:

@@ -17,7 +17,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.utils import handle_non_serializable, hash_string
 
 from sparsity_atlas import request_cache
-from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.errors import AtlasError, TaskFailure
 from sparsity_atlas.request_cache import Row
 
 if TYPE_CHECKING:
@@ -132,8 +132,11 @@ def prepare(
         share: whether requests may share what they have in common, where the model can.
 
     Raises:
-        AtlasError: a request that cannot be scored, or no field of the name that `cluster` gives.
+        TaskFailure: nothing to evaluate, or a request that cannot be scored.
+        AtlasError: no field of the name that `cluster` gives.
     """
+    if task.problem:
+        raise TaskFailure(task.problem)
     made_of = request_cache.key(lm, task, seed=seed, chat=chat)
     rows = request_cache.read(made_of) if made_of else None
     if rows is None:

@@ -7,7 +7,10 @@ import fcntl
 import glob
 import hashlib
 import json
+import math
 import os
+import platform
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -74,12 +77,17 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}@{machine()}.tmp")
     try:
         write(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def machine() -> str:
+    """This machine's name, short and without dots: process ids mean nothing on another one."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 def _sweep(path: Path) -> None:
@@ -89,13 +97,25 @@ def _sweep(path: Path) -> None:
             left.unlink(missing_ok=True)
 
 
-def abandoned(temporary: Path) -> bool:
-    """Whether the writer of a temporary file of ours is dead, as far as this machine knows."""
-    writer = temporary.name.split(".")[-2]
-    if not writer.isdigit():
-        return False
+def _writer(temporary: Path) -> int | None:
+    """Process that wrote a temporary file of ours; None if it ran on another machine."""
+    writer, _, where = temporary.name.split(".")[-2].partition("@")
+    return int(writer) if writer.isdigit() and where == machine() else None
+
+
+def abandoned(temporary: Path, *, elsewhere: float = math.inf) -> bool:
+    """Whether the writer of a temporary file of ours is dead.
+
+    Args:
+        temporary: the file.
+        elsewhere: seconds after which one is taken for dead that ran on another machine, of whose
+            processes nothing can be told here.
+    """
+    writer = _writer(temporary)
+    if writer is None:
+        return time.time() - temporary.stat().st_mtime > elsewhere
     try:
-        os.kill(int(writer), 0)
+        os.kill(writer, 0)
     except (ProcessLookupError, OverflowError):
         return True
     except PermissionError:

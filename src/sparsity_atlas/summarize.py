@@ -16,7 +16,7 @@ allocation.csv          model × criterion × site × tensor × layer × sparsit
 scaling.csv             criterion × family × site × task × bar: slope over log10 of the
                         non-embedding parameters
 models.csv              one row a model: source, architecture, sizes
-failures.csv            every task at every level that failed numerically, and why
+failures.csv            every task that failed at a level, and why
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ class LoadedTask:
         limit: first so many documents of each leaf, or None.
         cluster: document field that names items made alike, or None.
         identity: JSON-able description of the task and digest of its documents.
+        problem: why it cannot be evaluated on any model, or None.
     """
 
     name: str
@@ -43,6 +44,7 @@ class LoadedTask:
     limit: int | None
     cluster: str | None
     identity: dict[str, Any]
+    problem: str | None = None
 
     @property
     def leaves(self) -> dict[str, Task]:
@@ -97,7 +99,8 @@ def load_tasks(entries: dict[str, dict[str, Any]], seed: int) -> dict[str, Loade
         seed: of few-shot draws.
 
     Raises:
-        AtlasError: an unknown task, data that cannot be loaded, a task without documents.
+        AtlasError: an unknown task, or data that cannot be loaded. A task without documents is loaded,
+            with a problem.
     """
     for name, entry in entries.items():
         if "include" in entry and not Path(entry["include"]).is_dir():
@@ -127,9 +130,10 @@ def _load(
         )
         contents = manager.load(built)
     except StopIteration:  # of `datasets`, at an empty file
-        raise AtlasError(f"tasks.{name}: '{lm_eval_name}' has no documents") from None
+        contents = {"tasks": {}}
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise AtlasError(f"tasks.{name}: cannot load '{lm_eval_name}': {_reason(error)}") from None
+    problem = None if contents["tasks"] else f"'{lm_eval_name}' has no documents"
     for leaf in contents["tasks"].values():
         leaf.set_config(key="num_fewshot", value=_shots(leaf, entry.get("num_fewshot")))
         try:
@@ -137,7 +141,7 @@ def _load(
         except (KeyError, ValueError) as error:
             raise AtlasError(f"tasks.{name}: '{leaf.task_name}': {_reason(error)}") from None
         if documents == 0:
-            raise AtlasError(f"tasks.{name}: '{leaf.task_name}' has no documents")
+            problem = f"'{leaf.task_name}' has no documents"
     limit = entry.get("limit")
     identity = {
         "limit": limit,
@@ -145,7 +149,8 @@ def _load(
         "seed": seed,
         "leaves": {leaf.task_name: _identity(leaf, limit) for leaf in contents["tasks"].values()},
     }
-    return LoadedTask(name, lm_eval_name, contents, limit, entry.get("cluster"), identity)
+    cluster = entry.get("cluster")
+    return LoadedTask(name, lm_eval_name, contents, limit, cluster, identity, problem)
 
 
 def _reason(error: Exception) -> str:

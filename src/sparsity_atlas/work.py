@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lm_eval import utils
 
 from sparsity_atlas import forest
-from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.errors import TaskFailure
 from sparsity_atlas.scoring import Abilities
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def arrange(
         abilities: finds out what the model does right with some requests.
 
     Raises:
-        AtlasError: a request that cannot be scored.
+        TaskFailure: a request that cannot be scored.
     """
     every = [(one.task_name, one.doc_id) for some in requests.values() for one in some]
     work = Work(documents=list(dict.fromkeys(every)))
@@ -110,8 +110,8 @@ def _request(
     request: Instance, context: list[int], continuation: list[int], owner: int, max_length: int
 ) -> forest.Request:
     if not 0 < len(continuation) <= max_length:
-        raise AtlasError(
-            f"tasks: '{request.task_name}', document {request.doc_id}: max_length: "
+        raise TaskFailure(
+            f"'{request.task_name}', document {request.doc_id}: max_length: "
             f"{len(continuation)} tokens to score, at most {max_length} and at least 1 can be"
         )
     # As HFLM cuts it; the last token is not run.

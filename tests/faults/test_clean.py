@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 from checkout import Checkout
 from faults import pipeline
-from sparsity_atlas.store import locked
+from sparsity_atlas.store import locked, machine
 
 NODE = "tiny/topk/intermediate/0.5"
 
@@ -64,7 +65,8 @@ def orphaned(spoilt: Checkout) -> tuple[Checkout, set[str]]:
         node / "choice.journal",  # its task stands in the table
         results / "no/dense/choice.journal",
         results / "no/activations.journal",  # without a store
-        node / ".eval.json.4194304.tmp",  # of a dead process
+        node / f".eval.json.4194304@{machine()}.tmp",  # of a dead process
+        node / ".eval.json.1@elsewhere.tmp",  # of another machine, long ago
         results / "tiny/activations.zarr/input/x.partial",
     ]
     for path in made:
@@ -113,8 +115,11 @@ def test_what_the_next_run_goes_on_with_is_kept(spoilt: Checkout) -> None:
     level = results / "tiny/topp/intermediate/0.123"
     level.mkdir()
     (level / "choice.journal").write_bytes(b"x")
-    old(results / NODE / f".eval.json.{os.getpid()}.tmp")
-    (results / NODE / ".samples.parquet.4194304.tmp").write_bytes(b"x")
+    old(results / NODE / f".eval.json.{os.getpid()}@{machine()}.tmp")
+    (results / NODE / f".samples.parquet.4194304@{machine()}.tmp").write_bytes(b"x")
+    # Of a process that another machine has and this one has not.
+    elsewhere = old(results / NODE / ".eval.json.4194304@elsewhere.tmp")
+    os.utime(elsewhere, (time.time() - 7200,) * 2)
     assert clean(spoilt, "--remove")[0] == set()
 
 

@@ -141,11 +141,14 @@ def odd(whole: Checkout, tmp_path_factory: pytest.TempPathFactory) -> tuple[Chec
         one_node("explosive", ["choice"], [1, 0.2], "input"),
         *(one_node(name, ["choice", name], [0.5], "input") for name in tasks),
     ]
-    targets = [f"results/{name}/dense/eval.json" for name in tasks]
-    targets += [
-        f"results/explosive/topk/input/{name}" for name in ("curve.json", "sparsity.parquet")
-    ]
-    done = checkout.run(*targets, config=config)
+    # Without a tokenizer: the one model here that has no results.
+    save_model(checkout.path / "models/mute")
+    for path in (checkout.path / "models/mute").glob("token*"):
+        path.unlink()
+    config["models"]["mute"] = {"path": "models/mute"}
+    config["run"].append(one_node("mute", ["choice"], [0.5], "input"))
+    targets = [f"results/{name}/topk/input/curve.json" for name in ("explosive", "mute", *tasks)]
+    done = checkout.run(*targets, "results/explosive/topk/input/sparsity.parquet", config=config)
     assert done.returncode == 1
     return checkout, done.stdout
 
@@ -160,7 +163,7 @@ def test_the_others_have_their_results(odd: tuple[Checkout, str], whole: Checkou
     assert found == whole.contents("tiny")
     page = (checkout.results / "index.html").read_text()
     assert "This run did not finish" in page
-    assert all(name in page for name in ("explosive", "nothing", "long_answer"))
+    assert all(name in page for name in ("explosive", "nothing", "long_answer", "mute"))
     assert "Traceback" not in page
 
 
@@ -175,19 +178,26 @@ def test_infinity_at_one_level(odd: tuple[Checkout, str]) -> None:
     curve = json.loads((checkout.results / "explosive/topk/input/curve.json").read_text())
     assert [one["level"] for one in curve["failures"]] == ["0.2"]
     page = (checkout.results / "index.html").read_text()
-    assert "Levels that failed numerically" in page
+    assert "Tasks that failed, and at which levels" in page
 
 
-def error(odd: tuple[Checkout, str], name: str) -> str:
-    """The one line in which a model's dense baseline ended."""
-    lines = (odd[0].results / f"logs/{name}/dense/eval.log").read_text().splitlines()
-    assert lines[-1].startswith("error: ")
-    assert "Traceback" not in "\n".join(lines)
-    return lines[-1]
+def _only_choice(checkout: Checkout, name: str) -> None:
+    """The other task has its curve, and the failed one is listed with it."""
+    curve = json.loads((checkout.results / name / "topk/input/curve.json").read_text())
+    assert {one["task"] for one in curve["points"]} == {"choice", "average"}
+    assert [(one["task"], one["level"]) for one in curve["failures"]] == [
+        (name, "dense"),
+        (name, "0.5"),
+    ]
 
 
 def test_a_task_without_documents(odd: tuple[Checkout, str]) -> None:
-    assert "tasks.nothing: 'nothing' has no documents" in error(odd, "nothing")
+    failed = {"status": "failed", "reason": "'nothing' has no documents"}
+    for node in ("dense", "topk/input/0.5"):
+        tasks = result(odd[0], f"nothing/{node}")["tasks"]
+        assert tasks["nothing"] == failed
+        assert tasks["choice"]["status"] == "ok"
+    _only_choice(odd[0], "nothing")
 
 
 def test_a_prompt_that_is_longer_than_the_context(odd: tuple[Checkout, str]) -> None:
@@ -197,7 +207,7 @@ def test_a_prompt_that_is_longer_than_the_context(odd: tuple[Checkout, str]) -> 
 
 def test_an_answer_that_is_longer_than_the_context(odd: tuple[Checkout, str]) -> None:
     """It cannot be scored, and is named."""
-    line = error(odd, "long_answer")
-    assert "'long_answer', document 0: max_length" in line
-    # The other task of the node had been finished, and is kept for the next run.
-    assert (odd[0].results / "long_answer/dense/samples.parquet").is_file()
+    tasks = result(odd[0], "long_answer/dense")["tasks"]
+    assert tasks["long_answer"]["status"] == "failed"
+    assert "'long_answer', document 0: max_length" in tasks["long_answer"]["reason"]
+    _only_choice(odd[0], "long_answer")

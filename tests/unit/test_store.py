@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from sparsity_atlas.samples import SCHEMA, SampleTable, read_samples, read_table
 from sparsity_atlas.store import (
     canonical,
     digest,
+    machine,
     read_manifest,
     write_atomically,
     write_manifest,
@@ -34,6 +36,20 @@ def test_a_writer_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         write_atomically(path, fail)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_only_what_a_dead_writer_left_is_swept(tmp_path: Path) -> None:
+    """A process number says nothing about a writer on another machine."""
+    names = {
+        "dead": f".a.4194304@{machine()}.tmp",
+        "alive": f".a.{os.getppid()}@{machine()}.tmp",
+        "elsewhere": ".a.4194304@elsewhere.tmp",
+        "another file's": f".ab.4194304@{machine()}.tmp",
+    }
+    for name in names.values():
+        (tmp_path / name).touch()
+    write_atomically(tmp_path / "a", Path.touch)
+    assert {path.name for path in tmp_path.iterdir()} == {"a", *names.values()} - {names["dead"]}
 
 
 def test_manifests(tmp_path: Path) -> None:

@@ -116,7 +116,11 @@ def loadable_tasks(config: Config, unknowns: Unknowns) -> dict[str, LoadedTask]:
     loaded = {}
     for name, entry in entries.items():
         try:
-            loaded[name] = _load(manager, name, names[name], entry, config.seed)
+            task = _load(manager, name, names[name], entry, config.seed)
+            if task.problem:
+                unknowns.note(f"task {name}", task.problem)
+            else:
+                loaded[name] = task
         except AtlasError as error:
             unknowns.note(f"task {name}", str(error).removeprefix(f"tasks.{name}: "))
     return loaded
