@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import islice
 from pathlib import Path
@@ -91,20 +91,23 @@ def _manager(include: list[str], *, defaults: bool) -> TaskManager:
     return manager
 
 
-def load_tasks(entries: dict[str, dict[str, Any]], seed: int) -> dict[str, LoadedTask]:
+def load_tasks(
+    entries: dict[str, dict[str, Any]],
+    seed: int,
+    unusable: Callable[[str, str], None] | None = None,
+) -> dict[str, LoadedTask]:
     """Build the tasks of a configuration.
 
     Args:
         entries: entries of the configuration's `tasks` (keys as in `config.TaskEntry`).
         seed: of few-shot draws.
+        unusable: called with the name of a task that cannot be loaded, and why; the task is left out.
+            Without it, the first such task is an error.
 
     Raises:
         AtlasError: an unknown task, or data that cannot be loaded. A task without documents is loaded,
             with a problem.
     """
-    for name, entry in entries.items():
-        if "include" in entry and not Path(entry["include"]).is_dir():
-            raise AtlasError(f"tasks.{name}: include: {entry['include']}: no such folder")
     include = list(
         dict.fromkeys(entry["include"] for entry in entries.values() if "include" in entry)
     )
@@ -113,12 +116,22 @@ def load_tasks(entries: dict[str, dict[str, Any]], seed: int) -> dict[str, Loade
     if any(name not in manager.task_index for name in names.values()):
         # Eight seconds: lm-eval reads every YAML of its own. Only for runs that use one of them.
         manager = _manager(include, defaults=True)
-    return {name: _load(manager, name, names[name], entry, seed) for name, entry in entries.items()}
+    loaded = {}
+    for name, entry in entries.items():
+        try:
+            loaded[name] = _load(manager, name, names[name], entry, seed)
+        except AtlasError as error:
+            if unusable is None:
+                raise
+            unusable(name, str(error).removeprefix(f"tasks.{name}: "))
+    return loaded
 
 
 def _load(
     manager: TaskManager, name: str, lm_eval_name: str, entry: dict[str, Any], seed: int
 ) -> LoadedTask:
+    if "include" in entry and not Path(entry["include"]).is_dir():
+        raise AtlasError(f"tasks.{name}: include: {entry['include']}: no such folder")
     index = manager.task_index
     if lm_eval_name not in index:
         close = difflib.get_close_matches(lm_eval_name, index, n=3)

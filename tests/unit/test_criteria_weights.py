@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -142,6 +142,8 @@ def test_threshold_by_hand(values: list[float], level: float, expected: list[int
 
 @settings(max_examples=60, deadline=None)
 @given(rows(), st.just(0.0) | st.floats(1e-30, 4))
+@example(torch.tensor([[0.43225981]]), 0.43225981)  # float32 rounds it down
+@example(torch.tensor([[1 / 3]]), 1 / 3)  # and this one up
 def test_threshold_compares_without_rounding(values: Tensor, level: float) -> None:
     mask = create({"rule": "threshold"}).mask(values, level)
     wanted = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -525,13 +526,16 @@ def test_empty_documents_cost_nothing(
     assert rows[1]["prefill_tokens"] == rows[1]["predicted"] > 0
 
 
-def test_a_continuation_longer_than_the_context_is_refused(manifest: Path, tmp_path: Path) -> None:
+def test_a_continuation_longer_than_the_context_fails_its_task(
+    manifest: Path, tmp_path: Path
+) -> None:
     option = " ".join(sentences(20))
     documents = [{"context": "the cat", "choices": [option, "a"], "label": 0}]
     entry = write_task(tmp_path / "tasks", "lengthy", documents, **CHOICE)
     session = open_session(manifest, {"lengthy": entry})
-    with pytest.raises(AtlasError, match=r"max_length: .* tokens to score, at most 48 and"):
-        evaluate_node(session, None, tmp_path / "dense")
+    (result,) = evaluate_node(session, None, tmp_path / "dense")["tasks"].values()
+    assert result["status"] == "failed"
+    assert re.search(r"max_length: .* tokens to score, at most 48 and", result["reason"])
 
 
 def test_beam_search_is_refused(manifest: Path, tmp_path: Path) -> None:

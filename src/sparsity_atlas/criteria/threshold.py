@@ -24,7 +24,8 @@ class GlobalThreshold(Criterion):
     def threshold(self, level: float, width: int) -> Threshold:
         """See `Criterion.threshold`."""
         least = np.float32(level)
-        if least < level:
+        # As Python floats: NumPy would round the level, too, before it compares.
+        if float(least) < level:
             # What float32 rounds down must not let smaller entries pass.
             least = np.nextafter(least, np.float32(np.inf))
         return Threshold("fixed", constants=torch.tensor([least]))

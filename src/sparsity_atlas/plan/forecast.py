@@ -15,7 +15,7 @@ from sparsity_atlas.evaluate import Node
 from sparsity_atlas.plan.jobs import UNKNOWN, Amount, Job, jobs
 from sparsity_atlas.plan.outlook import NodeKey, Outlook, Unknowns, look, measure
 from sparsity_atlas.plan.rates import import_seconds, recorded
-from sparsity_atlas.tasks import LoadedTask, _load, _manager
+from sparsity_atlas.tasks import LoadedTask, load_tasks
 
 # Rules whose jobs run a model, with what their stages import.
 HEAVY = {"model", "capture", "dense", "evaluate", "search", "output_error", "calibrate"}
@@ -107,23 +107,13 @@ def loadable_tasks(config: Config, unknowns: Unknowns) -> dict[str, LoadedTask]:
         for name, entry in config.tasks.items()
         if name in used
     }
-    # `load_tasks` ends at the first task that is not here, and each call would index lm-eval anew.
-    include = list(dict.fromkeys(one["include"] for one in entries.values() if "include" in one))
-    names = {name: entry.get("task", name) for name, entry in entries.items()}
-    manager = _manager(include, defaults=False)
-    if any(name not in manager.task_index for name in names.values()):
-        manager = _manager(include, defaults=True)
-    loaded = {}
-    for name, entry in entries.items():
-        try:
-            task = _load(manager, name, names[name], entry, config.seed)
-            if task.problem:
-                unknowns.note(f"task {name}", task.problem)
-            else:
-                loaded[name] = task
-        except AtlasError as error:
-            unknowns.note(f"task {name}", str(error).removeprefix(f"tasks.{name}: "))
-    return loaded
+    loaded = load_tasks(
+        entries, config.seed, lambda name, reason: unknowns.note(f"task {name}", reason)
+    )
+    for name, task in loaded.items():
+        if task.problem:
+            unknowns.note(f"task {name}", task.problem)
+    return {name: task for name, task in loaded.items() if not task.problem}
 
 
 def _nodes(config: Config, left: list[Job]) -> dict[NodeKey, Node | None]:
