@@ -12,7 +12,8 @@ rule clean:
     conda:
         "../../envs/atlas.yaml"
     params:
-        config=ask.config_text,
+        # A function: braces in the text of a task are no wildcards.
+        config=lambda wildcards: ask.config_text,
         results=RESULTS,
         flag="--remove" if REMOVE else "",
     shell:

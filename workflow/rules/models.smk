@@ -15,7 +15,8 @@ rule run_config:
     conda:
         "../../envs/atlas.yaml"
     params:
-        config=ask.config_text,
+        # A function: braces in the text of a task are no wildcards.
+        config=lambda wildcards: ask.config_text,
         code=code_version("run_config"),
     shell:
         """
