@@ -194,3 +194,10 @@ def test_mistakes_end_in_one_line(empty: Checkout, config: dict[str, Any], mista
     assert len(said) == 1
     assert said[0].startswith("error: ")
     assert all(word in said[0] for word in named)
+
+
+def test_braces_in_the_text_of_a_task_are_no_wildcards(
+    empty: Checkout, config: dict[str, Any]
+) -> None:
+    config["tasks"]["few_pairs"]["override"] = {"doc_to_text": "{{text}}"}
+    assert counts(empty.plan(config=config))["search"] == 2
