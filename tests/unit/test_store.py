@@ -164,7 +164,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         # Imported inside a function, or by another module.
         ("lm.py", {"evaluate", "search"}),
         ("sparsify.py", {"evaluate", "search", "output_error"}),
-        ("kernels/cpu.py", {"evaluate", "search", "output_error"}),
+        ("kernels/cpu_row.py", {"evaluate", "search", "output_error"}),
         ("kernels/cuda.py", {"evaluate", "search", "output_error"}),
         ("threshold.py", {"evaluate", "search", "output_error"}),
         ("levels.py", {"search"}),
