@@ -37,7 +37,6 @@ class Asks:
     """Answers for one configuration and one results folder.
 
     Attributes:
-        config_text: the validated configuration as JSON.
         curves: of the run.
     """
 
@@ -54,7 +53,7 @@ class Asks:
         """
         self._config = config
         self._place = Path(results)
-        self.config_text = json.dumps(config.model_dump(mode="json", exclude_none=True))
+        self._config_text = json.dumps(config.model_dump(mode="json", exclude_none=True))
         self.curves = grid.curves(config)
         self._by_key = {(curve.model, curve.criterion, curve.site): curve for curve in self.curves}
         self._by_model = {model: [] for model in config.models}
@@ -70,6 +69,10 @@ class Asks:
         self._text_content = functools.cache(functools.partial(text_content, config))
         self._tasks_of = functools.cache(self._united_tasks)
         self._calibrated = functools.cache(self._is_calibrated)
+
+    def config_text(self, wildcards: object = None) -> str:
+        """The validated configuration as JSON. A function, since the braces in it are no wildcards."""
+        return self._config_text
 
     # Files of the whole run
 

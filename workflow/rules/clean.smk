@@ -12,8 +12,7 @@ rule clean:
     conda:
         "../../envs/atlas.yaml"
     params:
-        # A function: braces in the text of a task are no wildcards.
-        config=lambda wildcards: ask.config_text,
+        config=ask.config_text,
         results=RESULTS,
         flag="--remove" if REMOVE else "",
     shell:

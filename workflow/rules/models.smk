@@ -15,8 +15,7 @@ rule run_config:
     conda:
         "../../envs/atlas.yaml"
     params:
-        # A function: braces in the text of a task are no wildcards.
-        config=lambda wildcards: ask.config_text,
+        config=ask.config_text,
         code=code_version("run_config"),
     shell:
         """

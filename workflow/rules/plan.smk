@@ -13,8 +13,7 @@ rule plan:
         "../../envs/atlas.yaml"
     threads: 1
     params:
-        # A function: braces in the text of a task are no wildcards.
-        config=lambda wildcards: ask.config_text,
+        config=ask.config_text,
         results=RESULTS,
         # On a cluster --jobs limits what runs at once, not the cores of this machine.
         jobs=lambda wildcards: workflow.cores if workflow.local_exec else workflow.nodes,
