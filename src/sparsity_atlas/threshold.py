@@ -104,7 +104,7 @@ class Threshold:
             case "rank":
                 return score.kthvalue(width - int(self.amount) + 1, dim=-1, keepdim=True).values
             case "peak":
-                return _rounded_up(score.amax(-1, keepdim=True).double() * self.amount)
+                return rounded_up(score.amax(-1, keepdim=True).double() * self.amount)
             case _ if self.amount >= 1:
                 return score.new_zeros((rows, 1))
         ranked = _descending(score)
@@ -169,8 +169,8 @@ def raised(base: Tensor, power: float) -> Tensor:
     return result
 
 
-def _rounded_up(exact: Tensor) -> Tensor:
-    """The least float32 that is not below a float64."""
+def rounded_up(exact: Tensor) -> Tensor:
+    """The least float32 that is not below a float64: a comparison with it is one with the float64."""
     nearest = exact.float()
     above = torch.nextafter(nearest, torch.full_like(nearest, math.inf))
     return torch.where(nearest.double() < exact, above, nearest)

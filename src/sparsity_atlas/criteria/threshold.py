@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from sparsity_atlas.criteria.base import Criterion
-from sparsity_atlas.threshold import Threshold
+from sparsity_atlas.threshold import Threshold, rounded_up
 
 
 class GlobalThreshold(Criterion):
@@ -23,9 +22,5 @@ class GlobalThreshold(Criterion):
 
     def threshold(self, level: float, width: int) -> Threshold:
         """See `Criterion.threshold`."""
-        least = np.float32(level)
-        # As Python floats: NumPy would round the level, too, before it compares.
-        if float(least) < level:
-            # What float32 rounds down must not let smaller entries pass.
-            least = np.nextafter(least, np.float32(np.inf))
-        return Threshold("fixed", constants=torch.tensor([least]))
+        least = rounded_up(torch.tensor([level], dtype=torch.float64))
+        return Threshold("fixed", constants=least)
