@@ -19,7 +19,7 @@ from sparsity_atlas import cli
 from sparsity_atlas.calibration import Calibration, check_disjoint, read_calibration
 from sparsity_atlas.code import code_version
 from sparsity_atlas.criteria import check_level, create, source_file
-from sparsity_atlas.errors import AtlasError, TaskFailure
+from sparsity_atlas.errors import AtlasError, NumericalFailure, TaskFailure
 from sparsity_atlas.journal import Journal
 from sparsity_atlas.models import check_sites, from_manifest, load, load_tokenizer
 from sparsity_atlas.outcome import sample_rows, task_result
@@ -205,7 +205,11 @@ def evaluate_node(session: Session, node: Node | None, folder: Path) -> dict[str
             key = digest(fingerprint)
             journal_path = folder / f"{name}.journal"
             if table.tasks.get(name, {}).get("fingerprint") != key:
-                result, rows = _run(session, node, name, journal_path, fingerprint)
+                try:
+                    result, rows = _run(session, node, name, journal_path, fingerprint)
+                except (TaskFailure, NumericalFailure) as failure:
+                    result = {"status": "failed", "reason": str(failure)}
+                    rows = SCHEMA.empty_table()
                 # As a later run reads it from the table, so that eval.json has the same bytes.
                 table.tasks[name] = {"fingerprint": key, "result": json.loads(canonical(result))}
                 table.rows[name] = rows
@@ -233,20 +237,21 @@ def _manifest(session: Session, node: Node | None, table: SampleTable) -> dict[s
 def _run(
     session: Session, node: Node | None, name: str, path: Path, fingerprint: dict[str, Any]
 ) -> tuple[dict[str, Any], pa.Table]:
-    """Run one task, with its journal at `path`: its result, and its rows of the sample table."""
+    """Run one task, with its journal at `path`: its result, and its rows of the sample table.
+
+    Raises:
+        TaskFailure: it cannot be run.
+        NumericalFailure: NaN or an infinity came up.
+    """
     import torch
     from lm_eval import evaluator
 
     from sparsity_atlas.criteria.base import SequenceCriterion
-    from sparsity_atlas.sparsify import NumericalFailure
 
     task = session.tasks[name]
+    # Before anything is attached: it tries the untouched model.
     share = node is None or not isinstance(node.rule, SequenceCriterion)
-    try:
-        # Before anything is attached: it tries the untouched model.
-        prepared = session.prepared(name, share=share)
-    except TaskFailure as failure:
-        return _failed(failure)
+    prepared = session.prepared(name, share=share)
     # Batches follow from what the model was seen to do right.
     journal = Journal(path, {**fingerprint, "abilities": asdict(prepared.work.abilities)})
     try:
@@ -265,16 +270,10 @@ def _run(
                 apply_chat_template=session.chat,
                 fewshot_as_multiturn=session.chat,
             )
-    except NumericalFailure as failure:
-        return _failed(failure)
     finally:
         journal.close()
     rows = sample_rows(task, prepared, session.lm.usage)
     return task_result(prepared, outcome, session.lm.usage, counter.slots), rows
-
-
-def _failed(failure: AtlasError) -> tuple[dict[str, Any], pa.Table]:
-    return {"status": "failed", "reason": str(failure)}, SCHEMA.empty_table()
 
 
 def evaluation_code(criterion: dict[str, Any] | None) -> str:

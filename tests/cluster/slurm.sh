@@ -93,7 +93,7 @@ CONF
     sacctmgr --immediate add user root account=atlas >/dev/null
 }
 
-leave_behind() { # stops what an interrupted user of this script left, else refuses
+clear_left_behind() { # stops what an interrupted user of this script left, else refuses
     local conf=/etc/slurm/slurm.conf left
     [ -e "$conf" ] || [ -L "$conf" ] || return 0
     left=$(dirname "$(readlink "$conf" || echo "$conf")")
@@ -104,7 +104,7 @@ leave_behind() { # stops what an interrupted user of this script left, else refu
 }
 
 start() {
-    leave_behind
+    clear_left_behind
     mkdir -p "$folder"/{state,spool1,spool2,log}
     echo "${OWNER:-$PPID}" >"$folder/owner"
     need slurmctld slurm-wlm munge

@@ -154,6 +154,21 @@ def test_an_edited_data_file_is_run_anew(manifest: Path, tasks: dict, tmp_path: 
     assert [one["doc_id"] for one, two in zip(before, after, strict=True) if one != two] == [3]
 
 
+def test_a_task_that_gets_documents_is_run_alone(
+    manifest: Path, tasks: dict, tmp_path: Path
+) -> None:
+    whole = evaluate(manifest, tasks, tmp_path / "whole")
+    write_task(tmp_path / "tasks", "choice", [], **CHOICE)
+    others = evaluate(manifest, tasks, tmp_path / "node")
+    found = json.loads((tmp_path / "node" / "eval.json").read_text())["tasks"]
+    assert [one["status"] for one in found.values()] == ["failed", "ok", "ok"]
+    # Until then it is a result, like the others.
+    assert evaluate(manifest, tasks, tmp_path / "node") == []
+    write_task(tmp_path / "tasks", "choice", choice_documents(40), **CHOICE)
+    assert [*evaluate(manifest, tasks, tmp_path / "node"), *others] == whole
+    assert products(tmp_path / "node") == products(tmp_path / "whole")
+
+
 @pytest.mark.parametrize(
     ("changed", "again"),
     [

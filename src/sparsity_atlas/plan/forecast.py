@@ -110,10 +110,9 @@ def loadable_tasks(config: Config, unknowns: Unknowns) -> dict[str, LoadedTask]:
     loaded = load_tasks(
         entries, config.seed, lambda name, reason: unknowns.note(f"task {name}", reason)
     )
-    for name, task in loaded.items():
-        if task.problem:
-            unknowns.note(f"task {name}", task.problem)
-    return {name: task for name, task in loaded.items() if not task.problem}
+    for name in [name for name, task in loaded.items() if task.problem]:
+        unknowns.note(f"task {name}", loaded.pop(name).problem)
+    return loaded
 
 
 def _nodes(config: Config, left: list[Job]) -> dict[NodeKey, Node | None]:
