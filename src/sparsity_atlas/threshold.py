@@ -161,12 +161,21 @@ def raised(base: Tensor, power: float) -> Tensor:
         square = square * square
         whole //= 2
     while fraction > 0:
-        root = root.sqrt()
+        root = _square_root(root)
         fraction *= 2
         if fraction >= 1:
             result = result * root
             fraction -= 1
     return result
+
+
+def _square_root(number: Tensor) -> Tensor:
+    """Correctly rounded, as IEEE 754 asks: on a CPU torch's own is off in the last bit now and then."""
+    if number.device.type != "cpu":
+        return number.sqrt()
+    import numpy as np
+
+    return torch.from_numpy(np.sqrt(number.numpy()))
 
 
 def rounded_up(exact: Tensor) -> Tensor:
