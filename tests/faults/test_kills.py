@@ -38,16 +38,20 @@ class Bench:
 
     def kill(self, job: Job, moment: float, number: signal.Signals) -> None:
         """Start a job and send it a signal when this share of its usual time is over."""
+        # A SIGKILL before may have left some, which are swept when their file is written again.
+        temporary = set(self.checkout.results.rglob(".*.tmp"))
         process = pipeline.start(self.checkout, job, SLOW=pipeline.SLOW)
         time.sleep(moment * self.jobs[job])
         os.killpg(process.pid, number)
         process.communicate(timeout=300)
-        self._look_at_what_is_left(job, process.returncode, number)
+        left = set(self.checkout.results.rglob(".*.tmp")) - temporary
+        self._look_at_what_is_left(job, process.returncode, number, left)
 
-    def _look_at_what_is_left(self, job: Job, code: int, number: signal.Signals) -> None:
+    def _look_at_what_is_left(
+        self, job: Job, code: int, number: signal.Signals, temporary: set[Path]
+    ) -> None:
         log = pipeline.log_of(self.checkout, job)
         stopped = [line for line in log.splitlines() if line.startswith("error: stopped by ")]
-        left = [path for path in self.checkout.results.rglob(".*.tmp")]
         if code == 0:
             end = "was done before"
             assert all((self.checkout.path / output).is_file() for output in job.outputs)
@@ -55,7 +59,7 @@ class Bench:
             end = "ended in one line"
             assert code == 128 + number
             assert log.splitlines()[-1] == f"{stopped[0]}"
-            assert left == []
+            assert not temporary
         else:
             # SIGKILL; or before the stage's own code had begun, or when it had ended.
             end = "died at once"
