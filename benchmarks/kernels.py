@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from measure import activations, bandwidth, machine, official, seconds
+from measure import activations, bandwidth, host_seconds, machine, official, seconds
 from sparsity_atlas import kernels
 from sparsity_atlas.threshold import Threshold
 
@@ -151,8 +151,8 @@ def table(device: str, rows: int, widths: list[int], dtypes: list[str], level: f
             values = activations(rows, width, TYPES[dtype], device)
             target = torch.empty_like(values)
             made = rule("topp", width, level, device)
-            ours = seconds(partial(kernels.masked, made, values, values), device, 20)
-            copy = seconds(partial(target.copy_, values), device, 20)
+            ours = seconds(partial(kernels.masked, made, values, values), device, 20, captured=True)
+            copy = seconds(partial(target.copy_, values), device, 20, captured=True)
             theirs = seconds(partial(official, values, level), device, 3)
             speed = 2 * values.nbytes / ours
             limit = bandwidth() if device == "cuda" else None
@@ -167,7 +167,7 @@ def rules_table(device: str, rows: int, width: int, dtype: str) -> None:
     """Every rule at one width, beside a copy."""
     values = activations(rows, width, TYPES[dtype], device)
     target = torch.empty_like(values)
-    copy = seconds(partial(target.copy_, values), device, 20)
+    copy = seconds(partial(target.copy_, values), device, 20, captured=True)
     print(
         f"\nevery rule, {dtype}, {rows:,} vectors of width {width}; a copy takes {copy * 1e3:.3f} ms"
     )
@@ -175,7 +175,7 @@ def rules_table(device: str, rows: int, width: int, dtype: str) -> None:
         for level in (0.5, 0.9, 0.98):
             made = rule(name, width, level, device)
             try:
-                ours = seconds(partial(kernels.masked, made, values, values), device)
+                ours = seconds(partial(kernels.masked, made, values, values), device, captured=True)
             # As above.
             except Exception as error:  # noqa: BLE001
                 print(f"{name:<17} {level:4.2f} | {type(error).__name__}")
@@ -210,32 +210,38 @@ def share_of_ffn(rows: int, width: int, level: float) -> None:
         )
 
 
+def launches() -> None:
+    """On a GPU: how long the host takes to start a kernel, which counts where a pass has few tokens."""
+    values = activations(8, 2048, torch.bfloat16, "cuda")
+    ours = partial(kernels.masked, rule("topp", 2048, 0.9, "cuda"), values, values)
+    ours()
+    print(
+        f"\nthe host starts the kernel in {host_seconds(ours) * 1e6:.0f} us, "
+        f"torch's x * x in {host_seconds(partial(torch.mul, values, values)) * 1e6:.0f} us"
+    )
+
+
 def tune(rows: int) -> None:
-    """On a GPU: entries and registers a thread, of which the kernel has one choice built in."""
+    """On a GPU: entries and registers a thread, of which the kernel has two choices built in."""
     from sparsity_atlas.kernels import cuda
 
-    chosen = cuda.ENTRIES_A_THREAD, cuda.REGISTERS
-    print(
-        f"\nentries/registers a thread (built in: {chosen[0]}/{chosen[1]}), bf16, {rows:,} vectors; ms"
-    )
+    built_in = cuda.launch
+    print(f"\nentries/registers a thread, bf16, {rows:,} vectors; ms")
     for width in (2048, 8192, 14336, 28672):
         values = activations(rows, width, torch.bfloat16, "cuda")
         line = []
-        for entries, registers in (
-            (16, 32),
-            (16, 40),
-            (32, 48),
-            (32, 56),
-            (32, 64),
-            (64, 96),
-            (64, 128),
-        ):
-            cuda.ENTRIES_A_THREAD, cuda.REGISTERS = entries, registers
-            made = rule("topp", width, 0.9, "cuda")
-            spent = seconds(partial(kernels.masked, made, values, values), "cuda", 20)
-            line.append(f"{entries}/{registers}: {spent * 1e3:.3f}")
-        print(f"width {width:>5} | {'  '.join(line)}")
-    cuda.ENTRIES_A_THREAD, cuda.REGISTERS = chosen
+        for entries, registers in ((16, 40), (32, 48), (32, 64), (64, 96), (64, 128), (128, 255)):
+            cuda.launch = lambda block, many, entries=entries, registers=registers: (
+                min(32, max(1, block // (32 * entries))),
+                registers,
+            )
+            work = partial(kernels.masked, rule("topp", width, 0.9, "cuda"), values, values)
+            line.append(
+                f"{entries}/{registers}: {seconds(work, 'cuda', 20, captured=True) * 1e3:.3f}"
+            )
+        warps, registers = built_in(1 << (width - 1).bit_length(), many=False)
+        print(f"width {width:>5} | {'  '.join(line)} | built in: {warps} warps, {registers}")
+    cuda.launch = built_in
 
 
 def main() -> None:
@@ -258,6 +264,7 @@ def main() -> None:
         table("cuda", rows, [896, 2048, 4096, 8192, 11008, 14336, 28672], ["bf16"], arguments.level)
         table("cuda", rows, [8192, 14336], ["fp16", "fp32"], arguments.level)
         rules_table("cuda", rows, 14336, "bf16")
+        launches()
         if arguments.tune:
             tune(rows)
     else:

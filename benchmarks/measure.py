@@ -36,10 +36,19 @@ def seconds(
     work: Callable[[], object],
     device: str,
     repeats: int = 10,
+    *,
+    captured: bool = False,
 ) -> float:
     """Time of one call, after a warm-up: the median on a GPU; on a CPU the best, in the process's own time.
 
     Other work on the machine hardly changes that. Set the number of threads to 1 for it to mean anything.
+
+    Args:
+        work: what is timed.
+        device: where it runs.
+        repeats: how often it is timed.
+        captured: on a GPU, take the time of its kernels alone, from a graph of ten calls, without that
+            in which the host starts them. The work must not wait for the device.
     """
     work()
     if device != "cuda":
@@ -50,16 +59,37 @@ def seconds(
             times.append(time.process_time() - start)
         return min(times)
     work()
+    calls = 1
+    if captured:
+        calls, graph = 10, torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                work()
+        graph.replay()
+    run = graph.replay if captured else work
     events = [
         (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
         for _ in range(repeats)
     ]
     for start, end in events:
         start.record()
-        work()
+        run()
         end.record()
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
+    return statistics.median(start.elapsed_time(end) for start, end in events) / calls / 1e3
+
+
+def host_seconds(work: Callable[[], object], calls: int = 200) -> float:
+    """Time in which the host starts one call on a GPU: the best of several rounds."""
+    times = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            work()
+        times.append((time.perf_counter() - start) / calls)
+    torch.cuda.synchronize()
+    return min(times)
 
 
 def activations(rows: int, width: int, dtype: torch.dtype, device: str) -> Tensor:

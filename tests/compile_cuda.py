@@ -25,28 +25,25 @@ RULES = (
 )
 POINTERS = {"zeros": "*i32", "finite": "*i8", "weights": "*fp32", "constants": "*fp32"}
 POINTERS |= {"numbers": "*fp64"}
-NUMBERS = ("rows", "width", "values_stride", "onto_stride", "rank")
+NUMBERS = ("width", "values_stride", "onto_stride", "rank")
 
 
 def compile_kernel(kernel: triton.JITFunction, rule: Threshold, dtype: torch.dtype) -> None:
     """Compile one kernel for one rule and type, down to machine code."""
     block = max(GROUP.value, triton.next_power_of_2(WIDTH))
-    constants = {**cuda._variant(rule, rule.kind, dtype, WIDTH), "SAME": False, "BLOCK": block}
-    if "ROWS" in kernel.arg_names:
-        constants["ROWS"] = 8
+    constants = {**cuda.variant_of(rule, rule.kind, dtype, WIDTH), "SAME": False, "BLOCK": block}
     bits = "*i32" if dtype == torch.float32 else "*i16"
     types = {**dict.fromkeys(("values", "onto", "out"), bits), **POINTERS}
     types |= dict.fromkeys(NUMBERS, "i32") | dict.fromkeys(constants, "constexpr")
+    warps, registers = cuda.launch(block, many=False)
     source = ASTSource(
         fn=kernel,
         signature={name: types[name] for name in kernel.arg_names},
         constexprs=constants,
     )
-    triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": cuda.warps(block)})
+    triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": warps, "maxnreg": registers})
 
 
 for rule in RULES:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         compile_kernel(cuda._mask, rule, dtype)
-        if rule.kind == "share":
-            compile_kernel(cuda._settle, rule, dtype)

@@ -323,6 +323,16 @@ def test_very_wide_rows_take_the_reference(caplog: pytest.LogCaptureFixture) -> 
     kernels._path.cache_clear()
 
 
+@pytest.mark.parametrize("many", [False, True])
+def test_a_row_of_any_width_fits_a_processor(many: bool) -> None:
+    """65,536 registers are there for a row, 255 for a thread, 1,024 threads."""
+    for block in (2**exponent for exponent in range(3, 18)):
+        warps, registers = cuda.launch(block, many=many)
+        assert 1 <= warps <= 32
+        assert 32 <= registers <= 255
+        assert 32 * warps * registers <= 65536
+
+
 def test_the_cuda_kernels_compile(tmp_path: Path) -> None:
     """The interpreter takes what the compiler refuses; neither needs a GPU."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}

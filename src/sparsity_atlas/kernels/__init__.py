@@ -60,7 +60,8 @@ def masked(rule: Threshold, values: Tensor, onto: Tensor) -> Masked:
         AtlasError: `compiled` is forced and there is no kernel for this device or type.
     """
     shape = values.shape
-    rows, written = values.reshape(-1, shape[-1]), onto.reshape(-1, shape[-1])
+    rows = values.reshape(-1, shape[-1])
+    written = rows if onto is values else onto.reshape(-1, shape[-1])
     apply = _path(values.device.type, values.dtype, shape[-1] <= LARGEST_WIDTH, _choice())
     out, zeros, finite = apply(rule, rows, written)
     return Masked(out.view(shape), zeros.view(shape[:-1]), finite.view(shape[:-1]))

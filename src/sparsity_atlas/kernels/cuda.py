@@ -1,9 +1,8 @@
-"""Thresholds on CUDA, in Triton: a row stays in registers, one read and one write, nothing waits.
+"""Thresholds on CUDA, in Triton: a row's scores stay in registers, one launch, nothing waits.
 
 A row's threshold is found on the bit patterns of its scores, which sort like integers (15 bits of them
-for bfloat16 and float16, 31 for float32), by regula falsi over float32 sums. A row in which a comparison
-lies within the sums' error is left to a second kernel, which adds the integer masses of the definition:
-it needs many registers, which would slow down all the other rows. So the masks are those of
+for bfloat16 and float16, 31 for float32), by a few float32 sums. A row in which a comparison lies within
+their error is searched once more with the integer masses of the definition. So the masks are those of
 `Threshold.mask`, bit for bit. Zeros and broken rows are left on the device, one number a row.
 """
 
@@ -12,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -25,23 +24,24 @@ from sparsity_atlas.kernels.cuda_row import (
     KINDS,
     PEAK,
     load_row,
-    search_row,
+    threshold_row,
     write_row,
 )
 from sparsity_atlas.threshold import LARGEST_EXACT_POWER, mass_bits
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from triton.compiler import CompiledKernel
 
     from sparsity_atlas.threshold import Threshold
 
 # Low bits that a type leaves empty in float32.
 _EMPTY_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
-ENTRIES_A_THREAD = 32
-# Of a thread; a row's scores take one an entry. More leave room for fewer rows at a time.
-REGISTERS = 48
-_UNSURE = tl.constexpr(-1)
-_ROWS_TO_SETTLE = 8  # that one program looks through
+# Entries a thread. Many make sums within a thread of sums between threads, but fill few rows' threads.
+ENTRIES, WIDE, WIDE_ENTRIES = 32, 16384, 64
+_REGISTERS_AN_ENTRY = 2  # one holds its score
+_MANY_REGISTERS = 255  # for masses in float64 and for weights, which take as many again
+_REGISTERS = 65536  # of a processor
 
 
 def masked(rule: Threshold, values: Tensor, onto: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,48 +51,79 @@ def masked(rule: Threshold, values: Tensor, onto: Tensor) -> tuple[Tensor, Tenso
     values, onto = (one if one.stride(-1) == 1 else one.contiguous() for one in (values, onto))
     out = torch.empty((rows, width), dtype=onto.dtype, device=onto.device)
     zeros = torch.empty(rows, dtype=torch.int32, device=values.device)
-    finite = torch.empty(rows, dtype=torch.int8, device=values.device)
+    finite = torch.empty(rows, dtype=torch.bool, device=values.device)
     if rows == 0:
-        return out, zeros, finite.view(torch.bool)
-    block = max(GROUP.value, triton.next_power_of_2(width))
-    kind, constants = rule.kind, rule.constants
-    if kind == "share" and rule.amount >= 1:
-        kind, constants = "fixed", _constant(0.0, values.device)
-    elif kind == "rank" and rule.amount == 0:
-        kind, constants = "fixed", _constant(math.inf, values.device)
+        return out, zeros, finite
+    plan = _plan(rule, width, values.dtype, values.device, same)
     arguments = (
         *(_bits(one) for one in (values, onto, out)),
         zeros,
-        finite,
-        zeros if rule.weights is None else rule.weights,
-        zeros if constants is None else constants,
-        _numbers(rule, width, values.device),
-        rows,
+        finite.view(torch.int8),
+        *plan.tensors,
         width,
         values.stride(0),
         onto.stride(0),
-        int(rule.amount) if kind == "rank" else 0,
+        plan.rank,
     )
-    options = {
-        **_variant(rule, kind, values.dtype, width),
-        "SAME": same,
-        "BLOCK": block,
-        "num_warps": warps(block),
-    }
-    # Of `_settle` a few programs do the work.
-    registers = {"maxnreg": REGISTERS}
+    # All else that Triton compiles for is the plan's, or fresh and so aligned.
+    key = values.data_ptr() % 16, onto.data_ptr() % 16, values.stride(0), onto.stride(0)
+    compiled = plan.compiled.get(key)
     with torch.cuda.device(values.device) if values.is_cuda else contextlib.nullcontext():
-        _mask[(rows,)](*arguments, **options, **registers)
-        if kind == "share":
-            _settle[(triton.cdiv(rows, _ROWS_TO_SETTLE),)](
-                *arguments, **options, ROWS=_ROWS_TO_SETTLE
-            )
-    return out, zeros, finite.view(torch.bool)
+        if compiled is None:
+            plan.compiled[key] = _mask[(rows,)](*arguments, **plan.options)
+        else:
+            compiled[(rows, 1, 1)](*arguments, *plan.constants)
+    return out, zeros, finite
 
 
-def warps(block: int) -> int:
-    """Warps a row."""
-    return min(32, max(1, block // (32 * ENTRIES_A_THREAD)))
+class _Plan(NamedTuple):
+    """What a launch needs of a rule for rows of one kind.
+
+    Attributes:
+        tensors: weights, constants and numbers, on the device; where there are none, any.
+        rank: of kind `rank`.
+        options: what is compiled in, and how it is launched.
+        constants: what is compiled in, in the order of the kernel's arguments.
+        compiled: by alignment and strides of the rows; Triton's own way to what it compiled takes longer
+            than the rest of a launch. None where it interprets.
+    """
+
+    tensors: tuple[Tensor, Tensor, Tensor]
+    rank: int
+    options: dict[str, int | bool]
+    constants: tuple[int | bool, ...]
+    compiled: dict[tuple[int, ...], CompiledKernel | None]
+
+
+# Made once: a forward pass over few tokens waits for its host.
+@functools.lru_cache(maxsize=256)
+def _plan(
+    rule: Threshold, width: int, dtype: torch.dtype, device: torch.device, same: bool
+) -> _Plan:
+    kind, constants = rule.kind, rule.constants
+    if kind == "share" and rule.amount >= 1:
+        kind, constants = "fixed", torch.tensor([0.0], device=device)
+    elif kind == "rank" and rule.amount == 0:
+        kind, constants = "fixed", torch.tensor([math.inf], device=device)
+    numbers = _numbers(rule, width, device)
+    tensors = tuple(numbers if one is None else one for one in (rule.weights, constants))
+    block = max(GROUP.value, triton.next_power_of_2(width))
+    variant = variant_of(rule, kind, dtype, width)
+    options = variant | {"SAME": same, "BLOCK": block}
+    constants = tuple(options[name] for name in _mask.arg_names if name in options)
+    many = variant["WEIGHTED"] or variant["DIGITS"] or variant["UNIT_IS_PEAK"]
+    warps, registers = launch(block, many=bool(many))
+    options |= {"num_warps": warps, "maxnreg": registers}
+    rank = int(rule.amount) if kind == "rank" else 0
+    return _Plan((*tensors, numbers), rank, options, constants, {})
+
+
+def launch(block: int, *, many: bool) -> tuple[int, int]:
+    """Warps a row, and registers a thread, for rows of up to `block` entries."""
+    entries = WIDE_ENTRIES if block >= WIDE else ENTRIES
+    warps = min(32, max(1, block // (32 * entries)))
+    registers = _MANY_REGISTERS if many else _REGISTERS_AN_ENTRY * entries
+    return warps, min(registers, _REGISTERS // (32 * warps))
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -100,7 +131,7 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)
 
 
-def _variant(rule: Threshold, kind: str, dtype: torch.dtype, width: int) -> dict[str, int | bool]:
+def variant_of(rule: Threshold, kind: str, dtype: torch.dtype, width: int) -> dict[str, int | bool]:
     """What is compiled in."""
     fraction, digits = rule.power - int(rule.power), 0
     while fraction != int(fraction):
@@ -120,14 +151,9 @@ def _variant(rule: Threshold, kind: str, dtype: torch.dtype, width: int) -> dict
     }
 
 
-@functools.cache
-def _constant(number: float, device: torch.device) -> Tensor:
-    return torch.tensor([number], dtype=torch.float32, device=device)
-
-
-@functools.lru_cache(maxsize=1024)
 def _numbers(rule: Threshold, width: int, device: torch.device) -> Tensor:
-    """float64 [3] on the device: the amount, and over the mean score a first guess and a lower bound."""
+    """float64 [4] on the device: the amount; over the mean score a first guess and a lower bound; and one
+    over the power of a threshold that the mass below it is taken for at first."""
     guess, low = 1.0, 0.0
     if rule.kind == "rank" and rule.amount > 0:
         # As if magnitudes fell off exponentially; a bad guess costs a few passes.
@@ -138,7 +164,9 @@ def _numbers(rule: Threshold, width: int, device: torch.device) -> Tensor:
         if rule.power == 1 and rest > 2.0**-10:
             # All that lies below a score s weighs less than width · s: surely low enough.
             low = 0.99 * rest
-    return torch.tensor([rule.amount, guess, low], dtype=torch.float64, device=device)
+    # A density that is finite at zero has power + 1; it falls off, here as if exponentially.
+    run = 1 / ((rule.power + 1) * (1 - 0.67 * max(1 - rule.amount, 0.0) ** 0.6))
+    return torch.tensor([rule.amount, guess, low, run], dtype=torch.float64, device=device)
 
 
 @triton.jit
@@ -151,7 +179,6 @@ def _mask(
     weights,
     constants,
     numbers,
-    rows,
     width,
     values_stride,
     onto_stride,
@@ -169,29 +196,26 @@ def _mask(
     SAME: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Mask one row; where its threshold is not sure, leave _UNSURE in place of its zeros."""
+    """Mask one row."""
     row = tl.program_id(0).to(tl.int64)
-    score, key, peak = load_row(values, weights, row, width, values_stride, HALF, WEIGHTED, BLOCK)
+    score, peak = load_row(values, weights, row, width, values_stride, HALF, WEIGHTED, BLOCK)
     whole = peak < INFINITY
     peak = tl.where(whole, peak, 0)
-    sure = 1
     if KIND == FIXED:
         if BY_CHANNEL:
             column = tl.arange(0, BLOCK)
             cut = tl.load(constants + column, mask=column < width, other=0.0)
         else:
             cut = tl.load(constants)
-        kept = (key >= cut.to(tl.int32, bitcast=True)) | (whole == 0)
+        least = tl.where(whole, cut.to(tl.int32, bitcast=True), 0)
     elif KIND == PEAK:
         exact = peak.to(tl.float32, bitcast=True).to(tl.float64) * tl.load(numbers)
         nearest = exact.to(tl.float32)
         least = nearest.to(tl.int32, bitcast=True)
         least += (nearest.to(tl.float64) < exact).to(tl.int32)
-        kept = key >= least
     else:
-        least, sure = search_row(
+        least = threshold_row(
             score,
-            key,
             peak,
             numbers,
             width,
@@ -204,79 +228,20 @@ def _mask(
             UNIT_IS_PEAK,
             MASS_BITS,
             BLOCK,
-            False,
         )
-        kept = key >= least
-    write_row(values, onto, out, zeros, row, width, values_stride, onto_stride, kept, SAME, BLOCK)
-    if sure == 0:
-        tl.store(zeros + row, _UNSURE)
+    write_row(
+        values,
+        onto,
+        out,
+        zeros,
+        row,
+        width,
+        values_stride,
+        onto_stride,
+        score,
+        least,
+        WEIGHTED,
+        SAME,
+        BLOCK,
+    )
     tl.store(finite + row, whole.to(tl.int8))
-
-
-@triton.jit
-def _settle(
-    values,
-    onto,
-    out,
-    zeros,
-    finite,
-    weights,
-    constants,
-    numbers,
-    rows,
-    width,
-    values_stride,
-    onto_stride,
-    rank,
-    KIND: tl.constexpr,
-    HALF: tl.constexpr,
-    SHIFT: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    BY_CHANNEL: tl.constexpr,
-    WHOLE: tl.constexpr,
-    FRACTION: tl.constexpr,
-    DIGITS: tl.constexpr,
-    UNIT_IS_PEAK: tl.constexpr,
-    MASS_BITS: tl.constexpr,
-    SAME: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Mask those of ROWS rows that `_mask` left."""
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    for offset in range(ROWS):
-        row = first + offset
-        if tl.load(zeros + row, mask=row < rows, other=0) == _UNSURE:
-            score, key, peak = load_row(
-                values, weights, row, width, values_stride, HALF, WEIGHTED, BLOCK
-            )
-            least, _ = search_row(
-                score,
-                key,
-                peak,
-                numbers,
-                width,
-                rank,
-                KIND,
-                SHIFT,
-                WHOLE,
-                FRACTION,
-                DIGITS,
-                UNIT_IS_PEAK,
-                MASS_BITS,
-                BLOCK,
-                True,
-            )
-            write_row(
-                values,
-                onto,
-                out,
-                zeros,
-                row,
-                width,
-                values_stride,
-                onto_stride,
-                key >= least,
-                SAME,
-                BLOCK,
-            )

@@ -1,4 +1,4 @@
-"""One row on CUDA: read it, search for its threshold, write it. Triton inlines these into the kernels."""
+"""One row on CUDA: read it, search for its threshold, write it. Triton inlines these into the kernel."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ INFINITY = tl.constexpr(0x7F800000)  # the bit pattern; NaN lies above
 # A float32 sum passes through at most 7 (a group) + 7 (a thread) + 9 (the trees) roundings of 2^-24, and
 # a mass through 8.
 _ERROR = tl.constexpr(2.0**-19)
+_LEAST_REST = tl.constexpr(2.0**-24)  # of a sum: what its roundings leave to see
+_LARGEST_RUN = tl.constexpr(20.0)  # of an inverse power; more is that of two tries in a gap
 GROUP = tl.constexpr(8)  # entries that lie in one thread, one after another
 
 
@@ -76,7 +78,7 @@ def load_row(
     WEIGHTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A row's scores, their bit patterns, and the largest of these."""
+    """A row's scores, and the largest of their bit patterns."""
     column = tl.arange(0, BLOCK)
     inside = column < width
     # To be kept in the cache until it is written; the other policy there also stops the compiler from
@@ -92,8 +94,7 @@ def load_row(
         score = ((value.to(tl.int32) & 0x7FFF) << 16).to(tl.float32, bitcast=True)
     if WEIGHTED:
         score = score * tl.load(weights + column, mask=inside, other=0.0)
-    key = score.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return score, key, tl.max(key, 0)
+    return score, tl.max(score.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
 
 
 @triton.jit
@@ -106,34 +107,41 @@ def write_row(
     width,
     values_stride,
     onto_stride,
-    kept,
+    score,
+    least,
+    WEIGHTED: tl.constexpr,
     SAME: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Store what is kept, and how many zeros that leaves.
+    """Store what reaches `least`, a bit pattern, and how many zeros that leaves. NaN reaches all.
 
     The row is read again: it is still in the cache, and registers that hold it through the search
     would be missing to other rows.
     """
     column = tl.arange(0, BLOCK)
     inside = column < width
-    value = tl.load(
-        values + row * values_stride + column,
-        mask=inside,
-        other=0,
-        eviction_policy="evict_first",
-    )
+    kept = (score < least.to(tl.float32, bitcast=True)) == 0
+    if SAME or WEIGHTED:
+        value = tl.load(
+            values + row * values_stride + column,
+            mask=inside,
+            other=0,
+            eviction_policy="evict_first",
+        )
     written = value if SAME else tl.load(onto + row * onto_stride + column, mask=inside, other=0)
     tl.store(out + row * width + column, tl.where(kept, written, 0).to(written.dtype), mask=inside)
-    magnitude: tl.constexpr = 0x7FFFFFFF if value.dtype == tl.int32 else 0x7FFF
-    alive = kept & ((value & magnitude) != 0)
+    if WEIGHTED:
+        magnitude: tl.constexpr = 0x7FFFFFFF if value.dtype == tl.int32 else 0x7FFF
+        alive = kept & ((value & magnitude) != 0)
+    else:
+        # A score that reaches the smallest number there is, is that of no zero.
+        alive = (score < tl.maximum(least, 1).to(tl.float32, bitcast=True)) == 0
     tl.store(zeros + row, width - tl.sum(alive.to(tl.int32), 0))
 
 
 @triton.jit
-def search_row(
+def _search(
     score,
-    key,
     peak,
     numbers,
     width,
@@ -150,8 +158,11 @@ def search_row(
 ):
     """The bit pattern of the row's threshold, and whether it is sure.
 
-    Regula falsi (Illinois) between `low`, at which the target is held, and `high`, at which it is not:
-    bit patterns without their SHIFT empty bits. With EXACT, or counting (KIND is RANK), all is sure.
+    Between `low`, at which the target is held, and `high`, at which it is not: bit patterns without their
+    SHIFT empty bits. The mass below a threshold is about a power of it, and bit patterns are about
+    logarithms: the next threshold for a share lies on the straight line through the patterns of the last two
+    and of the masses below them. For a count (KIND is RANK) it is that of regula falsi (Illinois). After some
+    tries every second one halves. With EXACT, or counting, all is sure.
     """
     amount = tl.load(numbers)
     # Sums stay in range, whatever the size of the scores.
@@ -160,7 +171,7 @@ def search_row(
     scale = tl.where(up, 2.0**104, tl.where(down, 2.0**-64, 1.0))
     back = tl.where(up, 2.0**-104, tl.where(down, 2.0**64, 1.0))
     if not EXACT:
-        # No second copy of the row in registers: rows out of range are left to be settled.
+        # No second copy of the row in registers: rows out of range are searched exactly.
         scale, back = 1.0, 1.0
     mass = score * scale
     mean = _sum(mass, BLOCK) / width
@@ -193,46 +204,119 @@ def search_row(
             wanted = exact.to(tl.int64)
             wanted += (wanted.to(tl.float64) < exact).to(tl.int64)
             wanted = tl.minimum(tl.maximum(wanted, 1), all_of_it)
-    above = total - target
-    below = -target
-    side = 0
+    if KIND == RANK:
+        above = total - target
+        below = -target
+        side = 0
+        step = (1 << 24) >> SHIFT  # two binades
+    else:
+        floor = total * _LEAST_REST
+        wanted_rest = tl.maximum(total - target, floor).to(tl.int32, bitcast=True)
+        last, last_rest, guess = 0, 0, middle
+        # Patterns of a threshold for one of the rest's: the inverse of the power.
+        run = tl.load(numbers + 3).to(tl.float32) / (1 << SHIFT)
     tries = 0
-    step = (1 << 24) >> SHIFT  # two binades
     while high - low > 1:
-        if tries > 0:
-            if low == 0:
-                middle = high - step
-                step = tl.minimum(step * 2, 1 << 29)
-            elif (tries > 12) & (tries % 2 == 0):
-                middle = low + (high - low) // 2
-            else:
-                spread = above - below
-                ratio = tl.where(spread > 0, above / spread, 0.5)
-                middle = low + ((high - low).to(tl.float32) * ratio).to(tl.int32)
+        if KIND == RANK:
+            if tries > 0:
+                if low == 0:
+                    middle = high - step
+                    step = tl.minimum(step * 2, 1 << 29)
+                elif (tries > 12) & (tries % 2 == 0):
+                    middle = low + (high - low) // 2
+                else:
+                    spread = above - below
+                    ratio = tl.where(spread > 0, above / spread, 0.5)
+                    middle = low + ((high - low).to(tl.float32) * ratio).to(tl.int32)
+        else:
+            halve = (tries >= 8) & (tries % 2 == 0)
+            middle = tl.where(halve, low + (high - low) // 2, guess)
         middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
-        reaches = key >= (middle << SHIFT)
+        reaches = score >= (middle << SHIFT).to(tl.float32, bitcast=True)
         if KIND == RANK:
             count = tl.sum(reaches.to(tl.int32), 0)
-            found = count.to(tl.float32)
             enough = count >= rank
+            off = count.to(tl.float32) - target
+            # An end that stays twice counts half.
+            below = tl.where(enough, tl.where(side == 1, below * 0.5, below), tl.minimum(off, 0.0))
+            above = tl.where(enough, tl.maximum(off, 0.0), tl.where(side == -1, above * 0.5, above))
+            side = tl.where(enough, 1, -1)
         else:
-            found = _sum(tl.where(reaches, mass, 0.0), BLOCK)
+            # A product adds up in one instruction, a choice in two.
+            found = _sum(mass * reaches.to(tl.float32), BLOCK)
             enough = found >= target
             if EXACT:
                 enough = tl.sum(tl.where(reaches, whole, 0), 0) >= wanted
             else:
                 sure = tl.where(tl.abs(found - target) < _ERROR * (found + target), 0, 1)
-        # An end that stays twice counts half.
-        rest = found - target
-        below = tl.where(enough, tl.where(side == 1, below * 0.5, below), tl.minimum(rest, 0.0))
-        above = tl.where(enough, tl.maximum(rest, 0.0), tl.where(side == -1, above * 0.5, above))
+            rest = tl.maximum(total - found, floor).to(tl.int32, bitcast=True)
+            between = (middle - last).to(tl.float32) / (rest - last_rest).to(tl.float32)
+            usable = (tries > 0) & (between > 0) & (between < _LARGEST_RUN / (1 << SHIFT))
+            run = tl.where(usable, between, run)
+            leap = tl.floor((wanted_rest - rest).to(tl.float32) * run + 0.5)
+            guess = middle + tl.minimum(tl.maximum(leap, -(2.0**29)), 2.0**29).to(tl.int32)
+            last, last_rest = middle, rest
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
-        side = tl.where(enough, 1, -1)
         tries += 1
         if SHIFT == 0:
             # Between two patterns that occur there is nothing to search.
+            key = score.to(tl.int32, bitcast=True)
             low = tl.min(tl.where(key >= low, key, high), 0)
             high = tl.max(tl.where(key < high, key, low), 0) + 1
         high = tl.where(sure == 1, high, low)
     return low << SHIFT, sure
+
+
+@triton.jit
+def threshold_row(
+    score,
+    peak,
+    numbers,
+    width,
+    rank,
+    KIND: tl.constexpr,
+    SHIFT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    FRACTION: tl.constexpr,
+    DIGITS: tl.constexpr,
+    UNIT_IS_PEAK: tl.constexpr,
+    MASS_BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The bit pattern of the row's threshold, by float32 sums; where these leave it open, exactly."""
+    least, sure = _search(
+        score,
+        peak,
+        numbers,
+        width,
+        rank,
+        KIND,
+        SHIFT,
+        WHOLE,
+        FRACTION,
+        DIGITS,
+        UNIT_IS_PEAK,
+        MASS_BITS,
+        BLOCK,
+        False,
+    )
+    if sure == 0:
+        # This takes more registers than there are, so that such rows, and only they, wait for memory.
+        least, sure = _search(
+            score,
+            peak,
+            numbers,
+            width,
+            rank,
+            KIND,
+            SHIFT,
+            WHOLE,
+            FRACTION,
+            DIGITS,
+            UNIT_IS_PEAK,
+            MASS_BITS,
+            BLOCK,
+            True,
+        )
+    return least
