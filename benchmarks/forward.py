@@ -91,7 +91,7 @@ def measure(name: str, device: str, level: float, batch: int, tokens: int, repea
     def forward() -> None:
         model(input_ids=ids, use_cache=False)
 
-    def timed(attach: Callable[[], contextlib.AbstractContextManager]) -> float:
+    def timed(attach: Callable[[], contextlib.AbstractContextManager], times: int) -> float:
         with attach() as counter:
 
             def once() -> None:
@@ -101,12 +101,12 @@ def measure(name: str, device: str, level: float, batch: int, tokens: int, repea
                 if counter is not None:
                     counter.take()
 
-            return seconds(once, device, repeats)
+            return seconds(once, device, times)
 
     def theirs(layer: int, tensor: str, values: Tensor, onto: Tensor) -> Tensor:
         return official(values, level)[0]
 
-    dense = timed(contextlib.nullcontext)
+    dense = timed(contextlib.nullcontext, repeats)
     print(f"{name}: {len(ffns)} layers, dense {dense * 1e3:.1f} ms")
     for site in SITES:
         with torch.no_grad(), sparsified(model, ffns, site, TopP(), level) as counter:
@@ -114,10 +114,10 @@ def measure(name: str, device: str, level: float, batch: int, tokens: int, repea
             model(input_ids=ids, use_cache=False)
             entries = valid.numel() * sum(slot.width for slot in counter.slots)
             sparsity = counter.take()[0].sum() / entries
-        ours = timed(partial(sparsified, model, ffns, site, TopP(), level))
+        ours = timed(partial(sparsified, model, ffns, site, TopP(), level), repeats)
         # Dense again: the machine may have become slower in between.
-        again = timed(contextlib.nullcontext)
-        paper = timed(partial(intercept, ffns, site, theirs))
+        again = timed(contextlib.nullcontext, repeats)
+        paper = timed(partial(intercept, ffns, site, theirs), max(repeats // 5, 1))
         base = (dense + again) / 2
         print(
             f"  {site:<12} {sparsity:4.0%} sparse | ours {ours / base:.3f} × dense, "
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--level", type=float, default=0.9)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=6)
+    parser.add_argument("--repeats", type=int, default=20)
     arguments = parser.parse_args()
 
     os.environ[kernels.VARIABLE] = "compiled"

@@ -69,7 +69,8 @@ def examine(results: Path) -> Iterator[Finding]:
             yield _file(path, read_manifest)
     for path in sorted(results.glob("*/*/*/sparsity.parquet")):
         yield _file(path, lambda one: read_parquet(one, output_error.SCHEMA))
-    for pattern in ("*.csv", "*.html", "*.yaml", "*/summary.csv", "figures/*"):
+    figures = ("figures/*.svg", "figures/*.png")
+    for pattern in ("*.csv", "*.html", "*.yaml", "*/summary.csv", *figures):
         for path in sorted(results.glob(pattern)):
             # They have no checksum, but are never empty.
             if path.stat().st_size == 0:

@@ -118,10 +118,11 @@ def test_what_the_doctor_prescribes_mends_it(spoilt: Checkout, whole: Checkout) 
 
 
 def test_unfinished_work_is_no_damage(spoilt: Checkout) -> None:
-    """A journal that was cut in a record, a node without its manifest, and a folder in use."""
+    """A journal cut in a record, a node without its manifest, a file being written, a folder in use."""
     node = spoilt.results / NODE
     (node / "eval.json").unlink()
     (node / "choice.journal").write_bytes(b"0badc0de {}\n")
+    (spoilt.results / "figures/.tasks.svg.4194304@elsewhere.tmp").touch()
     used = spoilt.results / "tiny/dense"
     with locked(used / ".lock"):
         lines = doctor(spoilt, 0)
