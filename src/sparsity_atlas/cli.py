@@ -14,7 +14,7 @@ from types import FrameType
 
 from sparsity_atlas.credentials import HidingStream
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.store import read_manifest
+from sparsity_atlas.store import discard_unfinished, read_manifest
 
 logger = logging.getLogger("sparsity_atlas")
 
@@ -30,12 +30,6 @@ _DISK = {
     errno.EPERM: "not permitted",
     errno.EIO: "the disk reports an input/output error",
 }
-# Seconds that a stopped stage may take to put things away.
-_PATIENCE = 30
-
-
-class _Stopped(BaseException):
-    """A signal asked the process to end: unwinds it, so that nothing temporary is left."""
 
 
 def run(stage: Callable[[], None]) -> None:
@@ -60,8 +54,6 @@ def run(stage: Callable[[], None]) -> None:
     except AtlasError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(1) from None
-    except _Stopped as stopped:
-        raise SystemExit(128 + stopped.args[0]) from None
     except OSError as error:
         if error.errno not in _DISK:
             raise
@@ -71,15 +63,19 @@ def run(stage: Callable[[], None]) -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """End in one line; a second signal, which Snakemake sends after Ctrl-C, changes nothing."""
+    """End in one line; a second signal, which Snakemake sends after Ctrl-C, changes nothing.
+
+    At once: an exception would be dropped by a destructor, and one that comes out of Python into a
+    library's own code (an import, most of all) aborts the process. What is on the disk can take it, as
+    it can take a SIGKILL.
+    """
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
-    # Python drops an exception that is raised in a destructor; then the alarm ends the process.
-    signal.alarm(_PATIENCE)
+    discard_unfinished()
     name = signal.Signals(number).name
     # Not through sys.stderr, which this signal may have interrupted in the middle of a write.
     os.write(2, f"error: stopped by {name}; the same command goes on from here\n".encode())
-    raise _Stopped(number)
+    os._exit(128 + number)
 
 
 def optional_path(text: str) -> Path | None:

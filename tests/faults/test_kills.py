@@ -146,6 +146,41 @@ def test_stages_killed_two_hundred_times(bench: Bench) -> None:
         print(sum(bench.told.values()), bench.told, flush=True)  # noqa: T201
 
 
+STOPPED_IN_A_DESTRUCTOR = """
+import os, signal, sys
+from pathlib import Path
+from sparsity_atlas import cli
+from sparsity_atlas.store import write_atomically
+
+class Foreign:
+    def __del__(self):  # what is raised here, Python drops
+        os.kill(os.getpid(), signal.Signals[sys.argv[2]])
+        sum(range(100))
+
+def write(path):
+    path.write_text("half of it")
+    foreign = Foreign()
+    del foreign
+    path.write_text("all of it")
+
+cli.run(lambda: write_atomically(Path(sys.argv[1]), write))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_stopped_where_no_exception_gets_through(tmp_path: Path, number: signal.Signals) -> None:
+    """In a library's own code an exception is lost, or aborts the process; the stage ends all the same."""
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED_IN_A_DESTRUCTOR, tmp_path / "result", number.name],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 128 + number
+    assert done.stderr == f"error: stopped by {number.name}; the same command goes on from here\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 # Snakemake itself
 
 
