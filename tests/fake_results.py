@@ -109,7 +109,10 @@ def write_curve(
         folder / "curve.json",
         {
             "levels": list(levels),
-            "points": [asdict(one) for one in curve_points(tasks, levels, replicates)],
+            "points": [
+                {**asdict(one), "parameter_sparsity": one.sparsity}
+                for one in curve_points(tasks, levels, replicates)
+            ],
             "critical": [asdict(one) for one in critical(tasks, BARS, replicates)],
             "layers": {
                 level: {

@@ -22,7 +22,13 @@ from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
 from sparsity_atlas.criteria.base import Criterion
-from sparsity_atlas.output_error import sparse_output
+from sparsity_atlas.output_error import (
+    dense_output,
+    parts_of,
+    relative,
+    source_of,
+    sparse_output,
+)
 from sparsity_atlas.place import Place, bind_all, state_name
 from sparsity_atlas.sites import intercept
 from sparsity_atlas.sparsify import Drop, dropping
@@ -41,7 +47,7 @@ LOSS_GRID = np.array([0, 0.2, 0.4, 0.6, 0.8, 0.9, 1])
 STEP = 0.02
 # Tokens that errors are measured on.
 ERROR_TOKENS = 1024
-Inputs = Callable[[int], Tensor]
+Inputs = Callable[[int, str], Tensor]
 
 
 def spread(damage: np.ndarray, grid: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -88,13 +94,13 @@ def spread(damage: np.ndarray, grid: np.ndarray, weights: np.ndarray) -> np.ndar
 
 
 def layer_errors(
-    ffn: FFN, x: Tensor, site: str, rules: Mapping[str, Criterion], grid: np.ndarray
+    ffn: FFN, inputs: Inputs, site: str, rules: Mapping[str, Criterion], grid: np.ndarray
 ) -> np.ndarray:
-    """Relative FFN-output error of one layer with its tensors sparsified one at a time.
+    """Relative output error of one layer with its tensors sparsified one at a time.
 
     Args:
         ffn: the layer's FFN.
-        x: its input, [tokens, hidden].
+        inputs: as `allocate` takes them.
         site: where.
         rules: the criterion as it is bound to each tensor.
         grid: sparsities.
@@ -102,24 +108,27 @@ def layer_errors(
     Returns:
         [tensors, grid].
     """
-    error = _error_of(ffn, x, site, rules)
+    error = _error_of(ffn, inputs, site, rules)
     return np.array(
         [[error({**dict.fromkeys(rules, 0.0), name: s}) for s in grid] for name in rules]
     )
 
 
 def _error_of(
-    ffn: FFN, x: Tensor, site: str, rules: Mapping[str, Criterion]
+    ffn: FFN, inputs: Inputs, site: str, rules: Mapping[str, Criterion]
 ) -> Callable[[Mapping[str, float]], float]:
-    """Mean over tokens of the relative output error, as a function of each tensor's level."""
-    dense = ffn.output(ffn.intermediate(x)).float()
-    norm = dense.norm(dim=-1)
+    """Mean over tokens (and parts of the layer) of the relative error, by each tensor's level."""
+    given = {part: inputs(ffn.layer, source_of(part)) for part in parts_of(site)}
+    dense = {part: dense_output(ffn, x, part) for part, x in given.items()}
 
     def error(levels: Mapping[str, float]) -> float:
         fixed = {name: _Fixed(rule, float(levels[name])) for name, rule in rules.items()}
-        output, _, _ = sparse_output(ffn, x, site, fixed, 0.0)
-        relative = (output.float() - dense).norm(dim=-1)[norm > 0] / norm[norm > 0]
-        return float(relative.double().mean()) if len(relative) else 0.0
+        means = []
+        for part, x in given.items():
+            output, _, _ = sparse_output(ffn, x, part, fixed, 0.0)
+            total, count = relative(dense[part], output)
+            means.append(total / count if count else 0.0)
+        return sum(means) / len(means)
 
     return error
 
@@ -194,13 +203,13 @@ def single_losses(
 
 
 def greedy(
-    ffn: FFN, x: Tensor, site: str, rules: Mapping[str, Criterion], parameters: np.ndarray
+    ffn: FFN, inputs: Inputs, site: str, rules: Mapping[str, Criterion], parameters: np.ndarray
 ) -> np.ndarray:
     """TEAL's block-wise greedy allocation for one layer: [tensors, TARGETS].
 
     Args:
         ffn: the layer's FFN.
-        x: its input, [tokens, hidden].
+        inputs: as `allocate` takes them.
         site: where.
         rules: the criterion as it is bound to each tensor.
         parameters: that each tensor's entries meet.
@@ -209,7 +218,7 @@ def greedy(
     names = list(rules)
     now = np.zeros(len(names))
     means, path = [0.0], [now]
-    error = _error_of(ffn, x, site, rules)
+    error = _error_of(ffn, inputs, site, rules)
     while (now < 1).any():
         tries = []
         for k in np.flatnonzero(now < 1):
@@ -238,7 +247,8 @@ def allocate(
         ffns: all FFNs of one model.
         site: where.
         states: what the criterion found at each place.
-        inputs: a layer's captured input, [tokens, hidden], on the model's device and in its type.
+        inputs: a layer's captured tensor by its name, [tokens, width], on the model's device and in
+            its type.
         ids: int64 [sequences, positions] of the calibration.
     """
     bound = bind_all(criterion, ffns, site, states)
@@ -255,16 +265,13 @@ def allocate(
         else:
             grid = ERROR_GRID
             damage = np.concatenate(
-                [
-                    layer_errors(ffn, inputs(ffn.layer), site, by_layer[ffn.layer], grid)
-                    for ffn in ffns
-                ]
+                [layer_errors(ffn, inputs, site, by_layer[ffn.layer], grid) for ffn in ffns]
             )
         if criterion.allocation == "greedy":
             tables = [
                 greedy(
                     ffn,
-                    inputs(ffn.layer),
+                    inputs,
                     site,
                     by_layer[ffn.layer],
                     np.array(

@@ -95,8 +95,8 @@ def calibrate(
     like = next(ffns[0].model.parameters())
     ids = store.ids()
 
-    def inputs(layer: int) -> Tensor:
-        values = store.read("input", layer, 0, min(tokens, ERROR_TOKENS))
+    def inputs(layer: int, tensor: str) -> Tensor:
+        values = store.read(tensor, layer, 0, min(tokens, ERROR_TOKENS))
         return torch.from_numpy(values).to(like.device, like.dtype)
 
     shares = allocate(criterion, ffns, site, states, inputs, ids[: tokens // ids.shape[1]])

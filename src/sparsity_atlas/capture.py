@@ -27,7 +27,7 @@ from sparsity_atlas.errors import NumericalFailure
 from sparsity_atlas.journal import Journal
 from sparsity_atlas.models import check_sites, from_manifest, load, load_tokenizer
 from sparsity_atlas.store import digest, locked, write_manifest
-from sparsity_atlas.terms import TENSORS
+from sparsity_atlas.terms import STORED, TENSORS
 from sparsity_atlas.texts import digest_of, pinned, token_ids
 
 if TYPE_CHECKING:
@@ -87,9 +87,7 @@ def capture(
     dtype = str(model.dtype).removeprefix("torch.")
     sequences, positions = ids.shape
     batch = settings["batch_size"]
-    widths = {
-        name: [ffn.hidden if name == "input" else ffn.width for ffn in ffns] for name in missing
-    }
+    widths = {name: [ffn.size(name) for ffn in ffns] for name in missing}
     widest = max(max(row) for row in widths.values())
     chunk = chunk_sequences(widest * positions * ITEM_BYTES[dtype], batch, sequences)
     block = max(chunk, batch)  # sequences between two records of the journal
@@ -246,7 +244,7 @@ def _complete(store: Path, fingerprint: str) -> dict[str, dict[str, Any]]:
     if not (store / "zarr.json").is_file():
         return {}
     opened = ActivationStore(store)
-    records = {name: opened.complete(name) for name in TENSORS if name != "all_inputs"}
+    records = {name: opened.complete(name) for name in STORED}
     return {
         name: record
         for name, record in records.items()

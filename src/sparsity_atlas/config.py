@@ -26,7 +26,16 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.findings import explain
 from sparsity_atlas.spelling import Level, Name, Repository, Revision
 
-Site = Literal["input", "up", "gate", "intermediate", "all_inputs"]
+Site = Literal[
+    "input",
+    "up",
+    "gate",
+    "intermediate",
+    "all_inputs",
+    "qkv_input",
+    "o_input",
+    "all_linear_inputs",
+]
 
 
 def _unique(values: list) -> list:

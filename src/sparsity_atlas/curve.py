@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from sparsity_atlas import cli
 from sparsity_atlas.bootstrap import TaskSamples
 from sparsity_atlas.critical import critical
-from sparsity_atlas.curves import curve_points
+from sparsity_atlas.curves import CurvePoint, curve_points
 from sparsity_atlas.equal import equal_rows, write_equal
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.samples import read_table
@@ -133,6 +133,34 @@ def phases(node: NodeSamples, task: str) -> dict[str, Any]:
     }
 
 
+def parameter_sparsity(node: NodeSamples, task: str, site: str) -> float | None:
+    """Share of the products of weights and entries at the site that a zero makes; None if it failed.
+
+    Every entry weighs as many weights as it meets, so that tensors of different readers add up to what
+    a kernel could leave out.
+    """
+    if not node.ok(task):
+        return None
+    tensors = [node.manifest["tasks"][task]["sparsity"][tensor] for tensor in TENSORS[site]]
+    products = sum(one["products"] for one in tensors)
+    return sum(one["zero_products"] for one in tensors) / products if products else None
+
+
+def point_rows(
+    points: list[CurvePoint], nodes: dict[str, NodeSamples], site: str
+) -> list[dict[str, Any]]:
+    """Rows of curves.csv: the points, and the sparsity by parameters beside each."""
+    accuracies = {point.task for point in points if point.kind == "accuracy"} - {"average"}
+    rows = []
+    for point in points:
+        tasks = accuracies if point.task == "average" else {point.task}
+        shares = [parameter_sparsity(nodes[point.level], task, site) for task in sorted(tasks)]
+        known = [share for share in shares if share is not None]
+        mean = sum(known) / len(known) if len(known) == len(shares) else None
+        rows.append({**asdict(point), "parameter_sparsity": mean})
+    return rows
+
+
 def all_samples(
     dense: NodeSamples, nodes: dict[str, NodeSamples], settings: dict[str, Any]
 ) -> list[TaskSamples]:
@@ -155,6 +183,7 @@ def build(
     nodes: dict[str, NodeSamples],
     samples: list[TaskSamples],
     settings: dict[str, Any],
+    site: str,
 ) -> dict[str, Any]:
     """The content of curve.json.
 
@@ -163,6 +192,7 @@ def build(
         nodes: by level.
         samples: as `all_samples` gives them.
         settings: as `grid.curve_slice` gives it.
+        site: of the curve.
     """
     tasks = list(settings["tasks"])
     levels = list(nodes)
@@ -175,7 +205,9 @@ def build(
     replicates, seed = settings["replicates"], settings["seed"]
     return {
         "levels": levels,
-        "points": [asdict(point) for point in curve_points(samples, levels, replicates, seed)],
+        "points": point_rows(
+            curve_points(samples, levels, replicates, seed), {"dense": dense, **nodes}, site
+        ),
         "critical": [asdict(row) for row in critical(samples, settings["bars"], replicates, seed)],
         "layers": {level: layer_profile(node, tasks) for level, node in nodes.items()},
         "phases": {
@@ -215,7 +247,7 @@ def main() -> None:
     settings = arguments.settings
     samples = all_samples(dense, nodes, settings)
     write_equal(arguments.equal, equal_rows(samples, settings["replicates"], settings["seed"]))
-    write_manifest(arguments.output, build(dense, nodes, samples, settings))
+    write_manifest(arguments.output, build(dense, nodes, samples, settings, arguments.site))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from sparsity_atlas.attention import Attention, bind_attention
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.terms import SITES
+from sparsity_atlas.projection import Projection
+from sparsity_atlas.terms import ATTENTION_SITES, FFN_SITES
 
 # Those that the search tries, commonest first: of several names of one function only one.
 ACTIVATIONS = (
@@ -21,19 +23,6 @@ ACTIVATIONS = (
 )
 # Of transformers' table: functions with weights, which no name alone can give.
 WITH_WEIGHTS = ("prelu", "xielu")
-
-
-@dataclass(frozen=True)
-class Projection:
-    """The linear map that makes one factor: a module's whole output, or one half of its columns."""
-
-    path: str
-    module: nn.Module
-    half: int | None = None
-
-    def columns(self, output: Tensor) -> Tensor:
-        """This factor's columns [..., d_ff] of the module's output."""
-        return output if self.half is None else output.chunk(2, dim=-1)[self.half]
 
 
 @dataclass(frozen=True)
@@ -61,6 +50,8 @@ class FFN:
     model: nn.Module = field(repr=False)
     overwritten: bool = False
     """The model computes in place: u or g are gone when the down projection runs."""
+    attention: Attention | None = None
+    """The layer's other linear maps, if they are an attention's."""
 
     @property
     def gated(self) -> bool:
@@ -68,8 +59,34 @@ class FFN:
         return self.gate is not None
 
     def sites(self) -> tuple[str, ...]:
-        """The sites that this FFN has."""
-        return SITES if self.gated else ("input", "intermediate", "all_inputs")
+        """The sites that this FFN, and its layer, has."""
+        own = FFN_SITES if self.gated else ("input", "intermediate", "all_inputs")
+        return own if self.attention is None else (*own, *ATTENTION_SITES)
+
+    def readers(self, tensor: str) -> tuple[Projection, ...]:
+        """The maps that read a tensor, or, of `up` and `gate`, what is made of it: W_d."""
+        if self.attention is not None and tensor == "qkv_input":
+            return self.attention.qkv
+        if self.attention is not None and tensor == "o_input":
+            return (self.attention.o,)
+        if tensor != "input":
+            return (self.down,)
+        return (self.up,) if self.gate is None else (self.up, self.gate)
+
+    def size(self, tensor: str) -> int:
+        """Entries of a tensor."""
+        if self.attention is not None and tensor in ("qkv_input", "o_input"):
+            return self.attention.hidden if tensor == "qkv_input" else self.attention.width
+        return self.hidden if tensor == "input" else self.width
+
+    def outputs(self, tensor: str) -> int:
+        """Entries that the readers make: the weights that each entry of the tensor meets."""
+        if self.attention is not None and tensor in ("qkv_input", "o_input"):
+            made = self.attention
+            return made.outputs if tensor == "qkv_input" else made.hidden_out
+        if tensor != "input":
+            return self.hidden
+        return 2 * self.width if self.gated else self.width
 
     def factors(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Recompute both factors from the FFN's input, past all hooks.
@@ -118,6 +135,7 @@ class FFN:
             },
             "down": place(self.down),
             "overwritten": self.overwritten,
+            "attention": self.attention.describe() if self.attention is not None else None,
         }
 
 
@@ -179,6 +197,9 @@ def bind_ffns(model: nn.Module, descriptions: list[dict[str, Any]]) -> list[FFN]
             down=projection(entry["down"]),
             model=model,
             overwritten=entry["overwritten"],
+            attention=(
+                bind_attention(entry["attention"], find) if entry["attention"] is not None else None
+            ),
         )
         for entry in descriptions
     ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.ffn import FFN
 from sparsity_atlas.forward_watch import ForwardWatch
-from sparsity_atlas.terms import SITES, TENSORS
+from sparsity_atlas.terms import LINEAR_INPUTS, SITES, STORED, TENSORS
 
 Callback = Callable[[int, str, Tensor], None]
 MaskOf = Callable[[int, str, Tensor], "Tensor | None"]
@@ -28,7 +28,7 @@ def _tensors(ffns: Sequence[FFN], sites: Iterable[str]) -> set[str]:
         for ffn in ffns:
             if site not in ffn.sites():
                 raise AtlasError(
-                    f"site '{site}': the FFN of layer {ffn.layer} has no gate; "
+                    f"site '{site}': layer {ffn.layer} has none; "
                     f"its sites are {', '.join(ffn.sites())}"
                 )
         names.update(TENSORS[site])
@@ -58,11 +58,10 @@ def _on_input(
 ) -> None:
     """Hook what goes into a projection: `act` sees it by token and may return a replacement.
 
-    `input` goes into the up and the gate projection: `act` sees it once, both get the result.
+    `input` goes into the up and the gate projection: `act` sees it once, both get the result. So does
+    `qkv_input`, with up to three.
     """
-    read_by = [ffn.down] if name == "intermediate" else [ffn.up]
-    if name == "input" and ffn.gate is not None and ffn.gate.module is not ffn.up.module:
-        read_by.append(ffn.gate)
+    read_by = {place.path: place for place in ffn.readers(name)}.values()
     keys = {place.path: (ffn.layer, name, place.path) for place in read_by}
     forwards.counts.update(dict.fromkeys(keys.values(), 0))
 
@@ -127,9 +126,9 @@ def observe(ffns: Sequence[FFN], sites: Iterable[str], callback: Callback) -> It
     Args:
         ffns: all FFNs of one model.
         sites: any of `SITES`; each tensor is shown once, however many of them name it.
-        callback: called with layer, tensor name (`input`, `up`, `gate`, `intermediate`) and the
-            tensor [batch, tokens, width], in the order of the forward pass. The tensor is the
-            model's own: copy what is to be kept, change nothing.
+        callback: called with layer, tensor name (one of `STORED`) and the tensor [batch, tokens, width],
+            in the order of the forward pass. The tensor is the model's own: copy what is to be kept,
+            change nothing.
 
     Raises:
         AtlasError: a site that an FFN does not have; from a forward pass of the model in which a
@@ -139,9 +138,9 @@ def observe(ffns: Sequence[FFN], sites: Iterable[str], callback: Callback) -> It
     with ExitStack() as stack:
         forwards = ForwardWatch(ffns[0].model, stack)
         for ffn in ffns:
-            for name in ("input", "up", "gate", "intermediate"):
+            for name in STORED:
                 if name in names:
-                    attach = _on_input if name in ("input", "intermediate") else _on_factor
+                    attach = _on_input if name in LINEAR_INPUTS else _on_factor
                     attach(stack, forwards, ffn, name, partial(callback, ffn.layer, name))
         yield
 
@@ -157,9 +156,9 @@ def intercept(ffns: Sequence[FFN], site: str, rewrite: Rewrite) -> Iterator[None
         ffns: all FFNs of one model.
         site: one of `SITES`.
         rewrite: called once a layer and tensor with layer, tensor name, the tensor that the site
-            means and the tensor to write (the same one for `input` and `intermediate`; i for `up`
-            and `gate`), both [batch, tokens, width]. Returns the replacement, of the same shape
-            and type, or None for no change. It must not write in place: x has other readers.
+            means and the tensor to write (i for `up` and `gate`, for the others the same one), both
+            [batch, tokens, width]. Returns the replacement, of the same shape and type, or None for no
+            change. It must not write in place: x has other readers.
 
     Raises:
         AtlasError: as `observe`.
@@ -176,7 +175,7 @@ def intercept(ffns: Sequence[FFN], site: str, rewrite: Rewrite) -> Iterator[None
 def _attach_rewrite(
     stack: ExitStack, forwards: ForwardWatch, ffn: FFN, name: str, rewrite: Rewrite
 ) -> None:
-    if name in ("input", "intermediate"):
+    if name in LINEAR_INPUTS:
         act = partial(_call_same, rewrite, ffn.layer, name)
         return _on_input(stack, forwards, ffn, name, act)
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from sparsity_atlas.ffn import Activation, Projection
+from sparsity_atlas.ffn import Activation
+from sparsity_atlas.projection import Projection
 
 # Columns that are looked at first: few are enough to refute.
 QUICK_COLUMNS = 64

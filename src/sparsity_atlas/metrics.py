@@ -19,6 +19,7 @@ from sparsity_atlas import cli
 from sparsity_atlas.activations import ActivationStore, Rows
 from sparsity_atlas.parquet import write_parquet
 from sparsity_atlas.store import read_manifest
+from sparsity_atlas.terms import TENSORS
 
 # An entry is near zero when it is at most this share of its token's largest magnitude.
 NEAR_ZERO = 0.01
@@ -172,7 +173,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     site = read_manifest(arguments.capture)["site"]
-    tensors = ["input", "intermediate"] if site == "all_inputs" else [site]
+    tensors = TENSORS[site]
     store = ActivationStore(arguments.store)
     for tensor in tensors:
         store.check(tensor)

@@ -113,7 +113,8 @@ def sparsity(usages: list[Usage], slots: list[Slot]) -> dict[str, Any]:
     """Induced sparsity: zeros over entries of each tensor, pooled and by layer, padding excluded.
 
     `total` and `layers` weigh a token by how often it was run or would be without sharing; `unique`
-    counts each token of a document once.
+    counts each token of a document once. `products` and `zero_products` count entries as often as
+    weights meet them.
     """
     zeros = {phase: sum(usage.zeros[phase].sum(0) for usage in usages) for phase in PHASES}
     tokens = {phase: sum(int(usage.tokens[phase].sum()) for usage in usages) for phase in PHASES}
@@ -122,6 +123,7 @@ def sparsity(usages: list[Usage], slots: list[Slot]) -> dict[str, Any]:
     for tensor in dict.fromkeys(slot.tensor for slot in slots):
         index = [i for i, slot in enumerate(slots) if slot.tensor == tensor]
         widths = np.array([slots[i].width for i in index])
+        outputs = np.array([slots[i].outputs for i in index])
         every = (zeros["prefill"] + zeros["generation"])[index]
         shares = {
             phase: _ratio(zeros[phase][index].sum(), tokens[phase] * widths.sum())
@@ -132,6 +134,8 @@ def sparsity(usages: list[Usage], slots: list[Slot]) -> dict[str, Any]:
             "entries": int(run * widths.sum()),
             "total": _ratio(every.sum(), run * widths.sum()),
             **shares,
+            "zero_products": int((every * outputs).sum()),
+            "products": int(run * (widths * outputs).sum()),
             "layers": [
                 _ratio(count, run * width) for count, width in zip(every, widths, strict=True)
             ],

@@ -1,6 +1,7 @@
-"""Stage `output_error`: induced sparsity and FFN-output error at every level, from the store.
+"""Stage `output_error`: induced sparsity and output error at every level, from the store.
 
-No forward pass of the model: each layer's captured input goes through that layer's FFN alone.
+No forward pass of the model: each layer's captured input goes through that layer's FFN alone. At an input of
+the attention's maps the output is theirs; at all linear inputs at once the error is the mean of the three.
 """
 
 from __future__ import annotations
@@ -33,27 +34,59 @@ SCHEMA = pa.schema(
         ("level", pa.string()),
         ("layer", pa.int64()),
         ("sparsity", pa.float64()),  # zeros / entries at the site
-        ("error", pa.float64()),  # mean over tokens of ‖FFN(x) − FFN_sparse(x)‖ / ‖FFN(x)‖
+        ("error", pa.float64()),  # mean over tokens of ‖f(x) − f_sparse(x)‖ / ‖f(x)‖
     ]
 )
 _BLOCK_BYTES = 64 * 2**20
 
 
-def sparse_output(
-    ffn: FFN, x: Tensor, site: str, rules: Mapping[str, Criterion], level: float, length: int = 1
-) -> tuple[Tensor, int, int]:
-    """An FFN's output with a criterion at a site.
+# Sites whose error is the mean of those of several parts of a layer.
+_PARTS = {"all_linear_inputs": ("qkv_input", "o_input", "all_inputs")}
+
+
+def parts_of(site: str) -> tuple[str, ...]:
+    """The parts of a layer that a site concerns: attention's maps each for themselves, and the FFN."""
+    return _PARTS.get(site, (site,))
+
+
+def source_of(part: str) -> str:
+    """The captured tensor that a part's output follows from."""
+    return part if part in ("qkv_input", "o_input") else "input"
+
+
+def dense_output(ffn: FFN, x: Tensor, part: str) -> Tensor:
+    """What a part of a layer makes of its input.
 
     Args:
         ffn: the layer's FFN.
-        x: its input, [tokens, hidden].
-        site: where.
+        x: [tokens, width], the tensor `source_of(part)`.
+        part: of the layer.
+
+    Returns:
+        The FFN's output [tokens, hidden], or the outputs of the maps that read x, side by side.
+    """
+    import torch
+
+    if source_of(part) == "input":
+        return ffn.output(ffn.intermediate(x))
+    return torch.cat([projection(x) for projection in ffn.readers(part)], dim=-1)
+
+
+def sparse_output(
+    ffn: FFN, x: Tensor, part: str, rules: Mapping[str, Criterion], level: float, length: int = 1
+) -> tuple[Tensor, int, int]:
+    """`dense_output` with a criterion at the part's site.
+
+    Args:
+        ffn: the layer's FFN.
+        x: [tokens, width], the tensor `source_of(part)`.
+        part: of the layer, and the site there.
         rules: the criterion as it is bound to each tensor of the site in this layer.
         level: its number.
         length: tokens of a sequence; whole sequences stand one after the other in x.
 
     Returns:
-        output [tokens, hidden], zeros and entries at the site.
+        output [tokens, outputs], zeros and entries at the site.
     """
     from sparsity_atlas.sparsify import dropping
 
@@ -67,19 +100,29 @@ def sparse_output(
         entries += values.numel()
         return masked.out.view(values.shape)
 
-    if site in ("input", "all_inputs"):
+    if source_of(part) != "input":
+        return dense_output(ffn, drop(part, x, x), part), zeros, entries
+    if part in ("input", "all_inputs"):
         x = drop("input", x, x)
-    u, g = ffn.factors(x) if site in ("up", "gate") else (None, None)
+    u, g = ffn.factors(x) if part in ("up", "gate") else (None, None)
     i = ffn.intermediate(x)
     # Dropping an entry of a factor drops the same entry of the product.
-    match site:
+    match part:
         case "up":
-            i = drop(site, u, i)
+            i = drop(part, u, i)
         case "gate":
-            i = drop(site, g, i)
+            i = drop(part, g, i)
         case "intermediate" | "all_inputs":
             i = drop("intermediate", i, i)
     return ffn.output(i), zeros, entries
+
+
+def relative(dense: Tensor, sparse: Tensor) -> tuple[float, int]:
+    """Sum over tokens of ‖dense − sparse‖ / ‖dense‖, and of how many; an output of zeros has none."""
+    dense = dense.float()
+    norm = dense.norm(dim=-1)
+    errors = (sparse.float() - dense).norm(dim=-1)[norm > 0] / norm[norm > 0]
+    return float(errors.double().sum()), len(errors)
 
 
 def layer_rows(
@@ -96,31 +139,42 @@ def layer_rows(
     tokens = store.shape("input", ffn.layer)[0]
     length = store.ids().shape[1]
     step = max(1, _BLOCK_BYTES // (4 * ffn.width * length)) * length
-    sums = {level: {"zeros": 0, "entries": 0, "error": 0.0} for level in levels}
-    counted = 0
+    zeros, entries = dict.fromkeys(levels, 0), dict.fromkeys(levels, 0)
+    parts = parts_of(site)
+    sums = {(level, part): 0.0 for level in levels for part in parts}
+    counted = dict.fromkeys(parts, 0)
     parameter = next(ffn.down.module.parameters())
-    for start in range(first, tokens, step):
-        block = torch.from_numpy(store.read("input", ffn.layer, start, start + step))
-        x = block.to(parameter.device, parameter.dtype)
-        dense = ffn.output(ffn.intermediate(x))
-        norm = dense.float().norm(dim=-1)
-        counted += int((norm > 0).sum())
-        for level in levels:
-            output, zeros, entries = sparse_output(ffn, x, site, rules, float(level), length)
-            error = (output - dense).float().norm(dim=-1)[norm > 0] / norm[norm > 0]
-            sums[level]["zeros"] += zeros
-            sums[level]["entries"] += entries
-            sums[level]["error"] += float(error.double().sum())
+    for part in parts:
+        for start in range(first, tokens, step):
+            block = torch.from_numpy(store.read(source_of(part), ffn.layer, start, start + step))
+            x = block.to(parameter.device, parameter.dtype)
+            dense = dense_output(ffn, x, part)
+            for level in levels:
+                output, gone, all_of_them = sparse_output(ffn, x, part, rules, float(level), length)
+                error, count = relative(dense, output)
+                zeros[level] += gone
+                entries[level] += all_of_them
+                sums[level, part] += error
+            counted[part] += count
     return [
         {
             "level": level,
             "layer": ffn.layer,
-            "sparsity": one["zeros"] / one["entries"],
-            # Not a number where an output is infinite: that level fails in the evaluation, too.
-            "error": one["error"] / counted if counted and math.isfinite(one["error"]) else None,
+            "sparsity": zeros[level] / entries[level],
+            "error": _mean([(sums[level, part], counted[part]) for part in parts]),
         }
-        for level, one in sums.items()
+        for level in levels
     ]
+
+
+def _mean(parts: list[tuple[float, int]]) -> float | None:
+    """Mean over the parts of a layer of their mean errors.
+
+    None where an output is infinite, or there is none: that level fails in the evaluation, too.
+    """
+    if not all(count and math.isfinite(error) for error, count in parts):
+        return None
+    return sum(error / count for error, count in parts) / len(parts)
 
 
 def main() -> None:
@@ -158,7 +212,8 @@ def main() -> None:
     settings = arguments.settings
     model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
     store = ActivationStore(arguments.store)
-    store.check("input")
+    for tensor in sorted({source_of(part) for part in parts_of(arguments.site)}):
+        store.check(tensor)
     states = read_calibration(arguments.calibration).states if arguments.calibration else None
     first = settings.get("calibration_tokens", 0)
     rows = []

@@ -14,7 +14,8 @@ from sparsity_atlas.terms import TENSORS
 
 if TYPE_CHECKING:
     from sparsity_atlas.criteria import Criterion
-    from sparsity_atlas.ffn import FFN, Projection
+    from sparsity_atlas.ffn import FFN
+    from sparsity_atlas.projection import Projection
 
 # Unit vectors that go through a map at once, where its weight is no plain matrix.
 UNIT_VECTORS = 512
@@ -23,7 +24,7 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """One tensor of one layer's FFN."""
+    """One tensor of one layer."""
 
     ffn: FFN
     tensor: str
@@ -36,7 +37,7 @@ class Place:
     @property
     def width(self) -> int:
         """Entries of the vector."""
-        return self.ffn.hidden if self.tensor == "input" else self.ffn.width
+        return self.ffn.size(self.tensor)
 
     @property
     def device(self) -> torch.device:
@@ -44,11 +45,9 @@ class Place:
         device = next(self.ffn.down.module.parameters()).device
         return torch.device("cpu") if device.type == "mps" else device
 
-    def readers(self) -> list[Projection]:
+    def readers(self) -> tuple[Projection, ...]:
         """The maps that a dropped entry saves work in: W_u and W_g of x, W_d of u, g and u ⊙ g."""
-        if self.tensor != "input":
-            return [self.ffn.down]
-        return [self.ffn.up] if self.ffn.gate is None else [self.ffn.up, self.ffn.gate]
+        return self.ffn.readers(self.tensor)
 
     @cached_property
     def weight(self) -> Tensor:

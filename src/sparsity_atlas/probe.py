@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsity_atlas.ffn import ACTIVATIONS, Activation, Projection, activation_function
+from sparsity_atlas.ffn import ACTIVATIONS, Activation, activation_function
 from sparsity_atlas.hypotheses import (
     QUICK_COLUMNS,
     Call,
@@ -32,6 +32,7 @@ from sparsity_atlas.hypotheses import (
     tolerance,
 )
 from sparsity_atlas.naming import NamedFFN
+from sparsity_atlas.projection import Projection
 
 # Linear maps between an FFN's up and down projection, with room for attention in parallel.
 WINDOW = 16

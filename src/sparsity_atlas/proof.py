@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.ffn import FFN, Projection
+from sparsity_atlas.ffn import FFN
 from sparsity_atlas.ffn_hooks import observe
 from sparsity_atlas.hypotheses import relative_error, tolerance
+from sparsity_atlas.projection import Projection
 
 # Loose: reduced-precision products (TF32) must pass, and what is not affine misses by far more.
 AFFINE = 0.03
@@ -72,6 +73,21 @@ def prove(ffns: list[FFN], run: Callable[[], Any]) -> list[FFN]:
     return [replace(ffn, overwritten=ffn.layer in overwritten) for ffn in ffns]
 
 
+def prove_attention(ffns: list[FFN], run: Callable[[], Any]) -> None:
+    """Prove in an ordinary forward pass that all maps of every attention are affine, and run once.
+
+    Raises:
+        AtlasError: names the map and the error.
+    """
+
+    def check(layer: int, name: str, tensor: Tensor) -> None:
+        for projection in ffns[layer].readers(name):
+            _hold(ffns[layer], f"{projection.path} is affine", *_affine(projection, tensor), AFFINE)
+
+    with observe(ffns, ("qkv_input", "o_input"), check):
+        run()
+
+
 def _check(ffn: FFN, values: dict[str, Tensor], output: Tensor) -> None:
     x, i = values["input"], values["intermediate"]
     u, g = ffn.factors(x)
@@ -92,13 +108,17 @@ def _check(ffn: FFN, values: dict[str, Tensor], output: Tensor) -> None:
             "gate is affine": (*_affine(ffn.gate, x), AFFINE),
         }
     for equation, (expected, found, allowed) in equations.items():
-        error = relative_error(expected, found)
-        # Written so that NaN fails.
-        if not error <= allowed:
-            raise AtlasError(
-                f"layer {ffn.layer} ({ffn.down.path}): {equation} does not hold on the model's own "
-                f"numbers: relative error {error:.2g}, allowed {allowed:.2g}"
-            )
+        _hold(ffn, equation, expected, found, allowed)
+
+
+def _hold(ffn: FFN, equation: str, expected: Tensor, found: Tensor, allowed: float) -> None:
+    error = relative_error(expected, found)
+    # Written so that NaN fails.
+    if not error <= allowed:
+        raise AtlasError(
+            f"layer {ffn.layer} ({ffn.down.path}): {equation} does not hold on the model's own "
+            f"numbers: relative error {error:.2g}, allowed {allowed:.2g}"
+        )
 
 
 def _affine(projection: Projection, like: Tensor) -> tuple[Tensor, Tensor]:

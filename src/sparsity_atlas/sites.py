@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsity_atlas.attention_probe import find_attention
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.ffn import ACTIVATIONS, FFN, Activation, bind_ffns
 from sparsity_atlas.ffn_hooks import intercept, observe, transform
@@ -18,12 +20,13 @@ from sparsity_atlas.ffn_layers import as_named, check_run_once, one_a_layer
 from sparsity_atlas.hypotheses import Hypothesis
 from sparsity_atlas.naming import expand
 from sparsity_atlas.probe import Search
-from sparsity_atlas.proof import prove
-from sparsity_atlas.terms import SITES, TENSORS
+from sparsity_atlas.proof import prove, prove_attention
+from sparsity_atlas.terms import SITES, STORED, TENSORS
 
 __all__ = [
     "FFN",
     "SITES",
+    "STORED",
     "TENSORS",
     "bind_ffns",
     "find_ffns",
@@ -37,7 +40,7 @@ PROBE_BATCH, PROBE_TOKENS = 2, 8
 
 
 def find_ffns(model: nn.Module, modules: dict[str, str] | None = None) -> list[FFN]:
-    """Find and prove the FFN of every layer: two forward passes over a few random tokens.
+    """Find and prove the FFN of every layer, and its attention: a few passes over a few random tokens.
 
     Args:
         model: a causal language model; called as model(ids), in its own type and on its device.
@@ -45,7 +48,7 @@ def find_ffns(model: nn.Module, modules: dict[str, str] | None = None) -> list[F
             `gate_up` with `order`; `activation`. Module paths, {layer} for the layer's number.
 
     Returns:
-        One FFN a layer, in the order of execution.
+        One FFN a layer, in the order of execution, with the attention where every layer shows one.
 
     Raises:
         AtlasError: an FFN that is not found or not proved; mixtures of experts.
@@ -68,7 +71,14 @@ def find_ffns(model: nn.Module, modules: dict[str, str] | None = None) -> list[F
         else:
             found = one_a_layer(model, search.findings, layers)
         ffns = [_bind(model, layer, search, entry) for layer, entry in enumerate(found)]
-        return prove(ffns, run)
+        ffns = prove(ffns, run)
+        attention = find_attention(model, ffns, run, (PROBE_BATCH, PROBE_TOKENS))
+        if attention is None:
+            return ffns
+        pairs = zip(ffns, attention, strict=True)
+        ffns = [replace(ffn, attention=own) for ffn, own in pairs]
+        prove_attention(ffns, run)
+        return ffns
 
 
 def _forward(model: nn.Module, ids: torch.Tensor) -> Callable[[], Any]:

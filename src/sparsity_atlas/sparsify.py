@@ -15,7 +15,7 @@ from sparsity_atlas.criteria.base import Criterion, SequenceCriterion, declares_
 from sparsity_atlas.errors import AtlasError, NumericalFailure
 from sparsity_atlas.kernels import Masked
 from sparsity_atlas.place import bind_all
-from sparsity_atlas.sites import TENSORS, intercept, observe
+from sparsity_atlas.sites import STORED, TENSORS, intercept, observe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,11 +37,19 @@ Sequences = Callable[["Tensor"], "tuple[Tensor, Phase]"]
 
 @dataclass(frozen=True)
 class Slot:
-    """One counted vector: a tensor of one layer."""
+    """One counted vector: a tensor of one layer.
+
+    Attributes:
+        tensor: its name.
+        layer: index of the layer.
+        width: its entries.
+        outputs: weights that each of them meets.
+    """
 
     tensor: str
     layer: int
     width: int
+    outputs: int
 
 
 class Counter:
@@ -182,11 +190,9 @@ def slots_of(ffns: list[FFN], site: str | None) -> list[Slot]:
     """What is counted at a site (None: at every site), in the order of a forward pass."""
     sites = ffns[0].sites() if site is None else [site]
     tensors = {name for one in sites for name in TENSORS[one]}
-    order = [name for name in ("input", "up", "gate", "intermediate") if name in tensors]
+    order = [name for name in STORED if name in tensors]
     return [
-        Slot(name, ffn.layer, ffn.hidden if name == "input" else ffn.width)
-        for ffn in ffns
-        for name in order
+        Slot(name, ffn.layer, ffn.size(name), ffn.outputs(name)) for ffn in ffns for name in order
     ]
 
 

@@ -49,7 +49,7 @@ def _key(path: Path) -> dict[str, str]:
 KEY = ["model", "criterion", "site"]
 SIZES = ["parameters", "non_embedding_parameters", "layers"]
 CRITICAL = [*KEY, *SIZES, *(one.name for one in fields(CriticalRow))]
-POINTS = [*KEY, *(one.name for one in fields(CurvePoint))]
+POINTS = [*KEY, *(one.name for one in fields(CurvePoint)), "parameter_sparsity"]
 LAYERS = [*KEY, "level", "tensor", "layer", "sparsity", "captured_sparsity", "output_error"]
 METRICS = ["model", "tensor", "layer", "tokens", "width", "effective_rank", "effective_rank_share"]
 METRICS += ["gini", "hoyer", "near_zero", "exact_zero", "rms"]

@@ -10,8 +10,9 @@ import pandas as pd
 
 from sparsity_atlas.errors import AtlasError
 
-# In figures and tables: the most tolerant site first, the two at once last.
+# In figures and tables: the FFN's most tolerant site first, several at once last.
 SITE_ORDER = ("intermediate", "input", "gate", "up", "all_inputs")
+SITE_ORDER += ("qkv_input", "o_input", "all_linear_inputs")
 HEADLINE_BAR = 0.99
 AVERAGE = "average"
 _TEXT = {"model", "criterion", "site", "level", "tensor", "task", "kind", "status", "relation"}

@@ -1,9 +1,12 @@
-"""The field's names for the places in an FFN."""
+"""The field's names for the places in a decoder's layer."""
 
 from __future__ import annotations
 
 # FFN(x) = W_d (u ⊙ g), u = W_u x, g = σ(W_g x).
-SITES = ("input", "up", "gate", "intermediate", "all_inputs")
+FFN_SITES = ("input", "up", "gate", "intermediate", "all_inputs")
+# What the query, key and value maps read; what the output map of the attention reads; all linear maps.
+ATTENTION_SITES = ("qkv_input", "o_input", "all_linear_inputs")
+SITES = (*FFN_SITES, *ATTENTION_SITES)
 
 # The tensors that a site concerns, in the order in which a forward pass makes them.
 TENSORS = {
@@ -12,4 +15,11 @@ TENSORS = {
     "gate": ("gate",),
     "intermediate": ("intermediate",),
     "all_inputs": ("input", "intermediate"),
+    "qkv_input": ("qkv_input",),
+    "o_input": ("o_input",),
+    "all_linear_inputs": ("qkv_input", "o_input", "input", "intermediate"),
 }
+# All of them, in that order.
+STORED = ("qkv_input", "o_input", "input", "up", "gate", "intermediate")
+# Inputs of linear maps; `up` and `gate` are outputs.
+LINEAR_INPUTS = TENSORS["all_linear_inputs"]

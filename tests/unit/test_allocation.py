@@ -92,7 +92,7 @@ def activations(ffns: list[FFN], model: torch.nn.Module) -> dict[tuple[int, str]
         torch.no_grad(),
         observe(
             ffns,
-            ["all_inputs", "gate", "up"],
+            ["all_linear_inputs", "gate", "up"],
             lambda layer, name, v: found.update({(layer, name): v.flatten(0, 1).clone()}),
         ),
     ):
@@ -121,7 +121,7 @@ def allocated(
     ]
     states = {state_name(p): criterion.calibrate(p, Given(found, p.layer)) for p in places}
     shares = allocate(
-        criterion, ffns, site, states, lambda layer: found[layer, "input"], IDS.numpy()
+        criterion, ffns, site, states, lambda layer, name: found[layer, name], IDS.numpy()
     )
     states = {name: {**states[name], **shares[name]} for name in states}
     return ffns, found, bind_all(criterion, ffns, site, states), shares
@@ -129,7 +129,10 @@ def allocated(
 
 @pytest.mark.parametrize(
     ("rule", "site"),
-    [("teal", "input"), ("cats", "gate"), ("countdown_m", "up"), ("chess", "gate")],
+    [
+        *(("teal", "input"), ("cats", "gate"), ("countdown_m", "up"), ("chess", "gate")),
+        *(("teal", "o_input"), ("teal", "all_linear_inputs")),
+    ],
 )
 @pytest.mark.parametrize("allocation", ["equal_cett", "sensitivity"])
 def test_induced_sparsity_is_the_level(
@@ -140,7 +143,8 @@ def test_induced_sparsity_is_the_level(
         dropped = [
             float((~one.mask(found[key], level)).double().mean()) for key, one in bound.items()
         ]
-        assert np.mean(dropped) == pytest.approx(level, abs=0.01)
+        widths = [found[key].shape[-1] for key in bound]
+        assert np.average(dropped, weights=widths) == pytest.approx(level, abs=0.01)
         # Errors are relative, so that only a loss tells the layers of this model apart.
         assert allocation == "equal_cett" or max(dropped) - min(dropped) > 0.05
 
@@ -166,7 +170,7 @@ def test_errors_of_a_layer_by_hand(model: torch.nn.Module) -> None:
     x = torch.randn(50, ffn.hidden)
     with torch.no_grad():
         # Of `random` the level is what is kept: 0 drops all of one tensor, and all of the other.
-        found = layer_errors(ffn, x, "all_inputs", rules, np.array([0.0]))
+        found = layer_errors(ffn, lambda *_: x, "all_inputs", rules, np.array([0.0]))
         assert found.shape == (2, 1)
         assert found == pytest.approx(1.0, abs=1e-6)
 
@@ -201,7 +205,7 @@ def test_greedy_takes_the_cheapest_step(model: torch.nn.Module) -> None:
         rule._share = None
     parameters = np.array([Place(ffn, name).weight.numel() for name in rules], float)
     with torch.no_grad():
-        table = greedy(ffn, found[0, "input"], "all_inputs", rules, parameters)
+        table = greedy(ffn, lambda _, name: found[0, name], "all_inputs", rules, parameters)
     share = parameters / parameters.sum()
     assert share == pytest.approx([2 / 3, 1 / 3])  # W_u and W_g read x
     assert share @ table == pytest.approx(TARGETS, abs=1e-6)

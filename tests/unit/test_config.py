@@ -56,7 +56,11 @@ def changed(path: str, value: Any) -> dict[str, Any]:
             "int8",
             "models.small.dtype: input should be 'auto', .*found 'int8'",
         ),
-        ("models.small.sites", ["inputs"], "models.small.sites.0: .*'all_inputs', found 'inputs'"),
+        (
+            "models.small.sites",
+            ["inputs"],
+            "models.small.sites.0: .*'all_linear_inputs', found 'inputs'",
+        ),
         ("models.dense", {"path": "x"}, "models.dense: 'dense' is the name of a folder"),
         ("models.a/b", {"path": "x"}, "models.a/b: names are letters, digits"),
         ("criteria.topp.file", "x.py", None),

@@ -48,6 +48,7 @@ def write_node(
     share = {
         **{"total": zeros / 10, "prefill": zeros / 10, "generation": zeros / 10},
         "layers": [zeros / 10] * 2,
+        **{"zero_products": 7 * zeros, "products": 70},
     }
     common = {
         "status": "ok",

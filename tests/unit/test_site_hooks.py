@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.ffn import FFN
-from sparsity_atlas.sites import SITES, TENSORS, find_ffns, observe, transform
+from sparsity_atlas.sites import TENSORS, find_ffns, observe, transform
+from sparsity_atlas.terms import FFN_SITES
 from tiny_models import HIDDEN, LAYERS, WIDTH, Strange, tiny_model, token_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -210,7 +211,7 @@ class ByHand:
 
 def sites_of(name: str) -> tuple[str, ...]:
     ungated = name in ("gpt2", "opt", "gpt_neox", "falcon")
-    return ("input", "intermediate", "all_inputs") if ungated else SITES
+    return ("input", "intermediate", "all_inputs") if ungated else FFN_SITES
 
 
 CASES = [(name, site) for name in (*MODELS, *LAYOUTS) for site in sites_of(name)]
@@ -276,7 +277,7 @@ def test_all_tensors_come_by_in_order(name: str, found: Callable[[str], list[FFN
     per_layer = [[tensor for layer, tensor in order if layer == ffn.layer] for ffn in ffns]
     assert [layer for layer, _ in order] == sorted(layer for layer, _ in order)
     for tensors in per_layer:
-        assert tensors[0] == "input"
+        assert tensors[0] == ("input" if ffns[0].attention is None else "qkv_input")
         assert tensors[-1] == "intermediate"
         assert sorted(tensors) == sorted(
             {name for site in ffns[0].sites() for name in TENSORS[site]}
@@ -430,7 +431,10 @@ def test_hooks_go_with_the_context_even_after_an_error() -> None:
     ffns = find_ffns(model)
 
     def fail() -> None:
-        with transform(ffns, "all_inputs", lambda *_: None), observe(ffns, SITES, lambda *_: None):
+        with (
+            transform(ffns, "all_inputs", lambda *_: None),
+            observe(ffns, FFN_SITES, lambda *_: None),
+        ):
             assert any(module._forward_pre_hooks for module in model.modules())
             raise KeyError
 
@@ -463,7 +467,9 @@ def test_sites_that_are_not_there_are_errors() -> None:
     ffns = find_ffns(tiny_model("gpt2"))
     for site in ("up", "gate"):
         with (
-            pytest.raises(AtlasError, match="layer 0 has no gate; its sites are input"),
+            pytest.raises(
+                AtlasError, match=f"site '{site}': layer 0 has none; its sites are input"
+            ),
             transform(ffns, site, lambda *_: None),
         ):
             pass

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.ffn import ACTIVATIONS, FFN
-from sparsity_atlas.sites import SITES, bind_ffns, find_ffns, observe
+from sparsity_atlas.sites import TENSORS, bind_ffns, find_ffns, observe
+from sparsity_atlas.terms import ATTENTION_SITES, FFN_SITES
 from tiny_models import (
     ARCHITECTURES,
     EXPERTS,
@@ -112,7 +113,7 @@ def assert_proved(model: nn.Module, ffns: list[FFN]) -> None:
     for handle in handles:
         handle.remove()
 
-    names = [site for site in sites if site != "all_inputs"]
+    names = [site for site in sites if TENSORS[site] == (site,)]
     assert set(seen) == {(ffn.layer, name) for ffn in ffns for name in names}
     logits, before = (getattr(output, "logits", output) for output in (watched, untouched))
     assert torch.equal(logits, before)
@@ -139,7 +140,8 @@ def test_every_architecture_is_found_and_proved(name: str) -> None:
     ffns = find_ffns(model)
     assert [ffn.layer for ffn in ffns] == list(range(model.config.num_hidden_layers))
     assert {ffn.hidden for ffn in ffns} == {HIDDEN}
-    assert ffns[0].sites() == (SITES if ffns[0].gated else UNGATED_SITES)
+    own = FFN_SITES if ffns[0].gated else UNGATED_SITES
+    assert ffns[0].sites() in (own, (*own, *ATTENTION_SITES))
     assert_proved(model, ffns)
 
 

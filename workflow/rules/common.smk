@@ -37,6 +37,7 @@ from sparsity_atlas.config import parse as parse_config
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.figures import FIGURES
 from sparsity_atlas.inputs import check_inputs, locate
+from sparsity_atlas.terms import SITES
 
 # For the target `clean` alone (`--config remove=true`), and no part of what is measured.
 REMOVE = config.pop("remove", False)
@@ -53,7 +54,7 @@ except AtlasError as error:
 wildcard_constraints:
     model="|".join(map(re.escape, ATLAS.models)),
     criterion="|".join(map(re.escape, ATLAS.criteria)),
-    site="input|up|gate|intermediate|all_inputs",
+    site="|".join(SITES),
     level=r"0|[1-9]\d*|\d+\.\d*[1-9]",
 
 

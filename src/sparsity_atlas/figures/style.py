@@ -78,6 +78,9 @@ SITE_MARKS = {
     "gate": _mark(2),
     "up": _mark(4),
     "all_inputs": _mark(3),
+    "qkv_input": _mark(5),
+    "o_input": _mark(8),
+    "all_linear_inputs": _mark(9),
 }
 
 

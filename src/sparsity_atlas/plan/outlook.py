@@ -22,6 +22,7 @@ from sparsity_atlas.plan.dry_run import DryLM, TaskCost, count
 from sparsity_atlas.plan.rates import TimedLM, free_memory, node_seconds
 from sparsity_atlas.sites import find_ffns
 from sparsity_atlas.store import read_manifest
+from sparsity_atlas.terms import STORED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,7 +52,7 @@ class Outlook:
     Attributes:
         parameters: all of them.
         dtype: of the computation, and so of the activations.
-        shapes: width of the FFN's input and of its factors, for each layer.
+        shapes: entries of each tensor, for each layer.
         costs: what one evaluation of each task takes.
         ready: seconds until the weights are loaded and the sites found.
         seconds: of one evaluation's forward passes, by criterion and site, and by task.
@@ -59,18 +60,14 @@ class Outlook:
 
     parameters: int | None = None
     dtype: str = ""
-    shapes: list[tuple[int, int]] = field(default_factory=list)
+    shapes: list[dict[str, int]] = field(default_factory=list)
     costs: dict[str, TaskCost] = field(default_factory=dict)
     ready: float = 0.0
     seconds: dict[NodeKey, dict[str, float]] = field(default_factory=dict)
 
     def store_bytes(self, tokens: int, tensors: Sequence[str]) -> int:
         """Bytes of some tensors' activations before compression."""
-        width = sum(
-            hidden if tensor == "input" else inner
-            for tensor in tensors
-            for hidden, inner in self.shapes
-        )
+        width = sum(shape.get(tensor, 0) for tensor in tensors for shape in self.shapes)
         return tokens * width * ITEM_BYTES[self.dtype]
 
 
@@ -149,14 +146,29 @@ def _dtype(settings: dict[str, Any], model: PreTrainedModel) -> str:
     return own.removeprefix("torch.") if dtype == "auto" else dtype
 
 
-def _shapes(manifest: Path, model: PreTrainedModel) -> list[tuple[int, int]]:
-    """Of the layers' FFNs, as proved by an earlier run, else as the configuration says."""
+def _shapes(manifest: Path, model: PreTrainedModel) -> list[dict[str, int]]:
+    """Of the layers' tensors, as proved by an earlier run, else as the configuration says."""
     if manifest.is_file():
-        return [(ffn["hidden"], ffn["width"]) for ffn in read_manifest(manifest)["ffn"]]
+        return [
+            _widths(ffn["hidden"], ffn["width"], (ffn["attention"] or {}).get("width"))
+            for ffn in read_manifest(manifest)["ffn"]
+        ]
     text = model.config.get_text_config()
-    layers = getattr(text, "num_hidden_layers", 0)
-    shape = (getattr(text, "hidden_size", None), getattr(text, "intermediate_size", None))
-    return [shape] * layers if all(isinstance(width, int) for width in shape) else []
+    hidden, width = (getattr(text, name, None) for name in ("hidden_size", "intermediate_size"))
+    if not (isinstance(hidden, int) and isinstance(width, int)):
+        return []
+    heads, head = (getattr(text, name, None) for name in ("num_attention_heads", "head_dim"))
+    attended = heads * head if isinstance(heads, int) and isinstance(head, int) else None
+    return [_widths(hidden, width, attended)] * getattr(text, "num_hidden_layers", 0)
+
+
+def _widths(hidden: int, width: int, attended: int | None) -> dict[str, int]:
+    """Entries of each tensor; what the attention's output map reads is mostly as wide as the model."""
+    return {
+        **dict.fromkeys(("qkv_input", "input"), hidden),
+        "o_input": hidden if attended is None else attended,
+        **dict.fromkeys(("up", "gate", "intermediate"), width),
+    }
 
 
 def measure(config: Config, name: str, outlook: Outlook, nodes: dict[NodeKey, Node | None]) -> None:
@@ -187,7 +199,7 @@ def measure(config: Config, name: str, outlook: Outlook, nodes: dict[NodeKey, No
     ffns = find_ffns(model, source.get("modules"))
     check_sites(name, grid.model_sites(config, name), list(ffns[0].sites()))
     outlook.ready = time.perf_counter() - began
-    outlook.shapes = [(ffn.hidden, ffn.width) for ffn in ffns]
+    outlook.shapes = [{tensor: ffn.size(tensor) for tensor in STORED} for ffn in ffns]
     lm = TimedLM(
         model, load_tokenizer(checkpoint), batch_size=settings["batch_size"], max_length=None
     )

@@ -1,0 +1,25 @@
+"""A linear map of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The linear map that makes one factor: a module's whole output, or one half of its columns."""
+
+    path: str
+    module: nn.Module
+    half: int | None = None
+
+    def columns(self, output: Tensor) -> Tensor:
+        """This factor's columns [..., d_ff] of the module's output."""
+        return output if self.half is None else output.chunk(2, dim=-1)[self.half]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What the map makes of x, past all hooks."""
+        # forward() and not the module itself: hooks see only what the model computes.
+        return self.columns(self.module.forward(x))
