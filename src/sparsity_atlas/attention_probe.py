@@ -34,7 +34,8 @@ _DIGITS = 256
 _TOLERANCE = 0.02
 # Mean distance of a later token's means from its own values: weights are not all on the token itself.
 _MIXED = 0.05
-_ROWS = 1024
+# Entries that are looked up at once: most modules are refuted by the first of them.
+_ROWS = 256
 
 
 @dataclass
@@ -72,16 +73,13 @@ def find_attention(
             if place and path.startswith(f"{place}.") and path not in own
         }
         layers.append(beside)
-    calls: dict[str, list[_Call]] = {path: [] for beside in layers for path in beside}
+    calls: dict[str, list[_Call | None]] = {path: [] for beside in layers for path in beside}
     with ExitStack() as stack:
         for beside in layers:
             for path, module in beside.items():
                 _hook(stack, path, module, shape, calls[path])
         run()
-    found = [
-        _attention([call for path in beside for call in calls[path]], len(beside))
-        for beside in layers
-    ]
+    found = [_attention([call for path in beside for call in calls[path]]) for beside in layers]
     return [one for one in found if one] if all(found) else None
 
 
@@ -96,20 +94,28 @@ def _layer(ffn: FFN, ffns: list[FFN]) -> str:
 
 
 def _hook(
-    stack: ExitStack, path: str, module: nn.Module, shape: tuple[int, int], calls: list[_Call]
+    stack: ExitStack,
+    path: str,
+    module: nn.Module,
+    shape: tuple[int, int],
+    calls: list[_Call | None],
 ) -> None:
+    """Note a module's calls, None for one that is not of one tensor by token, and put numbers out."""
     generator = torch.Generator().manual_seed(len(path) + sum(path.encode()))
 
     def replace(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         given = next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
-        if given is None or not isinstance(output, Tensor) or not given.is_floating_point():
-            return None
+        if given is not None and not given.is_floating_point():
+            return None  # an embedding
         tokens = shape[0] * shape[1]
-        if any(one.numel() != tokens * one.shape[-1] for one in (given, output)):
-            return None
-        made = _numbered(shape, output.shape[-1], generator)
-        calls.append(_Call(path, module, given.detach().reshape(*shape, -1).float().clone(), made))
-        return made.reshape(output.shape).to(output)
+        for one in (given, output):
+            if not isinstance(one, Tensor) or one.numel() != tokens * one.shape[-1]:
+                calls.append(None)
+                return None
+        made = _numbered(shape, output.shape[-1], generator).to(output.dtype)
+        read = given.reshape(*shape, -1).float().clone()
+        calls.append(_Call(path, module, read, made.float()))
+        return made.reshape(output.shape).to(output.device)
 
     stack.callback(module.register_forward_hook(replace, with_kwargs=True).remove)
 
@@ -123,11 +129,12 @@ def _numbered(shape: tuple[int, int], width: int, generator: torch.Generator) ->
     return made
 
 
-def _attention(calls: list[_Call], maps: int) -> Attention | None:
+def _attention(noted: list[_Call | None]) -> Attention | None:
     """The attention of one layer whose maps ran like this."""
-    if len(calls) != maps:  # one did not run, or ran twice
+    calls = [call for call in noted if call is not None]
+    if len(calls) < len(noted) or len({call.path for call in calls}) < len(calls):
         return None
-    pairs = [(v, o) for v in calls for o in calls if v is not o and _mixes(v, o)]
+    pairs = [(v, o) for v in calls for o in calls if not _same(v.input, o.input) and _mixes(v, o)]
     if len(pairs) != 1:
         return None
     v, o = pairs[0]
@@ -152,12 +159,13 @@ def _mixes(v: _Call, o: _Call) -> bool:
     """Whether o reads means over tokens of entries of v's output."""
     read, made = o.input.cpu(), v.output
     first = made[:2, 0].T.contiguous()
-    nearest = [
-        torch.cdist(rows, first).min(dim=1) for rows in read[:2, 0].T.contiguous().split(_ROWS)
-    ]
-    if max(float(one.values.max()) for one in nearest) > _TOLERANCE:
-        return False
-    values = made[:, :, torch.cat([one.indices for one in nearest])]
+    nearest = []
+    for rows in read[:2, 0].T.contiguous().split(_ROWS):
+        distance, index = torch.cdist(rows, first).min(dim=1)
+        if float(distance.max()) > _TOLERANCE:
+            return False
+        nearest.append(index)
+    values = made[:, :, torch.cat(nearest)]
     low, high = values.cummin(dim=1).values, values.cummax(dim=1).values
     if bool(((read < low - _TOLERANCE) | (read > high + _TOLERANCE)).any()):
         return False

@@ -212,6 +212,13 @@ def test_what_is_no_such_attention_is_not_taken_for_one(kind: str) -> None:
     assert ffns[0].sites() == ("input", "intermediate", "all_inputs")
 
 
+def test_a_model_of_one_layer() -> None:
+    """Its layer is all of the decoder; the embedding there is no map of attention's."""
+    (ffn,) = find_ffns(tiny_model("llama", num_hidden_layers=1))
+    assert ffn.attention is not None
+    assert ffn.attention.o.path == "model.layers.0.self_attn.o_proj"
+
+
 def test_one_odd_layer_is_enough() -> None:
     model = Decoder("plain")
     model.blocks[1].kind = "normalised"
