@@ -16,6 +16,7 @@ from sparsity_atlas.errors import AtlasError, NumericalFailure
 from sparsity_atlas.kernels import Masked
 from sparsity_atlas.place import bind_all
 from sparsity_atlas.sites import STORED, TENSORS, intercept, observe
+from sparsity_atlas.threshold import Threshold
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from sparsity_atlas.criteria.base import Phase
     from sparsity_atlas.place import State
     from sparsity_atlas.sites import FFN
-    from sparsity_atlas.threshold import Threshold
 
 __all__ = ["Counter", "Drop", "NumericalFailure", "Slot", "counted", "dropping", "sparsified"]
 
@@ -200,9 +200,16 @@ def slots_of(ffns: list[FFN], site: str | None) -> list[Slot]:
 def counted(model: PreTrainedModel, ffns: list[FFN]) -> Iterator[Counter]:
     """Count exact zeros at every site of an untouched model."""
     counter = Counter(slots_of(ffns, None))
+    # A threshold that drops nothing counts in one pass.
+    everything = Threshold("fixed", constants=torch.zeros(1))
+
+    @cache
+    def rule(device: torch.device) -> Threshold:
+        return everything.to(device)
 
     def count(layer: int, name: str, values: Tensor) -> None:
-        counter.add(name, layer, (values == 0).sum(-1), kernels.finite(values))
+        _, zeros, finite = kernels.masked(rule(values.device), values, values)
+        counter.add(name, layer, zeros, finite)
 
     with _passes(model, counter), observe(ffns, ffns[0].sites(), count):
         yield counter

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from sparsity_atlas.activations import ActivationStore
 from sparsity_atlas.criteria import create
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.output_error import layer_rows
 from sparsity_atlas.place import Place, bind_all
 from sparsity_atlas.sites import bind_ffns, find_ffns, observe, transform
 from sparsity_atlas.sparsify import slots_of, sparsified
@@ -272,3 +275,51 @@ def test_wina_weighs_by_all_maps_that_read() -> None:
     stacked = torch.cat([one.module.weight for one in attention.qkv])
     norms = Place(ffns[0], "qkv_input").column_norms()
     torch.testing.assert_close(norms, stacked.detach().norm(dim=0))
+
+
+def test_output_error_is_the_mean_of_the_parts(tmp_path: Path) -> None:
+    """Of the maps that read a tensor, and of the FFN: by hand, from the captured tensors."""
+    ffns = find_ffns(tiny_model("llama", initializer_range=0.3))
+    ids = token_ids(batch=2, tokens=6)
+    seen: dict[str, Tensor] = {}
+
+    def keep(layer: int, name: str, values: Tensor) -> None:
+        if layer == 0:
+            seen[name] = values.flatten(0, 1).clone()
+
+    store = ActivationStore(tmp_path / "activations.zarr", writable=True)
+    with torch.no_grad(), observe(ffns, ["all_linear_inputs"], keep):
+        ffns[0].model(ids)
+    store.put_ids(ids.numpy())
+    for name, values in seen.items():
+        store.create(name, [values.shape[1]], len(values), len(values), "float32")
+        store.put(name, 0, 0, values.numpy())
+    bound = bind_all(create({"rule": "topk"}), ffns[:1], "all_linear_inputs")
+    rules = {name: rule for (_, name), rule in bound.items()}
+
+    def kept(name: str, values: Tensor) -> Tensor:
+        return torch.where(rules[name].mask(values, 0.5), values, 0)
+
+    def error(dense: Tensor, sparse: Tensor) -> float:
+        return float(((sparse - dense).norm(dim=-1) / dense.norm(dim=-1)).mean())
+
+    block = ffns[0].model.model.layers[0]
+    attention, ffn = block.self_attn, block.mlp
+    with torch.no_grad():
+        x, o = seen["qkv_input"], seen["o_input"]
+        maps = (attention.q_proj, attention.k_proj, attention.v_proj)
+        qkv = error(*(torch.cat([one(v) for one in maps], -1) for v in (x, kept("qkv_input", x))))
+        out = error(attention.o_proj(o), attention.o_proj(kept("o_input", o)))
+        x = seen["input"]
+        sparse = kept("input", x)
+        i = kept("intermediate", ffn.act_fn(ffn.gate_proj(sparse)) * ffn.up_proj(sparse))
+        whole = error(ffn(x), ffn.down_proj(i))
+        expected = {
+            "qkv_input": qkv,
+            "o_input": out,
+            "all_inputs": whole,
+            "all_linear_inputs": (qkv + out + whole) / 3,
+        }
+        for site, value in expected.items():
+            (row,) = layer_rows(ffns[0], store, site, rules, ["0.5"])
+            assert row["error"] == pytest.approx(value, rel=1e-5), site

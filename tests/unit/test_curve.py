@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pytest
 
 from sparsity_atlas import curve, summarize
+from sparsity_atlas.curve import parameter_sparsity
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.samples import SCHEMA, SampleTable
 from sparsity_atlas.store import read_manifest, write_manifest
@@ -149,7 +151,10 @@ def test_known_numbers(tmp_path: Path) -> None:
     assert group["dense"]["sparsity"] == 0
     assert [group[level]["sparsity"] for level in ("0.9", "0.8", "0.7")] == [0.2, 0.4, 0.6]
     assert group["0.7"]["retained"] == pytest.approx(0.98)
+    assert group["0.7"]["parameter_sparsity"] == pytest.approx(0.6)
+    assert points(content, "average")["0.7"]["parameter_sparsity"] == pytest.approx(0.6)
     assert group["0.6"]["status"] == "failed"
+    assert group["0.6"]["parameter_sparsity"] is None
     # The average over accuracies is that of the one task; the loss stays out of it.
     assert points(content, "average")["0.7"]["value"] == group["0.7"]["value"]
     pages = points(content, "pages")
@@ -259,3 +264,17 @@ def test_the_summary_of_a_model(tmp_path: Path) -> None:
     )
     assert float(headline["value"]) == pytest.approx(0.5)
     assert headline["non_embedding_parameters"] == "600"
+
+
+def test_parameters_weigh_each_tensor_by_its_readers() -> None:
+    """x of 4 entries meets 8 weights each and i of 8 meets 2: half of x is twice half of i."""
+    shares = {
+        "input": {"zero_products": 2 * 8, "products": 4 * 8},
+        "intermediate": {"zero_products": 0, "products": 8 * 2},
+    }
+    node = SimpleNamespace(
+        ok=lambda task: task == "ran", manifest={"tasks": {"ran": {"sparsity": shares}}}
+    )
+    assert parameter_sparsity(node, "ran", "all_inputs") == 16 / 48
+    assert parameter_sparsity(node, "ran", "input") == 0.5
+    assert parameter_sparsity(node, "failed", "input") is None

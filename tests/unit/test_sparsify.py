@@ -117,7 +117,7 @@ def test_a_criterion_says_one_thing_or_the_other(tmp_path) -> None:
 
 @pytest.mark.parametrize("padding", [True, False])
 def test_padding_neither_counts_nor_breaks(padding: bool) -> None:
-    counter = Counter([Slot("input", 0, 8), Slot("up", 0, 8)])
+    counter = Counter([Slot("input", 0, 8, 16), Slot("up", 0, 8, 8)])
     counter.expect(torch.tensor([[True, not padding], [True, True]]))
     counter.begin_pass()
     fine = torch.ones(2, 2, dtype=torch.bool)
