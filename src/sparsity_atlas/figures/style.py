@@ -79,7 +79,7 @@ SITE_MARKS = {
     "up": _mark(4),
     "all_inputs": _mark(3),
     "qkv_input": _mark(5),
-    "o_input": _mark(8),
+    "o_input": _mark(7),
     "all_linear_inputs": _mark(9),
 }
 
