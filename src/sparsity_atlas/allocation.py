@@ -3,7 +3,8 @@
 equal_cett    every layer loses the same share of its FFN's output, as CETT does (arXiv 2411.02335)
 sensitivity   every place adds the same loss where it is sparsified alone
 greedy        block by block, as TEAL does (arXiv 2408.14690): the sparsity of whichever tensor hurts the
-              FFN's output least is raised by a step, again and again
+              output least, of the FFN or, of all linear inputs, of the block, is raised by a step, again
+              and again
 
 An allocation is a table for each place: its own sparsity at each target. It is found on the calibration's
 tokens. Of equal_cett and sensitivity the target is the mean over entries, which is the induced sparsity;
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
+from sparsity_atlas.block import Block, blocks
 from sparsity_atlas.criteria.base import Criterion
 from sparsity_atlas.output_error import (
     dense_output,
@@ -108,13 +110,13 @@ def layer_errors(
     Returns:
         [tensors, grid].
     """
-    error = _error_of(ffn, inputs, site, rules)
+    error = error_of(ffn, inputs, site, rules)
     return np.array(
         [[error({**dict.fromkeys(rules, 0.0), name: s}) for s in grid] for name in rules]
     )
 
 
-def _error_of(
+def error_of(
     ffn: FFN, inputs: Inputs, site: str, rules: Mapping[str, Criterion]
 ) -> Callable[[Mapping[str, float]], float]:
     """Mean over tokens (and parts of the layer) of the relative error, by each tensor's level."""
@@ -202,23 +204,39 @@ def single_losses(
     return found
 
 
+def block_error(
+    block: Block, rules: Mapping[str, Criterion]
+) -> Callable[[Mapping[str, float]], float]:
+    """Mean over tokens of the relative error of a whole block's output, by each tensor's level."""
+    dense = block.output({})
+
+    def error(levels: Mapping[str, float]) -> float:
+        drops = {name: dropping(_Fixed(rule, levels[name]), 0.0) for name, rule in rules.items()}
+        output = block.output(
+            {
+                name: lambda values, drop=drop: drop(values, values).out
+                for name, drop in drops.items()
+            }
+        )
+        total, count = relative(dense.flatten(0, 1), output.flatten(0, 1))
+        return total / count if count else 0.0
+
+    return error
+
+
 def greedy(
-    ffn: FFN, inputs: Inputs, site: str, rules: Mapping[str, Criterion], parameters: np.ndarray
+    error: Callable[[Mapping[str, float]], float], names: Sequence[str], parameters: np.ndarray
 ) -> np.ndarray:
     """TEAL's block-wise greedy allocation for one layer: [tensors, TARGETS].
 
     Args:
-        ffn: the layer's FFN.
-        inputs: as `allocate` takes them.
-        site: where.
-        rules: the criterion as it is bound to each tensor.
+        error: of the layer's output, by each tensor's sparsity.
+        names: of the tensors.
         parameters: that each tensor's entries meet.
     """
     share = parameters / parameters.sum()
-    names = list(rules)
     now = np.zeros(len(names))
     means, path = [0.0], [now]
-    error = _error_of(ffn, inputs, site, rules)
     while (now < 1).any():
         tries = []
         for k in np.flatnonzero(now < 1):
@@ -268,18 +286,20 @@ def allocate(
                 [layer_errors(ffn, inputs, site, by_layer[ffn.layer], grid) for ffn in ffns]
             )
         if criterion.allocation == "greedy":
-            tables = [
-                greedy(
-                    ffn,
-                    inputs,
-                    site,
-                    by_layer[ffn.layer],
-                    np.array(
-                        [Place(ffn, name).weight.numel() for name in by_layer[ffn.layer]], float
-                    ),
-                )
-                for ffn in ffns
-            ]
+            if site == "all_linear_inputs":
+                few = torch.from_numpy(ids[: max(1, ERROR_TOKENS // ids.shape[1])])
+                device = next(ffns[0].model.parameters()).device
+                errors = [
+                    block_error(block, by_layer[block.ffn.layer])
+                    for block in blocks(ffns, few.to(device))
+                ]
+            else:
+                errors = [error_of(ffn, inputs, site, by_layer[ffn.layer]) for ffn in ffns]
+            tables = []
+            for ffn, error in zip(ffns, errors, strict=True):
+                names = list(by_layer[ffn.layer])
+                met = [ffn.size(name) * ffn.outputs(name) for name in names]
+                tables.append(greedy(error, names, np.array(met, dtype=np.float64)))
             share = np.concatenate(tables)
         else:
             weights = np.array([place.width for place in places.values()], dtype=np.float64)

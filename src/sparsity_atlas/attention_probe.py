@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsity_atlas.attention import Attention
-from sparsity_atlas.ffn import FFN
+from sparsity_atlas.ffn import FFN, layer_path
 from sparsity_atlas.probe import linear_like
 from sparsity_atlas.projection import Projection
 
@@ -65,7 +65,7 @@ def find_attention(
     maps = linear_like(model)
     layers = []
     for ffn in ffns:
-        place = _layer(ffn, ffns)
+        place = layer_path(ffn, ffns)
         own = {one.path for one in (ffn.up, ffn.gate, ffn.down) if one is not None}
         beside = {
             path: module
@@ -81,16 +81,6 @@ def find_attention(
         run()
     found = [_attention([call for path in beside for call in calls[path]]) for beside in layers]
     return [one for one in found if one] if all(found) else None
-
-
-def _layer(ffn: FFN, ffns: list[FFN]) -> str:
-    """The largest module around an FFN that holds no other: the path of its layer."""
-    parts = ffn.down.path.split(".")
-    for count in range(1, len(parts)):
-        place = ".".join(parts[:count])
-        if not any(other is not ffn and other.down.path.startswith(f"{place}.") for other in ffns):
-            return place
-    return ""
 
 
 def _hook(

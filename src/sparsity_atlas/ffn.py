@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,6 +137,17 @@ class FFN:
             "overwritten": self.overwritten,
             "attention": self.attention.describe() if self.attention is not None else None,
         }
+
+
+def layer_path(ffn: FFN, ffns: Sequence[FFN]) -> str:
+    """The largest module around an FFN that holds no other: its layer. Empty if there is none."""
+    parts = ffn.down.path.split(".")
+    for count in range(1, len(parts)):
+        place = ".".join(parts[:count])
+        inside = (other.down.path.startswith(f"{place}.") for other in ffns if other is not ffn)
+        if not any(inside):
+            return place
+    return ""
 
 
 def activation_function(name: str) -> Callable[[Tensor], Tensor]:

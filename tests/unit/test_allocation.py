@@ -18,18 +18,21 @@ from sparsity_atlas.allocation import (
     ERROR_GRID,
     LOSS_GRID,
     allocate,
+    block_error,
+    error_of,
     greedy,
     layer_errors,
     single_losses,
     spread,
 )
+from sparsity_atlas.block import blocks
 from sparsity_atlas.calibration import write_calibration
 from sparsity_atlas.criteria import Criterion, create
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.ffn import FFN
 from sparsity_atlas.figures import allocation
 from sparsity_atlas.place import Place, bind_all, state_name
-from sparsity_atlas.sites import find_ffns, observe
+from sparsity_atlas.sites import find_ffns, intercept, observe
 from sparsity_atlas.tables import Tables
 from sparsity_atlas.thresholds import TARGETS
 from tiny_models import tiny_model, token_ids
@@ -205,7 +208,8 @@ def test_greedy_takes_the_cheapest_step(model: torch.nn.Module) -> None:
         rule._share = None
     parameters = np.array([Place(ffn, name).weight.numel() for name in rules], float)
     with torch.no_grad():
-        table = greedy(ffn, lambda _, name: found[0, name], "all_inputs", rules, parameters)
+        error_there = error_of(ffn, lambda _, name: found[0, name], "all_inputs", rules)
+        table = greedy(error_there, list(rules), parameters)
     share = parameters / parameters.sum()
     assert share == pytest.approx([2 / 3, 1 / 3])  # W_u and W_g read x
     assert share @ table == pytest.approx(TARGETS, abs=1e-6)
@@ -225,6 +229,37 @@ def test_greedy_takes_the_cheapest_step(model: torch.nn.Module) -> None:
     assert all(later >= before - 1e-3 for before, later in pairwise(errors[:80]))
     uniform = error(np.array([0.4, 0.4]))
     assert errors[40] <= uniform + 1e-3
+
+
+def test_greedy_at_all_linear_inputs_goes_by_the_whole_block(model: torch.nn.Module) -> None:
+    """The block's output with its tensors dropped is what the model itself makes of it there."""
+    ffns, _, bound, shares = allocated(model, "teal", "all_linear_inputs", "greedy")
+    for state in shares.values():
+        assert (np.diff(state["share"].numpy()) >= 0).all()
+    seen: list[Tensor] = []
+    layer = model.model.layers[0]
+    handle = layer.register_forward_hook(
+        lambda _, __, output: seen.append(output if torch.is_tensor(output) else output[0])
+    )
+
+    def rewrite(at: int, name: str, values: Tensor, onto: Tensor) -> Tensor | None:
+        if at != 0:
+            return None
+        mask = bound[0, name].mask(values.flatten(0, 1), 0.5).view_as(values)
+        return torch.where(mask, onto, 0)
+
+    with torch.no_grad():
+        model(IDS)
+        with intercept(ffns, "all_linear_inputs", rewrite):
+            model(IDS)
+        handle.remove()
+        dense, sparse = (one.flatten(0, 1) for one in seen)
+        by_hand = float(((sparse - dense).norm(dim=-1) / dense.norm(dim=-1)).mean())
+        rules = {name: rule for (at, name), rule in bound.items() if at == 0}
+        error = block_error(blocks(ffns, IDS)[0], rules)
+        assert error(dict.fromkeys(rules, 0.5)) == pytest.approx(by_hand, rel=1e-5)
+        assert error(dict.fromkeys(rules, 0.0)) == 0
+    assert by_hand > 0.01
 
 
 def test_a_table_says_what_it_was_made_from(model: torch.nn.Module) -> None:
