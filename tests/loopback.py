@@ -33,7 +33,7 @@ class Slurm:
     def __init__(self, folder: Path, plugin: Path, accounting: bool) -> None:
         self.folder = folder
         self._plugin = plugin
-        self._accounting = accounting
+        self.accounting = accounting
 
     def run(self, checkout: Checkout, *arguments: str, **environment: str) -> str:
         """Run the smoke configuration; returns what Snakemake said."""
@@ -51,7 +51,7 @@ class Slurm:
         """Start such a run, in a session of its own."""
         command = [sys.executable, "-m", "snakemake", "--nocolor"]
         command += ["--workflow-profile", "profiles/slurm", *LOCAL]
-        command += [] if self._accounting else NO_ACCOUNTING
+        command += [] if self.accounting else NO_ACCOUNTING
         # Last, since it takes whatever follows it.
         command += [*arguments, "--configfile", "workflow/config/smoke.yaml"]
         path = os.pathsep.join(map(str, (checkout.path / "src", HOOKS, self._plugin)))
