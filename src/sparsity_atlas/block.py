@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.ffn import FFN, layer_path
+from sparsity_atlas.ffn_hooks import find_tensor, replace_tensor
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,19 @@ class Block:
         with ExitStack() as stack:
             for tensor, drop in drops.items():
                 for reader in {one.path: one for one in self.ffn.readers(tensor)}.values():
-                    handle = reader.module.register_forward_pre_hook(_replacing(drop))
+                    handle = reader.module.register_forward_pre_hook(
+                        _replacing(drop, reader.path), with_kwargs=True
+                    )
                     stack.callback(handle.remove)
             result = self.module.forward(*self.args, **self.kwargs)
         return result if isinstance(result, Tensor) else result[0]
 
 
-def _replacing(drop: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple], tuple]:
-    def hook(module: nn.Module, args: tuple) -> tuple:
-        return (drop(args[0]), *args[1:])
+def _replacing(drop: Callable[[Tensor], Tensor], path: str) -> Callable[..., tuple]:
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
+        where = find_tensor(args, kwargs, path)
+        tensor = args[where] if isinstance(where, int) else kwargs[where]
+        return replace_tensor(args, kwargs, where, drop(tensor))
 
     return hook
 

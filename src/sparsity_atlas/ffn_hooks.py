@@ -35,7 +35,7 @@ def _tensors(ffns: Sequence[FFN], sites: Iterable[str]) -> set[str]:
     return names
 
 
-def _find(args: tuple, kwargs: dict[str, Any], place: str) -> int | str:
+def find_tensor(args: tuple, kwargs: dict[str, Any], place: str) -> int | str:
     """Where a module's one input tensor stands: position or keyword."""
     for key, value in (*enumerate(args), *kwargs.items()):
         if isinstance(value, Tensor):
@@ -43,7 +43,7 @@ def _find(args: tuple, kwargs: dict[str, Any], place: str) -> int | str:
     raise AtlasError(f"{place}: called without a tensor")
 
 
-def _replace(args: tuple, kwargs: dict[str, Any], key: int | str, value: Tensor) -> tuple:
+def replace_tensor(args: tuple, kwargs: dict[str, Any], key: int | str, value: Tensor) -> tuple:
     if isinstance(key, str):
         return args, kwargs | {key: value}
     return (*args[:key], value, *args[key + 1 :]), kwargs
@@ -68,7 +68,7 @@ def _on_input(
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], *, path: str) -> tuple | None:
         first = not any(forwards.counts[key] for key in keys.values())
         forwards.fired(keys[path])
-        where = _find(args, kwargs, path)
+        where = find_tensor(args, kwargs, path)
         tensor = args[where] if isinstance(where, int) else kwargs[where]
         if first:
             result = act(forwards.by_token(tensor, path))
@@ -79,7 +79,7 @@ def _on_input(
             forwards.kept.pop((ffn.layer, name), None)
         if result is None:
             return None
-        return _replace(args, kwargs, where, result.reshape(tensor.shape))
+        return replace_tensor(args, kwargs, where, result.reshape(tensor.shape))
 
     for place in read_by:
         handle = place.module.register_forward_pre_hook(

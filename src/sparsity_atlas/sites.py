@@ -20,7 +20,7 @@ from sparsity_atlas.ffn_layers import as_named, check_run_once, one_a_layer
 from sparsity_atlas.hypotheses import Hypothesis
 from sparsity_atlas.naming import expand
 from sparsity_atlas.probe import Search
-from sparsity_atlas.proof import prove, prove_attention
+from sparsity_atlas.proof import prove, proves_attention
 from sparsity_atlas.terms import SITES, STORED, TENSORS
 
 __all__ = [
@@ -76,9 +76,8 @@ def find_ffns(model: nn.Module, modules: dict[str, str] | None = None) -> list[F
         if attention is None:
             return ffns
         pairs = zip(ffns, attention, strict=True)
-        ffns = [replace(ffn, attention=own) for ffn, own in pairs]
-        prove_attention(ffns, run)
-        return ffns
+        whole = [replace(ffn, attention=own) for ffn, own in pairs]
+        return whole if proves_attention(whole, run) else ffns
 
 
 def _forward(model: nn.Module, ids: torch.Tensor) -> Callable[[], Any]:

@@ -144,6 +144,13 @@ def test_a_model_without_them_says_so() -> None:
         pass
 
 
+class Clipped(nn.Linear):
+    """Looks like a linear map, and is none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(-0.1, 0.1)
+
+
 class Block(nn.Module):
     """An attention block of one head, and what makes it another thing."""
 
@@ -153,6 +160,8 @@ class Block(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(HIDDEN, HIDDEN) for _ in range(4))
         if kind in ("gate", "beside"):
             self.more = nn.Linear(HIDDEN, HIDDEN)
+        if kind == "clipped":
+            self.q = Clipped(HIDDEN, HIDDEN)
         if kind == "latent":
             self.v = nn.Sequential(nn.Linear(HIDDEN, 8), nn.Linear(8, HIDDEN))
         self.up, self.down = nn.Linear(HIDDEN, 24), nn.Linear(24, HIDDEN)
@@ -206,7 +215,7 @@ def test_a_plain_decoder_of_ours_has_them() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["gate", "beside", "latent", "normalised", "both ways", "sink", "none"]
+    "kind", ["gate", "beside", "latent", "normalised", "both ways", "sink", "none", "clipped"]
 )
 def test_what_is_no_such_attention_is_not_taken_for_one(kind: str) -> None:
     """Another map, another reader, or values that are not simply averaged: FFN sites, and no others."""
