@@ -139,10 +139,10 @@ def layer_rows(
     tokens = store.shape("input", ffn.layer)[0]
     length = store.ids().shape[1]
     step = max(1, _BLOCK_BYTES // (4 * ffn.width * length)) * length
-    zeros, entries = dict.fromkeys(levels, 0), dict.fromkeys(levels, 0)
     parts = parts_of(site)
+    zeros, entries = dict.fromkeys(levels, 0), dict.fromkeys(levels, 0)
     sums = {(level, part): 0.0 for level in levels for part in parts}
-    counted = dict.fromkeys(parts, 0)
+    counted = dict.fromkeys(sums, 0)
     parameter = next(ffn.down.module.parameters())
     for part in parts:
         for start in range(first, tokens, step):
@@ -155,13 +155,13 @@ def layer_rows(
                 zeros[level] += gone
                 entries[level] += all_of_them
                 sums[level, part] += error
-            counted[part] += count
+                counted[level, part] += count
     return [
         {
             "level": level,
             "layer": ffn.layer,
             "sparsity": zeros[level] / entries[level],
-            "error": _mean([(sums[level, part], counted[part]) for part in parts]),
+            "error": _mean([(sums[level, part], counted[level, part]) for part in parts]),
         }
         for level in levels
     ]

@@ -332,3 +332,5 @@ def test_output_error_is_the_mean_of_the_parts(tmp_path: Path) -> None:
         for site, value in expected.items():
             (row,) = layer_rows(ffns[0], store, site, rules, ["0.5"])
             assert row["error"] == pytest.approx(value, rel=1e-5), site
+        # A search may have chosen no level.
+        assert layer_rows(ffns[0], store, "all_linear_inputs", rules, []) == []
