@@ -113,7 +113,7 @@ class FFN:
 
     def output(self, i: Tensor) -> Tensor:
         """The down projection's output [..., d] for its input i [..., d_ff]."""
-        return self.down.module.forward(i)
+        return self.down(i)
 
     def describe(self) -> dict[str, Any]:
         """What `bind_ffns` needs to find this FFN again, as JSON."""
@@ -197,6 +197,10 @@ def bind_ffns(model: nn.Module, descriptions: list[dict[str, Any]]) -> list[FFN]
         own = None if entry["shared"] else module
         return Activation(entry["name"], module.forward, entry["module"], own)
 
+    def attention(entry: dict[str, Any] | None) -> Attention | None:
+        # A manifest of an earlier release has none.
+        return None if entry is None else bind_attention(entry, find)
+
     return [
         FFN(
             layer=entry["layer"],
@@ -208,9 +212,7 @@ def bind_ffns(model: nn.Module, descriptions: list[dict[str, Any]]) -> list[FFN]
             down=projection(entry["down"]),
             model=model,
             overwritten=entry["overwritten"],
-            attention=(
-                bind_attention(entry["attention"], find) if entry["attention"] is not None else None
-            ),
+            attention=attention(entry.get("attention")),
         )
         for entry in descriptions
     ]

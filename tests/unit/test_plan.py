@@ -22,7 +22,7 @@ from sparsity_atlas.plan.forecast import forecast
 from sparsity_atlas.plan.jobs import UNKNOWN, Amount, Job, jobs
 from sparsity_atlas.plan.outlook import Unknowns, captured_tokens, look
 from sparsity_atlas.plan.text import duration, show, size, text
-from sparsity_atlas.store import write_manifest
+from sparsity_atlas.store import read_manifest, write_manifest
 from sparsity_atlas.tasks import load_tasks
 from tiny_lm import (
     CHOICE,
@@ -264,6 +264,23 @@ def test_all_done_needs_no_time(model_folder: Path, tmp_path: Path) -> None:
     assert "Nothing is left to do." in printed
     row = next(line for line in printed.splitlines() if line.startswith("m "))
     assert row.split()[2:] == ["1", "1", "1", "0", "0", "B", "0", "B", "0", "s"]
+
+
+def test_a_manifest_from_before_attention_was_looked_for(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    path = write_model_manifest(model_folder, tmp_path / "model.json")
+    manifest = read_manifest(path)
+    for entry in manifest["ffn"]:
+        del entry["attention"]
+    write_manifest(path, manifest)
+    config = make_config(
+        {"tiny": {"path": str(model_folder)}}, {}, block={"sites": ["input"], "levels": [0.5]}
+    )
+    outlook = look(config, "tiny", {}, path, Unknowns())
+    assert [shape["input"] for shape in outlook.shapes] == [
+        entry["hidden"] for entry in manifest["ffn"]
+    ]
 
 
 def test_what_cannot_be_known_is_said(model_folder: Path, tmp_path: Path) -> None:

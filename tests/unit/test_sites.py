@@ -367,6 +367,13 @@ def test_a_description_binds_without_a_probe(name: str) -> None:
     assert_proved(model, bound)
 
 
+def test_a_description_from_before_attention_was_looked_for_binds() -> None:
+    stored = [ffn.describe() for ffn in find_ffns(tiny_model("llama"))]
+    for entry in stored:
+        del entry["attention"]
+    assert [ffn.attention for ffn in bind_ffns(tiny_model("llama"), stored)] == [None] * LAYERS
+
+
 def test_a_shared_activation_binds_as_shared() -> None:
     model = Strange("gated-shared")
     bound = bind_ffns(model, [ffn.describe() for ffn in find_ffns(model)])

@@ -150,7 +150,7 @@ def _shapes(manifest: Path, model: PreTrainedModel) -> list[dict[str, int]]:
     """Of the layers' tensors, as proved by an earlier run, else as the configuration says."""
     if manifest.is_file():
         return [
-            _widths(ffn["hidden"], ffn["width"], (ffn["attention"] or {}).get("width"))
+            _widths(ffn["hidden"], ffn["width"], (ffn.get("attention") or {}).get("width"))
             for ffn in read_manifest(manifest)["ffn"]
         ]
     text = model.config.get_text_config()
