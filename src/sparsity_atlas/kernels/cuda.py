@@ -24,7 +24,7 @@ from sparsity_atlas.kernels.cuda_row import (
     KINDS,
     PEAK,
     load_row,
-    threshold_row,
+    search_row,
     write_row,
 )
 from sparsity_atlas.threshold import LARGEST_EXACT_POWER, mass_bits
@@ -214,21 +214,27 @@ def _mask(
         least = nearest.to(tl.int32, bitcast=True)
         least += (nearest.to(tl.float64) < exact).to(tl.int32)
     else:
-        least = threshold_row(
-            score,
-            peak,
-            numbers,
-            width,
-            rank,
-            KIND,
-            SHIFT,
-            WHOLE,
-            FRACTION,
-            DIGITS,
-            UNIT_IS_PEAK,
-            MASS_BITS,
-            BLOCK,
-        )
+        least, sure = peak, 0
+        # By float32 sums, and where these leave it open, exactly. That takes more registers than there
+        # are, so that such rows, and only they, wait for memory.
+        for exact in tl.static_range(2):
+            if sure == 0:
+                least, sure = search_row(
+                    score,
+                    peak,
+                    numbers,
+                    width,
+                    rank,
+                    KIND,
+                    SHIFT,
+                    WHOLE,
+                    FRACTION,
+                    DIGITS,
+                    UNIT_IS_PEAK,
+                    MASS_BITS,
+                    BLOCK,
+                    exact == 1,
+                )
     write_row(
         values,
         onto,

@@ -8,9 +8,6 @@ import triton.language as tl
 KINDS = {"share": 0, "rank": 1, "peak": 2, "fixed": 3}
 SHARE, RANK, PEAK, FIXED = (tl.constexpr(kind) for kind in KINDS.values())
 INFINITY = tl.constexpr(0x7F800000)  # the bit pattern; NaN lies above
-# A float32 sum passes through at most 7 (a group) + 7 (a thread) + 9 (the trees) roundings of 2^-24, and
-# a mass through 8.
-_ERROR = tl.constexpr(2.0**-19)
 _LEAST_REST = tl.constexpr(2.0**-24)  # of a sum: what its roundings leave to see
 _LARGEST_RUN = tl.constexpr(20.0)  # of an inverse power; more is that of two tries in a gap
 GROUP = tl.constexpr(8)  # entries that lie in one thread, one after another
@@ -133,14 +130,16 @@ def write_row(
     if WEIGHTED:
         magnitude: tl.constexpr = 0x7FFFFFFF if value.dtype == tl.int32 else 0x7FFF
         alive = kept & ((value & magnitude) != 0)
+    elif least.type.is_block():
+        alive = kept & (score != 0)
     else:
-        # A score that reaches the smallest number there is, is that of no zero.
+        # In one comparison: a score that reaches the smallest number there is, is that of no zero.
         alive = (score < tl.maximum(least, 1).to(tl.float32, bitcast=True)) == 0
     tl.store(zeros + row, width - tl.sum(alive.to(tl.int32), 0))
 
 
 @triton.jit
-def _search(
+def search_row(
     score,
     peak,
     numbers,
@@ -164,6 +163,10 @@ def _search(
     and of the masses below them. For a count (KIND is RANK) it is that of regula falsi (Illinois). After some
     tries every second one halves. With EXACT, or counting, all is sure.
     """
+    # A float32 sum passes through at most 7 (a group) + 15 (a thread) + 10 (the trees) roundings of 2^-24,
+    # up to 65,536 entries 8 fewer; a mass that is a power through 8, the target through 2.
+    plain: tl.constexpr = WHOLE == 1 and DIGITS == 0 and BLOCK <= 65536
+    error: tl.constexpr = 2.0**-19 if plain else 2.0**-18
     amount = tl.load(numbers)
     # Sums stay in range, whatever the size of the scores.
     up = peak < 0x2B800000  # 2^-40
@@ -248,7 +251,7 @@ def _search(
             if EXACT:
                 enough = tl.sum(tl.where(reaches, whole, 0), 0) >= wanted
             else:
-                sure = tl.where(tl.abs(found - target) < _ERROR * (found + target), 0, 1)
+                sure = tl.where(tl.abs(found - target) < error * (found + target), 0, 1)
             rest = tl.maximum(total - found, floor).to(tl.int32, bitcast=True)
             between = (middle - last).to(tl.float32) / (rest - last_rest).to(tl.float32)
             usable = (tries > 0) & (between > 0) & (between < _LARGEST_RUN / (1 << SHIFT))
@@ -266,57 +269,3 @@ def _search(
             high = tl.max(tl.where(key < high, key, low), 0) + 1
         high = tl.where(sure == 1, high, low)
     return low << SHIFT, sure
-
-
-@triton.jit
-def threshold_row(
-    score,
-    peak,
-    numbers,
-    width,
-    rank,
-    KIND: tl.constexpr,
-    SHIFT: tl.constexpr,
-    WHOLE: tl.constexpr,
-    FRACTION: tl.constexpr,
-    DIGITS: tl.constexpr,
-    UNIT_IS_PEAK: tl.constexpr,
-    MASS_BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The bit pattern of the row's threshold, by float32 sums; where these leave it open, exactly."""
-    least, sure = _search(
-        score,
-        peak,
-        numbers,
-        width,
-        rank,
-        KIND,
-        SHIFT,
-        WHOLE,
-        FRACTION,
-        DIGITS,
-        UNIT_IS_PEAK,
-        MASS_BITS,
-        BLOCK,
-        False,
-    )
-    if sure == 0:
-        # This takes more registers than there are, so that such rows, and only they, wait for memory.
-        least, sure = _search(
-            score,
-            peak,
-            numbers,
-            width,
-            rank,
-            KIND,
-            SHIFT,
-            WHOLE,
-            FRACTION,
-            DIGITS,
-            UNIT_IS_PEAK,
-            MASS_BITS,
-            BLOCK,
-            True,
-        )
-    return least
