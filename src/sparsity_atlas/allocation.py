@@ -50,6 +50,8 @@ STEP = 0.02
 # Tokens that errors are measured on.
 ERROR_TOKENS = 1024
 Inputs = Callable[[int, str], Tensor]
+LayerError = Callable[["Mapping[str, float]"], float]
+"""Relative error of a layer's output, by the sparsity of each of its tensors."""
 
 
 def spread(damage: np.ndarray, grid: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -95,30 +97,20 @@ def spread(damage: np.ndarray, grid: np.ndarray, weights: np.ndarray) -> np.ndar
     return np.maximum.accumulate(table, axis=1)
 
 
-def layer_errors(
-    ffn: FFN, inputs: Inputs, site: str, rules: Mapping[str, Criterion], grid: np.ndarray
-) -> np.ndarray:
-    """Relative output error of one layer with its tensors sparsified one at a time.
+def layer_errors(error: LayerError, names: Sequence[str], grid: np.ndarray) -> np.ndarray:
+    """Error of one layer with its tensors sparsified one at a time: [tensors, grid].
 
     Args:
-        ffn: the layer's FFN.
-        inputs: as `allocate` takes them.
-        site: where.
-        rules: the criterion as it is bound to each tensor.
+        error: of the layer's output, by each tensor's sparsity.
+        names: of the tensors.
         grid: sparsities.
-
-    Returns:
-        [tensors, grid].
     """
-    error = error_of(ffn, inputs, site, rules)
     return np.array(
-        [[error({**dict.fromkeys(rules, 0.0), name: s}) for s in grid] for name in rules]
+        [[error({**dict.fromkeys(names, 0.0), name: s}) for s in grid] for name in names]
     )
 
 
-def error_of(
-    ffn: FFN, inputs: Inputs, site: str, rules: Mapping[str, Criterion]
-) -> Callable[[Mapping[str, float]], float]:
+def error_of(ffn: FFN, inputs: Inputs, site: str, rules: Mapping[str, Criterion]) -> LayerError:
     """Mean over tokens (and parts of the layer) of the relative error, by each tensor's level."""
     given = {part: inputs(ffn.layer, source_of(part)) for part in parts_of(site)}
     dense = {part: dense_output(ffn, x, part) for part, x in given.items()}
@@ -204,9 +196,7 @@ def single_losses(
     return found
 
 
-def block_error(
-    block: Block, rules: Mapping[str, Criterion]
-) -> Callable[[Mapping[str, float]], float]:
+def block_error(block: Block, rules: Mapping[str, Criterion]) -> LayerError:
     """Mean over tokens of the relative error of a whole block's output, by each tensor's level."""
     dense = block.output({})
 
@@ -224,9 +214,7 @@ def block_error(
     return error
 
 
-def greedy(
-    error: Callable[[Mapping[str, float]], float], names: Sequence[str], parameters: np.ndarray
-) -> np.ndarray:
+def greedy(error: LayerError, names: Sequence[str], parameters: np.ndarray) -> np.ndarray:
     """TEAL's block-wise greedy allocation for one layer: [tensors, TARGETS].
 
     Args:
@@ -282,21 +270,19 @@ def allocate(
             damage = single_losses(ffns, site, bound, torch.from_numpy(ids).to(device), grid)
         else:
             grid = ERROR_GRID
-            damage = np.concatenate(
-                [layer_errors(ffn, inputs, site, by_layer[ffn.layer], grid) for ffn in ffns]
-            )
-        if criterion.allocation == "greedy":
-            if site == "all_linear_inputs":
+            if criterion.allocation == "greedy" and site == "all_linear_inputs":
                 few = torch.from_numpy(ids[: max(1, ERROR_TOKENS // ids.shape[1])])
-                device = next(ffns[0].model.parameters()).device
-                errors = [
-                    block_error(block, by_layer[block.ffn.layer])
-                    for block in blocks(ffns, few.to(device))
-                ]
+                whole = blocks(ffns, few.to(next(ffns[0].model.parameters()).device))
+                errors = [block_error(block, by_layer[block.ffn.layer]) for block in whole]
             else:
                 errors = [error_of(ffn, inputs, site, by_layer[ffn.layer]) for ffn in ffns]
+            layers = list(zip(ffns, errors, strict=True))
+            damage = np.concatenate(
+                [layer_errors(error, list(by_layer[ffn.layer]), grid) for ffn, error in layers]
+            )
+        if criterion.allocation == "greedy":
             tables = []
-            for ffn, error in zip(ffns, errors, strict=True):
+            for ffn, error in layers:
                 names = list(by_layer[ffn.layer])
                 met = [ffn.size(name) * ffn.outputs(name) for name in names]
                 tables.append(greedy(error, names, np.array(met, dtype=np.float64)))

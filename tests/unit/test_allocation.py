@@ -173,7 +173,8 @@ def test_errors_of_a_layer_by_hand(model: torch.nn.Module) -> None:
     x = torch.randn(50, ffn.hidden)
     with torch.no_grad():
         # Of `random` the level is what is kept: 0 drops all of one tensor, and all of the other.
-        found = layer_errors(ffn, lambda *_: x, "all_inputs", rules, np.array([0.0]))
+        error = error_of(ffn, lambda *_: x, "all_inputs", rules)
+        found = layer_errors(error, list(rules), np.array([0.0]))
         assert found.shape == (2, 1)
         assert found == pytest.approx(1.0, abs=1e-6)
 
