@@ -25,17 +25,9 @@ from sparsity_atlas.credentials import places
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.findings import explain
 from sparsity_atlas.spelling import Level, Name, Repository, Revision
+from sparsity_atlas.terms import SITES
 
-Site = Literal[
-    "input",
-    "up",
-    "gate",
-    "intermediate",
-    "all_inputs",
-    "qkv_input",
-    "o_input",
-    "all_linear_inputs",
-]
+Site = Literal[SITES]
 
 
 def _unique(values: list) -> list:

@@ -70,9 +70,9 @@ def matrix(projection: Projection, width: int) -> Tensor:
     like = next(module.parameters())
     with torch.no_grad():
         zero = like.new_zeros(1, width)
-        bias = projection.columns(module.forward(zero)).float()
+        bias = projection(zero).float()
         rows = [
-            projection.columns(module.forward(unit)).float() - bias
+            projection(unit).float() - bias
             for unit in torch.eye(width, dtype=like.dtype, device=like.device).split(UNIT_VECTORS)
         ]
     return torch.cat(rows).T

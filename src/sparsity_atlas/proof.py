@@ -128,7 +128,5 @@ def _affine(projection: Projection, like: Tensor) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 8, like.shape[-1], generator=generator).to(like)
     rows = torch.cat([x, y, torch.zeros_like(x), x + y])
-    first, second, offset, both = (
-        projection.columns(projection.module.forward(rows)).float().chunk(4)
-    )
+    first, second, offset, both = projection(rows).float().chunk(4)
     return first + second - offset, both

@@ -26,14 +26,7 @@ class RSparse(Quantile):
     level = 0 is the dense map, level = 1 drops everything.
     """
 
-    sites = (
-        "input",
-        "intermediate",
-        "all_inputs",
-        "qkv_input",
-        "o_input",
-        "all_linear_inputs",
-    )
+    sites = ("input", "intermediate", "all_inputs", "qkv_input", "o_input", "all_linear_inputs")
     calibrated = True
 
     def __init__(self, sparse_share: float = 0.9) -> None:

@@ -12,12 +12,5 @@ class Teal(Quantile):
     paper spares the first half of a prompt.
     """
 
-    sites = (
-        "input",
-        "intermediate",
-        "all_inputs",
-        "qkv_input",
-        "o_input",
-        "all_linear_inputs",
-    )
+    sites = ("input", "intermediate", "all_inputs", "qkv_input", "o_input", "all_linear_inputs")
     calibrated = True

@@ -13,11 +13,4 @@ class Wina(ColumnWeighted, TopK):
     the other where several maps do. The level is the kept share, the same in every layer.
     """
 
-    sites = (
-        "input",
-        "intermediate",
-        "all_inputs",
-        "qkv_input",
-        "o_input",
-        "all_linear_inputs",
-    )
+    sites = ("input", "intermediate", "all_inputs", "qkv_input", "o_input", "all_linear_inputs")
