@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,21 @@ def check_space(path: Path, needed: int) -> None:
             f"{path}: needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; "
             "capture fewer tokens (capture.tokens) or make room"
         )
+
+
+def read_ahead(
+    read: Callable[[slice], np.ndarray], parts: Iterable[slice]
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Each part and what it holds, the next one being read while the caller works on this one."""
+    with ThreadPoolExecutor(1, thread_name_prefix="reader") as pool:
+        coming: deque[tuple[slice, Future[np.ndarray]]] = deque()
+        for part in parts:
+            coming.append((part, pool.submit(read, part)))
+            if len(coming) > 1:
+                before, values = coming.popleft()
+                yield before, values.result()
+        for last, values in coming:
+            yield last, values.result()
 
 
 class Rows:
@@ -128,7 +145,6 @@ class ActivationStore:
                 compressors=BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle"),
                 dimension_names=("token", "channel" if same else f"channel_{layer}"),
                 attributes={"dtype": dtype},
-                config={"write_empty_chunks": True},
             )
 
     def check(self, tensor: str) -> None:
@@ -168,7 +184,8 @@ class ActivationStore:
 
     def put(self, tensor: str, layer: int, start: int, values: np.ndarray) -> int:
         """Write whole chunks of rows from `start` on; returns their CRC-32."""
-        array = self.root[tensor][layer_name(layer)]
+        # What `create` chose is no part of an array's metadata. Looking for chunks of zeros takes time.
+        array = self.root[tensor][layer_name(layer)].with_config({"write_empty_chunks": True})
         array[start : start + len(values)] = values
         return zlib.crc32(np.ascontiguousarray(values).data)
 

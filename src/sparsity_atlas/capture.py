@@ -4,18 +4,21 @@ Each site has a job and a manifest of its own. The first job of a model takes a 
 any of them lacks; the others find their tensors complete and write their manifest. With a site comes
 the FFN's input, from which every output error can be computed.
 
-Tensors leave the device on a stream of their own and are written by a thread while the model runs on; a
-block is recorded when all of it is written. Host memory holds a block in hand (one tensor of one layer
-at a time where a block is one batch, as with large models) and PENDING of its tensors that are being
-written.
+Tensors leave the device on a stream of their own and are written by a thread while the model runs on: a
+part (a chunk of each array, or a batch where that is more) is written while the next one is captured, and
+recorded when all of it is written. What is not recorded when a capture is killed is captured again, so
+that no more than a block is under way: two chunks of each array, or a batch where that is more. Host
+memory holds at most a block; of a batch that is a block by itself, as with large models, the tensor in
+hand and PENDING that are being written.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,9 +39,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from sparsity_atlas.checkpoint import Checkpoint
+    from sparsity_atlas.spool import HostCopy
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-# Tensors of a block that may wait for the disk.
+# Tensors of a batch that may wait for the disk where the batch is a block.
 PENDING = 4
 
 
@@ -90,7 +94,8 @@ def capture(
     widths = {name: [ffn.size(name) for ffn in ffns] for name in missing}
     widest = max(max(row) for row in widths.values())
     chunk = chunk_sequences(widest * positions * ITEM_BYTES[dtype], batch, sequences)
-    block = max(chunk, batch)  # sequences between two records of the journal
+    part = max(chunk, batch)  # sequences between two records of the journal
+    under_way = max(batch, 2 * chunk) // part  # parts that are captured or written
 
     total = ids.size * ITEM_BYTES[dtype] * sum(sum(row) for row in widths.values())
     journal_path = store_path.with_suffix(".journal")
@@ -101,7 +106,7 @@ def capture(
         "fingerprint": fingerprint,
         "tensors": missing,
         "chunk": chunk,
-        "block": block,
+        "part": part,
         "dtype": dtype,
     }
     journal = Journal(journal_path, plan)
@@ -120,58 +125,72 @@ def capture(
 
     sites = [name for name in missing if name in ffns[0].sites()]
     stream = copy_stream(model.device)
-    with Writer(PENDING) as writer:
-        for start in range(len(journal.records) * block, sequences, block):
-            rows = ids[start : start + block]
-            parts: dict[tuple[str, int], list[HostCopy]] = defaultdict(list)
-            checksums: dict[str, list[int]] = {name: [0] * len(ffns) for name in missing}
+    recorded: deque[Future] = deque()
+    # All of a part and its record.
+    pending = PENDING if under_way == 1 else len(missing) * len(ffns) + 1
+    with Writer(pending, threads=min(PENDING, torch.get_num_threads())) as writer:
+        for start in range(len(journal.records) * part, sequences, part):
+            while len(recorded) >= under_way:
+                recorded.popleft().result()
+            rows = ids[start : start + part]
             batches = [rows[first : first + batch] for first in range(0, len(rows), batch)]
+            arrived: dict[tuple[str, int], list[HostCopy]] = defaultdict(list)
+            written: dict[tuple[str, int], Future[int]] = {}
 
             def write(
-                layer: int,
-                name: str,
-                copies: list[HostCopy],
-                checksums: dict = checksums,
-                row: int = start * positions,
-            ) -> None:
-                whole = _stored([copy.wait() for copy in copies], layer, name)
-                checksums[name][layer] = store.put(name, layer, row, whole)
+                layer: int, name: str, copies: list[HostCopy], row: int = start * positions
+            ) -> int:
+                return store.put(name, layer, row, _stored(copies, layer, name))
 
             def keep(
                 layer: int,
                 name: str,
                 values: Tensor,
-                parts: dict = parts,
                 count: int = len(batches),
+                arrived: dict = arrived,
+                written: dict = written,
                 write: Callable = write,
             ) -> None:
-                parts[name, layer].append(HostCopy(values, stream))
-                # As soon as a block is whole: a large model's block is one batch of one layer.
-                if len(parts[name, layer]) == count:
-                    writer.submit(write, layer, name, parts.pop((name, layer)))
+                arrived[name, layer].append(HostCopy(values, stream))
+                # As soon as it is whole: a large model's part is one batch of one layer.
+                if len(arrived[name, layer]) == count:
+                    copies = arrived.pop((name, layer))
+                    written[name, layer] = writer.submit(write, layer, name, copies)
+
+            def record(
+                before: list[Future], written: dict = written, end: int = start + len(rows)
+            ) -> None:
+                for one in before:
+                    one.result()
+                checksums = {
+                    name: [written[name, ffn].result() for ffn in range(len(ffns))]
+                    for name in missing
+                }
+                journal.append(checksums)
+                cli.logger.info("captured %d of %d sequences", end, sequences)
 
             with torch.no_grad(), observe(ffns, sites, keep):
                 for one in batches:
                     model(input_ids=torch.from_numpy(one).to(model.device), use_cache=False)
-            writer.drain()
-            journal.append(checksums)
-            cli.logger.info("captured %d of %d sequences", min(start + block, sequences), sequences)
+            recorded.append(writer.submit(record, list(recorded)))
+        writer.drain()
 
     for name in missing:
         checks = [record[name] for record in journal.records]
-        record = {"fingerprint": fingerprint, "dtype": dtype, "rows": block * positions}
+        record = {"fingerprint": fingerprint, "dtype": dtype, "rows": part * positions}
         store.finish(name, {**record, "blocks": checks})
     store.sweep()
     journal.delete()
 
 
-def _stored(batches: list[Tensor], layer: int, name: str) -> np.ndarray:
+def _stored(copies: list[HostCopy], layer: int, name: str) -> np.ndarray:
     """[tokens, channel] of some batches; bfloat16 as its bits."""
     import torch
 
-    whole = torch.cat([one.reshape(-1, one.shape[-1]) for one in batches])
-    if not torch.isfinite(whole).all():
+    if not all(copy.is_finite() for copy in copies):
         raise NumericalFailure(f"NaN or infinity in '{name}' of layer {layer}")
+    batches = [copy.wait().flatten(0, -2) for copy in copies]
+    whole = batches[0] if len(batches) == 1 else torch.cat(batches)
     return (whole.view(torch.uint16) if whole.dtype == torch.bfloat16 else whole).numpy()
 
 

@@ -1,8 +1,8 @@
 """Stage `metrics`: what a site's activations look like, layer by layer, from the store alone.
 
-Reads a block of tokens at a time. At any width and number of tokens the memory in use is that of the Gram
-matrix, 8 · min(tokens, width)² bytes (0.13 GB for 4,096 tokens), again as much for its eigenvalues, and
-a few times BLOCK_BYTES.
+Reads a block of tokens at a time, and the next one while it computes. At any width and number of tokens the
+memory in use is that of the Gram matrix, 8 · min(tokens, width)² bytes (0.13 GB for 4,096 tokens), again
+as much for its eigenvalues, and a few times BLOCK_BYTES.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from sparsity_atlas import cli
-from sparsity_atlas.activations import ActivationStore, Rows
+from sparsity_atlas.activations import ActivationStore, Rows, read_ahead
 from sparsity_atlas.parquet import write_parquet
 from sparsity_atlas.store import read_manifest
 from sparsity_atlas.terms import TENSORS
@@ -28,13 +28,13 @@ BIN_EDGES = np.linspace(-6.0, 2.0, 161)
 BLOCK_BYTES = 64 * 2**20  # of a block in float64, or one chunk of the store if that is more
 
 
-def blocks(values: np.ndarray | Rows) -> Iterator[slice]:
-    """Slices of the rows of `values`, each of whole chunks and about BLOCK_BYTES."""
+def blocks(values: np.ndarray | Rows, first: int = 0) -> Iterator[tuple[slice, np.ndarray]]:
+    """Rows of `values` from `first` on, and where: in blocks of whole chunks and about BLOCK_BYTES."""
     tokens, width = values.shape
     chunk = getattr(values, "chunk", 1)
     step = max(1, BLOCK_BYTES // (8 * width * chunk)) * chunk
-    for start in range(0, tokens, step):
-        yield slice(start, min(start + step, tokens))
+    places = [slice(start, min(start + step, tokens)) for start in range(first, tokens, step)]
+    return read_ahead(values.__getitem__, places)
 
 
 def gram(values: np.ndarray | Rows) -> np.ndarray:
@@ -46,18 +46,17 @@ def gram(values: np.ndarray | Rows) -> np.ndarray:
     tokens, width = values.shape
     if width <= tokens:
         total = np.zeros((width, width))
-        for rows in blocks(values):
-            block = values[rows].astype(np.float64)
+        for _, part in blocks(values):
+            block = part.astype(np.float64)
             total += block.T @ block
         return total
     total = np.empty((tokens, tokens))
-    for rows in blocks(values):
-        block = values[rows].astype(np.float64)
+    for rows, part in blocks(values):
+        block = part.astype(np.float64)
         total[rows, rows] = block @ block.T
-        for others in blocks(values):
-            if others.start > rows.start:
-                product = block @ values[others].astype(np.float64).T
-                total[rows, others], total[others, rows] = product, product.T
+        for others, other in blocks(values, rows.stop):
+            product = block @ other.astype(np.float64).T
+            total[rows, others], total[others, rows] = product, product.T
     return total
 
 
@@ -120,8 +119,8 @@ def layer_metrics(values: np.ndarray | Rows) -> dict[str, Any]:
     sums = {"gini": 0.0, "hoyer": 0.0}
     counted = near = exact = 0
     squares = 0.0
-    for rows in blocks(values):
-        magnitude = np.abs(values[rows])
+    for _, block in blocks(values):
+        magnitude = np.abs(block)
         counted += int((magnitude.max(1) > 0).sum())
         squares += float(np.sum(magnitude.astype(np.float64) ** 2))
         sums["gini"] += float(np.nansum(gini(magnitude)))
@@ -130,8 +129,8 @@ def layer_metrics(values: np.ndarray | Rows) -> dict[str, Any]:
         exact += int((magnitude == 0).sum())
     rms = (squares / entries) ** 0.5
     histogram = np.zeros(len(BIN_EDGES) - 1, dtype=np.int64)
-    for rows in blocks(values):
-        magnitude = np.abs(values[rows])
+    for _, block in blocks(values):
+        magnitude = np.abs(block)
         histogram += np.histogram(np.log10(magnitude[magnitude > 0] / rms), BIN_EDGES)[0]
     rank = effective_rank(values)
     means = {name: total / counted if counted else None for name, total in sums.items()}

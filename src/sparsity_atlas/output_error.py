@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from sparsity_atlas import cli
-from sparsity_atlas.activations import ActivationStore
+from sparsity_atlas.activations import ActivationStore, read_ahead
 from sparsity_atlas.calibration import read_calibration
 from sparsity_atlas.criteria import check_level, create
 from sparsity_atlas.models import from_manifest, load
@@ -145,9 +145,9 @@ def layer_rows(
     counted = dict.fromkeys(sums, 0)
     parameter = next(ffn.down.module.parameters())
     for part in parts:
-        for start in range(first, tokens, step):
-            block = torch.from_numpy(store.read(source_of(part), ffn.layer, start, start + step))
-            x = block.to(parameter.device, parameter.dtype)
+        places = [slice(start, start + step) for start in range(first, tokens, step)]
+        for _, block in read_ahead(store.rows(source_of(part), ffn.layer).__getitem__, places):
+            x = torch.from_numpy(block).to(parameter.device, parameter.dtype)
             dense = dense_output(ffn, x, part)
             for level in levels:
                 output, gone, all_of_them = sparse_output(ffn, x, part, rules, float(level), length)

@@ -1,4 +1,4 @@
-"""From the device to the disk while the model runs: copies that are not waited for, and a writer thread."""
+"""From the device to the disk while the model runs: copies that are not waited for, writer threads."""
 
 from __future__ import annotations
 
@@ -27,14 +27,17 @@ class HostCopy:
             stream: for the copies from a CUDA device, see `copy_stream`.
         """
         self._arrived: torch.cuda.Event | None = None
+        self._finite: Tensor | None = None
         own = values.detach().clone(memory_format=torch.contiguous_format)
         if stream is None:
             self._tensor = own.cpu()
             return
         self._tensor = torch.empty(own.shape, dtype=own.dtype, pin_memory=True)
+        self._finite = torch.empty((), dtype=torch.bool, pin_memory=True)
         stream.wait_stream(torch.cuda.current_stream(own.device))
         with torch.cuda.stream(stream):
             self._tensor.copy_(own, non_blocking=True)
+            self._finite.copy_(torch.isfinite(own).all(), non_blocking=True)
             self._arrived = stream.record_event()
         # The memory of `own` may be given away once this stream has read it.
         own.record_stream(stream)
@@ -45,6 +48,11 @@ class HostCopy:
             self._arrived.synchronize()
         return self._tensor
 
+    def is_finite(self) -> bool:
+        """Whether the copy has neither NaN nor infinity; a CUDA device has found it out."""
+        copy = self.wait()
+        return bool(torch.isfinite(copy).all() if self._finite is None else self._finite)
+
 
 def copy_stream(device: torch.device) -> torch.cuda.Stream | None:
     """A stream for the copies from a CUDA device; None for other devices."""
@@ -52,22 +60,23 @@ def copy_stream(device: torch.device) -> torch.cuda.Stream | None:
 
 
 class Writer:
-    """Runs tasks one after another in a thread of its own.
+    """Begins tasks in their order, in threads of its own.
 
-    At most `pending` tasks wait or run; `submit` then waits for the oldest. What a task raises is raised by
-    the next `submit` or `drain`. Leaving the context drops what has not begun.
+    At most `pending` tasks wait or run; `submit` then waits for the oldest. What a task raises is raised by a
+    later `submit` or `drain`. A task may wait for earlier ones. Leaving the context drops what has not begun.
     """
 
-    def __init__(self, pending: int) -> None:
+    def __init__(self, pending: int, threads: int = 1) -> None:
         self._pending = pending
         self._tasks: deque[Future] = deque()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="writer")
 
-    def submit(self, task: Callable[..., None], *arguments: Any) -> None:
-        """Hand over a task."""
+    def submit(self, task: Callable[..., Any], *arguments: Any) -> Future:
+        """Hand over a task; its result comes by the future."""
         while self._tasks and (self._tasks[0].done() or len(self._tasks) >= self._pending):
             self._tasks.popleft().result()
-        self._tasks.append(self._thread.submit(task, *arguments))
+        self._tasks.append(self._pool.submit(task, *arguments))
+        return self._tasks[-1]
 
     def drain(self) -> None:
         """Wait until all tasks are done."""
@@ -83,4 +92,4 @@ class Writer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._thread.shutdown(cancel_futures=True)
+        self._pool.shutdown(cancel_futures=True)

@@ -155,6 +155,37 @@ def test_xarray_reads_it(work: Work) -> None:
     assert np.array_equal(data["layer_001"].values, values)
 
 
+def test_chunks_of_zeros_are_written(tmp_path: Path) -> None:
+    store = ActivationStore(tmp_path / "s.zarr", writable=True)
+    store.create("up", [4], 6, 3, "float32")
+    store.put("up", 0, 3, np.zeros((3, 4), np.float32))
+    assert [path.name for path in tmp_path.glob("s.zarr/up/layer_000/c/*")] == ["1"]
+
+
+def test_reading_ahead_is_by_one_and_in_order() -> None:
+    begun: list[int] = []
+
+    def read(part: slice) -> np.ndarray:
+        begun.append(part.start)
+        return np.arange(part.start, part.stop)
+
+    parts = [slice(start, start + 2) for start in range(0, 8, 2)]
+    for number, (part, values) in enumerate(activations.read_ahead(read, parts)):
+        assert part == parts[number]
+        assert values.tolist() == [part.start, part.start + 1]
+        assert len(begun) <= number + 2
+    assert begun == [0, 2, 4, 6]
+    assert list(activations.read_ahead(read, [])) == []
+
+
+def test_an_error_of_the_reader_is_raised() -> None:
+    def fail(part: slice) -> np.ndarray:
+        raise OSError(part.start)
+
+    with pytest.raises(OSError, match="0"):
+        list(activations.read_ahead(fail, [slice(0, 1), slice(1, 2)]))
+
+
 def test_siblings_only_write_their_manifest(work: Work, forwards: list[int]) -> None:
     capture(work, "up", "up,intermediate,input")
     assert forwards == [3, 3, 3, 3, 1]
@@ -229,6 +260,39 @@ def test_a_block_is_recorded_when_it_is_written(
     monkeypatch.setattr(ActivationStore, "put", late)
     monkeypatch.setattr(stage.Journal, "append", after)
     capture(work, "all_inputs")
+
+
+@pytest.mark.parametrize(("fitting", "under_way"), [(2, 1), (3, 2), (6, 2)])
+def test_no_more_than_a_block_is_under_way(
+    work: Work,
+    forwards: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    fitting: int,
+    under_way: int,
+) -> None:
+    """The next part is captured while one is written, unless its batch is more than two chunks."""
+    monkeypatch.setattr(activations, "CHUNK_BYTES", fitting * LENGTH * 40 * 4)
+    batches = max(1, fitting // 3)  # of a part
+    put, append = ActivationStore.put, stage.Journal.append
+    ahead: list[int] = []
+
+    def wait(store: ActivationStore, *arguments: Any) -> int:
+        end = time.monotonic() + 60
+        while under_way == 2 and len(forwards) <= batches:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        return put(store, *arguments)
+
+    def record(journal: Any, checksums: Any) -> None:
+        ahead.append(len(forwards) - batches * len(journal.records))
+        append(journal, checksums)
+
+    monkeypatch.setattr(ActivationStore, "put", wait)
+    monkeypatch.setattr(stage.Journal, "append", record)
+    capture(work, "up")
+    assert max(ahead) <= under_way * batches
+    assert ahead[0] > (under_way - 1) * batches
+    assert len(forwards) == 5
 
 
 def test_an_error_of_the_writer_ends_the_capture(

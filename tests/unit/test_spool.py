@@ -1,8 +1,9 @@
-"""The writer thread: order, bound, and what becomes of errors."""
+"""Writer threads: order, bound, and what becomes of errors."""
 
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
@@ -75,6 +76,32 @@ def test_what_has_not_begun_is_dropped_when_the_caller_fails() -> None:
     with pytest.raises(KeyError):
         leave()
     assert done == []
+
+
+def test_a_task_may_wait_for_earlier_ones() -> None:
+    """Of several threads too: tasks begin in order, so that what one waits for has begun."""
+    for threads in (1, 2, 3):
+        with Writer(16, threads=threads) as writer:
+            before = [writer.submit(time.sleep, 0.01) for _ in range(4)]
+            last = writer.submit(lambda: [one.result() for one in before])  # noqa: B023
+            assert last.result(timeout=30) == [None] * 4
+            writer.drain()
+
+
+def test_threads_work_side_by_side() -> None:
+    both = threading.Barrier(2)
+    with Writer(4, threads=2) as writer:
+        writer.submit(both.wait, 30)
+        writer.submit(both.wait, 30)
+        writer.drain()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_copy_knows_whether_it_is_finite(value: float) -> None:
+    values = torch.ones(3, 4)
+    assert HostCopy(values, None).is_finite()
+    values[1, 2] = value
+    assert not HostCopy(values, None).is_finite()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
