@@ -301,6 +301,11 @@ class Asks:
         """1 for a job that will use a GPU of this machine; a cluster's profile says so itself."""
         return self._gpus
 
+    @question
+    def capture_threads(self, wildcards: Wildcards) -> int:
+        """Threads that write: where a GPU computes, one is slower than the disk."""
+        return 4 if self._gpus else 1
+
     def _is_calibrated(self, criterion: str) -> bool:
         return criteria.declared(json.loads(self._criterion_slice(criterion)))["calibrated"]
 

@@ -8,8 +8,8 @@ Tensors leave the device on a stream of their own and are written by a thread wh
 part (a chunk of each array, or a batch where that is more) is written while the next one is captured, and
 recorded when all of it is written. What is not recorded when a capture is killed is captured again, so
 that no more than a block is under way: two chunks of each array, or a batch where that is more. Host
-memory holds at most a block; of a batch that is a block by itself, as with large models, the tensor in
-hand and PENDING that are being written.
+memory holds a block, at most MOST_HELD bytes; where that is too little, a part (of a batch, as with large
+models, the tensor in hand) and PENDING tensors that are being written.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ if TYPE_CHECKING:
     from sparsity_atlas.spool import HostCopy
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-# Tensors of a batch that may wait for the disk where the batch is a block.
-PENDING = 4
+# Bytes of two parts up to which one is captured while the other is written.
+MOST_HELD = 2 * 2**30
+# Tensors that may wait for the disk where only one part is under way.
+PENDING = 8
 
 
 def tensors_of(sites: Iterable[str]) -> list[str]:
@@ -95,9 +97,11 @@ def capture(
     widest = max(max(row) for row in widths.values())
     chunk = chunk_sequences(widest * positions * ITEM_BYTES[dtype], batch, sequences)
     part = max(chunk, batch)  # sequences between two records of the journal
-    under_way = max(batch, 2 * chunk) // part  # parts that are captured or written
+    token_bytes = ITEM_BYTES[dtype] * sum(sum(row) for row in widths.values())
+    # Parts that are captured or written.
+    under_way = 2 if chunk >= batch and 2 * chunk * positions * token_bytes <= MOST_HELD else 1
 
-    total = ids.size * ITEM_BYTES[dtype] * sum(sum(row) for row in widths.values())
+    total = ids.size * token_bytes
     journal_path = store_path.with_suffix(".journal")
     if not journal_path.exists():
         check_space(store_path, total)  # before anything is made

@@ -262,16 +262,21 @@ def test_a_block_is_recorded_when_it_is_written(
     capture(work, "all_inputs")
 
 
-@pytest.mark.parametrize(("fitting", "under_way"), [(2, 1), (3, 2), (6, 2)])
+@pytest.mark.parametrize(
+    ("fitting", "held", "under_way"),
+    [(2, 2**30, 1), (3, 2**30, 2), (6, 2**30, 2), (3, 1000, 1), (6, 1000, 1)],
+)
 def test_no_more_than_a_block_is_under_way(
     work: Work,
     forwards: list[int],
     monkeypatch: pytest.MonkeyPatch,
     fitting: int,
+    held: int,
     under_way: int,
 ) -> None:
-    """The next part is captured while one is written, unless its batch is more than two chunks."""
+    """The next part is captured while one is written, unless it is a large batch or both are too much."""
     monkeypatch.setattr(activations, "CHUNK_BYTES", fitting * LENGTH * 40 * 4)
+    monkeypatch.setattr(stage, "MOST_HELD", held)
     batches = max(1, fitting // 3)  # of a part
     put, append = ActivationStore.put, stage.Journal.append
     ahead: list[int] = []

@@ -106,6 +106,15 @@ def test_each_attempt_asks_for_more(tmp_path: Path) -> None:
         assert [question_(node, attempt=n) for n in (2, 3)] == [2 * once, 3 * once]
 
 
+@pytest.mark.parametrize(("visible", "threads"), [("", 1), ("0,1", 4)])
+def test_a_capture_from_a_gpu_has_threads_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str, threads: int
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    ask = Asks(config(), str(tmp_path))
+    assert ask.capture_threads(SimpleNamespace(model="m")) == threads
+
+
 def test_what_all_levels_share_is_worked_out_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ rule capture:
         "results/benchmarks/{model}/capture/{site}.jsonl"
     conda:
         "../../envs/atlas.yaml"
-    threads: 1
+    threads: ask.capture_threads
     # Not in params: a site that is added must not capture its siblings again.
     resources:
         sites=ask.requested_sites,
