@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import logging
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sparsity_atlas")
 
-# Locks that this process holds until it ends.
-_claimed: list[IO[str]] = []
+# GPUs that this process holds until it ends: the lock, and the file that those share who wait for it.
+_claimed: list[tuple[IO[str], Path]] = []
 
 
 def pick_device(device: str) -> torch.device:
@@ -70,21 +71,37 @@ def claim_gpu(identities: list[str], folder: Path | None = None, poll: float = 1
     """
     locks = Path(folder or tempfile.gettempdir())
     told = False
-    while True:
-        for index, identity in enumerate(identities):
-            # Named by the user: nobody may open the lock file of another one in a shared /tmp.
-            file = (locks / f"sparsity-atlas-{os.getuid()}-gpu-{identity}.lock").open("a")
+    # Named by the user: nobody may open the lock file of another one in a shared /tmp.
+    stems = [f"sparsity-atlas-{os.getuid()}-gpu-{identity}" for identity in identities]
+    with contextlib.ExitStack() as waiting:
+        while True:
+            for index, stem in enumerate(stems):
+                file = (locks / f"{stem}.lock").open("a")
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    file.close()
+                    continue
+                _claimed.append((file, locks / f"{stem}.wanted"))
+                return index
+            if not told:
+                logger.info("all %d GPUs are in use by other jobs; waiting", len(identities))
+                told = True
+                for stem in stems:
+                    wanted = waiting.enter_context((locks / f"{stem}.wanted").open("a"))
+                    fcntl.flock(wanted, fcntl.LOCK_SH)
+            time.sleep(poll)
+
+
+def others_wait() -> bool:
+    """Whether another job waits for the GPU that this process has claimed."""
+    for _, path in _claimed:
+        with path.open("a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                file.close()
-                continue
-            _claimed.append(file)
-            return index
-        if not told:
-            logger.info("all %d GPUs are in use by other jobs; waiting", len(identities))
-            told = True
-        time.sleep(poll)
+                return True
+    return False
 
 
 def own_device(device: torch.device) -> torch.device:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from sparsity_atlas import devices
 from sparsity_atlas.devices import pick_device, pick_dtype, visible_gpus
 from sparsity_atlas.errors import AtlasError
 
@@ -41,6 +44,34 @@ def test_each_job_has_a_gpu_of_its_own_and_a_third_waits(tmp_path: Path) -> None
     held[1].kill()  # the kernel frees the lock of a job that dies
     assert int(third.stdout.readline()) == 1
     for job in (*jobs, third):
+        job.communicate(timeout=10) if job.poll() is None else job.stdout.close()
+
+
+def _until(happened: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_who_holds_a_gpu_knows_whether_others_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "_claimed", [])
+    assert not devices.others_wait()
+    other = _claim(tmp_path)  # takes the first of two
+    assert other.stdout.readline() == "0\n"
+    assert devices.claim_gpu(["a", "b"], tmp_path) == 1
+    assert not devices.others_wait()
+    waiting = [_claim(tmp_path), _claim(tmp_path)]
+    _until(devices.others_wait)
+    waiting[0].kill()
+    waiting[0].wait()
+    _until(devices.others_wait)
+    other.kill()  # the one that is left gets the first GPU, and waits no more
+    assert waiting[1].stdout.readline() == "0\n"
+    _until(lambda: not devices.others_wait())
+    for job in (other, *waiting):
         job.communicate(timeout=10) if job.poll() is None else job.stdout.close()
 
 

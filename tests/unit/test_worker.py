@@ -32,11 +32,11 @@ def folder() -> Iterator[Path]:
         yield Path(path)
 
 
-def start(slot: Slot, idle: float) -> subprocess.Popen:
+def start(slot: Slot, idle: float = 60, script: str = SERVE) -> subprocess.Popen:
     lock = slot.try_lock()
     assert lock is not None
     _ = slot.key
-    process = subprocess.Popen([sys.executable, "-c", SERVE, str(slot.folder), str(idle)])
+    process = subprocess.Popen([sys.executable, "-c", script, str(slot.folder), str(idle)])
     while slot.connect() is None:
         assert process.poll() is None
         time.sleep(0.02)
@@ -49,6 +49,29 @@ def test_a_worker_that_nobody_needs_ends(folder: Path) -> None:
     process = start(slot, idle=0.3)
     assert process.wait(timeout=30) == 0
     assert not slot.socket.exists()
+
+
+SERVE_ON_A_GPU = """
+import sys
+from pathlib import Path
+from sparsity_atlas import devices
+from sparsity_atlas.worker import server
+folder = Path(sys.argv[1])
+devices.claim_gpu(["a"], folder)
+server.IDLE_WHILE_OTHERS_WAIT = 0.2
+server.serve(folder, idle=120)
+"""
+
+
+def test_a_worker_with_nothing_to_do_leaves_its_gpu_to_who_waits_for_it(folder: Path) -> None:
+    slot = Slot(folder / "0")
+    process = start(slot, script=SERVE_ON_A_GPU)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1.5)
+    claim = "import sys, pathlib; from sparsity_atlas.devices import claim_gpu\n"
+    claim += "claim_gpu(['a'], pathlib.Path(sys.argv[1]), poll=0.05)"
+    subprocess.run([sys.executable, "-c", claim, str(slot.folder)], check=True, timeout=60)
+    assert process.wait(timeout=30) == 0
 
 
 def test_a_worker_whose_slot_is_held_waits(folder: Path) -> None:

@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from sparsity_atlas import cli
+from sparsity_atlas.devices import others_wait
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.worker.slots import Slot
 
 # Seconds without a request after which a worker ends: longer than Snakemake takes from a job to the next.
 IDLE = 20.0
+# The same where another job waits for the worker's GPU: what Snakemake takes as a rule.
+IDLE_WHILE_OTHERS_WAIT = 3.0
 
 
 class Models:
@@ -106,7 +109,7 @@ def _end_with_client(connection: Connection, finished: threading.Event) -> None:
 
 
 def serve(folder: Path, idle: float = IDLE) -> None:
-    """Serve clients until none has come for a while.
+    """Serve clients until none has come for a while; a shorter while if other jobs wait for its GPU.
 
     Args:
         folder: of the slot.
@@ -120,7 +123,10 @@ def serve(folder: Path, idle: float = IDLE) -> None:
     def leave_when_idle() -> None:
         while True:
             time.sleep(min(idle, 1.0) / 2)
-            if time.monotonic() - latest < idle or not busy.acquire(blocking=False):
+            rested = time.monotonic() - latest
+            if rested < idle and not (rested >= IDLE_WHILE_OTHERS_WAIT and others_wait()):
+                continue
+            if not busy.acquire(blocking=False):
                 continue
             # A client holds the slot from before it connects: with the lock here, there is none.
             lock = slot.try_lock()
