@@ -275,6 +275,11 @@ class Asks:
         return attempt * self._needs.memory(wildcards.model)
 
     @question
+    def capture_memory(self, wildcards: Wildcards, attempt: int) -> int:
+        """MiB of a capture."""
+        return attempt * self._needs.capture_memory(wildcards.model)
+
+    @question
     def capture_minutes(self, wildcards: Wildcards, attempt: int) -> int:
         """Minutes of a capture."""
         return attempt * self._needs.capture_minutes(wildcards.model)

@@ -9,7 +9,9 @@ part (a chunk of each array, or a batch where that is more) is written while the
 recorded when all of it is written. What is not recorded when a capture is killed is captured again, so
 that no more than a block is under way: two chunks of each array, or a batch where that is more. Host
 memory holds a block, at most MOST_HELD bytes; where that is too little, a part (of a batch, as with large
-models, the tensor in hand) and PENDING tensors that are being written.
+models, the tensor in hand) and PENDING tensors that are being written. To that comes a copy for each
+thread, where a part is several batches, and up to as much again where pinned memory is handed out in
+powers of two.
 """
 
 from __future__ import annotations
@@ -164,6 +166,7 @@ def capture(
             def record(
                 before: list[Future], written: dict = written, end: int = start + len(rows)
             ) -> None:
+                # In order, also if more parts than these were under way.
                 for one in before:
                     one.result()
                 checksums = {

@@ -51,15 +51,22 @@ def run(stage: Callable[[], None]) -> None:
         signal.signal(number, _stop)
     try:
         stage()
-    except AtlasError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(1) from None
-    except OSError as error:
-        if error.errno not in _DISK:
+    except (AtlasError, OSError) as error:
+        mistake = what_can_be_mended(error)
+        if mistake is None:
             raise
-        place = f"{error.filename}: " if error.filename else ""
-        sys.stderr.write(f"error: {AtlasError(place + _DISK[error.errno])}\n")
+        sys.stderr.write(f"error: {mistake}\n")
         raise SystemExit(1) from None
+
+
+def what_can_be_mended(error: AtlasError | OSError) -> AtlasError | None:
+    """What is told the user in one line; None for an error of our own."""
+    if isinstance(error, AtlasError):
+        return error
+    if error.errno not in _DISK:
+        return None
+    place = f"{error.filename}: " if error.filename else ""
+    return AtlasError(place + _DISK[error.errno])
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

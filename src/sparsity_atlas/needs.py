@@ -25,6 +25,10 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Tokens a sequence, where the configuration sets no limit; longer ones are rare in the usual tasks.
 USUAL_LENGTH = 2048
 
+# Layers of a batch that a capture holds (`capture.PENDING` tensors and the copies of those being written,
+# in float32 at the most).
+CAPTURE_COPIES = 4
+
 LOOK_AGAIN_SECONDS = 1.0
 
 BASE_MINUTES = 30
@@ -70,6 +74,14 @@ class Needs:
             length = entry.max_length or USUAL_LENGTH
             activations = entry.batch_size * length * sizes.token_bytes
         return BASE_MIB + (weights + activations) // MIB
+
+    def capture_memory(self, model: str) -> int:
+        """The same of a capture, which copies the activations of a batch to the host."""
+        sizes = self.sizes(model)
+        if sizes is None:
+            return self.memory(model)
+        batch = self._config.models[model].batch_size * self._config.capture.sequence_length
+        return self.memory(model) + batch * sizes.token_bytes * CAPTURE_COPIES // MIB
 
     def capture_minutes(self, model: str, passes: int = 1) -> int:
         """Minutes of a job that runs the captured tokens through a model, or through its FFNs, so often."""

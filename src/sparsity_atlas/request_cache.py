@@ -86,7 +86,6 @@ def key(lm: AtlasLM, task: LoadedTask, *, seed: int, chat: bool) -> dict[str, An
         "chat_template": digest(lm.tokenizer.chat_template) if chat else None,
         "add_bos_token": lm.add_bos_token,
         "prefix_token": lm.prefix_token_id,
-        "max_length": lm.max_length,
         "task": task.identity,
         "seed": seed,
         "code": code_version("prepared"),

@@ -213,10 +213,12 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("blocks", [0, 1, 2, 4])
 def test_interrupted_and_resumed(
-    work: Work, forwards: list[int], blocks: int, monkeypatch: pytest.MonkeyPatch
+    work: Work, forwards: list[int], blocks: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     whole = Work(work.manifest, work.text, work.folder.parent / "whole")
     capture(whole, "all_inputs")
     forwards.clear()
@@ -300,9 +302,11 @@ def test_no_more_than_a_block_is_under_way(
     assert len(forwards) == 5
 
 
+@pytest.mark.parametrize("threads", [1, 4])
 def test_an_error_of_the_writer_ends_the_capture(
-    work: Work, forwards: list[int], monkeypatch: pytest.MonkeyPatch
+    work: Work, forwards: list[int], monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     put = ActivationStore.put
 
     def full(store: ActivationStore, tensor: str, layer: int, start: int, *rest: Any) -> int:

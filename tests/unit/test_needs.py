@@ -101,7 +101,14 @@ def test_each_attempt_asks_for_more(tmp_path: Path) -> None:
     with_manifest(tmp_path)
     ask = Asks(config(device="cuda"), str(tmp_path))
     node = SimpleNamespace(model="m", criterion="topp", site="input", level="0.9")
-    for question_ in (ask.memory, ask.node_minutes, ask.search_minutes, ask.error_minutes):
+    assert ask.capture_memory(node, attempt=1) > ask.memory(node, attempt=1)
+    for question_ in (
+        ask.memory,
+        ask.capture_memory,
+        ask.node_minutes,
+        ask.search_minutes,
+        ask.error_minutes,
+    ):
         once = question_(node, attempt=1)
         assert [question_(node, attempt=n) for n in (2, 3)] == [2 * once, 3 * once]
 

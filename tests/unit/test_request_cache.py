@@ -98,6 +98,20 @@ def test_another_model_with_the_same_tokenizer_shares(
     assert built == ["choice"]
 
 
+def test_the_length_of_the_context_changes_no_request(
+    manifest: Path, tasks: dict, built: list[str], tmp_path: Path
+) -> None:
+    """Requests are cut when they are run, so that models with other limits share them."""
+    evaluate_node(open_session(manifest, tasks), None, tmp_path / "long")
+    shared = evaluate_node(open_session(manifest, tasks, max_length=40), None, tmp_path / "shared")
+    assert built == list(tasks)
+    for file in tmp_path.rglob("requests/*"):
+        file.unlink()
+    fresh = evaluate_node(open_session(manifest, tasks, max_length=40), None, tmp_path / "fresh")
+    assert built == list(tasks) * 2
+    assert shared == fresh
+
+
 def other_tokenizer(tasks: dict, folder: Path) -> tuple[dict, dict, Path | None]:
     model = save_model(folder / "model", bos=True)
     return tasks, {}, write_model_manifest(model, folder / "model.json")
@@ -134,7 +148,6 @@ def other_settings(**changes: Any) -> Any:
         edited_task,
         fewer,
         other_settings(seed=7),
-        other_settings(max_length=30),
         other_settings(add_bos_token=True),
     ],
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import multiprocessing
 import subprocess
 import sys
 import tempfile
@@ -13,9 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from sparsity_atlas import evaluate
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.worker import slots
 from sparsity_atlas.worker.client import wanted
+from sparsity_atlas.worker.server import Models, answer
 from sparsity_atlas.worker.slots import Slot, folder_for, free_slot, places
 
 SERVE = """
@@ -121,8 +126,38 @@ def test_other_code_or_another_model_has_other_workers(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     folders = {folder_for(Path(m), c) for m in ("a.json", "b.json") for c in ("x", "y")}
     assert len(folders) == 4
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert folder_for(Path("a.json"), "x") not in folders
+    names = ("OMP_NUM_THREADS", "SPARSITY_ATLAS_KERNELS", "HF_HUB_OFFLINE", "XDG_CACHE_HOME")
+    for name in names:
+        monkeypatch.setenv(name, "7")
+        folders.add(folder_for(Path("a.json"), "x"))
+    assert len(folders) == 4 + len(names)
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "text"),
+    [
+        (AtlasError("tasks.a: none"), "error", "tasks.a: none"),
+        (OSError(errno.ENOSPC, "full", "a.json"), "error", "a.json: no space is left"),
+        (OSError(errno.ENOTSOCK, "odd"), "crash", "Traceback"),
+        (ZeroDivisionError("odd"), "crash", "Traceback"),
+        (SystemExit(2), "error", "exit code 2"),
+        (None, "done", ""),
+    ],
+)
+def test_how_a_stage_ended_is_told(
+    monkeypatch: pytest.MonkeyPatch, raised: BaseException | None, kind: str, text: str
+) -> None:
+    def stage(arguments: list[str], open_session: object) -> None:
+        if raised is not None:
+            raise raised
+
+    monkeypatch.setattr(evaluate, "main", stage)
+    ours, workers = multiprocessing.Pipe()
+    ours.send_bytes(json.dumps({"arguments": [], "task_files": []}).encode())
+    answer(workers, Models())
+    told = json.loads(ours.recv_bytes())
+    assert told["kind"] == kind
+    assert text in told["text"]
 
 
 def test_one_worker_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

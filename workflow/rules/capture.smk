@@ -22,7 +22,7 @@ rule capture:
     resources:
         sites=ask.requested_sites,
         gpu=ask.gpus,
-        mem_mb=ask.memory,
+        mem_mb=ask.capture_memory,
         runtime=ask.capture_minutes,
     params:
         settings=ask.capture_settings,

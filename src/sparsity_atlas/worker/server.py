@@ -82,12 +82,16 @@ def answer(connection: Connection, models: Models) -> None:
     cli.logger.addHandler(lines)
     try:
         evaluate.main(request["arguments"], open_session)
-    except AtlasError as error:
+    except Exception as error:  # noqa: BLE001 (the client ends with it, this process goes on)
         finished.set()
-        _send(connection, "error", str(error))
-    except Exception:  # noqa: BLE001 (the client ends with it, this process goes on)
+        mended = isinstance(error, AtlasError | OSError) and cli.what_can_be_mended(error)
+        if mended:
+            _send(connection, "error", str(mended))
+        else:
+            _send(connection, "crash", traceback.format_exc())
+    except SystemExit as error:  # of argparse
         finished.set()
-        _send(connection, "crash", traceback.format_exc())
+        _send(connection, "error", f"exit code {error.code}; why is in the worker's log")
     else:
         finished.set()
         _send(connection, "done")

@@ -19,7 +19,8 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.store import digest
 
 # What a worker inherits from the job that starts it and another job may have otherwise.
-_ENVIRONMENT = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_ENDPOINT", "PYTHONPATH")
+_ENVIRONMENT = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTHONPATH", "XDG_CACHE_HOME")
+_ENVIRONMENT_OF = ("SPARSITY_ATLAS_", "HF_", "NUMBA_", "TRITON_")
 MOST = 64
 
 
@@ -83,7 +84,11 @@ def folder_for(model: Path, code: str) -> Path:
         "python": sys.executable,
         "model": str(model),
         "code": code,
-        "environment": {name: os.environ.get(name) for name in _ENVIRONMENT},
+        "environment": {
+            name: value
+            for name, value in os.environ.items()
+            if name in _ENVIRONMENT or name.startswith(_ENVIRONMENT_OF)
+        },
     }
     # Short: the path of a socket has room for about a hundred characters.
     base = Path(tempfile.gettempdir(), f"sparsity-atlas-{os.getuid()}")
