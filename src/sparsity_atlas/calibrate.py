@@ -111,7 +111,8 @@ def seen_text(checkpoint: Checkpoint, store: ActivationStore, tokens: int) -> tu
     ids = store.ids()
     rows = ids[: tokens // ids.shape[1]]
     tokenizer = load_tokenizer(checkpoint)
-    content = "".join(tokenizer.decode(row, skip_special_tokens=True) for row in rows)
+    # As one text: a row's first word may begin with a space that decoding it alone would drop.
+    content = tokenizer.decode(rows.flatten(), skip_special_tokens=True)
     return content, hashlib.sha256(rows.tobytes()).hexdigest()
 
 

@@ -7,6 +7,7 @@ calibration.safetensors holds the tensors, named {tensor}.{layer}/{name}, and in
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,8 +20,11 @@ from sparsity_atlas.store import canonical, file_digest, write_atomically
 if TYPE_CHECKING:
     from sparsity_atlas.place import State
 
-# Shorter strings turn up in any two texts.
-SHARED_CHARACTERS = 60
+# Shorter strings turn up in any two texts, and so do shorter passages of longer ones.
+SHARED_CHARACTERS, SHARED_PASSAGE = 60, 200
+_LONGEST_WORD = 40
+# Where a passage may begin: at a word, and at any letter of a script that sets no spaces.
+_STARTS = re.compile(r"\b\w|[^\W\x00-\u2e7f]")
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,17 +98,39 @@ def check_disjoint(calibration: Calibration, task: str, documents: Iterable[dict
 
     Raises:
         AtlasError: a string of a document, 60 characters or longer, lies within the calibration's
-            text, or the other way round.
+            text, or the other way round, or they share a passage of 200 characters.
     """
     seen = _plain(calibration.about["content"])
+    passages = _passages(seen)
     for number, document in enumerate(documents):
         for text in map(_plain, _strings(document)):
-            if len(text) >= SHARED_CHARACTERS and (text in seen or seen in text):
+            if len(text) >= SHARED_CHARACTERS and (
+                text in seen or seen in text or _shares_passage(text, seen, passages)
+            ):
                 raise AtlasError(
                     f"tasks.{task}: document {number} is part of the text that the criterion was "
                     f"calibrated on ('{text[:40]}…'); calibrate on another text (capture.text, "
                     "texts.<name>.documents) or leave it out of the task"
                 )
+
+
+def _passages(text: str) -> dict[str, list[int]]:
+    """Places of the first characters of what may be a shared passage."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for start in _STARTS.finditer(text):
+        found[text[start.start() :][:SHARED_CHARACTERS]].append(start.start())
+    return found
+
+
+def _shares_passage(text: str, seen: str, passages: dict[str, list[int]]) -> bool:
+    for start in _STARTS.finditer(text):
+        here = start.start()
+        for there in passages.get(text[here : here + SHARED_CHARACTERS], ()):
+            # The passage begins at a word or before it, by less than one word.
+            passage = text[here : here + SHARED_PASSAGE - _LONGEST_WORD]
+            if len(passage) == SHARED_PASSAGE - _LONGEST_WORD and seen.startswith(passage, there):
+                return True
+    return False
 
 
 def _plain(text: str) -> str:

@@ -54,6 +54,12 @@ class Place:
         """The readers' weights, one above the other: float32 [outputs, width]."""
         return torch.cat([matrix(reader, self.width) for reader in self.readers()]).to(self.device)
 
+    def outputs(self, values: Tensor) -> Tensor:
+        """What the readers make of vectors [tokens, width], biases included: float32 [tokens, outputs]."""
+        like = next(self.readers()[0].module.parameters())
+        made = [reader(values.to(like)) for reader in self.readers()]
+        return torch.cat(made, -1).float().to(self.device)
+
     def column_norms(self) -> Tensor:
         """‖W[:, j]‖₂ of the readers' weight for each entry: float32 [width]."""
         return self.weight.norm(dim=0)

@@ -191,6 +191,9 @@ def test_cett_by_hand(level: float) -> None:
     class Place2(Columns):
         weight = torch.diag(torch.tensor([1.0, 2]))
 
+        def outputs(self, values: Tensor) -> Tensor:
+            return values @ self.weight.T
+
     r = (torch.arange(2000) + 0.5) / 2000
     given = Given(intermediate=torch.stack([torch.ones(2000), -r / 2], dim=1))
     bound = calibrated("cett", Place2([1.0, 2]), given)
@@ -203,13 +206,27 @@ def test_cett_by_hand(level: float) -> None:
 def cett(ffn: FFN, i: Tensor, mask: Tensor) -> float:
     """Its definition, in float64."""
     weight = Place(ffn, "intermediate").weight.double()
-    i = i.double()
-    dropped, whole = (torch.where(mask, 0, i) @ weight.T, i @ weight.T)
+    with torch.no_grad():
+        whole = ffn.output(i).double()
+    dropped = torch.where(mask, 0, i.double()) @ weight.T
     return float((dropped.norm(dim=-1) / whole.norm(dim=-1)).mean())
 
 
+def biased() -> FFN:
+    """An FFN whose output is not what its intermediate vector makes alone."""
+    ffn = find_ffns(tiny_model("gpt2"))[0]
+    torch.manual_seed(1)
+    with torch.no_grad():
+        i = sample(ffn)["intermediate"]
+        ffn.down.module.bias.normal_(std=float(ffn.output(i).std()))
+    return ffn
+
+
+@pytest.mark.parametrize("layout", ["gated", "biased"])
 @pytest.mark.parametrize("level", [0.03, 0.1, 0.2, 0.4, 0.7])
-def test_cett_against_float64(ffn: FFN, level: float) -> None:
+def test_cett_against_float64(ffn: FFN, level: float, layout: str) -> None:
+    if layout == "biased":
+        ffn = biased()
     given = sample(ffn, 3000)
     bound = calibrated("cett", Place(ffn, "intermediate"), given)
     i = given["intermediate"]
@@ -225,6 +242,13 @@ def test_cett_against_float64(ffn: FFN, level: float) -> None:
 
 
 # Mean compensation
+
+
+def test_cett_of_a_layer_without_output(ffn: FFN) -> None:
+    zeros = torch.zeros(10, ffn.width)
+    bound = calibrated("cett", Place(ffn, "intermediate"), Given(intermediate=zeros))
+    assert bound.mask(zeros, 0.0).all()
+    assert not bound.mask(zeros, 1.0).any()
 
 
 def test_mean_compensation_by_hand() -> None:

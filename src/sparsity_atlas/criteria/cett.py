@@ -45,17 +45,21 @@ class Cett(Quantile):
         quantiles = quantile_table(scores)
         sparsity = np.linspace(0, 1, KNOTS + 1)
         knots = [0.0]
-        norm = (i @ place.weight.T).norm(dim=-1)
+        norm = place.outputs(i).norm(dim=-1)
         used = norm > 0
-        for share in sparsity[1:-1]:
+        for share in sparsity[1:]:
             dropped = torch.where(scores < at_level(quantiles, float(share)), i, 0)
             error = (dropped @ place.weight.T).norm(dim=-1)
             knots.append(float((error[used] / norm[used]).double().mean()) if used.any() else 0.0)
-        cett = np.maximum.accumulate([*knots, 1.0])
+        # The last, of dropping everything, is 1 where there is no bias.
+        cett = np.maximum.accumulate(knots)
         # Of equal errors the largest sparsity: exact zeros are dropped at no cost.
         distinct = np.append(np.diff(cett) > 0, True)
         targets = np.arange(STEPS) / STEPS
-        wanted = PchipInterpolator(cett[distinct], sparsity[distinct])(targets)
+        wanted = np.ones(STEPS)  # what costs nothing, or never so much, is dropped
+        if cett[-1] > 0:
+            reached = PchipInterpolator(cett[distinct], sparsity[distinct])
+            wanted[targets <= cett[-1]] = reached(targets[targets <= cett[-1]])
         finite = quantiles.double().numpy()
         finite[-1] = float(scores.max())
         table = np.interp(wanted, np.arange(STEPS + 1) / STEPS, finite)

@@ -64,10 +64,18 @@ class ShiftedRelu(Quantile):
         return torch.where(mask, (written.float() * ratio).to(written.dtype), 0)
 
     def export(self, level: float) -> dict[str, Tensor]:
-        """See `Criterion.export`; here g must exceed `threshold`, and `shift` is b, []."""
+        """See `Criterion.export`; here g must exceed `threshold`, and `shift` is b, [].
+
+        At level 0 every g does, -inf, and b is NaN: the activation function is the model's own.
+        """
         threshold = self.thresholds(level)
-        finite = 0 < level < 1
-        shift = inverse(self._function, threshold[None])[0] if finite else threshold
+        if level == 0:
+            return {
+                "threshold": torch.full_like(threshold, -torch.inf),
+                "shift": torch.full_like(threshold, torch.nan),
+            }
+        finite = bool(torch.isfinite(threshold))
+        shift = inverse(self._function, threshold[None])[0] if finite else threshold.clone()
         return {"threshold": threshold, "shift": shift}
 
 
