@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sparsity_atlas.block import Block, blocks
 from sparsity_atlas.criteria.base import Criterion
+from sparsity_atlas.errors import NumericalFailure
 from sparsity_atlas.output_error import (
     dense_output,
     parts_of,
@@ -64,7 +65,12 @@ def spread(damage: np.ndarray, grid: np.ndarray, weights: np.ndarray) -> np.ndar
 
     Returns:
         [places, TARGETS]; non-decreasing, 0 and 1 at the ends.
+
+    Raises:
+        NumericalFailure: a damage is not finite.
     """
+    if not np.isfinite(damage).all():
+        raise NumericalFailure("allocation: dropping makes NaN or infinity of a loss or an output")
     rising = np.maximum.accumulate(damage, axis=1)
     curves = []
     for row in rising:

@@ -1,7 +1,7 @@
 """Stage `calibrate`: what a criterion needs to know of a model, from the captured activations.
 
 One job a (model, criterion, site) finds what all levels need, so that a search may choose any of them.
-Each layer is looked at by itself; the model is loaded for its weights, and never run.
+Each layer is looked at by itself; the model is loaded for its weights, and run for two allocations only.
 """
 
 from __future__ import annotations

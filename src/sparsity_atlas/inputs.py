@@ -18,6 +18,7 @@ from sparsity_atlas.config import Config
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.store import file_digest
 from sparsity_atlas.task_files import data_files, files_digest, override_digest
+from sparsity_atlas.terms import ALLOCATIONS, TENSORS
 
 # Where the configuration names local files: catalogue and key.
 _PATHS = (("models", "path"), ("criteria", "file"), ("texts", "file"), ("tasks", "include"))
@@ -72,6 +73,9 @@ def check_inputs(config: Config) -> None:
             )
         if constants["calibrated"]:
             _check_calibration(config, curve)
+        spec = json.loads(specs[curve.criterion])
+        if "file" not in spec:
+            _check_allocation(spec, curve, constants["allocated"])
         for level in curve.levels:
             if not low <= float(level) <= high:
                 raise AtlasError(
@@ -84,6 +88,22 @@ def check_inputs(config: Config) -> None:
     text = config.texts[config.capture.text]
     if text.file is not None and not os.path.isfile(text.file):
         raise AtlasError(f"texts.{config.capture.text}: file: {text.file}: no such file")
+
+
+def _check_allocation(spec: dict[str, Any], curve: grid.Curve, allocated: bool) -> None:
+    allocation = spec.get("allocation", "uniform")
+    if "allocation" in spec and not allocated:
+        raise AtlasError(f"criteria.{curve.criterion}: allocation: this rule takes none")
+    if allocation not in ALLOCATIONS:
+        raise AtlasError(
+            f"criteria.{curve.criterion}: allocation: expected {', '.join(ALLOCATIONS)}, "
+            f"found {allocation!r}"
+        )
+    if allocation == "greedy" and len(TENSORS[curve.site]) == 1:
+        raise AtlasError(
+            f"run: sites: '{curve.criterion}' is allocated greedily among the tensors of a block, and "
+            f"'{curve.site}' is one; use it at all_inputs or all_linear_inputs"
+        )
 
 
 def _check_calibration(config: Config, curve: grid.Curve) -> None:

@@ -243,17 +243,6 @@ def sparsified(
         yield counter
 
 
-def replaced_rows(
-    criterion: Criterion, values: Tensor, written: Tensor, mask: Tensor, level: float
-) -> Tensor:
-    """What becomes of `written` under a mask: see `Criterion.replace`."""
-    if values.device.type == "mps":
-        replaced = criterion.replace(values.cpu(), written.cpu(), mask.cpu(), level)
-    else:
-        replaced = criterion.replace(values, written, mask, level)
-    return torch.where(mask, written, 0) if replaced is None else replaced.to(written)
-
-
 @contextlib.contextmanager
 def _passes(model: PreTrainedModel, counter: Counter) -> Iterator[None]:
     handle = model.register_forward_pre_hook(counter.begin_pass)

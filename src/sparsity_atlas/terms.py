@@ -23,3 +23,5 @@ TENSORS = {
 STORED = ("qkv_input", "o_input", "input", "up", "gate", "intermediate")
 # Inputs of linear maps; `up` and `gate` are outputs.
 LINEAR_INPUTS = TENSORS["all_linear_inputs"]
+# How a criterion's level is spread over layers.
+ALLOCATIONS = ("uniform", "equal_cett", "sensitivity", "greedy")

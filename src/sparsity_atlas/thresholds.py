@@ -10,7 +10,6 @@ from torch import Tensor
 STEPS = 10_000
 # Target sparsities that a place's own ones are given for, where an allocation spreads them unevenly.
 TARGETS = np.linspace(0, 1, 101)
-ALLOCATIONS = ("uniform", "equal_cett", "sensitivity", "greedy")
 
 
 def quantile_table(scores: Tensor) -> Tensor:

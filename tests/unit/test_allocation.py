@@ -76,6 +76,11 @@ def test_every_target_is_kept(damage: list[list[float]], data: st.DataObject) ->
     assert (np.diff(table, axis=1) >= -1e-12).all()
 
 
+def test_a_damage_that_is_no_number() -> None:
+    with pytest.raises(AtlasError, match="allocation: dropping makes NaN"):
+        spread(np.array([[0, np.nan, 1.0]]), np.linspace(0, 1, 3), np.array([1.0]))
+
+
 @pytest.fixture(scope="module")
 def model() -> torch.nn.Module:
     """A random Llama with layers of unlike importance."""

@@ -344,6 +344,18 @@ def test_documents_of_a_text(config: dict[str, Any]) -> None:
         ({"calibration": {"tokens": 72}}, "calibration.tokens: 72 is no multiple of"),
         ({"calibration": {"tokens": 96}}, "calibration.tokens: 96 of capture.tokens"),
         ({"calibration": {"tokens": 0}}, "calibration.tokens: "),
+        (
+            {"criteria": {"teal": {"allocation": "best"}}},
+            r"criteria\.teal: allocation: expected uniform, .*, found 'best'",
+        ),
+        (
+            {"criteria": {"teal": {"rule": "r_sparse", "allocation": "greedy"}}},
+            r"criteria\.teal: allocation: this rule takes none",
+        ),
+        (
+            {"criteria": {"teal": {"allocation": "greedy"}}},
+            "'teal' is allocated greedily among the tensors of a block, and 'input' is one",
+        ),
         ({"tasks": {"pages": {"include": "tasks"}}}, r"tasks\.pages: 'teal' is calibrated on docu"),
         ({"tasks": {"pages": {"include": "tasks", "limit": 5}}}, r"evaluates its first 5 docum"),
         ({"texts": {"rest": {"file": "tasks/pages.jsonl"}}}, "documents 0 to the last of"),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -59,6 +59,14 @@ def test_by_hand() -> None:
     assert mask(values, 0.4, prompt_share=0.25)[0].tolist() == kept
 
 
+@pytest.mark.parametrize(("share", "length"), [(0.6, 25), (0.07, 100), (0.5, 7), (0.001, 9)])
+def test_a_prompt_has_exactly_its_share(share: float, length: int) -> None:
+    criterion = create({"rule": "prompt_mask", "prompt_share": share})
+    values, valid = torch.ones(1, length, 4), torch.ones(1, length, dtype=torch.bool)
+    dense = criterion.mask_sequences(values, valid, "scoring", 0.0)[0].all(-1)
+    assert int(dense.sum()) == math.ceil(Fraction(str(share)) * length)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.integers(0, 10), st.sampled_from((0.2, 0.5, 0.9)))
 def test_against_float64(seed: int, tenths: int, share: float) -> None:
@@ -70,7 +78,7 @@ def test_against_float64(seed: int, tenths: int, share: float) -> None:
     criterion = create({"rule": "prompt_mask", "prompt_share": share})
     found = criterion.mask_sequences(values, valid, "scoring", tenths / 10)
     for row, length, keep in zip(values.double(), lengths.tolist(), found, strict=True):
-        prompt = math.ceil(np.float32(share) * length)
+        prompt = math.ceil(Fraction(str(share)) * length)
         unit = row[:prompt] / row[:prompt].norm(dim=1, keepdim=True)
         best = unit.square().sum(0).argsort(descending=True)[:tenths]
         wanted = torch.zeros(10, dtype=torch.bool)

@@ -73,7 +73,8 @@ def declared(spec: dict[str, Any]) -> dict[str, Any]:
     """The constants of a criterion, read from its source without importing torch.
 
     Returns:
-        lowest, highest, sites and calibrated; where the file names none, as the base class has them.
+        lowest, highest, sites and calibrated; where the file names none, as the base class has them. And
+        allocated: whether it takes an allocation.
 
     Raises:
         AtlasError: no such rule or file, the file is not Python, or a constant is no plain literal.
@@ -83,7 +84,10 @@ def declared(spec: dict[str, Any]) -> dict[str, Any]:
         tree = ast.parse(path.read_bytes())
     except SyntaxError as error:
         raise AtlasError(f"{path}: line {error.lineno}: {error.msg}") from None
-    found: dict[str, Any] = {"lowest": 0.0, "highest": 1.0, "sites": (), "calibrated": False}
+    found: dict[str, Any] = {
+        **{"lowest": 0.0, "highest": 1.0, "sites": ()},
+        **{"calibrated": False, "allocated": False},
+    }
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     for node in (statement for one in classes for statement in one.body):
         if isinstance(node, ast.Assign):
@@ -109,6 +113,7 @@ _PLAIN = {
     "highest": "a plain number",
     "sites": f"a tuple of {', '.join(SITES)}",
     "calibrated": "True or False",
+    "allocated": "True or False",
 }
 
 
@@ -119,13 +124,13 @@ def _literal(path: Path, name: str, value: ast.expr) -> Any:
         found = None
     if name == "sites":
         right = isinstance(found, tuple) and set(found) <= set(SITES)
-    elif name == "calibrated":
+    elif name in ("calibrated", "allocated"):
         right = isinstance(found, bool)
     else:
         right = isinstance(found, int | float) and not isinstance(found, bool)
     if not right:
         raise AtlasError(f"{path}: line {value.lineno}: {name}: expected {_PLAIN[name]}")
-    return found if name in ("sites", "calibrated") else float(found)
+    return float(found) if name in ("lowest", "highest") else found
 
 
 def create(spec: dict[str, Any]) -> Criterion:
@@ -154,6 +159,7 @@ def create(spec: dict[str, Any]) -> Criterion:
     except (TypeError, ValueError) as error:
         raise AtlasError(f"criteria: {spec.get('rule', path)}: {error}") from None
     _check(path, criterion)
+    del constants["allocated"]  # asked of the configuration alone
     for name, value in constants.items():
         if getattr(criterion, name) != value:
             raise AtlasError(

@@ -13,3 +13,4 @@ class Cats(Quantile):
 
     sites = ("gate",)
     calibrated = True
+    allocated = True

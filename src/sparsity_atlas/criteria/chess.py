@@ -23,6 +23,7 @@ class Chess(Quantile):
 
     sites = ("gate",)
     calibrated = True
+    allocated = True
 
     def calibrate(self, place: Place, sample: Sample) -> dict[str, Tensor]:
         """See `Criterion.calibrate`."""

@@ -14,3 +14,4 @@ class CountdownM(Quantile):
 
     sites = ("up",)
     calibrated = True
+    allocated = True

@@ -19,11 +19,13 @@ class MeanCompensation(Quantile):
 
     Dropped entries of g are not computed, u is; the mean is over the calibration tokens, by
     channel. The level is the target sparsity, as of COUNTDOWN-M, from which only what takes the
-    dropped entries' place differs: they count as dropped all the same.
+    dropped entries' place differs: they count as dropped all the same. No paper's: COUNTDOWN-M
+    (arXiv 2505.17701) with the expectation that CHESS (arXiv 2409.01366) takes of the other factor.
     """
 
     sites = ("up",)
     calibrated = True
+    allocated = True
 
     def calibrate(self, place: Place, sample: Sample) -> dict[str, Tensor]:
         """See `Criterion.calibrate`."""

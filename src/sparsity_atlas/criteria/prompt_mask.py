@@ -65,7 +65,9 @@ class PromptMask(SequenceCriterion):
         prompt = valid
         if phase == "scoring":
             length = valid.sum(-1, keepdim=True)
-            prompt = valid & (valid.cumsum(-1) <= (length * self.prompt_share).ceil())
+            # Of 100 times 0.07 float64 makes a little more than 7.
+            end = (length.double() * self.prompt_share - 1e-9).ceil()
+            prompt = valid & (valid.cumsum(-1) <= end)
         self._kept = self.neurons(values.double(), prompt, level)
         # Padding takes part in neither; after a prompt follows nothing in its own pass.
         after = valid & ~prompt

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from sparsity_atlas.criteria.base import Criterion
+from sparsity_atlas.terms import ALLOCATIONS
 from sparsity_atlas.threshold import Threshold
-from sparsity_atlas.thresholds import ALLOCATIONS, TARGETS, at_level, quantile_table
+from sparsity_atlas.thresholds import TARGETS, at_level, quantile_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +32,7 @@ class Quantile(Criterion):
     dense_level = 0.0
     coarse_levels = ("0.2", "0.4", "0.6", "0.8")
     calibrated = True
+    allocated = True
 
     def __init__(self, allocation: str = "uniform") -> None:
         if allocation not in ALLOCATIONS:

@@ -14,3 +14,4 @@ class Teal(Quantile):
 
     sites = ("input", "intermediate", "all_inputs", "qkv_input", "o_input", "all_linear_inputs")
     calibrated = True
+    allocated = True

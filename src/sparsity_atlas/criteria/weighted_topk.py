@@ -9,7 +9,8 @@ class WeightedTopK(Wina):
     """Keep the k = ⌊level · width⌋ largest |v_j| · ‖W_d[:, j]‖₂ of each row, and their ties.
 
     WINA's rule on the FFN's neurons: where v is the intermediate, the product is the norm of what
-    neuron j adds to the FFN's output. The level is the kept share, as of top-k.
+    neuron j adds to the FFN's output, which arXiv 2411.02335 thresholds. The level is the kept share,
+    as of top-k.
     """
 
     sites = ("up", "gate", "intermediate")
