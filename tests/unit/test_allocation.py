@@ -237,6 +237,13 @@ def test_greedy_takes_the_cheapest_step(model: torch.nn.Module) -> None:
     assert errors[40] <= uniform + 1e-3
 
 
+def test_greedy_steps_by_equal_parameters() -> None:
+    """A step of the smaller tensor is twice as long: its entries are cheaper, its parameters are not."""
+    table = greedy(lambda at: at["x"] + 0.6 * at["i"], ["x", "i"], np.array([2.0, 1.0]))
+    assert table[:, 50] == pytest.approx([0.75, 0], abs=1e-6)
+    assert table[:, 80] == pytest.approx([1, 0.4], abs=0.02)
+
+
 def test_greedy_at_all_linear_inputs_goes_by_the_whole_block(model: torch.nn.Module) -> None:
     """The block's output with its tensors dropped is what the model itself makes of it there."""
     ffns, _, bound, shares = allocated(model, "teal", "all_linear_inputs", "greedy")

@@ -244,6 +244,20 @@ def test_cett_against_float64(ffn: FFN, level: float, layout: str) -> None:
 # Mean compensation
 
 
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.02, 0.9))
+def test_cett_of_any_layer_is_the_target(seed: int, level: float) -> None:
+    torch.manual_seed(seed)
+    ffn = find_ffns(Strange("gated"))[0]
+    given = sample(ffn, 2000, seed)
+    bound = calibrated("cett", Place(ffn, "intermediate"), given)
+    i = given["intermediate"]
+    # Beside a bias even dropping everything may cost less.
+    most = cett(ffn, i, torch.zeros_like(i, dtype=torch.bool))
+    found = cett(ffn, i, bound.mask(i, level))
+    assert found == pytest.approx(min(level, most), rel=0.02)
+
+
 def test_cett_of_a_layer_without_output(ffn: FFN) -> None:
     zeros = torch.zeros(10, ffn.width)
     bound = calibrated("cett", Place(ffn, "intermediate"), Given(intermediate=zeros))
@@ -372,6 +386,22 @@ def test_shifted_relu_is_relu_of_the_preactivation(layout: str, level: float) ->
     assert float((found == 0).double().mean()) == pytest.approx(
         max(level, float((z <= 0).double().mean())), abs=0.002
     )
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 99))
+def test_shifted_relu_of_any_layer(seed: int, percent: int) -> None:
+    torch.manual_seed(seed)
+    ffn = find_ffns(Strange("gated"))[0]
+    given, level = sample(ffn, 100, seed), percent / 100
+    bound = calibrated("shifted_relu", Place(ffn, "gate"), given)
+    mask = bound.mask(given["gate"], level)
+    found = bound.replace(given["gate"], given["intermediate"], mask, level)
+    with torch.no_grad():
+        z = ffn.gate(given["input"]).double()
+    rank = z.numel() * percent // 100
+    wanted = given["up"].double() * F.relu(z - max(float(z.flatten().sort().values[rank]), 0))
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-5)
 
 
 # What every calibrated rule keeps

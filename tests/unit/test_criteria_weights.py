@@ -204,6 +204,32 @@ def test_random_has_its_sparsity(level: float) -> None:
     assert abs(share - level) <= 3 * math.sqrt(level * (1 - level) / values.numel())
 
 
+WORD = 2**64
+
+
+def mixed(number: int) -> int:
+    """SplitMix64's output function in Python's integers."""
+    number = (number ^ (number >> 30)) * 0xBF58476D1CE4E5B9 % WORD
+    number = (number ^ (number >> 27)) * 0x94D049BB133111EB % WORD
+    return number ^ (number >> 31)
+
+
+def test_the_hash_gives_the_published_first_number() -> None:
+    # Of the generator's state after one step from the seed 0.
+    assert mixed(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows(), LEVEL, st.integers(0, 2**31 - 1))
+def test_random_against_whole_numbers(values: Tensor, level: float, seed: int) -> None:
+    found = create({"rule": "random", "seed": seed}).mask(values, level)
+    codes = [mixed(seed + channel) for channel in range(values.shape[1])]
+    for row, keep in zip(values.double().tolist(), found.tolist(), strict=True):
+        token = mixed(sum(code for code, v in zip(codes, row, strict=True) if v > 0) % WORD)
+        draws = [mixed((token + code) % WORD) >> 11 for code in codes]
+        assert keep == [Fraction(draw, 2**53) < Fraction(level) for draw in draws]
+
+
 def test_random_draws_anew_for_each_token_place_and_seed() -> None:
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(40, 200, generator=generator)

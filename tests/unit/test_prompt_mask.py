@@ -120,6 +120,31 @@ def test_tda_by_hand() -> None:
         assert found[2:].tolist() == [kept] * 2
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 9999))
+def test_tda_against_float64(seed: int, step: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    norms = torch.rand(12, generator=draw) + 0.1
+
+    class Place12:
+        layer, tensor = 0, "intermediate"
+
+        def column_norms(self) -> Tensor:
+            return norms
+
+    table = torch.linspace(0, 3, STEPS + 1)
+    bound = create({"rule": "tda"}).bind(Place12(), {"table": table})
+    values = torch.randn(2, 9, 12, generator=draw)
+    valid = torch.ones(2, 9, dtype=torch.bool)
+    found = bound.mask_sequences(values, valid, "scoring", step / STEPS)
+    assert found[:, :5].all()  # five of nine are the prompt
+    rms = values[:, :5].double().square().mean(1).sqrt() * norms.double()
+    wanted = rms >= float(table[step])
+    clear = (rms - float(table[step])).abs() > 1e-5
+    for later in found[:, 5:].unbind(1):
+        assert torch.equal(later[clear], wanted[clear])
+
+
 @pytest.mark.parametrize("share", [0, 1, -0.5, True, "half"])
 def test_bad_prompt_share(share: object) -> None:
     with pytest.raises(AtlasError, match="prompt_mask: prompt_share: expected a number between"):
