@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from sparsity_atlas import criteria, grid
 from sparsity_atlas.code import code_version
 from sparsity_atlas.config import Config
-from sparsity_atlas.devices import visible_gpus
+from sparsity_atlas.devices import inside_allocation, visible_gpus
 from sparsity_atlas.inputs import model_content, task_content, text_content
 from sparsity_atlas.needs import Needs, levels_of
 from sparsity_atlas.question import question
@@ -308,8 +308,12 @@ class Asks:
 
     @question
     def capture_threads(self, wildcards: Wildcards) -> int:
-        """Threads that write: where a GPU computes, one is slower than the disk."""
-        return 4 if self._gpus else 1
+        """Threads that write: where a GPU computes, one is slower than the disk.
+
+        On a cluster its profile says so: a job asks again here, on a machine that may have GPUs where
+        the one that submitted it had none, and must not take more cores than it was given.
+        """
+        return 4 if self._gpus and not inside_allocation() else 1
 
     def _is_calibrated(self, criterion: str) -> bool:
         return criteria.declared(json.loads(self._criterion_slice(criterion)))["calibrated"]

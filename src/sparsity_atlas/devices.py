@@ -56,6 +56,12 @@ def visible_gpus() -> int:
     return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
+def inside_allocation() -> bool:
+    """Whether this process is part of a job that a cluster's scheduler gave its cores."""
+    names = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "KUBERNETES_SERVICE_HOST")
+    return any(name in os.environ for name in names)
+
+
 def claim_gpu(identities: list[str], folder: Path | None = None, poll: float = 1.0) -> int:
     """Wait for a GPU that no other job of ours uses, and keep it until this process ends.
 

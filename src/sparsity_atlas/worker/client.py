@@ -13,6 +13,7 @@ from typing import Any
 
 from sparsity_atlas import cli
 from sparsity_atlas.code import code_version
+from sparsity_atlas.devices import inside_allocation
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.task_files import files_digest, override_digest
 from sparsity_atlas.worker.slots import Slot, folder_for, free_slot, places
@@ -26,9 +27,7 @@ def wanted() -> bool:
     Not inside an allocation of a cluster: what a job leaves behind there is killed or holds the
     allocation. And not with SPARSITY_ATLAS_WORKER=off.
     """
-    inside = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "KUBERNETES_SERVICE_HOST")
-    off = os.environ.get("SPARSITY_ATLAS_WORKER") == "off"
-    return not off and not any(name in os.environ for name in inside)
+    return os.environ.get("SPARSITY_ATLAS_WORKER") != "off" and not inside_allocation()
 
 
 def task_files(tasks: dict[str, dict[str, Any]]) -> list[str]:
