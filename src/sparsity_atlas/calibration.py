@@ -105,7 +105,7 @@ def check_disjoint(calibration: Calibration, task: str, documents: Iterable[dict
     for number, document in enumerate(documents):
         for text in map(_plain, _strings(document)):
             if len(text) >= SHARED_CHARACTERS and (
-                text in seen or seen in text or _shares_passage(text, seen, passages)
+                text in seen or seen in text or not passages.isdisjoint(_passages(text))
             ):
                 raise AtlasError(
                     f"tasks.{task}: document {number} is part of the text that the criterion was "
@@ -114,23 +114,11 @@ def check_disjoint(calibration: Calibration, task: str, documents: Iterable[dict
                 )
 
 
-def _passages(text: str) -> dict[str, list[int]]:
-    """Places of the first characters of what may be a shared passage."""
-    found: dict[str, list[int]] = defaultdict(list)
-    for start in _STARTS.finditer(text):
-        found[text[start.start() :][:SHARED_CHARACTERS]].append(start.start())
-    return found
-
-
-def _shares_passage(text: str, seen: str, passages: dict[str, list[int]]) -> bool:
-    for start in _STARTS.finditer(text):
-        here = start.start()
-        for there in passages.get(text[here : here + SHARED_CHARACTERS], ()):
-            # The passage begins at a word or before it, by less than one word.
-            passage = text[here : here + SHARED_PASSAGE - _LONGEST_WORD]
-            if len(passage) == SHARED_PASSAGE - _LONGEST_WORD and seen.startswith(passage, there):
-                return True
-    return False
+def _passages(text: str) -> set[str]:
+    """What a shared passage of SHARED_PASSAGE characters has in common from its first whole word on."""
+    length = SHARED_PASSAGE - _LONGEST_WORD
+    starts = (match.start() for match in _STARTS.finditer(text, 0, max(0, len(text) - length + 1)))
+    return {text[start : start + length] for start in starts}
 
 
 def _plain(text: str) -> str:

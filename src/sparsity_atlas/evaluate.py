@@ -89,6 +89,7 @@ class Session:
     chat: bool
     identity: dict[str, Any]
     _prepared: dict[tuple[str, bool], Prepared] = field(default_factory=dict)
+    _disjoint: set[str] = field(default_factory=set)  # digests of calibration texts
 
     @classmethod
     def open(cls, manifest_path: Path, settings: dict[str, Any], code: str) -> Session:
@@ -171,14 +172,17 @@ class Session:
         return sparsified(self.lm.model, self.ffns, node.site, node.rule, level, states)
 
     def check_disjoint(self, calibration: Calibration) -> None:
-        """Refuse tasks that evaluate what a criterion was calibrated on.
+        """Refuse tasks that evaluate what a criterion was calibrated on; looked at once a text.
 
         Raises:
             AtlasError: names the task and the document.
         """
+        if calibration.about["text"] in self._disjoint:
+            return
         for name, task in self.tasks.items():
             for leaf in task.leaves.values():
                 check_disjoint(calibration, name, islice(leaf.eval_docs, task.limit))
+        self._disjoint.add(calibration.about["text"])
 
 
 def evaluate_node(session: Session, node: Node | None, folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sparsity_atlas import calibrate, capture, export, output_error, search
+from sparsity_atlas import calibrate, capture, evaluate, export, output_error, search
 from sparsity_atlas.activations import ActivationStore
 from sparsity_atlas.asks import Asks
 from sparsity_atlas.calibration import Calibration, check_disjoint, read_calibration
@@ -296,13 +296,18 @@ def test_short_strings_turn_up_anywhere() -> None:
     check_disjoint(about(LONG), "prose", [{"word": LONG[:59], "other": LONG.upper()}])
 
 
-def test_a_stage_refuses_such_a_task(work: Work, tmp_path: Path) -> None:
+def test_a_stage_refuses_such_a_task(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "c.safetensors"
     seen = calibrated(work, path, "teal", "input").about["content"]
     pages = [*rolling_documents(), {"page": seen[20:120]}]
     task = write_task(tmp_path / "tasks", "pages", pages, **ROLLING)
     session = open_session(work.manifest, {"pages": {**task, "limit": 6}})
     session.check_disjoint(read_calibration(path))  # the last document is not evaluated
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "check_disjoint", None)
+        session.with_code("other").check_disjoint(read_calibration(path))  # nor looked at again
     session = open_session(work.manifest, {"pages": task})
     with pytest.raises(AtlasError, match=r"tasks\.pages: document 6 is part of the text"):
         session.check_disjoint(read_calibration(path))
