@@ -4,7 +4,7 @@ Each site has a job and a manifest of its own. The first job of a model takes a 
 any of them lacks; the others find their tensors complete and write their manifest. With a site comes
 the FFN's input, from which every output error can be computed.
 
-Tensors leave the device on a stream of their own and are written by a thread while the model runs on: a
+Tensors leave the device on a stream of their own and are written by threads while the model runs on: a
 part (a chunk of each array, or a batch where that is more) is written while the next one is captured, and
 recorded when all of it is written. What is not recorded when a capture is killed is captured again, so
 that no more than a block is under way: two chunks of each array, or a batch where that is more. Host
