@@ -12,7 +12,7 @@ from sparsity_atlas.bootstrap import percentile_interval
 from sparsity_atlas.equal import SPARSITIES, read_between, read_equal
 from sparsity_atlas.parquet import read_parquet
 
-COMPARISON = ["model", "site", "task", "kind", "sparsity", "criterion", "reference"]
+COMPARISON = ["model", "site", "task", "kind", "sparsity_of", "sparsity", "criterion", "reference"]
 COMPARISON += ["value", "value_low", "value_high"]
 COMPARISON += ["difference", "difference_low", "difference_high", "output_error"]
 
@@ -22,8 +22,9 @@ def comparison_rows(curves: Sequence[Path], sparsity: Sequence[Path]) -> Iterato
 
     value: added loss in nats per token, or retained accuracy, at this induced sparsity. difference:
     the criterion's minus the reference's, the first criterion that the run names for the model and
-    site; its interval is over bootstrap replicates that both share. output_error: mean over layers
-    of the relative FFN-output error at this sparsity of the captured text.
+    site; its interval is over bootstrap replicates that both share. sparsity_of: "entries", and
+    "parameters" too where these give another number. output_error: mean over layers of the relative
+    FFN-output error at this sparsity of the captured text's entries.
 
     Args:
         curves: curve.json files, with equal_sparsity.parquet beside each.
@@ -41,19 +42,22 @@ def comparison_rows(curves: Sequence[Path], sparsity: Sequence[Path]) -> Iterato
         base = _by_place(paths[0])
         for path in paths:
             criterion = path.parts[-3]
-            for (task, place), row in _by_place(path).items():
+            of_entries = errors.get((model, criterion, site), {})
+            for key, row in _by_place(path).items():
+                task, of, place = key
                 yield {
                     **{"model": model, "site": site, "task": task, "kind": row["kind"]},
-                    **{"sparsity": place, "criterion": criterion, "reference": reference},
+                    **{"sparsity_of": of, "sparsity": place},
+                    **{"criterion": criterion, "reference": reference},
                     **_interval("value", row),
-                    **_interval("difference", _difference(row, base.get((task, place)))),
-                    "output_error": errors.get((model, criterion, site), {}).get(place),
+                    **_interval("difference", _difference(row, base.get(key))),
+                    "output_error": of_entries.get(place) if of == "entries" else None,
                 }
 
 
-def _by_place(path: Path) -> dict[tuple[str, float], dict[str, Any]]:
+def _by_place(path: Path) -> dict[tuple[str, str, float], dict[str, Any]]:
     rows = read_equal(path.with_name("equal_sparsity.parquet"))
-    return {(row["task"], row["sparsity"]): row for row in rows}
+    return {(row["task"], row["sparsity_of"], row["sparsity"]): row for row in rows}
 
 
 def _difference(row: dict[str, Any], base: dict[str, Any] | None) -> dict[str, Any] | None:

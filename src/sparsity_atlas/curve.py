@@ -16,7 +16,7 @@ from sparsity_atlas import cli
 from sparsity_atlas.bootstrap import TaskSamples
 from sparsity_atlas.critical import critical
 from sparsity_atlas.curves import CurvePoint, curve_points
-from sparsity_atlas.equal import equal_rows, write_equal
+from sparsity_atlas.equal import Of, equal_rows, write_equal
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.samples import read_table
 from sparsity_atlas.scores import Kind, choose_metric, sample_values
@@ -31,9 +31,11 @@ class NodeSamples:
         self.folder = folder
         self.manifest = read_manifest(folder / "eval.json")
         header, self._table = read_table(folder / "samples.parquet")
-        self._slots = [i for i, slot in enumerate(header["slots"]) if slot[0] in TENSORS[site]]
-        self._width = sum(header["slots"][i][2] for i in self._slots)
-        self._count = len(header["slots"])
+        slots = header["slots"]
+        self._slots = [i for i, (tensor, _, _) in enumerate(slots) if tensor in TENSORS[site]]
+        self._tensors = [slots[i][0] for i in self._slots]
+        self._widths = np.array([slots[i][2] for i in self._slots])
+        self._count = len(slots)
 
     def ok(self, task: str) -> bool:
         """Whether the task ran without NaN and infinity."""
@@ -44,24 +46,46 @@ class NodeSamples:
         wanted = pc.equal(self._table["task"], task)
         return self._table.filter(pc.and_(wanted, pc.greater(self._table["prefill_tokens"], 0)))
 
-    def zeros(self, rows: pa.Table) -> np.ndarray:
-        """Zeros of each sample at the site, int64 [rows]."""
+    def outputs(self, task: str) -> np.ndarray:
+        """How many weights meet an entry of each layer and tensor at the site, int64 [slots]."""
+        shares = self.manifest["tasks"][task]["sparsity"]
+        by_layer = {tensor: iter(shares[tensor]["outputs"]) for tensor in set(self._tensors)}
+        return np.array([next(by_layer[tensor]) for tensor in self._tensors])
+
+    def zeros(self, rows: pa.Table, counts: np.ndarray | int = 1) -> np.ndarray:
+        """Zeros of each sample at the site, int64 [rows].
+
+        Args:
+            rows: the samples.
+            counts: int64 [slots], how often an entry counts.
+        """
         total = np.zeros(len(rows), dtype=np.int64)
         for phase in ("prefill", "generation"):
             flat = rows[f"{phase}_zeros"].combine_chunks().flatten().to_numpy()
-            total += flat.reshape(len(rows), self._count)[:, self._slots].sum(1)
+            total += (flat.reshape(len(rows), self._count)[:, self._slots] * counts).sum(1)
         return total
 
-    def entries(self, rows: pa.Table) -> np.ndarray:
-        """Entries of each sample at the site, int64 [rows]."""
+    def entries(self, rows: pa.Table, counts: np.ndarray | int = 1) -> np.ndarray:
+        """Entries of each sample at the site, int64 [rows]; `counts` as in `zeros`."""
         tokens = rows["prefill_tokens"].to_numpy() + rows["generation_tokens"].to_numpy()
-        return tokens * self._width
+        return tokens * int((self._widths * counts).sum())
 
 
 def task_samples(
-    task: str, metric: str | None, dense: NodeSamples, levels: list[NodeSamples]
+    task: str,
+    metric: str | None,
+    dense: NodeSamples,
+    levels: list[NodeSamples],
+    of: Of = "entries",
 ) -> TaskSamples | None:
     """One task's paired samples over the levels; None if the dense model failed on it.
+
+    Args:
+        task: its key in the configuration.
+        metric: that the configuration names.
+        dense: the baseline.
+        levels: nodes of one curve.
+        of: what sparsity is a share of; an entry counts once, or once for each parameter that meets it.
 
     Raises:
         AtlasError: the nodes do not hold the same samples.
@@ -72,6 +96,7 @@ def task_samples(
     kind, key = choose_metric(task, metric, result)
     base = dense.rows(task)
     identity = _identity(base)
+    counts = dense.outputs(task) if of == "parameters" else 1
     values, zeros, entries = [], [], []
     for node in levels:
         if not node.ok(task):
@@ -85,8 +110,8 @@ def task_samples(
                 f"{node.folder}: samples of '{task}' differ from the dense baseline's; delete both"
             )
         values.append(_values(task, rows, kind, key))
-        zeros.append(node.zeros(rows))
-        entries.append(node.entries(rows))
+        zeros.append(node.zeros(rows, counts))
+        entries.append(node.entries(rows, counts))
     clusters = base["cluster"].to_pylist()
     shape = (len(levels), len(base))  # a search may have chosen no level
     return TaskSamples(
@@ -97,8 +122,8 @@ def task_samples(
         dense=_values(task, base, kind, key),
         zeros=np.array(zeros, dtype=np.int64).reshape(shape),
         entries=np.array(entries, dtype=np.int64).reshape(shape),
-        dense_zeros=dense.zeros(base),
-        dense_entries=dense.entries(base),
+        dense_zeros=dense.zeros(base, counts),
+        dense_entries=dense.entries(base, counts),
         cluster=None if None in clusters else np.unique(clusters, return_inverse=True)[1],
         chance=result["chance"] if kind == "accuracy" else None,
     )
@@ -162,7 +187,10 @@ def point_rows(
 
 
 def all_samples(
-    dense: NodeSamples, nodes: dict[str, NodeSamples], settings: dict[str, Any]
+    dense: NodeSamples,
+    nodes: dict[str, NodeSamples],
+    settings: dict[str, Any],
+    of: Of = "entries",
 ) -> list[TaskSamples]:
     """Paired samples of every task that the dense model did not fail on.
 
@@ -170,12 +198,28 @@ def all_samples(
         dense: the baseline.
         nodes: by level.
         settings: as `grid.curve_slice` gives it.
+        of: what sparsity is a share of.
     """
     found = (
-        task_samples(task, entry.get("metric"), dense, list(nodes.values()))
+        task_samples(task, entry.get("metric"), dense, list(nodes.values()), of)
         for task, entry in settings["tasks"].items()
     )
     return [one for one in found if one is not None]
+
+
+def equal_of(
+    dense: NodeSamples,
+    nodes: dict[str, NodeSamples],
+    samples: list[TaskSamples],
+    settings: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """The rows of equal_sparsity.parquet: over entries and, where that is another thing, parameters."""
+    replicates, seed = settings["replicates"], settings["seed"]
+    rows = equal_rows(samples, replicates, seed)
+    if samples and len(set(dense.outputs(samples[0].task).tolist())) > 1:
+        weighed = all_samples(dense, nodes, settings, "parameters")
+        rows += equal_rows(weighed, replicates, seed, "parameters")
+    return rows
 
 
 def build(
@@ -246,7 +290,7 @@ def main() -> None:
     dense = NodeSamples(arguments.dense.parent, arguments.site)
     settings = arguments.settings
     samples = all_samples(dense, nodes, settings)
-    write_equal(arguments.equal, equal_rows(samples, settings["replicates"], settings["seed"]))
+    write_equal(arguments.equal, equal_of(dense, nodes, samples, settings))
     write_manifest(arguments.output, build(dense, nodes, samples, settings, arguments.site))
 
 

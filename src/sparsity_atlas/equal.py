@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,8 @@ from sparsity_atlas.bootstrap import Estimates, TaskSamples
 from sparsity_atlas.curves import anchored_scores, estimate_all
 from sparsity_atlas.parquet import read_parquet, write_parquet
 
+# What sparsity is a share of: the entries of a site's vectors, or the parameters that they meet.
+Of = Literal["entries", "parameters"]
 # Induced sparsities at which curves are read.
 SPARSITIES = tuple(round(0.05 * step, 2) for step in range(1, 20))
 ALLOWED_LOSS = float(np.log(1.01))
@@ -32,6 +34,7 @@ SCHEMA = pa.schema(
     [
         ("task", pa.string()),
         ("kind", pa.string()),
+        ("sparsity_of", pa.string()),
         ("sparsity", pa.float64()),
         ("value", pa.float64()),  # added loss in nats per token, or retained accuracy
         ("replicates", pa.list_(pa.float64())),  # the same, in each bootstrap replicate
@@ -96,8 +99,17 @@ def at_sparsities(estimates: Estimates, at: Sequence[float] = SPARSITIES) -> np.
     return unscale(found)
 
 
-def equal_rows(tasks: Sequence[TaskSamples], replicates: int, seed: int) -> list[dict[str, Any]]:
-    """Rows of `SCHEMA` for one curve: each task, and the average over accuracy tasks."""
+def equal_rows(
+    tasks: Sequence[TaskSamples], replicates: int, seed: int, of: Of = "entries"
+) -> list[dict[str, Any]]:
+    """Rows of `SCHEMA` for one curve: each task, and the average over accuracy tasks.
+
+    Args:
+        tasks: paired samples, their zeros and entries counted as `of` says.
+        replicates: of the bootstrap.
+        seed: of the bootstrap.
+        of: what sparsity is a share of.
+    """
     rows = []
     for estimates in estimate_all(tasks, replicates, seed):
         dense = estimates.dense_value[0]
@@ -108,7 +120,8 @@ def equal_rows(tasks: Sequence[TaskSamples], replicates: int, seed: int) -> list
             if np.isfinite(values[0, place]):
                 rows.append(
                     {
-                        **{"task": estimates.task, "kind": estimates.kind, "sparsity": sparsity},
+                        **{"task": estimates.task, "kind": estimates.kind},
+                        **{"sparsity_of": of, "sparsity": sparsity},
                         "value": float(values[0, place]),
                         "replicates": values[1:, place].tolist(),
                     }

@@ -113,8 +113,8 @@ def sparsity(usages: list[Usage], slots: list[Slot]) -> dict[str, Any]:
     """Induced sparsity: zeros over entries of each tensor, pooled and by layer, padding excluded.
 
     `total` and `layers` weigh a token by how often it was run or would be without sharing; `unique`
-    counts each token of a document once. `products` and `zero_products` count entries as often as
-    weights meet them.
+    counts each token of a document once. `outputs` are the weights that meet an entry of each layer;
+    `products` and `zero_products` count entries as often as weights meet them.
     """
     zeros = {phase: sum(usage.zeros[phase].sum(0) for usage in usages) for phase in PHASES}
     tokens = {phase: sum(int(usage.tokens[phase].sum()) for usage in usages) for phase in PHASES}
@@ -136,6 +136,7 @@ def sparsity(usages: list[Usage], slots: list[Slot]) -> dict[str, Any]:
             **shares,
             "zero_products": int((every * outputs).sum()),
             "products": int(run * (widths * outputs).sum()),
+            "outputs": outputs.tolist(),
             "layers": [
                 _ratio(count, run * width) for count, width in zip(every, widths, strict=True)
             ],

@@ -17,7 +17,7 @@ HEADLINE_BAR = 0.99
 AVERAGE = "average"
 _TEXT = {"model", "criterion", "site", "level", "tensor", "task", "kind", "status", "relation"}
 _TEXT |= {"bar_label", "family", "reason", "source", "revision", "architecture", "activation"}
-_TEXT |= {"dtype", "sites", "digest", "reference", "allocation"}
+_TEXT |= {"dtype", "sites", "digest", "reference", "allocation", "sparsity_of"}
 _FLAGS = {"low_open", "high_open", "non_monotone", "resolved"}
 
 

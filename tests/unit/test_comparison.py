@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,14 @@ import pytest
 from fake_results import ENTRIES, make_results, make_tables, samples, write_curve, write_model
 from sparsity_atlas.bootstrap import TaskSamples, estimate
 from sparsity_atlas.comparison import comparison_rows
-from sparsity_atlas.equal import SPARSITIES, at_sparsities, equal_rows, read_between, read_equal
+from sparsity_atlas.equal import (
+    SPARSITIES,
+    at_sparsities,
+    equal_rows,
+    read_between,
+    read_equal,
+    write_equal,
+)
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.figures import comparison
 from sparsity_atlas.tables import Tables
@@ -89,7 +97,7 @@ def test_paired_differences_are_sharper_than_the_curves() -> None:
 
 def by_key(results: Path) -> dict[tuple, dict]:
     found = [sorted(results.glob(f"*/*/*/{name}")) for name in ("curve.json", "sparsity.parquet")]
-    rows = comparison_rows(found[0], found[1])
+    rows = [row for row in comparison_rows(found[0], found[1]) if row["sparsity_of"] == "entries"]
     return {(row["criterion"], row["task"], row["sparsity"]): row for row in rows}
 
 
@@ -129,6 +137,33 @@ def test_a_place_that_the_reference_does_not_reach(tmp_path: Path) -> None:
     row = rows["b", "prose", 0.5]
     assert row["value"] is not None
     assert row["difference"] is row["difference_low"] is None
+
+
+def test_entries_and_parameters_are_compared_each_with_their_own(tmp_path: Path) -> None:
+    levels = ("0.97", "0.9", "0.75", "0.5")
+    write_model(tmp_path / "m")
+    for criterion, tolerance in (("a", 0.5), ("b", 0.6)):
+        task = samples("prose", "loss", levels, tolerance=tolerance)
+        folder = tmp_path / "m" / criterion / "input"
+        write_curve(folder, [task], levels)
+        half = replace(task, zeros=task.zeros // 2)  # as if zeros met the smaller maps
+        rows = [*equal_rows([task], 100, 0), *equal_rows([half], 100, 0, "parameters")]
+        write_equal(folder / "equal_sparsity.parquet", rows)
+    found = [sorted(tmp_path.glob(f"*/*/*/{name}")) for name in ("curve.json", "sparsity.parquet")]
+    rows = {
+        (row["criterion"], row["sparsity_of"], row["sparsity"]): row
+        for row in comparison_rows(found[0], found[1])
+    }
+    for place in (0.2, 0.3):
+        for of in ("entries", "parameters"):
+            a, b = rows["a", of, place], rows["b", of, place]
+            assert b["difference"] == pytest.approx(b["value"] - a["value"])
+            assert a["difference"] == 0
+        assert rows["a", "parameters", place]["value"] == pytest.approx(
+            rows["a", "entries", round(2 * place, 2)]["value"], rel=0.1
+        )
+        assert rows["a", "entries", place]["output_error"] is not None
+        assert rows["a", "parameters", place]["output_error"] is None
 
 
 def test_one_criterion_has_nothing_to_be_compared_with(tmp_path: Path) -> None:

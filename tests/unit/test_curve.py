@@ -15,6 +15,7 @@ import pytest
 
 from sparsity_atlas import curve, summarize
 from sparsity_atlas.curve import parameter_sparsity
+from sparsity_atlas.equal import read_equal
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.samples import SCHEMA, SampleTable
 from sparsity_atlas.store import read_manifest, write_manifest
@@ -50,7 +51,7 @@ def write_node(
     share = {
         **{"total": zeros / 10, "prefill": zeros / 10, "generation": zeros / 10},
         "layers": [zeros / 10] * 2,
-        **{"zero_products": 7 * zeros, "products": 70},
+        **{"zero_products": 7 * zeros, "products": 70, "outputs": [7, 7]},
     }
     common = {
         "status": "ok",
@@ -264,6 +265,56 @@ def test_the_summary_of_a_model(tmp_path: Path) -> None:
     )
     assert float(headline["value"]) == pytest.approx(0.5)
     assert headline["non_embedding_parameters"] == "600"
+
+
+def two_tensors(folder: Path, zeros: dict[tuple[str, int], int], nats: float) -> None:
+    """A node of both tensors in two layers, with these zeros a token; 20 documents of 10 tokens."""
+    counts = [10 * zeros.get((tensor, layer), 0) for tensor, layer, _ in SLOTS]
+    values = {"prefill_tokens": 10, "prefill_zeros": counts, "generation_tokens": 0}
+    values |= {"generation_zeros": [0] * len(SLOTS), "predicted": 10}
+    rows = [row("pages", "pages", i, SLOTS, 0, **values, nats=10 * nats) for i in range(20)]
+    result = {
+        **{"status": "ok", "items": 20, "output_types": ["loglikelihood_rolling"]},
+        **{"leaves": ["pages"], "chance": None},
+        "scores": {"pages": {"word_perplexity,none": math.exp(nats)}},
+        "higher_is_better": {"pages": {"word_perplexity": False}},
+        # An entry of x meets 20 weights in the first layer and 6 in the second, one of i meets 4.
+        "sparsity": {"input": {"outputs": [20, 6]}, "intermediate": {"outputs": [4, 4]}},
+    }
+    table = SampleTable(SLOTS)
+    table.tasks = {"pages": {"fingerprint": "f", "result": result}}
+    table.rows = {"pages": pa.Table.from_pylist(rows, SCHEMA)}
+    table.write(folder / "samples.parquet")
+    write_manifest(folder / "eval.json", {"status": "ok", "tasks": {"pages": result}})
+
+
+def test_equal_sparsity_is_read_over_parameters_too(tmp_path: Path) -> None:
+    """Of 28 entries (4 + 10 a layer) and 80 + 24 + 40 + 40 = 184 products a token."""
+    two_tensors(tmp_path / "dense", {}, 3.0)
+    two_tensors(tmp_path / "0.8", {("input", 0): 4}, 3.1)  # 4 of 28; 80 of 184
+    two_tensors(tmp_path / "0.5", {("input", 0): 4, ("input", 1): 4}, 3.4)  # 8 of 28; 104 of 184
+    dense = curve.NodeSamples(tmp_path / "dense", "all_inputs")
+    nodes = {name: curve.NodeSamples(tmp_path / name, "all_inputs") for name in ("0.8", "0.5")}
+    assert dense.outputs("pages").tolist() == [20, 4, 6, 4]
+    for of, wanted in (("entries", [4 / 28, 8 / 28]), ("parameters", [80 / 184, 104 / 184])):
+        samples = curve.task_samples("pages", None, dense, list(nodes.values()), of)
+        share = samples.zeros.sum(1) / samples.entries.sum(1)
+        assert share.tolist() == pytest.approx(wanted)
+    settings = {**SETTINGS, "tasks": {"pages": {}}}
+    samples = curve.all_samples(dense, nodes, settings)
+    rows = curve.equal_of(dense, nodes, samples, settings)
+    measured = {
+        of: [one["sparsity"] for one in rows if one["sparsity_of"] == of]
+        for of in ("entries", "parameters")
+    }
+    # Between 0 and 43 % of the parameters nothing was measured.
+    assert measured == {"entries": [0.05, 0.1, 0.15, 0.2, 0.25], "parameters": [0.45, 0.5, 0.55]}
+
+
+def test_one_tensor_has_one_sparsity(tmp_path: Path) -> None:
+    run(tmp_path)
+    found = read_equal(tmp_path / "small" / "topp" / "intermediate" / "equal.parquet")
+    assert {one["sparsity_of"] for one in found} == {"entries"}
 
 
 def test_parameters_weigh_each_tensor_by_its_readers() -> None:

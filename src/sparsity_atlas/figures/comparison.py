@@ -20,6 +20,7 @@ def differences(tables: Tables) -> Figure:
     task = tables.loss_task() or AVERAGE
     rows = tables.comparison
     rows = rows[(rows["task"] == task) & rows["difference"].notna()]
+    rows = rows[rows["sparsity_of"] == "entries"]
     keys, note = _keys(tables, rows)
     if not keys:
         return empty(NOTHING)
