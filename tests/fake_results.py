@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sparsity_atlas import metrics, output_error, summarize
+from sparsity_atlas import metrics, output_error, sensitivity, summarize
 from sparsity_atlas.bootstrap import TaskSamples
 from sparsity_atlas.critical import BARS, critical
 from sparsity_atlas.curves import curve_points
@@ -134,6 +134,17 @@ def write_curve(
         for layer in range(LAYERS)
     ]
     write_parquet(folder / "sparsity.parquet", pa.Table.from_pylist(rows, output_error.SCHEMA))
+    rows = []
+    for level, share in shares.items():
+        for tensor in TENSORS[site]:
+            for layer in range(LAYERS):
+                loss = 0.01 * share**2 * (1 + layer)
+                interval = {"added_loss_low": 0.9 * loss, "added_loss_high": 1.1 * loss}
+                rows.append(
+                    {"level": level, "tensor": tensor, "layer": layer, "sparsity": share}
+                    | {"added_loss": loss, **interval}
+                )
+    write_parquet(folder / "sensitivity.parquet", pa.Table.from_pylist(rows, sensitivity.SCHEMA))
 
 
 def write_metrics(model: Path, site: str) -> None:
@@ -192,13 +203,14 @@ def make_results(
 
 
 def result_files(results: Path, last: str = "") -> tuple[list[Path], ...]:
-    """What `summarize.write_tables` reads: manifests, curves, sparsities and metrics.
+    """What `summarize.write_tables` reads: manifests, curves, sparsities, metrics, sensitivities.
 
     Args:
         results: the folder.
         last: criterion whose files come last; by default all are in the order of their names.
     """
     patterns = ("*/model.json", "*/*/*/curve.json", "*/*/*/sparsity.parquet", "*/metrics/*.parquet")
+    patterns += ("*/*/*/sensitivity.parquet",)
     return tuple(
         sorted(sorted(results.glob(pattern)), key=lambda path: last in path.parts)
         for pattern in patterns

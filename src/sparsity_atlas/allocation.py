@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
@@ -33,8 +32,8 @@ from sparsity_atlas.output_error import (
     sparse_output,
 )
 from sparsity_atlas.place import Place, bind_all, state_name
-from sparsity_atlas.sites import intercept
-from sparsity_atlas.sparsify import Drop, dropping
+from sparsity_atlas.single_layer import BATCH, run, run_alone
+from sparsity_atlas.sparsify import dropping
 from sparsity_atlas.thresholds import TARGETS
 
 if TYPE_CHECKING:
@@ -154,7 +153,7 @@ def single_losses(
     bound: Mapping[tuple[int, str], Criterion],
     ids: Tensor,
     grid: np.ndarray,
-    batch: int = 16,
+    batch: int = BATCH,
 ) -> np.ndarray:
     """Loss that each place adds where it alone is sparsified: the single-layer sensitivity.
 
@@ -162,44 +161,21 @@ def single_losses(
         ffns: all FFNs of one model.
         site: where.
         bound: the criterion at every place.
-        ids: int64 [sequences, positions], on the model's device.
+        ids: int64 [sequences, positions].
         grid: sparsities.
         batch: sequences a forward pass.
 
     Returns:
-        [places, grid], nats per token.
+        [places, grid], nats per token; NaN where NaN or an infinity came up.
     """
-    model = ffns[0].model
-
-    def loss() -> float:
-        total = 0.0
-        for rows in ids.split(batch):
-            logits = model(input_ids=rows, use_cache=False).logits[:, :-1].flatten(0, 1)
-            total += float(F.cross_entropy(logits.double(), rows[:, 1:].flatten(), reduction="sum"))
-        return total / ids[:, 1:].numel()
-
-    dense = loss()
+    dense = run(ffns[0].model, ids, batch=batch).nats.sum()
     found = np.zeros((len(bound), len(grid)))
+    tried = np.flatnonzero(grid)  # at 0 nothing changes
     for row, (place, rule) in enumerate(bound.items()):
-        for column, level in enumerate(grid):
-            if level == 0:
-                continue
-
-            drop = dropping(rule, float(level))
-
-            def rewrite(
-                layer: int,
-                name: str,
-                values: Tensor,
-                written: Tensor,
-                place: tuple[int, str] = place,
-                drop: Drop = drop,
-            ) -> Tensor | None:
-                return drop(values, written).out if (layer, name) == place else None
-
-            with intercept(ffns, site, rewrite):
-                found[row, column] = loss() - dense
-    return found
+        passes = run_alone(ffns, site, place, rule, grid[tried].tolist(), ids, batch)
+        for column, one in zip(tried, passes, strict=True):
+            found[row, column] = np.nan if one is None else one.nats.sum() - dense
+    return found / ids[:, 1:].numel()
 
 
 def block_error(block: Block, rules: Mapping[str, Criterion]) -> LayerError:
@@ -272,8 +248,7 @@ def allocate(
     with torch.no_grad():
         if criterion.allocation == "sensitivity":
             grid = LOSS_GRID
-            device = next(ffns[0].model.parameters()).device
-            damage = single_losses(ffns, site, bound, torch.from_numpy(ids).to(device), grid)
+            damage = single_losses(ffns, site, bound, torch.from_numpy(ids), grid)
         else:
             grid = ERROR_GRID
             if criterion.allocation == "greedy" and site == "all_linear_inputs":

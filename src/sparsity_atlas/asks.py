@@ -22,6 +22,7 @@ from sparsity_atlas.inputs import model_content, task_content, text_content
 from sparsity_atlas.needs import Needs, levels_of
 from sparsity_atlas.question import question
 from sparsity_atlas.selection import fold
+from sparsity_atlas.terms import TENSORS
 
 
 class Wildcards(Protocol):
@@ -141,6 +142,18 @@ class Asks:
             if self._calibrated(curve.criterion)
         ]
 
+    def sensitivity_files(self) -> list[str]:
+        """sensitivity.parquet of every curve whose layers are looked at one by one."""
+        return [f"results/{curve.folder}/sensitivity.parquet" for curve in self._studied()]
+
+    @functools.cached_property
+    def studies(self) -> str:
+        """The curves whose layers are looked at one by one, folded."""
+        return fold(self._studied())
+
+    def _studied(self) -> list[grid.Curve]:
+        return [curve for curve in self.curves if curve.sensitivity]
+
     @question
     def search_of_node(self, wildcards: Wildcards) -> list[str]:
         """The search that left a node.
@@ -186,6 +199,16 @@ class Asks:
     def listed_levels(self, wildcards: Wildcards) -> str:
         """Listed levels of a curve, comma-separated."""
         return ",".join(self.curve_of(wildcards).levels)
+
+    @question
+    def sensitivity_levels(self, wildcards: Wildcards) -> str:
+        """Levels at which one layer at a time is sparsified, comma-separated."""
+        return ",".join(self.curve_of(wildcards).sensitivity)
+
+    @question
+    def sensitivity_settings(self, wildcards: Wildcards) -> str:
+        """How what single layers cost is measured."""
+        return grid.sensitivity_slice(self._config, wildcards.model)
 
     @question
     def requested_sites(self, wildcards: Wildcards) -> str:
@@ -289,6 +312,13 @@ class Asks:
         """Minutes of the output error of a curve's levels."""
         levels = levels_of(self._config, self.curve_of(wildcards))
         return attempt * self._needs.capture_minutes(wildcards.model, levels)
+
+    @question
+    def sensitivity_minutes(self, wildcards: Wildcards, attempt: int) -> int:
+        """Minutes of passes with one layer sparsified."""
+        curve = self.curve_of(wildcards)
+        passes = len(curve.sensitivity) * len(TENSORS[curve.site])
+        return attempt * self._needs.layer_by_layer_minutes(wildcards.model, passes)
 
     @question
     def node_minutes(self, wildcards: Wildcards, attempt: int) -> int:

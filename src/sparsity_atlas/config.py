@@ -169,6 +169,8 @@ class RunBlock(_Strict):
         Discriminator(lambda value: "literal[auto]" if value == "auto" else "list[levels]"),
     ] = "auto"
     """`auto`: searched for; a list: exactly these."""
+    sensitivity: Annotated[list[Level], AfterValidator(_some)] | None = None
+    """Levels at which one layer at a time is sparsified too, to see what each adds to the loss."""
     tasks: Annotated[list[str], AfterValidator(_some)] | None = None
     """Unset: all of the catalogue."""
 

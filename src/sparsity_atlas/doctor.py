@@ -10,11 +10,13 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sparsity_atlas import cli, metrics, output_error
+from sparsity_atlas import cli, equal, metrics, output_error, sensitivity
 from sparsity_atlas.activations import ActivationStore
+from sparsity_atlas.calibration import read_calibration
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.journal import whole_lines
 from sparsity_atlas.parquet import read_parquet
@@ -67,8 +69,15 @@ def examine(results: Path) -> Iterator[Finding]:
     for name in ("search.json", "curve.json"):
         for path in sorted(results.glob(f"*/*/*/{name}")):
             yield _file(path, read_manifest)
-    for path in sorted(results.glob("*/*/*/sparsity.parquet")):
-        yield _file(path, lambda one: read_parquet(one, output_error.SCHEMA))
+    for name, schema in (
+        ("sparsity", output_error.SCHEMA),
+        ("sensitivity", sensitivity.SCHEMA),
+        ("equal_sparsity", equal.SCHEMA),
+    ):
+        for path in sorted(results.glob(f"*/*/*/{name}.parquet")):
+            yield _file(path, partial(read_parquet, schema=schema))
+    for path in sorted(results.glob("*/*/*/calibration.safetensors")):
+        yield _file(path, partial(read_calibration, framework="np"))
     figures = ("figures/*.svg", "figures/*.png")
     for pattern in ("*.csv", "*.html", "*.yaml", "*/summary.csv", *figures):
         for path in sorted(results.glob(pattern)):

@@ -14,6 +14,7 @@ from sparsity_atlas.grid import Curve
 from sparsity_atlas.metrics import SCHEMA as METRICS
 from sparsity_atlas.output_error import SCHEMA as OUTPUT_ERROR
 from sparsity_atlas.parquet import read_parquet
+from sparsity_atlas.sensitivity import SCHEMA as SENSITIVITY
 from sparsity_atlas.store import read_manifest
 
 _ERROR = re.compile(r"error: |[\w.]*(Error|Exception|Interrupt|Exit)\b")
@@ -40,6 +41,7 @@ class Remains:
     curves: list[Path]
     sparsity: list[Path]
     metrics: list[Path]
+    sensitivity: list[Path]
     failures: list[Failure]
     not_started: list[str]
     asked: int
@@ -62,7 +64,7 @@ def take_stock(results: Path, config: Config) -> Remains:
         (*chain, folders[name] / "metrics" / f"{site}.parquet")
         for (name, site), chain in captures.items()
     ]
-    curves, sparsity = [], []
+    curves, sparsity, sensitivity = [], [], []
     for curve in grid.curves(config):
         folder = results / curve.folder
         search = (folder / "search.json",) if curve.auto else ()
@@ -71,6 +73,8 @@ def take_stock(results: Path, config: Config) -> Remains:
         curves.append((*models[curve.model], dense, *search, *nodes, folder / "curve.json"))
         captured = captures[curve.model, curve.site]
         sparsity.append((*captured, *search, folder / "sparsity.parquet"))
+        if curve.sensitivity:
+            sensitivity.append((*captured, folder / "sensitivity.parquet"))
     damaged = {
         failure.output: failure
         for failure in (
@@ -79,12 +83,21 @@ def take_stock(results: Path, config: Config) -> Remains:
             *_damaged(curves, read_manifest),
             *_damaged(metrics, lambda path: read_parquet(path, METRICS)),
             *_damaged(sparsity, lambda path: read_parquet(path, OUTPUT_ERROR)),
+            *_damaged(sensitivity, lambda path: read_parquet(path, SENSITIVITY)),
         )
     }
     missing = list(
         dict.fromkeys(
             path
-            for chain in (*models.values(), *captures.values(), *metrics, *curves, *sparsity)
+            for chains in (
+                models.values(),
+                captures.values(),
+                metrics,
+                curves,
+                sparsity,
+                sensitivity,
+            )
+            for chain in chains
             for path in chain
             if not path.is_file()
         )
@@ -95,6 +108,7 @@ def take_stock(results: Path, config: Config) -> Remains:
         curves=_whole(curves, damaged),
         sparsity=_whole(sparsity, damaged),
         metrics=_whole(metrics, damaged),
+        sensitivity=_whole(sensitivity, damaged),
         failures=[
             *(Failure(str(path), reason) for path, reason in reasons.items() if reason),
             *damaged.values(),

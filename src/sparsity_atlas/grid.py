@@ -19,7 +19,10 @@ DEFAULT_SITES = ("intermediate", "input")
 
 @dataclass(frozen=True)
 class Curve:
-    """A (model, criterion, site) with the levels and tasks that the run blocks ask of it."""
+    """A (model, criterion, site) with the levels and tasks that the run blocks ask of it.
+
+    sensitivity: levels at which one layer at a time is sparsified.
+    """
 
     model: str
     criterion: str
@@ -27,6 +30,7 @@ class Curve:
     auto: bool
     levels: tuple[str, ...]
     tasks: tuple[str, ...]
+    sensitivity: tuple[str, ...] = ()
 
     @property
     def folder(self) -> str:
@@ -47,15 +51,23 @@ def curves(config: Config) -> list[Curve]:
             for criterion in block.criteria:
                 for site in block_sites(config, block, model):
                     curve = merged.setdefault(
-                        (model, criterion, site), {"auto": False, "levels": {}, "tasks": {}}
+                        (model, criterion, site),
+                        {"auto": False, "levels": {}, "tasks": {}, "sensitivity": {}},
                     )
                     if block.levels == "auto":
                         curve["auto"] = True
                     else:
                         curve["levels"].update(dict.fromkeys(block.levels))
                     curve["tasks"].update(dict.fromkeys(block.tasks or config.tasks))
+                    curve["sensitivity"].update(dict.fromkeys(block.sensitivity or ()))
     return [
-        Curve(*key, curve["auto"], _by_value(curve["levels"]), _in_order(config, curve["tasks"]))
+        Curve(
+            *key,
+            curve["auto"],
+            _by_value(curve["levels"]),
+            _in_order(config, curve["tasks"]),
+            _by_value(curve["sensitivity"]),
+        )
         for key, curve in merged.items()
     ]
 
@@ -128,6 +140,18 @@ def calibration_tokens(config: Config) -> int:
 def store_slice(config: Config, model: str) -> str:
     """What a stage depends on that loads a model beside its captured activations."""
     return _json({**loading_slice(config, model), "calibration_tokens": calibration_tokens(config)})
+
+
+def sensitivity_slice(config: Config, model: str) -> str:
+    """What `sensitivity` depends on beside its criterion, site and levels."""
+    return _json(
+        {
+            **loading_slice(config, model),
+            "calibration_tokens": calibration_tokens(config),
+            "replicates": config.replicates,
+            "seed": config.seed,
+        }
+    )
 
 
 def evaluation_slice(config: Config, model: str, tasks: tuple[str, ...]) -> str:

@@ -76,10 +76,13 @@ def check_inputs(config: Config) -> None:
         spec = json.loads(specs[curve.criterion])
         if "file" not in spec:
             _check_allocation(spec, curve, constants["allocated"])
-        for level in curve.levels:
+        for key, level in [
+            *(("levels", level) for level in curve.levels),
+            *(("sensitivity", level) for level in curve.sensitivity),
+        ]:
             if not low <= float(level) <= high:
                 raise AtlasError(
-                    f"run: levels: {level} is out of range for '{curve.criterion}' ({low:g} to {high:g})"
+                    f"run: {key}: {level} is out of range for '{curve.criterion}' ({low:g} to {high:g})"
                 )
     for name, entry in config.tasks.items():
         if entry.include is not None and not os.path.isdir(entry.include):

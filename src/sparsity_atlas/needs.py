@@ -44,10 +44,12 @@ class Sizes:
     Attributes:
         parameters: all of them.
         token_bytes: of one token's activations in the FFN that is running.
+        layers: how many.
     """
 
     parameters: int
     token_bytes: int
+    layers: int
 
 
 class Needs:
@@ -87,6 +89,11 @@ class Needs:
         """Minutes of a job that runs the captured tokens through a model, or through its FFNs, so often."""
         return self._minutes(model, self._config.capture.tokens * passes)
 
+    def layer_by_layer_minutes(self, model: str, passes: int) -> int:
+        """Minutes of a job that runs the captured tokens through a model so often for each layer."""
+        sizes = self.sizes(model)
+        return self.capture_minutes(model, passes * (sizes.layers if sizes else 1))
+
     def evaluation_minutes(self, model: str, nodes: int = 1) -> int:
         """Minutes of a job that runs a model's tasks so often, from the tokens of its dense baseline."""
         tokens = self.tokens(model)
@@ -99,7 +106,9 @@ class Needs:
             if manifest is None:
                 return None
             factors = manifest["hidden"] + 3 * manifest["width"]
-            self._sizes[model] = Sizes(manifest["parameters"]["total"], 4 * factors)
+            self._sizes[model] = Sizes(
+                manifest["parameters"]["total"], 4 * factors, manifest["layers"]
+            )
         return self._sizes[model]
 
     def tokens(self, model: str) -> int | None:

@@ -157,7 +157,14 @@ def partial(results: Path, config: dict[str, Any]) -> Remains:
     parsed = parse(config)
     remains = take_stock(results, parsed)
     folder = results / PARTIAL
-    write_tables(folder, remains.models, remains.curves, remains.sparsity, remains.metrics)
+    write_tables(
+        folder,
+        remains.models,
+        remains.curves,
+        remains.sparsity,
+        remains.metrics,
+        remains.sensitivity,
+    )
     tables = read_tables([folder / f"{name}.csv" for name in Tables.__dataclass_fields__])
     draw_all(tables, folder / "figures")
     figures = [folder / "figures" / f"{name}.svg" for name in FIGURES]

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from sparsity_atlas.place import State
     from sparsity_atlas.sites import FFN
 
-__all__ = ["Counter", "Drop", "NumericalFailure", "Slot", "counted", "dropping", "sparsified"]
+__all__ = ["Counter", "Drop", "NumericalFailure", "Slot", "applied", "counted", "dropping"]
+__all__ += ["sparsified"]
 
 Drop = Callable[["Tensor", "Tensor"], Masked]
 """Drops of the second tensor what a criterion drops of the first; see `kernels.masked`."""
@@ -228,14 +229,37 @@ def sparsified(
 
     A dropped entry counts as a zero also where the criterion puts something in its place.
     """
-    counter = Counter(slots_of(ffns, site))
-    drops = {
-        place: dropping(rule, level, counter.sequences)
-        for place, rule in bind_all(criterion, ffns, site, calibration).items()
-    }
+    bound = bind_all(criterion, ffns, site, calibration)
+    with applied(model, ffns, site, bound, level) as counter:
+        yield counter
 
-    def rewrite(layer: int, name: str, values: Tensor, onto: Tensor) -> Tensor:
-        out, zeros, finite = drops[layer, name](values, onto)
+
+@contextlib.contextmanager
+def applied(
+    model: PreTrainedModel,
+    ffns: list[FFN],
+    site: str,
+    bound: Mapping[tuple[int, str], Criterion],
+    level: float,
+) -> Iterator[Counter]:
+    """Drop what bound criteria drop at their places of a site, and count zeros there.
+
+    Args:
+        model: the model.
+        ffns: all of its FFNs.
+        site: where.
+        bound: a criterion by layer and tensor; a place of the site that is not among them stays dense.
+        level: of all of them.
+    """
+    slots = [slot for slot in slots_of(ffns, site) if (slot.layer, slot.tensor) in bound]
+    counter = Counter(slots)
+    drops = {place: dropping(rule, level, counter.sequences) for place, rule in bound.items()}
+
+    def rewrite(layer: int, name: str, values: Tensor, onto: Tensor) -> Tensor | None:
+        drop = drops.get((layer, name))
+        if drop is None:
+            return None
+        out, zeros, finite = drop(values, onto)
         counter.add(name, layer, zeros, finite)
         return out
 

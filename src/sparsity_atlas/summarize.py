@@ -13,6 +13,8 @@ output_error.csv        model × criterion × site × level: over the layers, me
 allocation.csv          model × criterion × site × tensor × layer × sparsity, of criteria with an
                         allocation: damage of this layer alone at this sparsity, and its own sparsity
                         where this is the target
+sensitivity.csv         model × criterion × site × level × tensor × layer: what this layer, sparsified
+                        alone, adds to the loss
 scaling.csv             criterion × family × site × task × bar: slope over log10 of the
                         non-embedding parameters
 models.csv              one row a model: source, architecture, sizes
@@ -56,6 +58,8 @@ METRICS += ["gini", "hoyer", "near_zero", "exact_zero", "rms"]
 MAGNITUDES = ["model", "tensor", "low", "high", "share"]
 ERRORS = [*KEY, "level", "sparsity", "error", "error_low", "error_high"]
 ALLOCATION = [*KEY, "allocation", "tensor", "layer", "sparsity", "damage", "own_sparsity"]
+SENSITIVITY = [*KEY, "level", "tensor", "layer", "sparsity"]
+SENSITIVITY += ["added_loss", "added_loss_low", "added_loss_high"]
 MODELS = ["model", "source", "revision", "architecture", "activation", "family", "dtype", *SIZES]
 MODELS += ["hidden", "width", "sites", "digest"]
 FAILURES = [*KEY, "level", "task", "reason"]
@@ -174,6 +178,15 @@ def allocation_rows(curves: list[Path]) -> Iterator[dict[str, Any]]:
                 }
 
 
+def sensitivity_rows(paths: list[Path]) -> Iterator[dict[str, Any]]:
+    """Rows of sensitivity.csv."""
+    from sparsity_atlas.sensitivity import SCHEMA
+
+    for path in paths:
+        for row in read_parquet(path, SCHEMA).to_pylist():
+            yield {**_key(path), **row}
+
+
 def model_rows(paths: list[Path]) -> list[dict[str, Any]]:
     """Rows of models.csv. A family shares its architecture and its activation."""
     sizes = model_sizes(paths)
@@ -200,6 +213,7 @@ def write_tables(
     curves: list[Path],
     sparsity: list[Path],
     metrics: list[Path],
+    sensitivity: list[Path],
 ) -> None:
     """Write all tables of a run into a folder. One curve is in memory at a time.
 
@@ -209,6 +223,7 @@ def write_tables(
         curves: curve.json files, with equal_sparsity.parquet beside each.
         sparsity: sparsity.parquet files.
         metrics: Parquet files of `metrics`.
+        sensitivity: Parquet files of `sensitivity`.
     """
     sizes = model_sizes(models)
     described = model_rows(models)
@@ -238,6 +253,7 @@ def write_tables(
     write_csv(folder / "magnitudes.csv", MAGNITUDES, magnitude_rows(measured))
     write_csv(folder / "comparison.csv", COMPARISON, comparison_rows(curves, sparsity))
     write_csv(folder / "allocation.csv", ALLOCATION, allocation_rows(curves))
+    write_csv(folder / "sensitivity.csv", SENSITIVITY, sensitivity_rows(sensitivity))
 
 
 def write_summary(path: Path, model: Path, curves: list[Path]) -> None:
@@ -257,6 +273,9 @@ def main() -> None:
     one.add_argument("--output", required=True, type=Path, help="CSV file to write")
     every = stages.add_parser("tables", help="all tables of a run")
     every.add_argument("--curves", required=True, help="JSON: the run's curves (see selection.py)")
+    every.add_argument(
+        "--studies", required=True, help="JSON: the curves whose layers were looked at one by one"
+    )
     every.add_argument("--results", required=True, type=Path, help="the results' folder")
     arguments = parser.parse_args()
 
@@ -271,6 +290,7 @@ def main() -> None:
         [results.joinpath(*key, "curve.json") for key in keys],
         [results.joinpath(*key, "sparsity.parquet") for key in keys],
         [results / model / "metrics" / f"{site}.parquet" for model, site in sites],
+        [results.joinpath(*key, "sensitivity.parquet") for key in unfold(arguments.studies)],
     )
 
 

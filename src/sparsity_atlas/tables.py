@@ -33,6 +33,7 @@ class Tables:
     magnitudes: pd.DataFrame
     output_error: pd.DataFrame
     allocation: pd.DataFrame
+    sensitivity: pd.DataFrame
     scaling: pd.DataFrame
     models: pd.DataFrame
     failures: pd.DataFrame

@@ -73,6 +73,10 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "curve": (lambda r: flip(r / "tiny/topk/intermediate/curve.json"), "curve.json: damaged"),
     "metrics": (lambda r: flip(r / "tiny/metrics/intermediate.parquet"), "parquet: damaged table"),
     "figure": (lambda r: os.truncate(next((r / "figures").iterdir()), 0), "figures/|empty"),
+    "comparison": (
+        lambda r: flip(r / "tiny/topk/intermediate/equal_sparsity.parquet"),
+        "equal_sparsity.parquet: damaged table",
+    ),
     "sparsity": (
         lambda r: flip(r / "tiny/topk/intermediate/sparsity.parquet"),
         "sparsity.parquet: damaged table",

@@ -366,6 +366,7 @@ def test_the_figures_escape_what_they_show(tmp_path: Path) -> None:
         sorted(results.glob("*/*/*/curve.json")),
         sorted(results.glob("*/*/*/sparsity.parquet")),
         sorted(results.glob("*/metrics/*.parquet")),
+        sorted(results.glob("*/*/*/sensitivity.parquet")),
     )
     draw_all(read_tables(sorted(results.glob("*.csv"))), tmp_path / "figures")
     for name in FIGURES:

@@ -328,11 +328,11 @@ def test_the_table_of_an_allocation(tables: Tables) -> None:
 
 
 def test_figures_of_an_allocation(tables: Tables) -> None:
-    for draw, shape in ((allocation.sensitivity, 3 * 2), (allocation.own_sparsity, 3 * 3)):
+    for draw, shape in ((allocation.damage, 3 * 2), (allocation.own_sparsity, 3 * 3)):
         figure = draw(tables)
         panel = figure.axes[0]
         assert panel.get_title() == "m · teal\ninput"
         assert panel.collections[0].get_array().size == shape
     none = replace(tables, allocation=tables.allocation[:0])
-    for draw in (allocation.sensitivity, allocation.own_sparsity):
+    for draw in (allocation.damage, allocation.own_sparsity):
         assert "No criterion of this run has an allocation." in draw(none).texts[0].get_text()

@@ -165,6 +165,8 @@ def test_levels_out_of_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             AtlasError, match=rf"run: levels: {level} is out of range for 'topp' \(0 to 1\)"
         ):
             check_inputs(parse(changed("run.0.levels", [level])))
+    with pytest.raises(AtlasError, match=r"run: sensitivity: 2 is out of range for 'topp'"):
+        check_inputs(parse(changed("run.0.sensitivity", [0.5, 2])))
 
 
 def test_files_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,8 +205,11 @@ def test_blocks_that_overlap_are_one_curve() -> None:
         {"models": ["small"], "sites": ["up"], "levels": [0.5, 0.9], "tasks": ["pages"]},
         {"models": ["small", "large"], "sites": ["up"], "levels": [0.9, 1], "tasks": ["pairs"]},
         {"models": ["small"], "sites": ["up"], "levels": "auto"},
+        {"models": ["small"], "sites": ["up"], "levels": [1], "sensitivity": [0.5, 0.9]},
+        {"models": ["small"], "sites": ["up"], "sensitivity": [0.90, 0.7]},
     ]
     first, second = grid.curves(parse(data))
+    assert (first.sensitivity, second.sensitivity) == (("0.9", "0.7", "0.5"), ())
     assert (first.model, first.levels, first.auto) == ("small", ("1", "0.9", "0.5"), True)
     assert first.tasks == ("pairs", "pages")
     assert (second.model, second.levels, second.auto) == ("large", ("1", "0.9"), False)
@@ -215,11 +220,11 @@ def test_blocks_that_overlap_are_one_curve() -> None:
     [
         ("models.large.batch_size", 3, set()),
         ("models.small.batch_size", 3, {"evaluation", "capture"}),
-        ("models.small.dtype", "bfloat16", {"evaluation", "capture"}),
+        ("models.small.dtype", "bfloat16", {"evaluation", "capture", "sensitivity"}),
         ("models.small.apply_chat_template", True, {"evaluation"}),
         ("models.small.path", "elsewhere", {"fetch"}),
-        ("seed", 9, {"evaluation", "curve"}),
-        ("replicates", 200, {"curve"}),
+        ("seed", 9, {"evaluation", "curve", "sensitivity"}),
+        ("replicates", 200, {"curve", "sensitivity"}),
         ("bars", [0.99], {"curve"}),
         ("tasks.pages.metric", "word_perplexity", {"curve", "search"}),
         ("tasks.pages.limit", 3, {"evaluation"}),
@@ -240,6 +245,7 @@ def test_a_slice_holds_what_its_job_depends_on(path: str, value: Any, slices: se
             "evaluation": grid.evaluation_slice(config, "small", tasks),
             "search": grid.search_slice(config, tasks),
             "curve": grid.curve_slice(config, tasks),
+            "sensitivity": grid.sensitivity_slice(config, "small"),
             "criterion": grid.criterion_slice(config, "topp"),
         }
 

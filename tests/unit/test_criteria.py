@@ -12,12 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from drawn_rows import LEVEL, TYPES, rows
+from drawn_rows import LEVEL, TYPES, rows, smallest_supports
 from sparsity_atlas.criteria import check_level, create, level_range, source_file
 from sparsity_atlas.errors import AtlasError
-
-# Where rounding of a float64 sum may decide: a definition without rounding cannot say more.
-SLACK = Fraction(1, 10**12)
 
 
 def kept(rule: dict, values: list[float], level: float) -> list[int]:
@@ -105,38 +102,12 @@ def test_topp_sums_in_double_precision() -> None:
     assert len(kept(TOPP, values, 2**24 / (2**24 + 2**12))) == 1
 
 
-def shares(row: Tensor, power: int) -> list[tuple[Fraction, Fraction]]:
-    """(magnitude, its exact running share of the mass), in descending order."""
-    ordered = sorted((Fraction(float(value.abs())) for value in row), reverse=True)
-    total = sum(value**power for value in ordered)
-    running, result = Fraction(0), []
-    for value in ordered:
-        running += value**power
-        result.append((value, running / total))
-    return result
-
-
 @settings(max_examples=150, deadline=None)
 @given(rows(), LEVEL, st.sampled_from((1, 2, 3)))
 def test_topp_is_the_smallest_support(values: Tensor, level: float, power: int) -> None:
     mask = create({"rule": "topp", "power": power}).mask(values, level)
     for row, keep in zip(values, mask, strict=True):
-        if level == 1 or not row.any():
-            assert keep.all()
-            continue
-        ranked = shares(row, power)
-        # The smallest magnitude kept, if the sum may be off by SLACK in either direction.
-        thresholds = {
-            next(value for value, share in ranked if share >= target)
-            for target in (
-                max(Fraction(level) - SLACK, Fraction(0)),
-                min(Fraction(level) + SLACK, Fraction(1)),
-            )
-        }
-        wanted = [
-            [Fraction(float(value.abs())) >= threshold for value in row] for threshold in thresholds
-        ]
-        assert keep.tolist() in wanted
+        assert keep.tolist() in smallest_supports(row, level, power)
 
 
 @settings(max_examples=100, deadline=None)

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from drawn_rows import LEVEL, TYPES, rows
+from drawn_rows import LEVEL, TYPES, rows, smallest_supports
 from sparsity_atlas import kernels
 from sparsity_atlas.criteria import create
 from sparsity_atlas.errors import AtlasError
@@ -95,7 +95,10 @@ def test_weighted_topp_is_topp_of_the_products(
 ) -> None:
     norms = norms[: values.shape[1]]
     mask = create({"rule": "weighted_topp"}).bind(Columns(norms), {}).mask(values, level)
-    assert torch.equal(mask, create({"rule": "topp"}).mask(products(values, norms), level))
+    scores = products(values, norms)
+    assert torch.equal(mask, create({"rule": "topp"}).mask(scores, level))
+    for row, keep in zip(scores, mask, strict=True):
+        assert keep.tolist() in smallest_supports(row, level)
 
 
 # Column norms of whatever a projection is

@@ -229,7 +229,7 @@ def test_many_models_fit_on_a_page_and_the_figure_says_what_is_left_out(tmp_path
                 "criteria",
                 "comparison",
                 "comparison_error",
-                "sensitivity",
+                "allocation_damage",
                 "allocation",
             ):
                 assert re.search(r"\d+ of 50 shown", words(figure)), name

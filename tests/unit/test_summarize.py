@@ -53,7 +53,8 @@ def test_the_command_writes_the_same_tables(
 ) -> None:
     summarize.write_tables(tmp_path, *result_files(results))
     folded = [[["large", "small"], [[name, sorted(SITES)] for name in sorted(CRITERIA)]]]
-    arguments = ["tables", "--curves", json.dumps(folded), "--results", str(results)]
+    arguments = ["tables", "--curves", json.dumps(folded), "--studies", json.dumps(folded)]
+    arguments += ["--results", str(results)]
     monkeypatch.setattr("sys.argv", ["x", *arguments])
     summarize.main()
     written = sorted(path.name for path in tmp_path.glob("*.csv"))

@@ -16,18 +16,21 @@ def counts(planned: Planned) -> dict[str, int]:
 
 
 def test_smoke_grid(empty: Checkout) -> None:
-    # Three curves of one model: two searched for, one with two levels.
+    # Three curves of one model: two searched for, one with two levels and layers one at a time.
     assert counts(empty.plan()) == {
         **{"all": 1, "run_config": 1, "model": 1, "dense": 1, "model_summary": 1, "tables": 1},
         **{"capture": 2, "metrics": 2, "output_error": 3, "curve": 3, "search": 2, "evaluate": 2},
+        "sensitivity": 1,
     }
 
 
 def test_default_grid(empty: Checkout) -> None:
-    # 4 models × 2 sites, 3 more sites of one model, and 2 more criteria at one of its sites.
+    # 4 models × 2 sites, 3 more sites of one model, and 2 more criteria at one of its sites; of that
+    # model the layers of 2 sites one at a time.
     assert counts(empty.plan("--configfile", "config.yaml")) == {
         **{"all": 1, "run_config": 1, "model": 4, "dense": 4, "model_summary": 4, "tables": 1},
         **{"capture": 11, "metrics": 11, "output_error": 13, "curve": 13, "search": 13},
+        "sensitivity": 2,
     }
 
 
@@ -41,12 +44,22 @@ def test_paper_grid(empty: Checkout) -> None:
 
 def test_criteria_grid(empty: Checkout) -> None:
     # 4 models at 5 sites of the FFN: 15 + 9 + 8 + 5 + 4 criteria there, 4 + 4 + 5 + 3 + 2 of them calibrated;
-    # and at 3 of attention: 7 + 7 + 7, of these 3 + 3 + 4.
+    # and at 3 of attention: 7 + 7 + 7, of these 3 + 3 + 4. Layers one at a time: 2 criteria at 3 sites.
     found = counts(empty.plan("--configfile", "workflow/config/criteria.yaml"))
     assert found == {
         **{"all": 1, "run_config": 1, "model": 4, "dense": 4, "model_summary": 4, "tables": 1},
         **{"capture": 32, "metrics": 32, "calibrate": 112, "search": 248, "evaluate": 456},
-        **{"output_error": 248, "curve": 248},
+        **{"output_error": 248, "curve": 248, "sensitivity": 24},
+    }
+
+
+def test_criteria_by_accuracy_grid(empty: Checkout) -> None:
+    # At 8 sites 8 + 6 + 5 + 3 + 3 criteria of the FFN's and 3 + 3 + 4 of attention's, 3 or 4 levels each.
+    found = counts(empty.plan("--configfile", "workflow/config/criteria_accuracy.yaml"))
+    assert found == {
+        **{"all": 1, "run_config": 1, "model": 4, "dense": 4, "model_summary": 4, "tables": 1},
+        **{"capture": 32, "metrics": 32, "calibrate": 64, "evaluate": 428},
+        **{"output_error": 140, "curve": 140},
     }
 
 

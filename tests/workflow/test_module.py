@@ -49,6 +49,7 @@ def test_every_file_has_the_prefix(other: Checkout) -> None:
         **{f"atlas_{rule}": 1 for rule in ("run_config", "model", "dense", "tables", "figures")},
         **{"atlas_page": 1, "atlas_capture": 2, "atlas_metrics": 2, "atlas_output_error": 3},
         **{"atlas_curve": 3, "atlas_search": 2, "atlas_evaluate": 2, "plot": 1},
+        "atlas_sensitivity": 1,
     }
     assert not re.search(r"(?<!sparsity/)\bresults/", planned.text)
 

@@ -15,7 +15,16 @@ import pytest
 from checkout import Checkout, smoke_config, turn_signs
 
 # Jobs that load a model, and the captures' metrics.
-HEAVY = ("model", "capture", "metrics", "output_error", "dense", "evaluate", "search")
+HEAVY = (
+    "model",
+    "capture",
+    "metrics",
+    "output_error",
+    "dense",
+    "evaluate",
+    "search",
+    "sensitivity",
+)
 # Files of the task that the smoke configuration runs.
 TASK = "workflow/resources/tasks/" + smoke_config()["tasks"]["few_pairs"]["task"].removeprefix(
     "atlas_"
@@ -216,18 +225,19 @@ def test_a_node_made_again_is_the_same(smoke: Checkout, tmp_path: Path) -> None:
 
 # Source file, the rules that run again for it among HEAVY and `curve`, and whose paths they have.
 SOURCES = {
-    "capture.py": {"capture", "metrics", "output_error"},
-    "activations.py": {"capture", "metrics", "output_error"},
+    "capture.py": {"capture", "metrics", "output_error", "sensitivity"},
+    "activations.py": {"capture", "metrics", "output_error", "sensitivity"},
     "metrics.py": {"metrics"},
     "output_error.py": {"output_error"},
+    "sensitivity.py": {"sensitivity"},
     "evaluate.py": {"dense", "evaluate", "search", "curve", "output_error"},
     "lm.py": {"dense", "evaluate", "search", "curve", "output_error"},
-    "spool.py": {"capture", "metrics", "output_error"},
-    "kernels/cpu.py": {"dense", "evaluate", "search", "curve", "output_error"},
+    "spool.py": {"capture", "metrics", "output_error", "sensitivity"},
+    "kernels/cpu.py": {"dense", "evaluate", "search", "curve", "output_error", "sensitivity"},
     "search.py": {"search", "curve", "output_error"},
     "levels.py": {"search", "curve", "output_error"},
     "curve.py": {"curve"},
-    "bootstrap.py": {"curve"},
+    "bootstrap.py": {"curve", "sensitivity"},
     "sites.py": {
         "model",
         "capture",
@@ -237,6 +247,7 @@ SOURCES = {
         "search",
         "curve",
         "output_error",
+        "sensitivity",
     },
     "grid.py": set(),
     "config.py": set(),
@@ -266,6 +277,7 @@ def test_a_criterions_file_edited(smoke: Checkout) -> None:
         "evaluate zoo-small/topk/intermediate/0.5/eval.json",
         "output_error zoo-small/topk/intermediate/sparsity.parquet",
         "curve zoo-small/topk/intermediate/curve.json",
+        "sensitivity zoo-small/topk/intermediate/sensitivity.parquet",
     }
     with smoke.edited("src/sparsity_atlas/criteria/topp.py", new="\n# Edited.\n"):
         planned = smoke.plan()
@@ -301,7 +313,8 @@ def test_a_searched_node_asked_for_after_an_edit(smoke: Checkout) -> None:
 def test_the_text_edited(smoke: Checkout) -> None:
     with smoke.edited("workflow/resources/text/prose.jsonl", new="\n"):
         planned = smoke.plan()
-    assert planned.counts.keys() - COMMON == {"capture", "metrics", "output_error", "model_summary"}
+    store = {"capture", "metrics", "output_error", "sensitivity"}
+    assert planned.counts.keys() - COMMON == {*store, "model_summary"}
 
 
 def test_a_metric_or_a_bar_edited(smoke: Checkout, config: dict[str, Any]) -> None:

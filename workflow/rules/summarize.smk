@@ -68,6 +68,7 @@ rule tables:
         equal=ask.curve_files("equal_sparsity.parquet"),
         sparsity=ask.curve_files("sparsity.parquet"),
         metrics=ask.metric_files(),
+        sensitivity=ask.sensitivity_files(),
     output:
         critical=report("results/critical_sparsity.csv", category="Tables"),
         curves=report("results/curves.csv", category="Tables"),
@@ -77,6 +78,7 @@ rule tables:
         magnitudes="results/magnitudes.csv",
         output_error="results/output_error.csv",
         allocation="results/allocation.csv",
+        sensitivity="results/sensitivity.csv",
         scaling="results/scaling.csv",
         models="results/models.csv",
         failures="results/failures.csv",
@@ -89,11 +91,13 @@ rule tables:
     params:
         # The input files by what they have in common: their names would exceed a command line.
         curves=ask.selection,
+        studies=ask.studies,
         results=subpath(output.critical, parent=True),
         code=code_version("summarize"),
     shell:
         """
         python -m sparsity_atlas.summarize tables \
             --curves {params.curves:q} \
+            --studies {params.studies:q} \
             --results {params.results} >{log} 2>&1
         """

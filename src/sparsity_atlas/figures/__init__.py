@@ -114,6 +114,13 @@ FIGURES = {
     "sensitivity": Entry(
         "Sensitivity of single layers",
         "Layers",
+        ("sensitivity",),
+        "What one layer adds to the loss if it alone is sparsified, at each level of the criterion, over "
+        "the captured text. On a logarithmic scale.",
+    ),
+    "allocation_damage": Entry(
+        "What an allocation goes by",
+        "Layers",
         ("allocation",),
         "What one layer costs if it alone is sparsified, over the sparsity that it has then: added loss "
         "on the calibration text for criteria with the allocation sensitivity, relative FFN-output error "

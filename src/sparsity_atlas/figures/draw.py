@@ -23,6 +23,7 @@ DRAW: dict[str, Callable[[Tables], Figure]] = {
     "tasks": tasks.tasks,
     "layer_sparsity": layers.layer_sparsity,
     "sensitivity": allocation.sensitivity,
+    "allocation_damage": allocation.damage,
     "allocation": allocation.own_sparsity,
     "output_error": layers.output_error,
     "effective_rank": layers.effective_rank,

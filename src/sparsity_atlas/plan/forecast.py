@@ -18,7 +18,16 @@ from sparsity_atlas.plan.rates import import_seconds, recorded
 from sparsity_atlas.tasks import LoadedTask, load_tasks
 
 # Rules whose jobs run a model, with what their stages import.
-HEAVY = {"model", "capture", "dense", "evaluate", "search", "output_error", "calibrate"}
+HEAVY = {
+    "model",
+    "capture",
+    "dense",
+    "evaluate",
+    "search",
+    "output_error",
+    "calibrate",
+    "sensitivity",
+}
 HEAVY_IMPORTS = "sparsity_atlas.lm, sparsity_atlas.sites, sparsity_atlas.tasks, lm_eval.evaluator"
 LIGHT_IMPORTS = "sparsity_atlas.curve, sparsity_atlas.summarize"
 EVALUATING = ("dense", "evaluate", "search")

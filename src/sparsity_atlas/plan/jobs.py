@@ -150,6 +150,8 @@ def _curve_jobs(config: Config, curve: Curve, folder: Path) -> Iterator[Job]:
         yield _search(config, curve, folder, searched)
     for rule, name in (("output_error", "sparsity.parquet"), ("curve", "curve.json")):
         yield Job(rule, curve.model, (folder / name).is_file(), node)
+    if curve.sensitivity:
+        yield Job("sensitivity", curve.model, (folder / "sensitivity.parquet").is_file(), node)
 
 
 def _searched_levels(folder: Path) -> list[str] | None:

@@ -1,0 +1,43 @@
+"""What single layers cost.
+
+In:  a model's manifest, the token ids of a site's capture, and the calibration of a criterion that has one.
+Out: sensitivity.parquet for each model, criterion and site of a run block with `sensitivity`.
+"""
+
+
+rule sensitivity:
+    input:
+        model="results/{model}/model.json",
+        capture="results/{model}/capture/{site}.json",
+        calibration=ask.calibration,
+    output:
+        "results/{model}/{criterion}/{site}/sensitivity.parquet",
+    log:
+        "results/logs/{model}/{criterion}/{site}/sensitivity.log",
+    benchmark:
+        "results/benchmarks/{model}/{criterion}/{site}/sensitivity.jsonl"
+    conda:
+        "../../envs/atlas.yaml"
+    threads: 1
+    resources:
+        gpu=ask.gpus,
+        mem_mb=ask.memory,
+        runtime=ask.sensitivity_minutes,
+    params:
+        settings=ask.sensitivity_settings,
+        criterion=ask.criterion,
+        levels=ask.sensitivity_levels,
+        model=subpath(input.capture, ancestor=2),
+        code=ask.criterion_code("sensitivity"),
+    shell:
+        """
+        python -m sparsity_atlas.sensitivity \
+            --model {input.model} \
+            --site {wildcards.site} \
+            --store {params.model}/activations.zarr \
+            --criterion {params.criterion:q} \
+            --levels={params.levels:q} \
+            --calibration={input.calibration:q} \
+            --settings {params.settings:q} \
+            --output {output} >{log} 2>&1
+        """
