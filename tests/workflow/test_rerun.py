@@ -101,7 +101,24 @@ def test_a_site_added(smoke: Checkout, config: dict[str, Any]) -> None:
         "output_error zoo-small/topk/up/sparsity.parquet",
         "evaluate zoo-small/topk/up/0.9/eval.json",
         "evaluate zoo-small/topk/up/0.5/eval.json",
+        "sensitivity zoo-small/topk/up/sensitivity.parquet",
     }
+
+
+def test_a_sensitivity_level_added(smoke: Checkout, config: dict[str, Any]) -> None:
+    config["run"][1]["sensitivity"].append(0.9)
+    planned = smoke.plan(config=config)
+    folder = "zoo-small/topk/intermediate"
+    assert planned.of(*HEAVY, "curve") == {f"sensitivity {folder}/sensitivity.parquet"}
+    assert planned.of("tables")
+
+
+def test_a_study_taken_away(smoke: Checkout, config: dict[str, Any]) -> None:
+    """Its file stays, and no table shows it."""
+    del config["run"][1]["sensitivity"]
+    planned = smoke.plan(config=config)
+    assert planned.of(*HEAVY, "curve") == set()
+    assert planned.of("tables")
 
 
 def test_a_sites_capture_adds_its_tensor_only(
