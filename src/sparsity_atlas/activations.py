@@ -190,14 +190,31 @@ class ActivationStore:
         return zlib.crc32(np.ascontiguousarray(values).data)
 
     def put_ids(self, ids: np.ndarray) -> None:
-        """Keep the token ids that the activations belong to."""
+        """Keep the token ids that the activations belong to; those that are there already stay."""
+        if "text/ids" in self.root and np.array_equal(self.root["text/ids"], ids):
+            return  # another job may be reading them
         self.root.create_array(
-            "text/ids", data=ids, overwrite=True, dimension_names=("sequence", "position")
+            "text/ids",
+            data=ids,
+            overwrite=True,
+            dimension_names=("sequence", "position"),
+            attributes={"crc32": zlib.crc32(np.ascontiguousarray(ids).data)},
         )
 
     def ids(self) -> np.ndarray:
-        """The token ids that the activations belong to, int64 [sequence, position]."""
-        return np.asarray(self.root["text/ids"])
+        """The token ids that the activations belong to, int64 [sequence, position].
+
+        Raises:
+            AtlasError: they are not there, or not what was captured.
+        """
+        try:
+            array = self.root["text/ids"]
+            ids = np.ascontiguousarray(array)
+            if zlib.crc32(ids.data) != array.attrs["crc32"]:
+                raise ValueError("the token ids are not those of the capture")
+        except _DAMAGE as error:
+            raise self._damaged(error) from None
+        return ids
 
     def finish(self, tensor: str, record: dict[str, Any]) -> None:
         """Declare a tensor complete."""

@@ -32,7 +32,7 @@ from sparsity_atlas.output_error import (
     sparse_output,
 )
 from sparsity_atlas.place import Place, bind_all, state_name
-from sparsity_atlas.single_layer import BATCH, run, run_alone
+from sparsity_atlas.single_layer import run, run_alone
 from sparsity_atlas.sparsify import dropping
 from sparsity_atlas.thresholds import TARGETS
 
@@ -47,6 +47,8 @@ ERROR_GRID = np.linspace(0, 1, 21)
 LOSS_GRID = np.array([0, 0.2, 0.4, 0.6, 0.8, 0.9, 1])
 # Of a block's parameters, what a step of the greedy allocation drops.
 STEP = 0.02
+# Sequences of a forward pass that measures a loss.
+BATCH = 16
 # Tokens that errors are measured on.
 ERROR_TOKENS = 1024
 Inputs = Callable[[int, str], Tensor]
@@ -148,7 +150,7 @@ class _Fixed(Criterion):
 
 
 def single_losses(
-    ffns: Sequence[FFN],
+    ffns: list[FFN],
     site: str,
     bound: Mapping[tuple[int, str], Criterion],
     ids: Tensor,
@@ -166,15 +168,17 @@ def single_losses(
         batch: sequences a forward pass.
 
     Returns:
-        [places, grid], nats per token; NaN where NaN or an infinity came up.
+        [places, grid], nats per token.
+
+    Raises:
+        NumericalFailure: NaN or an infinity came up.
     """
-    dense = run(ffns[0].model, ids, batch=batch).nats.sum()
+    dense = run(ffns[0].model, ids, batch).nats.sum()
     found = np.zeros((len(bound), len(grid)))
-    tried = np.flatnonzero(grid)  # at 0 nothing changes
     for row, (place, rule) in enumerate(bound.items()):
-        passes = run_alone(ffns, site, place, rule, grid[tried].tolist(), ids, batch)
-        for column, one in zip(tried, passes, strict=True):
-            found[row, column] = np.nan if one is None else one.nats.sum() - dense
+        for column in np.flatnonzero(grid):  # at 0 nothing changes
+            alone = run_alone(ffns, site, place, rule, float(grid[column]), ids, batch)
+            found[row, column] = alone.nats.sum() - dense
     return found / ids[:, 1:].numel()
 
 

@@ -60,6 +60,10 @@ def orphans(results: Path, config: Config) -> Iterator[Orphan]:
             yield Orphan(journal, "its model is not asked for")
     for folder in sorted({path.parent for path in _node_files(results)}):
         yield from _node_orphans(results, config, folder)
+    studied = {curve.folder for curve in grid.curves(config) if curve.sensitivity}
+    for journal in sorted(results.glob("*/*/*/sensitivity.journal")):
+        if str(journal.parent.relative_to(results)) not in studied:
+            yield Orphan(journal, "its study is not asked for")
     for path in sorted(results.rglob(".*.tmp")):
         if _old(path) and abandoned(path, elsewhere=_DAY):
             yield Orphan(path, "its writer is dead")

@@ -170,7 +170,8 @@ class RunBlock(_Strict):
     ] = "auto"
     """`auto`: searched for; a list: exactly these."""
     sensitivity: Annotated[list[Level], AfterValidator(_some)] | None = None
-    """Levels at which one layer at a time is sparsified too, to see what each adds to the loss."""
+    """Levels at which one layer at a time is sparsified too, to see what each adds to the loss. `levels`
+    are the curve's own all the same."""
     tasks: Annotated[list[str], AfterValidator(_some)] | None = None
     """Unset: all of the catalogue."""
 

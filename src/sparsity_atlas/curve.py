@@ -47,8 +47,16 @@ class NodeSamples:
         return self._table.filter(pc.and_(wanted, pc.greater(self._table["prefill_tokens"], 0)))
 
     def outputs(self, task: str) -> np.ndarray:
-        """How many weights meet an entry of each layer and tensor at the site, int64 [slots]."""
+        """How many weights meet an entry of each layer and tensor at the site, int64 [slots].
+
+        Raises:
+            AtlasError: the manifest is of a release that did not say.
+        """
         shares = self.manifest["tasks"][task]["sparsity"]
+        if any("outputs" not in shares[tensor] for tensor in self._tensors):
+            raise AtlasError(
+                f"{self.folder}/eval.json: of an earlier release; delete it and run again"
+            )
         by_layer = {tensor: iter(shares[tensor]["outputs"]) for tensor in set(self._tensors)}
         return np.array([next(by_layer[tensor]) for tensor in self._tensors])
 

@@ -29,6 +29,8 @@ SPARSITIES = tuple(round(0.05 * step, 2) for step in range(1, 20))
 ALLOWED_LOSS = float(np.log(1.01))
 # Measured points farther apart than this say nothing of what lies between them.
 WIDEST_GAP = 0.25
+# A place as close to a measured point as this is that point's, whatever lies on its other side.
+CLOSE = 0.01
 
 SCHEMA = pa.schema(
     [
@@ -61,7 +63,7 @@ def read_between(x: np.ndarray, y: np.ndarray, at: Sequence[float]) -> np.ndarra
         at: places.
 
     Returns:
-        [places]; NaN outside the curve, and in its gaps.
+        [places]; NaN outside the curve, and in its gaps but for their very ends.
     """
     usable = np.isfinite(y) & np.isfinite(x)
     usable &= np.logical_and.accumulate(usable)
@@ -72,7 +74,8 @@ def read_between(x: np.ndarray, y: np.ndarray, at: Sequence[float]) -> np.ndarra
         return np.where(np.isin(at, x), y[0] if len(y) else np.nan, np.nan)
     found = PchipInterpolator(x, y, extrapolate=False)(at)
     after = np.clip(np.searchsorted(x, at), 1, len(x) - 1)
-    gap = (x[after] - x[after - 1] > WIDEST_GAP + 1e-9) & ~np.isin(at, x)
+    near = np.abs(at[:, None] - x).min(axis=1) <= CLOSE
+    gap = (x[after] - x[after - 1] > WIDEST_GAP + 1e-9) & ~near
     return np.where(gap, np.nan, found)
 
 

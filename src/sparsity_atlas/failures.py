@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sparsity_atlas import grid
+from sparsity_atlas.calibration import read_calibration
 from sparsity_atlas.config import Config
+from sparsity_atlas.criteria import declared
+from sparsity_atlas.equal import SCHEMA as EQUAL
 from sparsity_atlas.errors import AtlasError, one_line
 from sparsity_atlas.grid import Curve
 from sparsity_atlas.metrics import SCHEMA as METRICS
@@ -64,14 +68,20 @@ def take_stock(results: Path, config: Config) -> Remains:
         (*chain, folders[name] / "metrics" / f"{site}.parquet")
         for (name, site), chain in captures.items()
     ]
-    curves, sparsity, sensitivity = [], [], []
+    curves, equals, calibrations, sparsity, sensitivity = [], [], [], [], []
     for curve in grid.curves(config):
         folder = results / curve.folder
         search = (folder / "search.json",) if curve.auto else ()
         dense = folders[curve.model] / "dense" / "eval.json"
         nodes = _nodes(folder, curve)
-        curves.append((*models[curve.model], dense, *search, *nodes, folder / "curve.json"))
         captured = captures[curve.model, curve.site]
+        if declared(json.loads(grid.criterion_slice(config, curve.criterion)))["calibrated"]:
+            calibrations.append((*captured, folder / "calibration.safetensors"))
+            captured = calibrations[-1]
+        equals.append(
+            (*models[curve.model], dense, *search, *nodes, folder / "equal_sparsity.parquet")
+        )
+        curves.append((*equals[-1], folder / "curve.json"))
         sparsity.append((*captured, *search, folder / "sparsity.parquet"))
         if curve.sensitivity:
             sensitivity.append((*captured, folder / "sensitivity.parquet"))
@@ -81,6 +91,8 @@ def take_stock(results: Path, config: Config) -> Remains:
             *_damaged(models.values(), read_manifest),
             *_damaged(captures.values(), read_manifest),
             *_damaged(curves, read_manifest),
+            *_damaged(equals, lambda path: read_parquet(path, EQUAL)),
+            *_damaged(calibrations, lambda path: read_calibration(path, "np")),
             *_damaged(metrics, lambda path: read_parquet(path, METRICS)),
             *_damaged(sparsity, lambda path: read_parquet(path, OUTPUT_ERROR)),
             *_damaged(sensitivity, lambda path: read_parquet(path, SENSITIVITY)),
@@ -90,16 +102,13 @@ def take_stock(results: Path, config: Config) -> Remains:
         dict.fromkeys(
             path
             for chains in (
-                models.values(),
-                captures.values(),
-                metrics,
-                curves,
-                sparsity,
-                sensitivity,
+                *(models.values(), captures.values(), calibrations, metrics),
+                *(curves, sparsity, sensitivity),
             )
             for chain in chains
             for path in chain
-            if not path.is_file()
+            # Made by the job that makes curve.json, whose log tells of both.
+            if not path.is_file() and path.name != "equal_sparsity.parquet"
         )
     )
     reasons = {path: last_error(_log(path, results)) for path in missing}

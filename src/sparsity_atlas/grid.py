@@ -147,6 +147,7 @@ def sensitivity_slice(config: Config, model: str) -> str:
     return _json(
         {
             **loading_slice(config, model),
+            "batch_size": config.models[model].batch_size,
             "calibration_tokens": calibration_tokens(config),
             "replicates": config.replicates,
             "seed": config.seed,

@@ -1,7 +1,8 @@
 """Stage `sensitivity`: what each layer costs by itself, one tensor of one layer at a time.
 
-The captured text's tokens run through the model, of calibrated criteria and all others those that no
-calibration looked at; next-token loss against the dense model's on the same sequences.
+The captured tokens run through the model, but for those that calibrations looked at (of all criteria, so
+that they compare); the loss of the next token, less the dense model's on the same sequences. A journal
+beside the output holds every pass that is finished.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ from sparsity_atlas import cli
 from sparsity_atlas.activations import ActivationStore
 from sparsity_atlas.bootstrap import TaskSamples, estimate, percentile_interval
 from sparsity_atlas.calibration import read_calibration
-from sparsity_atlas.criteria import check_level, create
+from sparsity_atlas.code import code_version
+from sparsity_atlas.criteria import check_level, create, source_file
+from sparsity_atlas.errors import AtlasError, NumericalFailure
+from sparsity_atlas.journal import Journal
 from sparsity_atlas.models import from_manifest, load
 from sparsity_atlas.parquet import write_parquet
+from sparsity_atlas.store import digest, file_digest
 from sparsity_atlas.terms import TENSORS
 
 if TYPE_CHECKING:
@@ -51,7 +56,7 @@ SCHEMA = pa.schema(
 
 def numbers(
     passes: Sequence[Pass | None],
-    dense: np.ndarray,
+    dense: Pass | None,
     positions: int,
     width: int,
     replicates: int,
@@ -60,37 +65,43 @@ def numbers(
     """Sparsity and added loss of one place at each level, as `SCHEMA` has them.
 
     Args:
-        passes: of each level.
-        dense: [sequences], nats of the dense model.
+        passes: of each level; None where NaN or an infinity came up.
+        dense: of the dense model.
         positions: tokens of a sequence, of which the first is not predicted.
         width: entries of the place's vector.
         replicates: of the bootstrap.
         seed: of the bootstrap.
     """
-    failed = np.full(len(dense), np.nan), np.zeros(len(dense), dtype=np.int64)
-    nats, zeros = map(np.array, zip(*(one or failed for one in passes), strict=True))
-    known = np.isfinite(nats).all(axis=1)
-    entries = np.repeat(np.where(known, positions * width, 0)[:, None], len(dense), axis=1)
-    weight = np.full(len(dense), positions - 1)
-    samples = TaskSamples("sensitivity", "loss", nats, weight, dense, zeros, entries)
-    found = estimate(samples, replicates, seed)
-    added = found.relative()
-    low, high = percentile_interval(added[1:]) if len(added) > 1 else (added[0] * np.nan,) * 2
-    for place in zip(found.sparsity[0], added[0], low, high, strict=True):
-        values = (float(number) if np.isfinite(number) else None for number in place)
-        yield dict(zip(SCHEMA.names[3:], values, strict=True))
+    whole = [one for one in passes if one is not None and dense is not None]
+    found: Iterator[tuple[float, ...]] = iter(())
+    if whole:
+        nats, zeros = (np.array(column) for column in zip(*whole, strict=True))
+        weight = np.full(nats.shape[1], positions - 1)
+        entries = np.full(nats.shape, positions * width)
+        samples = TaskSamples("sensitivity", "loss", nats, weight, dense.nats, zeros, entries)
+        estimates = estimate(samples, replicates, seed)
+        added = estimates.relative()
+        low, high = percentile_interval(added[1:]) if len(added) > 1 else (added[0] * np.nan,) * 2
+        found = zip(estimates.sparsity[0], added[0], low, high, strict=True)
+    for one in passes:
+        known = dense is not None and one is not None
+        values = next(found) if known else (np.nan,) * 4
+        yield {
+            name: float(value) if np.isfinite(value) else None
+            for name, value in zip(SCHEMA.names[3:], values, strict=True)
+        }
 
 
-def measure(
+def passes(
     ffns: list[FFN],
     site: str,
     bound: Mapping[tuple[int, str], Criterion],
     levels: Sequence[str],
     ids: Tensor,
-    replicates: int,
-    seed: int,
-) -> Iterator[dict[str, Any]]:
-    """Rows of `SCHEMA` for every place of a site.
+    batch: int,
+    journal: Journal,
+) -> list[Pass | None]:
+    """The dense pass, then each place at each level, going on from what a journal holds.
 
     Args:
         ffns: all FFNs of one model.
@@ -98,19 +109,65 @@ def measure(
         bound: the criterion at every place, by layer and tensor.
         levels: of the criterion, as spelled in paths.
         ids: int64 [sequences, positions].
-        replicates: of the bootstrap.
-        seed: of the bootstrap.
+        batch: sequences a forward pass.
+        journal: takes every finished pass.
+
+    Returns:
+        [1 + places × levels]; None where NaN or an infinity came up.
     """
     from sparsity_atlas.single_layer import run, run_alone
 
-    dense = run(ffns[0].model, ids).nats
-    widths = {(ffn.layer, tensor): ffn.size(tensor) for ffn in ffns for tensor in TENSORS[site]}
-    for place, rule in bound.items():
-        layer, tensor = place
-        passes = run_alone(ffns, site, place, rule, [float(level) for level in levels], ids)
-        found = numbers(passes, dense, ids.shape[1], widths[place], replicates, seed)
+    tries = [None, *((place, level) for place in bound for level in levels)]
+    for one in tries[len(journal.records) :]:
+        try:
+            if one is None:
+                made = run(ffns[0].model, ids, batch)
+            else:
+                place, level = one
+                made = run_alone(ffns, site, place, bound[place], float(level), ids, batch)
+        except NumericalFailure:
+            journal.append(None)
+        else:
+            journal.append({"nats": made.nats.tolist(), "zeros": made.zeros.tolist()})
+        cli.logger.info("pass %d of %d", len(journal.records), len(tries))
+    return [_pass(record) for record in journal.records]
+
+
+def _pass(record: dict[str, list] | None) -> Pass | None:
+    from sparsity_atlas.single_layer import Pass
+
+    if record is None:
+        return None
+    return Pass(np.array(record["nats"]), np.array(record["zeros"], dtype=np.int64))
+
+
+def rows(
+    ffns: list[FFN],
+    site: str,
+    levels: Sequence[str],
+    made: list[Pass | None],
+    positions: int,
+    replicates: int,
+    seed: int,
+) -> Iterator[dict[str, Any]]:
+    """Rows of `SCHEMA`, from what `passes` returned.
+
+    Args:
+        ffns: all FFNs of one model.
+        site: where.
+        levels: of the criterion, as spelled in paths.
+        made: the passes.
+        positions: tokens of a sequence.
+        replicates: of the bootstrap.
+        seed: of the bootstrap.
+    """
+    dense, *rest = made
+    places = [(ffn, tensor) for ffn in ffns for tensor in TENSORS[site]]
+    for number, (ffn, tensor) in enumerate(places):
+        own = rest[number * len(levels) : (number + 1) * len(levels)]
+        found = numbers(own, dense, positions, ffn.size(tensor), replicates, seed)
         for level, row in zip(levels, found, strict=True):
-            yield {"level": level, "tensor": tensor, "layer": layer, **row}
+            yield {"level": level, "tensor": tensor, "layer": ffn.layer, **row}
 
 
 def main() -> None:
@@ -129,11 +186,17 @@ def main() -> None:
     parser.add_argument(
         "--settings", required=True, type=json.loads, help="JSON: model loading, bootstrap"
     )
+    parser.add_argument("--code", help="code version, part of the fingerprint; unset: of this code")
     parser.add_argument("--output", required=True, type=Path, help="Parquet file to write")
     arguments = parser.parse_args()
 
-    criterion = create(arguments.criterion)
-    levels = arguments.levels.split(",")
+    spec, settings, site = arguments.criterion, arguments.settings, arguments.site
+    criterion = create(spec)
+    levels = [level for level in arguments.levels.split(",") if level]
+    if not levels:
+        raise AtlasError(
+            "run: sensitivity: no block names levels for this model, criterion and site"
+        )
     for level in levels:
         check_level(criterion, level)
     manifest, checkpoint = from_manifest(arguments.model)
@@ -142,26 +205,30 @@ def main() -> None:
     from sparsity_atlas.place import bind_all
     from sparsity_atlas.sites import bind_ffns
 
-    settings = arguments.settings
-    model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
     ids = ActivationStore(arguments.store).ids()
-    first = settings.get("calibration_tokens", 0) // ids.shape[1]
-    states = read_calibration(arguments.calibration).states if arguments.calibration else None
+    ids = ids[settings["calibration_tokens"] // ids.shape[1] :]
+    calibration = arguments.calibration
+    model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
     ffns = bind_ffns(model, manifest["ffn"])
-    with torch.no_grad():
-        bound = bind_all(criterion, ffns, arguments.site, states)
-        rows = list(
-            measure(
-                ffns,
-                arguments.site,
-                bound,
-                levels,
-                torch.from_numpy(ids[first:]).long(),
-                settings["replicates"],
-                settings["seed"],
-            )
-        )
-    write_parquet(arguments.output, pa.Table.from_pylist(rows, SCHEMA))
+    fingerprint = {
+        **{"model": manifest["digest"], "criterion": spec, "site": site, "levels": levels},
+        **{"ids": digest(ids.tolist()), "batch_size": settings["batch_size"]},
+        **{"device": str(model.device), "dtype": str(model.dtype)},
+        "calibration": file_digest(calibration) if calibration else None,
+        "code": arguments.code or code_version("sensitivity", str(source_file(spec))),
+    }
+    journal = Journal(arguments.output.with_suffix(".journal"), fingerprint)
+    try:
+        states = read_calibration(calibration).states if calibration else None
+        with torch.no_grad():
+            bound = bind_all(criterion, ffns, site, states)
+        tensor = torch.from_numpy(ids).long()
+        made = passes(ffns, site, bound, levels, tensor, settings["batch_size"], journal)
+    finally:
+        journal.close()
+    found = rows(ffns, site, levels, made, ids.shape[1], settings["replicates"], settings["seed"])
+    write_parquet(arguments.output, pa.Table.from_pylist(list(found), SCHEMA))
+    journal.path.unlink()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -19,9 +18,6 @@ if TYPE_CHECKING:
     from sparsity_atlas.criteria.base import Criterion
     from sparsity_atlas.sites import FFN
 
-# Sequences of a forward pass.
-BATCH = 16
-
 
 class Pass(NamedTuple):
     """What a pass over some sequences showed.
@@ -34,66 +30,62 @@ class Pass(NamedTuple):
     zeros: np.ndarray
 
 
-def run(
-    model: PreTrainedModel, ids: Tensor, counter: Counter | None = None, batch: int = BATCH
-) -> Pass:
+def run(model: PreTrainedModel, ids: Tensor, batch: int, counter: Counter | None = None) -> Pass:
     """Run sequences through a model as it is.
 
     Args:
         model: the model, with whatever is attached to it.
         ids: int64 [sequences, positions].
-        counter: of the place that is sparsified, if one is.
         batch: sequences a forward pass.
+        counter: of the place that is sparsified, if one is.
 
     Raises:
-        NumericalFailure: the place that is sparsified held NaN or an infinity.
+        NumericalFailure: NaN or an infinity at the place that is sparsified, or in the loss.
     """
     nats, zeros = [], []
-    for rows in ids.to(next(model.parameters()).device).split(batch):
-        if counter is not None:
-            counter.expect(torch.ones_like(rows, dtype=torch.bool))
-        logits = model(input_ids=rows, use_cache=False).logits
-        # A sequence at a time: at a vocabulary of 200,000 a batch in float32 fills a GPU.
-        for row, own in zip(rows, logits, strict=True):
-            each = F.cross_entropy(own[:-1].float(), row[1:], reduction="none")
-            nats.append(each.cpu().double().sum())
-        if counter is not None:
-            zeros.append(counter.take()[0].sum((0, 2)).cpu())
-    return Pass(
+    with torch.no_grad():
+        for rows in ids.to(next(model.parameters()).device).split(batch):
+            if counter is not None:
+                counter.expect(torch.ones_like(rows, dtype=torch.bool))
+            logits = model(input_ids=rows, use_cache=False).logits
+            # A sequence at a time: at a vocabulary of 200,000 a batch in float32 fills a GPU.
+            for row, own in zip(rows, logits, strict=True):
+                each = F.cross_entropy(own[:-1].float(), row[1:], reduction="none")
+                nats.append(each.cpu().double().sum())
+            if counter is not None:
+                zeros.append(counter.take()[0].sum((0, 2)).cpu())
+    found = Pass(
         torch.stack(nats).numpy(),
         torch.cat(zeros).numpy() if zeros else np.zeros(len(nats), dtype=np.int64),
     )
+    if not np.isfinite(found.nats).all():
+        raise NumericalFailure("NaN or infinity in the loss")
+    return found
 
 
 def run_alone(
-    ffns: Sequence[FFN],
+    ffns: list[FFN],
     site: str,
     place: tuple[int, str],
     rule: Criterion,
-    levels: Sequence[float],
+    level: float,
     ids: Tensor,
-    batch: int = BATCH,
-) -> list[Pass | None]:
-    """Run sequences with one place sparsified, at each level.
+    batch: int,
+) -> Pass:
+    """Run sequences with one place sparsified.
 
     Args:
         ffns: all FFNs of one model.
         site: that has the place.
         place: layer and tensor.
         rule: the criterion as it is bound there.
-        levels: of the criterion.
+        level: of the criterion.
         ids: int64 [sequences, positions].
         batch: sequences a forward pass.
 
-    Returns:
-        One pass for each level; None where NaN or an infinity came up.
+    Raises:
+        NumericalFailure: NaN or an infinity at the place, or in the loss.
     """
-    found: list[Pass | None] = []
-    for level in levels:
-        bound: Mapping[tuple[int, str], Criterion] = {place: rule}
-        with applied(ffns[0].model, list(ffns), site, bound, level) as counter:
-            try:
-                found.append(run(ffns[0].model, ids, counter, batch))
-            except NumericalFailure:
-                found.append(None)
-    return found
+    model = ffns[0].model
+    with applied(model, ffns, site, {place: rule}, level) as counter:
+        return run(model, ids, batch, counter)

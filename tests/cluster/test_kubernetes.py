@@ -38,4 +38,6 @@ def test_the_executor_refuses_a_gpu_without_a_manufacturer() -> None:
     given = {tuple(line.split("=")[0].split(":")) for line in profile["set-resources"]}
     with_gpu = {rule for rule, name in given if name == "gpu"}
     assert with_gpu == {rule for rule, name in given if name == "gpu_manufacturer"}
-    assert with_gpu == {"capture", "dense", "evaluate", "search", "output_error", "calibrate"}
+    assert with_gpu == {
+        *("capture", "dense", "evaluate", "search", "output_error", "calibrate", "sensitivity")
+    }

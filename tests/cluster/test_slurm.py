@@ -38,10 +38,10 @@ def test_the_smoke_configuration_without_accounting(smoke: Checkout, tmp_path: P
     # A search is one job a curve, a listed node one; tables, figures and report are one together.
     assert Counter(job["rule"] for job in jobs) == {
         **{"model": 1, "capture": 2, "metrics": 2, "dense": 1, "search": 2, "evaluate": 2},
-        **{"output_error": 3, "curve": 3, "report_figures_page_tables": 1},
+        **{"output_error": 3, "curve": 3, "sensitivity": 1, "report_figures_page_tables": 1},
     }
     gpu = {job["rule"] for job in jobs if resources(job)["gpu"]}
-    assert gpu == {"capture", "dense", "evaluate", "search", "output_error"}
+    assert gpu == {"capture", "dense", "evaluate", "search", "output_error", "sensitivity"}
     # float32 on the CPU; an FFN has 7 factors of the width of the small model's input and of its own.
     manifest = read_manifest(checkout.results / "zoo-small/model.json")
     token = 4 * (manifest["hidden"] + 3 * manifest["width"])

@@ -43,7 +43,7 @@ def configuration() -> dict[str, Any]:
         "tasks": {"choice": {"task": "choice", "include": "my_tasks"}},
         "run": [
             {**block, "criteria": ["topp"], "levels": "auto"},
-            {**block, "criteria": ["topk"], "levels": [0.5]},
+            {**block, "criteria": ["topk"], "levels": [0.5], "sensitivity": [0.9, 0.5]},
         ],
     }
 
@@ -78,7 +78,7 @@ def jobs(checkout: Checkout, config: dict[str, Any] | None = None) -> list[Job]:
 def _in_order(found: list[Job]) -> list[Job]:
     """By the order of the rules, which is that of a run."""
     order = ["run_config", "model", "capture", "metrics", "dense", "evaluate", "search"]
-    order += ["output_error", "curve", "model_summary", "tables", "figures", "page"]
+    order += ["output_error", "sensitivity", "curve", "model_summary", "tables", "figures", "page"]
     return sorted(found, key=lambda job: order.index(job.rule))
 
 

@@ -75,7 +75,7 @@ def copied(
 
 
 RULES = ["run_config", "model", "capture", "metrics", "dense", "evaluate", "search", "output_error"]
-RULES += ["curve", "model_summary", "tables", "figures", "page"]
+RULES += ["sensitivity", "curve", "model_summary", "tables", "figures", "page"]
 
 
 def pages(path: Path) -> int:

@@ -44,6 +44,8 @@ def test_a_curve_is_read_between_its_points() -> None:
         ([0.3], [1], 0.4, math.nan),
         ([0, 0.65, 0.7], [0, 1, 2], 0.3, math.nan),  # nobody measured between 0 and 65 %
         ([0, 0.65, 0.7], [0, 1, 2], 0.65, 1),
+        ([0, 0.302, 0.5], [0, 1, 2], 0.3, "inside"),  # 30 % as a row of 53 entries has it
+        ([0, 0.32, 0.5], [0, 1, 2], 0.3, math.nan),
         ([0, 0.25, 0.5], [0, 1, 2], 0.4, 1.6),
     ],
 )

@@ -392,3 +392,23 @@ def test_a_calibrated_criterion_is_planned_before_its_calibration(
     (tmp_path / "results/m/teal/input/calibration.safetensors").touch()
     (job,) = (job for job in jobs(config, tmp_path / "results") if job.rule == "calibrate")
     assert job.done
+
+
+def test_a_study_of_single_layers(model_folder: Path, tmp_path: Path) -> None:
+    """One pass over the captured text, and one for each layer, tensor and level."""
+    config = make_config(
+        {"m": {"path": str(model_folder)}},
+        {"choice": write_task(tmp_path / "tasks", "choice", choice_documents(), **CHOICE)},
+        block={"sites": ["all_inputs"], "levels": [0.5], "sensitivity": [0.9, 0.5, 0.3]},
+    )
+    planned = forecast(config, tmp_path / "results")
+    took = dict(zip((job.rule for job in planned.jobs), planned.seconds, strict=True))
+    (job,) = (job for job in planned.jobs if job.rule == "sensitivity")
+    assert job.passes == 3 * 2
+    outlook = planned.outlooks["m"]
+    assert len(outlook.shapes) == 2
+    dense = outlook.seconds[None]
+    once = config.capture.tokens * sum(dense.values())
+    once /= sum(outlook.costs[task].positions for task in dense)
+    passes = took["sensitivity"].expected - took["output_error"].expected
+    assert passes == pytest.approx((1 + 2 * 6) * once)

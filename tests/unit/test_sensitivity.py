@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from sparsity_atlas.criteria import create
 from sparsity_atlas.criteria.topk import TopK
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.figures import allocation
+from sparsity_atlas.journal import whole_lines
 from sparsity_atlas.place import bind_all
-from sparsity_atlas.sensitivity import measure, numbers
+from sparsity_atlas.sensitivity import numbers, passes, rows
 from sparsity_atlas.single_layer import Pass, run, run_alone
 from sparsity_atlas.sites import find_ffns
 from tiny_lm import sentences
@@ -51,11 +53,16 @@ def nats(model: torch.nn.Module) -> np.ndarray:
     return np.array([float(F.cross_entropy(*row, reduction="sum")) for row in rows])
 
 
+def added(nats: np.ndarray, more: list[float], zeros: list[int]) -> Pass:
+    return Pass(nats + np.array(more), np.array(zeros))
+
+
 def test_numbers_by_hand() -> None:
     """Four sequences of 11 tokens, of which 10 are predicted; vectors of 5 entries."""
-    dense = np.array([20.0, 30, 40, 30])
-    mild = Pass(dense + 1, np.full(4, 11))
-    harsh = Pass(dense + np.array([2.0, 4, 6, 4]), np.array([11, 22, 33, 22]))
+    nats = np.array([20.0, 30, 40, 30])
+    dense = added(nats, [0] * 4, [0] * 4)
+    mild = added(nats, [1] * 4, [11] * 4)
+    harsh = added(nats, [2, 4, 6, 4], [11, 22, 33, 22])
     found = list(numbers([mild, None, harsh], dense, 11, 5, 200, 0))
     assert found[0]["sparsity"] == pytest.approx(1 / 5)
     assert found[0]["added_loss"] == pytest.approx(0.1)
@@ -68,25 +75,41 @@ def test_numbers_by_hand() -> None:
     assert 0.2 <= found[2]["added_loss_low"] < 0.4 < found[2]["added_loss_high"] <= 0.6
 
 
-def test_a_loss_that_is_no_number_has_failed() -> None:
-    dense = np.array([20.0, 30])
-    broken = Pass(np.array([20.0, math.inf]), np.array([5, 5]))
-    (found,) = numbers([broken], dense, 11, 5, 200, 0)
-    assert set(found.values()) == {None}
+def test_what_failed_has_no_numbers() -> None:
+    one = added(np.array([20.0, 30]), [0, 0], [0, 0])
+    for passes_of, dense in (([None, None], one), ([one, one], None)):
+        found = list(numbers(passes_of, dense, 11, 5, 200, 0))
+        assert [set(row.values()) for row in found] == [{None}] * 2
 
 
 def test_one_sequence_has_no_interval() -> None:
-    (found,) = numbers([Pass(np.array([21.0]), np.array([11]))], np.array([20.0]), 11, 5, 200, 0)
+    nats = np.array([20.0])
+    (found,) = numbers([added(nats, [1], [11])], added(nats, [0], [0]), 11, 5, 200, 0)
     assert found["added_loss"] == pytest.approx(0.1)
     assert found["added_loss_low"] is found["added_loss_high"] is None
+
+
+class Memory:
+    """Stands for a journal."""
+
+    def __init__(self) -> None:
+        self.records: list[Any] = []
+
+    def append(self, record: Any) -> None:
+        self.records.append(json.loads(json.dumps(record)))
+
+
+def measure(ffns: list, site: str, bound: dict, levels: list[str], batch: int = 4) -> list[dict]:
+    """The rows of a study of `IDS`."""
+    made = passes(ffns, site, bound, levels, IDS, batch, Memory())
+    return list(rows(ffns, site, levels, made, IDS.shape[1], 100, 0))
 
 
 @pytest.mark.parametrize("site", ["input", "intermediate", "all_inputs", "gate"])
 def test_one_place_is_sparsified_and_all_else_dense(model: LlamaForCausalLM, site: str) -> None:
     ffns = find_ffns(model)
     bound = bind_all(create({"rule": "topk"}), ffns, site)
-    with torch.no_grad():
-        found = list(measure(ffns, site, bound, ["1", "0.25"], IDS, 100, 0))
+    found = measure(ffns, site, bound, ["1", "0.25"])
     assert [(row["layer"], row["tensor"]) for row in found[::2]] == list(bound)
     dense = nats(model)
     for (layer, tensor), unchanged, sparse in zip(bound, found[::2], found[1::2], strict=True):
@@ -117,10 +140,7 @@ def test_batches_change_nothing(model: LlamaForCausalLM) -> None:
     ffns = find_ffns(model)
     bound = bind_all(create({"rule": "topp"}), ffns, "input")
     place, rule = next(iter(bound.items()))
-    with torch.no_grad():
-        whole, parts = (
-            run_alone(ffns, "input", place, rule, [0.7], IDS, batch)[0] for batch in (6, 4)
-        )
+    whole, parts = (run_alone(ffns, "input", place, rule, 0.7, IDS, batch) for batch in (6, 4))
     assert whole.zeros.tolist() == parts.zeros.tolist()
     assert whole.nats == pytest.approx(parts.nats)
 
@@ -129,8 +149,7 @@ def test_sequences_of_a_prompt_mask(model: LlamaForCausalLM) -> None:
     """Half of the neurons after the first half of the tokens."""
     ffns = find_ffns(model)
     bound = bind_all(create({"rule": "prompt_mask"}), ffns, "intermediate")
-    with torch.no_grad():
-        (row, *_) = measure(ffns, "intermediate", bound, ["0.5"], IDS, 100, 0)
+    row, _ = measure(ffns, "intermediate", bound, ["0.5"])
     assert row["sparsity"] == pytest.approx(0.25)
 
 
@@ -142,8 +161,7 @@ def test_what_is_no_number_at_one_place_fails_there_alone(model: LlamaForCausalL
     ffns = find_ffns(model)
     bound = bind_all(TopK(), ffns, "intermediate")
     bound[0, "intermediate"] = Breaks()
-    with torch.no_grad():
-        first, second = measure(ffns, "intermediate", bound, ["0.5"], IDS, 100, 0)
+    first, second = measure(ffns, "intermediate", bound, ["0.5"])
     assert first["added_loss"] is None
     assert second["added_loss"] is not None
 
@@ -181,7 +199,8 @@ def captured(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def study(captured: Path, manifest: Path, output: Path, levels: str, **changes: Any) -> list[dict]:
-    settings = {"dtype": "auto", "device": "cpu", "replicates": 100, "seed": 0, **changes}
+    settings = {"dtype": "auto", "device": "cpu", "replicates": 100, "seed": 0, "batch_size": 4}
+    settings |= {"calibration_tokens": 0, **changes}
     stage(
         sensitivity,
         {
@@ -207,8 +226,8 @@ def test_the_stage_leaves_out_what_calibrations_saw(
         return run(model, ids, *rest, **named)
 
     monkeypatch.setattr("sparsity_atlas.single_layer.run", watched)
-    rows = study(captured, manifest, tmp_path / "a.parquet", "0.9,0.5")
-    assert [row["level"] for row in rows] == ["0.9", "0.5", "0.9", "0.5"]
+    found = study(captured, manifest, tmp_path / "a.parquet", "0.9,0.5")
+    assert [row["level"] for row in found] == ["0.9", "0.5", "0.9", "0.5"]
     ids = ActivationStore(captured / "activations.zarr").ids()
     assert all(one.tolist() == ids.tolist() for one in seen)
     seen.clear()
@@ -223,10 +242,74 @@ def test_the_same_bytes_again(captured: Path, manifest: Path, tmp_path: Path) ->
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
 
 
-def test_a_level_out_of_range(captured: Path, manifest: Path, tmp_path: Path) -> None:
-    with pytest.raises(AtlasError, match="2"):
-        study(captured, manifest, tmp_path / "a.parquet", "2")
+def test_a_killed_study_goes_on_where_it_stood(
+    captured: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tmp_path / "whole.parquet"
+    study(captured, manifest, whole, "0.9,0.5")
+    ran = 0
+
+    def counted(*given: Any, **named: Any) -> Pass:
+        nonlocal ran
+        if ran == stop:
+            raise KeyboardInterrupt
+        ran += 1
+        return run(*given, **named)
+
+    monkeypatch.setattr("sparsity_atlas.single_layer.run", counted)
+    path = tmp_path / "a.parquet"
+    stop = 3
+    with pytest.raises(KeyboardInterrupt):
+        study(captured, manifest, path, "0.9,0.5")
+    assert not path.exists()
+    assert len(whole_lines(path.with_suffix(".journal"))) == 1 + 3
+    ran, stop = 0, -1
+    study(captured, manifest, path, "0.9,0.5")
+    assert ran == 1 + 2 * 2 - 3
+    assert path.read_bytes() == whole.read_bytes()
+    assert not path.with_suffix(".journal").exists()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"batch_size": 8}, {"calibration_tokens": 16}, {"levels": "0.9,0.4"}]
+)
+def test_another_study_begins_anew(
+    captured: Path, manifest: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    changes = dict(changes)
+    path = tmp_path / "a.parquet"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sensitivity, "write_parquet", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            study(captured, manifest, path, "0.9,0.5")
+    before = path.with_suffix(".journal").read_bytes()
+    levels = changes.pop("levels", "0.9,0.5")
+    fresh = study(captured, manifest, tmp_path / "b.parquet", levels, **changes)
+    assert before
+    assert study(captured, manifest, path, levels, **changes) == fresh
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [("2", "2 is out of range"), ("", "run: sensitivity: no block names levels")],
+)
+def test_levels_that_are_none(
+    captured: Path, manifest: Path, tmp_path: Path, levels: str, message: str
+) -> None:
+    with pytest.raises(AtlasError, match=message):
+        study(captured, manifest, tmp_path / "a.parquet", levels)
     assert not list(tmp_path.iterdir())
+
+
+def test_damaged_token_ids(captured: Path, manifest: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(captured, folder)
+    (chunk,) = (
+        path for path in (folder / "activations.zarr/text/ids/c").rglob("*") if path.is_file()
+    )
+    chunk.unlink()  # Zarr takes it for zeros
+    with pytest.raises(AtlasError, match="the token ids are not those of the capture"):
+        study(folder, manifest, tmp_path / "a.parquet", "0.5")
 
 
 # The figure
@@ -241,9 +324,11 @@ def test_the_figure_is_layer_by_level(tmp_path: Path) -> None:
     panel = figure.axes[0]
     assert [one.get_text() for one in panel.get_xticklabels()] == ["0.97", "0.9", "0.75", "0.5"]
     shown = np.asarray(panel.collections[0].get_array()).reshape(3, 4)
-    rows = tables.sensitivity.query("tensor == 'input'")
-    assert np.sort(shown.ravel()) == pytest.approx(np.sort(rows["added_loss"].to_numpy()))
+    wanted = tables.sensitivity.query("tensor == 'input'")["added_loss"]
+    assert np.sort(shown.ravel()) == pytest.approx(np.sort(wanted.to_numpy()))
     assert (np.diff(shown, axis=0) > 0).all()
     assert (np.diff(shown, axis=1) > 0).all()
     none = replace(tables, sensitivity=tables.sensitivity[:0])
     assert "No run block names" in allocation.sensitivity(none).texts[0].get_text()
+    better = replace(tables, sensitivity=tables.sensitivity.assign(added_loss=-0.1))
+    assert "No layer by itself" in allocation.sensitivity(better).texts[0].get_text()

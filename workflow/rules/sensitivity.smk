@@ -1,7 +1,8 @@
 """What single layers cost.
 
 In:  a model's manifest, the token ids of a site's capture, and the calibration of a criterion that has one.
-Out: sensitivity.parquet for each model, criterion and site of a run block with `sensitivity`.
+Out: sensitivity.parquet for each model, criterion and site of a run block with `sensitivity`. Beside it a
+     journal while the job runs: a killed one goes on where it stood.
 """
 
 
@@ -39,5 +40,6 @@ rule sensitivity:
             --levels={params.levels:q} \
             --calibration={input.calibration:q} \
             --settings {params.settings:q} \
+            --code {params.code} \
             --output {output} >{log} 2>&1
         """

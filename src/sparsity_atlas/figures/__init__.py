@@ -86,9 +86,9 @@ FIGURES = {
         "Curves",
         ("comparison",),
         "Each criterion's score minus that of the first criterion at the same site of the same model, "
-        "both read between their levels at the same induced sparsity. Below zero a criterion adds less "
-        "loss than the reference. Bands are 95 % intervals of the difference by paired bootstrap: both "
-        "curves draw the same samples.",
+        "both read between their levels at the same induced sparsity of entries. Below zero a criterion "
+        "adds less loss than the reference. Bands are 95 % intervals of the difference by paired bootstrap: "
+        "both curves draw the same samples.",
     ),
     "comparison_error": Entry(
         "FFN-output error at equal sparsity",

@@ -17,6 +17,7 @@ from sparsity_atlas.tables import SITE_ORDER, Tables
 
 NOTHING = "No criterion of this run has an allocation."
 NO_STUDY = "No run block names levels of `sensitivity`."
+NO_LOSS = "No layer by itself adds to the loss."
 # Of the largest damage: what lies below is drawn alike.
 FAINTEST = 1e-4
 
@@ -24,8 +25,10 @@ FAINTEST = 1e-4
 def sensitivity(tables: Tables) -> Figure:
     """Added loss of each layer alone, a panel a model, criterion, site and tensor, layer by level."""
     rows = tables.sensitivity
-    if rows.empty or not (rows["added_loss"] > 0).any():
+    if rows.empty:
         return empty(NO_STUDY)
+    if not (rows["added_loss"] > 0).any():
+        return empty(NO_LOSS)
     shown, norm = _logarithmic(rows, "added_loss")
     meaning = "added loss of one layer alone (nats)"
     return _heatmaps(tables, shown, "added_loss", norm, meaning, "level, from mild to harsh")

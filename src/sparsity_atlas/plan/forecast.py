@@ -89,13 +89,18 @@ def forecast(config: Config, results: Path) -> Forecast:
     start = Start(0, 0, tasks_seconds, recorded(results / "benchmarks"))
     if left:
         start.light, start.heavy = import_seconds(LIGHT_IMPORTS), import_seconds(HEAVY_IMPORTS)
-    captures = _capture_seconds(config, outlooks)
+    once = {model: _pass_seconds(config, outlook) for model, outlook in outlooks.items()}
+    captured: set[str] = set()
     seconds = []
     for job in every:
         took = Amount() if job.done else _seconds(job, outlooks.get(job.model), start)
-        if job.rule == "capture" and not job.done:
+        if job.rule == "capture" and not job.done and job.model not in captured:
             # The first of a model's captures loads and runs the model for all of them.
-            took += captures.pop(job.model, Amount())
+            took += Amount.exactly(outlooks[job.model].ready) + once[job.model]
+            captured.add(job.model)
+        if job.rule == "sensitivity" and not job.done:
+            layers = len(outlooks[job.model].shapes)
+            took += once[job.model] * (1 + layers * job.passes) if layers else UNKNOWN
         seconds.append(took)
     return Forecast(every, seconds, outlooks, unknowns)
 
@@ -128,7 +133,7 @@ def _nodes(config: Config, left: list[Job]) -> dict[NodeKey, Node | None]:
     """One node for each criterion and site that is still evaluated; the level matters little."""
     nodes: dict[NodeKey, Node | None] = {}
     for job in left:
-        if job.rule in ("dense", "capture"):
+        if job.rule in ("dense", "capture", "sensitivity"):
             nodes[None] = None
         elif job.rule in EVALUATING and job.node is not None and job.node not in nodes:
             criterion, site = job.node
@@ -141,22 +146,17 @@ def _nodes(config: Config, left: list[Job]) -> dict[NodeKey, Node | None]:
     return nodes
 
 
-def _capture_seconds(config: Config, outlooks: dict[str, Outlook]) -> dict[str, Amount]:
-    """Seconds that each model's capture takes once, forward passes at the speed of its dense baseline."""
-    found = {}
-    for model, outlook in outlooks.items():
-        dense = outlook.seconds.get(None)
-        if dense:
-            positions = sum(outlook.costs[task].positions for task in dense)
-            seconds = config.capture.tokens * sum(dense.values()) / positions
-            found[model] = Amount.exactly(outlook.ready + seconds)
-        else:
-            found[model] = UNKNOWN
-    return found
+def _pass_seconds(config: Config, outlook: Outlook) -> Amount:
+    """Seconds of the captured tokens' forward passes, at the speed of the model's dense baseline."""
+    dense = outlook.seconds.get(None)
+    if not dense:
+        return UNKNOWN
+    positions = sum(outlook.costs[task].positions for task in dense)
+    return Amount.exactly(config.capture.tokens * sum(dense.values()) / positions)
 
 
 def _seconds(job: Job, outlook: Outlook | None, start: Start) -> Amount:
-    """Seconds of one job; of a capture, those that all of a model's captures spend."""
+    """Seconds of one job, without a capture's and a study's passes over the captured text."""
     if job.rule in EVALUATING:
         return _evaluation_seconds(job, outlook or Outlook(), start)
     if job.rule not in HEAVY:
@@ -165,6 +165,8 @@ def _seconds(job: Job, outlook: Outlook | None, start: Start) -> Amount:
         # The record of another model's captures says little: they are as long as it is large.
         return Amount.exactly(start.heavy)
     alone = start.heavy + (outlook or Outlook()).ready
+    if job.rule == "sensitivity":
+        return Amount.exactly(alone)
     return Amount.exactly(start.recorded.get(job.rule, alone))
 
 

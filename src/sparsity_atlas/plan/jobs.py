@@ -16,6 +16,7 @@ from sparsity_atlas.config import Config
 from sparsity_atlas.criteria import declared
 from sparsity_atlas.grid import Curve
 from sparsity_atlas.store import read_manifest
+from sparsity_atlas.terms import TENSORS
 
 # Searches took 6 to 8 levels on all models, criteria and sites of the default configuration.
 USUAL_LEVELS = 7
@@ -72,6 +73,7 @@ class Job:
         nodes: that it leaves behind in all.
         finished: nodes of these that are there.
         evaluations: how often it has to run each task.
+        passes: how often it runs the captured tokens for each layer.
     """
 
     rule: str
@@ -82,6 +84,7 @@ class Job:
     nodes: Amount = Amount()
     finished: int = 0
     evaluations: dict[str, Amount] = field(default_factory=dict)
+    passes: int = 0
 
 
 def jobs(config: Config, results: Path) -> list[Job]:
@@ -151,7 +154,9 @@ def _curve_jobs(config: Config, curve: Curve, folder: Path) -> Iterator[Job]:
     for rule, name in (("output_error", "sparsity.parquet"), ("curve", "curve.json")):
         yield Job(rule, curve.model, (folder / name).is_file(), node)
     if curve.sensitivity:
-        yield Job("sensitivity", curve.model, (folder / "sensitivity.parquet").is_file(), node)
+        done = (folder / "sensitivity.parquet").is_file()
+        passes = len(curve.sensitivity) * len(TENSORS[curve.site])
+        yield Job("sensitivity", curve.model, done, node, passes=passes)
 
 
 def _searched_levels(folder: Path) -> list[str] | None:
