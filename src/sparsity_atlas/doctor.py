@@ -115,6 +115,7 @@ def _capture(model: Path) -> Iterator[Finding]:
             try:
                 tensors = read_manifest(manifest)["tensors"]
                 store = ActivationStore(path)
+                store.ids()
                 for name in tensors.keys() - checked:
                     store.check(name)
                     checked.add(name)

@@ -54,6 +54,10 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda r: chunk(r).write_bytes(chunk(r).read_bytes()[:20]),
         "activations.zarr: damaged activation store|activations.zarr: 'input', layer 1",
     ),
+    "token ids gone": (
+        lambda r: shutil.rmtree(r / "tiny/activations.zarr/text/ids/c"),
+        "activations.zarr: damaged activation store",
+    ),
     "store gone": (
         lambda r: shutil.rmtree(r / "tiny/activations.zarr"),
         "intermediate.json: activations.zarr is not there",
