@@ -1,4 +1,8 @@
-"""Stage `run_config`: write down the configuration that was run, with the versions that ran it."""
+"""Stage `run_config`: write down the configuration that was run, with the versions that ran it.
+
+It makes every criterion of the run once, so that a bad parameter ends a run at its beginning: Snakemake's
+own process must not pay for torch, which that takes.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,9 @@ from pathlib import Path
 
 import yaml
 
-from sparsity_atlas import cli
+from sparsity_atlas import cli, grid
 from sparsity_atlas.config import Config, parse
+from sparsity_atlas.criteria import create
 from sparsity_atlas.store import write_text
 
 PACKAGES = ("sparsity-atlas", "snakemake", "torch", "transformers", "datasets", "lm-eval", "zarr")
@@ -42,7 +47,10 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="YAML file to write")
     arguments = parser.parse_args()
 
-    write_text(arguments.output, render(parse(arguments.config)))
+    config = parse(arguments.config)
+    for criterion in dict.fromkeys(curve.criterion for curve in grid.curves(config)):
+        create(json.loads(grid.criterion_slice(config, criterion)))
+    write_text(arguments.output, render(config))
 
 
 if __name__ == "__main__":

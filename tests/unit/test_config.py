@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsity_atlas import grid
+from sparsity_atlas import grid, run_config
 from sparsity_atlas.config import parse
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.inputs import check_inputs, locate
@@ -253,3 +254,35 @@ def test_a_slice_holds_what_its_job_depends_on(path: str, value: Any, slices: se
     assert {name for name in before if before[name] != after[name]} == slices
     for text in after.values():
         json.loads(text)
+
+
+# What is written down
+
+
+def write_down(data: dict[str, Any], output: Path) -> None:
+    arguments = ["--config", json.dumps(data), "--output", str(output)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["x", *arguments])
+        run_config.main()
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"rule": "nm", "group": 0}, "nm: group: "),
+        ({"rule": "topp", "power": 0.5}, "topp: power: expected a number of at least 1, found 0.5"),
+        ({"rule": "topk", "powr": 2}, "topk: .*no arguments"),
+    ],
+)
+def test_a_bad_parameter_ends_the_run_at_its_beginning(
+    tmp_path: Path, entry: dict[str, Any], message: str
+) -> None:
+    data = changed("criteria.mine", entry)
+    # Of no concern as long as no block asks for it.
+    write_down(data, tmp_path / "run_config.yaml")
+    assert yaml.safe_load((tmp_path / "run_config.yaml").read_text())["criteria"]["mine"] == entry
+    data["run"][0]["criteria"] = ["mine"]
+    with pytest.raises(AtlasError, match=message) as caught:
+        write_down(data, tmp_path / "other.yaml")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "other.yaml").exists()
