@@ -220,7 +220,7 @@ def test_blocks_that_overlap_are_one_curve() -> None:
     ("path", "value", "slices"),
     [
         ("models.large.batch_size", 3, set()),
-        ("models.small.batch_size", 3, {"evaluation", "capture"}),
+        ("models.small.batch_size", 3, {"evaluation", "capture", "sensitivity"}),
         ("models.small.dtype", "bfloat16", {"evaluation", "capture", "sensitivity"}),
         ("models.small.apply_chat_template", True, {"evaluation"}),
         ("models.small.path", "elsewhere", {"fetch"}),

@@ -58,7 +58,7 @@ def test_criteria_by_accuracy_grid(empty: Checkout) -> None:
     found = counts(empty.plan("--configfile", "workflow/config/criteria_accuracy.yaml"))
     assert found == {
         **{"all": 1, "run_config": 1, "model": 4, "dense": 4, "model_summary": 4, "tables": 1},
-        **{"capture": 32, "metrics": 32, "calibrate": 64, "evaluate": 428},
+        **{"capture": 32, "metrics": 32, "calibrate": 64, "evaluate": 548},
         **{"output_error": 140, "curve": 140},
     }
 
