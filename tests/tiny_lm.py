@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -197,3 +198,11 @@ GENERATION = {
         {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True},
     ],
 }
+
+
+def run_stage(module: Any, arguments: dict[str, Any]) -> None:
+    """A stage by its command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        flat = [str(one) for pair in arguments.items() for one in pair]
+        patch.setattr("sys.argv", ["stage", *flat])
+        module.main()

@@ -228,7 +228,7 @@ def main() -> None:
         journal.close()
     found = rows(ffns, site, levels, made, ids.shape[1], settings["replicates"], settings["seed"])
     write_parquet(arguments.output, pa.Table.from_pylist(list(found), SCHEMA))
-    journal.path.unlink()
+    journal.delete()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,15 @@ from sparsity_atlas.place import bind_all
 from sparsity_atlas.sparsify import sparsified
 from sparsity_atlas.store import file_digest, read_manifest
 from sparsity_atlas.texts import documents
-from tiny_lm import ROLLING, open_session, rolling_documents, sentences, settings, write_task
+from tiny_lm import (
+    ROLLING,
+    open_session,
+    rolling_documents,
+    run_stage,
+    sentences,
+    settings,
+    write_task,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,14 +54,6 @@ class Work(NamedTuple):
         return self.folder / "activations.zarr"
 
 
-def run(module: Any, arguments: dict[str, Any]) -> None:
-    """A stage by its command line."""
-    with pytest.MonkeyPatch.context() as patch:
-        flat = [str(one) for pair in arguments.items() for one in pair]
-        patch.setattr("sys.argv", ["stage", *flat])
-        module.main()
-
-
 @pytest.fixture(scope="module")
 def work(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Work:
     """Activations of all sites for ten sequences."""
@@ -66,7 +66,7 @@ def work(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Work:
         **{"tokens": TOKENS, "sequence_length": LENGTH, "batch_size": 4, "add_bos_token": None},
     }
     for site in ("all_inputs", "gate", "up", "intermediate", "input"):
-        run(
+        run_stage(
             capture,
             {
                 **{"--model": manifest, "--site": site, "--siblings": "gate,up"},
@@ -79,7 +79,7 @@ def work(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Work:
 
 def calibrated(work: Work, output: Path, rule: str, site: str, **changes: Any) -> Calibration:
     loading = {"dtype": "auto", "device": "cpu", "calibration_tokens": changes.get("tokens", SEEN)}
-    run(
+    run_stage(
         calibrate,
         {
             **{"--model": work.manifest, "--capture": work.folder / "capture" / f"{site}.json"},
@@ -200,7 +200,7 @@ def test_output_errors_leave_the_calibration_s_tokens_out(work: Work, tmp_path: 
     found = calibrated(work, tmp_path / "c.safetensors", "quantile", "intermediate")
     output = tmp_path / "sparsity.parquet"
     loading = {"dtype": "auto", "device": "cpu", "calibration_tokens": SEEN}
-    run(
+    run_stage(
         output_error,
         {
             **{"--model": work.manifest, "--site": "intermediate", "--store": work.store},
@@ -221,7 +221,7 @@ def test_a_search_uses_it(work: Work, tmp_path: Path, tasks: dict[str, Any]) -> 
     evaluate_node(session, None, tmp_path / "dense")
     path = tmp_path / "cett" / "calibration.safetensors"
     made = calibrated(work, path, "cett", "intermediate")
-    run(
+    run_stage(
         search,
         {
             **{"--model": work.manifest, "--dense": tmp_path / "dense" / "eval.json"},
@@ -401,7 +401,7 @@ def test_only_calibrated_criteria_wait_for_a_calibration(config: dict[str, Any])
 def exported(work: Work, folder: Path, rule: str, tensor: str, levels: str) -> Calibration:
     """Calibrate a rule and export its levels."""
     made = calibrated(work, folder / "calibration.safetensors", rule, tensor)
-    run(
+    run_stage(
         export,
         {
             **{"--model": work.manifest, "--criterion": json.dumps({"rule": rule})},

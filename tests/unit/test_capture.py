@@ -21,7 +21,7 @@ from sparsity_atlas.activations import ActivationStore, chunk_sequences
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.metrics import layer_metrics
 from sparsity_atlas.store import read_manifest
-from tiny_lm import save_model, sentences, write_model_manifest
+from tiny_lm import run_stage, save_model, sentences, write_model_manifest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -72,14 +72,6 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def run(module: Any, arguments: dict[str, Any]) -> None:
-    """A stage by its command line."""
-    with pytest.MonkeyPatch.context() as patch:
-        flat = [str(one) for pair in arguments.items() for one in pair]
-        patch.setattr("sys.argv", ["stage", *flat])
-        module.main()
-
-
 def capture(work: Work, site: str, siblings: str = "", **changes: Any) -> dict[str, Any]:
     settings = {
         **{"dtype": "auto", "device": "cpu", "text": {"file": str(work.text)}},
@@ -92,7 +84,7 @@ def capture(work: Work, site: str, siblings: str = "", **changes: Any) -> dict[s
         **{"--settings": json.dumps(settings), "--store": work.store, "--output": output},
         "--code": changes.get("code", "test"),
     }
-    run(stage, arguments)
+    run_stage(stage, arguments)
     return read_manifest(output)
 
 
@@ -441,7 +433,7 @@ def test_metrics_of_a_site(work: Work) -> None:
     capture(work, "all_inputs")
     output = work.folder / "metrics.parquet"
     manifest = work.folder / "capture" / "all_inputs.json"
-    run(metrics, {"--capture": manifest, "--store": work.store, "--output": output})
+    run_stage(metrics, {"--capture": manifest, "--store": work.store, "--output": output})
     rows = pq.read_table(output).to_pylist()
     assert [(row["tensor"], row["layer"]) for row in rows] == [
         *(("input", 0), ("input", 1), ("intermediate", 0), ("intermediate", 1))
@@ -477,7 +469,7 @@ def test_output_error_by_hand(
         **{"--criterion": json.dumps({"rule": "topk"}), "--levels": "0.3,1,0"},
         **{"--settings": json.dumps({"dtype": "auto", "device": "cpu"}), "--output": output},
     }
-    run(output_error, arguments)
+    run_stage(output_error, arguments)
     rows = pq.read_table(output).to_pylist()
     assert {(row["level"], row["layer"]) for row in rows} == {
         (level, layer) for level in ("1", "0.3", "0") for layer in (0, 1)

@@ -28,7 +28,7 @@ from sparsity_atlas.place import bind_all
 from sparsity_atlas.sensitivity import numbers, passes, rows
 from sparsity_atlas.single_layer import Pass, run, run_alone
 from sparsity_atlas.sites import find_ffns
-from tiny_lm import sentences
+from tiny_lm import run_stage, sentences
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -169,15 +169,6 @@ def test_what_is_no_number_at_one_place_fails_there_alone(model: LlamaForCausalL
 # The stage
 
 
-def stage(module: Any, arguments: dict[str, Any]) -> None:
-    """A stage by its command line."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "sys.argv", ["stage", *(str(one) for pair in arguments.items() for one in pair)]
-        )
-        module.main()
-
-
 @pytest.fixture(scope="module")
 def captured(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten sequences of a tiny model."""
@@ -187,7 +178,7 @@ def captured(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     settings = {"dtype": "auto", "device": "cpu", "text": {"file": str(text)}, "tokens": 160}
     settings |= {"sequence_length": 16, "batch_size": 4, "add_bos_token": None}
-    stage(
+    run_stage(
         capture,
         {
             **{"--model": manifest, "--site": "intermediate", "--siblings": "intermediate"},
@@ -201,7 +192,7 @@ def captured(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def study(captured: Path, manifest: Path, output: Path, levels: str, **changes: Any) -> list[dict]:
     settings = {"dtype": "auto", "device": "cpu", "replicates": 100, "seed": 0, "batch_size": 4}
     settings |= {"calibration_tokens": 0, **changes}
-    stage(
+    run_stage(
         sensitivity,
         {
             **{"--model": manifest, "--site": "intermediate", "--levels": levels},
