@@ -12,29 +12,18 @@ import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from sparsity_atlas import criteria, grid
+from sparsity_atlas.ask_resources import Resources, Wildcards
 from sparsity_atlas.code import code_version
 from sparsity_atlas.config import Config
-from sparsity_atlas.devices import inside_allocation, visible_gpus
 from sparsity_atlas.inputs import model_content, task_content, text_content
-from sparsity_atlas.needs import Needs, levels_of
 from sparsity_atlas.question import question
 from sparsity_atlas.selection import fold
-from sparsity_atlas.terms import TENSORS
 
 
-class Wildcards(Protocol):
-    """The parts of a path; a rule without a criterion in its path has no `criterion`."""
-
-    model: str
-    criterion: str
-    site: str
-    level: str
-
-
-class Asks:
+class Asks(Resources):
     """Answers for one configuration and one results folder.
 
     Attributes:
@@ -52,7 +41,7 @@ class Asks:
         Raises:
             AtlasError: a search.json is damaged.
         """
-        self._config = config
+        super().__init__(config, results)
         self._place = Path(results)
         self._config_text = json.dumps(config.model_dump(mode="json", exclude_none=True))
         self.curves = grid.curves(config)
@@ -62,8 +51,6 @@ class Asks:
             self._by_model[curve.model].append(curve)
         self.models = tuple(model for model, own in self._by_model.items() if own)
         self._searched = grid.searched_levels(config, results)
-        self._needs = Needs(config, results)
-        self._gpus = int(config.device in ("auto", "cuda") and visible_gpus() > 0)
         self._evaluation_slice = functools.cache(functools.partial(grid.evaluation_slice, config))
         self._task_content = functools.cache(functools.partial(task_content, config))
         self._criterion_slice = functools.cache(functools.partial(grid.criterion_slice, config))
@@ -289,61 +276,6 @@ class Asks:
 
         version.__signature__ = inspect.signature(version)
         return version
-
-    # Resources; Snakemake passes how often a job has been tried, from 1
-
-    @question
-    def memory(self, wildcards: Wildcards, attempt: int) -> int:
-        """MiB of a job that loads a model."""
-        return attempt * self._needs.memory(wildcards.model)
-
-    @question
-    def capture_memory(self, wildcards: Wildcards, attempt: int) -> int:
-        """MiB of a capture."""
-        return attempt * self._needs.capture_memory(wildcards.model)
-
-    @question
-    def capture_minutes(self, wildcards: Wildcards, attempt: int) -> int:
-        """Minutes of a capture."""
-        return attempt * self._needs.capture_minutes(wildcards.model)
-
-    @question
-    def error_minutes(self, wildcards: Wildcards, attempt: int) -> int:
-        """Minutes of the output error of a curve's levels."""
-        levels = levels_of(self._config, self.curve_of(wildcards))
-        return attempt * self._needs.capture_minutes(wildcards.model, levels)
-
-    @question
-    def sensitivity_minutes(self, wildcards: Wildcards, attempt: int) -> int:
-        """Minutes of passes with one layer sparsified."""
-        curve = self.curve_of(wildcards)
-        passes = len(curve.sensitivity) * len(TENSORS[curve.site])
-        return attempt * self._needs.layer_by_layer_minutes(wildcards.model, passes)
-
-    @question
-    def node_minutes(self, wildcards: Wildcards, attempt: int) -> int:
-        """Minutes of a node, or of a dense baseline."""
-        return attempt * self._needs.evaluation_minutes(wildcards.model)
-
-    @question
-    def search_minutes(self, wildcards: Wildcards, attempt: int) -> int:
-        """Minutes of a search."""
-        levels = self._config.search.max_levels
-        return attempt * self._needs.evaluation_minutes(wildcards.model, levels)
-
-    @question
-    def gpus(self, wildcards: Wildcards) -> int:
-        """1 for a job that will use a GPU of this machine; a cluster's profile says so itself."""
-        return self._gpus
-
-    @question
-    def capture_threads(self, wildcards: Wildcards) -> int:
-        """Threads that write: where a GPU computes, one is slower than the disk.
-
-        On a cluster its profile says so: a job asks again here, on a machine that may have GPUs where
-        the one that submitted it had none, and must not take more cores than it was given.
-        """
-        return 4 if self._gpus and not inside_allocation() else 1
 
     def _is_calibrated(self, criterion: str) -> bool:
         return criteria.declared(json.loads(self._criterion_slice(criterion)))["calibrated"]

@@ -118,11 +118,11 @@ def test_a_capture_from_a_gpu_has_threads_to_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str, threads: int
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    monkeypatch.setattr("sparsity_atlas.asks.inside_allocation", lambda: False)
+    monkeypatch.setattr("sparsity_atlas.ask_resources.inside_allocation", lambda: False)
     ask = Asks(config(), str(tmp_path))
     assert ask.capture_threads(SimpleNamespace(model="m")) == threads
     # A job of a cluster must not take more than it was given.
-    monkeypatch.setattr("sparsity_atlas.asks.inside_allocation", lambda: True)
+    monkeypatch.setattr("sparsity_atlas.ask_resources.inside_allocation", lambda: True)
     assert Asks(config(), str(tmp_path)).capture_threads(SimpleNamespace(model="m")) == 1
 
 

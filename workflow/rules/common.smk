@@ -1,6 +1,6 @@
 """What the rules know of the configuration.
 
-The answers are in src/sparsity_atlas/asks.py: which files, or which slice of the configuration.
+The answers are in src/sparsity_atlas/asks.py (which files, or which slice of the configuration) and ask_resources.py.
 
 Path grammar, below results/:
     {model}/model.json                              the model's manifest
