@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsity_atlas import cli
 from sparsity_atlas.activations import ActivationStore, check_space, chunk_sequences
+from sparsity_atlas.bos import begins_with_bos
 from sparsity_atlas.code import code_version
 from sparsity_atlas.devices import pick_device, pick_dtype
 from sparsity_atlas.errors import NumericalFailure
@@ -38,7 +39,6 @@ from sparsity_atlas.texts import digest_of, pinned, token_ids
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
 
     from sparsity_atlas.checkpoint import Checkpoint
     from sparsity_atlas.spool import HostCopy
@@ -53,13 +53,6 @@ PENDING = 8
 def tensors_of(sites: Iterable[str]) -> list[str]:
     """Tensors that are stored for some sites: theirs, and the FFN's input."""
     return sorted({"input", *(tensor for site in sites for tensor in TENSORS[site])})
-
-
-def starts_with_bos(tokenizer: PreTrainedTokenizerBase, wanted: bool | None) -> bool:
-    """Whether sequences begin with BOS: as configured, else as the tokenizer does by itself."""
-    if wanted is None:
-        wanted = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return wanted and tokenizer.bos_token_id is not None
 
 
 def capture(
@@ -221,14 +214,14 @@ def main() -> None:
     manifest, checkpoint = from_manifest(arguments.model)
     check_sites(manifest["name"], [arguments.site], manifest["sites"])
     siblings = [site for site in arguments.siblings.split(",") if site in manifest["sites"]]
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint, add_bos_token=settings["add_bos_token"])
     text = pinned(settings["text"])
     ids = token_ids(
         text,
         tokenizer,
         settings["tokens"],
         settings["sequence_length"],
-        starts_with_bos(tokenizer, settings["add_bos_token"]),
+        begins_with_bos(tokenizer, settings["add_bos_token"]),
     )
     fingerprint = digest(
         {

@@ -202,8 +202,15 @@ def load(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "auto") -
     return model.to(target).eval()
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    checkpoint: Checkpoint, *, add_bos_token: bool | None = None
+) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer.
+
+    Args:
+        checkpoint: its folder.
+        add_bos_token: whether it puts BOS before a text, as lm-eval passes it on; None: as it does by
+            itself. Not every tokenizer obeys; see `bos.begins_with_bos`.
 
     Raises:
         AtlasError: it cannot be loaded.
@@ -211,7 +218,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder, **checkpoint._options())
+        options = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
+        return AutoTokenizer.from_pretrained(checkpoint.folder, **options, **checkpoint._options())
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise AtlasError(f"{checkpoint}: cannot load the tokenizer: {_first_line(error)}") from None
 

@@ -110,7 +110,7 @@ class Session:
 
         tasks = load_tasks(settings["tasks"], settings["seed"])
         model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
-        tokenizer = load_tokenizer(checkpoint)
+        tokenizer = load_tokenizer(checkpoint, add_bos_token=settings["add_bos_token"])
         chat = settings["apply_chat_template"]
         if chat and tokenizer.chat_template is None:
             raise AtlasError(

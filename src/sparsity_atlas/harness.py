@@ -87,7 +87,7 @@ class HarnessLM(AtlasLM):
         model = load(checkpoint, dtype=dtype, device="auto" if device == "cuda:0" else device)
         super().__init__(
             model,
-            load_tokenizer(checkpoint),
+            load_tokenizer(checkpoint, add_bos_token=add_bos_token),
             batch_size=int(batch_size),
             max_length=max_length,
             add_bos_token=add_bos_token,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsity_atlas import cli, forest, scoring
+from sparsity_atlas.bos import begins_with_bos
 from sparsity_atlas.generation import GeneratingLM
 from sparsity_atlas.sharing import abilities
 from sparsity_atlas.usage import Usage
@@ -39,6 +40,7 @@ class AtlasLM(GeneratingLM):
     at a batch boundary.
 
     Attributes:
+        bos: whether requests begin with the BOS token.
         usage: what each document cost, since `start`.
     """
 
@@ -51,6 +53,7 @@ class AtlasLM(GeneratingLM):
         max_length: int | None = None,
         add_bos_token: bool | None = None,
     ) -> None:
+        self.bos = begins_with_bos(tokenizer, add_bos_token)
         super().__init__(
             pretrained=model,
             tokenizer=tokenizer,

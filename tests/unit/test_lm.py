@@ -113,11 +113,11 @@ def through_atlas(
 def plainly(
     session: Session, task: str, folder: Path, batch_size: int, **options: Any
 ) -> dict[str, Any]:
-    """lm-eval's outcome with its own model class over the same model."""
+    """lm-eval's outcome with its own model class over the same folder, as its command is used."""
     lm = HFLM(
-        pretrained=session.lm.model,
-        tokenizer=session.lm.tokenizer,
-        backend="causal",
+        pretrained=session.lm.tokenizer.name_or_path,
+        device="cpu",
+        dtype="float32",
         batch_size=batch_size,
         **options.pop("lm", {}),
     )

@@ -115,7 +115,7 @@ def look(
             blank = checkpoint.blank()
         lm = DryLM(
             blank,
-            load_tokenizer(checkpoint),
+            load_tokenizer(checkpoint, add_bos_token=settings["add_bos_token"]),
             **{key: settings[key] for key in ("batch_size", "max_length", "add_bos_token")},
         )
     except (AtlasError, OSError, ValueError, KeyError) as error:
