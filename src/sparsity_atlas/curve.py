@@ -44,7 +44,7 @@ class NodeSamples:
     def rows(self, task: str) -> pa.Table:
         """The task's rows, in the order of leaf and document, without empty documents."""
         wanted = pc.equal(self._table["task"], task)
-        return self._table.filter(pc.and_(wanted, pc.greater(self._table["prefill_tokens"], 0)))
+        return self._table.filter(pc.and_(wanted, pc.greater(self._table["unique_tokens"], 0)))
 
     def outputs(self, task: str) -> np.ndarray:
         """How many weights meet an entry of each layer and tensor at the site, int64 [slots].

@@ -26,11 +26,13 @@ class Request:
         tokens: ids; the last one is predicted, but not run.
         scored: how many tokens at the end are predicted.
         owner: the document that it belongs to, by number.
+        counted: whether its tokens count as run; not where lm-eval reads it from another request's pass.
     """
 
     tokens: list[int]
     scored: int
     owner: int
+    counted: bool = True
 
     @property
     def run(self) -> list[int]:
@@ -94,6 +96,7 @@ class Batch:
         last: flat index [row * longest + column] of each request's last token.
         known: likewise, of its last token that its document has already brought; -1 for none.
         run: how many tokens each request runs.
+        counted: int64 [requests], 1 where these tokens count as run, 0 where an equal request's do.
         brought: how many of them its document has already brought.
         scored: flat indices of the tokens whose successor is predicted, each once, ascending.
         row: for each prediction its index into `scored`.
@@ -112,6 +115,7 @@ class Batch:
     last: np.ndarray
     known: np.ndarray
     run: np.ndarray
+    counted: np.ndarray
     brought: np.ndarray
     scored: np.ndarray
     row: np.ndarray
@@ -221,6 +225,7 @@ def _batch(trees: list[Tree], requests: list[Request]) -> Batch:
         last=np.array([start + leaf.node for start, leaf in leaves]),
         known=np.array([start + leaf.known if leaf.known >= 0 else -1 for start, leaf in leaves]),
         run=np.array([len(requests[leaf.request].run) for _, leaf in leaves]),
+        counted=np.array([int(requests[leaf.request].counted) for _, leaf in leaves]),
         brought=np.array([leaf.brought for _, leaf in leaves]),
         scored=scored,
         row=row_of,

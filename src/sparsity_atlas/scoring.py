@@ -140,7 +140,7 @@ def zeros_by_document(zeros: Tensor, batch: Batch) -> tuple[list[list[int]], lis
         batch: what was run.
 
     Returns:
-        With each token counted as often as it stands in a request, and each of them once.
+        With each token counted as often as it stands in a request that counts, and each of them once.
     """
     if zeros.device.type == "mps":  # which adds up no 64-bit integers
         zeros = zeros.cpu()
@@ -158,6 +158,7 @@ def zeros_by_document(zeros: Tensor, batch: Batch) -> tuple[list[list[int]], lis
     )  # [requests, slots]
     owners = torch.from_numpy(batch.owners).to(each.device)
     empty = last.new_zeros(len(batch.documents), last.shape[1])
-    every = empty.index_add(0, owners, last)
+    counted = torch.from_numpy(batch.counted).to(each.device)
+    every = empty.index_add(0, owners, last * counted[:, None])
     once = empty.index_add(0, owners, last - known)
     return every.tolist(), once.tolist()

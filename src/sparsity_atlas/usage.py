@@ -9,7 +9,7 @@ import numpy as np
 if TYPE_CHECKING:
     from sparsity_atlas.forest import Batch
 
-# Tokens of requests, as often as they stand in one; the same, each once; tokens generated and fed back.
+# Tokens of requests, as often as lm-eval runs them; the same, each once; tokens generated and fed back.
 PHASES = ("prefill", "unique", "generation")
 
 
@@ -38,7 +38,7 @@ class Usage:
         self.zeros["prefill"][rows] += np.array(record["zeros"], np.int64)
         self.zeros["unique"][rows] += np.array(record["unique"], np.int64)
         owners = rows[batch.owners]
-        np.add.at(self.tokens["prefill"], owners, batch.run)
+        np.add.at(self.tokens["prefill"], owners, batch.run * batch.counted)
         np.add.at(self.tokens["unique"], owners, batch.run - batch.brought)
         np.subtract.at(self.nats, owners, record["scores"])
         np.add.at(self.predicted, owners, np.diff(batch.firsts, append=len(batch.row)))

@@ -80,11 +80,13 @@ def arrange(
             parts = [_windows(tokens, limits) for (tokens,) in encodings[kind]]
             work.windows = [i for i, windows in enumerate(parts) for _ in windows]
             pieces = [(i, *window) for i, windows in enumerate(parts) for window in windows]
+            counted = [True] * len(pieces)
         else:
             pieces = [(i, *pair) for i, pair in enumerate(encodings[kind])]
+            counted = _first_of_equals(encodings[kind])
         scored[kind] = [
-            _request(some[i], context, continuation, owners[i], limits.max_length)
-            for i, context, continuation in pieces
+            _request(some[i], context, continuation, owners[i], limits.max_length, counts)
+            for (i, context, continuation), counts in zip(pieces, counted, strict=True)
         ]
     if any(scored.values()):
         work.abilities = abilities([one for some in scored.values() for one in some])
@@ -106,8 +108,28 @@ def _windows(tokens: list[int], limits: Limits) -> list[tuple[list[int], list[in
     ]
 
 
+def _first_of_equals(encodings: list[Encoding]) -> list[bool]:
+    """Whether each request is the first that runs its tokens: lm-eval answers the others with it.
+
+    Windows of whole documents are no such requests: which of them lm-eval merges, if any, depends on
+    the batch size, and at batch size 1 it merges none.
+    """
+    seen: set[tuple[int, ...]] = set()
+    first = []
+    for context, continuation in encodings:
+        run = (*context, *continuation[:-1])
+        first.append(run not in seen)
+        seen.add(run)
+    return first
+
+
 def _request(
-    request: Instance, context: list[int], continuation: list[int], owner: int, max_length: int
+    request: Instance,
+    context: list[int],
+    continuation: list[int],
+    owner: int,
+    max_length: int,
+    counted: bool,
 ) -> forest.Request:
     if not 0 < len(continuation) <= max_length:
         raise TaskFailure(
@@ -116,7 +138,7 @@ def _request(
         )
     # As HFLM cuts it; the last token is not run.
     tokens = (context + continuation)[-(max_length + 1) :]
-    return forest.Request(tokens, len(continuation), owner)
+    return forest.Request(tokens, len(continuation), owner, counted)
 
 
 def _prompts(

@@ -31,7 +31,8 @@ def row(task: str, leaf: str, item: int, slots: list, zeros: int, **values: Any)
     """A sample of 3 prefill tokens and 2 generated ones; `zeros` of each 10 entries are zero."""
     return {
         **{"task": task, "leaf": leaf, "doc_id": item, "doc_hash": f"h{item}", "cluster": None},
-        **{"metrics": [], "nats": 0.0, "predicted": 1, "prefill_tokens": 3, "generation_tokens": 2},
+        **{"metrics": [], "nats": 0.0, "predicted": 1, "prefill_tokens": 3, "unique_tokens": 3},
+        "generation_tokens": 2,
         "prefill_zeros": [3 * zeros * (slot[0] == "intermediate") for slot in slots],
         "generation_zeros": [2 * zeros * (slot[0] == "intermediate") for slot in slots],
         **values,
@@ -86,7 +87,8 @@ def write_node(
             for item in range(20)
         ]
         # An empty document, as a text may have.
-        empty = {"prefill_tokens": 0, "generation_tokens": 0, "nats": 0.0, "predicted": 0}
+        empty = {"prefill_tokens": 0, "unique_tokens": 0, "generation_tokens": 0}
+        empty |= {"nats": 0.0, "predicted": 0}
         rows["pages"].append(row("pages", "pages", 20, slots, 0, **empty))
         results["pages"] = {
             **common,
