@@ -122,8 +122,8 @@ def test_equal_requests_are_run_once(model_folder: Path, tmp_path: Path) -> None
     config = make_config({"tiny": {"path": str(model_folder)}}, {"letters": entry})
     tasks = load_tasks({"letters": entry}, config.seed)
     cost = look(config, "tiny", tasks, tmp_path / "none.json", Unknowns()).costs["letters"]
-    # Four options of one token share a row; padding is what keeps this from a quarter.
-    assert cost.positions < cost.prefill / 2
+    # Four options of one token share a row; more than one row's tokens are padding alone.
+    assert cost.prefill <= cost.positions < 2 * cost.prefill
 
 
 @pytest.mark.parametrize("sites", [["input"], ["gate"], ["all_inputs", "up"]])
