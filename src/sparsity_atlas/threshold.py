@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Literal
 
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor
 
 # Up to this power the largest entry's mass keeps at least as many bits as the power less.
 LARGEST_EXACT_POWER = 8
+# Digits of the base 2^LIMB_BITS that tell ⌈amount · total⌉ of any amount and of a total below 2^62: of a
+# decimal that is a float64, either less than one is asked for, or the last place lies above 10^-36.
+LIMBS, LIMB_BITS = 6, 31
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,10 +32,14 @@ class Threshold:
 
     - `share`: the largest score for which the entries that reach it hold `amount` of the row's mass
       Σ score^power; all is kept at `amount` 1. Mass is counted in integers, see `masses`; the target
-      is ⌈amount · total⌉ with the product rounded to float64, and at least 1;
+      is ⌈amount · total⌉, exactly, and at least 1;
     - `rank`: the `amount`-th largest score; nothing is kept at `amount` 0;
-    - `peak`: `amount` · (the row's largest score), compared without rounding beyond float64;
+    - `peak`: `amount` · (the row's largest score); exact for amounts of up to eight decimals, of others
+      rounded in float64;
     - `fixed`: `constants`, one float32 for all or one for each channel.
+
+    `amount` is the decimal that it is spelled as, the shortest that its float64 stands for: .55 of 100 is
+    55, where its binary neighbour would ask for more.
 
     Entries that tie with t are kept. A row whose scores are not all finite is kept whole: callers
     report it. Values are float32, bfloat16 or float16.
@@ -104,15 +112,40 @@ class Threshold:
             case "rank":
                 return score.kthvalue(width - int(self.amount) + 1, dim=-1, keepdim=True).values
             case "peak":
-                return rounded_up(score.amax(-1, keepdim=True).double() * self.amount)
+                return rounded_up(score.amax(-1, keepdim=True).double() * not_above(self.amount))
             case _ if self.amount >= 1:
                 return score.new_zeros((rows, 1))
         ranked = _descending(score)
         running = masses(ranked, self.power).cumsum(-1)
         total = running[:, -1:]
-        target = (total.double() * self.amount).ceil().long().clamp(min=1)
+        share = decimal(self.amount)
+        wanted = [math.ceil(share * one) for one in total.flatten().tolist()]
+        target = total.new_tensor(wanted).view_as(total).clamp(min=1)
         crossing = (running < torch.minimum(target, total)).sum(-1, keepdim=True)
         return ranked.gather(-1, crossing)
+
+
+def decimal(amount: float) -> Fraction:
+    """The number that an amount is spelled as: its shortest decimal, and not the float64 beside it."""
+    return Fraction(repr(float(amount)))
+
+
+def not_above(amount: float) -> float:
+    """The largest float64 that is not above the decimal `amount`.
+
+    Its product with a float32, rounded to float64, lies on the same side of every float32 as the exact
+    one does, if the decimal has at most eight places: an exact product then equals a float32 or is off
+    by at least 1 / (10^8 · 2^24) of it, which is more than the two roundings take away.
+    """
+    return amount if Fraction(amount) <= decimal(amount) else math.nextafter(amount, -math.inf)
+
+
+def limbs(amount: float) -> list[int]:
+    """The first LIMBS digits of a decimal below 1 in base 2^LIMB_BITS, the largest first; see `LIMBS`."""
+    whole = math.floor(max(decimal(amount), 0) * (1 << LIMBS * LIMB_BITS))
+    return [
+        whole >> LIMB_BITS * (LIMBS - 1 - place) & (1 << LIMB_BITS) - 1 for place in range(LIMBS)
+    ]
 
 
 def masses(score: Tensor, power: float) -> Tensor:

@@ -8,8 +8,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -18,8 +21,8 @@ from torch import Tensor
 
 from sparsity_atlas import kernels
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.kernels import cpu, cuda
-from sparsity_atlas.threshold import Threshold, masses, raised
+from sparsity_atlas.kernels import cpu, cpu_row, cuda
+from sparsity_atlas.threshold import Threshold, limbs, masses, not_above, raised, rounded_up
 
 # NaN and infinities are what some tests are about; on a GPU nobody warns of them.
 pytestmark = [
@@ -212,6 +215,109 @@ def test_a_target_that_is_met_exactly(masked: Callable, dtype: torch.dtype, shif
     level = 0.75 + shift * 2.0**-53
     found = masked(Threshold("share", level), values, values)
     assert found[1].tolist() == [0 if shift == 1 else 256]
+
+
+# The decimal that was written, by exact rational arithmetic
+
+DECIMALS = [0.01, 0.05, 0.1, 0.29, 0.3, 0.55, 0.57, 0.58, 0.7, 0.9, 0.95, 0.98, 0.99, 0.995]
+
+
+@st.composite
+def whole_numbers(draw: st.DrawFn) -> Tensor:
+    """Rows of whole numbers, which every type holds, with sums that decimals divide."""
+    width = draw(st.integers(1, 12))
+    row = st.lists(st.integers(0, 128), min_size=width, max_size=width)
+    values = torch.tensor(draw(st.lists(row, min_size=1, max_size=4)), dtype=torch.float64)
+    # One more entry makes the sum a multiple of 100, as far as the type holds it.
+    values = torch.cat([values, (-values.sum(-1, keepdim=True)) % 100], -1)
+    dtype = draw(st.sampled_from(TYPES))
+    return (values * 2.0 ** draw(st.sampled_from((-10, 0, 8)))).to(dtype)
+
+
+def exactly(kind: str, row: list[float], level: Fraction, power: int) -> int:
+    """How many entries a share of the mass, or of the peak, keeps."""
+    scores = [Fraction(value) ** power for value in sorted(row, reverse=True)]
+    if kind == "peak":
+        return sum(score >= level * scores[0] for score in scores)
+    running, least = Fraction(0), scores[0]
+    for least in scores:
+        running += least
+        if running >= level * sum(scores):
+            break
+    return sum(score >= least for score in scores)
+
+
+def keeps_the_decimal(
+    masked: Callable, values: Tensor, level: float, kind: str, power: int
+) -> None:
+    out = masked(Threshold(kind, level, power), values, torch.ones_like(values))[0]
+    for row, kept in zip(values.double().tolist(), out.sum(-1).tolist(), strict=True):
+        assert kept == exactly(kind, row, Fraction(str(level)), power)
+
+
+PATHS = [kernels.reference, cpu.masked, cuda.masked]
+
+
+@pytest.mark.parametrize("masked", PATHS[:2], ids=["reference", "cpu"])
+@settings(max_examples=150, deadline=None)
+@given(
+    whole_numbers(), st.integers(1, 999), st.sampled_from([("share", 1), ("share", 2), ("peak", 1)])
+)
+def test_a_level_is_its_decimal(
+    masked: Callable, values: Tensor, thousandths: int, rule: tuple[str, int]
+) -> None:
+    keeps_the_decimal(masked, values, thousandths / 1000, *rule)
+
+
+@pytest.mark.parametrize("masked", PATHS, ids=["reference", "cpu", "cuda"])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("kind", ["share", "peak"])
+def test_what_a_decimal_divides(masked: Callable, dtype: torch.dtype, kind: str) -> None:
+    """A hundredth of 100 after the other: of 0.55 · 100 float64 makes 55.00000000000001."""
+    for percent in range(50, 100) if masked is not cuda.masked else (55, 56, 57, 58, 69):
+        other = 100.0 if kind == "peak" else 100.0 - percent
+        values = torch.tensor([[percent, other]], dtype=dtype)
+        keeps_the_decimal(masked, values, percent / 100, kind, 1)
+        # The same among others that a sum in float32 cannot tell it from.
+        if dtype == torch.float32 and kind == "share":
+            small = [2.0**-14] * 4
+            row = [float(percent) - 2.0**-13, *small, 100 - percent - 2.0**-13]
+            keeps_the_decimal(masked, torch.tensor([row]), percent / 100, kind, 1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(1, 2**62 - 1),
+    st.one_of(
+        *(st.sampled_from(DECIMALS), st.floats(0, 1, exclude_max=True)),
+        *(st.integers(0, 10**16 - 1).map(lambda number: number / 10**16),),
+    ),
+)
+def test_a_share_of_a_whole_number(total: int, amount: float) -> None:
+    wanted = math.ceil(Fraction(repr(amount)) * total)
+    found = cpu_row._share_of(np.int64(total), np.array(limbs(amount), dtype=np.int64))
+    # Below 1 a row's target is 1 whatever the share is.
+    assert max(int(found), 1) == max(wanted, 1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.floats(2.0**-126, 2.0**127, width=32), st.integers(0, 8), st.data())
+def test_a_share_of_the_peak(peak: float, places: int, data: st.DataObject) -> None:
+    """The threshold is the least float32 that a decimal of the peak does not exceed."""
+    level = data.draw(st.integers(0, 10**places)) / 10**places
+    least = rounded_up(torch.tensor([peak], dtype=torch.float64) * not_above(level))
+    exact = Fraction(str(level)) * Fraction(peak)
+    assert Fraction(float(least)) >= exact
+    if level > 0:
+        assert Fraction(float(torch.nextafter(least, torch.zeros(1)))) < exact
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(0, 2.0**127, width=32), st.decimals(0, 1000, places=6))
+def test_no_float32_lies_between_a_decimal_and_its_float64(value: float, level: Decimal) -> None:
+    """What a constant threshold rests on: the level's own float64 decides as its decimal does."""
+    for near in (value, float(torch.tensor(float(level)))):
+        assert (near >= float(level)) == (Fraction(near) >= Fraction(level))
 
 
 # The definition

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
 
 from sparsity_atlas.criteria.base import Criterion
+from sparsity_atlas.threshold import decimal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +35,7 @@ class NM(Criterion):
         """See `Criterion.mask`."""
         rows, width = values.shape
         # The decimal that the user wrote, as in top-k.
-        kept = math.floor(Fraction(repr(level)) * self.group)
+        kept = math.floor(decimal(level) * self.group)
         padded = F.pad(values.abs(), (0, -width % self.group))
         groups = padded.view(rows, -1, self.group)
         order = groups.sort(dim=-1, descending=True, stable=True).indices

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 
 from sparsity_atlas.criteria.base import Criterion
-from sparsity_atlas.threshold import Threshold
+from sparsity_atlas.threshold import Threshold, decimal
 
 
 class TopK(Criterion):
@@ -21,4 +20,4 @@ class TopK(Criterion):
     def threshold(self, level: float, width: int) -> Threshold:
         """See `Criterion.threshold`."""
         # The decimal that the user wrote, not its binary neighbour: ⌊0.29 · 100⌋ is 29.
-        return Threshold("rank", math.floor(Fraction(repr(level)) * width))
+        return Threshold("rank", math.floor(decimal(level) * width))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from sparsity_atlas.kernels.cpu_row import KINDS, mask_rows
-from sparsity_atlas.threshold import mass_bits
+from sparsity_atlas.threshold import limbs, mass_bits, not_above
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 # Below this many entries, starting threads takes longer than the work.
 _WORTH_A_THREAD = 1 << 16
+
+_NO_LIMBS = np.zeros(0, dtype=np.int64)
 
 _pool: ThreadPoolExecutor | None = None
 
@@ -38,7 +41,8 @@ def masked(rule: Threshold, values: Tensor, onto: Tensor) -> tuple[Tensor, Tenso
         nothing if rule.weights is None else rule.weights.numpy(),
         nothing if rule.constants is None else rule.constants.numpy(),
         KINDS[rule.kind],
-        float(rule.amount),
+        not_above(rule.amount) if rule.kind == "peak" else float(rule.amount),
+        _limbs(rule.amount) if rule.kind == "share" and rule.amount < 1 else _NO_LIMBS,
         float(rule.power),
         2.0 ** mass_bits(width),
         values.dtype == torch.float16,
@@ -53,6 +57,11 @@ def masked(rule: Threshold, values: Tensor, onto: Tensor) -> tuple[Tensor, Tenso
         for task in tasks:
             task.result()
     return out, torch.from_numpy(zeros), torch.from_numpy(finite)
+
+
+@functools.lru_cache(maxsize=256)
+def _limbs(amount: float) -> np.ndarray:
+    return np.array(limbs(amount), dtype=np.int64)
 
 
 def _bits(tensor: Tensor) -> np.ndarray:

@@ -16,7 +16,7 @@ import math
 import numpy as np
 from numba import njit
 
-from sparsity_atlas.threshold import LARGEST_EXACT_POWER
+from sparsity_atlas.threshold import LARGEST_EXACT_POWER, LIMB_BITS, LIMBS
 
 KINDS = {"share": 0, "rank": 1, "peak": 2, "fixed": 3}
 _SHARE, _RANK, _PEAK, _FIXED = KINDS.values()
@@ -47,6 +47,7 @@ def mask_rows(
     constants,
     kind,
     amount,
+    limbs,
     power,
     scale,
     half,
@@ -83,7 +84,7 @@ def mask_rows(
             elif amount < 1 and peak > 0:
                 least = _shared(
                     *(score, key, mass, few, wide, square, cell),
-                    *(peak, lattice, amount, power, scale),
+                    *(peak, lattice, amount, limbs, power, scale),
                 )
         zeros[row] = _write(values[row], onto[row], out[row], key, least)
 
@@ -189,7 +190,7 @@ def _ranked(key, few, cell, peak, lattice, rank):
 
 
 @_compiled
-def _shared(score, key, mass, few, wide, square, cell, peak, lattice, amount, power, scale):
+def _shared(score, key, mass, few, wide, square, cell, peak, lattice, amount, limbs, power, scale):
     """Bit pattern of the largest score whose reachers hold the share `amount` of the mass."""
     width = len(score)
     largest = _number(peak, cell)
@@ -224,7 +225,7 @@ def _shared(score, key, mass, few, wide, square, cell, peak, lattice, amount, po
     if power == 1:
         for j in range(width):
             wide[j] = score[j] / unit
-    return _settled(key, few, wide, cell, low, high, amount, power, scale, unit)
+    return _settled(key, few, wide, cell, low, high, limbs, power, scale, unit)
 
 
 @_compiled
@@ -382,7 +383,22 @@ def _between(key, few, low, high):
 
 
 @_compiled
-def _settled(key, few, wide, cell, low, high, amount, power, scale, unit):
+def _share_of(total, limbs):
+    """⌈amount · total⌉ from the digits of `threshold.limbs`: a long multiplication."""
+    mask = (np.int64(1) << LIMB_BITS) - 1
+    upper, lower = total >> LIMB_BITS, total & mask
+    carry, rest = np.int64(0), np.int64(0)
+    for place in range(LIMBS - 1, -1, -1):
+        column = limbs[place] * lower + carry
+        if place < LIMBS - 1:
+            column += limbs[place + 1] * upper
+        rest |= column & mask
+        carry = column >> LIMB_BITS
+    return limbs[0] * upper + carry + (1 if rest != 0 else 0)
+
+
+@_compiled
+def _settled(key, few, wide, cell, low, high, limbs, power, scale, unit):
     """The threshold between `low` and `high`, by the integer masses of `threshold.masses`."""
     total = np.int64(0)
     above = np.int64(0)
@@ -391,7 +407,7 @@ def _settled(key, few, wide, cell, low, high, amount, power, scale, unit):
         whole = np.int64(wide[j] * scale)
         total += whole
         above += whole if key[j] >= bound else 0
-    target = min(max(np.int64(math.ceil(float(total) * amount)), 1), total)
+    target = min(max(_share_of(total, limbs), 1), total)
     count = _between(key, few, low, high)
     square = np.empty(1, dtype=np.float64)
     one = np.empty(1, dtype=np.float64)

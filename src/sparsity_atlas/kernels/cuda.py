@@ -27,7 +27,7 @@ from sparsity_atlas.kernels.cuda_row import (
     search_row,
     write_row,
 )
-from sparsity_atlas.threshold import LARGEST_EXACT_POWER, mass_bits
+from sparsity_atlas.threshold import LARGEST_EXACT_POWER, LIMBS, limbs, mass_bits, not_above
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -152,8 +152,8 @@ def variant_of(rule: Threshold, kind: str, dtype: torch.dtype, width: int) -> di
 
 
 def _numbers(rule: Threshold, width: int, device: torch.device) -> Tensor:
-    """float64 [4] on the device: the amount; over the mean score a first guess and a lower bound; and one
-    over the power of a threshold that the mass below it is taken for at first."""
+    """float64 [4 + LIMBS] on the device: the amount; over the mean score a first guess and a lower bound; one
+    over the power of a threshold that the mass below it is taken for at first; and the amount's limbs."""
     guess, low = 1.0, 0.0
     if rule.kind == "rank" and rule.amount > 0:
         # As if magnitudes fell off exponentially; a bad guess costs a few passes.
@@ -166,7 +166,9 @@ def _numbers(rule: Threshold, width: int, device: torch.device) -> Tensor:
             low = 0.99 * rest
     # A density that is finite at zero has power + 1; it falls off, here as if exponentially.
     run = 1 / ((rule.power + 1) * (1 - 0.67 * max(1 - rule.amount, 0.0) ** 0.6))
-    return torch.tensor([rule.amount, guess, low, run], dtype=torch.float64, device=device)
+    amount = not_above(rule.amount) if rule.kind == "peak" else rule.amount
+    exact = limbs(amount) if rule.kind == "share" and amount < 1 else [0] * LIMBS
+    return torch.tensor([amount, guess, low, run, *exact], dtype=torch.float64, device=device)
 
 
 @triton.jit

@@ -5,11 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sparsity_atlas import threshold
+
 KINDS = {"share": 0, "rank": 1, "peak": 2, "fixed": 3}
 SHARE, RANK, PEAK, FIXED = (tl.constexpr(kind) for kind in KINDS.values())
 INFINITY = tl.constexpr(0x7F800000)  # the bit pattern; NaN lies above
 _LEAST_REST = tl.constexpr(2.0**-24)  # of a sum: what its roundings leave to see
 _LARGEST_RUN = tl.constexpr(20.0)  # of an inverse power; more is that of two tries in a gap
+LIMBS, BITS = tl.constexpr(threshold.LIMBS), tl.constexpr(threshold.LIMB_BITS)
+LOW_BITS = tl.constexpr((1 << threshold.LIMB_BITS) - 1)
 GROUP = tl.constexpr(8)  # entries that lie in one thread, one after another
 
 
@@ -62,6 +66,21 @@ def _masses(
 def _sum(mass, BLOCK: tl.constexpr):
     """A float32 sum with few roundings on any way through it."""
     return tl.sum(tl.sum(tl.reshape(mass, (BLOCK // GROUP, GROUP)), 1), 0)
+
+
+@triton.jit
+def _share_of(total, limbs):
+    """⌈amount · total⌉ from the digits of `threshold.limbs`, as float64: a long multiplication."""
+    upper, lower = total >> BITS, total & LOW_BITS
+    carry = total * 0
+    rest, next_limb = carry, carry
+    for place in tl.static_range(LIMBS):
+        limb = tl.load(limbs + (LIMBS - 1 - place)).to(tl.int64)
+        column = limb * lower + next_limb * upper + carry
+        rest = rest | (column & LOW_BITS)
+        carry = column >> BITS
+        next_limb = limb
+    return next_limb * upper + carry + (rest != 0).to(tl.int64)
 
 
 @triton.jit
@@ -203,10 +222,7 @@ def search_row(
             whole = _masses(score, peak, WHOLE, FRACTION, DIGITS, UNIT_IS_PEAK)
             whole = (whole * (2.0**MASS_BITS)).to(tl.int64)
             all_of_it = tl.sum(whole, 0)
-            exact = all_of_it.to(tl.float64) * amount
-            wanted = exact.to(tl.int64)
-            wanted += (wanted.to(tl.float64) < exact).to(tl.int64)
-            wanted = tl.minimum(tl.maximum(wanted, 1), all_of_it)
+            wanted = tl.minimum(tl.maximum(_share_of(all_of_it, numbers + 4), 1), all_of_it)
     if KIND == RANK:
         above = total - target
         below = -target
