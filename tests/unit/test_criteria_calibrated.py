@@ -312,11 +312,25 @@ def test_r_sparse_by_hand() -> None:
     # Half of the weights: a quarter for one entry of four, a quarter for rank 0.5 · 0.5 · 16 / 8.
     mask = bound.mask(x, 0.5)
     assert mask.tolist() == [[True, False, False, False]]
-    # Rank 0.5 rounds to 0 (to even); at level 0.25 rank 0.75 is the first axis.
-    assert bound.replace(x, x, mask, 0.5).tolist() == [[1, 0, 0, 0]]
+    # Ranks of 0.5 and 0.75 are none: a budget is not exceeded.
     y = torch.tensor([[0.1, 5, 5, 5]])
-    mask = torch.tensor([[False, True, True, True]])
-    torch.testing.assert_close(bound.replace(y, y, mask, 0.25), y)
+    other = torch.tensor([[False, True, True, True]])
+    assert bound.replace(x, x, mask, 0.5).tolist() == [[1, 0, 0, 0]]
+    assert bound.replace(y, y, other, 0.25).tolist() == [[0, 5, 5, 5]]
+    # With a third of a quarter for the kept entries, rank 1 is the first axis, to the last digit.
+    bound = calibrated("r_sparse", Place2([3.0, 1, 2, 0.5], "input"), given, sparse_share=0.375)
+    torch.testing.assert_close(bound.replace(y, y, other, 0.2), y)
+
+
+@pytest.mark.parametrize(
+    ("level", "share", "rank"),
+    # 8.84 and 20.63, of which the paper's code takes 8 and 20; 0.1 · 0.3 · 100 is 3 only in decimals.
+    [(0.25, 0.9, 8), (0.65, 0.5, 20), (0.5, 1, 0)],
+)
+def test_the_rank_of_r_sparse_keeps_the_budget(level: float, share: float, rank: int) -> None:
+    rule = create({"rule": "r_sparse", "sparse_share": share})
+    assert rule._rank(torch.Size((160, 448)), level) == rank
+    assert create({"rule": "r_sparse", "sparse_share": 0.7})._rank(torch.Size((200, 200)), 0.9) == 3
 
 
 @settings(max_examples=30, deadline=None)
@@ -330,7 +344,7 @@ def test_r_sparse_against_the_singular_values(seed: int, level: float, share: fl
     mask = bound.mask(x, level)
     weight = place.weight.double()
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
-    rank = round((1 - level) * (1 - share) * weight.numel() / sum(weight.shape))
+    rank = int((1 - level) * (1 - share) * weight.numel() / sum(weight.shape) + 1e-9)
     low = left[:, :rank] @ torch.diag(values[:rank]) @ right[:rank]
     kept, dropped = (torch.where(mask ^ side, x.double(), 0) for side in (False, True))
     wanted = kept @ weight.T + dropped @ low.T

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import TYPE_CHECKING, Self
 
 import torch
 
 from sparsity_atlas.criteria.quantile import Quantile
+from sparsity_atlas.threshold import decimal
 from sparsity_atlas.thresholds import by_channel, quantile_table
 
 if TYPE_CHECKING:
@@ -20,7 +23,7 @@ class RSparse(Quantile):
 
     m keeps |x_j| · ‖W[:, j]‖₂ ≥ t. The level s leaves a budget of 1 − s of the map's weights:
     a share α = `sparse_share` of it for the kept entries, 1 − (1 − s) α of which are dropped, and
-    the rest for the rank, r = (1 − s) (1 − α) · in · out / (in + out). Induced sparsity counts
+    the rest for the rank, r = ⌊(1 − s) (1 − α) · in · out / (in + out)⌋. Induced sparsity counts
     dropped entries, so that it exceeds s: the low-rank part is not free. α is one number, where the
     paper searches for it layer by layer; of several maps that read x, W is one above the other.
     level = 0 is the dense map, level = 1 drops everything.
@@ -40,8 +43,9 @@ class RSparse(Quantile):
 
     def _rank(self, shape: torch.Size, level: float) -> int:
         outputs, inputs = shape
-        whole = inputs * outputs / (inputs + outputs)
-        return round((1 - level) * (1 - self.sparse_share) * whole)
+        whole = Fraction(inputs * outputs, inputs + outputs)
+        # Rounded down, as in the paper's code: a budget is not exceeded by a part of a rank.
+        return math.floor((1 - decimal(level)) * (1 - decimal(self.sparse_share)) * whole)
 
     def _basis(self, level: float) -> Tensor:
         return self._state["basis"][: self._rank(self._shape, level)]
