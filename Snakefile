@@ -37,7 +37,7 @@ include: "workflow/rules/clean.smk"
 onerror:
     # A report of what there is, with what failed and why.
     shell(
-        "python -m sparsity_atlas.report partial --results results --config {text:q} >&2",
+        "python -m sparsity_atlas report partial --results results --config {text:q} >&2",
         text=ask.config_text(),
     )
 

@@ -128,12 +128,12 @@ def main() -> None:
         about = ["--model", model, "--settings", settings]
         source = grid.fetch_slice(config, arguments.model)
         described = ["--name", arguments.model, "--source", source, "--output", model]
-        spent(["-m", "sparsity_atlas.models", *described])
-        baseline = spent(["-m", "sparsity_atlas.evaluate", *about, "--output", dense])
+        spent(["-m", "sparsity_atlas", "models", *described])
+        baseline = spent(["-m", "sparsity_atlas", "evaluate", *about, "--output", dense])
         rule = ["--criterion", grid.criterion_slice(config, "topp"), "--site", SITE]
         output = f"{folder}/topp/{SITE}/search.json"
         search = ["--dense", dense, "--search", grid.search_slice(config, tasks)]
-        ours = spent(["-m", "sparsity_atlas.search", *about, *search, *rule, "--output", output])
+        ours = spent(["-m", "sparsity_atlas", "search", *about, *search, *rule, "--output", output])
         levels = len(json.loads(Path(output).read_text(encoding="utf-8"))["levels"])
         theirs = [0.0, 0.0]
         for level in chosen:

@@ -118,7 +118,7 @@ def seen_text(checkpoint: Checkpoint, store: ActivationStore, tokens: int) -> tu
 
 def main() -> None:
     """Command line of the stage."""
-    parser = argparse.ArgumentParser(prog="python -m sparsity_atlas.calibrate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="sparsity-atlas calibrate", description=__doc__)
     parser.add_argument("--model", required=True, type=Path, help="the model's manifest")
     parser.add_argument("--capture", required=True, type=Path, help="the site's capture manifest")
     parser.add_argument("--store", required=True, type=Path, help="the Zarr store")
@@ -166,7 +166,3 @@ def main() -> None:
     }
     write_calibration(arguments.output, states, about)
     cli.logger.info("calibrated %d places on %s tokens", len(states), f"{tokens:,}")
-
-
-if __name__ == "__main__":
-    cli.run(main)

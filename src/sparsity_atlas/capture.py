@@ -196,7 +196,7 @@ def _stored(copies: list[HostCopy], layer: int, name: str) -> np.ndarray:
 
 def main() -> None:
     """Command line of the stage."""
-    parser = argparse.ArgumentParser(prog="python -m sparsity_atlas.capture", description=__doc__)
+    parser = argparse.ArgumentParser(prog="sparsity-atlas capture", description=__doc__)
     parser.add_argument("--model", required=True, type=Path, help="the model's manifest")
     parser.add_argument("--site", required=True, help="site whose manifest is written")
     parser.add_argument(
@@ -269,7 +269,3 @@ def _complete(store: Path, fingerprint: str) -> dict[str, dict[str, Any]]:
         for name, record in records.items()
         if record and record["fingerprint"] == fingerprint
     }
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsity_atlas import cli, grid
+from sparsity_atlas import grid
 from sparsity_atlas.config import Config, parse
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.samples import read_table
@@ -152,7 +152,7 @@ def remove(orphan: Orphan, results: Path) -> bool:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m sparsity_atlas.clean", description=__doc__)
+    parser = argparse.ArgumentParser(prog="sparsity-atlas clean", description=__doc__)
     parser.add_argument(
         "--config", required=True, type=json.loads, help="JSON: the merged configuration"
     )
@@ -172,7 +172,3 @@ def main() -> None:
     for one in kept:
         sys.stdout.write(f"kept: {one.path}: a job is using its folder\n")
     sys.stdout.write(f"Removed {len(found) - len(kept)}.\n")
-
-
-if __name__ == "__main__":
-    cli.run(main)

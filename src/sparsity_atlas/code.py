@@ -11,10 +11,12 @@ import functools
 import hashlib
 from pathlib import Path
 
+from sparsity_atlas.commands import COMMANDS
+
 PACKAGE = Path(__file__).parent
 
 # What these do reaches a stage through its arguments, never through the numbers that it computes.
-_NO_SCIENCE = {"__init__", "cli", "code", "config", "credentials", "errors", "grid"}
+_NO_SCIENCE = {"__init__", "cli", "code", "commands", "config", "credentials", "errors", "grid"}
 
 
 @functools.cache
@@ -25,7 +27,7 @@ def code_version(stage: str, criterion_file: str | None = None) -> str:
     are read once a process: Snakemake asks for every job.
 
     Args:
-        stage: module or package of this package that is run, for instance `evaluate`.
+        stage: a command (see `commands`), for instance `evaluate`, or a module of this package.
         criterion_file: the file of the criterion in use, which no stage imports by name.
     """
     content = hashlib.sha256()
@@ -44,9 +46,7 @@ def code_version(stage: str, criterion_file: str | None = None) -> str:
 @functools.cache
 def _closure(stage: str) -> frozenset[str]:
     found: set[str] = set()
-    waiting = [stage]
-    if _module_file(f"{stage}.__main__").exists():
-        waiting.append(f"{stage}.__main__")
+    waiting = [COMMANDS[stage].module if stage in COMMANDS else stage]
     while waiting:
         name = waiting.pop()
         if name in found or name in _NO_SCIENCE:

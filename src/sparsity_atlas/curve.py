@@ -276,7 +276,7 @@ def build(
 
 def main() -> None:
     """Command line of the stage."""
-    parser = argparse.ArgumentParser(prog="python -m sparsity_atlas.curve", description=__doc__)
+    parser = argparse.ArgumentParser(prog="sparsity-atlas curve", description=__doc__)
     parser.add_argument("--dense", required=True, type=Path, help="eval.json of the dense baseline")
     cli.add_levels(parser)
     parser.add_argument("--site", required=True)
@@ -300,7 +300,3 @@ def main() -> None:
     samples = all_samples(dense, nodes, settings)
     write_equal(arguments.equal, equal_of(dense, nodes, samples, settings))
     write_manifest(arguments.output, build(dense, nodes, samples, settings, arguments.site))
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sparsity_atlas import cli, equal, metrics, output_error, sensitivity
+from sparsity_atlas import equal, metrics, output_error, sensitivity
 from sparsity_atlas.activations import ActivationStore
 from sparsity_atlas.calibration import read_calibration
 from sparsity_atlas.errors import AtlasError
@@ -185,7 +185,7 @@ def prescription(findings: list[Finding]) -> str:
 
 def main() -> None:
     """Command line; the exit code is 1 if anything is damaged."""
-    parser = argparse.ArgumentParser(prog="python -m sparsity_atlas.doctor", description=__doc__)
+    parser = argparse.ArgumentParser(prog="sparsity-atlas doctor", description=__doc__)
     parser.add_argument("--results", required=True, type=Path, help="the results folder")
     arguments = parser.parse_args()
 
@@ -199,7 +199,3 @@ def main() -> None:
     if damaged:
         sys.stdout.write(f"To mend it:\n{prescription(damaged)}")
         raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    cli.run(main)

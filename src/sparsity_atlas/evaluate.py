@@ -295,7 +295,7 @@ def main(
         command: its arguments; None for those of this process.
         open_session: how to come by a loaded model: a worker has it already.
     """
-    parser = argparse.ArgumentParser(prog="python -m sparsity_atlas.evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="sparsity-atlas evaluate", description=__doc__)
     parser.add_argument("--model", required=True, type=Path, help="the model's manifest")
     parser.add_argument(
         "--settings", required=True, type=json.loads, help="JSON: tasks and how to run them"
@@ -336,7 +336,3 @@ def _headline(task: dict[str, Any]) -> str:
     ]
     shares = [f"{tensor} {share['total']:.1%} zero" for tensor, share in task["sparsity"].items()]
     return ", ".join([*scores[:4], *shares])
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -28,7 +28,7 @@ from sparsity_atlas.store import (
 
 def main() -> None:
     """Command line of the stage."""
-    parser = argparse.ArgumentParser(prog="python -m sparsity_atlas.export", description=__doc__)
+    parser = argparse.ArgumentParser(prog="sparsity-atlas export", description=__doc__)
     parser.add_argument("--model", required=True, type=Path, help="the model's manifest")
     parser.add_argument("--criterion", required=True, type=json.loads, help="JSON")
     parser.add_argument("--site", required=True)
@@ -82,7 +82,3 @@ def main() -> None:
         written[level] = {"file": f"{level}/{path.name}", "sha256": file_digest(path)}
     write_manifest(arguments.output, {**about, "levels": written})
     cli.logger.info("exported %d levels", len(written))
-
-
-if __name__ == "__main__":
-    cli.run(main)

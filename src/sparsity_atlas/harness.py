@@ -1,6 +1,6 @@
 """lm-eval's own command with the model `sparsity-atlas`: a Hugging Face model, sparsified or dense.
 
-    python -m sparsity_atlas.harness run --model sparsity-atlas --tasks arc_easy \\
+    sparsity-atlas harness run --model sparsity-atlas --tasks arc_easy \\
         --model_args pretrained=models/my-model,criterion=topp,site=intermediate,level=0.9
 
 Importing this module registers the model, so that `lm_eval.simple_evaluate` knows it too. For a study
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.registry import register_model
 
-from sparsity_atlas import cli
 from sparsity_atlas.criteria import check_level, create
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.lm import AtlasLM
@@ -149,7 +148,3 @@ def main() -> None:
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sparsity_atlas import cli
 from sparsity_atlas.activations import ActivationStore, Rows, read_ahead
 from sparsity_atlas.parquet import write_parquet
 from sparsity_atlas.store import read_manifest
@@ -165,7 +164,7 @@ SCHEMA = pa.schema(
 
 def main() -> None:
     """Command line of the stage."""
-    parser = argparse.ArgumentParser(prog="python -m sparsity_atlas.metrics", description=__doc__)
+    parser = argparse.ArgumentParser(prog="sparsity-atlas metrics", description=__doc__)
     parser.add_argument("--capture", required=True, type=Path, help="manifest of the captured site")
     parser.add_argument("--store", required=True, type=Path, help="the Zarr store")
     parser.add_argument("--output", required=True, type=Path, help="Parquet file to write")
@@ -183,7 +182,3 @@ def main() -> None:
     ]
     table = pa.Table.from_pylist(rows, SCHEMA)
     write_parquet(arguments.output, table)
-
-
-if __name__ == "__main__":
-    cli.run(main)

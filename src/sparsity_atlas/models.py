@@ -164,7 +164,7 @@ def _embedding_parameters(model: PreTrainedModel) -> int:
 
 def main() -> None:
     """Command line of the stage."""
-    parser = argparse.ArgumentParser(prog="python -m sparsity_atlas.models", description=__doc__)
+    parser = argparse.ArgumentParser(prog="sparsity-atlas models", description=__doc__)
     parser.add_argument("--name", required=True, help="name of the model in the configuration")
     parser.add_argument(
         "--source", required=True, type=json.loads, help="JSON: path, or hub and revision"
@@ -227,7 +227,3 @@ def check_sites(model: str, wanted: Any, found: list[str]) -> None:
             raise AtlasError(
                 f"models.{model}: no site '{site}' in this model; it has {', '.join(found)}"
             )
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -179,9 +179,7 @@ def _mean(parts: list[tuple[float, int]]) -> float | None:
 
 def main() -> None:
     """Command line of the stage."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sparsity_atlas.output_error", description=__doc__
-    )
+    parser = argparse.ArgumentParser(prog="sparsity-atlas output_error", description=__doc__)
     parser.add_argument("--model", required=True, type=Path, help="the model's manifest")
     parser.add_argument("--site", required=True)
     parser.add_argument("--store", required=True, type=Path, help="the Zarr store")
@@ -224,7 +222,3 @@ def main() -> None:
             rows += layer_rows(ffn, store, arguments.site, rules, levels, first)
     table = pa.Table.from_pylist(rows, SCHEMA)
     write_parquet(arguments.output, table)
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -183,7 +183,7 @@ def _write_headline(tables: Tables, config: str, path: Path) -> None:
 
 def main() -> None:
     """Command line of the stage."""
-    parser = argparse.ArgumentParser(prog="python -m sparsity_atlas.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="sparsity-atlas report", description=__doc__)
     stages = parser.add_subparsers(dest="what", required=True)
     done = stages.add_parser("page", help="of a finished run")
     done.add_argument("--tables", required=True, nargs="+", type=Path, help="the run's CSV files")
@@ -209,7 +209,3 @@ def main() -> None:
         *(arguments.results / "index.html", len(remains.curves), remains.asked),
         *(len(remains.failures), len(remains.not_started)),
     )
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from sparsity_atlas import cli, grid
+from sparsity_atlas import grid
 from sparsity_atlas.config import Config, parse
 from sparsity_atlas.criteria import create
 from sparsity_atlas.store import write_text
@@ -38,9 +38,7 @@ def render(config: Config) -> str:
 
 def main() -> None:
     """Command line of the stage."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sparsity_atlas.run_config", description=__doc__
-    )
+    parser = argparse.ArgumentParser(prog="sparsity-atlas run_config", description=__doc__)
     parser.add_argument(
         "--config", required=True, type=json.loads, help="JSON: the merged configuration"
     )
@@ -51,7 +49,3 @@ def main() -> None:
     for criterion in dict.fromkeys(curve.criterion for curve in grid.curves(config)):
         create(json.loads(grid.criterion_slice(config, criterion)))
     write_text(arguments.output, render(config))
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -1,7 +1,7 @@
 """The configuration for people and editors, from its one schema.
 
-python -m sparsity_atlas.schema json --output workflow/config/schema.json
-python -m sparsity_atlas.schema markdown --output docs/configuration.md
+sparsity-atlas schema json --output workflow/config/schema.json
+sparsity-atlas schema markdown --output docs/configuration.md
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sparsity_atlas import cli
 from sparsity_atlas.config import Config
 from sparsity_atlas.store import write_text
 
@@ -54,7 +53,7 @@ def markdown_text() -> str:
     lines = [
         "# The configuration",
         "",
-        "Generated from the schema by `python -m sparsity_atlas.schema markdown`.",
+        "Generated from the schema by `sparsity-atlas schema markdown`.",
         "`config.yaml` is the default; a second `--configfile` adds to the catalogues (`models`, `criteria`,",
         "`texts`, `tasks`) and replaces the selection (`run`). Relative paths are looked for in the working",
         "directory, then beside the Snakefile.",
@@ -101,12 +100,8 @@ def _type(value: dict[str, Any]) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m sparsity_atlas.schema", description=__doc__)
+    parser = argparse.ArgumentParser(prog="sparsity-atlas schema", description=__doc__)
     parser.add_argument("form", choices=("json", "markdown"))
     parser.add_argument("--output", required=True, type=Path, help="file to write")
     arguments = parser.parse_args()
     write_text(arguments.output, json_text() if arguments.form == "json" else markdown_text())
-
-
-if __name__ == "__main__":
-    cli.run(main)

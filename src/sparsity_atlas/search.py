@@ -165,7 +165,7 @@ def _nothing(reason: str) -> dict[str, Any]:
 
 def main() -> None:
     """Command line of the stage."""
-    parser = argparse.ArgumentParser(prog="python -m sparsity_atlas.search", description=__doc__)
+    parser = argparse.ArgumentParser(prog="sparsity-atlas search", description=__doc__)
     parser.add_argument("--model", required=True, type=Path, help="the model's manifest")
     parser.add_argument("--dense", required=True, type=Path, help="eval.json of the dense baseline")
     parser.add_argument(
@@ -207,7 +207,3 @@ def main() -> None:
         calibration,
     )
     write_manifest(arguments.output, content)
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -172,9 +172,7 @@ def rows(
 
 def main() -> None:
     """Command line of the stage."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sparsity_atlas.sensitivity", description=__doc__
-    )
+    parser = argparse.ArgumentParser(prog="sparsity-atlas sensitivity", description=__doc__)
     parser.add_argument("--model", required=True, type=Path, help="the model's manifest")
     parser.add_argument("--site", required=True)
     parser.add_argument("--store", required=True, type=Path, help="the Zarr store")
@@ -229,7 +227,3 @@ def main() -> None:
     found = rows(ffns, site, levels, made, ids.shape[1], settings["replicates"], settings["seed"])
     write_parquet(arguments.output, pa.Table.from_pylist(list(found), SCHEMA))
     journal.delete()
-
-
-if __name__ == "__main__":
-    cli.run(main)

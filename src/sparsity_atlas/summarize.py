@@ -31,7 +31,6 @@ from typing import Any
 
 import numpy as np
 
-from sparsity_atlas import cli
 from sparsity_atlas.calibration import read_calibration
 from sparsity_atlas.comparison import COMPARISON, comparison_rows
 from sparsity_atlas.critical import CriticalRow
@@ -265,7 +264,7 @@ def write_summary(path: Path, model: Path, curves: list[Path]) -> None:
 
 def main() -> None:
     """Command line of the stage."""
-    parser = argparse.ArgumentParser(prog="python -m sparsity_atlas.summarize", description=__doc__)
+    parser = argparse.ArgumentParser(prog="sparsity-atlas summarize", description=__doc__)
     stages = parser.add_subparsers(dest="what", required=True)
     one = stages.add_parser("model", help="one model's summary")
     one.add_argument("--model", required=True, type=Path, help="its manifest")
@@ -292,7 +291,3 @@ def main() -> None:
         [results / model / "metrics" / f"{site}.parquet" for model, site in sites],
         [results.joinpath(*key, "sensitivity.parquet") for key in unfold(arguments.studies)],
     )
-
-
-if __name__ == "__main__":
-    cli.run(main)

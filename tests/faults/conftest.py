@@ -75,7 +75,7 @@ class Client:
 
     def stage(self, name: str, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
         """Run a stage."""
-        return self.run("-m", f"sparsity_atlas.{name}", *arguments, **more)
+        return self.run("-m", "sparsity_atlas", name, *arguments, **more)
 
     def resolve(self, hub: str, **more: Any) -> subprocess.CompletedProcess[str]:
         """Fetch a model; keywords in capitals are environment variables."""

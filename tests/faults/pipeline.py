@@ -69,7 +69,7 @@ def jobs(checkout: Checkout, config: dict[str, Any] | None = None) -> list[Job]:
     for block in re.split(r"\n(?=(?:local)?rule \w+:\n)", planned.text)[1:]:
         rule = re.match(r"(?:local)?rule (\w+):", block)[1]
         output = re.search(r"^ {4}output: (.*)$", block, re.MULTILINE)
-        command = re.search(r"^\s*(python -m sparsity_atlas\.(?:.*\\\n)*.*)$", block, re.MULTILINE)
+        command = re.search(r"^\s*(python -m sparsity_atlas (?:.*\\\n)*.*)$", block, re.MULTILINE)
         if output and command:
             found.append(Job(rule, tuple(output[1].split(", ")), command[1]))
     return _in_order(found)

@@ -28,7 +28,7 @@ def clean(
     full = {"criteria": {"topp": {}, "topk": {}}, **config}
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "sparsity_atlas.clean", "--results", "results"),
+            *(sys.executable, "-m", "sparsity_atlas", "clean", "--results", "results"),
             *("--config", json.dumps(full), *arguments),
         ],
         cwd=checkout.path,

@@ -22,7 +22,7 @@ NODE = "tiny/topk/intermediate/0.5"
 def doctor(checkout: Checkout, code: int) -> list[str]:
     """The lines of a report, which must end with this code."""
     done = subprocess.run(
-        [sys.executable, "-m", "sparsity_atlas.doctor", "--results", "results"],
+        [sys.executable, "-m", "sparsity_atlas", "doctor", "--results", "results"],
         cwd=checkout.path,
         env=checkout.environment(),
         capture_output=True,
@@ -142,7 +142,7 @@ def test_unfinished_work_is_no_damage(spoilt: Checkout) -> None:
 
 def test_no_such_folder(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "sparsity_atlas.doctor", "--results", str(tmp_path / "none")],
+        [sys.executable, "-m", "sparsity_atlas", "doctor", "--results", str(tmp_path / "none")],
         capture_output=True,
         text=True,
         check=False,

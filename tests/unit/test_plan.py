@@ -16,7 +16,7 @@ from sparsity_atlas import capture, grid
 from sparsity_atlas.config import Config, parse
 from sparsity_atlas.evaluate import evaluate_node
 from sparsity_atlas.plan import rates
-from sparsity_atlas.plan.__main__ import go_offline_if_unreachable
+from sparsity_atlas.plan.cost import go_offline_if_unreachable
 from sparsity_atlas.plan.dry_run import Batch
 from sparsity_atlas.plan.forecast import forecast
 from sparsity_atlas.plan.jobs import UNKNOWN, Amount, Job, jobs
@@ -294,7 +294,7 @@ def test_what_cannot_be_known_is_said(model_folder: Path, tmp_path: Path) -> Non
         tasks,
         block={"sites": ["intermediate"], "levels": [0.9, 0.5], "criteria": ["topp", "topk"]},
     )
-    command = [sys.executable, "-m", "sparsity_atlas.plan", "--cores", "2"]
+    command = [sys.executable, "-m", "sparsity_atlas", "plan", "--cores", "2"]
     done = subprocess.run(
         [*command, "--config", config.model_dump_json(exclude_none=True)],
         cwd=tmp_path,

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
     [("workflow/config/schema.json", json_text()), ("docs/configuration.md", markdown_text())],
 )
 def test_what_is_generated_is_in_step(path: str, text: str) -> None:
-    assert (ROOT / path).read_text(encoding="utf-8") == text, "run: python -m sparsity_atlas.schema"
+    assert (ROOT / path).read_text(encoding="utf-8") == text, "run: sparsity-atlas schema"
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ rule calibrate:
         code=ask.criterion_code("calibrate"),
     shell:
         """
-        python -m sparsity_atlas.calibrate \
+        python -m sparsity_atlas calibrate \
             --model {input.model} \
             --capture {input.capture} \
             --store {params.model}/activations.zarr \

@@ -31,7 +31,7 @@ rule capture:
         code=code_version("capture"),
     shell:
         """
-        python -m sparsity_atlas.capture \
+        python -m sparsity_atlas capture \
             --model {input.model} \
             --site {wildcards.site} \
             --siblings {resources.sites:q} \

@@ -17,7 +17,7 @@ rule clean:
         flag="--remove" if REMOVE else "",
     shell:
         """
-        python -m sparsity_atlas.clean \
+        python -m sparsity_atlas clean \
             --config {params.config:q} \
             --results {params.results} {params.flag} 2>{log}
         """

@@ -28,7 +28,7 @@ rule dense:
         code=code_version("evaluate"),
     shell:
         """
-        python -m sparsity_atlas.evaluate \
+        python -m sparsity_atlas evaluate \
             --model {input.model} \
             --settings {params.settings:q} \
             --code {params.code} \
@@ -61,7 +61,7 @@ rule evaluate:
         code=ask.criterion_code("evaluate"),
     shell:
         """
-        python -m sparsity_atlas.worker \
+        python -m sparsity_atlas node \
             --model {input.model} \
             --settings {params.settings:q} \
             --code {params.code} \
@@ -100,7 +100,7 @@ rule search:
         search_code=code_version("search"),
     shell:
         """
-        python -m sparsity_atlas.search \
+        python -m sparsity_atlas search \
             --model {input.model} \
             --dense {input.dense} \
             --settings {params.settings:q} \

@@ -24,7 +24,7 @@ rule export_curve:
         code=ask.criterion_code("export"),
     shell:
         """
-        python -m sparsity_atlas.export \
+        python -m sparsity_atlas export \
             --model {input.model} \
             --criterion {params.criterion:q} \
             --site {wildcards.site} \

@@ -24,7 +24,7 @@ rule figures:
         code=code_version("figures"),
     shell:
         """
-        python -m sparsity_atlas.figures \
+        python -m sparsity_atlas figures \
             --tables {input.tables:q} \
             --output {params.folder} >{log} 2>&1
         """
@@ -49,7 +49,7 @@ rule page:
         code=code_version("report"),
     shell:
         """
-        python -m sparsity_atlas.report page \
+        python -m sparsity_atlas report page \
             --tables {input.tables:q} \
             --figures {input.svg:q} \
             --config {input.config} \

@@ -22,7 +22,7 @@ rule metrics:
         code=code_version("metrics"),
     shell:
         """
-        python -m sparsity_atlas.metrics \
+        python -m sparsity_atlas metrics \
             --capture {input.capture} \
             --store {params.model}/activations.zarr \
             --output {output} >{log} 2>&1
@@ -56,7 +56,7 @@ rule output_error:
         code=ask.criterion_code("output_error"),
     shell:
         """
-        python -m sparsity_atlas.output_error \
+        python -m sparsity_atlas output_error \
             --model {input.model} \
             --site {wildcards.site} \
             --store {params.model}/activations.zarr \

@@ -19,7 +19,7 @@ rule run_config:
         code=code_version("run_config"),
     shell:
         """
-        python -m sparsity_atlas.run_config \
+        python -m sparsity_atlas run_config \
             --config {params.config:q} \
             --output {output} >{log} 2>&1
         """
@@ -46,7 +46,7 @@ rule model:
         code=code_version("models"),
     shell:
         """
-        python -m sparsity_atlas.models \
+        python -m sparsity_atlas models \
             --name {wildcards.model} \
             --source {params.source:q} \
             --sites {resources.sites:q} \

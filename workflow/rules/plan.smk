@@ -19,7 +19,7 @@ rule plan:
         jobs=lambda wildcards: workflow.cores if workflow.local_exec else workflow.nodes,
     shell:
         """
-        python -m sparsity_atlas.plan \
+        python -m sparsity_atlas plan \
             --config {params.config:q} \
             --cores {params.jobs} \
             --results {params.results} 2>{log}

@@ -32,7 +32,7 @@ rule sensitivity:
         code=ask.criterion_code("sensitivity"),
     shell:
         """
-        python -m sparsity_atlas.sensitivity \
+        python -m sparsity_atlas sensitivity \
             --model {input.model} \
             --site {wildcards.site} \
             --store {params.model}/activations.zarr \

@@ -26,7 +26,7 @@ rule curve:
         code=code_version("curve"),
     shell:
         """
-        python -m sparsity_atlas.curve \
+        python -m sparsity_atlas curve \
             --dense {input.dense} \
             --levels={params.levels:q} \
             --search={input.search:q} \
@@ -54,7 +54,7 @@ rule model_summary:
         code=code_version("summarize"),
     shell:
         """
-        python -m sparsity_atlas.summarize model \
+        python -m sparsity_atlas summarize model \
             --model {input.model} \
             --curves {input.curves:q} \
             --output {output} >{log} 2>&1
@@ -96,7 +96,7 @@ rule tables:
         code=code_version("summarize"),
     shell:
         """
-        python -m sparsity_atlas.summarize tables \
+        python -m sparsity_atlas summarize tables \
             --curves {params.curves:q} \
             --studies {params.studies:q} \
             --results {params.results} >{log} 2>&1

@@ -69,7 +69,7 @@ def _start(slot: Slot) -> Connection:
     _ = slot.key  # made here: the worker must find it
     with slot.log.open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "sparsity_atlas.worker", "--serve", slot.folder],
+            [sys.executable, "-m", "sparsity_atlas", "node", "--serve", slot.folder],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -59,7 +59,7 @@ separated by one blank line.
 
 Trained again{sameness} by
 
-    python -m sparsity_atlas.zoo.train --model {name} --corpus TRAIN --valid VALID --out DIR \\
+    sparsity-atlas zoo train --model {name} --corpus TRAIN --valid VALID --out DIR \\
         --steps {training[steps]} --batch-tokens {training[batch_tokens]} --seed {training[seed]}
 
 ## Loss

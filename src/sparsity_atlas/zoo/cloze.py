@@ -1,6 +1,6 @@
 """The cloze task: which of four words ends the context?
 
-Command line: python -m sparsity_atlas.zoo.cloze --out FOLDER --items 1500 --seed 0
+Command line: sparsity-atlas zoo cloze --out FOLDER --items 1500 --seed 0
 """
 
 from __future__ import annotations
@@ -168,7 +168,3 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     write(args.out, args.items, args.seed)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Minimal pairs: two sentences that differ in one place, of which one is grammatical.
 
-Command line: python -m sparsity_atlas.zoo.pairs --out FOLDER --items 3000 --seed 0
+Command line: sparsity-atlas zoo pairs --out FOLDER --items 3000 --seed 0
 """
 
 from __future__ import annotations
@@ -109,7 +109,3 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     write(args.out, args.items, args.seed)
-
-
-if __name__ == "__main__":
-    main()

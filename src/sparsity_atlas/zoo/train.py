@@ -1,4 +1,4 @@
-"""Train the embedded models: `python -m sparsity_atlas.zoo.train --model large --corpus ...`."""
+"""Train the embedded models: `sparsity-atlas zoo train --model large --corpus ...`."""
 
 from __future__ import annotations
 
@@ -130,9 +130,7 @@ def run(arguments: argparse.Namespace) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     defaults = recipe.Training()
-    command = argparse.ArgumentParser(
-        prog="python -m sparsity_atlas.zoo.train", description=__doc__
-    )
+    command = argparse.ArgumentParser(prog="sparsity-atlas zoo train", description=__doc__)
     command.add_argument(
         "--model", nargs="+", required=True, metavar="NAME", help=", ".join(recipe.ARCHITECTURES)
     )
@@ -156,17 +154,10 @@ def parser() -> argparse.ArgumentParser:
     return command
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 1 after one line on stderr."""
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
     disable_progress_bar()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    try:
-        run(parser().parse_args(argv))
-    except AtlasError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
+    run(parser().parse_args(argv))

@@ -1,4 +1,4 @@
-"""Stage `evaluate` in a worker: takes its command line, and does the work itself where it must."""
+"""Stage `node`: `evaluate` in a worker, whose work it does itself where it must."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import json
 import sys
 from pathlib import Path
 
-from sparsity_atlas import cli
 from sparsity_atlas.worker.client import ask, wanted
 
 
 def main() -> None:
-    """Command line: as of `sparsity_atlas.evaluate`; `--serve` is for the workers themselves."""
+    """Command line: as of `evaluate`; `--serve` is for the workers themselves."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--serve", type=Path)
     parser.add_argument("--model", type=Path)
@@ -28,7 +27,3 @@ def main() -> None:
         from sparsity_atlas.evaluate import main as evaluate
 
         evaluate(sys.argv[1:])
-
-
-if __name__ == "__main__":
-    cli.run(main)

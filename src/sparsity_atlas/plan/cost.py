@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from sparsity_atlas import cli, grid
+from sparsity_atlas import grid
 from sparsity_atlas.config import Config, parse
 
 
@@ -42,7 +42,7 @@ def go_offline_if_unreachable(config: Config) -> None:
 
 def main() -> None:
     """Command line of the target."""
-    parser = argparse.ArgumentParser(prog="python -m sparsity_atlas.plan", description=__doc__)
+    parser = argparse.ArgumentParser(prog="sparsity-atlas plan", description=__doc__)
     parser.add_argument(
         "--config", required=True, type=json.loads, help="JSON: the merged configuration"
     )
@@ -57,7 +57,3 @@ def main() -> None:
 
     parallel = parallel_jobs(config, arguments.cores)
     sys.stdout.write(text(config, forecast(config, arguments.results), parallel))
-
-
-if __name__ == "__main__":
-    cli.run(main)
