@@ -121,6 +121,7 @@ def write_curve(
                 }
                 for level, share in shares.items()
             },
+            "cut": {task.task: {"items": 0, "windowed": 0} for task in tasks},
             "failures": failures,
         },
     )

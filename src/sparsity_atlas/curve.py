@@ -53,12 +53,25 @@ class NodeSamples:
             AtlasError: the manifest is of a release that did not say.
         """
         shares = self.manifest["tasks"][task]["sparsity"]
-        if any("outputs" not in shares[tensor] for tensor in self._tensors):
+        by_layer = {
+            tensor: iter(self._said(shares[tensor], "outputs")) for tensor in set(self._tensors)
+        }
+        return np.array([next(by_layer[tensor]) for tensor in self._tensors])
+
+    def cut(self, task: str) -> dict[str, int]:
+        """How many of the task's items were cut to the model's context, and how.
+
+        Raises:
+            AtlasError: the manifest is of a release that did not say.
+        """
+        return self._said(self.manifest["tasks"][task], "cut")
+
+    def _said(self, content: dict[str, Any], key: str) -> Any:
+        if key not in content:
             raise AtlasError(
                 f"{self.folder}/eval.json: of an earlier release; delete it and run again"
             )
-        by_layer = {tensor: iter(shares[tensor]["outputs"]) for tensor in set(self._tensors)}
-        return np.array([next(by_layer[tensor]) for tensor in self._tensors])
+        return content[key]
 
     def zeros(self, rows: pa.Table, counts: np.ndarray | int = 1) -> np.ndarray:
         """Zeros of each sample at the site, int64 [rows].
@@ -270,6 +283,7 @@ def build(
             level: {task: node.manifest["tasks"][task].get("scores") for task in tasks}
             for level, node in {"dense": dense, **nodes}.items()
         },
+        "cut": {task: dense.cut(task) for task in tasks if dense.ok(task)},
         "failures": failures,
     }
 

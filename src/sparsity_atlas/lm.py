@@ -112,7 +112,7 @@ class AtlasLM(GeneratingLM):
         self._counter = counter
         self._work = work
         self._replayed = 0
-        self.usage = Usage(work.documents, len(counter.slots))
+        self.usage = Usage(work, len(counter.slots))
 
     def _batch(self, compute: Callable[[], Any]) -> Any:
         """The next batch's record: from the journal if an earlier run got so far."""
@@ -179,7 +179,8 @@ class AtlasLM(GeneratingLM):
             # Sampling must not depend on where an earlier run was cut.
             seed = self._replayed
             record = self._batch(lambda batch=batch, seed=seed: self.generate(batch, seed))
-            self.usage.add_generated([owners[index] for index in prompts], record)
+            lengths = [self._work.lengths[index] for index in prompts]
+            self.usage.add_generated([owners[index] for index in prompts], lengths, record)
             for index, text in zip(prompts, record["texts"], strict=True):
                 answers[index] = text
         return answers

@@ -43,6 +43,8 @@ def sample_rows(task: LoadedTask, prepared: Prepared, usage: Usage) -> pa.Table:
         ),
         "nats": pa.array(usage.nats[order]),
         "predicted": pa.array(usage.predicted[order]),
+        "cut_tokens": pa.array(usage.cut[order]),
+        "windows": pa.array(usage.windows[order]),
     }
     for phase, zeros in usage.zeros.items():
         columns[f"{phase}_tokens"] = pa.array(usage.tokens[phase][order])
@@ -93,6 +95,12 @@ def task_result(
         "higher_is_better": outcome["higher_is_better"],
         "sparsity": sparsity([usage], slots),
         "tokens": {phase: int(tokens.sum()) for phase, tokens in usage.tokens.items()},
+        "cut": {
+            "items": int((usage.cut > 0).sum()),
+            "tokens": int(usage.cut.sum()),
+            "windowed": int((usage.windows > 1).sum()),
+            "windows": int(usage.windows.sum()),
+        },
     }
     if kinds == ["loglikelihood_rolling"]:
         # Nats a token, the only perplexity that does not depend on how words or bytes are counted.

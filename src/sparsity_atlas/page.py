@@ -183,10 +183,18 @@ def _dense(row: Any) -> str:
     return f"{percent(row.dense_value)} %{chance}"
 
 
-def items(tables: Tables) -> list[int]:
-    """Samples of each task in the order of `task_table`."""
-    rows = tables.critical_sparsity
-    return list(rows.drop_duplicates("task")["items"].astype(int))
+def items(tables: Tables) -> list[str]:
+    """Samples of each task in the order of `task_table`, and how many the context has cut."""
+    return [_items(row) for row in tables.critical_sparsity.drop_duplicates("task").itertuples()]
+
+
+def _items(row: Any) -> str:
+    text = f"{int(row.items):,} samples"
+    if row.cut_items:
+        text += f", {int(row.cut_items):,} without their beginning"
+    if row.windowed_items:
+        text += f", {int(row.windowed_items):,} in windows"
+    return text
 
 
 def numeric_failures(tables: Tables) -> list[dict[str, str]]:

@@ -24,6 +24,8 @@ SCHEMA = pa.schema(
         ("metrics", pa.map_(pa.string(), pa.float64())),  # "metric,filter" -> value of this sample
         ("nats", pa.float64()),  # negative log-likelihood of all that was predicted
         ("predicted", pa.int64()),  # tokens predicted
+        ("cut_tokens", pa.int64()),  # that the longest request lost at its beginning
+        ("windows", pa.int64()),  # that a whole document was scored in; 0 for any other
         ("prefill_tokens", pa.int64()),
         ("prefill_zeros", pa.list_(pa.int64())),  # by slot
         ("unique_tokens", pa.int64()),  # of prefill, each token of the document once

@@ -40,6 +40,7 @@ from sparsity_atlas.parquet import read_parquet
 from sparsity_atlas.scaling import SCALING, Scaling
 from sparsity_atlas.selection import unfold
 from sparsity_atlas.store import read_manifest
+from sparsity_atlas.tables import AVERAGE
 
 
 def _key(path: Path) -> dict[str, str]:
@@ -49,7 +50,7 @@ def _key(path: Path) -> dict[str, str]:
 
 KEY = ["model", "criterion", "site"]
 SIZES = ["parameters", "non_embedding_parameters", "layers"]
-CRITICAL = [*KEY, *SIZES, *(one.name for one in fields(CriticalRow))]
+CRITICAL = [*KEY, *SIZES, *(one.name for one in fields(CriticalRow)), "cut_items", "windowed_items"]
 POINTS = [*KEY, *(one.name for one in fields(CurvePoint)), "parameter_sparsity"]
 LAYERS = [*KEY, "level", "tensor", "layer", "sparsity", "captured_sparsity", "output_error"]
 METRICS = ["model", "tensor", "layer", "tokens", "width", "effective_rank", "effective_rank_share"]
@@ -81,8 +82,14 @@ def critical_rows(
     key: dict[str, str], curve: dict[str, Any], sizes: dict[str, dict[str, int]]
 ) -> Iterator[dict[str, Any]]:
     """A curve's rows of critical_sparsity.csv."""
+    accuracies = {row["task"] for row in curve["critical"] if row["kind"] == "accuracy"} - {AVERAGE}
     for row in curve["critical"]:
-        yield {**key, **sizes[key["model"]], **row}
+        tasks = accuracies if row["task"] == AVERAGE else {row["task"]}
+        cut = {
+            f"{name}_items": sum(curve["cut"][task][count] for task in tasks)
+            for name, count in (("cut", "items"), ("windowed", "windowed"))
+        }
+        yield {**key, **sizes[key["model"]], **row, **cut}
 
 
 def layer_rows(

@@ -8,6 +8,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from sparsity_atlas.forest import Batch
+    from sparsity_atlas.work import Work
 
 # Tokens of requests, as often as lm-eval runs them; the same, each once; tokens generated and fed back.
 PHASES = ("prefill", "unique", "generation")
@@ -22,15 +23,21 @@ class Usage:
         zeros: for each phase int64 [documents, slots].
         nats: negative log-likelihood of all that was predicted, float64 [documents].
         predicted: tokens predicted, int64 [documents].
+        cut: tokens that the longest request lost at its beginning, int64 [documents].
+        windows: that a whole document was scored in, 0 for any other, int64 [documents].
     """
 
-    def __init__(self, documents: list[tuple[str, int]], slots: int) -> None:
-        self.documents = documents
-        count = len(documents)
+    def __init__(self, work: Work, slots: int) -> None:
+        self.documents = work.documents
+        count = len(work.documents)
         self.tokens = {phase: np.zeros(count, np.int64) for phase in PHASES}
         self.zeros = {phase: np.zeros((count, slots), np.int64) for phase in PHASES}
         self.nats = np.zeros(count)
         self.predicted = np.zeros(count, np.int64)
+        self.cut = np.array(work.cut, np.int64)
+        self.windows = np.zeros(count, np.int64)
+        owners = work.owners.get("loglikelihood_rolling", [])
+        np.add.at(self.windows, [owners[request] for request in work.windows], 1)
 
     def add_scored(self, batch: Batch, record: dict[str, Any]) -> None:
         """Add a batch of scored requests."""
@@ -43,8 +50,15 @@ class Usage:
         np.subtract.at(self.nats, owners, record["scores"])
         np.add.at(self.predicted, owners, np.diff(batch.firsts, append=len(batch.row)))
 
-    def add_generated(self, owners: list[int], record: dict[str, Any]) -> None:
-        """Add a batch of generation."""
+    def add_generated(self, owners: list[int], lengths: list[int], record: dict[str, Any]) -> None:
+        """Add a batch of generation.
+
+        Args:
+            owners: of its rows.
+            lengths: tokens of its prompts, before they were cut.
+            record: as `GeneratingLM.generate` gives it.
+        """
+        np.maximum.at(self.cut, owners, np.array(lengths) - record["prefill_tokens"])
         for phase in ("prefill", "generation"):
             np.add.at(self.tokens[phase], owners, record[f"{phase}_tokens"])
             np.add.at(self.zeros[phase], owners, np.array(record[f"{phase}_zeros"], np.int64))

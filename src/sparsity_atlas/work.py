@@ -30,6 +30,8 @@ class Work:
         batches: of each kind of request that is scored.
         windows: for each window of a whole document the number of its request.
         prompts: batches of generation, as numbers of requests.
+        lengths: tokens of each prompt, before it is cut.
+        cut: of each document the tokens at the beginning that its longest scored request lost.
     """
 
     documents: list[tuple[str, int]] = field(default_factory=list)
@@ -38,6 +40,8 @@ class Work:
     batches: dict[str, list[forest.Batch]] = field(default_factory=dict)
     windows: list[int] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    cut: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ def arrange(
     """
     every = [(one.task_name, one.doc_id) for some in requests.values() for one in some]
     work = Work(documents=list(dict.fromkeys(every)))
+    work.cut = [0] * len(work.documents)
     number = {document: row for row, document in enumerate(work.documents)}
     scored: dict[str, list[forest.Request]] = {}
     for kind, some in requests.items():
@@ -75,6 +80,7 @@ def arrange(
         work.owners[kind] = owners
         if kind == "generate_until":
             work.prompts = _prompts(some, encodings[kind], limits.batch_size)
+            work.lengths = [len(tokens) for (tokens,) in encodings[kind]]
             continue
         if kind == "loglikelihood_rolling":
             parts = [_windows(tokens, limits) for (tokens,) in encodings[kind]]
@@ -84,6 +90,9 @@ def arrange(
         else:
             pieces = [(i, *pair) for i, pair in enumerate(encodings[kind])]
             counted = _first_of_equals(encodings[kind])
+            for owner, (context, continuation) in zip(owners, encodings[kind], strict=True):
+                lost = len(context) + len(continuation) - (limits.max_length + 1)
+                work.cut[owner] = max(work.cut[owner], lost)
         scored[kind] = [
             _request(some[i], context, continuation, owners[i], limits.max_length, counts)
             for (i, context, continuation), counts in zip(pieces, counted, strict=True)

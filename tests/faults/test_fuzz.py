@@ -146,6 +146,7 @@ def sample_table(folder: Path) -> bytes:
     table.tasks["a"] = {"fingerprint": "f", "result": {"status": "ok"}}
     row = {"task": "a", "leaf": "a", "doc_id": 0, "doc_hash": "h", "cluster": None}
     row |= {"metrics": [("acc,none", 1.0)], "nats": 0.1, "predicted": 3, "prefill_tokens": 4}
+    row |= {"cut_tokens": 0, "windows": 0}
     row |= {"prefill_zeros": [1], "generation_tokens": 0, "generation_zeros": [0]}
     row |= {"unique_tokens": 4, "unique_zeros": [1]}
     table.rows["a"] = pa.Table.from_pylist([row], SCHEMA)

@@ -32,7 +32,7 @@ def row(task: str, leaf: str, item: int, slots: list, zeros: int, **values: Any)
     return {
         **{"task": task, "leaf": leaf, "doc_id": item, "doc_hash": f"h{item}", "cluster": None},
         **{"metrics": [], "nats": 0.0, "predicted": 1, "prefill_tokens": 3, "unique_tokens": 3},
-        "generation_tokens": 2,
+        **{"generation_tokens": 2, "cut_tokens": 0, "windows": 0},
         "prefill_zeros": [3 * zeros * (slot[0] == "intermediate") for slot in slots],
         "generation_zeros": [2 * zeros * (slot[0] == "intermediate") for slot in slots],
         **values,
@@ -57,6 +57,7 @@ def write_node(
     common = {
         "status": "ok",
         "items": ITEMS,
+        "cut": {"items": 2, "tokens": 9, "windowed": 0, "windows": 0},
         "sparsity": {name: share for name in dict.fromkeys(slot[0] for slot in slots)},
     }
     failed = {"status": "failed", "reason": "NaN or infinity in 'intermediate' of layer 1"}
@@ -267,6 +268,8 @@ def test_the_summary_of_a_model(tmp_path: Path) -> None:
     )
     assert float(headline["value"]) == pytest.approx(0.5)
     assert headline["non_embedding_parameters"] == "600"
+    cut = {one["task"]: one["cut_items"] for one in rows}
+    assert cut == {"group": "2", "pages": "2", "average": "2"}
 
 
 def two_tensors(folder: Path, zeros: dict[tuple[str, int], int], nats: float) -> None:
@@ -277,6 +280,7 @@ def two_tensors(folder: Path, zeros: dict[tuple[str, int], int], nats: float) ->
     rows = [row("pages", "pages", i, SLOTS, 0, **values, nats=10 * nats) for i in range(20)]
     result = {
         **{"status": "ok", "items": 20, "output_types": ["loglikelihood_rolling"]},
+        "cut": {"items": 0, "tokens": 0, "windowed": 3, "windows": 23},
         **{"leaves": ["pages"], "chance": None},
         "scores": {"pages": {"word_perplexity,none": math.exp(nats)}},
         "higher_is_better": {"pages": {"word_perplexity": False}},

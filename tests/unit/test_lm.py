@@ -551,6 +551,41 @@ def test_a_failed_task_leaves_the_others_alone(
 # Odd requests
 
 
+def test_what_is_longer_than_the_context_is_counted(
+    catalogue: dict, manifest: Path, tmp_path: Path
+) -> None:
+    documents = letter_documents(4)
+    documents[1]["context"] = " ".join([documents[1]["context"]] * 12)
+    entry = write_task(tmp_path / "tasks", "lengthy", documents, **CHOICE)
+    names = ("letters", "rolling", "twice", "both")
+    session = open_session(manifest, {**{n: catalogue[n] for n in names}, "lengthy": entry})
+    tasks = evaluate_node(session, None, tmp_path / "dense")["tasks"]
+    table = read_table(tmp_path / "dense" / "samples.parquet")[1].to_pylist()
+    rows = {name: [row for row in table if row["task"] == name] for name in tasks}
+    encode = session.lm.tok_encode
+
+    assert {row["windows"] for name in tasks if name != "rolling" for row in rows[name]} == {0}
+    assert [row["cut_tokens"] for row in rows["letters"] + rows["both"]] == [0] * (10 + 14 + 10)
+    # The answer's last token is not run.
+    lost = len(encode(f"{documents[1]['context']} A")) - (MAX_LENGTH + 1)
+    assert [row["cut_tokens"] for row in rows["lengthy"]] == [0, lost, 0, 0]
+    assert lost > 0
+    prompts = [len(encode(page["page"])) - (MAX_LENGTH - 12) for page in rolling_documents(5, 4)]
+    assert [row["cut_tokens"] for row in rows["twice"]] == [max(over, 0) for over in prompts]
+    windows = [-(-len(encode(page["page"])) // MAX_LENGTH) for page in rolling_documents()]
+    assert [row["windows"] for row in rows["rolling"]] == windows
+    assert {row["cut_tokens"] for row in rows["rolling"]} == {0}
+    for name, result in tasks.items():
+        cut = [row["cut_tokens"] for row in rows[name]]
+        assert result["cut"] == {
+            "items": sum(one > 0 for one in cut),
+            "tokens": sum(cut),
+            "windowed": sum(row["windows"] > 1 for row in rows[name]),
+            "windows": sum(row["windows"] for row in rows[name]),
+        }
+    assert tasks["twice"]["cut"]["items"] > 0 < tasks["rolling"]["cut"]["windowed"]
+
+
 def test_empty_documents_cost_nothing(
     manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

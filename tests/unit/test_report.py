@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -172,6 +173,19 @@ def row(**other):
 )
 def test_a_value_says_how_it_is_to_be_read(about, expected):
     assert page.cell(row(**about)) == expected
+
+
+def test_what_the_context_cut_stands_beside_the_samples(finished):
+    tables = finished[0]
+    rows = tables.critical_sparsity.drop_duplicates("task").assign(items=1200, cut_items=0)
+    rows["windowed_items"] = 0
+    rows.iloc[0, rows.columns.get_loc("cut_items")] = 7
+    rows.iloc[1, rows.columns.get_loc("windowed_items")] = 1100
+    assert page.items(replace(tables, critical_sparsity=rows))[:3] == [
+        "1,200 samples, 7 without their beginning",
+        "1,200 samples, 1,100 in windows",
+        "1,200 samples",
+    ]
 
 
 def published(groups) -> dict:

@@ -92,6 +92,7 @@ def sample(task: str, item: int) -> dict:
     return {
         **{"task": task, "leaf": task, "doc_id": item, "doc_hash": "h", "cluster": None},
         **{"metrics": [("acc,none", 1.0)], "nats": 0.1, "predicted": 3, "prefill_tokens": 4},
+        **{"cut_tokens": 0, "windows": 0},
         **{"prefill_zeros": [1, 2], "generation_tokens": 0, "generation_zeros": [0, 0]},
         **{"unique_tokens": 3, "unique_zeros": [1, 1]},
     }
