@@ -7,6 +7,7 @@ Catalogues (`models`, `criteria`, `texts`, `tasks`) are mappings and say what ex
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -65,9 +66,21 @@ class ModelEntry(_Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Computation type. `auto`: float32 on the CPU, the checkpoint's own type elsewhere."""
     add_bos_token: bool | None = None
-    """Begin each request with the BOS token. Unset: as the tokenizer does by itself."""
+    """Begin each request, and each captured sequence, with the BOS token. Unset: as the tokenizer does by
+    itself."""
+    lm_eval_prefix: bool = False
+    """Put lm-eval's prefix token before whole texts (`loglikelihood_rolling`) also where they begin with BOS,
+    so that there are two and the second is scored, as lm-eval does. Unset: one."""
     apply_chat_template: bool = False
-    """Wrap each request in the tokenizer's chat template."""
+    """Wrap each request in the tokenizer's chat template, few-shot examples as turns of their own."""
+    chat_template_args: dict[str, Any] = Field(default_factory=dict)
+    """What the chat template gets besides, for instance `{enable_thinking: false}`."""
+    system_instruction: str | None = Field(default=None, min_length=1)
+    """System prompt, before a task's own description; without a chat template it begins each prompt."""
+    gen_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Settings of generation, for instance `{max_gen_toks: 512}`; they outweigh a task's own."""
+    think_end_token: str | int | None = None
+    """Token that ends a generated chain of thought; what comes before it is not part of the answer."""
     max_length: int | None = Field(default=None, gt=1)
     """Longest sequence in tokens. Unset: the model's own limit."""
     batch_size: int = Field(default=16, gt=0)
@@ -86,6 +99,22 @@ class ModelEntry(_Strict):
             raise ValueError("`revision` belongs to `hub`, a local folder has none")
         if self.code_revision is not None and not self.trust_remote_code:
             raise ValueError("`code_revision` needs `trust_remote_code: true`")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> Self:
+        if self.chat_template_args and not self.apply_chat_template:
+            raise ValueError("`chat_template_args` needs `apply_chat_template: true`")
+        aliases = {"max_new_tokens", "max_tokens", "max_completion_tokens", "max_length"}
+        for key in aliases & self.gen_kwargs.keys():
+            raise ValueError(
+                f"gen_kwargs: {key}: say max_gen_toks, which a task may have said, too"
+            )
+        sampling = {"temperature", "top_p", "top_k", "min_p"} & self.gen_kwargs.keys()
+        if sampling and "do_sample" not in self.gen_kwargs:
+            raise ValueError(
+                f"gen_kwargs: {min(sampling)} without do_sample, which most tasks set to false"
+            )
         return self
 
 
@@ -209,6 +238,9 @@ class Config(_Strict):
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where models run. `auto`: CUDA, else Apple's MPS, else the CPU."""
+    chat_date: date = date(2024, 7, 26)
+    """The day that chat templates print which ask for it, so that prompts stay the same; by default the one
+    that Llama's print where they have no clock."""
     seed: int = Field(default=1234, ge=0)
     """Seed of few-shot draws (1234 is lm-eval's own) and of the bootstrap."""
     replicates: int = Field(default=1000, ge=100)

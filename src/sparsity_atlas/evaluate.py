@@ -86,7 +86,6 @@ class Session:
     ffns: list[FFN]
     tasks: dict[str, LoadedTask]
     seed: int
-    chat: bool
     identity: dict[str, Any]
     _prepared: dict[tuple[str, bool], Prepared] = field(default_factory=dict)
     _disjoint: set[str] = field(default_factory=set)  # digests of calibration texts
@@ -105,34 +104,29 @@ class Session:
         """
         manifest, checkpoint = from_manifest(manifest_path)
         from sparsity_atlas.lm import AtlasLM
+        from sparsity_atlas.prompts import PromptSettings
         from sparsity_atlas.sites import bind_ffns
         from sparsity_atlas.tasks import load_tasks
 
         tasks = load_tasks(settings["tasks"], settings["seed"])
         model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
         tokenizer = load_tokenizer(checkpoint, add_bos_token=settings["add_bos_token"])
-        chat = settings["apply_chat_template"]
-        if chat and tokenizer.chat_template is None:
-            raise AtlasError(
-                f"models.{manifest['name']}: apply_chat_template: its tokenizer has no chat template"
-            )
         lm = AtlasLM(
             model,
             tokenizer,
             batch_size=settings["batch_size"],
             max_length=settings["max_length"],
-            add_bos_token=settings["add_bos_token"],
+            prompts=PromptSettings.of(settings),
         )
         identity = {
             "model": manifest["digest"],
             "dtype": str(model.dtype).removeprefix("torch."),
             "batch_size": settings["batch_size"],
             "max_length": lm.max_length,
-            "add_bos_token": settings["add_bos_token"],
-            "chat_template": digest(tokenizer.chat_template) if chat else None,
+            **lm.identity(),
             "code": code,
         }
-        return cls(lm, bind_ffns(model, manifest["ffn"]), tasks, settings["seed"], chat, identity)
+        return cls(lm, bind_ffns(model, manifest["ffn"]), tasks, settings["seed"], identity)
 
     def with_code(self, code: str) -> Session:
         """The same model and tasks, for results of another code version: another criterion's."""
@@ -150,9 +144,7 @@ class Session:
             from sparsity_atlas.prepared import prepare
 
             task = self.tasks[name]
-            self._prepared[key] = prepare(
-                self.lm, task, seed=self.seed, chat=self.chat, share=share
-            )
+            self._prepared[key] = prepare(self.lm, task, seed=self.seed, share=share)
         return self._prepared[key]
 
     def slots(self, node: Node | None) -> list[Slot]:
@@ -271,8 +263,6 @@ def _run(
                     for leaf in prepared.leaves.values()
                 ),
                 bootstrap_iters=0,  # intervals come from the sample table
-                apply_chat_template=session.chat,
-                fewshot_as_multiturn=session.chat,
             )
     finally:
         journal.close()

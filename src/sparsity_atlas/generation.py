@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.prompts import PromptLM
 from sparsity_atlas.sparsify import NumericalFailure
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from sparsity_atlas.sparsify import Counter
 
 
-class GeneratingLM(HFLM):
+class GeneratingLM(PromptLM):
     """HFLM whose generation is counted."""
 
     _counter: Counter

@@ -155,16 +155,31 @@ def sensitivity_slice(config: Config, model: str) -> str:
     )
 
 
+def prompt_slice(config: Config, model: str) -> dict[str, Any]:
+    """How prompts are made and continued, beside their special tokens."""
+    entry = config.models[model]
+    keys = {"system_instruction", "gen_kwargs", "think_end_token"}
+    found = entry.model_dump(include=keys, exclude_defaults=True)
+    if not entry.apply_chat_template:
+        return {"apply_chat_template": False, **found}
+    return {
+        "apply_chat_template": True,
+        "chat_template_args": entry.chat_template_args,
+        "chat_date": config.chat_date.isoformat(),
+        **found,
+    }
+
+
 def evaluation_slice(config: Config, model: str, tasks: tuple[str, ...]) -> str:
     """What an evaluation depends on beside its criterion, site and level."""
     entry = config.models[model]
     return _json(
         {
             **loading_slice(config, model),
-            "batch_size": entry.batch_size,
-            "add_bos_token": entry.add_bos_token,
-            "apply_chat_template": entry.apply_chat_template,
-            "max_length": entry.max_length,
+            **entry.model_dump(
+                include={"batch_size", "max_length", "add_bos_token", "lm_eval_prefix"}
+            ),
+            **prompt_slice(config, model),
             "seed": config.seed,
             "tasks": {
                 name: config.tasks[name].model_dump(

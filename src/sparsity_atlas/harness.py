@@ -20,6 +20,7 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.lm import AtlasLM
 from sparsity_atlas.models import check_sites, load, load_tokenizer, resolve
 from sparsity_atlas.outcome import sparsity
+from sparsity_atlas.prompts import PromptSettings
 from sparsity_atlas.sites import find_ffns
 from sparsity_atlas.sparsify import counted, slots_of, sparsified
 
@@ -89,7 +90,7 @@ class HarnessLM(AtlasLM):
             load_tokenizer(checkpoint, add_bos_token=add_bos_token),
             batch_size=int(batch_size),
             max_length=max_length,
-            add_bos_token=add_bos_token,
+            prompts=PromptSettings(add_bos_token=add_bos_token),
         )
         self._ffns = find_ffns(model)
         self._node = {"criterion": criterion, "site": site, "level": level, **parameters}

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsity_atlas import cli, forest, scoring
-from sparsity_atlas.bos import begins_with_bos
 from sparsity_atlas.generation import GeneratingLM
 from sparsity_atlas.sharing import abilities
 from sparsity_atlas.usage import Usage
@@ -40,41 +39,15 @@ class AtlasLM(GeneratingLM):
     at a batch boundary.
 
     Attributes:
-        bos: whether requests begin with the BOS token.
         usage: what each document cost, since `start`.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        batch_size: int,
-        max_length: int | None = None,
-        add_bos_token: bool | None = None,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **options: Any
     ) -> None:
-        self.bos = begins_with_bos(tokenizer, add_bos_token)
-        super().__init__(
-            pretrained=model,
-            tokenizer=tokenizer,
-            backend="causal",
-            batch_size=batch_size,
-            max_length=max_length,
-            add_bos_token=add_bos_token,
-        )
+        """See `PromptLM`."""
+        super().__init__(model, tokenizer, **options)
         self._told: set[str] = set()
-
-    def encode(self, kind: str, requests: list[Instance]) -> list[Encoding]:
-        """Token ids of requests of one kind (lm-eval's request type)."""
-        if kind == "loglikelihood":
-            return super().loglikelihood(requests, disable_tqdm=True)
-        return [(self.tok_encode(request.args[0]),) for request in requests]
-
-    def _loglikelihood_tokens(
-        self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
-    ) -> list[Encoding]:
-        # HFLM ends here with tokenised requests; `encode` wants no more of it.
-        return [(context, continuation) for _, context, continuation in requests]
 
     def work(
         self,

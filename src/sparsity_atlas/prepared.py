@@ -119,16 +119,13 @@ class Prepared:
         return self.contents["tasks"]
 
 
-def prepare(
-    lm: AtlasLM, task: LoadedTask, *, seed: int, chat: bool, share: bool = True
-) -> Prepared:
+def prepare(lm: AtlasLM, task: LoadedTask, *, seed: int, share: bool = True) -> Prepared:
     """Build and tokenise a task's requests.
 
     Args:
-        lm: with the model's tokenizer.
+        lm: with the model's tokenizer and the settings of its prompts.
         task: the task.
         seed: of few-shot draws.
-        chat: whether requests are wrapped in the chat template.
         share: whether requests may share what they have in common, where the model can.
 
     Raises:
@@ -137,10 +134,10 @@ def prepare(
     """
     if task.problem:
         raise TaskFailure(task.problem)
-    made_of = request_cache.key(lm, task, seed=seed, chat=chat)
+    made_of = request_cache.key(lm, task, seed=seed)
     rows = request_cache.read(made_of) if made_of else None
     if rows is None:
-        rows = _build(lm, task, seed=seed, chat=chat)
+        rows = _build(lm, task, seed=seed)
         if made_of:
             request_cache.write(made_of, rows)
     leaves = {}
@@ -167,21 +164,23 @@ def prepare(
     )
 
 
-def _build(lm: AtlasLM, task: LoadedTask, *, seed: int, chat: bool) -> list[Row]:
+def _build(lm: AtlasLM, task: LoadedTask, *, seed: int) -> list[Row]:
     # As lm-eval's own command does before a run; each task by itself, since each may be resumed alone.
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+    chat = lm.prompts.apply_chat_template
     built: list[tuple[str, Instance]] = []
     for name, leaf in task.leaves.items():
         leaf.set_fewshot_seed(seed)
         leaf.build_all_requests(
             limit=task.limit,
+            system_instruction=lm.prompts.system_instruction,
             apply_chat_template=chat,
             fewshot_as_multiturn=chat,
             chat_template=lm.apply_chat_template if chat else None,
         )
-        built += [(name, instance) for instance in leaf.instances]
+        built += [(name, _with(lm.prompts.gen_kwargs, one)) for one in leaf.instances]
     rows = []
     for kind in dict.fromkeys(instance.request_type for _, instance in built):
         some = [(name, instance) for name, instance in built if instance.request_type == kind]
@@ -191,6 +190,14 @@ def _build(lm: AtlasLM, task: LoadedTask, *, seed: int, chat: bool) -> list[Row]
             for (name, one), encoding in zip(some, encoded, strict=True)
         ]
     return rows
+
+
+def _with(gen_kwargs: dict[str, Any], request: Instance) -> Instance:
+    """A request with settings of generation that outweigh its task's, as those of lm-eval's command."""
+    if gen_kwargs and request.request_type == "generate_until":
+        prompt, own, *rest = request.args
+        request.arguments = (prompt, {**own, **gen_kwargs}, *rest)
+    return request
 
 
 def _hash(document: dict[str, Any]) -> str:

@@ -69,23 +69,20 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return digest([type(tokenizer).__name__, tokenizer.special_tokens_map, content])
 
 
-def key(lm: AtlasLM, task: LoadedTask, *, seed: int, chat: bool) -> dict[str, Any] | None:
+def key(lm: AtlasLM, task: LoadedTask, *, seed: int) -> dict[str, Any] | None:
     """All that a task's requests depend on; None if they cannot be kept.
 
     Args:
-        lm: with the tokenizer.
+        lm: with the tokenizer and the settings of its prompts.
         task: the task.
         seed: of few-shot draws.
-        chat: whether requests are wrapped in the chat template.
     """
     tokenizer = tokenizer_digest(lm.tokenizer)
     if tokenizer is None:
         return None
     return {
         "tokenizer": tokenizer,
-        "chat_template": digest(lm.tokenizer.chat_template) if chat else None,
-        "add_bos_token": lm.add_bos_token,
-        "prefix_token": lm.prefix_token_id,
+        "prompts": lm.identity(),
         "task": task.identity,
         "seed": seed,
         "code": code_version("prepared"),

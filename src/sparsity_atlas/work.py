@@ -50,7 +50,7 @@ class Limits:
 
     batch_size: int
     max_length: int
-    prefix_token: int  # which the first token of a whole document is predicted from
+    prefix_token: int | None  # which the first token of a whole document is predicted from
 
 
 def arrange(

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
+from plain_lm import answers, assert_same, flat, plainly, through_atlas
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluate import Node, Session, evaluate_node
 from sparsity_atlas.samples import read_table
@@ -91,83 +90,6 @@ def catalogue(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
     }
 
 
-def through_atlas(
-    session: Session, node: Node | None, folder: Path, patch: pytest.MonkeyPatch
-) -> dict[str, dict[str, Any]]:
-    """lm-eval's outcome of each task, as the pipeline obtained it."""
-    outcomes = []
-    original = evaluator.evaluate
-
-    def spy(*arguments: Any, **options: Any) -> Any:
-        options["log_samples"] = True
-        outcomes.append(original(*arguments, **options))
-        return outcomes[-1]
-
-    with patch.context() as context:
-        context.setattr(evaluator, "evaluate", spy)
-        result = evaluate_node(session, node, folder)
-    assert result["status"] == "ok"
-    return dict(zip(session.tasks, outcomes, strict=True))
-
-
-def plainly(
-    session: Session, task: str, folder: Path, batch_size: int, **options: Any
-) -> dict[str, Any]:
-    """lm-eval's outcome with its own model class over the same folder, as its command is used."""
-    lm = HFLM(
-        pretrained=session.lm.tokenizer.name_or_path,
-        device="cpu",
-        dtype="float32",
-        batch_size=batch_size,
-        **options.pop("lm", {}),
-    )
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
-    return evaluator.simple_evaluate(
-        model=lm, tasks=[task], task_manager=manager, bootstrap_iters=0, **options
-    )
-
-
-def answers(outcome: dict[str, Any]) -> dict[tuple, tuple[list, dict[str, Any]]]:
-    """Responses and metrics of each sample."""
-    return {
-        (leaf, sample["doc_id"], sample["filter"]): (
-            sample["resps"],
-            {name: sample[name] for name in sample["metrics"]},
-        )
-        for leaf, samples in outcome["samples"].items()
-        for sample in samples
-    }
-
-
-def flat(value: Any) -> list[Any]:
-    if isinstance(value, list | tuple):
-        return [one for part in value for one in flat(part)]
-    return [value]
-
-
-def assert_same(ours: dict[str, Any], plain: dict[str, Any]) -> None:
-    mine, theirs = answers(ours), answers(plain)
-    assert mine.keys() == theirs.keys()
-    assert mine
-    for key in mine:
-        for left, right in zip(mine[key], theirs[key], strict=True):
-            left, right = (
-                flat(list(v.items())) if isinstance(v, dict) else flat(v) for v in (left, right)
-            )
-            assert len(left) == len(right)
-            for one, other in zip(left, right, strict=True):
-                if isinstance(one, float) and not isinstance(one, bool):
-                    assert one == pytest.approx(other, abs=1e-4)
-                else:
-                    assert one == other
-    for name, scores in plain["results"].items():
-        for key, value in scores.items():
-            if isinstance(value, float):
-                tolerance = 0 if key.startswith(("acc", "exact_match")) else 1e-4
-                assert ours["results"][name][key] == pytest.approx(value, rel=tolerance, abs=0)
-    assert ours.get("groups") == plain.get("groups")
-
-
 KINDS = (
     *("choice", "letters", "rolling", "last", "words", "filtered", "twice", "own"),
     *("both", "writing", "shots"),
@@ -206,9 +128,8 @@ def test_bos_token(
     folder = save_model(tmp_path / "model", bos=own)
     path = write_model_manifest(folder, tmp_path / "model.json")
     names = ("letters", "rolling", "words")
-    session = open_session(
-        path, {name: catalogue[name] for name in names}, add_bos_token=bos, max_length=24
-    )
+    settings = {"add_bos_token": bos, "lm_eval_prefix": True, "max_length": 24}
+    session = open_session(path, {name: catalogue[name] for name in names}, **settings)
     outcomes = through_atlas(session, None, tmp_path / "dense", monkeypatch)
     include = Path(catalogue["choice"]["include"])
     for name in names:

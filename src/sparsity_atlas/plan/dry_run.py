@@ -145,18 +145,17 @@ class _DrySession(Session):
         return contextlib.nullcontext(Counter([]))
 
 
-def count(lm: DryLM, task: LoadedTask, *, seed: int, chat: bool, folder: Path) -> TaskCost:
+def count(lm: DryLM, task: LoadedTask, *, seed: int, folder: Path) -> TaskCost:
     """Go through one task.
 
     Args:
         lm: with the tokenizer and the settings of the model.
         task: the task.
         seed: of few-shot draws.
-        chat: whether requests are wrapped in the chat template.
         folder: for files that nobody needs afterwards.
     """
     began = time.perf_counter()
-    session = _DrySession(lm, [], {task.name: task}, seed, chat, {})
+    session = _DrySession(lm, [], {task.name: task}, seed, {})
     result = evaluate_node(session, None, folder / task.name)["tasks"][task.name]
     overhead = time.perf_counter() - began
     ends = list(accumulate(batch.positions for batch in lm.batches))

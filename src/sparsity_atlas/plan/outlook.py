@@ -20,6 +20,7 @@ from sparsity_atlas.evaluate import Node, Session
 from sparsity_atlas.models import check_sites, load, load_tokenizer, resolve
 from sparsity_atlas.plan.dry_run import DryLM, TaskCost, count
 from sparsity_atlas.plan.rates import TimedLM, free_memory, node_seconds
+from sparsity_atlas.prompts import PromptSettings
 from sparsity_atlas.sites import find_ffns
 from sparsity_atlas.store import read_manifest
 from sparsity_atlas.terms import STORED
@@ -116,7 +117,8 @@ def look(
         lm = DryLM(
             blank,
             load_tokenizer(checkpoint, add_bos_token=settings["add_bos_token"]),
-            **{key: settings[key] for key in ("batch_size", "max_length", "add_bos_token")},
+            **{key: settings[key] for key in ("batch_size", "max_length")},
+            prompts=PromptSettings.of(settings),
         )
     except (AtlasError, OSError, ValueError, KeyError) as error:
         unknowns.note(name, error)
@@ -124,11 +126,10 @@ def look(
     outlook.parameters = blank.num_parameters()
     outlook.dtype = _dtype(settings, blank)
     outlook.shapes = _shapes(manifest, blank)
-    chat = settings["apply_chat_template"]
     for task in tasks.values():
         try:
             with tempfile.TemporaryDirectory() as scratch:
-                cost = count(lm, task, seed=config.seed, chat=chat, folder=Path(scratch))
+                cost = count(lm, task, seed=config.seed, folder=Path(scratch))
         except Exception as error:  # noqa: BLE001 (a task's own code may raise anything)
             unknowns.note(f"{task.name} with {name}", error)
         else:
@@ -203,6 +204,6 @@ def measure(config: Config, name: str, outlook: Outlook, nodes: dict[NodeKey, No
     lm = TimedLM(
         model, load_tokenizer(checkpoint), batch_size=settings["batch_size"], max_length=None
     )
-    session = Session(lm, ffns, {}, config.seed, False, {})
+    session = Session(lm, ffns, {}, config.seed, {})
     times = node_seconds(session, list(nodes.values()), outlook.costs)
     outlook.seconds = dict(zip(nodes, times, strict=True))
