@@ -10,13 +10,19 @@ use the workflow: it resumes, keeps every sample and computes no node twice.
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
 
-from sparsity_atlas.criteria import check_level, create
+from sparsity_atlas.calibration import Calibration, check_disjoint, read_calibration
+from sparsity_atlas.code import code_version
+from sparsity_atlas.criteria import check_level, create, source_file
+from sparsity_atlas.criteria.base import SequenceCriterion
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.harness_arguments import Arguments, parse
 from sparsity_atlas.lm import AtlasLM
 from sparsity_atlas.models import check_sites, load, load_tokenizer, resolve
 from sparsity_atlas.outcome import sparsity
@@ -29,6 +35,8 @@ if TYPE_CHECKING:
 
     from lm_eval.api.instance import Instance
 
+    from sparsity_atlas.checkpoint import Checkpoint
+    from sparsity_atlas.criteria import Criterion
     from sparsity_atlas.sparsify import Counter
     from sparsity_atlas.usage import Usage
 
@@ -45,73 +53,77 @@ class _Memory:
 
 @register_model("sparsity-atlas")
 class HarnessLM(AtlasLM):
-    """`AtlasLM` as lm-eval makes one from `--model_args`.
+    """`AtlasLM` as lm-eval makes one from `--model_args`."""
 
-    Args:
-        pretrained: a local folder, or a repository of the Hub.
-        criterion: a built-in rule, or a Python file with one; without it the model stays dense.
-        site: where it is applied.
-        level: at which level.
-        revision: of the Hub repository.
-        batch_size: sequences a forward pass.
-        max_length: longest sequence in tokens; None: the model's own limit.
-        add_bos_token: begin each request with the BOS token; None: as the tokenizer does.
-        dtype: computation type; `auto`: float32 on the CPU, the checkpoint's own elsewhere.
-        device: auto, cpu, cuda or mps; lm-eval's command says cuda:0 where the user says nothing, which
-            is taken as auto.
-        parameters: of the criterion.
-    """
+    def __init__(self, **given: Any) -> None:
+        """Load the model, and make its criterion.
 
-    def __init__(
-        self,
-        pretrained: str,
-        criterion: str | None = None,
-        site: str | None = None,
-        level: float | None = None,
-        revision: str | None = None,
-        batch_size: int | str = 16,
-        max_length: int | None = None,
-        add_bos_token: bool | None = None,
-        dtype: str = "auto",
-        device: str = "auto",
-        max_batch_size: int | None = None,
-        **parameters: Any,
-    ) -> None:
-        if not str(batch_size).isdigit():
-            raise AtlasError(f"batch_size: expected a number, found {batch_size!r}")
-        local = Path(pretrained).is_dir()
-        source = (
-            {"path": pretrained} if local else {"hub": pretrained, "revision": revision or "main"}
-        )
-        checkpoint, _ = resolve(source)
-        model = load(checkpoint, dtype=dtype, device="auto" if device == "cuda:0" else device)
+        Args:
+            given: see `harness_arguments.Arguments`; beside a criterion also its parameters.
+
+        Raises:
+            AtlasError: an argument is unknown, incomplete or not supported, or the model cannot be used.
+        """
+        arguments, parameters = parse(given, HFLM)
+        self._rule, spec = None, {}
+        if arguments.criterion is not None:
+            kind = "file" if arguments.criterion.endswith(".py") else "rule"
+            spec = {kind: arguments.criterion, **parameters}
+            self._rule = _rule(arguments, spec)
+        source = _source(arguments)
+        checkpoint, commit = resolve(source)
+        self._calibration = _calibration(arguments, spec, checkpoint)
+        model = load(checkpoint, dtype=arguments.dtype, device=arguments.device)
         super().__init__(
             model,
-            load_tokenizer(checkpoint, add_bos_token=add_bos_token),
-            batch_size=int(batch_size),
-            max_length=max_length,
-            prompts=PromptSettings(add_bos_token=add_bos_token),
+            load_tokenizer(
+                _tokenizer_files(arguments) or checkpoint, add_bos_token=arguments.add_bos_token
+            ),
+            batch_size=arguments.batch_size,
+            max_length=arguments.max_length,
+            prompts=PromptSettings.of(arguments.prompts()),
         )
-        self._ffns = find_ffns(model)
-        self._node = {"criterion": criterion, "site": site, "level": level, **parameters}
+        self.custom_prefix_token_id = arguments.prefix_token_id
+        self._ffns = find_ffns(model, arguments.modules)
+        if self._rule is not None:
+            check_sites(arguments.pretrained, [arguments.site], list(self._ffns[0].sites()))
+        level = None if arguments.level is None else float(arguments.level)
+        self._node = {
+            **{"criterion": arguments.criterion, "site": arguments.site, "level": level},
+            **({"calibration": self._calibration.digest} if self._calibration else {}),
+            **parameters,
+            **{"model_revision": source.get("revision"), "model_sha": commit},
+        }
         self._usages: list[Usage] = []
-        self._rule = None
-        if criterion is not None:
-            kind = "file" if criterion.endswith(".py") else "rule"
-            self._rule = create({kind: criterion, **parameters})
-            if site is None or level is None:
-                raise AtlasError(f"criterion={criterion}: site and level are missing")
-            check_sites(pretrained, [site], list(self._ffns[0].sites()))
-            check_level(self._rule, str(level))
+
+    def set_cache_hook(self, cache_hook: object) -> None:
+        """Refuse lm-eval's cache of answers, whose keys do not know the model or its level.
+
+        Raises:
+            AtlasError: always.
+        """
+        raise AtlasError(
+            "use_cache: an answer from lm-eval's cache may be another level's, and is not counted; "
+            "leave it out, or use the workflow, which runs nothing twice"
+        )
 
     def _attached(self) -> contextlib.AbstractContextManager[Counter]:
         if self._rule is None:
             return counted(self.model, self._ffns)
-        site, level = self._node["site"], float(self._node["level"])
-        return sparsified(self.model, self._ffns, site, self._rule, level)
+        site, level = self._node["site"], self._node["level"]
+        states = self._calibration.states if self._calibration else None
+        return sparsified(self.model, self._ffns, site, self._rule, level, states)
 
     def _run(self, kind: str, requests: list[Instance], answer: Callable) -> Any:
-        work = self.work({kind: requests}, {kind: self.encode(kind, requests)})
+        if self._calibration is not None:
+            documents: dict[str, list[dict]] = {}
+            for request in requests:
+                documents.setdefault(request.task_name, []).append(request.doc)
+            for task, own in documents.items():
+                check_disjoint(self._calibration, task, own)
+        # As `evaluate` does: such a rule's mask depends on which tokens are run together.
+        share = not isinstance(self._rule, SequenceCriterion)
+        work = self.work({kind: requests}, {kind: self.encode(kind, requests)}, share=share)
         with self._attached() as counter:
             self.start(_Memory(), counter, work)
             answers = answer(requests)
@@ -142,6 +154,82 @@ class HarnessLM(AtlasLM):
             **self._node,
             "sparsity": sparsity(self._usages, slots) if self._usages else None,
         }
+
+
+def _source(arguments: Arguments) -> dict[str, Any]:
+    """Where the model comes from, as `models.resolve` takes it."""
+    given = arguments.model_dump(
+        include={"trust_remote_code", "allow_pickle", "code_revision"}, exclude_none=True
+    )
+    folder = os.path.expanduser(arguments.pretrained)
+    if not os.path.isdir(folder):
+        return {"hub": folder, "revision": arguments.revision or "main", **given}
+    if arguments.revision is not None:
+        raise AtlasError(f"model_args: revision: {folder} is a local folder, which has none")
+    return {"path": folder, **given}
+
+
+def _tokenizer_files(arguments: Arguments) -> Checkpoint | None:
+    """The files of a tokenizer that is not the model's own."""
+    if arguments.tokenizer is None:
+        return None
+    folder = os.path.expanduser(arguments.tokenizer)
+    source = {"path": folder} if os.path.isdir(folder) else {"hub": folder}
+    allowed = {"trust_remote_code": arguments.trust_remote_code}
+    return resolve({**source, **allowed}, weights=False)[0]
+
+
+def _rule(arguments: Arguments, spec: dict[str, Any]) -> Criterion:
+    """The criterion, checked to be defined at its site and level, and to have its calibration.
+
+    Raises:
+        AtlasError: it is not.
+    """
+    rule = create(spec)
+    check_level(rule, arguments.level)
+    name, site = arguments.criterion, arguments.site
+    if rule.sites and site not in rule.sites:
+        raise AtlasError(
+            f"model_args: site: '{name}' is not defined at '{site}'; its sites are "
+            f"{', '.join(rule.sites)}"
+        )
+    if rule.calibrated and arguments.calibration is None:
+        path = f"results/<model>/{name}/{site}/calibration.safetensors"
+        raise AtlasError(
+            f"model_args: criterion={name} needs a calibration; say calibration={path}, which "
+            f"`snakemake --cores all {path}` makes"
+        )
+    if not rule.calibrated and arguments.calibration is not None:
+        raise AtlasError(f"model_args: calibration: criterion={name} has none")
+    return rule
+
+
+def _calibration(
+    arguments: Arguments, spec: dict[str, Any], checkpoint: Checkpoint
+) -> Calibration | None:
+    """The criterion's calibration, checked to be of this model, site, criterion and code.
+
+    Raises:
+        AtlasError: it cannot be read, or is another one.
+    """
+    if arguments.calibration is None:
+        return None
+    path = Path(arguments.calibration).expanduser()
+    calibration = read_calibration(path)
+    wanted = {
+        "criterion": {key: value for key, value in spec.items() if key != "file"},
+        "site": arguments.site,
+        "model": checkpoint.digest(),
+        "code": code_version("calibrate", str(source_file(spec))),
+    }
+    for key, value in wanted.items():
+        found = calibration.about[key]
+        if found != value:
+            shown = "another one" if key in ("model", "code") else f"{found}, not {value}"
+            raise AtlasError(
+                f"model_args: calibration: {path}: its {key} is {shown}; make it again for this run"
+            )
+    return calibration
 
 
 def main() -> None:

@@ -154,6 +154,7 @@ def create(spec: dict[str, Any]) -> Criterion:
     if len(classes) != 1:
         raise AtlasError(f"{path}: expected one subclass of Criterion, found {len(classes)}")
     parameters = {key: value for key, value in spec.items() if key not in ("rule", "file")}
+    _check_parameters(spec.get("rule", path), classes[0], parameters)
     try:
         criterion = classes[0](**parameters)
     except (TypeError, ValueError) as error:
@@ -167,6 +168,16 @@ def create(spec: dict[str, Any]) -> Criterion:
                 "inheritance; the file itself must say so, since it is read without being run"
             )
     return criterion
+
+
+def _check_parameters(name: Any, kind: type[Criterion], given: dict[str, Any]) -> None:
+    known = inspect.signature(kind).parameters
+    if any(one.kind is one.VAR_KEYWORD for one in known.values()):
+        return
+    for key in given:
+        if key not in known:
+            takes = ", ".join(known) or "none"
+            raise AtlasError(f"criteria: {name}: unknown parameter '{key}'; it takes {takes}")
 
 
 def _import(path: Path) -> ModuleType:
