@@ -12,12 +12,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sparsity_atlas import criteria, grid
+from sparsity_atlas import criteria, grid, task_files
 from sparsity_atlas.checkpoint import Checkpoint
 from sparsity_atlas.config import Config
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.store import file_digest
-from sparsity_atlas.task_files import data_files, files_digest, override_digest
 from sparsity_atlas.terms import ALLOCATIONS, TENSORS
 
 # Where the configuration names local files: catalogue and key.
@@ -123,7 +122,8 @@ def _check_calibration(config: Config, curve: grid.Curve) -> None:
     first, end = text.documents or (0, None)
     for task in curve.tasks if text.file is not None else ():
         entry = config.tasks[task]
-        if Path(text.file).resolve() not in data_files(entry.include, entry.task or task):
+        files = task_files.find(entry.include, entry.task or task, entry.override).all()
+        if Path(text.file).resolve() not in {path.resolve() for path in files}:
             continue
         if entry.limit is None or first < entry.limit:
             used = f"first {entry.limit} documents" if entry.limit else "documents"
@@ -171,6 +171,6 @@ def task_content(config: Config, tasks: tuple[str, ...]) -> str:
     """Digests of the local files of some tasks."""
     entries = ((config.tasks[name], name) for name in tasks)
     return ",".join(
-        files_digest(entry.include, entry.task or name) + override_digest(entry.override)
+        task_files.files_digest(entry.include, entry.task or name, entry.override)
         for entry, name in entries
     )

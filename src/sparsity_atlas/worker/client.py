@@ -15,7 +15,7 @@ from sparsity_atlas import cli
 from sparsity_atlas.code import code_version
 from sparsity_atlas.devices import inside_allocation
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.task_files import files_digest, override_digest
+from sparsity_atlas.task_files import files_digest
 from sparsity_atlas.worker.slots import Slot, folder_for, free_slot, places
 
 TRIES = 3
@@ -33,8 +33,7 @@ def wanted() -> bool:
 def task_files(tasks: dict[str, dict[str, Any]]) -> list[str]:
     """Digests of the local files that the tasks are made of, as they are now."""
     return [
-        files_digest(entry.get("include"), entry.get("task", name))
-        + override_digest(entry.get("override", {}))
+        files_digest(entry.get("include"), entry.get("task", name), entry.get("override"))
         for name, entry in tasks.items()
     ]
 

@@ -1,0 +1,259 @@
+"""The local files that a task's Python code reaches, found by reading the code, without running it.
+
+Followed are imports anywhere in a file, relative ones and those by a text (`importlib`) among them, and
+every text that names a file: what is opened, what is put on `sys.path`. A name that is computed cannot be
+followed; then the files beside the code count, and the code is named in `Reach.computed`.
+"""
+
+from __future__ import annotations
+
+import ast
+import glob
+import os
+import re
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+# Files and folders that the texts of one file of code may stand for.
+MOST = 10_000
+# Calls whose argument names what is read or imported.
+_READERS = {
+    *("open", "read_text", "read_bytes", "fdopen", "fromfile", "memmap", "loadtxt", "genfromtxt"),
+    *("listdir", "scandir", "iterdir", "walk", "glob", "iglob", "rglob"),
+    *("import_module", "__import__", "spec_from_file_location", "run_path", "exec_module"),
+    *("load_dataset", "load_from_disk", "from_file", "from_json", "from_csv", "from_parquet"),
+    *("from_text", "read_csv", "read_json", "read_parquet", "read_table", "read_excel"),
+}
+_LOADERS = {"np", "numpy", "torch", "joblib"}  # whose `load` takes a name
+# Signs that code looks above its own folder.
+_UPWARDS = re.compile(
+    r"\.parent\.parent|\.parents\[|pardir|['\"/]\.\.['\"/]|dirname\([^)\n]*dirname|from \.\."
+)
+_INSTALLED = tuple(
+    {
+        Path(sysconfig.get_path(name)).resolve()
+        for name in ("stdlib", "platstdlib", "purelib", "platlib")
+    }
+    | {PACKAGE}
+)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What code reaches.
+
+    Attributes:
+        files: of the code itself, what it imports, and what it names.
+        computed: code that reads or imports by a name that it computes.
+    """
+
+    files: frozenset[Path]
+    computed: frozenset[Path]
+
+
+def local(path: Path) -> bool:
+    """Whether a file is somebody's own: neither installed nor part of Python or of this package."""
+    return not any(path.is_relative_to(folder) for folder in _INSTALLED)
+
+
+def import_roots() -> list[Path]:
+    """Where Python looks for local modules: the working directory and PYTHONPATH."""
+    named = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    return [Path.cwd(), *map(Path, named)]
+
+
+def reach(starts: Iterable[Path], roots: Iterable[Path]) -> Reach:
+    """Follow code.
+
+    Args:
+        starts: Python files.
+        roots: folders that imports and file names are looked for in, beside the code's own.
+    """
+    roots = list(roots)
+    files: set[Path] = set()
+    computed: set[Path] = set()
+    waiting = [path.resolve() for path in starts]
+    while waiting:
+        path = waiting.pop()
+        if path in files or not local(path):
+            continue
+        files.add(path)
+        if path.suffix != ".py":
+            continue
+        code = _Code.read(path, roots)
+        if code is None:
+            continue
+        waiting += code.found
+        if code.computed:
+            computed.add(path)
+            waiting += code.beside
+    return Reach(frozenset(files), frozenset(computed))
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Files in a folder and below it, but for hidden ones and the results of a run."""
+    found: list[Path] = []
+    for top, folders, names in os.walk(folder):
+        if "run_config.yaml" in names:
+            folders.clear()
+            continue
+        folders[:] = sorted(one for one in folders if not one.startswith((".", "__pycache__")))
+        found += [Path(top, name) for name in sorted(names) if not name.startswith(".")]
+    return found
+
+
+@dataclass(frozen=True)
+class _Code:
+    """One Python file: what it names, whether it computes names, and what lies where it may look."""
+
+    found: list[Path]
+    computed: bool
+    beside: list[Path]
+
+    @classmethod
+    def read(cls, path: Path, roots: list[Path]) -> _Code | None:
+        """None if the file cannot be read as Python; whoever runs it will say why."""
+        try:
+            source = path.read_text(encoding="utf-8")
+            tree = ast.parse(source)
+        except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):
+            return None
+        above = list(path.parents)[1:4] if _UPWARDS.search(source) else []
+        bases = list(dict.fromkeys([path.parent, *above, *roots]))
+        texts = {
+            node.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
+        texts = {text for text in texts if _may_be_a_name(text)}
+        folders = _folders(bases, texts)
+        bases += folders
+        named = {text: _files(bases, text) for text in texts}
+        modules = [*_imports(tree, path), *(text for text in texts if _is_dotted(text))]
+        found = [file for files in named.values() for file in files]
+        found += [file for name in modules for file in module_files(bases, name)]
+        below = [file for folder in folders for file in files_below(folder)][:MOST]
+        beside = [file for file in path.parent.iterdir() if _plain(file)]
+        computes = any(_computes(call, tree, named) for call in _reads(tree))
+        return cls(found, computes, [*beside, *below])
+
+
+def _plain(file: Path) -> bool:
+    return file.is_file() and not file.name.startswith(".")
+
+
+def _may_be_a_name(text: str) -> bool:
+    return 0 < len(text) < 256 and "\n" not in text and "\0" not in text and bool(text.strip("./ "))
+
+
+def _is_dotted(text: str) -> bool:
+    return all(part.isidentifier() for part in text.split("."))
+
+
+def _folders(bases: list[Path], texts: set[str]) -> list[Path]:
+    """Folders that the texts name, alone or one inside the other."""
+    found: dict[Path, None] = {}
+    waiting = list(bases)
+    while waiting and len(found) < MOST:
+        base = waiting.pop()
+        for text in texts:
+            folder = base / (text if len(Path(text).parts) > 2 else text.lstrip("/"))
+            # Not what encloses the code: `..` is seen by its own sign.
+            if os.path.isdir(folder) and folder not in found and folder not in base.parents:
+                found[folder] = None
+                if len(folder.parts) < len(base.parts) + 8:
+                    waiting.append(folder)
+    return list(found)
+
+
+def _files(bases: list[Path], text: str) -> list[Path]:
+    """Files that a text names, seen from some folders; it may begin where an f-string's name ends."""
+    names = {text, text.lstrip("/")}
+    found = [base / name for base in bases for name in names if os.path.isfile(base / name)]
+    if glob.has_magic(text):
+        for base in bases:
+            pattern = os.path.join(glob.escape(str(base)), text.lstrip("/"))
+            found += [
+                Path(one) for one in glob.glob(pattern, recursive=True) if os.path.isfile(one)
+            ]
+    return found[:MOST]
+
+
+def module_files(bases: Iterable[Path], name: str) -> list[Path]:
+    """Files of a dotted module and of the packages that it lies in, in every folder that has them."""
+    parts = name.split(".")
+    found = []
+    for base in bases:
+        for depth in range(1, len(parts) + 1):
+            place = base.joinpath(*parts[:depth])
+            candidates = (place.with_name(f"{place.name}.py"), place / "__init__.py")
+            found += [path for path in candidates if os.path.isfile(path)]
+    return found
+
+
+def _imports(tree: ast.AST, path: Path) -> Iterator[str]:
+    """Modules that code imports, as seen from the folders that imports are looked for in."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            # A relative one is looked for beside the code; one level up is a package's own business.
+            module = node.module or ""
+            if module:
+                yield module
+            prefix = f"{module}." if module else ""
+            yield from (f"{prefix}{alias.name}" for alias in node.names if alias.name != "*")
+
+
+def _reads(tree: ast.AST) -> Iterator[ast.Call]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            function = node.func
+            name = (
+                function.attr
+                if isinstance(function, ast.Attribute)
+                else getattr(function, "id", "")
+            )
+            owner = getattr(getattr(function, "value", None), "id", "")
+            if name in _READERS or (name == "load" and owner in _LOADERS):
+                yield node
+
+
+def _computes(call: ast.Call, tree: ast.AST, named: dict[str, list[Path]]) -> bool:
+    """Whether what a call reads follows from more than texts that name files."""
+    texts, names = _parts(call)
+    if isinstance(call.func, ast.Name):
+        names.discard(call.func.id)
+    elif isinstance(call.func.value, ast.Name) and call.func.value.id in _imported(tree):
+        names.discard(call.func.value.id)  # a module's function
+    seen: set[str] = set()
+    while names - seen:
+        name = (names - seen).pop()
+        seen.add(name)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign) and any(
+                getattr(target, "id", None) == name for target in node.targets
+            ):
+                more, others = _parts(node.value)
+                texts |= more
+                names |= others
+    varies = bool(names) or any(isinstance(one, ast.JoinedStr) for one in ast.walk(call))
+    return varies and not any(named.get(text) for text in texts)
+
+
+def _imported(tree: ast.AST) -> set[str]:
+    """Names that imports bind."""
+    nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom))
+    return {alias.asname or alias.name.partition(".")[0] for node in nodes for alias in node.names}
+
+
+def _parts(node: ast.AST) -> tuple[set[str], set[str]]:
+    """Texts and names inside an expression."""
+    inside = list(ast.walk(node))
+    texts = {
+        one.value for one in inside if isinstance(one, ast.Constant) and isinstance(one.value, str)
+    }
+    return texts, {one.id for one in inside if isinstance(one, ast.Name)}
