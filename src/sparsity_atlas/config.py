@@ -242,7 +242,8 @@ class Config(_Strict):
     """The day that chat templates print which ask for it, so that prompts stay the same; by default the one
     that Llama's print where they have no clock."""
     seed: int = Field(default=1234, ge=0)
-    """Seed of few-shot draws (1234 is lm-eval's own) and of the bootstrap."""
+    """Seed of few-shot draws and of what tasks draw while they are loaded (1234: as lm-eval does by
+    itself), and of the bootstrap."""
     replicates: int = Field(default=1000, ge=100)
     """Bootstrap replicates."""
     bars: Annotated[list[float], AfterValidator(_some)] = [0.995, 0.99, 0.98, 0.95]

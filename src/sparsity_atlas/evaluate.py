@@ -144,7 +144,8 @@ class Session:
             from sparsity_atlas.prepared import prepare
 
             task = self.tasks[name]
-            self._prepared[key] = prepare(self.lm, task, seed=self.seed, share=share)
+            with task.code("its requests cannot be built"):
+                self._prepared[key] = prepare(self.lm, task, seed=self.seed, share=share)
         return self._prepared[key]
 
     def slots(self, node: Node | None) -> list[Slot]:
@@ -197,7 +198,10 @@ def evaluate_node(session: Session, node: Node | None, folder: Path) -> dict[str
         slots = session.slots(node)
         table = read_samples(path, [[slot.tensor, slot.layer, slot.width] for slot in slots])
         for name, task in session.tasks.items():
-            fingerprint = {**identity, "task": task.identity}
+            fingerprint = {
+                **identity,
+                "task": task.identity_with(lambda name=name: session.prepared(name)),
+            }
             key = digest(fingerprint)
             journal_path = folder / f"{name}.journal"
             if table.tasks.get(name, {}).get("fingerprint") != key:
@@ -243,6 +247,7 @@ def _run(
     from lm_eval import evaluator
 
     from sparsity_atlas.criteria.base import SequenceCriterion
+    from sparsity_atlas.task_random import seed_as_lm_eval
 
     task = session.tasks[name]
     # Before anything is attached: it tries the untouched model.
@@ -251,7 +256,9 @@ def _run(
     # Batches follow from what the model was seen to do right.
     journal = Journal(path, {**fingerprint, "abilities": asdict(prepared.work.abilities)})
     try:
-        with torch.no_grad(), session.attach(node) as counter:
+        with torch.no_grad(), session.attach(node) as counter, task.code("cannot be evaluated"):
+            # What scores a document may draw, and must not depend on where an earlier run was cut.
+            seed_as_lm_eval(session.seed)
             session.lm.start(journal, counter, prepared.work)
             outcome = evaluator.evaluate(
                 session.lm,

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.utils import handle_non_serializable, hash_string
@@ -134,7 +131,7 @@ def prepare(lm: AtlasLM, task: LoadedTask, *, seed: int, share: bool = True) -> 
     """
     if task.problem:
         raise TaskFailure(task.problem)
-    made_of = request_cache.key(lm, task, seed=seed)
+    made_of = None if task.unfollowed else request_cache.key(lm, task, seed=seed)
     rows = request_cache.read(made_of) if made_of else None
     if rows is None:
         rows = _build(lm, task, seed=seed)
@@ -165,10 +162,8 @@ def prepare(lm: AtlasLM, task: LoadedTask, *, seed: int, share: bool = True) -> 
 
 
 def _build(lm: AtlasLM, task: LoadedTask, *, seed: int) -> list[Row]:
-    # As lm-eval's own command does before a run; each task by itself, since each may be resumed alone.
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    # As lm-eval does, which loads a task and builds its requests in one go.
+    task.drawn.restore()
     chat = lm.prompts.apply_chat_template
     built: list[tuple[str, Instance]] = []
     for name, leaf in task.leaves.items():

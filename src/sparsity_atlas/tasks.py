@@ -1,27 +1,33 @@
-"""lm-eval tasks for evaluation: built once, with local data files found, and fingerprinted."""
+"""lm-eval tasks for evaluation: each loaded by itself as lm-eval would load it alone, and fingerprinted."""
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import inspect
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
-from itertools import islice
+import contextlib
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import lm_eval.tasks
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._factory import TaskFactory
+from lm_eval.tasks._index import TaskIndex
 
-from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.hub import with_data
-from sparsity_atlas.store import digest, file_digest
+from sparsity_atlas import cli, task_files
+from sparsity_atlas.errors import AtlasError, TaskFailure
+from sparsity_atlas.store import digest
+from sparsity_atlas.task_factory import LocalFactory, fresh_transforms
+from sparsity_atlas.task_failures import boundary, close
+from sparsity_atlas.task_identity import code_digest, leaf_identity
+from sparsity_atlas.task_modules import OwnModules
+from sparsity_atlas.task_random import RandomState, seed_as_lm_eval
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from lm_eval.tasks._index import Entry
+
+    from sparsity_atlas.prepared import Prepared
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,9 @@ class LoadedTask:
         cluster: document field that names items made alike, or None.
         identity: JSON-able description of the task and digest of its documents.
         problem: why it cannot be evaluated on any model, or None.
+        modules: of its own code.
+        drawn: where random numbers stood when it was loaded; its requests go on from there.
+        unfollowed: its code reads by names that it computes, so that its identity may lack something.
     """
 
     name: str
@@ -45,6 +54,9 @@ class LoadedTask:
     cluster: str | None
     identity: dict[str, Any]
     problem: str | None = None
+    modules: OwnModules = field(default_factory=OwnModules, repr=False)
+    drawn: RandomState = field(default_factory=RandomState.now, repr=False)
+    unfollowed: bool = False
 
     @property
     def leaves(self) -> dict[str, Task]:
@@ -58,37 +70,20 @@ class LoadedTask:
         options = {config.dataset_path: config.dataset_kwargs or {} for config in configs}
         return {path: one["revision"] for path, one in options.items() if "revision" in one}
 
+    def identity_with(self, prepare: Callable[[], Prepared]) -> dict[str, Any]:
+        """The identity, with what its code made of its documents where the code cannot be followed."""
+        if not self.unfollowed:
+            return self.identity
+        try:
+            leaves = prepare().leaves
+        except TaskFailure as failure:
+            return {**self.identity, "problem": str(failure)}
+        requests = [[repr(one.args) for one in leaf.instances] for leaf in leaves.values()]
+        return {**self.identity, "requests": digest(requests)}
 
-class _LocalFiles(TaskFactory):
-    """lm-eval's factory, which also finds a task's data files beside its YAML, and pins Hub data.
-
-    lm-eval looks for files from the working directory, so a task could only be run from one place.
-    """
-
-    def _load_full_config(
-        self, entry: Entry, overrides: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        config = super()._load_full_config(entry, overrides)
-        options = config.get("dataset_kwargs")
-        if entry.yaml_path and isinstance(options, dict) and "data_files" in options:
-            files = _beside(Path(entry.yaml_path).parent, options["data_files"])
-            config["dataset_kwargs"] = {**options, "data_files": files}
-        return with_data(config)
-
-
-def _beside(folder: Path, files: Any) -> Any:
-    """Resolve the data files that exist in `folder`; leave the rest (absolute, or from the cwd)."""
-    if isinstance(files, dict):
-        return {split: _beside(folder, value) for split, value in files.items()}
-    if isinstance(files, list):
-        return [_beside(folder, value) for value in files]
-    return str((folder / files).resolve()) if (folder / files).exists() else files
-
-
-def _manager(include: list[str], *, defaults: bool) -> TaskManager:
-    manager = TaskManager(include_path=include or None, include_defaults=defaults)
-    manager._factory = _LocalFiles()
-    return manager
+    def code(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        """Where code of the task's own may run; see `task_failures.boundary`."""
+        return boundary(self.name, doing, self.modules)
 
 
 def load_tasks(
@@ -96,30 +91,30 @@ def load_tasks(
     seed: int,
     unusable: Callable[[str, str], None] | None = None,
 ) -> dict[str, LoadedTask]:
-    """Build the tasks of a configuration.
+    """Build the tasks of a configuration, each by itself: the others and their order change nothing.
 
     Args:
         entries: entries of the configuration's `tasks` (keys as in `config.TaskEntry`).
-        seed: of few-shot draws.
-        unusable: called with the name of a task that cannot be loaded, and why; the task is left out.
-            Without it, the first such task is an error.
+        seed: of few-shot draws, and of what a task draws while it is loaded.
+        unusable: called with the name of a task whose data cannot be fetched, and why; the task is left
+            out. Without it, the first such task is an error.
+
+    Returns:
+        All tasks; one that cannot be loaded, or has no documents, with a problem.
 
     Raises:
-        AtlasError: an unknown task, or data that cannot be loaded. A task without documents is loaded,
-            with a problem.
+        AtlasError: the Hub does not give a data set.
     """
-    include = list(
-        dict.fromkeys(entry["include"] for entry in entries.values() if "include" in entry)
-    )
-    manager = _manager(include, defaults=False)
-    names = {name: entry.get("task", name) for name, entry in entries.items()}
-    if any(name not in manager.task_index for name in names.values()):
-        # Eight seconds: lm-eval reads every YAML of its own. Only for runs that use one of them.
-        manager = _manager(include, defaults=True)
     loaded = {}
     for name, entry in entries.items():
         try:
-            loaded[name] = _load(manager, name, names[name], entry, seed)
+            loaded[name] = _load(name, entry, seed)
+        except TaskFailure as failure:
+            limits = entry.get("limit"), entry.get("cluster")
+            identity = {"problem": str(failure)}
+            lm_eval_name = entry.get("task", name)
+            nothing: dict[str, Any] = {"tasks": {}}
+            loaded[name] = LoadedTask(name, lm_eval_name, nothing, *limits, identity, str(failure))
         except AtlasError as error:
             if unusable is None:
                 raise
@@ -127,49 +122,70 @@ def load_tasks(
     return loaded
 
 
-def _load(
-    manager: TaskManager, name: str, lm_eval_name: str, entry: dict[str, Any], seed: int
-) -> LoadedTask:
-    if "include" in entry and not Path(entry["include"]).is_dir():
-        raise AtlasError(f"tasks.{name}: include: {entry['include']}: no such folder")
-    index = manager.task_index
-    if lm_eval_name not in index:
-        close = difflib.get_close_matches(lm_eval_name, index, n=3)
-        hint = f"; close names: {', '.join(close)}" if close else ""
-        raise AtlasError(f"tasks.{name}: lm-eval has no task '{lm_eval_name}'{hint}")
-    try:
-        built = manager._factory.build(
-            index[lm_eval_name], overrides=entry.get("override") or None, registry=index
+def _load(name: str, entry: dict[str, Any], seed: int) -> LoadedTask:
+    lm_eval_name = entry.get("task", name)
+    index = _index(entry, lm_eval_name)
+    files = task_files.find(entry.get("include"), lm_eval_name, entry.get("override"))
+    modules = OwnModules(files.code)
+    limit, cluster = entry.get("limit"), entry.get("cluster")
+    with boundary(name, "cannot be loaded", modules), fresh_transforms(files.code):
+        seed_as_lm_eval(seed)
+        factory = LocalFactory()
+        built = factory.build(
+            index[lm_eval_name], overrides=entry.get("override") or None, registry=dict(index)
         )
-        contents = manager.load(built)
-    except StopIteration:  # of `datasets`, at an empty file
-        contents = {"tasks": {}}
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise AtlasError(f"tasks.{name}: cannot load '{lm_eval_name}': {_reason(error)}") from None
-    problem = None if contents["tasks"] else f"'{lm_eval_name}' has no documents"
-    for leaf in contents["tasks"].values():
-        leaf.set_config(key="num_fewshot", value=_shots(leaf, entry.get("num_fewshot")))
-        try:
-            documents = len(leaf.eval_docs)
-        except (KeyError, ValueError) as error:
-            raise AtlasError(f"tasks.{name}: '{leaf.task_name}': {_reason(error)}") from None
-        if documents == 0:
-            problem = f"'{leaf.task_name}' has no documents"
-    limit = entry.get("limit")
+        contents = TaskManager(include_defaults=False).load(built)
+        drawn = RandomState.now()
+        for leaf in contents["tasks"].values():
+            leaf.set_config(key="num_fewshot", value=_shots(leaf, entry.get("num_fewshot")))
+            _keep_documents(leaf)
+        leaves = {leaf.task_name: leaf_identity(leaf, limit) for leaf in contents["tasks"].values()}
+    empty = [name for name, leaf in contents["tasks"].items() if len(leaf.eval_docs) == 0]
+    if empty or not contents["tasks"]:
+        raise TaskFailure(f"'{(empty or [lm_eval_name])[0]}' has no documents")
+    if files.computed:
+        cli.logger.info(
+            "tasks.%s: %s reads or imports by names that it computes: its requests are not kept, and "
+            "Snakemake notices edits of the files beside it only",
+            *(name, ", ".join(sorted(path.name for path in files.computed))),
+        )
     identity = {
         "limit": limit,
-        "cluster": entry.get("cluster"),
+        "cluster": cluster,
         "seed": seed,
-        "leaves": {leaf.task_name: _identity(leaf, limit) for leaf in contents["tasks"].values()},
+        "code": code_digest(files.code | modules.files()),
+        "leaves": leaves,
     }
-    cluster = entry.get("cluster")
-    return LoadedTask(name, lm_eval_name, contents, limit, cluster, identity, problem)
+    return LoadedTask(
+        *(name, lm_eval_name, contents, limit, cluster, identity),
+        modules=modules,
+        drawn=drawn,
+        unfollowed=bool(files.computed),
+    )
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, KeyError):
-        return f"its data have no split or field {error}"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+@functools.cache
+def _defaults() -> dict[str, Entry]:
+    """lm-eval's own tasks. Eight seconds: it reads every YAML. Only for runs that use one of them."""
+    return TaskIndex.build([Path(lm_eval.tasks.__file__).parent])
+
+
+def _index(entry: dict[str, Any], lm_eval_name: str) -> dict[str, Entry]:
+    """The tasks that an entry may name: those of its own folder, then lm-eval's.
+
+    Raises:
+        TaskFailure: no such folder or task.
+    """
+    include = entry.get("include")
+    if include is not None and not os.path.isdir(include):
+        raise TaskFailure(f"include: {include}: no such folder")
+    own = TaskIndex.build([Path(include)]) if include is not None else {}
+    if lm_eval_name in own and task_files.members(include, lm_eval_name) <= own.keys():
+        return own
+    index = {**_defaults(), **own}
+    if lm_eval_name not in index:
+        raise TaskFailure(f"lm-eval has no task '{lm_eval_name}'{close(lm_eval_name, index)}")
+    return index
 
 
 def _shots(task: Task, wanted: int | None) -> int:
@@ -178,41 +194,10 @@ def _shots(task: Task, wanted: int | None) -> int:
     return declared or 0 if wanted is None or declared == 0 else wanted
 
 
-def _identity(task: Task, limit: int | None) -> dict[str, str]:
-    """Digests of a task's configuration, of its own code and of the documents that it will use."""
-    config = task.dump_config()
-    # Where the data lie is no part of what they are; their content is digested below.
-    for key in ("dataset_kwargs", "metadata"):
-        config.pop(key, None)
-    documents = hashlib.sha256()
-    shots = task.fewshot_docs() if task.get_config("num_fewshot") else ()
-    for document in [*islice(task.eval_docs, limit), *(shots or ())]:
-        documents.update(json.dumps(document, sort_keys=True, default=repr).encode())
-    return {
-        "config": digest(json.loads(json.dumps(config, default=_name))),
-        "code": digest(sorted({file_digest(path) for path in _source_files(task)})),
-        "documents": documents.hexdigest(),
-    }
-
-
-def _name(value: Any) -> str:
-    """A function by its name: its repr holds an address, which is another one in each process."""
-    return value.__qualname__ if hasattr(value, "__qualname__") else repr(value)
-
-
-def _source_files(task: Task) -> set[Path]:
-    """Python files of the functions that a task's configuration names, and of its own class."""
-    code = [*_functions(task.config), type(task)]
-    files = (inspect.getsourcefile(one) for one in code if inspect.getmodule(one) is not None)
-    return {Path(file) for file in files if file}
-
-
-def _functions(value: Any) -> Iterator[Any]:
-    if inspect.isfunction(value):
-        yield value
-    elif is_dataclass(value):
-        for one in fields(value):
-            yield from _functions(getattr(value, one.name))
-    elif isinstance(value, dict | list | tuple):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from _functions(one)
+def _keep_documents(task: Task) -> None:
+    """Ask a task for its documents no more: it may draw at random each time, or process them anew."""
+    documents = task.task_docs if hasattr(task, "task_docs") else task.eval_docs
+    if not hasattr(documents, "__len__"):
+        documents = list(documents)
+    split = "test_docs" if task.has_test_docs() else "validation_docs"
+    setattr(task, split, lambda: documents)

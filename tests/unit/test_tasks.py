@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +12,14 @@ from typing import Any
 
 import pytest
 import yaml
+from lm_eval import simple_evaluate
+from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
 
-from sparsity_atlas import task_files
-from sparsity_atlas.errors import AtlasError
+from sparsity_atlas import task_files, tasks
 from sparsity_atlas.task_files import files_digest
 from sparsity_atlas.tasks import load_tasks
-from tiny_lm import CHOICE, letter_documents, write_task
+from tiny_lm import CHOICE, letter_documents, open_session, write_task
 
 HELPERS = """
 def shout(text):
@@ -65,34 +69,30 @@ def test_the_name_in_the_configuration_is_the_task_by_default(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "problem"),
     [
-        ({"task": "leters"}, r"tasks\.mine: lm-eval has no task 'leters'; close names: letters"),
-        ({"include": "nowhere"}, r"tasks\.mine: include: nowhere: no such folder"),
+        ({"task": "leters"}, r"lm-eval has no task 'leters'; close names: letters"),
+        ({"include": "nowhere"}, r"include: nowhere: no such folder"),
         (
             {"override": {"dataset_kwargs": {"data_files": {"test": "none.jsonl"}}}},
-            r"tasks\.mine: cannot load 'letters': .*none\.jsonl",
+            r"'letters': cannot be loaded: .*none\.jsonl.*",
         ),
         (
             {"override": {"test_split": "exam"}},
-            r"tasks\.mine: cannot load 'letters': .*exam",
+            r"'letters': cannot be loaded: its data have no split 'exam'; they have test",
         ),
     ],
 )
-def test_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict, message: str
+def test_one_that_cannot_be_loaded_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict, problem: str
 ) -> None:
     entry = relative_task(tmp_path / "tasks")
     # lm-eval's own catalogue is read where a name is not found, which takes seconds.
-    from sparsity_atlas import tasks
-
-    manager = tasks._manager
-    monkeypatch.setattr(
-        tasks, "_manager", lambda include, *, defaults: manager(include, defaults=False)
-    )
-    with pytest.raises(AtlasError, match=message) as caught:
-        load_tasks({"mine": {**entry, **change}}, 1)
-    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(tasks, "_defaults", dict)
+    loaded = load_tasks({"mine": {**entry, **change}, "good": entry}, 1)
+    assert re.fullmatch(problem, loaded["mine"].problem)
+    assert not loaded["mine"].leaves
+    assert loaded["good"].problem is None
 
 
 def test_identity_is_that_of_the_documents_in_use(tmp_path: Path) -> None:
@@ -155,6 +155,156 @@ def test_identity_of_python_helpers(tmp_path: Path) -> None:
     assert in_another_process() == first
     (tmp_path / "helpers.py").write_text(HELPERS.replace("upper", "lower"))
     assert in_another_process() != first
+
+
+CODE = """
+import functools, json, random, re
+
+
+def text(document, before="", *, after=""):
+    return before + document["context"] + after
+
+
+class Text:
+    def __init__(self, before):
+        self.before = before
+
+    def __call__(self, document):
+        return self.before + document["context"]
+
+    def method(self, document):
+        return self(document)
+
+
+def around(before):
+    return lambda document: before + document["context"]
+
+
+partial = functools.partial(text, before=BEFORE)
+nested = functools.partial(functools.partial(text, after=BEFORE), before="x")
+called = Text(BEFORE)
+method = Text(BEFORE).method
+closure = around(BEFORE)
+"""
+
+
+@pytest.mark.parametrize("name", ["partial", "nested", "called", "method", "closure"])
+def test_identity_of_what_holds_values(tmp_path: Path, name: str) -> None:
+    """No address in it, which is another one each time; what it holds counts, not its file alone."""
+    entry = relative_task(tmp_path)
+    path = tmp_path / "letters.yaml"
+    content = yaml.safe_load(path.read_text())
+    del content["doc_to_text"]
+    path.write_text(yaml.safe_dump(content) + f"doc_to_text: !function held.{name}\n")
+    (tmp_path / "value.txt").write_text("a")
+    reads = (
+        "import os\nBEFORE = open(os.path.join(os.path.dirname(__file__), 'value.txt')).read()\n"
+    )
+    (tmp_path / "held.py").write_text(reads + CODE)
+
+    def config() -> str:
+        return identity(entry)["leaves"]["letters"]["config"]
+
+    first = config()
+    keep = [object() for _ in range(1000)]  # so that nothing lies where it lay
+    assert config() == first
+    assert keep
+    (tmp_path / "value.txt").write_text("b")
+    assert config() != first
+
+
+SHUFFLES = """
+import random
+
+
+def of_a_map(split):
+    def one(document):
+        order = list(document["choices"])
+        random.shuffle(order)
+        return {**document, "choices": order}
+
+    return split.map(one)
+
+
+def of_all(split):
+    return split.select(random.sample(range(len(split)), len(split)))
+"""
+
+
+@pytest.mark.parametrize("name", ["of_a_map", "of_all"])
+def test_what_is_drawn_while_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The same in each process and whatever was loaded before; at lm-eval's seeds as lm-eval draws."""
+    entry = relative_task(tmp_path)
+    with (tmp_path / "letters.yaml").open("a") as file:
+        file.write(f"process_docs: !function shuffles.{name}\n")
+    (tmp_path / "shuffles.py").write_text(SHUFFLES)
+
+    def documents(task: Any) -> list[dict[str, Any]]:
+        return [document for _, document in task.doc_iterator()]
+
+    def ours(seed: int = 1234) -> list[dict[str, Any]]:
+        random.random()
+        return documents(load_tasks({"letters": entry}, seed)["letters"].leaves["letters"])
+
+    first = ours()
+    assert ours() == first
+    assert ours(7) != first
+    assert ours() == first
+    (once,) = load_tasks({"letters": entry}, 1234)["letters"].leaves.values()
+    assert documents(once) == documents(once)
+    if name == "of_a_map":
+        # lm-eval asks several times; `datasets` keeps the first answer of a map, of nothing else.
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "empty")
+        asked = of_lm_eval(tmp_path)
+        wanted = [option for one in first for option in one["choices"]]
+        assert [continuation.strip() for _, continuation in asked] == wanted
+
+
+class Recorder(LM):
+    """Notes what it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[str, str]] = []
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        self.asked = [request.args for request in requests]
+        return [(0.0, False)] * len(requests)
+
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+        raise NotImplementedError
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        raise NotImplementedError
+
+
+def of_lm_eval(folder: Path) -> list[tuple[str, str]]:
+    """What plain lm-eval asks a model for, of the task in a folder."""
+    model = Recorder()
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    simple_evaluate(model=model, tasks=["letters"], task_manager=manager, bootstrap_iters=0)
+    return model.asked
+
+
+def test_what_is_drawn_while_requests_are_built(
+    tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = relative_task(tmp_path)
+    path = tmp_path / "letters.yaml"
+    content = yaml.safe_load(path.read_text())
+    del content["doc_to_text"]
+    path.write_text(yaml.safe_dump(content) + "doc_to_text: !function draws.text\n")
+    (tmp_path / "draws.py").write_text(
+        "import random\ndef text(document):\n    return f'{random.random()}'\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    session = open_session(manifest, {"letters": entry})
+    random.random()
+    (leaf,) = session.prepared("letters").leaves.values()
+    assert [one.args for one in leaf.instances] == of_lm_eval(tmp_path)
 
 
 # Without lm-eval
