@@ -79,11 +79,15 @@ def _is_theirs(frames: list[FrameType], own: set[str]) -> bool:
     """Whose code raised: the innermost that is ours, or the task's or of those who run it."""
     for frame in reversed(frames):
         file = frame.f_code.co_filename
-        if Path(file).is_relative_to(_OURS):
+        if _ours(file):
             return False
         if os.path.realpath(file) in own or _library(file) in _THEIRS:
             return True
     return False
+
+
+def _ours(file: str) -> bool:
+    return Path(file).is_relative_to(_OURS)
 
 
 def _library(file: str) -> str:
@@ -96,9 +100,12 @@ def _library(file: str) -> str:
 
 
 def _log(task: str, error: BaseException) -> None:
+    """Where it happened, from where the foreign code begins."""
+    steps = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    first = next((i for i, (code, _) in enumerate(steps) if not _ours(code.co_filename)), 0)
     cli.logger.info("tasks.%s: where it failed, the innermost place last:", task)
-    for line in traceback.format_tb(error.__traceback__):
-        cli.logger.info("%s", line.rstrip())
+    for code, line in steps[first:]:
+        cli.logger.info("  %s:%d in %s", code.co_filename, line, code.co_name)
 
 
 def _found(frames: list[FrameType], name: str) -> Any:

@@ -314,7 +314,7 @@ def test_what_cannot_be_known_is_said(model_folder: Path, tmp_path: Path) -> Non
     (tokens,) = (line.split()[2] for line in lines if line.startswith("choice "))
     assert tiny[5] == f"≥{5 * int(tokens):,}" == whole[4]
     assert "far: models: nobody/has-this at main on the Hub: not in the cache" in done.stdout
-    assert "task absent: cannot load 'absent'" in done.stdout
+    assert "task absent: 'absent': cannot be loaded: " in done.stdout
     assert "Time: at least" in done.stdout
     assert not (tmp_path / "results").exists()
 
