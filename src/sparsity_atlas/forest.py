@@ -147,19 +147,64 @@ def pack(requests: list[Request], batch_size: int, *, share: bool) -> list[Batch
     return batches
 
 
+def arranged(requests: list[Request], batches: list[list[list[int]]]) -> list[Batch]:
+    """The batches that are given.
+
+    Args:
+        requests: in any order.
+        batches: [batch][row][request], the longest row first; a row's requests run the same tokens.
+    """
+    known = _known(requests)
+    found = []
+    for batch in batches:
+        trees = []
+        for row in batch:
+            tokens = requests[row[0]].run
+            path = list(range(len(tokens)))
+            leaves = [_leaf(one, requests[one], path, known[one]) for one in row]
+            trees.append(Tree(tokens, path, leaves))
+        found.append(_batch(trees, requests))
+    return found
+
+
+def _in_order(requests: list[Request]) -> list[int]:
+    return sorted(range(len(requests)), key=lambda i: requests[i].run)
+
+
+def _known(requests: list[Request]) -> list[int]:
+    """How many tokens of each request its document has brought before."""
+    known = [0] * len(requests)
+    brought: dict[int, list[int]] = {}  # the last request of each document
+    for number in _in_order(requests):
+        request = requests[number]
+        # In this order no earlier request of the document has more in common than the one before.
+        known[number] = _common(brought.get(request.owner, []), request.run)
+        brought[request.owner] = request.run
+    return known
+
+
+def _leaf(number: int, request: Request, path: list[int], known: int) -> Leaf:
+    """The leaf of a request whose tokens are the nodes of `path`."""
+    return Leaf(
+        number,
+        path[-1],
+        path[known - 1] if known else -1,
+        known,
+        path[-request.scored :],
+        list(request.tokens[-request.scored :]),
+    )
+
+
 def _plant(requests: list[Request], budget: int, share: bool) -> list[Tree]:
     trees: list[Tree] = []
     limit = 0
     before: list[int] = []
     path: list[int] = []  # nodes of the request before, root first
-    brought: dict[int, list[int]] = {}  # the last request of each document
-    for number in sorted(range(len(requests)), key=lambda i: requests[i].run):
+    known = _known(requests)
+    for number in _in_order(requests):
         request = requests[number]
         tokens = request.run
         shared = _common(before, tokens)
-        # In this order no earlier request of the document has more in common than the one before.
-        known = _common(brought.get(request.owner, []), tokens)
-        brought[request.owner] = tokens
         same = shared == len(tokens) == len(before)
         grown = len(trees[-1].tokens) + len(tokens) - shared if trees else 0
         worthwhile = share and shared >= WORTH_SHARING * len(tokens) and grown <= limit
@@ -173,16 +218,7 @@ def _plant(requests: list[Request], budget: int, share: bool) -> list[Tree]:
             path.append(len(tree.tokens))
             tree.tokens.append(tokens[depth])
             tree.depth.append(depth)
-        tree.leaves.append(
-            Leaf(
-                number,
-                path[-1],
-                path[known - 1] if known else -1,
-                known,
-                path[-request.scored :],
-                list(request.tokens[-request.scored :]),
-            )
-        )
+        tree.leaves.append(_leaf(number, request, path, known[number]))
         before = tokens
     return trees
 

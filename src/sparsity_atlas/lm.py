@@ -7,9 +7,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from sparsity_atlas import cli, forest, scoring
 from sparsity_atlas.generation import GeneratingLM
+from sparsity_atlas.longest import Lengths
+from sparsity_atlas.scoring import Abilities
 from sparsity_atlas.sharing import abilities
 from sparsity_atlas.usage import Usage
 from sparsity_atlas.work import Limits, arrange
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sparsity_atlas.journal import Journal
-    from sparsity_atlas.scoring import Abilities
+    from sparsity_atlas.longest import Memory
     from sparsity_atlas.sparsify import Counter
     from sparsity_atlas.work import Encoding, Work
 
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 SLOWER = {
     "branches": "each answer option reads its whole context, since they cannot share it here",
     "selects": "logits are computed for every token, since the head cannot be shown a few",
+    "follows": "batches are lm-eval's own, since the model's numbers follow the longest sequence",
 }
 
 
@@ -48,6 +52,7 @@ class AtlasLM(GeneratingLM):
         """See `PromptLM`."""
         super().__init__(model, tokenizer, **options)
         self._told: set[str] = set()
+        self._lengths = Lengths(model, self.max_length)
 
     def work(
         self,
@@ -64,20 +69,46 @@ class AtlasLM(GeneratingLM):
             share: whether requests may share what they have in common, where the model can.
         """
         limits = Limits(self.batch_size, self.max_length, self.prefix_token_id)
+        prompts = list(
+            zip(
+                requests.get("generate_until", []), encodings.get("generate_until", []), strict=True
+            )
+        )
 
         def found(some: list[forest.Request]) -> Abilities:
-            able = self._abilities(some)
-            return replace(able, branches=able.branches and share)
+            follows = self._follows(some, prompts)
+            able = self._abilities(some) if some else Abilities()
+            return replace(able, branches=able.branches and share and not follows, follows=follows)
 
         return arrange(requests, encodings, limits, found)
+
+    def _follows(
+        self, requests: list[forest.Request], prompts: list[tuple[Instance, Encoding]]
+    ) -> bool:
+        """Whether the model's numbers of these follow the longest of them."""
+        if not self._lengths.declared:
+            return False
+        sequences = [request.run for request in requests]
+        reach = max(map(len, sequences), default=0)
+        for request, (tokens,) in prompts:
+            room = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
+            reach = max(reach, min(len(tokens) + room, self.max_length))
+            sequences.append(tokens)
+        follows = self._lengths.followed(max(sequences, key=len), reach)
+        if follows:
+            self._tell("follows", f"{reach} tokens")
+        return follows
 
     def _abilities(self, requests: list[forest.Request]) -> Abilities:
         found, faults = abilities(self.model, requests)
         for name, fault in faults.items():
-            if name not in self._told:
-                cli.logger.info("%s: %s", SLOWER[name], fault)
-                self._told.add(name)
+            self._tell(name, fault)
         return found
+
+    def _tell(self, name: str, why: str) -> None:
+        if name not in self._told:
+            cli.logger.info("%s: %s", SLOWER[name], why)
+            self._told.add(name)
 
     def start(self, journal: Journal, counter: Counter, work: Work) -> None:
         """Begin a task: answer from `journal` what it holds, compute and record the rest."""
@@ -85,13 +116,22 @@ class AtlasLM(GeneratingLM):
         self._counter = counter
         self._work = work
         self._replayed = 0
+        self._state: Memory = {}
+        self._lengths.restore(self._state)
         self.usage = Usage(work, len(counter.slots))
 
     def _batch(self, compute: Callable[[], Any]) -> Any:
         """The next batch's record: from the journal if an earlier run got so far."""
+        follows = self._work.abilities.follows
         if self._replayed == len(self._journal.records):
-            self._journal.append(compute())
+            if follows:
+                self._lengths.restore(self._state)
+            record = compute()
+            if follows and (state := self._lengths.state()) != self._state:
+                record["state"] = state
+            self._journal.append(record)
         record = self._journal.records[self._replayed]
+        self._state = record.get("state", self._state)
         self._replayed += 1
         return record
 

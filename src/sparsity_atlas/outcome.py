@@ -12,6 +12,7 @@ from sparsity_atlas.usage import PHASES
 
 if TYPE_CHECKING:
     from sparsity_atlas.prepared import Prepared
+    from sparsity_atlas.scoring import Abilities
     from sparsity_atlas.sparsify import Slot
     from sparsity_atlas.tasks import LoadedTask
     from sparsity_atlas.usage import Usage
@@ -95,6 +96,7 @@ def task_result(
         "higher_is_better": outcome["higher_is_better"],
         "sparsity": sparsity([usage], slots),
         "tokens": {phase: int(tokens.sum()) for phase, tokens in usage.tokens.items()},
+        "batches": _batches(prepared.work.abilities),
         "cut": {
             "items": int((usage.cut > 0).sum()),
             "tokens": int(usage.cut.sum()),
@@ -106,6 +108,13 @@ def task_result(
         # Nats a token, the only perplexity that does not depend on how words or bytes are counted.
         result["loss"] = float(usage.nats.sum() / usage.predicted.sum())
     return result
+
+
+def _batches(abilities: Abilities) -> str:
+    """Whose batches were run: rows that requests share, rows of their own, or lm-eval's."""
+    if abilities.follows:
+        return "lm_eval"
+    return "shared" if abilities.branches else "plain"
 
 
 def _numbers(scores: dict[str, Any]) -> dict[str, float | None]:

@@ -35,10 +35,13 @@ class Abilities:
     Attributes:
         branches: rows may branch: it takes a mask of who sees whom, and positions.
         selects: its head may be shown the scored tokens only.
+        follows: what it says of a sequence follows the longest one of a batch or so far, so that batches
+            are lm-eval's own; see `longest`.
     """
 
     branches: bool = False
     selects: bool = False
+    follows: bool = False
 
 
 def inputs(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Any]]:

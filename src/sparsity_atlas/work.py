@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lm_eval import utils
 
-from sparsity_atlas import forest
+from sparsity_atlas import collate, forest
 from sparsity_atlas.errors import TaskFailure
 from sparsity_atlas.scoring import Abilities
 
@@ -75,6 +75,7 @@ def arrange(
     work.cut = [0] * len(work.documents)
     number = {document: row for row, document in enumerate(work.documents)}
     scored: dict[str, list[forest.Request]] = {}
+    pairs: dict[str, list[collate.Pair]] = {}
     for kind, some in requests.items():
         owners = [number[one.task_name, one.doc_id] for one in some]
         work.owners[kind] = owners
@@ -93,14 +94,19 @@ def arrange(
             for owner, (context, continuation) in zip(owners, encodings[kind], strict=True):
                 lost = len(context) + len(continuation) - (limits.max_length + 1)
                 work.cut[owner] = max(work.cut[owner], lost)
+        pairs[kind] = [(context, continuation) for _, context, continuation in pieces]
         scored[kind] = [
             _request(some[i], context, continuation, owners[i], limits.max_length, counts)
             for (i, context, continuation), counts in zip(pieces, counted, strict=True)
         ]
-    if any(scored.values()):
-        work.abilities = abilities([one for some in scored.values() for one in some])
+    work.abilities = abilities([one for some in scored.values() for one in some])
     for kind, some in scored.items():
-        work.batches[kind] = forest.pack(some, limits.batch_size, share=work.abilities.branches)
+        if work.abilities.follows:
+            rolling = kind == "loglikelihood_rolling"
+            batches = collate.lm_eval_batches(pairs[kind], limits.batch_size, rolling=rolling)
+            work.batches[kind] = forest.arranged(some, batches)
+        else:
+            work.batches[kind] = forest.pack(some, limits.batch_size, share=work.abilities.branches)
     return work
 
 
@@ -126,7 +132,7 @@ def _first_of_equals(encodings: list[Encoding]) -> list[bool]:
     seen: set[tuple[int, ...]] = set()
     first = []
     for context, continuation in encodings:
-        run = (*context, *continuation[:-1])
+        run = collate.run_tokens((context, continuation))
         first.append(run not in seen)
         seen.add(run)
     return first

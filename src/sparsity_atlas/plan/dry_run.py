@@ -94,6 +94,9 @@ class DryLM(AtlasLM):
         super().start(journal, counter, work)
         self.batches: list[Batch] = []
 
+    def _follows(self, requests: list[forest.Request], prompts: list) -> bool:
+        return False
+
     def _abilities(self, requests: list[forest.Request]) -> Abilities:
         return Abilities(branches=True, selects=True)  # as nearly every model
 
