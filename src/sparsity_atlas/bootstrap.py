@@ -8,6 +8,8 @@ from typing import Literal
 
 import numpy as np
 
+from sparsity_atlas.terms import AVERAGE
+
 Kind = Literal["accuracy", "loss"]
 
 # Elements of one block of resampling weights (float64: 32 MiB), so that memory does not grow
@@ -169,7 +171,7 @@ def average(tasks: list[Estimates]) -> Estimates:
         return np.mean([getattr(task, name)[:rows] for task in tasks], axis=0)
 
     return Estimates(
-        task="average",
+        task=AVERAGE,
         kind="accuracy",
         items=sum(task.items for task in tasks),
         chance=None if set(chances) == {None} else sum(c or 0.0 for c in chances) / len(tasks),

@@ -21,7 +21,7 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.samples import read_table
 from sparsity_atlas.scores import Kind, choose_metric, sample_values
 from sparsity_atlas.store import read_manifest, write_manifest
-from sparsity_atlas.terms import TENSORS
+from sparsity_atlas.terms import AVERAGE, TENSORS
 
 
 class NodeSamples:
@@ -196,10 +196,10 @@ def point_rows(
     points: list[CurvePoint], nodes: dict[str, NodeSamples], site: str
 ) -> list[dict[str, Any]]:
     """Rows of curves.csv: the points, and the sparsity by parameters beside each."""
-    accuracies = {point.task for point in points if point.kind == "accuracy"} - {"average"}
+    accuracies = {point.task for point in points if point.kind == "accuracy"} - {AVERAGE}
     rows = []
     for point in points:
-        tasks = accuracies if point.task == "average" else {point.task}
+        tasks = accuracies if point.task == AVERAGE else {point.task}
         shares = [parameter_sparsity(nodes[point.level], task, site) for task in sorted(tasks)]
         known = [share for share in shares if share is not None]
         mean = sum(known) / len(known) if len(known) == len(shares) else None

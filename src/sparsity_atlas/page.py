@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 
 from sparsity_atlas.published import PUBLISHED, Published
-from sparsity_atlas.tables import AVERAGE, HEADLINE_BAR, SITE_ORDER, Tables
+from sparsity_atlas.tables import HEADLINE_BAR, SITE_ORDER, Tables
+from sparsity_atlas.terms import AVERAGE
 
 NOTHING = "–"
 

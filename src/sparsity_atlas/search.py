@@ -22,7 +22,7 @@ from sparsity_atlas.levels import Point, Range, Stop, next_level
 from sparsity_atlas.samples import read_table
 from sparsity_atlas.scores import Kind, choose_metric, pooled_score
 from sparsity_atlas.store import read_manifest, write_manifest
-from sparsity_atlas.terms import TENSORS
+from sparsity_atlas.terms import AVERAGE, TENSORS
 
 HEADLINE = 0.99
 ALLOWED_LOSS = math.log(1.01)
@@ -145,7 +145,7 @@ def search(
     cli.logger.info("stopped: %s", level.reason)
     first = read_from[0]
     return {
-        "headline": first if metrics[first][0] == "loss" else "average",
+        "headline": first if metrics[first][0] == "loss" else AVERAGE,
         "stopped": level.reason,
         "levels": [
             {

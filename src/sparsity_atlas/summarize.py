@@ -40,7 +40,7 @@ from sparsity_atlas.parquet import read_parquet
 from sparsity_atlas.scaling import SCALING, Scaling
 from sparsity_atlas.selection import unfold
 from sparsity_atlas.store import read_manifest
-from sparsity_atlas.tables import AVERAGE
+from sparsity_atlas.terms import AVERAGE
 
 
 def _key(path: Path) -> dict[str, str]:

@@ -14,7 +14,6 @@ from sparsity_atlas.errors import AtlasError
 SITE_ORDER = ("intermediate", "input", "gate", "up", "all_inputs")
 SITE_ORDER += ("qkv_input", "o_input", "all_linear_inputs")
 HEADLINE_BAR = 0.99
-AVERAGE = "average"
 _TEXT = {"model", "criterion", "site", "level", "tensor", "task", "kind", "status", "relation"}
 _TEXT |= {"bar_label", "family", "reason", "source", "revision", "architecture", "activation"}
 _TEXT |= {"dtype", "sites", "digest", "reference", "allocation", "sparsity_of"}

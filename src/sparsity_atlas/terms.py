@@ -25,3 +25,5 @@ STORED = ("qkv_input", "o_input", "input", "up", "gate", "intermediate")
 LINEAR_INPUTS = TENSORS["all_linear_inputs"]
 # How a criterion's level is spread over layers.
 ALLOCATIONS = ("uniform", "equal_cett", "sensitivity", "greedy")
+# The row of a table that stands for all tasks of a kind together.
+AVERAGE = "average"

@@ -9,7 +9,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from sparsity_atlas.figures.curves import ALLOWED_LOSS, PANELS
 from sparsity_atlas.figures.panels import empty, grid, label, legend, percent_axis, rule, select
 from sparsity_atlas.figures.style import GREY, Mark, heading, marks
-from sparsity_atlas.tables import AVERAGE, SITE_ORDER, Tables
+from sparsity_atlas.tables import SITE_ORDER, Tables
+from sparsity_atlas.terms import AVERAGE
 
 NOTHING = "One criterion a model and site in this run: nothing to compare."
 X_LABEL = "induced sparsity (%)"

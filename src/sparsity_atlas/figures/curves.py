@@ -24,7 +24,8 @@ from sparsity_atlas.figures.panels import (
     select_pairs,
 )
 from sparsity_atlas.figures.style import GREY, Mark, heading, marks
-from sparsity_atlas.tables import AVERAGE, HEADLINE_BAR, SITE_ORDER, Tables, in_order
+from sparsity_atlas.tables import HEADLINE_BAR, SITE_ORDER, Tables, in_order
+from sparsity_atlas.terms import AVERAGE
 
 PANELS, MODEL_PANELS = 20, 12
 ALLOWED_LOSS = math.log(2 - HEADLINE_BAR)

@@ -10,7 +10,8 @@ from matplotlib.markers import CARETLEFT, CARETRIGHT
 
 from sparsity_atlas.figures.panels import empty, label, percent_axis, select_pairs
 from sparsity_atlas.figures.style import GREY, WIDE, Mark, marks, shorten
-from sparsity_atlas.tables import AVERAGE, Tables, in_order
+from sparsity_atlas.tables import Tables, in_order
+from sparsity_atlas.terms import AVERAGE
 
 ROWS = 40
 _MARKERS = {"=": "o", ">=": ">", "<": "<"}

@@ -18,7 +18,8 @@ from sparsity_atlas.figures.panels import (
     size_text,
 )
 from sparsity_atlas.figures.style import GREY, Mark, heading, marks, wrap
-from sparsity_atlas.tables import AVERAGE, HEADLINE_BAR, Tables, in_order
+from sparsity_atlas.tables import HEADLINE_BAR, Tables, in_order
+from sparsity_atlas.terms import AVERAGE
 
 GROUPS = 6
 

@@ -13,7 +13,8 @@ from matplotlib.patches import Rectangle
 
 from sparsity_atlas.figures.panels import empty, label, select_pairs
 from sparsity_atlas.figures.style import GREY, TALL, WIDE, shorten
-from sparsity_atlas.tables import AVERAGE, HEADLINE_BAR, SITE_ORDER, Tables, in_order
+from sparsity_atlas.tables import HEADLINE_BAR, SITE_ORDER, Tables, in_order
+from sparsity_atlas.terms import AVERAGE
 
 # Up to so many tasks, cells also hold intervals.
 FEW_TASKS = 5
