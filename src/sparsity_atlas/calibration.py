@@ -20,6 +20,8 @@ from sparsity_atlas.store import canonical, file_digest, write_atomically
 if TYPE_CHECKING:
     from sparsity_atlas.place import State
 
+# Of the tensors that criteria keep: a file of another one is not read.
+FORMAT = 2
 # Shorter strings turn up in any two texts, and so do shorter passages of longer ones.
 SHARED_CHARACTERS, SHARED_PASSAGE = 60, 200
 _LONGEST_WORD = 40
@@ -56,7 +58,7 @@ def write_calibration(path: Path, states: dict[str, State], about: dict[str, Any
         for name, value in state.items()
     }
     # One key: safetensors writes several in no fixed order.
-    metadata = {"about": canonical(about)}
+    metadata = {"about": canonical({"format": FORMAT, **about})}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
@@ -68,7 +70,7 @@ def read_calibration(path: Path, framework: str = "pt") -> Calibration:
         framework: of the tensors; `np` gives NumPy's arrays, and does without torch.
 
     Raises:
-        AtlasError: it is missing or damaged.
+        AtlasError: it is missing, damaged or of another version.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -78,6 +80,10 @@ def read_calibration(path: Path, framework: str = "pt") -> Calibration:
     try:
         with safe_open(path, framework) as file:
             about = json.loads(file.metadata()["about"])
+            if about.get("format") != FORMAT:
+                raise AtlasError(
+                    f"{path}: a calibration of another version of this program; delete it and run again"
+                )
             for key in list(file.keys()):
                 place, _, name = key.partition("/")
                 states[place][name] = file.get_tensor(key)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sparsity_atlas import calibrate, capture, evaluate, export, output_error, search
 from sparsity_atlas.activations import ActivationStore
@@ -141,6 +141,13 @@ def test_a_damaged_calibration(tmp_path: Path, content: bytes) -> None:
         read_calibration(path)
     path.write_bytes(content)
     with pytest.raises(AtlasError, match="damaged calibration"):
+        read_calibration(path)
+
+
+def test_a_calibration_of_another_version(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    save_file({"input.0/table": torch.zeros(1)}, path, {"about": json.dumps({"tokens": 1})})
+    with pytest.raises(AtlasError, match="a calibration of another version of this program"):
         read_calibration(path)
 
 

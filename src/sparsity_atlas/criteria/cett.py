@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
-import numpy as np
 import torch
-from scipy.interpolate import PchipInterpolator
 
 from sparsity_atlas.criteria.quantile import Quantile
-from sparsity_atlas.thresholds import STEPS, at_level, by_channel, quantile_table
+from sparsity_atlas.error_thresholds import ErrorTable, tabulate
+from sparsity_atlas.thresholds import by_channel
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sparsity_atlas.place import Place, Sample
-
-# Thresholds whose CETT is measured; those between are interpolated, within 0.5 % of their target.
-KNOTS = 64
 
 
 class Cett(Quantile):
@@ -25,9 +21,10 @@ class Cett(Quantile):
 
     CETT, the cumulative error of tail truncation, is the mean over tokens of ‖W_d i_D‖ / ‖FFN(x)‖
     where D are the dropped neurons (Sparsing Law, arXiv 2411.02335; ReLU² Wins, arXiv 2402.03804;
-    arXiv 2405.09274 uses 0.2). The papers bisect ε for one CETT; here ε is tabulated over CETT,
-    once for all levels. All layers have the same CETT and each its own sparsity. level = 0 changes
-    nothing, level = 1 drops everything.
+    arXiv 2405.09274 uses 0.2). The papers bisect ε for one CETT; here it is measured at some hundred
+    ε, which serve all levels: from 0.001 on a level is met within 0.5 % of it, or, where no ε does
+    (entries that tie), the next lower CETT that one has. All layers have the same CETT and each its
+    own sparsity. level = 0 changes nothing, level = 1 drops everything.
     """
 
     sites = ("intermediate",)
@@ -40,36 +37,25 @@ class Cett(Quantile):
 
     def calibrate(self, place: Place, sample: Sample) -> dict[str, Tensor]:
         """See `Criterion.calibrate`."""
-        i = sample.read("intermediate")
+        i, weight = sample.read("intermediate"), place.weight
         scores = i.abs() * place.column_norms()
-        quantiles = quantile_table(scores)
-        sparsity = np.linspace(0, 1, KNOTS + 1)
-        knots = [0.0]
         norm = place.outputs(i).norm(dim=-1)
         used = norm > 0
-        for share in sparsity[1:]:
-            dropped = torch.where(scores < at_level(quantiles, float(share)), i, 0)
-            error = (dropped @ place.weight.T).norm(dim=-1)
-            knots.append(float((error[used] / norm[used]).double().mean()) if used.any() else 0.0)
-        # The last, of dropping everything, is 1 where there is no bias.
-        cett = np.maximum.accumulate(knots)
-        # Of equal errors the largest sparsity: exact zeros are dropped at no cost.
-        distinct = np.append(np.diff(cett) > 0, True)
-        targets = np.arange(STEPS) / STEPS
-        wanted = np.ones(STEPS)  # what costs nothing, or never so much, is dropped
-        if cett[-1] > 0:
-            reached = PchipInterpolator(cett[distinct], sparsity[distinct])
-            wanted[targets <= cett[-1]] = reached(targets[targets <= cett[-1]])
-        finite = quantiles.double().numpy()
-        finite[-1] = float(scores.max())
-        table = np.interp(wanted, np.arange(STEPS + 1) / STEPS, finite)
-        table[0] = 0
-        return {"table": torch.from_numpy(np.append(table, np.inf))}
+
+        def error(epsilon: float) -> float:
+            dropped = torch.where(scores < epsilon, i, 0)
+            lost = (dropped @ weight.T).norm(dim=-1)
+            return float((lost[used] / norm[used]).double().mean()) if used.any() else 0.0
+
+        return tabulate(scores, error).state()
 
     def bind(self, place: Place, state: dict[str, Tensor]) -> Self:
         """See `Criterion.bind`."""
-        return super().bind(place, {**state, "norms": place.column_norms()})
+        bound = super().bind(place, state)
+        bound._table, bound._norms = ErrorTable.from_state(state), place.column_norms()
+        return bound
 
     def thresholds(self, level: float) -> Tensor:
         """See `Quantile.thresholds`."""
-        return by_channel(self._threshold(level), self._state["norms"])
+        epsilon, _ = self._table.at(level)
+        return by_channel(self._norms.new_tensor(epsilon), self._norms)
