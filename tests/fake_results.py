@@ -39,7 +39,10 @@ def write_model(folder: Path, parameters: int = 1_000_000, **other: Any) -> None
             "architecture": "LlamaForCausalLM",
             "model_type": "llama",
             "dtype": "bfloat16",
-            "parameters": {"total": 2 * parameters, "non_embedding": parameters},
+            "parameters": {
+                **{"total": 2 * parameters, "non_embedding": parameters},
+                "loaded": 2 * parameters,
+            },
             "layers": LAYERS,
             "hidden": 64,
             "width": 256,

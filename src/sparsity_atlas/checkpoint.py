@@ -1,4 +1,4 @@
-"""A model's files on this machine: which they are, their digest, and how they are loaded.
+"""A model's files on this machine: which they are, whether they may be used, and their digest.
 
 Weights are safetensors. A pickle runs code when it is loaded, and so does a repository's own Python; either
 is used only where the model's entry of the configuration says so.
@@ -7,21 +7,18 @@ is used only where the model's entry of the configuration says so.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sparsity_atlas.devices import own_device, pick_device, pick_dtype
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.model_files import check_fetched, files_digest, files_read
 from sparsity_atlas.store import digest, file_digest, read_json
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SAFE_INDEX = "model.safetensors.index.json"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
-# Of the files that are no weights; a repository's Python comes with them where it is trusted.
-SMALL = (".json", ".model", ".txt", ".jinja")
+ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -29,25 +26,30 @@ class Checkpoint:
     """A model's folder and what may be done with it.
 
     code_revision: commit of the other repository that the model's code is in, if it is in another.
+    tokenizer: folder of its tokenizer, if that is another.
     """
 
     folder: Path
     trust_remote_code: bool = False
     allow_pickle: bool = False
     code_revision: str | None = None
+    tokenizer: Path | None = None
 
     def __str__(self) -> str:
         return str(self.folder)
 
     def config(self) -> dict[str, Any]:
-        """Read config.json, and see that all is there that a model needs.
+        """Read config.json, and see that the folder is that of a model which can be used.
 
         Raises:
-            AtlasError: a file is missing or damaged, or the checkpoint is quantised.
+            AtlasError: a file is missing or damaged, or the checkpoint is of a kind that is not
+                supported: an adapter, or quantised.
         """
         path = self.folder / "config.json"
+        self._refuse_adapter(alone=not path.is_file())
         if not path.is_file():
             raise AtlasError(f"{self}: expected a Hugging Face model, found no config.json")
+        check_fetched([path])
         config = read_json(path)
         if not isinstance(config, dict):
             raise AtlasError(f"{path}: expected a JSON object, found {type(config).__name__}")
@@ -57,15 +59,30 @@ class Checkpoint:
                 quantised.get("quant_method") if isinstance(quantised, dict) else None
             ) or "unknown method"
             raise AtlasError(f"{self}: a quantised checkpoint ({method}) is not supported yet")
-        self.weight_files()
-        names = ("tokenizer.json", "tokenizer.model", "vocab.json")
-        if not any((self.folder / name).is_file() for name in names):
-            raise AtlasError(f"{self}: expected a tokenizer (tokenizer.json), found none")
+        for key, value in _types(config):
+            if value.startswith("torch."):
+                raise AtlasError(
+                    f"{path}: {key}: found '{value}', expected '{value.removeprefix('torch.')}'"
+                )
+        check_fetched([*self.weight_files(), *self._small(self.folder)])
+        if self.tokenizer is not None:
+            if not os.path.isdir(self.tokenizer):
+                raise AtlasError(f"models: tokenizer: {self.tokenizer}: no such folder")
+            check_fetched(self._small(self.tokenizer))
         return config
 
-    def small(self) -> tuple[str, ...]:
-        """Endings of the files that a model needs beside its weights."""
-        return (*SMALL, ".py") if self.trust_remote_code else SMALL
+    def _refuse_adapter(self, *, alone: bool) -> None:
+        path = self.folder / ADAPTER
+        if not path.is_file():
+            return
+        content = read_json(path)
+        base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+        what = f"holds only an adapter of {base}" if alone else "holds an adapter beside the model"
+        advice = "save the merged model (PEFT's merge_and_unload) in a folder of its own"
+        raise AtlasError(
+            f"{self}: {ADAPTER}: it {what}; adapters are not supported yet: {advice}"
+            + ("" if alone else ", or move the adapter elsewhere")
+        )
 
     def pickled(self) -> bool:
         """Whether the weights are pickles, which the model's entry then must allow."""
@@ -100,21 +117,26 @@ class Checkpoint:
     def _listed(self, index: str) -> list[Path]:
         return [self.folder / name for name in shards(self.folder / index)]
 
+    def _small(self, folder: Path) -> list[Path]:
+        return [folder / name for name in files_read(folder, code=self.trust_remote_code)]
+
     def digest(self) -> str:
         """Digest of all that decides the model's output: weights, configuration, tokenizer, code.
 
         Raises:
             AtlasError: see `weight_files`.
         """
-        others = [
-            path
-            for path in sorted(self.folder.iterdir())
-            if path.is_file() and path.name.endswith(self.small())
-        ]
-        files = {path.name: file_digest(path) for path in [*self.weight_files(), *others]}
+        files: dict[str, Any] = {path.name: file_digest(path) for path in self.weight_files()}
+        files |= files_digest(self.folder, code=self.trust_remote_code)
         if self.code_revision is not None:
             files["code_revision"] = self.code_revision
+        if self.tokenizer is not None:
+            files["tokenizer"] = files_digest(self.tokenizer, code=self.trust_remote_code)
         return digest(files)
+
+    def code_files(self) -> list[Path]:
+        """The Python that the folder brings, at any depth."""
+        return [path for path in self._small(self.folder) if path.suffix == ".py"]
 
     def code_repository(self) -> str | None:
         """The other repository that the model's code is in, as `owner/name`; None for its own.
@@ -122,27 +144,24 @@ class Checkpoint:
         Raises:
             AtlasError: there are several.
         """
-        files = (self.folder / name for name in ("config.json", "tokenizer_config.json"))
+        files = (
+            self.folder / "config.json",
+            (self.tokenizer or self.folder) / "tokenizer_config.json",
+        )
         contents = [read_json(path) for path in files if path.is_file()]
         found = {name for content in contents for name in _foreign(content)}
         if len(found) > 1:
             raise AtlasError(f"{self}: its code is in {len(found)} repositories, one can be pinned")
         return found.pop() if found else None
 
-    def _options(self) -> dict[str, Any]:
-        options: dict[str, Any] = {"local_files_only": True}
-        # Never None, at which transformers asks on standard input.
-        options["trust_remote_code"] = self.trust_remote_code
-        if self.code_revision is not None:
-            options["code_revision"] = self.code_revision
-        return options
 
-    def blank(self) -> PreTrainedModel:
-        """The model without its weights; to be called where torch's default device is `meta`."""
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        config = AutoConfig.from_pretrained(self.folder, **self._options())
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
+def _types(config: dict[str, Any], inside: str = "") -> Iterator[tuple[str, str]]:
+    """Keys of a configuration, or of one of its parts, that name a type, and the names."""
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+            yield inside + key, value
+        elif isinstance(value, dict) and not inside:
+            yield from _types(value, f"{key}.")
 
 
 def _foreign(content: Any) -> set[str]:
@@ -169,66 +188,3 @@ def shards(index: Path) -> list[str]:
         if Path(name).name != name or name in ("", ".", ".."):
             raise AtlasError(f"{index}: '{name}' is not the name of a file in this folder")
     return sorted(set(names.values()))
-
-
-def load(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
-    """Load a causal LM for inference.
-
-    Raises:
-        AtlasError: the folder or its weights cannot be used.
-    """
-    config = checkpoint.config()
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    target = own_device(pick_device(device))
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder,
-            dtype=pick_dtype(dtype, target),
-            use_safetensors=not checkpoint.pickled(),
-            **checkpoint._options(),
-        )
-    except SafetensorError as error:
-        raise AtlasError(f"{checkpoint}: damaged safetensors file ({error})") from None
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        kind = config.get("model_type", "unknown")
-        raise AtlasError(
-            f"{checkpoint}: cannot load model type '{kind}': {_first_line(error)}"
-        ) from None
-    if model.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise AtlasError(f"{checkpoint}: weights of type {model.dtype} are not supported")
-    return model.to(target).eval()
-
-
-def load_tokenizer(
-    checkpoint: Checkpoint, *, add_bos_token: bool | None = None
-) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer.
-
-    Args:
-        checkpoint: its folder.
-        add_bos_token: whether it puts BOS before a text, as lm-eval passes it on; None: as it does by
-            itself. Not every tokenizer obeys; see `bos.begins_with_bos`.
-
-    Raises:
-        AtlasError: it cannot be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        options = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
-        return AutoTokenizer.from_pretrained(checkpoint.folder, **options, **checkpoint._options())
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise AtlasError(f"{checkpoint}: cannot load the tokenizer: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    if "trust_remote_code" in text:
-        return (
-            "it is defined by Python code of its repository, which is not run; read that code, and "
-            "if you trust it, say trust_remote_code: true in the model's entry"
-        )
-    return text.splitlines()[0] if text else type(error).__name__

@@ -57,6 +57,8 @@ class ModelEntry(_Strict):
     """Hub repository, for instance meta-llama/Llama-3.2-1B."""
     revision: Revision | None = None
     """Hub revision: a commit, tag or branch. It is resolved to a commit, which is recorded."""
+    tokenizer: str | None = None
+    """Folder of another tokenizer than the model's own."""
     trust_remote_code: bool = False
     """Run the Python code that the model's repository or folder brings. Read it first."""
     code_revision: Revision | None = None

@@ -106,7 +106,7 @@ def fetch_slice(config: Config, model: str) -> str:
     """What `models` depends on: where the model comes from and how its FFN is named."""
     entry = config.models[model]
     allowed = {key for key in ("trust_remote_code", "allow_pickle") if getattr(entry, key)}
-    keys = {"path", "hub", "revision", "code_revision", "modules", *allowed}
+    keys = {"path", "hub", "revision", "code_revision", "tokenizer", "modules", *allowed}
     return _json(entry.model_dump(include=keys, exclude_none=True))
 
 

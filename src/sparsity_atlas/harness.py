@@ -18,6 +18,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from sparsity_atlas.calibration import Calibration, check_disjoint, read_calibration
+from sparsity_atlas.causality import check_causal
 from sparsity_atlas.code import code_version
 from sparsity_atlas.criteria import check_level, create, source_file
 from sparsity_atlas.criteria.base import SequenceCriterion
@@ -84,6 +85,7 @@ class HarnessLM(AtlasLM):
             prompts=PromptSettings.of(arguments.prompts()),
         )
         self.custom_prefix_token_id = arguments.prefix_token_id
+        check_causal(model)
         self._ffns = find_ffns(model, arguments.modules)
         if self._rule is not None:
             check_sites(arguments.pretrained, [arguments.site], list(self._ffns[0].sites()))

@@ -11,13 +11,14 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sparsity_atlas import cli
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.model_files import select
 from sparsity_atlas.store import canonical, file_digest
 
 if TYPE_CHECKING:
@@ -60,8 +61,20 @@ class Repository:
         )
         return resolved.resolved
 
-    def fetch(self, patterns: list[str], *, offline: bool = False) -> Path:
-        """The files at the top of the repository that match, in the cache; their folder.
+    def fetch(
+        self,
+        patterns: list[str],
+        # Other formats and parts of the repository are kept in folders.
+        exceptions: Sequence[str] = ("*/*",),
+        *,
+        offline: bool = False,
+    ) -> Path:
+        """The files of the repository that match, in the cache; their folder.
+
+        Args:
+            patterns: shell patterns of paths, in which * stands for folders, too.
+            exceptions: of those that are not wanted all the same.
+            offline: use the cache only.
 
         Raises:
             AtlasError: the Hub does not give them, or not as it names them itself.
@@ -75,15 +88,15 @@ class Repository:
                     repo_type=self.kind,
                     revision=self.revision,
                     allow_patterns=patterns,
-                    # Other formats and parts of the repository are kept in folders.
-                    ignore_patterns=["*/*"],
+                    ignore_patterns=list(exceptions) or None,
                     local_files_only=offline,
                 )
             )
         )
-        for path in sorted(folder.iterdir()):
-            if any(path.match(pattern) for pattern in patterns):
-                self._check(path)
+        there = (path for path in folder.rglob("*") if path.is_file())
+        found = sorted(path.relative_to(folder).as_posix() for path in there)
+        for path in select(found, patterns, exceptions):
+            self._check(folder / path)
         return folder
 
     def fetch_file(self, path: str) -> Path:

@@ -12,15 +12,18 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sparsity_atlas import criteria, grid, task_files
+from sparsity_atlas import criteria, grid, model_files, task_files
 from sparsity_atlas.checkpoint import Checkpoint
 from sparsity_atlas.config import Config
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.store import file_digest
+from sparsity_atlas.store import digest, file_digest
 from sparsity_atlas.terms import ALLOCATIONS, TENSORS
 
 # Where the configuration names local files: catalogue and key.
-_PATHS = (("models", "path"), ("criteria", "file"), ("texts", "file"), ("tasks", "include"))
+_PATHS = (
+    *(("models", "path"), ("models", "tokenizer"), ("criteria", "file"), ("texts", "file")),
+    ("tasks", "include"),
+)
 
 
 def locate(data: dict[str, Any], workflow: Path) -> dict[str, Any]:
@@ -34,7 +37,7 @@ def locate(data: dict[str, Any], workflow: Path) -> dict[str, Any]:
     """
     found = dict(data)
     for catalogue, key in _PATHS:
-        entries = data.get(catalogue)
+        entries = found.get(catalogue)
         if isinstance(entries, dict):
             found[catalogue] = {
                 name: {**entry, key: _beside(entry[key], workflow)}
@@ -142,11 +145,14 @@ def _model_digest(checkpoint: Checkpoint) -> str:
 
 
 def model_content(config: Config, model: str) -> str:
-    """Digest of a local model's files; empty for the Hub, where the revision says all.
+    """Digest of a model's local files; empty for the Hub, where the revision says all.
 
     A folder that cannot be used is left to the job, whose failure stays that model's own.
     """
     entry = config.models[model]
+    other = Path(entry.tokenizer) if entry.tokenizer is not None else None
+    if entry.path is None and other is not None and other.is_dir():
+        return digest(model_files.files_digest(other, code=entry.trust_remote_code))
     if entry.path is None or not os.path.isdir(entry.path):
         return ""
     try:
@@ -155,6 +161,7 @@ def model_content(config: Config, model: str) -> str:
                 Path(entry.path),
                 trust_remote_code=entry.trust_remote_code,
                 allow_pickle=entry.allow_pickle,
+                tokenizer=other,
             )
         )
     except AtlasError as error:

@@ -13,17 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsity_atlas import cli
+from sparsity_atlas import cli, model_files
 from sparsity_atlas.checkpoint import (
     PICKLE_INDEX,
     SAFE_INDEX,
     Checkpoint,
-    load,
-    load_tokenizer,
     shards,
 )
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.hub import Repository
+from sparsity_atlas.loading import load, load_tokenizer
 from sparsity_atlas.store import file_digest, read_manifest, write_manifest
 
 if TYPE_CHECKING:
@@ -42,7 +41,8 @@ def resolve(
     """A model's files: its local folder, or the Hub's snapshot in the cache (`HF_HOME`).
 
     Args:
-        source: as `grid.fetch_slice` gives it: `path`, or `hub` and `revision`, and what is allowed.
+        source: as `grid.fetch_slice` gives it: `path`, or `hub` and `revision`, and what is allowed;
+            `tokenizer`, the folder of another tokenizer.
         recorded: an earlier manifest, whose commits are used in place of the source's own revisions.
         offline: use the cache only.
         weights: whether the Hub's weights are needed, too.
@@ -63,11 +63,12 @@ def resolve(
         wanted = Repository("models", "model", source["hub"], revision)
         commit = wanted.commit(offline=offline)
         repository = replace(wanted, revision=commit)
-        small = [f"*{end}" for end in Checkpoint(Path(), **allowed).small()]
-        folder = repository.fetch(small, offline=offline)
+        for pair in model_files.patterns(code=allowed["trust_remote_code"]):
+            folder = repository.fetch(*pair, offline=offline)
         if weights:
             _fetch_weights(repository, folder, allowed["allow_pickle"], offline)
-    checkpoint = Checkpoint(folder, **allowed)
+    other = source.get("tokenizer")
+    checkpoint = Checkpoint(folder, **allowed, tokenizer=Path(other) if other else None)
     code = checkpoint.code_repository() if checkpoint.trust_remote_code else None
     if code is None:
         return checkpoint, commit
@@ -116,20 +117,30 @@ def from_manifest(path: Path) -> tuple[dict[str, Any], Checkpoint]:
 
 
 def describe(checkpoint: Checkpoint, modules: dict[str, str] | None) -> dict[str, Any]:
-    """Architecture, sizes and proven sites of a model, as its manifest states them."""
+    """Architecture, sizes, tokenizer and proven sites of a model, as its manifest states them.
+
+    Raises:
+        AtlasError: it is not a whole, causal model of numbers whose FFNs can be found, or its tokenizer
+            does not give texts back.
+    """
+    from sparsity_atlas.causality import check_causal
+    from sparsity_atlas.model_size import count_parameters
     from sparsity_atlas.sites import find_ffns
+    from sparsity_atlas.whole import check_finite
 
     config = checkpoint.config()
     # A probe on meta weights would prove nothing: the real ones are loaded, once, on the CPU.
     model = load(checkpoint, dtype="auto", device="auto")
-    load_tokenizer(checkpoint)
+    check_finite(checkpoint, model)
+    check_causal(model)
+    tokenizer = _describe_tokenizer(checkpoint, model)
     ffns = find_ffns(model, modules)
-    total = model.num_parameters()
     return {
         "architecture": (config.get("architectures") or [type(model).__name__])[0],
         "model_type": config.get("model_type"),
         "dtype": config.get("dtype") or config.get("torch_dtype"),
-        "parameters": {"total": total, "non_embedding": total - _embedding_parameters(model)},
+        "parameters": count_parameters(model),
+        "tokenizer": tokenizer,
         "layers": len(ffns),
         "hidden": ffns[0].hidden,
         "width": max(ffn.width for ffn in ffns),
@@ -139,27 +150,28 @@ def describe(checkpoint: Checkpoint, modules: dict[str, str] | None) -> dict[str
     }
 
 
+def _describe_tokenizer(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
+    from sparsity_atlas.bos import begins_with_bos
+    from sparsity_atlas.tokenizer_check import check_tokenizer
+
+    tokenizer = load_tokenizer(checkpoint)
+    embedding = getattr(model.get_input_embeddings(), "weight", None)
+    rows = None if embedding is None else embedding.shape[0]
+    folder = checkpoint.tokenizer or checkpoint.folder
+    return {
+        "class": type(tokenizer).__name__,
+        "tokens": len(tokenizer),
+        "begins_with_bos": begins_with_bos(tokenizer, None),
+        "changes": check_tokenizer(tokenizer, folder, rows),
+    }
+
+
 def _activation(model: PreTrainedModel, activation: Activation) -> str:
     """What the nonlinearity is, by its function or its module's class: silu, relu, ..."""
     if activation.path is None:
         return activation.name.lower()
     kind = type(model.get_submodule(activation.path)).__name__
     return kind.removesuffix("Activation").lower()
-
-
-def _embedding_parameters(model: PreTrainedModel) -> int:
-    """Parameters of token and position embeddings and of the output head, shared ones once."""
-    import torch
-
-    tables = {
-        id(module.weight): module.weight
-        for module in model.modules()
-        if isinstance(module, torch.nn.Embedding)
-    }
-    head = model.get_output_embeddings()
-    if head is not None:
-        tables[id(head.weight)] = head.weight
-    return sum(table.numel() for table in tables.values())
 
 
 def main() -> None:
@@ -198,6 +210,8 @@ def main() -> None:
         f"{description['parameters']['total']:,}",
         ", ".join(description["sites"]),
     )
+    for change in description["tokenizer"]["changes"]:
+        cli.logger.info("%s: its tokenizer changes texts: %s", arguments.name, change)
 
 
 def code_record(checkpoint: Checkpoint, revision: str | None) -> dict[str, Any]:
@@ -210,7 +224,8 @@ def code_record(checkpoint: Checkpoint, revision: str | None) -> dict[str, Any]:
             "repository": repository,
             "revision": checkpoint.code_revision or revision,
             "files": {
-                path.name: file_digest(path) for path in sorted(checkpoint.folder.glob("*.py"))
+                path.relative_to(checkpoint.folder).as_posix(): file_digest(path)
+                for path in checkpoint.code_files()
             },
         }
     }

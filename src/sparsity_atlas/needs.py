@@ -42,7 +42,7 @@ class Sizes:
     """Of a model.
 
     Attributes:
-        parameters: all of them.
+        parameters: all that are in memory.
         token_bytes: of one token's activations in the FFN that is running.
         layers: how many.
     """
@@ -107,7 +107,7 @@ class Needs:
                 return None
             factors = manifest["hidden"] + 3 * manifest["width"]
             self._sizes[model] = Sizes(
-                manifest["parameters"]["total"], 4 * factors, manifest["layers"]
+                manifest["parameters"]["loaded"], 4 * factors, manifest["layers"]
             )
         return self._sizes[model]
 

@@ -58,8 +58,8 @@ def find_ffns(model: nn.Module, modules: dict[str, str] | None = None) -> list[F
     layers = getattr(text, "num_hidden_layers", None)
     _refuse(model, text)
     named = expand(model, modules, layers) if modules else None
-    ids = _random_ids(model, text)
-    run = _forward(model, ids)
+    ids = random_ids(model, (PROBE_BATCH, PROBE_TOKENS))
+    run = forward_of(model, ids)
     with torch.no_grad(), _evaluating(model):
         with ExitStack() as stack:
             search = Search(model, ids.numel(), named, _named_functions(text))
@@ -80,7 +80,8 @@ def find_ffns(model: nn.Module, modules: dict[str, str] | None = None) -> list[F
         return whole if proves_attention(whole, run) else ffns
 
 
-def _forward(model: nn.Module, ids: torch.Tensor) -> Callable[[], Any]:
+def forward_of(model: nn.Module, ids: torch.Tensor) -> Callable[[], Any]:
+    """A forward pass of the model over some token ids [batch, tokens], without a cache."""
     parameters = signature(model.forward).parameters
     # A cache would only cost memory, and some architectures refuse to make one for few layers.
     options = {"use_cache": False} if "use_cache" in parameters else {}
@@ -140,20 +141,22 @@ def _refuse(model: nn.Module, text: Any) -> None:
             )
 
 
-def _random_ids(model: nn.Module, text: Any) -> torch.Tensor:
+def random_ids(model: nn.Module, shape: tuple[int, int]) -> torch.Tensor:
     """Token ids [batch, tokens], the same at each call, without those that the config reserves."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
     embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
     size = getattr(text, "vocab_size", None) or (embedding.num_embeddings if embedding else None)
     if size is None:
         raise AtlasError(f"{type(model).__name__}: no vocabulary size and no embedding to tell it")
     reserved: set[int] = set()
-    for config in (getattr(model, "config", None), text):
-        for key, value in vars(config).items() if config is not None else ():
+    for one in (config, text):
+        for key, value in vars(one).items() if one is not None else ():
             if key.endswith(("_token_id", "_token_index")):
                 reserved.update(value if isinstance(value, list | tuple) else (value,))
     usable = torch.tensor([i for i in range(min(size, 4096)) if i not in reserved] or [0])
     generator = torch.Generator().manual_seed(0)
-    choice = torch.randint(len(usable), (PROBE_BATCH, PROBE_TOKENS), generator=generator)
+    choice = torch.randint(len(usable), shape, generator=generator)
     device = (embedding.weight if embedding else next(model.parameters())).device
     return usable[choice].to(device)
 

@@ -45,7 +45,7 @@ def test_the_smoke_configuration_without_accounting(smoke: Checkout, tmp_path: P
     # float32 on the CPU; an FFN has 7 factors of the width of the small model's input and of its own.
     manifest = read_manifest(checkout.results / "zoo-small/model.json")
     token = 4 * (manifest["hidden"] + 3 * manifest["width"])
-    expected = 3000 + (4 * manifest["parameters"]["total"] + 16 * 2048 * token) // 2**20
+    expected = 3000 + (4 * manifest["parameters"]["loaded"] + 16 * 2048 * token) // 2**20
     # A capture holds a batch of its own sequences beside that, four layers of it.
     capture = expected + 4 * 16 * 64 * token // 2**20
     assert {(job["rule"], resources(job)["mem"]) for job in jobs if job["rule"] in gpu} == {

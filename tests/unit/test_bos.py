@@ -9,8 +9,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sparsity_atlas.bos import begins_with_bos
-from sparsity_atlas.checkpoint import Checkpoint, load_tokenizer
+from sparsity_atlas.checkpoint import Checkpoint
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.loading import load_tokenizer
 from tiny_lm import tiny_tokenizer
 
 BOS, EOS = 1, 2
@@ -84,7 +85,10 @@ def test_what_a_tokenizer_does_by_itself(
     ("tokenizer", "message"),
     [
         (ByT5Tokenizer(bos_token="<s>"), "ByT5Tokenizer puts no BOS token before a text"),
-        (words({"The": 0}, None, unk_token="The"), "the tokenizer has no BOS token"),
+        (
+            words({"The": 0, "of": 1, "a": 2}, None, unk_token="The"),
+            "the tokenizer has no BOS token",
+        ),
     ],
 )
 def test_bos_that_cannot_be_put_is_refused(

@@ -15,11 +15,12 @@ from torch.nn import functional as F
 
 from drawn_rows import rows
 from sparsity_atlas import kernels
-from sparsity_atlas.checkpoint import Checkpoint, load, load_tokenizer
+from sparsity_atlas.checkpoint import Checkpoint
 from sparsity_atlas.criteria import Criterion, create
 from sparsity_atlas.criteria.shifted_relu import inverse
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.ffn import FFN
+from sparsity_atlas.loading import load, load_tokenizer
 from sparsity_atlas.place import Place
 from sparsity_atlas.sites import find_ffns, observe
 from sparsity_atlas.sparsify import dropping

@@ -17,6 +17,7 @@ from sparsity_atlas.config import Config
 from sparsity_atlas.devices import pick_device, pick_dtype
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluate import Node, Session
+from sparsity_atlas.loading import blank
 from sparsity_atlas.models import check_sites, load, load_tokenizer, resolve
 from sparsity_atlas.plan.dry_run import DryLM, TaskCost, count
 from sparsity_atlas.plan.rates import TimedLM, free_memory, node_seconds
@@ -113,9 +114,9 @@ def look(
     try:
         checkpoint = find(json.loads(grid.fetch_slice(config, name)))
         with torch.device("meta"):
-            blank = checkpoint.blank()
+            empty = blank(checkpoint)
         lm = DryLM(
-            blank,
+            empty,
             load_tokenizer(checkpoint, add_bos_token=settings["add_bos_token"]),
             **{key: settings[key] for key in ("batch_size", "max_length")},
             prompts=PromptSettings.of(settings),
@@ -123,9 +124,9 @@ def look(
     except (AtlasError, OSError, ValueError, KeyError) as error:
         unknowns.note(name, error)
         return outlook
-    outlook.parameters = blank.num_parameters()
-    outlook.dtype = _dtype(settings, blank)
-    outlook.shapes = _shapes(manifest, blank)
+    outlook.parameters = empty.num_parameters()
+    outlook.dtype = _dtype(settings, empty)
+    outlook.shapes = _shapes(manifest, empty)
     for task in tasks.values():
         try:
             with tempfile.TemporaryDirectory() as scratch:
