@@ -106,6 +106,46 @@ def _by_member(path: str, proved: list[Hypothesis]) -> dict[str, list[Hypothesis
     return inside
 
 
+def _without_ffn(
+    path: str, members: nn.ModuleList, inside: dict[str, list[Hypothesis]]
+) -> str | None:
+    """Why some layers have no FFN of their own to be named, if that can be seen of them."""
+    owner: dict[int, int] = {}
+    for layer, member in enumerate(members):
+        for name, parameter in member.named_parameters():
+            first = owner.setdefault(id(parameter), layer)
+            if first != layer:
+                return (
+                    f"{path}.{first} and {path}.{layer} share {name}: layers that share their weights "
+                    "are not supported"
+                )
+    bare = [index for index, member in enumerate(members) if _only_mixes(member)]
+    if not bare or any(inside.get(str(index)) for index in bare):
+        return None
+    if len(bare) == len(members):
+        return "a state-space model: its layers have no FFN, whose activations could be sparse"
+    return (
+        f"layers without an FFN: {len(bare)} of {len(members)}, the first is {path}.{bare[0]}, a "
+        "state-space mixer: only models with an FFN in each layer are supported"
+    )
+
+
+def _only_mixes(layer: nn.Module) -> bool:
+    """Whether all matrices of a layer are beside a convolution over the tokens, in a state-space mixer.
+
+    Where a layer has an FFN too, that is another child of it.
+    """
+    children = [
+        child
+        for child in layer.children()
+        if any(parameter.dim() == 2 for parameter in child.parameters())
+    ]
+    return len(children) == 1 and any(
+        isinstance(module, nn.Conv1d) and module.groups == module.in_channels > 1
+        for module in children[0].modules()
+    )
+
+
 def _not_found(model: nn.Module, findings: Findings, layers: int | None) -> str:
     lists = [entry for entry in _lists(model) if layers in (None, len(entry[1]))]
     shown: nn.Module = model
@@ -114,6 +154,9 @@ def _not_found(model: nn.Module, findings: Findings, layers: int | None) -> str:
         # The decoder's own list is the one with the most parameters in it.
         path, members = max(lists, key=lambda entry: sum(p.numel() for p in entry[1].parameters()))
         inside = _by_member(path, findings.proved)
+        reason = _without_ffn(path, members, inside)
+        if reason is not None:
+            return f"{type(model).__name__}: {reason}"
         odd = [index for index in range(len(members)) if len(inside.get(str(index), [])) != 1]
         index = odd[0] if odd else 0
         shown, place, template = members[index], f"{path}.{index}", f"{path}.{{layer}}"

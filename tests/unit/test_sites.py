@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from sparsity_atlas.terms import ATTENTION_SITES, FFN_SITES
 from tiny_models import (
     ARCHITECTURES,
     EXPERTS,
+    GROUPED,
     HIDDEN,
     LAYERS,
     VOCABULARY,
@@ -257,11 +259,47 @@ def test_the_layer_without_an_ffn_is_the_one_that_is_shown() -> None:
         find_ffns(model)
 
 
-def test_a_model_without_ffns_is_refused() -> None:
-    config = AutoConfig.for_model(
-        "mamba", vocab_size=VOCABULARY, hidden_size=HIDDEN, state_size=4, num_hidden_layers=2
-    )
-    with pytest.raises(AtlasError, match="found 0 FFNs"):
+STATE_SPACE = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "state_size": 4}
+MAMBA2 = {"num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 4}
+ZAMBA2 = {
+    **{"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 40},
+    **{"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "num_mem_blocks": 1},
+    **{"hybrid_layer_ids": [1, 3], "num_attention_heads": 2, "attention_head_dim": 16},
+    **{"mamba_d_state": 4, "n_mamba_heads": 4, "mamba_headdim": 8, "mamba_ngroups": 1},
+    **{"chunk_size": 4, "adapter_rank": 4, "use_mamba_kernels": False},
+}
+NEMOTRON_H = {
+    **{"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 40},
+    **{"num_hidden_layers": 4, "hybrid_override_pattern": "M-*-", "num_attention_heads": 2},
+    **{"num_key_value_heads": 1, "mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 4},
+    **{"n_groups": 1, "chunk_size": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "says"),
+    [
+        ("mamba", STATE_SPACE, "a state-space model: its layers have no FFN"),
+        ("falcon_mamba", STATE_SPACE, "a state-space model: its layers have no FFN"),
+        ("mamba2", STATE_SPACE | MAMBA2, "a state-space model: its layers have no FFN"),
+        ("zamba2", ZAMBA2, r"layers\.1 and model\.layers\.3 share .*: layers that share"),
+        ("nemotron_h", NEMOTRON_H, r"layers without an FFN: 1 of 4, the first is model\.layers\.0"),
+    ],
+)
+def test_layers_without_an_ffn_of_their_own(kind: str, settings: dict[str, Any], says: str) -> None:
+    """Nobody is told to name what is not there."""
+    config = AutoConfig.for_model(kind, **{"num_hidden_layers": 2, **settings})
+    with pytest.raises(AtlasError, match=says) as caught:
+        find_ffns(AutoModelForCausalLM.from_config(config))
+    assert "modules:" not in str(caught.value)
+
+
+def test_a_model_whose_ffns_are_not_found_is_refused() -> None:
+    """A norm stands before its down projection."""
+    config = AutoConfig.for_model("bitnet", **GROUPED)
+    with pytest.raises(
+        AtlasError, match=r"found 0 FFNs .* name its modules in the config: modules:"
+    ):
         find_ffns(AutoModelForCausalLM.from_config(config))
 
 
