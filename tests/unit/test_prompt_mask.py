@@ -6,6 +6,7 @@ import math
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsity_atlas.criteria import create
+from sparsity_atlas.error_thresholds import ErrorTable
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluate import Node, evaluate_node
 from sparsity_atlas.output_error import sparse_output
@@ -22,7 +24,6 @@ from sparsity_atlas.scoring import Abilities
 from sparsity_atlas.sites import find_ffns
 from sparsity_atlas.sparsify import sparsified
 from sparsity_atlas.store import read_manifest
-from sparsity_atlas.thresholds import STEPS
 from tiny_lm import (
     CHOICE,
     GENERATION,
@@ -101,6 +102,12 @@ def test_the_prompt_s_mask_is_reused_in_generation() -> None:
         assert first[row, 0].nonzero().flatten().tolist() == sorted(best.tolist())
 
 
+def proportional(factor: float) -> dict[str, Tensor]:
+    """A calibration in which ε is this factor times the level."""
+    error = np.array([0, 1e-5, 1])
+    return ErrorTable(error, factor * error, np.array([True, False, True])).state()
+
+
 def test_tda_by_hand() -> None:
     """Over the prompt, the root of the mean square of a neuron's output must reach ε."""
 
@@ -110,7 +117,7 @@ def test_tda_by_hand() -> None:
         def column_norms(self) -> Tensor:
             return torch.tensor([1.0, 2, 3])
 
-    bound = create({"rule": "tda"}).bind(Place3(), {"table": torch.arange(STEPS + 1) / 1000})
+    bound = create({"rule": "tda"}).bind(Place3(), proportional(10))
     # Outputs in the prompt: 5 and 0, 6 and 6, 3 and 3; their means are √12.5 = 3.54, 6 and 3.
     values = torch.tensor([[[5.0, 3, 1], [0, 3, 1], [7, 7, 7], [7, 7, 7]]])
     valid = torch.ones(1, 4, dtype=torch.bool)
@@ -132,15 +139,14 @@ def test_tda_against_float64(seed: int, step: int) -> None:
         def column_norms(self) -> Tensor:
             return norms
 
-    table = torch.linspace(0, 3, STEPS + 1)
-    bound = create({"rule": "tda"}).bind(Place12(), {"table": table})
+    bound = create({"rule": "tda"}).bind(Place12(), proportional(3))
     values = torch.randn(2, 9, 12, generator=draw)
     valid = torch.ones(2, 9, dtype=torch.bool)
-    found = bound.mask_sequences(values, valid, "scoring", step / STEPS)
+    found = bound.mask_sequences(values, valid, "scoring", step / 10_000)
     assert found[:, :5].all()  # five of nine are the prompt
     rms = values[:, :5].double().square().mean(1).sqrt() * norms.double()
-    wanted = rms >= float(table[step])
-    clear = (rms - float(table[step])).abs() > 1e-5
+    wanted = rms >= 3 * step / 10_000
+    clear = (rms - 3 * step / 10_000).abs() > 1e-5
     for later in found[:, 5:].unbind(1):
         assert torch.equal(later[clear], wanted[clear])
 
