@@ -80,10 +80,12 @@ def capture(
     """
     import torch
 
+    from sparsity_atlas.positions import check_positions
     from sparsity_atlas.sites import bind_ffns, observe
     from sparsity_atlas.spool import HostCopy, Writer, copy_stream
 
     model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
+    check_positions(model, ids.shape[1], "capture: sequence_length")
     ffns = bind_ffns(model, manifest["ffn"])
     dtype = str(model.dtype).removeprefix("torch.")
     sequences, positions = ids.shape

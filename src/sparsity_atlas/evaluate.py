@@ -104,6 +104,7 @@ class Session:
         """
         manifest, checkpoint = from_manifest(manifest_path)
         from sparsity_atlas.lm import AtlasLM
+        from sparsity_atlas.positions import check_positions
         from sparsity_atlas.prompts import PromptSettings
         from sparsity_atlas.sites import bind_ffns
         from sparsity_atlas.tasks import load_tasks
@@ -118,6 +119,7 @@ class Session:
             max_length=settings["max_length"],
             prompts=PromptSettings.of(settings),
         )
+        check_positions(model, lm.max_length, f"models.{manifest['name']}: max_length")
         identity = {
             "model": manifest["digest"],
             "dtype": str(model.dtype).removeprefix("torch."),

@@ -27,6 +27,7 @@ from sparsity_atlas.harness_arguments import Arguments, parse
 from sparsity_atlas.lm import AtlasLM
 from sparsity_atlas.models import check_sites, load, load_tokenizer, resolve
 from sparsity_atlas.outcome import sparsity
+from sparsity_atlas.positions import check_positions
 from sparsity_atlas.prompts import PromptSettings
 from sparsity_atlas.sites import find_ffns
 from sparsity_atlas.sparsify import counted, slots_of, sparsified
@@ -84,6 +85,7 @@ class HarnessLM(AtlasLM):
             max_length=arguments.max_length,
             prompts=PromptSettings.of(arguments.prompts()),
         )
+        check_positions(model, self.max_length, "max_length")
         self.custom_prefix_token_id = arguments.prefix_token_id
         check_causal(model)
         self._ffns = find_ffns(model, arguments.modules)

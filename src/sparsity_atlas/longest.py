@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.errors import AtlasError, TaskFailure
 from sparsity_atlas.hypotheses import relative_error
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ class Lengths:
 
         Raises:
             AtlasError: it remembers a long sequence where its state cannot be found.
+            TaskFailure: it does not run so many tokens.
         """
         if not self.crossed(reach):
             return False
@@ -97,7 +98,15 @@ class Lengths:
         # No length is exceeded by this one: how far rounding alone goes.
         within = self._hidden(long[:allowed], few)
         before = _memory(modules)
-        beyond = self._hidden(long, few)
+        try:
+            beyond = self._hidden(long, few)
+        except torch.OutOfMemoryError:
+            raise
+        except (IndexError, RuntimeError, ValueError) as error:
+            raise TaskFailure(
+                f"max_length: the model does not run {len(long)} tokens, {allowed} may be all that it can "
+                f"({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+            ) from None
         # Of what changes with a length, and not with the first pass of all, a module's whole state is
         # kept.
         changed = {
