@@ -33,7 +33,7 @@ def through_atlas(
 
 
 def plainly(
-    session: Session, task: str, folder: Path, batch_size: int, **options: Any
+    session: Session, task: str | dict | list, folder: Path, batch_size: int, **options: Any
 ) -> dict[str, Any]:
     """lm-eval's outcome with its own model class over the same folder, as its command is used."""
     lm = HFLM(
@@ -43,9 +43,10 @@ def plainly(
         batch_size=batch_size,
         **options.pop("lm", {}),
     )
+    tasks = task if isinstance(task, list) else [task]
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     return evaluator.simple_evaluate(
-        model=lm, tasks=[task], task_manager=manager, bootstrap_iters=0, **options
+        model=lm, tasks=tasks, task_manager=manager, bootstrap_iters=0, **options
     )
 
 

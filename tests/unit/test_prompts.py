@@ -11,6 +11,7 @@ import pytest
 from plain_lm import answers, assert_same, flat, plainly, through_atlas
 from sparsity_atlas.evaluate import Session
 from tiny_lm import (
+    CHAT,
     CHOICE,
     GENERATION,
     LAST_WORD,
@@ -44,7 +45,11 @@ class Place:
 
     def __init__(self, folder: Path, **options: Any) -> None:
         self.folder = save_model(folder / "model", **options)
-        self.manifest = write_model_manifest(self.folder, folder / "model.json")
+        self.describe()
+
+    def describe(self) -> None:
+        """Write the manifest, anew after an edit."""
+        self.manifest = write_model_manifest(self.folder, self.folder.with_suffix(".json"))
 
     def session(self, tasks: dict[str, Any], **changes: Any) -> Session:
         return open_session(self.manifest, tasks, **changes)
@@ -92,3 +97,66 @@ def test_a_text_that_itself_begins_with_bos(
     outcomes = through_atlas(places[own].session(entries), None, tmp_path / "dense", monkeypatch)
     bare, marked = ([answer[0] for answer in answers(outcomes[name]).values()] for name in entries)
     assert flat(bare) == pytest.approx(flat(marked))
+
+
+# What a chat template may do about BOS and about thinking.
+TEMPLATES = {
+    "plain": CHAT,
+    "writes-bos": "{{ bos_token }}" + CHAT,
+    "thinks": CHAT.replace("<assistant> ", "<assistant> <think>\\n"),
+}
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Tasks of each request type with a chat in view: turns of examples, a begun answer, a description."""
+    folder = tmp_path_factory.mktemp("talks")
+    shots = {"fewshot_split": "test", "num_fewshot": 2, "fewshot_config": {"sampler": "first_n"}}
+    described = {"description": "Say which. "}
+    return {
+        "shots": write_task(folder, "shots", choice_documents(3), **CHOICE, **shots),
+        "begun": write_task(folder, "begun", choice_documents(2), **CHOICE, gen_prefix="So:"),
+        "rolling": write_task(folder, "rolling", rolling_documents(2, 3)[1:], **ROLLING),
+        "last": write_task(folder, "last", rolling_documents(3, 3), **LAST_WORD, **described),
+        "words": write_task(folder, "words", rolling_documents(3, 4), **GENERATION),
+        "opened": write_task(
+            folder, "opened", rolling_documents(3, 5), **GENERATION, gen_prefix="It is ", **shots
+        ),
+    }
+
+
+def merged(outcomes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The outcomes of tasks as one, as if they had been run together."""
+    keys = ("results", "samples")
+    return {key: {k: v for one in outcomes.values() for k, v in one[key].items()} for key in keys}
+
+
+def assert_same_prompts(ours: dict[str, Any], plain: dict[str, Any]) -> None:
+    """What lm-eval passed to the model, and what came back."""
+    for task, samples in plain["samples"].items():
+        pairs = zip(ours["samples"][task], samples, strict=True)
+        assert all(one["arguments"] == other["arguments"] for one, other in pairs)
+    assert_same(ours, plain)
+
+
+@pytest.mark.parametrize("bos", BOS)
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_chat_prompts(
+    talks: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, own: bool, bos: Any
+) -> None:
+    place = Place(tmp_path, bos=own, max_position_embeddings=160)
+    (place.folder / "chat_template.jinja").write_text(TEMPLATES[template])
+    place.describe()
+    session = place.session(talks, add_bos_token=bos, apply_chat_template=True, lm_eval_prefix=True)
+    outcomes = through_atlas(session, None, tmp_path / "dense", monkeypatch)
+    plain = plainly(
+        *(session, list(talks), Path(talks["shots"]["include"]), 4),
+        lm={"add_bos_token": bos},
+        apply_chat_template=True,
+        fewshot_as_multiturn=True,
+    )
+    assert_same_prompts(merged(outcomes), plain)
+    context = outcomes["shots"]["samples"]["shots"][0]["arguments"][0][0]
+    assert context.count("<assistant>") == 3
+    assert ("<think>" in context) is (template == "thinks")
