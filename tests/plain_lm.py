@@ -89,3 +89,17 @@ def assert_same(ours: dict[str, Any], plain: dict[str, Any]) -> None:
                 tolerance = 0 if key.startswith(("acc", "exact_match")) else 1e-4
                 assert ours["results"][name][key] == pytest.approx(value, rel=tolerance, abs=0)
     assert ours.get("groups") == plain.get("groups")
+
+
+def merged(outcomes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The outcomes of tasks as one, as if they had been run together."""
+    keys = ("results", "samples")
+    return {key: {k: v for one in outcomes.values() for k, v in one[key].items()} for key in keys}
+
+
+def assert_same_prompts(ours: dict[str, Any], plain: dict[str, Any]) -> None:
+    """What lm-eval passed to the model, and what came back."""
+    for task, samples in plain["samples"].items():
+        pairs = zip(ours["samples"][task], samples, strict=True)
+        assert all(one["arguments"] == other["arguments"] for one, other in pairs)
+    assert_same(ours, plain)

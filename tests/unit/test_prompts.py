@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from plain_lm import answers, assert_same, flat, plainly, through_atlas
+from plain_lm import answers, assert_same, assert_same_prompts, flat, merged, plainly, through_atlas
 from sparsity_atlas.evaluate import Session
 from tiny_lm import (
     CHAT,
@@ -123,20 +123,6 @@ def talks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
             folder, "opened", rolling_documents(3, 5), **GENERATION, gen_prefix="It is ", **shots
         ),
     }
-
-
-def merged(outcomes: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The outcomes of tasks as one, as if they had been run together."""
-    keys = ("results", "samples")
-    return {key: {k: v for one in outcomes.values() for k, v in one[key].items()} for key in keys}
-
-
-def assert_same_prompts(ours: dict[str, Any], plain: dict[str, Any]) -> None:
-    """What lm-eval passed to the model, and what came back."""
-    for task, samples in plain["samples"].items():
-        pairs = zip(ours["samples"][task], samples, strict=True)
-        assert all(one["arguments"] == other["arguments"] for one, other in pairs)
-    assert_same(ours, plain)
 
 
 @pytest.mark.parametrize("bos", BOS)
