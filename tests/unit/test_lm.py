@@ -472,6 +472,35 @@ def test_a_failed_task_leaves_the_others_alone(
 # Odd requests
 
 
+def test_requests_that_run_the_same_tokens_but_score_more_or_fewer_of_them(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = [
+        {"context": "the old cat", "target": " sees a"},
+        {"context": "the old cat sees", "target": " the"},
+    ]
+    sides = {"doc_to_text": "{{context}}", "doc_to_target": "{{target}}"}
+    entry = write_task(tmp_path / "tasks", "split", documents, **LAST_WORD | sides)
+    session = open_session(manifest, {"split": entry})
+    ours = through_atlas(session, None, tmp_path / "dense", monkeypatch)["split"]
+    plain, cached = (
+        plainly(session, "split", tmp_path / "tasks", 4, lm={"logits_cache": cache})
+        for cache in (False, True)
+    )
+    assert_same(ours, plain)
+    # With its cache, which is the default, lm-eval reads the shorter continuation at the first of the
+    # longer one's tokens.
+    right, wrong = (answers(one)["split", 1, "none"][0][0][0][0] for one in (ours, cached))
+    whole = session.lm.tok_encode(" sees a")
+    with torch.no_grad():
+        ids = session.lm.tok_encode("the old cat sees")
+        scores = session.lm.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    (token,) = session.lm.tok_encode(" the")
+    assert right == pytest.approx(float(scores[-1, token]), abs=1e-4)
+    assert wrong == pytest.approx(float(scores[-len(whole), token]), abs=1e-4)
+    assert abs(right - wrong) > 0.1
+
+
 def test_what_is_longer_than_the_context_is_counted(
     catalogue: dict, manifest: Path, tmp_path: Path
 ) -> None:
