@@ -97,7 +97,7 @@ class GeneratingLM(PromptLM):
                 max_length=max_length,
                 stopping_criteria=StoppingCriteriaList([*stops, watch]),
                 logits_processor=LogitsProcessorList([self._logits]),
-                pad_token_id=self.tokenizer.pad_token_id,
+                pad_token_id=self.padding_id,
                 use_cache=True,
                 **generation_kwargs,
             )

@@ -99,6 +99,7 @@ class HarnessLM(AtlasLM):
             **{"model_revision": source.get("revision"), "model_sha": commit},
         }
         self._usages: list[Usage] = []
+        self._thinks = bool(arguments.enable_thinking)
 
     def set_cache_hook(self, cache_hook: object) -> None:
         """Refuse lm-eval's cache of answers, whose keys do not know the model or its level.
@@ -137,7 +138,16 @@ class HarnessLM(AtlasLM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """See `AtlasLM.loglikelihood`."""
+        """See `AtlasLM.loglikelihood`.
+
+        Raises:
+            AtlasError: a chain of thought is asked for, which an answer option cannot follow.
+        """
+        if self._thinks:
+            raise AtlasError(
+                f"model_args: enable_thinking: '{requests[0].task_name}' scores given answers, "
+                "which no chain of thought precedes; leave it out, as lm-eval demands, too"
+            )
         return self._run("loglikelihood", requests, super().loglikelihood)
 
     def loglikelihood_rolling(

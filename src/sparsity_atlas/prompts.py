@@ -15,6 +15,7 @@ from sparsity_atlas.store import digest
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sparsity_atlas.work import Encoding
@@ -66,6 +67,9 @@ class PromptLM(HFLM):
         """
         self.prompts = prompts or PromptSettings()
         self.bos = begins_with_bos(tokenizer, self.prompts.add_bos_token)
+        # Where a tokenizer has none of these, HFLM adds a token, which the model has no embedding of.
+        tokens = (tokenizer.pad_token, tokenizer.unk_token, tokenizer.eos_token)
+        self._lacks_padding = not any(tokens)
         super().__init__(
             pretrained=model,
             tokenizer=tokenizer,
@@ -128,6 +132,14 @@ class PromptLM(HFLM):
         own = super().eot_token_id
         return self._of_model("eos_token_id") if own is None else own
 
+    @property
+    def padding_id(self) -> int:
+        """What stands where a batch's row has no token; the tokenizer's, unless it has none."""
+        if not self._lacks_padding:
+            return self.tokenizer.pad_token_id
+        # What follows an end token is cut with it; where there is none, rows end at a stop string.
+        return self.eot_token_id or 0
+
     def _of_model(self, *names: str) -> int | None:
         """The first of these ids that the model's own configuration gives, and the tokenizer knows."""
         for name in names:
@@ -154,6 +166,11 @@ class PromptLM(HFLM):
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str | None:
         """The text of token ids; see `HFLM.tok_decode`. None for no token: there is no end token."""
         return None if tokens is None else super().tok_decode(tokens, skip_special_tokens)
+
+    def tok_batch_encode(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """Padded token ids of texts and their mask; see `HFLM.tok_batch_encode`."""
+        ids, mask = super().tok_batch_encode(*arguments, **options)
+        return ids.masked_fill(mask == 0, self.padding_id), mask
 
     # Requests
 

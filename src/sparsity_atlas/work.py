@@ -146,11 +146,18 @@ def _request(
     max_length: int,
     counted: bool,
 ) -> forest.Request:
-    if not 0 < len(continuation) <= max_length:
-        raise TaskFailure(
-            f"'{request.task_name}', document {request.doc_id}: max_length: "
-            f"{len(continuation)} tokens to score, at most {max_length} and at least 1 can be"
+    fault = None
+    if not continuation:
+        fault = (
+            f"nothing to score: {request.args[1]!r} comes to no token of its own after its context, "
+            "with whose end the tokenizer joins it"
         )
+    elif not context:
+        fault = f"the context {request.args[0]!r} comes to no token that the answer could follow"
+    elif len(continuation) > max_length:
+        fault = f"max_length: {len(continuation)} tokens to score, at most {max_length} can be"
+    if fault:
+        raise TaskFailure(f"'{request.task_name}', document {request.doc_id}: {fault}")
     # As HFLM cuts it; the last token is not run.
     tokens = (context + continuation)[-(max_length + 1) :]
     return forest.Request(tokens, len(continuation), owner, counted)

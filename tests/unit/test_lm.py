@@ -562,7 +562,7 @@ def test_a_continuation_longer_than_the_context_fails_its_task(
     session = open_session(manifest, {"lengthy": entry})
     (result,) = evaluate_node(session, None, tmp_path / "dense")["tasks"].values()
     assert result["status"] == "failed"
-    assert re.search(r"max_length: .* tokens to score, at most 48 and", result["reason"])
+    assert re.search(r"max_length: .* tokens to score, at most 48 can", result["reason"])
 
 
 def test_beam_search_is_refused(manifest: Path, tmp_path: Path) -> None:

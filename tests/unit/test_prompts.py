@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lm_eval.models.huggingface import HFLM
+from transformers.utils import chat_template_utils
 
 from plain_lm import answers, assert_same, assert_same_prompts, flat, merged, plainly, through_atlas
-from sparsity_atlas.evaluate import Session
+from sparsity_atlas.errors import AtlasError, TaskFailure
+from sparsity_atlas.evaluate import Session, evaluate_node
 from tiny_lm import (
     CHAT,
     CHOICE,
@@ -146,3 +150,141 @@ def test_chat_prompts(
     context = outcomes["shots"]["samples"]["shots"][0]["arguments"][0][0]
     assert context.count("<assistant>") == 3
     assert ("<think>" in context) is (template == "thinks")
+
+
+def clock(monkeypatch: pytest.MonkeyPatch, day: int) -> None:
+    """Let transformers' chat templates believe in a day of January 2031."""
+
+    class Fake(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:
+            return cls(2031, 1, day)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Fake)
+
+
+def test_a_template_s_date_stands_still(
+    tasks: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(tmp_path, chat=True, max_position_embeddings=160)
+    one = {"choice": tasks["choice"]}
+    chatting = {"apply_chat_template": True}
+
+    def contexts(session: Session) -> set[str]:
+        samples = session.prepared("choice").leaves["choice"].instances
+        return {sample.args[0].split("<")[0] for sample in samples}
+
+    plain = place.session(one, **chatting, chat_date="2030-02-03")
+    assert "chat_date" not in plain.identity
+    (place.folder / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + CHAT)
+    place.describe()
+    found = []
+    for day in (1, 2):
+        clock(monkeypatch, day)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"machine-{day}"))
+        session = place.session(one, **chatting)
+        found.append((contexts(session), session.identity))
+        (theirs,) = [HFLM.apply_chat_template(session.lm, [{"role": "user", "content": "x"}])]
+        assert theirs.startswith(f"0{day} Jan 2031")  # the clock is believed in
+    assert found[0] == found[1]
+    assert found[0][0] == {"26 Jul 2024"}
+    # On the same machine, whose cache holds prompts of the other date.
+    other = place.session(one, **chatting, chat_date="2030-02-03")
+    assert contexts(other) == {"03 Feb 2030"}
+    assert other.identity == found[0][1] | {"chat_date": "2030-02-03"}
+
+
+REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no such role') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (REFUSES + CHAT, "no such role"),
+        ("{% for message in messages[-1:] %}{{ message['content'] }}{% endfor %}", "not print it"),
+    ],
+)
+def test_a_template_without_system_messages(
+    talks: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture, template: str, reason: str
+) -> None:
+    place = Place(tmp_path)
+    (place.folder / "chat_template.jinja").write_text(template)
+    place.describe()
+    described = {"last": talks["last"]}
+    with pytest.raises(AtlasError, match=f"system_instruction: the chat template .*{reason}"):
+        place.session(described, apply_chat_template=True, system_instruction="Be brief.")
+    with caplog.at_level("INFO", "sparsity_atlas"):
+        place.session(described, apply_chat_template=True).prepared("last")
+    assert caplog.text.count("descriptions of tasks are left out") == 1
+    # Without the template, the instruction is plain text.
+    place.session(described, system_instruction="Be brief.").prepared("last")
+
+
+def test_a_template_that_cannot_be_applied_fails_the_task(tasks: dict, tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    (place.folder / "chat_template.jinja").write_text("{{ raise_exception('say it otherwise') }}")
+    place.describe()
+    session = place.session({"choice": tasks["choice"]}, apply_chat_template=True)
+    with pytest.raises(TaskFailure, match="chat template cannot be applied: say it otherwise"):
+        session.prepared("choice")
+
+
+def lacking(folder: Path, *tokens: str, model: bool = False) -> None:
+    """Take special tokens from a tokenizer, and from the model's own configuration too."""
+    files = {"tokenizer_config.json": [f"{token}_token" for token in tokens]}
+    if model:
+        ids = [f"{token}_token_id" for token in tokens]
+        files |= {"config.json": ids, "generation_config.json": ids}
+    for name, keys in files.items():
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**content, **dict.fromkeys(keys)}))
+
+
+@pytest.mark.parametrize("tokens", [("eos",), ("bos", "eos"), ("pad", "bos", "eos")])
+def test_the_model_s_own_ids_where_the_tokenizer_has_none(
+    places: dict, tasks: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: tuple
+) -> None:
+    place = Place(tmp_path)
+    whole = place.session(tasks)
+    plain = plainly(whole, list(tasks), Path(tasks["choice"]["include"]), 4)
+    lacking(place.folder, *tokens)
+    place.describe()
+    session = place.session(tasks)
+    assert session.lm.tokenizer.eos_token is None
+    outcomes = through_atlas(session, None, tmp_path / "dense", monkeypatch)
+    assert_same_prompts(merged(outcomes), plain)
+
+
+def test_where_nobody_has_ids_only_what_needs_one_fails(tasks: dict, tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    lacking(place.folder, "pad", "bos", "eos", model=True)
+    place.describe()
+    alone = write_task(tmp_path, "alone", choice_documents(2), **CHOICE | {"doc_to_text": ""})
+    result = evaluate_node(place.session({**tasks, "alone": alone}), None, tmp_path / "dense")
+    for name, task in result["tasks"].items():
+        assert task["status"] == ("failed" if name in ("rolling", "alone") else "ok")
+        if task["status"] == "failed":
+            assert f"'{name}', document 0: its first token is predicted from BOS" in task["reason"]
+    assert result["run"]["prefix_token"] is None
+    assert result["tasks"]["words"]["tokens"]["generation"] > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "option", "reason"),
+    [
+        ("the hou", "se", "document 1: nothing to score: 'se' comes to no token of its own"),
+        ("the hou", "", "document 1: nothing to score: '' comes to no token"),
+        (" ", "t", "document 1: the context ' ' comes to no token"),
+        ("", "", "document 1: nothing to score: the continuation '' comes to no token"),
+    ],
+)
+def test_a_request_with_nothing_to_score_or_to_follow(
+    places: dict, tmp_path: Path, text: str, option: str, reason: str
+) -> None:
+    good = {"context": "the old", "choices": [" cat", " bird"], "label": 0}
+    bad = {"context": text, "choices": [option, "bird"], "label": 0}
+    changed = CHOICE | {"target_delimiter": ""}
+    entries = {"bad": write_task(tmp_path, "bad", [good, bad], **changed)}
+    result = evaluate_node(places[False].session(entries), None, tmp_path / "dense")
+    assert result["tasks"]["bad"]["status"] == "failed"
+    assert reason in result["tasks"]["bad"]["reason"]

@@ -149,6 +149,9 @@ def other_settings(**changes: Any) -> Any:
         fewer,
         other_settings(seed=7),
         other_settings(add_bos_token=True),
+        other_settings(lm_eval_prefix=True),
+        other_settings(system_instruction="Be brief."),
+        other_settings(gen_kwargs={"max_gen_toks": 3}),
     ],
 )
 def test_what_does_not_fit_is_built_anew(
