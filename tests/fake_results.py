@@ -15,7 +15,7 @@ import pyarrow as pa
 from sparsity_atlas import metrics, output_error, sensitivity, summarize
 from sparsity_atlas.bootstrap import TaskSamples
 from sparsity_atlas.critical import BARS, critical
-from sparsity_atlas.curves import curve_points
+from sparsity_atlas.curves import curve_points, estimate_all
 from sparsity_atlas.equal import equal_rows, write_equal
 from sparsity_atlas.parquet import write_parquet
 from sparsity_atlas.store import write_manifest
@@ -101,6 +101,7 @@ def write_curve(
 ) -> None:
     """All files of results/M/C/S, of its nodes only eval.json."""
     site = folder.name
+    estimates = estimate_all(tasks, replicates, 0)
     shares = {level: (1 - float(level)) ** 0.5 for level in levels}
     failures = [
         {"level": level, "task": task.task, "reason": "NaN in model.layers.1.mlp"}
@@ -114,9 +115,9 @@ def write_curve(
             "levels": list(levels),
             "points": [
                 {**asdict(one), "parameter_sparsity": one.sparsity}
-                for one in curve_points(tasks, levels, replicates)
+                for one in curve_points(estimates, levels)
             ],
-            "critical": [asdict(one) for one in critical(tasks, BARS, replicates)],
+            "critical": [asdict(one) for one in critical(estimates, BARS)],
             "layers": {
                 level: {
                     tensor: [share * (0.8 + 0.1 * layer) for layer in range(LAYERS)]
@@ -128,7 +129,7 @@ def write_curve(
             "failures": failures,
         },
     )
-    write_equal(folder / "equal_sparsity.parquet", equal_rows(tasks, replicates, 0))
+    write_equal(folder / "equal_sparsity.parquet", equal_rows(estimates))
     write_manifest(folder / "search.json", {"levels": [{"level": level} for level in levels]})
     for level in levels:
         write_manifest(folder / level / "eval.json", {"tasks": {}})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -15,6 +16,9 @@ Kind = Literal["accuracy", "loss"]
 # Elements of one block of resampling weights (float64: 32 MiB), so that memory does not grow
 # with replicates x clusters.
 _BLOCK = 2**22
+# With fewer independent units than this there is no interval: in simulations the 95 % interval from 3
+# of them held the truth 73 to 81 times of 100, from 5 87, from 12 89 to 93.
+FEWEST_UNITS = 10
 
 
 @dataclass(frozen=True)
@@ -87,20 +91,29 @@ class TaskSamples:
 class Estimates:
     """Level means of one task (or of the average): row 0 as measured, rows 1.. replicates.
 
+    units: clusters, or samples that stand for themselves; of the task with the fewest.
+    step: share of the score that one sample makes up.
     value, sparsity: [1 + B, L]; dense_value, dense_sparsity: [1 + B]; failed: [L].
-    value is NaN at a failed level, sparsity is NaN where unknown. Without at least two clusters
-    there is nothing to resample, and B is 0.
+    value is NaN at a failed level, sparsity is NaN where unknown. With fewer units than FEWEST_UNITS,
+    B is 0.
     """
 
     task: str
     kind: Kind
     items: int
+    units: int
+    step: float
     chance: float | None
     value: np.ndarray
     sparsity: np.ndarray
     dense_value: np.ndarray
     dense_sparsity: np.ndarray
     failed: np.ndarray
+
+    def first(self, replicates: int) -> Estimates:
+        """The same with the first replicates only."""
+        names = ("value", "sparsity", "dense_value", "dense_sparsity")
+        return replace(self, **{name: getattr(self, name)[: 1 + replicates] for name in names})
 
     def relative(self) -> np.ndarray:
         """[1 + B, L]: accuracy over dense accuracy, or loss minus dense loss in nats per token.
@@ -115,7 +128,7 @@ class Estimates:
         return ratio
 
 
-def estimate(samples: TaskSamples, replicates: int = 1000, seed: int = 0) -> Estimates:
+def estimate(samples: TaskSamples, replicates: int, seed: int = 0) -> Estimates:
     """Means and sparsities of every level, as measured and in each bootstrap replicate.
 
     Levels and dense share the resampled clusters (paired). Of C clusters, C - 1 are drawn: the
@@ -134,7 +147,12 @@ def estimate(samples: TaskSamples, replicates: int = 1000, seed: int = 0) -> Est
     columns = np.vstack(
         [value, samples.zeros, samples.entries, dense, samples.weight, dense_zeros, dense_entries]
     )
-    sums = _resampled_sums(columns, samples.cluster, replicates, (seed, samples.task))
+    units = samples.items
+    if samples.cluster is not None:
+        ids, member = np.unique(samples.cluster, return_inverse=True)
+        units = len(ids)
+        columns = np.stack([np.bincount(member, column, units) for column in columns])
+    sums = _resampled_sums(columns, replicates, (seed, samples.task))
     value, zeros, entries = (sums[:, i * levels : (i + 1) * levels] for i in range(3))
     dense, weight, dense_zeros, dense_entries = sums[:, 3 * levels :].T
 
@@ -147,6 +165,8 @@ def estimate(samples: TaskSamples, replicates: int = 1000, seed: int = 0) -> Est
         task=samples.task,
         kind=samples.kind,
         items=samples.items,
+        units=units,
+        step=1 / samples.items,
         chance=samples.chance,
         value=value,
         sparsity=_ratio(zeros, entries),
@@ -174,6 +194,9 @@ def average(tasks: list[Estimates]) -> Estimates:
         task=AVERAGE,
         kind="accuracy",
         items=sum(task.items for task in tasks),
+        units=min(task.units for task in tasks),
+        # As of one task whose mean has the same variance.
+        step=sum(task.step for task in tasks) / len(tasks) ** 2,
         chance=None if set(chances) == {None} else sum(c or 0.0 for c in chances) / len(tasks),
         value=mean("value"),
         sparsity=mean("sparsity"),
@@ -194,30 +217,68 @@ def percentile_interval(replicates: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return low, high
 
 
-def _resampled_sums(
-    columns: np.ndarray, cluster: np.ndarray | None, replicates: int, key: tuple[int, str]
-) -> np.ndarray:
-    """[1 + B, K]: sums of K columns [K, n] over all samples, then over each replicate's draw.
+def interval(value: float, replicates: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of a value, of as many digits as its replicates support.
 
-    B is 0 where there is one cluster: its repetition would pass for certainty.
+    Its ends are the percentiles of one drawing of B replicates. Another drawing moves an end about as
+    far as the replicates whose ranks lie 1.96 standard deviations of a binomial, sqrt(B p (1 - p)),
+    before and behind its own; its last digit is the first of the distance between these two. Ends are
+    rounded outwards, and the interval holds the value.
+
+    Args:
+        value: as measured.
+        replicates: [B]; at least one.
+
+    Returns:
+        Low and high end; NaN where a replicate is.
     """
-    if cluster is not None:
-        ids, member = np.unique(cluster, return_inverse=True)
-        columns = np.stack([np.bincount(member, column, len(ids)) for column in columns])
-    clusters = columns.shape[1]
-    if clusters < 2:
+    ordered = np.sort(replicates)  # NaN last
+    if np.isnan(ordered[-1]):
+        return math.nan, math.nan
+    low, high = percentile_interval(ordered)
+    return (
+        _round_down(min(low, value), _spread(ordered, 0.025)),
+        -_round_down(-max(high, value), _spread(ordered, 0.975)),
+    )
+
+
+def _spread(ordered: np.ndarray, share: float) -> float:
+    """The distance between the replicates that a quantile may lie at, given others."""
+    count = len(ordered)
+    by = 1.96 * math.sqrt(count * share * (1 - share))
+    ends = np.clip([math.floor(share * count - by), math.ceil(share * count + by)], 0, count - 1)
+    low, high = ordered[ends]
+    return float(high - low)
+
+
+def _round_down(number: float, spread: float) -> float:
+    """To the place of the first digit of `spread`; unchanged where that is 0."""
+    # Far below what any sample can make: the rounding of sums that are equal on paper.
+    if spread < 1e-12 * max(1.0, abs(number)):
+        return float(number)
+    places = -math.floor(math.log10(spread))
+    # A number that has no more digits than these must not lose one to its binary form.
+    return min(
+        float(number), round(math.floor(number * 10.0**places + 1e-6) / 10.0**places, places)
+    )
+
+
+def _resampled_sums(columns: np.ndarray, replicates: int, key: tuple[int, str]) -> np.ndarray:
+    """[1 + B, K]: sums of K columns [K, units] over all units, then over each replicate's draw."""
+    units = columns.shape[1]
+    if units < FEWEST_UNITS:
         replicates = 0
     sums = np.empty((1 + replicates, len(columns)))
     sums[0] = columns.sum(axis=1)
     seed, task = key
     rng = np.random.default_rng([seed, zlib.crc32(task.encode())])
-    block = max(1, _BLOCK // clusters)
+    block = max(1, _BLOCK // units)
     for start in range(0, replicates, block):
         rows = min(block, replicates - start)
-        drawn = rng.integers(clusters, size=(rows, clusters - 1))
-        drawn += clusters * np.arange(rows)[:, None]
-        counts = np.bincount(drawn.ravel(), minlength=rows * clusters)
-        weights = counts.reshape(rows, clusters).astype(np.float64)
+        drawn = rng.integers(units, size=(rows, units - 1))
+        drawn += units * np.arange(rows)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=rows * units)
+        weights = counts.reshape(rows, units).astype(np.float64)
         sums[1 + start : 1 + start + rows] = weights @ columns.T
     return sums
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsity_atlas.bootstrap import percentile_interval
+from sparsity_atlas.bootstrap import interval
 from sparsity_atlas.equal import SPARSITIES, read_between, read_equal
 from sparsity_atlas.parquet import read_parquet
 
@@ -76,7 +76,7 @@ def _interval(name: str, row: dict[str, Any] | None) -> dict[str, float | None]:
         return dict.fromkeys((name, f"{name}_low", f"{name}_high"))
     low = high = None
     if len(row["replicates"]):
-        low, high = (float(end) for end in percentile_interval(row["replicates"]))
+        low, high = interval(row["value"], row["replicates"])
     return {name: row["value"], f"{name}_low": low, f"{name}_high": high}
 
 

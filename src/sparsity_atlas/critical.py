@@ -6,7 +6,7 @@ dense loss + ln(1 + p). Both go through one path, the scores of `curves`.
 
 The interval runs between the 2.5 % and 97.5 % percentiles of the crossing over paired bootstrap
 replicates, each with a fit of its own. In simulations of paired, correlated items the percentiles
-held the true crossing 93 to 96 times of 100 (91 with as few as 8 clusters); on accuracy the
+held the true crossing 93 to 96 times of 100 (91 with as few as 12 clusters); on accuracy the
 reflected ("basic") bootstrap did so 52 to 93 times, because the bend of the curve skews the
 crossing's distribution, and percentiles of the unfitted curve's first crossing 77 to 95 times,
 because noise crosses early. For the same reasons the value itself leans low where noise is large:
@@ -16,24 +16,30 @@ for a true 0.50, on levels 0.1 apart, its mean was 0.43 at 400 items, 0.48 at 2,
 A replicate that never falls below the bar counts as +inf, one that is below it at its first level
 as -inf. An end of the interval among these is put at the largest or smallest measured sparsity
 and marked open. The interval always holds the value.
+
+A bar is resolved if the data can tell it from dense; see `resolves`. In the same simulations at most 9
+of 100 bars were called resolved by an interval that missed the truth, none of 8 items or 3 documents;
+by the interval's width alone 33 of 100 were, of 8 items.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from sparsity_atlas.bootstrap import Estimates, Kind, TaskSamples, percentile_interval
-from sparsity_atlas.curves import Scores, anchored_scores, estimate_all
+from sparsity_atlas.bootstrap import Estimates, Kind, interval, percentile_interval
+from sparsity_atlas.curves import Scores, anchored_scores
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.isotonic import TOLERANCE, first_crossing
 
 BARS = (0.995, 0.99, 0.98, 0.95)
-RESOLVED_ITEMS = 2000
-RESOLVED_BAR = 0.99
+# What a resolved bar needs; see `resolves`.
+RESOLVED_UNITS = 20
+RESOLVED_LOST = 3
+RESOLVED_WIDTH = 0.25
 
 Relation = Literal["=", ">=", "<", "none"]
 
@@ -48,13 +54,14 @@ class CriticalRow:
         level, value is the smallest measured sparsity; "none" no value (dense accuracy not above
         chance, dense or every level without a usable result).
     interval_low, interval_high: 95 % interval; an open end lies beyond the measured sparsities.
-        None with a single cluster.
+        Its digits are those that the number of replicates supports. None with too few units.
     paper_value: largest measured sparsity at or above the bar, without fit or interpolation
         (arXiv 2509.00454); the dense point counts as measured.
     first_crossing: where the unfitted curve first falls below the bar, None if it never does.
     non_monotone: the unfitted curve returns to the bar after falling below it.
-    resolved: False for critical sparsity by accuracy at a bar of 0.99 or tighter with fewer than
-        2,000 items (the average: in all its tasks together).
+    resolved: whether the data can tell this bar from dense; see `resolves`.
+    items: samples. units: what was drawn independently, clusters or samples; of the average, the
+        task's with the fewest.
     """
 
     task: str
@@ -72,30 +79,54 @@ class CriticalRow:
     non_monotone: bool
     resolved: bool
     items: int
+    units: int
     dense_value: float | None
     chance: float | None
 
 
-def critical(
-    tasks: Sequence[TaskSamples],
-    bars: Sequence[float] = BARS,
-    replicates: int = 1000,
-    seed: int = 0,
-) -> list[CriticalRow]:
-    """Critical sparsity of each task and of the average over accuracy tasks, at each bar.
+def critical(every: Sequence[Estimates], bars: Sequence[float] = BARS) -> list[CriticalRow]:
+    """Critical sparsity of each of `curves.estimate_all` at each bar.
 
     The average is over tasks of induced sparsity and accuracy at each level, normalised by the
-    average dense accuracy afterwards; loss stays out of it. Same seed, same rows.
-    Raises AtlasError for a bar outside (0, 1), ValueError for tasks of different levels.
+    average dense accuracy afterwards; loss stays out of it.
+    Raises AtlasError for a bar outside (0, 1).
     """
     for bar in bars:
         if not 0 < bar < 1:
             raise AtlasError(f"bars: {bar} found, each must lie strictly between 0 and 1")
     rows = []
-    for estimates in estimate_all(tasks, replicates, seed):
+    for estimates in every:
         scores = anchored_scores(estimates) if _has_value(estimates) else None
         rows += [_row(estimates, scores, bar) for bar in bars]
     return rows
+
+
+def resolves(estimates: Estimates, bar: float, found: dict[str, Any]) -> bool:
+    """Whether the data can tell a bar from dense.
+
+    They were drawn from at least RESOLVED_UNITS units: with fewer, a bootstrap knows too little of how
+    they differ. By accuracy, the bar allows to lose at least RESOLVED_LOST items: if none of n is lost,
+    as many as 3 / n may be (the rule of three), and no replicate shows it. A crossing's interval lies
+    within the measured sparsities and is no wider than RESOLVED_WIDTH; of `>=` and `<` all of the
+    interval is beyond them.
+
+    Args:
+        estimates: of the task or the average.
+        bar: its share of dense accuracy.
+        found: value, relation and interval, as `CriticalRow` has them.
+    """
+    if found["relation"] == "none" or found["interval_low"] is None:
+        return False
+    allowed = (1 - bar) * estimates.dense_value[0] + TOLERANCE
+    if estimates.kind == "accuracy" and allowed < RESOLVED_LOST * estimates.step:
+        return False
+    low, high = found["interval_low"], found["interval_high"]
+    told = {
+        ">=": low == found["value"],
+        "<": high == found["value"],
+        "=": not (found["low_open"] or found["high_open"]) and high - low <= RESOLVED_WIDTH,
+    }
+    return estimates.units >= RESOLVED_UNITS and told[found["relation"]]
 
 
 def bar_label(kind: Kind, bar: float) -> str:
@@ -110,7 +141,7 @@ def _threshold(kind: Kind, bar: float) -> float:
 def _has_value(estimates: Estimates) -> bool:
     """Dense has a result, better than guessing by its 95 % interval, and a level is placed.
 
-    With a single cluster, which has no interval, the measured dense accuracy is compared.
+    With too few units for an interval, the measured dense accuracy is compared.
     """
     dense = estimates.dense_value
     if not np.isfinite(dense[0]) or np.isnan(estimates.sparsity[0]).all():
@@ -129,10 +160,8 @@ def _row(estimates: Estimates, scores: Scores | None, bar: float) -> CriticalRow
         kind=estimates.kind,
         bar=bar,
         bar_label=bar_label(estimates.kind, bar),
-        resolved=estimates.kind == "loss"
-        or bar < RESOLVED_BAR
-        or estimates.items >= RESOLVED_ITEMS,
         items=estimates.items,
+        units=estimates.units,
         dense_value=dense_value if np.isfinite(dense_value) else None,
         chance=estimates.chance,
     )
@@ -148,6 +177,7 @@ def _row(estimates: Estimates, scores: Scores | None, bar: float) -> CriticalRow
             paper_value=None,
             first_crossing=None,
             non_monotone=False,
+            resolved=False,
         )
     threshold = _threshold(estimates.kind, bar)
     position, index = first_crossing(scores.x, scores.fit, threshold)
@@ -159,27 +189,32 @@ def _row(estimates: Estimates, scores: Scores | None, bar: float) -> CriticalRow
         relation = ">=" if crossing[0] > 0 else "<"
     above = scores.raw[0] >= threshold - TOLERANCE
     first, _ = first_crossing(scores.x[:1], scores.raw[:1], threshold)
+    found = {
+        **{"value": value, "relation": relation},
+        **_interval(crossing, value, smallest, largest),
+    }
     return CriticalRow(
         **common,
-        value=value,
-        relation=relation,
-        **_interval(crossing, smallest, largest),
+        **found,
         paper_value=float(scores.x[0, above].max()),
         first_crossing=None if np.isnan(first[0]) else float(first[0]),
         non_monotone=bool((np.diff(above.astype(int)) > 0).any()),
+        resolved=resolves(estimates, bar, found),
     )
 
 
-def _interval(crossing: np.ndarray, smallest: float, largest: float) -> dict[str, object]:
+def _interval(
+    crossing: np.ndarray, value: float, smallest: float, largest: float
+) -> dict[str, Any]:
     """Interval of the crossing [1 + B] within the measured sparsities, with its open ends."""
     if len(crossing) == 1:
         ends = dict.fromkeys(("interval_low", "interval_high"))
         return {**ends, "low_open": False, "high_open": False}
     low, high = percentile_interval(crossing[1:])
-    low, high = min(low, crossing[0]), max(high, crossing[0])
+    low_end, high_end = interval(value, np.clip(crossing[1:], smallest, largest))
     return {
-        "interval_low": float(np.clip(low, smallest, largest)),
-        "interval_high": float(np.clip(high, smallest, largest)),
-        "low_open": bool(low == -np.inf),
-        "high_open": bool(high == np.inf),
+        "interval_low": max(low_end, smallest),
+        "interval_high": min(high_end, largest),
+        "low_open": bool(min(low, crossing[0]) == -np.inf),
+        "high_open": bool(max(high, crossing[0]) == np.inf),
     }

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sparsity_atlas import cli
-from sparsity_atlas.bootstrap import TaskSamples
+from sparsity_atlas.bootstrap import Estimates, TaskSamples
 from sparsity_atlas.critical import critical
-from sparsity_atlas.curves import CurvePoint, curve_points
-from sparsity_atlas.equal import Of, equal_rows, write_equal
+from sparsity_atlas.curves import CurvePoint, curve_points, estimate_all
+from sparsity_atlas.equal import REPLICATES, Of, equal_rows, write_equal
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.samples import read_table
 from sparsity_atlas.scores import Kind, choose_metric, sample_values
@@ -232,21 +232,22 @@ def equal_of(
     dense: NodeSamples,
     nodes: dict[str, NodeSamples],
     samples: list[TaskSamples],
+    estimates: list[Estimates],
     settings: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """The rows of equal_sparsity.parquet: over entries and, where that is another thing, parameters."""
-    replicates, seed = settings["replicates"], settings["seed"]
-    rows = equal_rows(samples, replicates, seed)
+    rows = equal_rows(estimates)
     if samples and len(set(dense.outputs(samples[0].task).tolist())) > 1:
         weighed = all_samples(dense, nodes, settings, "parameters")
-        rows += equal_rows(weighed, replicates, seed, "parameters")
+        replicates = min(settings["replicates"], REPLICATES)
+        rows += equal_rows(estimate_all(weighed, replicates, settings["seed"]), "parameters")
     return rows
 
 
 def build(
     dense: NodeSamples,
     nodes: dict[str, NodeSamples],
-    samples: list[TaskSamples],
+    estimates: list[Estimates],
     settings: dict[str, Any],
     site: str,
 ) -> dict[str, Any]:
@@ -255,7 +256,7 @@ def build(
     Args:
         dense: the baseline.
         nodes: by level.
-        samples: as `all_samples` gives them.
+        estimates: of `all_samples`.
         settings: as `grid.curve_slice` gives it.
         site: of the curve.
     """
@@ -267,13 +268,10 @@ def build(
         for task in tasks
         if not node.ok(task)
     ]
-    replicates, seed = settings["replicates"], settings["seed"]
     return {
         "levels": levels,
-        "points": point_rows(
-            curve_points(samples, levels, replicates, seed), {"dense": dense, **nodes}, site
-        ),
-        "critical": [asdict(row) for row in critical(samples, settings["bars"], replicates, seed)],
+        "points": point_rows(curve_points(estimates, levels), {"dense": dense, **nodes}, site),
+        "critical": [asdict(row) for row in critical(estimates, settings["bars"])],
         "layers": {level: layer_profile(node, tasks) for level, node in nodes.items()},
         "phases": {
             level: {task: phases(node, task) for task in tasks if node.ok(task)}
@@ -312,5 +310,6 @@ def main() -> None:
     dense = NodeSamples(arguments.dense.parent, arguments.site)
     settings = arguments.settings
     samples = all_samples(dense, nodes, settings)
-    write_equal(arguments.equal, equal_of(dense, nodes, samples, settings))
-    write_manifest(arguments.output, build(dense, nodes, samples, settings, arguments.site))
+    estimates = estimate_all(samples, settings["replicates"], settings["seed"])
+    write_equal(arguments.equal, equal_of(dense, nodes, samples, estimates, settings))
+    write_manifest(arguments.output, build(dense, nodes, estimates, settings, arguments.site))

@@ -14,7 +14,7 @@ from sparsity_atlas.bootstrap import (
     TaskSamples,
     average,
     estimate,
-    percentile_interval,
+    interval,
 )
 from sparsity_atlas.isotonic import nonincreasing_fit, pool_ties
 
@@ -42,7 +42,7 @@ class CurvePoint:
 
     value: accuracy, or loss in nats per token. retained (accuracy only): value over dense value;
     added_loss (loss only): value minus dense value; fitted: the monotone fit of that one.
-    *_low, *_high: 95 % interval by paired bootstrap, None with a single cluster.
+    *_low, *_high: 95 % interval by paired bootstrap, None with too few units to resample.
     A failed level has no value, and may have no sparsity.
     """
 
@@ -72,16 +72,14 @@ def estimate_all(tasks: Sequence[TaskSamples], replicates: int, seed: int) -> li
     return [*estimates, average(accuracies)] if accuracies else estimates
 
 
-def curve_points(
-    tasks: Sequence[TaskSamples], levels: Sequence[str], replicates: int = 1000, seed: int = 0
-) -> list[CurvePoint]:
-    """Dense and every level of each task and of the average over accuracy tasks.
+def curve_points(every: Sequence[Estimates], levels: Sequence[str]) -> list[CurvePoint]:
+    """Dense and every level of each of `estimate_all`.
 
-    levels: names in the order of the samples' first axis. The same seed gives the same points.
+    levels: names in the order of the samples' first axis.
     Raises ValueError if their number is not the samples' number of levels.
     """
     points = []
-    for estimates in estimate_all(tasks, replicates, seed):
+    for estimates in every:
         if len(estimates.failed) != len(levels):
             raise ValueError(f"{estimates.task}: {len(estimates.failed)} levels, names: {levels}")
         points += _points(estimates, levels)
@@ -134,10 +132,11 @@ def _points(estimates: Estimates, levels: Sequence[str]) -> list[CurvePoint]:
     }
     cells = [{"fitted": _known(fit if accuracy else -fit)} for fit in fitted]
     for name, column in columns.items():
-        low, high = _interval(column)
         for i, cell in enumerate(cells):
-            cell |= {name: _known(column[0, i])}
-            cell |= {f"{name}_low": _known(low[i]), f"{name}_high": _known(high[i])}
+            value, replicates = column[0, i], column[1:, i]
+            low, high = interval(value, replicates) if len(replicates) else (np.nan, np.nan)
+            cell |= {name: _known(value)}
+            cell |= {f"{name}_low": _known(low), f"{name}_high": _known(high)}
     failed = [not np.isfinite(estimates.dense_value[0]), *estimates.failed]
     return [
         CurvePoint(
@@ -149,14 +148,6 @@ def _points(estimates: Estimates, levels: Sequence[str]) -> list[CurvePoint]:
         )
         for i, level in enumerate(["dense", *levels])
     ]
-
-
-def _interval(column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Interval of each point of [1 + B, P]; NaN without replicates."""
-    if len(column) == 1:
-        nothing = np.full(column.shape[1], np.nan)
-        return nothing, nothing
-    return percentile_interval(column[1:])
 
 
 def _known(number: float) -> float | None:

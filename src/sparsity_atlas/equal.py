@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 from scipy.interpolate import PchipInterpolator
 
-from sparsity_atlas.bootstrap import Estimates, TaskSamples
-from sparsity_atlas.curves import anchored_scores, estimate_all
+from sparsity_atlas.bootstrap import Estimates
+from sparsity_atlas.curves import anchored_scores
 from sparsity_atlas.parquet import read_parquet, write_parquet
 
 # What sparsity is a share of: the entries of a site's vectors, or the parameters that they meet.
@@ -27,6 +27,8 @@ Of = Literal["entries", "parameters"]
 # Induced sparsities at which curves are read.
 SPARSITIES = tuple(round(0.05 * step, 2) for step in range(1, 20))
 ALLOWED_LOSS = float(np.log(1.01))
+# Replicates of a curve that are kept for differences, at most: each is a number for every sparsity.
+REPLICATES = 2000
 # Measured points farther apart than this say nothing of what lies between them.
 WIDEST_GAP = 0.25
 # A place as close to a measured point as this is that point's, whatever lies on its other side.
@@ -102,19 +104,16 @@ def at_sparsities(estimates: Estimates, at: Sequence[float] = SPARSITIES) -> np.
     return unscale(found)
 
 
-def equal_rows(
-    tasks: Sequence[TaskSamples], replicates: int, seed: int, of: Of = "entries"
-) -> list[dict[str, Any]]:
-    """Rows of `SCHEMA` for one curve: each task, and the average over accuracy tasks.
+def equal_rows(every: Sequence[Estimates], of: Of = "entries") -> list[dict[str, Any]]:
+    """Rows of `SCHEMA` for one curve: each of `estimate_all`.
 
     Args:
-        tasks: paired samples, their zeros and entries counted as `of` says.
-        replicates: of the bootstrap.
-        seed: of the bootstrap.
+        every: their sparsities are shares of what `of` says.
         of: what sparsity is a share of.
     """
     rows = []
-    for estimates in estimate_all(tasks, replicates, seed):
+    for whole in every:
+        estimates = whole.first(REPLICATES)
         dense = estimates.dense_value[0]
         if not np.isfinite(dense) or (estimates.kind == "accuracy" and dense == 0):
             continue

@@ -53,6 +53,11 @@ def percent(share: float | None) -> str:
     return NOTHING if share is None or pd.isna(share) else f"{100 * share:.1f}"
 
 
+def end(share: float) -> str:
+    """An end of an interval: as `percent`, without a digit that it does not have."""
+    return f"{round(100 * share, 1):g}"
+
+
 def cell(row: Any) -> Cell:
     """The text of a row of critical_sparsity.csv."""
     if row.relation == "none":
@@ -65,8 +70,8 @@ def cell(row: Any) -> Cell:
         flags.append("non-monotone")
     interval = ""
     if pd.notna(row.interval_low):
-        low = ("<" if row.low_open else "") + percent(row.interval_low)
-        high = (">" if row.high_open else "") + percent(row.interval_high)
+        low = ("<" if row.low_open else "") + end(row.interval_low)
+        high = (">" if row.high_open else "") + end(row.interval_high)
         interval = f"{low} to {high}"
     return Cell(f"{sign}{percent(row.value)}", interval, tuple(flags))
 

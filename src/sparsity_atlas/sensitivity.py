@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from sparsity_atlas import cli
 from sparsity_atlas.activations import ActivationStore
-from sparsity_atlas.bootstrap import TaskSamples, estimate, percentile_interval
+from sparsity_atlas.bootstrap import TaskSamples, estimate, interval
 from sparsity_atlas.calibration import read_calibration
 from sparsity_atlas.code import code_version
 from sparsity_atlas.criteria import check_level, create, source_file
@@ -81,8 +81,11 @@ def numbers(
         samples = TaskSamples("sensitivity", "loss", nats, weight, dense.nats, zeros, entries)
         estimates = estimate(samples, replicates, seed)
         added = estimates.relative()
-        low, high = percentile_interval(added[1:]) if len(added) > 1 else (added[0] * np.nan,) * 2
-        found = zip(estimates.sparsity[0], added[0], low, high, strict=True)
+        ends = [interval(own[0], own[1:]) if len(own) > 1 else (np.nan, np.nan) for own in added.T]
+        found = (
+            (sparsity, value, *two)
+            for sparsity, value, two in zip(estimates.sparsity[0], added[0], ends, strict=True)
+        )
     for one in passes:
         known = dense is not None and one is not None
         values = next(found) if known else (np.nan,) * 4

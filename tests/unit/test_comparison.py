@@ -12,6 +12,7 @@ import pytest
 from fake_results import ENTRIES, make_results, make_tables, samples, write_curve, write_model
 from sparsity_atlas.bootstrap import TaskSamples, estimate
 from sparsity_atlas.comparison import comparison_rows
+from sparsity_atlas.curves import estimate_all
 from sparsity_atlas.equal import (
     SPARSITIES,
     at_sparsities,
@@ -90,7 +91,7 @@ def test_paired_differences_are_sharper_than_the_curves() -> None:
     ends = {}
     for name, more in (("mild", 0.0), ("harsh", 0.02)):
         value = dense + np.array([[0.1], [0.2], [0.4]]) * (1 + noise) + more
-        found = equal_rows([loss_samples(value, [0.2, 0.4, 0.6], dense)], 500, 0)
+        found = equal_rows([estimate(loss_samples(value, [0.2, 0.4, 0.6], dense), 500)])
         ends[name] = next(row for row in found if row["sparsity"] == 0.4)
     difference = np.array(ends["harsh"]["replicates"]) - np.array(ends["mild"]["replicates"])
     assert difference == pytest.approx(0.02)
@@ -149,7 +150,10 @@ def test_entries_and_parameters_are_compared_each_with_their_own(tmp_path: Path)
         folder = tmp_path / "m" / criterion / "input"
         write_curve(folder, [task], levels)
         half = replace(task, zeros=task.zeros // 2)  # as if zeros met the smaller maps
-        rows = [*equal_rows([task], 100, 0), *equal_rows([half], 100, 0, "parameters")]
+        rows = [
+            *equal_rows([estimate(task, 100)]),
+            *equal_rows([estimate(half, 100)], "parameters"),
+        ]
         write_equal(folder / "equal_sparsity.parquet", rows)
     found = [sorted(tmp_path.glob(f"*/*/*/{name}")) for name in ("curve.json", "sparsity.parquet")]
     rows = {
@@ -176,7 +180,7 @@ def test_one_criterion_has_nothing_to_be_compared_with(tmp_path: Path) -> None:
 def test_a_task_that_failed_has_no_rows(tmp_path: Path) -> None:
     levels = ("0.9", "0.5")
     task = samples("prose", "loss", levels, failed=levels)
-    assert equal_rows([task], 100, 0) == []
+    assert equal_rows(estimate_all([task], 100, 0)) == []
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no parquet"])

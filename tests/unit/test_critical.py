@@ -10,9 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsity_atlas import bootstrap
-from sparsity_atlas.bootstrap import TaskSamples, average, estimate, percentile_interval
+from sparsity_atlas.bootstrap import (
+    FEWEST_UNITS,
+    TaskSamples,
+    average,
+    estimate,
+    interval,
+    percentile_interval,
+)
 from sparsity_atlas.critical import BARS, CriticalRow, critical
-from sparsity_atlas.curves import anchored_scores, curve_points
+from sparsity_atlas.curves import CurvePoint, anchored_scores, curve_points, estimate_all
 from sparsity_atlas.errors import AtlasError
 
 ITEMS = 4000
@@ -56,16 +63,26 @@ def loss_task(sparsity: list[float], added: list[float], **other) -> TaskSamples
     )
 
 
+def rows_of(
+    tasks: list[TaskSamples], bars=BARS, replicates: int = 1000, seed: int = 0
+) -> list[CriticalRow]:
+    return critical(estimate_all(tasks, replicates, seed), bars)
+
+
+def points_of(tasks: list[TaskSamples], levels, replicates: int = 1000) -> list[CurvePoint]:
+    return curve_points(estimate_all(tasks, replicates, 0), levels)
+
+
 def headline(task: TaskSamples, bar: float = 0.99, **options) -> CriticalRow:
     """The row of the task itself."""
-    return critical([task], [bar], **({"replicates": 200} | options))[0]
+    return rows_of([task], [bar], **({"replicates": 200} | options))[0]
 
 
 def test_linear_curve_is_crossed_exactly():
     levels = [0.2, 0.4, 0.6, 0.8]
     task = accuracy_task(levels, [1 - 0.1 * s for s in levels])
     expected = {0.995: None, 0.99: None, 0.98: 0.2, 0.95: 0.5}
-    rows = {row.bar: row for row in critical([task], replicates=200) if row.task == "t"}
+    rows = {row.bar: row for row in rows_of([task], replicates=200) if row.task == "t"}
     assert list(rows) == list(BARS)
     for bar, value in expected.items():
         if value is None:
@@ -156,7 +173,7 @@ def test_level_that_failed_on_one_task_failed_on_average():
     good = accuracy_task([0.2, 0.4], [1.0, 1.0], name="good")
     bad = accuracy_task([0.2, 0.4], [1.0, 1.0], name="bad")
     bad.value[1, 0] = np.nan
-    rows = {row.task: row for row in critical([good, bad], [0.99], replicates=50)}
+    rows = {row.task: row for row in rows_of([good, bad], [0.99], replicates=50)}
     assert rows["good"].relation == ">="
     assert (rows["average"].relation, rows["average"].value) == ("=", pytest.approx(0.2))
 
@@ -164,7 +181,7 @@ def test_level_that_failed_on_one_task_failed_on_average():
 def test_failed_dense_has_no_value():
     task = accuracy_task([0.2, 0.4], [1.0, 1.0])
     task.dense[0] = np.nan
-    for row in critical([task], replicates=50):
+    for row in rows_of([task], replicates=50):
         assert (row.relation, row.value, row.dense_value) == ("none", None, None)
 
 
@@ -183,7 +200,7 @@ def test_dense_accuracy_at_chance_by_its_interval(chance, items, has_value):
 def test_dense_model_that_gets_nothing_right_has_no_value():
     task = replace(accuracy_task([0.3], [1.0]), dense=np.zeros(ITEMS))
     assert headline(task).relation == "none"
-    assert [point.retained for point in curve_points([task], ["a"], 50)] == [None] * 4
+    assert [point.retained for point in points_of([task], ["a"], 50)] == [None] * 4
 
 
 def test_equal_sparsities_are_pooled():
@@ -208,12 +225,12 @@ def test_the_curve_starts_at_the_natural_sparsity_of_dense():
     assert headline(task, 0.98).paper_value == 0.8
     short = headline(accuracy_task([0.699, 0.9], [1.0, 0.9], **natural))
     assert (short.paper_value, short.value) == (0.7, pytest.approx(0.72))
-    assert curve_points([task], ["a", "b"], 50)[0].sparsity == pytest.approx(0.7)
+    assert points_of([task], ["a", "b"], 50)[0].sparsity == pytest.approx(0.7)
 
 
 def test_loss_crosses_at_the_log_of_the_perplexity_ratio():
     task = loss_task([0.2, 0.4, 0.8], [-0.001, 0.0, np.log(1.02)])
-    rows = {row.bar_label: row for row in critical([task], replicates=100)}
+    rows = {row.bar_label: row for row in rows_of([task], replicates=100)}
     assert list(rows) == ["PPL-0.5%", "PPL-1%", "PPL-2%", "PPL-5%"]
     for percent in (0.5, 1, 2):
         share = np.log1p(percent / 100) / np.log(1.02)
@@ -229,15 +246,15 @@ def test_the_average_is_normalised_after_averaging_and_leaves_loss_out():
     one = accuracy_task([0.3], [0.8], name="one")
     two = accuracy_task([0.5], [0.6], name="two", items=1000)
     two = replace(two, dense=(np.arange(1000) < 250).astype(float))
-    rows = critical([one, loss_task([0.9], [9.0]), two], [0.9], replicates=50)
+    rows = rows_of([one, loss_task([0.9], [9.0]), two], [0.9], replicates=50)
     assert [row.task for row in rows] == ["one", "text", "two", "average"]
     mean = rows[-1]
     assert (mean.value, mean.relation, mean.items) == (pytest.approx(0.4), ">=", 5000)
     assert mean.dense_value == pytest.approx(0.375)
-    point = curve_points([one, two], ["a"], 50)[-1]
+    point = points_of([one, two], ["a"], 50)[-1]
     assert (point.task, point.level) == ("average", "a")
     assert point.retained == pytest.approx(0.7 / 0.75)
-    assert [row.task for row in critical([loss_task([0.9], [9.0])], [0.9], 50)] == ["text"]
+    assert [row.task for row in rows_of([loss_task([0.9], [9.0])], [0.9], 50)] == ["text"]
 
 
 def test_chance_of_the_average():
@@ -247,12 +264,104 @@ def test_chance_of_the_average():
     assert average([estimate(unknown, 0)]).chance is None
 
 
-@pytest.mark.parametrize(("items", "resolved"), [(1999, False), (2000, True)])
-def test_few_items_do_not_resolve_a_tight_bar(items, resolved):
-    task = accuracy_task([0.5], [1.0], items=items)
-    assert headline(task, 0.99).resolved == resolved
-    assert headline(task, 0.995).resolved == resolved
-    assert headline(task, 0.98).resolved
+@pytest.mark.parametrize(
+    ("items", "bar", "resolved"),
+    [
+        *((598, 0.99, False), (600, 0.99, True), (1198, 0.995, False), (1200, 0.995, True)),
+        *((298, 0.98, False), (300, 0.98, True), (118, 0.95, False), (120, 0.95, True)),
+    ],
+)
+def test_a_bar_is_resolved_from_three_lost_items_on(items: int, bar: float, resolved: bool) -> None:
+    """Of half the items that dense gets right, a bar of 0.99 allows to lose 3 of 600."""
+    assert headline(accuracy_task([0.5], [1.0], items=items), bar).resolved == resolved
+
+
+@pytest.mark.parametrize("bar", BARS)
+def test_eight_items_and_three_documents_resolve_nothing(bar: float) -> None:
+    assert not headline(accuracy_task([0.2, 0.5], [1.0, 0.5], items=8), bar).resolved
+    text = loss_task([0.2, 0.4, 0.8], [0.0, 0.001, 0.2])
+    names = ("value", "zeros", "entries")
+    three = replace(
+        text,
+        **{name: getattr(text, name)[:, :3] for name in names},
+        **{name: getattr(text, name)[:3] for name in ("weight", "dense")},
+    )
+    row = headline(three, bar)
+    assert (row.resolved, row.items, row.units, row.interval_low) == (False, 3, 3, None)
+    assert headline(text, bar).resolved
+
+
+@pytest.mark.parametrize(
+    ("drop", "relation", "resolved"),
+    [
+        ([0.0, 0.001, 0.003], ">=", True),  # the end is above the bar, and all replicates say so
+        ([0.0, 0.008, 0.0095], ">=", False),  # so is this one, but not all of them say so
+        ([0.02, 0.05, 0.3], "<", True),
+        ([0.011, 0.03, 0.3], "<", False),
+        ([0.0, 0.008, 0.012], "=", False),  # where the crossing ends is not known
+        ([0.0, 0.005, 0.05], "=", True),
+    ],
+)
+def test_what_the_interval_must_say(drop: list[float], relation: str, resolved: bool) -> None:
+    row = headline(accuracy_task([0.2, 0.3, 0.4], [1 - one for one in drop], items=3000))
+    assert (row.relation, row.resolved) == (relation, resolved)
+
+
+def test_a_wide_interval_resolves_nothing() -> None:
+    near, far = (
+        headline(accuracy_task([0.1, end], [1.0, 0.97], items=1200)) for end in (0.3, 0.95)
+    )
+    assert (near.resolved, far.resolved) == (True, False)
+    assert not far.low_open
+    assert not far.high_open
+    assert far.interval_high - far.interval_low > 0.25
+
+
+def test_few_units_have_no_interval_though_items_abound() -> None:
+    for clusters in (FEWEST_UNITS - 1, FEWEST_UNITS, 20):
+        task = accuracy_task([0.2, 0.4], [1.0, 0.9], cluster=np.arange(ITEMS) % clusters)
+        row = headline(task, 0.95)
+        assert row.units == clusters
+        assert (row.interval_low is None) == (clusters < FEWEST_UNITS)
+        assert row.resolved == (clusters >= 20)
+    small = replace(task, cluster=np.arange(ITEMS) % 3, task="small")
+    average_row = rows_of([task, small], [0.95], 50)[-1]
+    assert (average_row.task, average_row.units, average_row.interval_low) == ("average", 3, None)
+
+
+def test_digits_of_an_interval_are_those_that_replicates_support() -> None:
+    rng = np.random.default_rng(0)
+    for count in (1000, 10_000, 100_000):
+        low, high = interval(0.5, rng.normal(0.5, 0.02, count))
+        digits = {1000: 3, 10_000: 3, 100_000: 4}[count]
+        assert low == round(low, digits)
+        assert high == round(high, digits)
+        assert low <= 0.5 - 1.9 * 0.02
+        assert high >= 0.5 + 1.9 * 0.02
+    # Small numbers keep as many digits as large ones; what does not vary keeps all.
+    low, _ = interval(5e-5, rng.normal(5e-5, 2e-6, 10_000))
+    assert 4.5e-5 < low == round(low, 8) < 4.61e-5
+    assert interval(0.123456789, np.full(200, 0.123456789)) == (0.123456789, 0.123456789)
+    assert np.isnan(interval(0.5, np.array([0.4, np.nan]))).all()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 500), st.floats(-3, 3))
+def test_a_rounded_interval_holds_the_value_and_the_percentiles(seed, count, scale):
+    replicates = np.random.default_rng(seed).normal(0.3, 10**scale, count).round(4)
+    value = float(replicates[0])
+    low, high = interval(value, replicates)
+    exact = percentile_interval(replicates)
+    assert low <= min(value, exact[0])
+    assert high >= max(value, exact[1])
+
+
+def test_another_seed_moves_an_end_by_about_a_digit() -> None:
+    task = random_task(5)
+    rows = [headline(task, 0.95, seed=seed, replicates=10_000) for seed in range(5)]
+    for name in ("interval_low", "interval_high"):
+        ends = [getattr(row, name) for row in rows]
+        assert max(ends) - min(ends) <= 0.02 + 1e-9
+        assert all(end == round(end, 3) for end in ends)
 
 
 def random_task(seed: int) -> TaskSamples:
@@ -282,7 +391,7 @@ def same_rows(left: list[CriticalRow], right: list[CriticalRow]) -> None:
 def test_order_of_levels(order):
     task = random_task(1)
     arrays = {name: getattr(task, name)[list(order)] for name in ("value", "zeros", "entries")}
-    same_rows(critical([task], replicates=50), critical([replace(task, **arrays)], replicates=50))
+    same_rows(rows_of([task], replicates=50), rows_of([replace(task, **arrays)], replicates=50))
 
 
 def test_order_of_samples():
@@ -291,13 +400,13 @@ def test_order_of_samples():
     levels = {name: getattr(task, name)[:, order] for name in ("value", "zeros", "entries")}
     single = {name: getattr(task, name)[order] for name in ("weight", "dense", "cluster")}
     moved = replace(task, **levels, **single)
-    same_rows(critical([task], replicates=50), critical([moved], replicates=50))
+    same_rows(rows_of([task], replicates=50), rows_of([moved], replicates=50))
 
 
 def test_clusters_of_one_item_are_plain_samples():
     task = random_task(3)
     clustered = replace(task, cluster=np.arange(400) + 17)
-    same_rows(critical([task], replicates=100), critical([clustered], replicates=100))
+    same_rows(rows_of([task], replicates=100), rows_of([clustered], replicates=100))
 
 
 def test_a_sample_of_weight_two_counts_as_two():
@@ -320,20 +429,20 @@ def test_a_sample_of_weight_two_counts_as_two():
         zeros=task.zeros * times,
         entries=task.entries * times,
     )
-    left, right = (critical([one], replicates=100) for one in (weighted, repeated))
+    left, right = (rows_of([one], replicates=100) for one in (weighted, repeated))
     same_rows(left, [replace(row, items=400) for row in right])
 
 
 def test_same_seed_same_rows_other_seed_other_interval():
     task = random_task(5)
-    assert critical([task], seed=3) == critical([task], seed=3)
+    assert rows_of([task], seed=3) == rows_of([task], seed=3)
     assert headline(task, 0.95, seed=3) != headline(task, 0.95, seed=4)
     assert headline(task, 0.95, seed=3).value == headline(task, 0.95, seed=4).value
 
 
 def test_a_task_keeps_its_interval_beside_others():
     task, other = random_task(6), replace(random_task(7), task="other")
-    assert critical([other, task], [0.95])[1] == critical([task], [0.95])[0]
+    assert rows_of([other, task], [0.95])[1] == rows_of([task], [0.95])[0]
 
 
 def test_tasks_are_resampled_independently():
@@ -362,13 +471,14 @@ def test_blocks_of_replicates_change_nothing(monkeypatch):
 def test_levels_are_resampled_together_with_dense():
     task = random_task(9)
     same = replace(task, value=np.repeat(task.dense[None], 6, axis=0))
-    points = curve_points([same], list("abcdef"), replicates=100)
+    points = points_of([same], list("abcdef"), replicates=100)
     for point in points:
         assert (point.retained, point.retained_low, point.retained_high) == (1, 1, 1)
         assert point.value_low < point.value < point.value_high
 
 
-def test_few_clusters_have_the_unbiased_variance():
+def test_few_clusters_have_the_unbiased_variance(monkeypatch):
+    monkeypatch.setattr(bootstrap, "FEWEST_UNITS", 2)
     rng = np.random.default_rng(0)
     means = rng.normal(4.0, 1.0, 5)
     task = TaskSamples(
@@ -389,11 +499,11 @@ def test_few_clusters_have_the_unbiased_variance():
 
 def test_one_cluster_has_no_interval():
     task = accuracy_task([0.2, 0.4], [1.0, 0.98], cluster=np.zeros(ITEMS, np.int64), chance=0.1)
-    for row in critical([task], [0.99]):
+    for row in rows_of([task], [0.99]):
         assert row.value == pytest.approx(0.3)
         assert (row.interval_low, row.interval_high) == (None, None)
         assert (row.low_open, row.high_open) == (False, False)
-    assert curve_points([task], ["a", "b"])[1].retained_low is None
+    assert points_of([task], ["a", "b"])[1].retained_low is None
 
 
 def test_percentiles_order_infinities():
@@ -406,7 +516,7 @@ def test_percentiles_order_infinities():
 def test_points_of_an_accuracy_curve():
     task = accuracy_task([0.6, 0.2, 0.4], [0.9, 0.98, 1.02])
     task.value[0, 0] = np.inf
-    dense, failed, low, mid = curve_points([task], ["x", "y", "z"], replicates=100)[:4]
+    dense, failed, low, mid = points_of([task], ["x", "y", "z"], replicates=100)[:4]
     assert [dense.level, failed.level, low.level, mid.level] == ["dense", "x", "y", "z"]
     assert (dense.sparsity, dense.value, dense.retained, dense.fitted) == (0, DENSE, 1, 1)
     assert (failed.status, failed.sparsity) == ("failed", 0.6)
@@ -418,7 +528,7 @@ def test_points_of_an_accuracy_curve():
 
 
 def test_points_of_a_loss_curve():
-    dense, one, two = curve_points([loss_task([0.2, 0.4], [0.03, 0.01])], ["a", "b"])
+    dense, one, two = points_of([loss_task([0.2, 0.4], [0.03, 0.01])], ["a", "b"])
     assert (dense.added_loss, dense.fitted, dense.retained) == (0, 0, None)
     assert one.added_loss == pytest.approx(0.03)
     assert one.value == pytest.approx(dense.value + 0.03)
@@ -428,7 +538,7 @@ def test_points_of_a_loss_curve():
 @pytest.mark.parametrize("bar", [0, 1, 1.5, float("nan")])
 def test_bar_out_of_range(bar):
     with pytest.raises(AtlasError, match="bars"):
-        critical([accuracy_task([0.5], [1.0])], [bar])
+        rows_of([accuracy_task([0.5], [1.0])], [bar])
 
 
 @pytest.mark.parametrize(
@@ -451,6 +561,6 @@ def test_arrays_that_do_not_fit_together(change, message):
 def test_tasks_and_names_of_other_level_counts():
     tasks = [accuracy_task([0.5], [1.0]), accuracy_task([0.5, 0.6], [1.0, 1.0])]
     with pytest.raises(ValueError, match="level counts"):
-        critical(tasks)
+        rows_of(tasks)
     with pytest.raises(ValueError, match="names"):
-        curve_points(tasks[:1], ["a", "b"])
+        points_of(tasks[:1], ["a", "b"])

@@ -8,8 +8,10 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
+from sparsity_atlas import bootstrap
 from sparsity_atlas.bootstrap import TaskSamples
-from sparsity_atlas.critical import critical
+from sparsity_atlas.critical import CriticalRow, critical
+from sparsity_atlas.curves import estimate_all
 
 GRID = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
 CROSSING = 0.5
@@ -77,11 +79,16 @@ def simulated_counts(rng, sparsity: np.ndarray, tokens: np.ndarray) -> dict[str,
     return {"zeros": np.round(share * entries).astype(np.int64), "entries": entries}
 
 
+def headline(tasks: list[TaskSamples], seed: int, bar: float = 0.99) -> CriticalRow:
+    """Of the average, else of the only task."""
+    return critical(estimate_all(tasks, 200, seed), [bar])[-1]
+
+
 def coverage(draw, simulations: int = 300) -> float:
     """Share of simulations whose interval at the headline bar holds CROSSING, a level of GRID."""
     held = 0
     for seed in range(simulations):
-        row = critical(draw(np.random.default_rng(seed)), [0.99], replicates=200, seed=seed)[-1]
+        row = headline(draw(np.random.default_rng(seed)), seed)
         above = row.low_open or row.interval_low <= CROSSING
         held += above and (row.high_open or row.interval_high >= CROSSING)
     return held / simulations
@@ -117,3 +124,39 @@ def test_clustered_items_need_their_clusters():
     )
     assert BAND[0] <= held <= BAND[1]
     assert blind < 0.85
+
+
+@pytest.mark.parametrize("bar", [0.99, 0.95])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda rng: [simulated_accuracy(rng, 8, GRID)],
+        lambda rng: [simulated_accuracy(rng, 30, GRID)],
+        lambda rng: [simulated_accuracy(rng, 120, GRID)],
+        lambda rng: [simulated_accuracy(rng, 600, GRID)],
+        lambda rng: [simulated_accuracy(rng, 1200, GRID, clusters=5)],
+        lambda rng: [simulated_accuracy(rng, 1200, GRID, clusters=20)],
+        lambda rng: [simulated_loss(rng, 3, GRID)],
+        lambda rng: [simulated_loss(rng, 20, GRID)],
+    ],
+    ids=["8", "30", "120", "600", "5 clusters", "20 clusters", "3 texts", "20 texts"],
+)
+def test_a_resolved_bar_is_hardly_ever_another_one(draw, bar):
+    """What is called resolved and misses the truth, in simulations of any size."""
+    crossing = CROSSING * ((1 - bar) / 0.01) ** 0.2
+    wrong = 0
+    for seed in range(200):
+        row = headline(draw(np.random.default_rng(seed)), seed, bar)
+        low = row.relation == "<" or row.interval_low is None or row.interval_low <= crossing
+        high = row.relation == ">=" or row.interval_high is None or row.interval_high >= crossing
+        wrong += row.resolved and not (low and high)
+    assert wrong / 200 <= 0.08
+
+
+def test_few_units_hold_the_truth_too_seldom_for_an_interval(monkeypatch):
+    """Why there is none below FEWEST_UNITS."""
+    monkeypatch.setattr(bootstrap, "FEWEST_UNITS", 2)
+    three = coverage(lambda rng: [simulated_loss(rng, 3, GRID)])
+    ten = coverage(lambda rng: [simulated_loss(rng, 10, GRID)])
+    assert three < 0.85
+    assert ten > 0.87

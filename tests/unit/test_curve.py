@@ -308,7 +308,8 @@ def test_equal_sparsity_is_read_over_parameters_too(tmp_path: Path) -> None:
         assert share.tolist() == pytest.approx(wanted)
     settings = {**SETTINGS, "tasks": {"pages": {}}}
     samples = curve.all_samples(dense, nodes, settings)
-    rows = curve.equal_of(dense, nodes, samples, settings)
+    estimates = curve.estimate_all(samples, settings["replicates"], settings["seed"])
+    rows = curve.equal_of(dense, nodes, samples, estimates, settings)
     measured = {
         of: [one["sparsity"] for one in rows if one["sparsity_of"] == of]
         for of in ("entries", "parameters")

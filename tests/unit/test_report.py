@@ -160,13 +160,14 @@ def row(**other):
 @pytest.mark.parametrize(
     ("about", "expected"),
     [
-        ({}, page.Cell("45.7", "40.0 to 50.0")),
-        ({"relation": ">=", "high_open": True}, page.Cell("≥ 45.7", "40.0 to >50.0")),
-        ({"relation": "<", "low_open": True}, page.Cell("< 45.7", "<40.0 to 50.0")),
+        ({}, page.Cell("45.7", "40 to 50")),
+        ({"relation": ">=", "high_open": True}, page.Cell("≥ 45.7", "40 to >50")),
+        ({"relation": "<", "low_open": True}, page.Cell("< 45.7", "<40 to 50")),
+        ({"interval_low": 0.447}, page.Cell("45.7", "44.7 to 50")),
         ({"interval_low": float("nan")}, page.Cell("45.7")),
         (
             {"resolved": False, "non_monotone": True},
-            page.Cell("45.7", "40.0 to 50.0", ("not resolved", "non-monotone")),
+            page.Cell("45.7", "40 to 50", ("not resolved", "non-monotone")),
         ),
         ({"relation": "none", "value": float("nan")}, page.Cell("no value")),
     ],

@@ -32,7 +32,7 @@ from tiny_lm import run_stage, sentences
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-IDS = torch.randint(0, 50, (6, 12), generator=torch.Generator().manual_seed(0))
+IDS = torch.randint(0, 50, (12, 12), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +58,11 @@ def added(nats: np.ndarray, more: list[float], zeros: list[int]) -> Pass:
 
 
 def test_numbers_by_hand() -> None:
-    """Four sequences of 11 tokens, of which 10 are predicted; vectors of 5 entries."""
-    nats = np.array([20.0, 30, 40, 30])
-    dense = added(nats, [0] * 4, [0] * 4)
-    mild = added(nats, [1] * 4, [11] * 4)
-    harsh = added(nats, [2, 4, 6, 4], [11, 22, 33, 22])
+    """Twelve sequences of 11 tokens, of which 10 are predicted; vectors of 5 entries."""
+    nats = np.array([20.0, 30, 40, 30] * 3)
+    dense = added(nats, [0] * 12, [0] * 12)
+    mild = added(nats, [1] * 12, [11] * 12)
+    harsh = added(nats, [2, 4, 6, 4] * 3, [11, 22, 33, 22] * 3)
     found = list(numbers([mild, None, harsh], dense, 11, 5, 200, 0))
     assert found[0]["sparsity"] == pytest.approx(1 / 5)
     assert found[0]["added_loss"] == pytest.approx(0.1)
@@ -140,7 +140,7 @@ def test_batches_change_nothing(model: LlamaForCausalLM) -> None:
     ffns = find_ffns(model)
     bound = bind_all(create({"rule": "topp"}), ffns, "input")
     place, rule = next(iter(bound.items()))
-    whole, parts = (run_alone(ffns, "input", place, rule, 0.7, IDS, batch) for batch in (6, 4))
+    whole, parts = (run_alone(ffns, "input", place, rule, 0.7, IDS, batch) for batch in (12, 5))
     assert whole.zeros.tolist() == parts.zeros.tolist()
     assert whole.nats == pytest.approx(parts.nats)
 

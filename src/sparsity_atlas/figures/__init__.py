@@ -37,7 +37,8 @@ FIGURES = {
         ("critical_sparsity",),
         "The largest induced sparsity at which perplexity rises by no more than 1 %, with its 95 % "
         "interval by paired bootstrap. The grey tick is the largest measured sparsity above the "
-        "bar, without a fit. A caret at an interval's end: it goes on beyond what was measured.",
+        "bar, without a fit. A caret at an interval's end: it goes on beyond what was measured. Open "
+        "symbols: not resolved, too few or too uncertain texts to tell a bar of 1 %.",
     ),
     "critical_sparsity": Entry(
         "Critical sparsity by site and model",
@@ -45,8 +46,8 @@ FIGURES = {
         ("critical_sparsity",),
         "The largest induced sparsity that keeps 99 % of dense accuracy, averaged over the accuracy "
         "tasks, with its 95 % interval by paired bootstrap. The grey tick is the largest measured "
-        "sparsity above the bar, without a fit. Open symbols: fewer than 2,000 items in all, too "
-        "few to resolve a bar of 1 %.",
+        "sparsity above the bar, without a fit. Open symbols: not resolved, too few or too uncertain "
+        "items to tell a bar of 1 %. No interval: fewer than 10 independent units.",
     ),
     "scaling": Entry(
         "Sparsity and model size",

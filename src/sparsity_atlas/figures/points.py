@@ -92,7 +92,7 @@ def _legend(figure: Figure, rows: pd.DataFrame) -> None:
     if "<" in relations:
         handles.append(sample("<", "less than: below it at the first level"))
     if unresolved:
-        handles.append(sample("o", "not resolved (< 2,000 items)", markerfacecolor="white"))
+        handles.append(sample("o", "not resolved: the data cannot tell", markerfacecolor="white"))
     handles.append(sample("|", "largest measured sparsity above the bar", color=GREY, markersize=7))
     figure.legend(
         handles=handles, loc="outside upper left", ncols=3 if figure.get_figwidth() == WIDE else 1

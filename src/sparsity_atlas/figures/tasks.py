@@ -95,7 +95,7 @@ def _finish(figure: Figure, panels: list[Axes], note: str = "") -> None:
     bar = figure.colorbar(panels[0].collections[0], ax=panels, shrink=0.7, aspect=30, pad=0.01)
     bar.set_label("sparsity at the bar (%)")
     bar.outline.set_visible(False)
-    label(figure, "without colour: not resolved (< 2,000 items)   –: no value", note=note)
+    label(figure, "without colour: not resolved   –: no value", note=note)
 
 
 def _panel(ax: Axes, rows: pd.DataFrame, keys: list[tuple], names: list[str]) -> None:
