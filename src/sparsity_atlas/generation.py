@@ -16,7 +16,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.generation_options import CacheWatch, check_options
 from sparsity_atlas.prompts import PromptLM
 from sparsity_atlas.sparsify import NumericalFailure
 
@@ -44,25 +44,24 @@ class GeneratingLM(PromptLM):
             generated and fed back.
 
         Raises:
-            AtlasError: options that cannot be counted.
+            TaskFailure: options, or a model, that cannot be counted.
             NumericalFailure: NaN or an infinity came up.
         """
         options = normalize_gen_kwargs(batch[0].args[1], self.max_gen_toks)
-        for key in ("num_beams", "num_return_sequences"):
-            if options.get(key, 1) != 1:
-                raise AtlasError(
-                    f"tasks: '{batch[0].task_name}': generation_kwargs: {key}: {options[key]} "
-                    "found, only 1 is supported"
-                )
+        check_options(batch[0], options, self.model.generation_config, self.max_length)
         if options.get("do_sample"):
             torch.manual_seed(seed)
         self._logits = _LogitsWatch()
+        cache = CacheWatch(batch[0].task_name)
+        watching = self.model.register_forward_pre_hook(cache, with_kwargs=True)
         try:
             texts = HFLM.generate_until(self, batch, disable_tqdm=True)
         except RuntimeError:
             # Nothing can be drawn from NaN; what follows says where it came from.
             if not self._logits.broken:
                 raise
+        finally:
+            watching.remove()
         prompt, steps = (zeros.cpu().numpy() for zeros in self._counter.take())
         if self._logits.broken:
             raise NumericalFailure("NaN or infinity in the logits")
