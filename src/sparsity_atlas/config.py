@@ -182,6 +182,9 @@ class TaskEntry(_Strict):
     """First so many documents only."""
     cluster: str | None = None
     """Document field that names items made alike (a template); the bootstrap resamples these."""
+    allow_code: bool = False
+    """Let the task run code that the model writes (HumanEval, MBPP), with all that you may do on this
+    machine; best in a container."""
     override: dict[str, Any] = Field(default_factory=dict)
     """Keys of the task's own YAML to replace, for instance `dataset_path` and `dataset_kwargs`."""
 

@@ -22,7 +22,7 @@ from sparsity_atlas.criteria import check_level, create, source_file
 from sparsity_atlas.errors import AtlasError, NumericalFailure, TaskFailure
 from sparsity_atlas.journal import Journal
 from sparsity_atlas.models import check_sites, from_manifest, load, load_tokenizer
-from sparsity_atlas.outcome import sample_rows, task_result
+from sparsity_atlas.outcome import check_measured, headline, sample_rows, task_result
 from sparsity_atlas.samples import SCHEMA, SampleTable, read_samples
 from sparsity_atlas.store import canonical, digest, locked, write_manifest
 
@@ -180,18 +180,32 @@ class Session:
         self._disjoint.add(calibration.about["text"])
 
 
-def evaluate_node(session: Session, node: Node | None, folder: Path) -> dict[str, Any]:
+def evaluate_node(
+    session: Session,
+    node: Node | None,
+    folder: Path,
+    metrics: dict[str, str | None] | None = None,
+) -> dict[str, Any]:
     """Evaluate one node on the session's loaded model, continuing what `folder` already holds.
 
     Args:
         session: model and tasks.
         node: None for the dense baseline.
         folder: where the node's files are kept.
+        metrics: of tasks, as the configuration names them; looked at here, if given, so that one that
+            cannot be had is known before other nodes run.
 
     Returns:
         What was written to `eval.json`. A task that cannot be run, or in which NaN or an infinity came
         up, has the status `failed` and the reason; the others are not affected.
+
+    Raises:
+        AtlasError: a metric that a task does not report, or not of each document. Its samples are kept.
     """
+    from sparsity_atlas.task_metrics import check_wanted
+
+    for name, metric in (metrics or {}).items():
+        check_wanted(session.tasks[name], metric)
     identity = {**session.identity, **(node.identity() if node else {"criterion": None})}
     path = folder / "samples.parquet"
     if node is not None:
@@ -218,6 +232,8 @@ def evaluate_node(session: Session, node: Node | None, folder: Path) -> dict[str
                 table.write(path)
             # Only now: a journal may go when its content stands in the table.
             journal_path.unlink(missing_ok=True)
+        for name, metric in (metrics or {}).items():
+            check_measured(name, metric, table)
         manifest = _manifest(session, node, table)
         write_manifest(folder / "eval.json", manifest)
     return manifest
@@ -272,6 +288,7 @@ def _run(
                     for leaf in prepared.leaves.values()
                 ),
                 bootstrap_iters=0,  # intervals come from the sample table
+                confirm_run_unsafe_code=task.allow_code,
             )
     finally:
         journal.close()
@@ -303,6 +320,9 @@ def main(
         "--code", help="code version, part of every fingerprint; unset: of this code"
     )
     parser.add_argument(
+        "--metrics", type=json.loads, help="JSON: the metric of each task's curve, to be checked"
+    )
+    parser.add_argument(
         "--criterion", type=json.loads, help="JSON; without it the dense baseline is run"
     )
     parser.add_argument("--site")
@@ -321,17 +341,6 @@ def main(
     session = open_session(arguments.model, arguments.settings, code)
     if calibration is not None:
         session.check_disjoint(calibration)
-    result = evaluate_node(session, node, cli.folder_of(arguments.output))
+    result = evaluate_node(session, node, cli.folder_of(arguments.output), arguments.metrics)
     for name, task in result["tasks"].items():
-        cli.logger.info("%s: %s", name, task.get("reason") or _headline(task))
-
-
-def _headline(task: dict[str, Any]) -> str:
-    scores = [
-        f"{key} {value:.4f}"
-        for one in task["scores"].values()
-        for key, value in one.items()
-        if value is not None
-    ]
-    shares = [f"{tensor} {share['total']:.1%} zero" for tensor, share in task["sparsity"].items()]
-    return ", ".join([*scores[:4], *shares])
+        cli.logger.info("%s: %s", name, task.get("reason") or headline(task))

@@ -191,6 +191,11 @@ def evaluation_slice(config: Config, model: str, tasks: tuple[str, ...]) -> str:
     )
 
 
+def metrics_slice(config: Config, tasks: tuple[str, ...]) -> str:
+    """Which metric of each task makes its curve; null: the one that is taken where none is named."""
+    return _json({name: config.tasks[name].metric for name in tasks})
+
+
 def curve_slice(config: Config, tasks: tuple[str, ...]) -> str:
     """What a curve depends on: which metric of each task, the bars and the bootstrap."""
     return _json(

@@ -8,10 +8,12 @@ import numpy as np
 import pyarrow as pa
 
 from sparsity_atlas.samples import SCHEMA
+from sparsity_atlas.scores import choose_metric, sample_values
 from sparsity_atlas.usage import PHASES
 
 if TYPE_CHECKING:
     from sparsity_atlas.prepared import Prepared
+    from sparsity_atlas.samples import SampleTable
     from sparsity_atlas.scoring import Abilities
     from sparsity_atlas.sparsify import Slot
     from sparsity_atlas.tasks import LoadedTask
@@ -92,6 +94,7 @@ def task_result(
         "output_types": kinds,
         "leaves": sorted(prepared.leaves),
         "chance": prepared.chance,
+        "mislabelled": prepared.mislabelled,
         "scores": {name: _numbers(scores[name]) for name in sorted(scores)},
         "higher_is_better": outcome["higher_is_better"],
         "sparsity": sparsity([usage], slots),
@@ -115,6 +118,36 @@ def _batches(abilities: Abilities) -> str:
     if abilities.follows:
         return "lm_eval"
     return "shared" if abilities.branches else "plain"
+
+
+def check_measured(name: str, metric: str | None, table: SampleTable) -> None:
+    """See that a task's curve can be drawn: its metric is there, of each document.
+
+    Args:
+        name: of the task.
+        metric: as the configuration names it.
+        table: with the task's result and rows.
+
+    Raises:
+        AtlasError: it is not; a task that failed is let pass.
+    """
+    result = table.tasks[name]["result"]
+    if result["status"] == "ok":
+        kind, key = choose_metric(name, metric, result)
+        if kind == "accuracy":
+            sample_values(name, key, table.rows[name]["metrics"].to_pylist())
+
+
+def headline(task: dict[str, Any]) -> str:
+    """A task's entry in eval.json in few words, for the log."""
+    scores = [
+        f"{key} {value:.4f}"
+        for one in task["scores"].values()
+        for key, value in one.items()
+        if value is not None
+    ]
+    shares = [f"{tensor} {share['total']:.1%} zero" for tensor, share in task["sparsity"].items()]
+    return ", ".join([*scores[:4], *shares])
 
 
 def _numbers(scores: dict[str, Any]) -> dict[str, float | None]:

@@ -14,8 +14,9 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.utils import handle_non_serializable, hash_string
 
 from sparsity_atlas import request_cache
-from sparsity_atlas.errors import AtlasError, TaskFailure
+from sparsity_atlas.errors import TaskFailure
 from sparsity_atlas.request_cache import Row
+from sparsity_atlas.task_metrics import mislabelled
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -102,6 +103,7 @@ class Prepared:
         hashes: of each leaf's documents.
         clusters: of each leaf's documents; None where each is by itself.
         chance: accuracy of a guess; None where there is nothing to choose.
+        mislabelled: documents whose label is none of their options; lm-eval counts them as wrong.
     """
 
     contents: dict[str, Any]
@@ -109,6 +111,7 @@ class Prepared:
     hashes: dict[str, list[str]]
     clusters: dict[str, list[str | None]]
     chance: float | None
+    mislabelled: int
 
     @property
     def leaves(self) -> dict[str, PreparedTask]:
@@ -126,8 +129,8 @@ def prepare(lm: AtlasLM, task: LoadedTask, *, seed: int, share: bool = True) -> 
         share: whether requests may share what they have in common, where the model can.
 
     Raises:
-        TaskFailure: nothing to evaluate, or a request that cannot be scored.
-        AtlasError: no field of the name that `cluster` gives.
+        TaskFailure: nothing to evaluate, a request that cannot be scored, or no field of the name that
+            `cluster` gives.
     """
     if task.problem:
         raise TaskFailure(task.problem)
@@ -158,6 +161,7 @@ def prepare(lm: AtlasLM, task: LoadedTask, *, seed: int, share: bool = True) -> 
             name: [_cluster(task, one) for one in leaf.documents] for name, leaf in leaves.items()
         },
         chance=_chance(leaves),
+        mislabelled=sum(mislabelled(leaf, leaf.documents) for leaf in leaves.values()),
     )
 
 
@@ -206,9 +210,8 @@ def _cluster(task: LoadedTask, document: dict[str, Any]) -> str | None:
     if task.cluster is None:
         return None
     if task.cluster not in document:
-        raise AtlasError(
-            f"tasks.{task.name}: cluster: documents have no field '{task.cluster}'; "
-            f"they have {', '.join(document)}"
+        raise TaskFailure(
+            f"cluster: documents have no field '{task.cluster}'; they have {', '.join(document)}"
         )
     return str(document[task.cluster])
 

@@ -71,14 +71,19 @@ def sample_values(task: str, key: str, metrics: Iterable[Any]) -> list[float]:
         metrics: the column of the sample table.
 
     Raises:
-        AtlasError: lm-eval computes the metric from all samples together (such as a correlation).
+        AtlasError: some documents lack it, or all: lm-eval computes it from all samples together (such
+            as a correlation).
     """
-    try:
-        return [dict(one)[key] for one in metrics]
-    except KeyError:
-        raise AtlasError(
-            f"tasks.{task}: metric: '{key}' is no mean over samples; choose one that is, such as acc"
-        ) from None
+    found = [dict(one).get(key) for one in metrics]
+    lacking = found.count(None)
+    if lacking:
+        why = (
+            "is no mean over samples; choose one that is, such as acc"
+            if lacking == len(found)
+            else f"is missing in {lacking} of {len(found)} documents; choose one that all of them have"
+        )
+        raise AtlasError(f"tasks.{task}: metric: '{key}' {why}")
+    return found
 
 
 def pooled_score(task: str, kind: Kind, key: str | None, rows: list[dict[str, Any]]) -> float:

@@ -17,8 +17,12 @@ from typing import TYPE_CHECKING, Any
 import datasets
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from lm_eval.tasks._factory import TaskFactory
+from lm_eval.tasks._index import Kind
 
+from sparsity_atlas.errors import TaskFailure
 from sparsity_atlas.hub import with_data
+from sparsity_atlas.task_failures import RUNS_CODE
+from sparsity_atlas.task_metrics import check_metric_list
 
 if TYPE_CHECKING:
     from lm_eval.tasks._index import Entry
@@ -32,10 +36,19 @@ class LocalFactory(TaskFactory):
     where `datasets` keeps the first result.
     """
 
+    def __init__(self, *, allow_code: bool) -> None:
+        super().__init__()
+        self._allow_code = allow_code
+
     def _load_full_config(
         self, entry: Entry, overrides: dict[str, Any] | None = None
     ) -> dict[str, Any]:
+        # Before its own modules are imported, which may try their metric.
+        if not self._allow_code and (entry.cfg or {}).get("unsafe_code"):
+            raise TaskFailure(f"'{entry.name}' {RUNS_CODE}")
         config = super()._load_full_config(entry, overrides)
+        if entry.kind is not Kind.GROUP:
+            check_metric_list(config)
         return _prepared(config, Path(entry.yaml_path).parent if entry.yaml_path else None)
 
 
@@ -43,6 +56,8 @@ def _prepared(config: dict[str, Any], folder: Path | None) -> dict[str, Any]:
     """A configuration whose data are named by absolute paths and commits, with those of its members."""
     config = dict(config)
     options = config.get("dataset_kwargs")
+    if not isinstance(options, dict | None):
+        raise TaskFailure(f"dataset_kwargs: expected a mapping, found {type(options).__name__}")
     if folder is not None:
         if isinstance(options, dict):
             found = {

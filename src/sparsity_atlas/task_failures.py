@@ -9,9 +9,12 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import json
 import os
+import re
 import traceback
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -26,8 +29,15 @@ _OURS = Path(__file__).parent
 # Libraries that run a task for its author; others (NumPy, a tokenizer) work for whoever called them.
 _THEIRS = ("lm_eval", "datasets", "jinja2", "evaluate", "generation")
 _PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOMEM, errno.EMFILE}
+_UNKNOWN_KEY = re.compile(r"TaskConfig.*unexpected keyword argument '(.*)'")
 # What `datasets` puts around an error of a file's reader.
 _WRAPPERS = {"DatasetGenerationError", "DatasetGenerationCastError"}
+
+
+RUNS_CODE = (
+    "runs code that the model writes, with all that you may do on this machine; allow it by "
+    "`allow_code: true` in the task's entry, best in a container"
+)
 
 
 @contextlib.contextmanager
@@ -143,15 +153,19 @@ def reason(error: BaseException, frames: list[FrameType], own: set[str]) -> str:
         error = innermost
     text = _known(error, frames)
     if text is None:
-        line = (str(error).strip() or "no message").splitlines()[0]
-        text = f"{type(error).__name__}: {line}"
+        lines = [line.strip() for line in str(error).splitlines() if any(map(str.isalnum, line))]
+        text = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
     return text + _place(error, own)
 
 
 def _known(error: BaseException, frames: list[FrameType]) -> str | None:
     """The errors that say too little by themselves."""
+    from lm_eval.config.task import TaskConfig
+
     document = _found(frames, "doc") or _found(frames, "test_doc")
     last = frames[-1].f_locals if frames else {}
+    if "HF_ALLOW_CODE_EVAL" in str(error):
+        return f"it {RUNS_CODE}"
     if isinstance(error, KeyError):
         key = error.args[0] if error.args else None
         if "alias" in last and hasattr(last.get("self"), "_objs"):
@@ -166,7 +180,23 @@ def _known(error: BaseException, frames: list[FrameType]) -> str | None:
         return f"KeyError: {key!r}"
     if type(error).__name__ == "UndefinedError" and isinstance(document, dict):
         return f"template: {error}; a document has {', '.join(map(str, document))}"
-    if isinstance(error, StopIteration | IndexError) and "size 0" in (str(error) or "size 0"):
+    if isinstance(error, TypeError) and (key := _UNKNOWN_KEY.search(str(error))):
+        known = (one.name for one in fields(TaskConfig))
+        return f"its YAML has a key that lm-eval does not know: '{key[1]}'{close(key[1], known)}"
+    if "Sample larger than population" in str(error) and _found(frames, "n"):
+        pool = next(
+            (one for frame in frames if hasattr(one := frame.f_locals.get("self"), "df")), None
+        )
+        there = len(pool.df) if pool is not None else "fewer"
+        return f"num_fewshot: {_found(frames, 'n')} examples are wanted, and there are {there}"
+    if isinstance(error, SyntaxError):
+        return f"SyntaxError: {error.msg}"
+    if isinstance(error, IndexError) and "test_choice" in last:
+        return f"label {last['test_target']}, and there are {len(last['test_choice'])} options"
+    if _library(frames[-1].f_code.co_filename) == "datasets" and (
+        isinstance(error, StopIteration)
+        or (isinstance(error, IndexError) and "size 0" in str(error))
+    ):
         return "it has no documents"
     return None
 
@@ -174,7 +204,7 @@ def _known(error: BaseException, frames: list[FrameType]) -> str | None:
 def close(name: Any, known: Iterable[str]) -> str:
     """What somebody may have meant, to be put behind a message."""
     known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=3)
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     if near:
         return f"; close names: {', '.join(near)}"
     return f"; known: {', '.join(sorted(known))}" if 0 < len(known) <= 30 else ""
@@ -187,4 +217,28 @@ def _place(error: BaseException, own: set[str]) -> str:
     steps = traceback.walk_tb(error.__traceback__)
     places = [(os.path.realpath(frame.f_code.co_filename), line) for frame, line in steps]
     inside = [(file, line) for file, line in places if file in own]
-    return f" ({Path(inside[-1][0]).name}, line {inside[-1][1]})" if inside else ""
+    if not inside:
+        return _data_place(error)
+    return f" ({Path(inside[-1][0]).name}, line {inside[-1][1]})"
+
+
+def _data_place(error: BaseException) -> str:
+    """Where in a file of data, if a reader of `datasets` had one in hand."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    readers = [one for one in frames if _library(one.f_code.co_filename) == "datasets"]
+    files = [one.f_locals["file"] for one in readers if isinstance(one.f_locals.get("file"), str)]
+    if not files or not os.path.isfile(files[-1]):
+        return ""
+    path = Path(files[-1])
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        wrong = (number for number, line in enumerate(lines, 1) if not _is_json(line))
+        number = next(wrong, None) if "json" in path.suffix else None
+    return f" ({path.name}{f', line {number}' if number else ''})"
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return not line.strip()
+    return True

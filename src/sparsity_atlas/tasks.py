@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,9 @@ from sparsity_atlas import cli, task_files
 from sparsity_atlas.errors import AtlasError, TaskFailure
 from sparsity_atlas.store import digest
 from sparsity_atlas.task_factory import LocalFactory, fresh_transforms
-from sparsity_atlas.task_failures import boundary, close
+from sparsity_atlas.task_failures import RUNS_CODE, boundary, close
 from sparsity_atlas.task_identity import code_digest, leaf_identity
+from sparsity_atlas.task_metrics import check_found
 from sparsity_atlas.task_modules import OwnModules
 from sparsity_atlas.task_random import RandomState, seed_as_lm_eval
 
@@ -45,6 +46,7 @@ class LoadedTask:
         modules: of its own code.
         drawn: where random numbers stood when it was loaded; its requests go on from there.
         unfollowed: its code reads by names that it computes, so that its identity may lack something.
+        allow_code: whether it may run code that the model writes.
     """
 
     name: str
@@ -57,6 +59,7 @@ class LoadedTask:
     modules: OwnModules = field(default_factory=OwnModules, repr=False)
     drawn: RandomState = field(default_factory=RandomState.now, repr=False)
     unfollowed: bool = False
+    allow_code: bool = False
 
     @property
     def leaves(self) -> dict[str, Task]:
@@ -81,9 +84,11 @@ class LoadedTask:
         requests = [[repr(one.args) for one in leaf.instances] for leaf in leaves.values()]
         return {**self.identity, "requests": digest(requests)}
 
-    def code(self, doing: str) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def code(self, doing: str) -> Iterator[None]:
         """Where code of the task's own may run; see `task_failures.boundary`."""
-        return boundary(self.name, doing, self.modules)
+        with _allowed(self.allow_code), boundary(self.name, doing, self.modules):
+            yield
 
 
 def load_tasks(
@@ -128,15 +133,23 @@ def _load(name: str, entry: dict[str, Any], seed: int) -> LoadedTask:
     files = task_files.find(entry.get("include"), lm_eval_name, entry.get("override"))
     modules = OwnModules(files.code)
     limit, cluster = entry.get("limit"), entry.get("cluster")
-    with boundary(name, "cannot be loaded", modules), fresh_transforms(files.code):
+    allow_code = entry.get("allow_code", False)
+    with (
+        _allowed(allow_code),
+        boundary(name, "cannot be loaded", modules),
+        fresh_transforms(files.code),
+    ):
         seed_as_lm_eval(seed)
-        factory = LocalFactory()
+        factory = LocalFactory(allow_code=allow_code)
         built = factory.build(
             index[lm_eval_name], overrides=entry.get("override") or None, registry=dict(index)
         )
         contents = TaskManager(include_defaults=False).load(built)
         drawn = RandomState.now()
         for leaf in contents["tasks"].values():
+            if getattr(leaf, "UNSAFE_CODE", False) and not allow_code:
+                raise TaskFailure(f"'{leaf.task_name}' {RUNS_CODE}")
+            check_found(leaf)
             leaf.set_config(key="num_fewshot", value=_shots(leaf, entry.get("num_fewshot")))
             _keep_documents(leaf)
         leaves = {leaf.task_name: leaf_identity(leaf, limit) for leaf in contents["tasks"].values()}
@@ -161,6 +174,7 @@ def _load(name: str, entry: dict[str, Any], seed: int) -> LoadedTask:
         modules=modules,
         drawn=drawn,
         unfollowed=bool(files.computed),
+        allow_code=allow_code,
     )
 
 
@@ -186,6 +200,20 @@ def _index(entry: dict[str, Any], lm_eval_name: str) -> dict[str, Entry]:
     if lm_eval_name not in index:
         raise TaskFailure(f"lm-eval has no task '{lm_eval_name}'{close(lm_eval_name, index)}")
     return index
+
+
+@contextlib.contextmanager
+def _allowed(allow: bool) -> Iterator[None]:
+    """Let the metric `code_eval` of the library `evaluate` do its work, if that was asked for."""
+    name, before = "HF_ALLOW_CODE_EVAL", os.environ.get("HF_ALLOW_CODE_EVAL")
+    if allow:
+        os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if allow:
+            os.environ.pop(name)
+            os.environ.update({name: before} if before is not None else {})
 
 
 def _shots(task: Task, wanted: int | None) -> int:

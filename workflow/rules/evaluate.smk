@@ -24,6 +24,7 @@ rule dense:
         runtime=ask.node_minutes,
     params:
         settings=ask.dense_settings,
+        metrics=ask.dense_metrics,
         tasks=ask.dense_tasks,
         code=code_version("evaluate"),
     shell:
@@ -31,6 +32,7 @@ rule dense:
         python -m sparsity_atlas evaluate \
             --model {input.model} \
             --settings {params.settings:q} \
+            --metrics {params.metrics:q} \
             --code {params.code} \
             --output {output} >{log} 2>&1
         """
@@ -39,6 +41,8 @@ rule dense:
 rule evaluate:
     input:
         model="results/{model}/model.json",
+        # First, since it refuses metrics that there are not; what it says changes no node.
+        dense=ancient(ask.dense_of_node),
         search=ancient(ask.search_of_node),
         calibration=ask.calibration,
     output:
