@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.errors import AtlasError, NumericalFailure
 from sparsity_atlas.sites import forward_of, random_ids
 
 SEQUENCES, TOKENS = 4, 16
@@ -31,7 +31,8 @@ def check_causal(model: nn.Module) -> None:
         model: called as model(ids), in its own type and on its device.
 
     Raises:
-        AtlasError: it is not causal, its logits are not numbers, or it cannot be run.
+        AtlasError: it is not causal, or it cannot be run.
+        NumericalFailure: its logits are not numbers, so that nothing can be told.
     """
     config = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -39,7 +40,7 @@ def check_causal(model: nn.Module) -> None:
     length = min([TOKENS, *(size for size in known if isinstance(size, int) and size > 1)])
     ids = random_ids(model, (SEQUENCES, length))
     before = _logits(model, ids)
-    noise = _change(before, _logits(model, ids))
+    noise = _change(model, before, _logits(model, ids))
     limit = torch.maximum(REPEATED * noise, torch.tensor(ROUNDING))
     # The last token, one in the middle, and the second, before which there is only the first.
     for place in sorted({length - 1, length // 2, 1}, reverse=True):
@@ -48,7 +49,7 @@ def check_causal(model: nn.Module) -> None:
         changed[:, place] = torch.where(
             ids[:, place] == ids[:, place].roll(1), ids[:, place - 1], ids[:, place].roll(1)
         )
-        moved = _change(before, _logits(model, changed))[:place]
+        moved = _change(model, before, _logits(model, changed))[:place]
         if bool((moved > limit[:place]).any()):
             share = moved.max().item()
             raise AtlasError(
@@ -84,13 +85,20 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(found, Tensor) or found.shape[:2] != ids.shape:
         raise AtlasError(f"{type(model).__name__}: its forward pass gives no logits for each token")
-    found = found.float()
-    if not found.isfinite().all():
-        raise AtlasError(f"{type(model).__name__}: its logits hold NaN or an infinity")
-    return found
+    return found.float()
 
 
-def _change(before: Tensor, after: Tensor) -> Tensor:
-    """Mean change of the logits at each position [tokens], over their mean size there."""
+def _change(model: nn.Module, before: Tensor, after: Tensor) -> Tensor:
+    """Mean change of the logits at each position [tokens], over their mean size there.
+
+    Sequences with a token whose logits are no numbers tell nothing: NaN spreads through masks, too.
+
+    Raises:
+        NumericalFailure: no sequence is without.
+    """
+    sound = (before.isfinite() & after.isfinite()).all((1, 2))
+    if not sound.any():
+        raise NumericalFailure(f"{type(model).__name__}: its logits hold NaN or an infinity")
+    before, after = before[sound], after[sound]
     size = before.abs().mean((0, 2)).clamp_min(torch.finfo(torch.float32).tiny)
     return ((after - before).abs().mean((0, 2)) / size).cpu()

@@ -20,7 +20,7 @@ from sparsity_atlas.checkpoint import (
     Checkpoint,
     shards,
 )
-from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.errors import AtlasError, NumericalFailure
 from sparsity_atlas.hub import Repository
 from sparsity_atlas.loading import load, load_tokenizer
 from sparsity_atlas.store import file_digest, read_manifest, write_manifest
@@ -28,7 +28,7 @@ from sparsity_atlas.store import file_digest, read_manifest, write_manifest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from sparsity_atlas.ffn import Activation
+    from sparsity_atlas.ffn import FFN, Activation
 
 
 def resolve(
@@ -123,18 +123,13 @@ def describe(checkpoint: Checkpoint, modules: dict[str, str] | None) -> dict[str
         AtlasError: it is not a whole, causal model of numbers whose FFNs can be found, or its tokenizer
             does not give texts back.
     """
-    from sparsity_atlas.causality import check_causal
     from sparsity_atlas.model_size import count_parameters
-    from sparsity_atlas.sites import find_ffns
-    from sparsity_atlas.whole import check_finite
 
     config = checkpoint.config()
     # A probe on meta weights would prove nothing: the real ones are loaded, once, on the CPU.
     model = load(checkpoint, dtype="auto", device="auto")
-    check_finite(checkpoint, model)
-    check_causal(model)
+    ffns = _prove(checkpoint, model, modules)
     tokenizer = _describe_tokenizer(checkpoint, model)
-    ffns = find_ffns(model, modules)
     return {
         "architecture": (config.get("architectures") or [type(model).__name__])[0],
         "model_type": config.get("model_type"),
@@ -148,6 +143,32 @@ def describe(checkpoint: Checkpoint, modules: dict[str, str] | None) -> dict[str
         "activation": _activation(model, ffns[0].activation),
         "ffn": [ffn.describe() for ffn in ffns],
     }
+
+
+def _prove(
+    checkpoint: Checkpoint, model: PreTrainedModel, modules: dict[str, str] | None
+) -> list[FFN]:
+    """The FFNs of a model that is proved to be causal."""
+    from sparsity_atlas.causality import check_causal
+    from sparsity_atlas.sites import find_ffns
+    from sparsity_atlas.whole import not_finite
+
+    spoilt = not_finite(model)
+    try:
+        check_causal(model)
+    except NumericalFailure:
+        # With such weights every score is NaN, which is a result of each node.
+        if spoilt is None:
+            raise
+    try:
+        ffns = find_ffns(model, modules)
+    except AtlasError:
+        if spoilt is None:
+            raise
+        raise AtlasError(f"{checkpoint}: {spoilt}") from None
+    if spoilt:
+        cli.logger.warning("%s: %s", checkpoint, spoilt)
+    return ffns
 
 
 def _describe_tokenizer(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:

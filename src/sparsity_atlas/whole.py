@@ -144,22 +144,16 @@ def is_constant(tensor: Tensor) -> bool:
     return falling and row[0] == 1 and bool(((ratios / ratios[0] - 1).abs() < 0.02).all())
 
 
-def check_finite(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-    """Refuse weights that are not numbers.
-
-    Raises:
-        AtlasError: names the first tensors that hold NaN or an infinity.
-    """
+def not_finite(model: PreTrainedModel) -> str | None:
+    """Which weights are no numbers, in words; None if all are."""
     bad = {name: value for name, value in model.named_parameters() if not value.isfinite().all()}
     if not bad:
-        return
+        return None
     first, value = next(iter(bad.items()))
     kind = "NaN" if value.isnan().any() else "infinite"
     count = int((~value.isfinite()).sum())
     others = f", and {len(bad) - 1} other tensors have such values" if len(bad) > 1 else ""
-    raise AtlasError(
-        f"{checkpoint}: {first}: {count:,} of {value.numel():,} values are {kind}{others}"
-    )
+    return f"{first}: {count:,} of {value.numel():,} values are {kind}{others}"
 
 
 def fill_buffers(model: PreTrainedModel, *, trust_remote_code: bool) -> None:

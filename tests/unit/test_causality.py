@@ -14,6 +14,7 @@ from sparsity_atlas.causality import check_causal
 from sparsity_atlas.checkpoint import Checkpoint
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.models import describe
+from sparsity_atlas.sites import random_ids
 from tiny_lm import tiny_tokenizer
 from tiny_models import ARCHITECTURES, COMMON, GROUPED, HIDDEN, VOCABULARY, Mixer, tiny_model
 
@@ -113,6 +114,21 @@ def test_logits_that_are_no_numbers(value: float) -> None:
         model.lm_head.weight[5] = value
     with pytest.raises(AtlasError, match="its logits hold NaN or an infinity"):
         check_causal(model)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_token_that_is_no_number(causal: bool) -> None:
+    """Sequences with it tell nothing; the others do."""
+    model = made("llama", torch.float32, **GROUPED, is_causal=causal, tie_word_embeddings=False)
+    ids = random_ids(model, (4, 16))
+    alone = next(one for one in range(64) if (ids == one).any(1).sum() == 1)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[alone] = float("nan")
+    if causal:
+        check_causal(model)
+    else:
+        with pytest.raises(AtlasError, match="not causal"):
+            check_causal(model)
 
 
 class Broken(nn.Module):

@@ -188,3 +188,16 @@ def test_weights_that_are_no_numbers(value: float, kind: str, tmp_path: Path) ->
     checkpoint = changed(save_model(tmp_path / "m"), spoil)
     with pytest.raises(AtlasError, match=rf"{name}: 2 of 960 values are {kind}$"):
         describe(checkpoint, None)
+
+
+def test_weights_that_are_no_numbers_beside_the_ffns(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All scores are NaN then, which each node says: a result."""
+
+    def spoil(weights: Weights) -> Weights:
+        weights["model.norm.weight"][:] = float("nan")
+        return weights
+
+    assert describe(changed(save_model(tmp_path / "m"), spoil), None)["layers"] == 2
+    assert "model.norm.weight: 24 of 24 values are NaN" in caplog.text
