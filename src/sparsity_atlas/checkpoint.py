@@ -16,7 +16,9 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.model_files import check_fetched, files_digest, files_read
 from sparsity_atlas.store import digest, file_digest, read_json
 
+SAFE_FILE = "model.safetensors"
 SAFE_INDEX = "model.safetensors.index.json"
+PICKLE_FILE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 ADAPTER = "adapter_config.json"
 
@@ -59,6 +61,10 @@ class Checkpoint:
                 quantised.get("quant_method") if isinstance(quantised, dict) else None
             ) or "unknown method"
             raise AtlasError(f"{self}: a quantised checkpoint ({method}) is not supported yet")
+        if config.get("transformers_weights") is not None:
+            raise AtlasError(
+                f"{path}: transformers_weights: not supported; name the weights {SAFE_FILE}"
+            )
         for key, value in _types(config):
             if value.startswith("torch."):
                 raise AtlasError(
@@ -94,18 +100,16 @@ class Checkpoint:
         Raises:
             AtlasError: there are none that may be used, or an index names files that are missing.
         """
-        files = (
-            self._listed(SAFE_INDEX)
-            or sorted(self.folder.glob("model.safetensors"))
-            or sorted(self.folder.glob("*.safetensors"))
-        )
-        pickles = self._listed(PICKLE_INDEX) or sorted(self.folder.glob("pytorch_model.bin"))
+        # In the order in which transformers looks for them: one file before an index.
+        files = sorted(self.folder.glob(SAFE_FILE)) or self._listed(SAFE_INDEX)
+        pickles = sorted(self.folder.glob(PICKLE_FILE)) or self._listed(PICKLE_INDEX)
         if not files and not (pickles and self.allow_pickle):
-            found = f"only {pickles[0].name}" if pickles else "none"
+            others = [*pickles, *sorted(self.folder.glob("*.safetensors"))]
+            found = f"only {others[0].name}" if others else "none"
             raise AtlasError(
-                f"{self}: expected weights in *.safetensors, found {found}; a *.bin is a pickle, which "
-                "runs code when it is loaded, and is used only if the model's entry says "
-                "allow_pickle: true"
+                f"{self}: expected weights in {SAFE_FILE}, or in *.safetensors that {SAFE_INDEX} names, "
+                f"found {found}; a *.bin is a pickle, which runs code when it is loaded, and is used "
+                "only if the model's entry says allow_pickle: true"
             )
         used = files or pickles
         # Unlike Path.is_file, this takes a name that no file can have for that of no file.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsity_atlas.checkpoint import Checkpoint
 from sparsity_atlas.devices import own_device, pick_device, pick_dtype
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.store import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -97,7 +99,26 @@ def load_tokenizer(
     # Where its files are missing, transformers makes one that knows its special tokens only.
     if len(vocabulary - added - set(tokenizer.all_special_tokens)) < FEWEST_TOKENS:
         raise AtlasError(_NO_TOKENIZER.format(folder))
+    _give_padding(tokenizer, checkpoint.folder)
     return tokenizer
+
+
+def _give_padding(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Pad with a token of the model, where the tokenizer names none (a tokenizer.json alone).
+
+    lm-eval would add a token for it, of which the model's embedding knows nothing.
+    """
+    if any((tokenizer.pad_token, tokenizer.unk_token, tokenizer.eos_token)):
+        return
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        content = read_json(path) if path.is_file() else None
+        for key in ("pad_token_id", "eos_token_id", "bos_token_id"):
+            value = content.get(key) if isinstance(content, dict) else None
+            number = value[0] if isinstance(value, list) and value else value
+            if type(number) is int and 0 <= number < len(tokenizer):
+                tokenizer.pad_token = tokenizer.convert_ids_to_tokens(number)
+                return
 
 
 @contextmanager

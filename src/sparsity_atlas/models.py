@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from sparsity_atlas import cli, model_files
 from sparsity_atlas.checkpoint import (
+    PICKLE_FILE,
     PICKLE_INDEX,
+    SAFE_FILE,
     SAFE_INDEX,
     Checkpoint,
     shards,
@@ -67,8 +69,10 @@ def resolve(
             folder = repository.fetch(*pair, offline=offline)
         if weights:
             _fetch_weights(repository, folder, allowed["allow_pickle"], offline)
-    other = source.get("tokenizer")
-    checkpoint = Checkpoint(folder, **allowed, tokenizer=Path(other) if other else None)
+    tokenizer = Path(source["tokenizer"]) if "tokenizer" in source else None
+    if tokenizer is not None and not os.path.isdir(tokenizer):
+        raise AtlasError(f"models: tokenizer: {tokenizer}: no such folder")
+    checkpoint = Checkpoint(folder, **allowed, tokenizer=tokenizer)
     code = checkpoint.code_repository() if checkpoint.trust_remote_code else None
     if code is None:
         return checkpoint, commit
@@ -81,15 +85,13 @@ def resolve(
 
 def _fetch_weights(repository: Repository, folder: Path, pickles: bool, offline: bool) -> None:
     """Bring the weights to a snapshot whose other files are there: one format of them, not all."""
-    kinds = [
-        (SAFE_INDEX, ("model.safetensors", "*.safetensors")),
-        *([(PICKLE_INDEX, ("pytorch_model.bin",))] if pickles else []),
-    ]
-    for index, patterns in kinds:
-        names = shards(folder / index)
-        for wanted in [names] if names else [[pattern] for pattern in patterns]:
+    kinds = [(SAFE_FILE, SAFE_INDEX), *([(PICKLE_FILE, PICKLE_INDEX)] if pickles else [])]
+    for file, index in kinds:
+        for wanted in ([file], shards(folder / index)):
+            if not wanted:
+                continue
             repository.fetch(wanted, offline=offline)
-            if any(True for pattern in wanted for _ in folder.glob(pattern)):
+            if any((folder / name).is_file() for name in wanted):
                 return
 
 

@@ -129,6 +129,7 @@ def test_adapters(tmp_path: Path) -> None:
     [
         ({"dtype": "torch.float16"}, r"dtype: found 'torch\.float16', expected 'float16'"),
         ({"torch_dtype": "torch.bfloat16"}, r"torch_dtype: found .*, expected 'bfloat16'"),
+        ({"transformers_weights": "a.safetensors"}, "transformers_weights: not supported"),
         ({"text_config": {"dtype": "torch.half"}}, r"text_config\.dtype: found 'torch\.half'"),
     ],
 )
@@ -139,6 +140,23 @@ def test_a_type_with_its_module(change: dict, says: str, model: Path) -> None:
     with pytest.raises(AtlasError, match=rf"config\.json: {says}"):
         Checkpoint(model).config()
     path.write_text(before)
+
+
+@pytest.mark.parametrize("pickles", [False, True])
+def test_the_weights_are_those_that_transformers_takes(pickles: bool, tmp_path: Path) -> None:
+    """One file before an index: else a file is loaded that the digest does not know."""
+    single = "pytorch_model.bin" if pickles else "model.safetensors"
+    for name in (single, "a.safetensors", "b.bin"):
+        (tmp_path / name).write_bytes(b"1")
+    index = {"weight_map": {"a": "b.bin" if pickles else "a.safetensors"}}
+    (tmp_path / f"{single}.index.json").write_text(json.dumps(index))
+    checkpoint = Checkpoint(tmp_path, allow_pickle=True)
+    assert [path.name for path in checkpoint.weight_files()] == [single]
+    (tmp_path / single).unlink()
+    assert [path.name for path in checkpoint.weight_files()] == list(index["weight_map"].values())
+    (tmp_path / f"{single}.index.json").unlink()
+    with pytest.raises(AtlasError, match=r"expected weights in model\.safetensors, .* only a\."):
+        checkpoint.weight_files()
 
 
 # A tokenizer's own folder

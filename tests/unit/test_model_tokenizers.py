@@ -244,6 +244,27 @@ def test_tiktoken_is_read_anew(tmp_path: Path) -> None:
     assert ids == [[97], [158]]
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"pad_token_id": 0, "eos_token_id": 2}, "<pad>"),
+        ({"eos_token_id": [2, 1]}, "</s>"),
+        ({"pad_token_id": None, "bos_token_id": 1}, "<s>"),
+        ({"eos_token_id": 5000}, None),
+    ],
+)
+def test_padding_of_a_tokenizer_file_alone(
+    config: dict[str, Any], expected: str | None, tmp_path: Path
+) -> None:
+    """The model's own, since lm-eval would add a token without a row in the embedding."""
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+    loaded = load_tokenizer(Checkpoint(tmp_path))
+    assert loaded.pad_token == expected
+    assert len(loaded) == 300
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "opt", "gemma", "t5", "byt5"])
 def test_no_tokenizer(kind: str, tmp_path: Path) -> None:
     """transformers makes one of a few special tokens then, and encodes every text as nothing."""
