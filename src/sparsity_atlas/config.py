@@ -141,10 +141,11 @@ class CriterionEntry(BaseModel):
 
 
 class TextEntry(_Strict):
-    """Running text: a local file (.txt, or .jsonl with one document a line) or a Hub data set."""
+    """Running text: a local file or a Hub data set."""
 
     file: str | None = None
-    """Local .txt (documents separated by blank lines are one text) or .jsonl file."""
+    """Local file: .txt (one document, blank lines or not), or a table with a document a row: .jsonl or
+    .ndjson, .json, .csv, .tsv, .parquet, .arrow. Each may be compressed: .gz, .bz2, .xz, .zst."""
     hub: Repository | None = None
     """Hub data set, for instance Salesforce/wikitext."""
     subset: str | None = None
@@ -154,7 +155,7 @@ class TextEntry(_Strict):
     split: str = "train"
     """Split of the Hub data set."""
     column: str = "text"
-    """Field with the text, in JSONL and in Hub data sets."""
+    """Field with the text, in tables and in Hub data sets."""
     documents: list[NonNegativeInt] | None = Field(default=None, min_length=2, max_length=2)
     """First document and the one after the last, counted from 0. Unset: all of them."""
 

@@ -18,6 +18,7 @@ from sparsity_atlas.config import Config
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.store import digest, file_digest
 from sparsity_atlas.terms import ALLOCATIONS, TENSORS
+from sparsity_atlas.text_files import kind_of
 
 # Where the configuration names local files: catalogue and key.
 _PATHS = (
@@ -93,6 +94,8 @@ def check_inputs(config: Config) -> None:
     text = config.texts[config.capture.text]
     if text.file is not None and not os.path.isfile(text.file):
         raise AtlasError(f"texts.{config.capture.text}: file: {text.file}: no such file")
+    if text.file is not None:
+        kind_of(Path(text.file))
 
 
 def _check_allocation(spec: dict[str, Any], curve: grid.Curve, allocated: bool) -> None:

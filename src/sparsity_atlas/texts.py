@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -12,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.hub import Repository
+from sparsity_atlas.text_files import local_documents
 
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
-# Characters of a document; the tokeniser takes one at a time, in many times its size.
-LONGEST = 64 * 2**20
 
 
 def documents(source: dict[str, Any]) -> Iterator[str]:
@@ -32,43 +29,11 @@ def documents(source: dict[str, Any]) -> Iterator[str]:
     """
     first, end = source.get("documents", (0, None))
     if "file" in source:
-        yield from islice(_local(Path(source["file"]), source.get("column", "text")), first, end)
+        yield from islice(
+            local_documents(Path(source["file"]), source.get("column", "text")), first, end
+        )
     else:
         yield from islice(_hub(source), first, end)
-
-
-def _local(path: Path, column: str) -> Iterator[str]:
-    if not os.path.isfile(path):
-        raise AtlasError(f"texts: {path}: no such file")
-    try:
-        with path.open(encoding="utf-8") as file:
-            if path.suffix != ".jsonl":
-                yield _short(path, 1, file.read(LONGEST + 1))
-                return
-            lines = iter(lambda: file.readline(LONGEST + 1), "")
-            for number, line in enumerate(lines, 1):
-                yield _field(path, number, _short(path, number, line), column)
-    except UnicodeDecodeError as error:
-        raise AtlasError(f"texts: {path}: not UTF-8 ({error.reason})") from None
-
-
-def _short(path: Path, number: int, text: str) -> str:
-    if len(text) > LONGEST:
-        raise AtlasError(
-            f"texts: {path}: line {number} on: a document of more than {LONGEST:,} characters; "
-            "give documents, one a line of a .jsonl file"
-        )
-    return text
-
-
-def _field(path: Path, number: int, line: str, column: str) -> str:
-    try:
-        text = json.loads(line)[column]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        text = None
-    if not isinstance(text, str):
-        raise AtlasError(f"texts: {path}: line {number} is not JSON with a text in '{column}'")
-    return text
 
 
 def pinned(source: dict[str, Any]) -> dict[str, Any]:

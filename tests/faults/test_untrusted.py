@@ -17,7 +17,7 @@ import pytest
 
 from checkout import Checkout
 from fake_results import make_results
-from sparsity_atlas import report, summarize, task_files, texts
+from sparsity_atlas import report, summarize, task_files, text_files, texts
 from sparsity_atlas.checkpoint import Checkpoint
 from sparsity_atlas.config import parse
 from sparsity_atlas.errors import AtlasError
@@ -318,7 +318,7 @@ def test_other_columns(tmp_path: Path) -> None:
 def test_a_document_without_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
-    monkeypatch.setattr(texts, "LONGEST", 1000)
+    monkeypatch.setattr(text_files, "LONGEST", 1000)
     path = tmp_path / f"a{suffix}"
     path.write_text("x" * 5000)
     with pytest.raises(AtlasError, match=r"a\.\w+: line 1 on: a document of more than 1,000"):
