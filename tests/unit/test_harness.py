@@ -265,6 +265,13 @@ def test_what_is_refused(model_folder: Path, arguments: dict, message: str) -> N
     assert "\n" not in str(caught.value)
 
 
+def test_thinking_before_an_answer_that_is_given_is_refused(model_folder: Path) -> None:
+    model = make(model_folder, enable_thinking=True, think_end_token="</think>")
+    request = Instance("loglikelihood", {}, ("a", " b"), 0, metadata=("choice", 0, 1))
+    with pytest.raises(AtlasError, match="enable_thinking: 'choice' scores given answers"):
+        model.loglikelihood([request])
+
+
 def test_the_cache_of_answers_is_refused(model_folder: Path, tasks: dict, tmp_path: Path) -> None:
     with pytest.raises(AtlasError, match="use_cache: an answer from lm-eval's cache"):
         lm_eval.simple_evaluate(
