@@ -130,10 +130,14 @@ class Checkout:
 
     def plan(self, *arguments: str, config: dict[str, Any] | None = None) -> Planned:
         """Dry run of the smoke configuration, or of another one."""
+        if "--configfile" not in arguments:
+            arguments = tuple(self._arguments(config, arguments))
+        return self.dry_run(*arguments)
+
+    def dry_run(self, *arguments: str) -> Planned:
+        """Dry run with these arguments alone."""
         log = self.path / "plan.log"
         given = ["--dry-run", "--nocolor", *arguments]
-        if "--configfile" not in arguments:
-            given = self._arguments(config, tuple(given))
         process = _servers.Process(target=_snakemake, args=(given, str(self.path), str(log)))
         process.start()
         process.join()

@@ -21,16 +21,25 @@ Path grammar, below results/:
 import os
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 # Not workflow.basedir, nor plain "results": another workflow may use this one as a module, with a prefix.
-ROOT = Path(workflow.current_basedir).parents[1]
+HERE = workflow.current_basedir
 RESULTS = str(workflow.modifier.modify_path("results"))
 
-# This checkout's own code, in this process and in the jobs', also where it is not installed.
-SOURCE = str(ROOT / "src")
-sys.path.insert(0, SOURCE)
-os.environ.update(PYTHONPATH=os.pathsep.join(filter(None, [SOURCE, os.environ.get("PYTHONPATH")])))
+# None where Snakemake fetches the rules file by file, as for `snakefile: github(...)`.
+ROOT = Path(HERE).parents[1] if isinstance(HERE, os.PathLike) else None
+
+if ROOT:
+    # This checkout's own code, in this process and in the jobs', also where it is not installed.
+    SOURCE = str(ROOT / "src")
+    sys.path.insert(0, SOURCE)
+    os.environ.update(
+        PYTHONPATH=os.pathsep.join(filter(None, [SOURCE, os.environ.get("PYTHONPATH")]))
+    )
+elif find_spec("sparsity_atlas") is None:
+    raise SystemExit(f"error: rules of {HERE} need the package of the same release: pip install it")
 
 from sparsity_atlas.asks import Asks
 from sparsity_atlas.code import code_version
@@ -44,7 +53,7 @@ from sparsity_atlas.terms import SITES
 REMOVE = config.pop("remove", False)
 
 try:
-    ATLAS = parse_config(locate(config, ROOT))
+    ATLAS = parse_config(locate(config, ROOT) if ROOT else config)
     check_inputs(ATLAS)
     ask = Asks(ATLAS, RESULTS)
 except AtlasError as error:
