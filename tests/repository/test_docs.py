@@ -1,0 +1,86 @@
+"""Links between the repository's pages lead somewhere, and what the pages show is what there is."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+from checkout import ROOT
+
+PAGES = [
+    path
+    for pattern in ("*.md", "benchmarks/*.md", "config/*.md", "docs/**/*.md")
+    for path in sorted(ROOT.glob(pattern))
+]
+
+
+def _tokens(page: Path) -> list[Token]:
+    return MarkdownIt().enable("table").parse(page.read_text(encoding="utf-8"))
+
+
+def _links(page: Path) -> list[str]:
+    inline = (child for token in _tokens(page) for child in token.children or ())
+    targets = (token.attrs.get("href") or token.attrs.get("src") for token in inline)
+    return [str(target) for target in targets if target and "://" not in str(target)]
+
+
+def _anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    tokens = _tokens(page)
+    titles = [
+        "".join(child.content for child in following.children or ())
+        for token, following in itertools.pairwise(tokens)
+        if token.type == "heading_open"
+    ]
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def _dead(page: Path) -> list[str]:
+    dead = []
+    for link in _links(page):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or (anchor and anchor not in _anchors(target)):
+            dead.append(link)
+    return dead
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    assert _dead(page) == []
+
+
+def test_a_dead_link_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A title: here\n[a](page.md) [b](#a-title-here) [c](https://example.org)\n"
+        "![d](missing.png) [e](#elsewhere) [f](page.md#nowhere)\n"
+    )
+    assert _dead(page) == ["missing.png", "#elsewhere", "page.md#nowhere"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_yaml_blocks_are_yaml(page: Path) -> None:
+    for token in _tokens(page):
+        if token.type == "fence" and token.info == "yaml":
+            yaml.safe_load(token.content)
+
+
+def test_the_criterion_of_contributing_is_the_file_that_it_names() -> None:
+    """But for its docstrings of one line."""
+    tokens = _tokens(ROOT / "CONTRIBUTING.md")
+    shown = [
+        token.content for token in tokens if token.type == "fence" and "MeanShare" in token.content
+    ]
+    file = (ROOT / "docs/criteria/mean_share.py").read_text(encoding="utf-8")
+    assert [_code(text) for text in shown] == [_code(file)]
+
+
+def _code(text: str) -> str:
+    return re.sub(r'^ *""".*"""$', "", text, flags=re.MULTILINE).replace("\n", "").strip()
