@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import re
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from interruptions import Interrupted, products, watch
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.evaluate import Node, Session, evaluate_node
+from sparsity_atlas.evaluate import Node, evaluate_node
 from sparsity_atlas.samples import read_table
 from tiny_lm import (
     CHOICE,
@@ -42,32 +42,6 @@ def tasks(tmp_path: Path) -> dict[str, dict[str, Any]]:
         "pages": write_task(folder, "pages", rolling_documents(), **ROLLING),
         "words": write_task(folder, "words", rolling_documents(9, 4), **GENERATION),
     }
-
-
-class Interrupted(Exception):
-    pass
-
-
-def watch(session: Session, stop_after: int | None = None) -> list[str]:
-    """Note each batch that is computed; break off in place of a further one."""
-    calls: list[str] = []
-
-    def wrap(name: str, original: Callable) -> Callable:
-        def call(*arguments: Any, **options: Any) -> Any:
-            if len(calls) == stop_after:
-                raise Interrupted
-            calls.append(name)
-            return original(*arguments, **options)
-
-        return call
-
-    session.lm._model_call = wrap("score", session.lm._model_call)
-    session.lm.model.generate = wrap("generate", session.lm.model.generate)
-    return calls
-
-
-def products(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def evaluate(

@@ -11,11 +11,11 @@ import torch
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from test_evaluate import Interrupted, products, watch
-from test_lm import assert_same, through_atlas
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from interruptions import Interrupted, products, watch
+from plain_lm import assert_same, through_atlas
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluate import Node, evaluate_node
 from sparsity_atlas.longest import Lengths, declared_lengths

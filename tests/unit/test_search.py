@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_evaluate import Interrupted, products, watch
 
+from interruptions import Interrupted, products, watch
 from sparsity_atlas import search as stage
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluate import Node, evaluate_node
