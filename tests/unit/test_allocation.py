@@ -244,6 +244,20 @@ def test_greedy_steps_by_equal_parameters() -> None:
     assert table[:, 80] == pytest.approx([1, 0.4], abs=0.02)
 
 
+def test_greedy_steps_are_those_of_teal() -> None:
+    """0.05 of the tensor that meets the fewest parameters; of the others as many parameters."""
+    tried: dict[str, set[float]] = {"qkv": set(), "o": set(), "x": set()}
+
+    def error(at: dict[str, float]) -> float:
+        for name, level in at.items():
+            tried[name].add(round(level, 6))
+        return sum(at.values())
+
+    greedy(error, list(tried), np.array([1.5, 1.0, 7.0]))
+    assert [sorted(levels)[1] for levels in tried.values()] == [0.033333, 0.05, 0.007143]
+    assert sorted(tried["o"]) == pytest.approx(np.linspace(0, 1, 21))
+
+
 def test_greedy_at_all_linear_inputs_goes_by_the_whole_block(model: torch.nn.Module) -> None:
     """The block's output with its tensors dropped is what the model itself makes of it there."""
     ffns, _, bound, shares = allocated(model, "teal", "all_linear_inputs", "greedy")
