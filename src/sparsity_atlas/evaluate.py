@@ -119,6 +119,7 @@ class Session:
             max_length=settings["max_length"],
             prompts=PromptSettings.of(settings),
         )
+        lm.remember(manifest["digest"])
         check_positions(model, lm.max_length, f"models.{manifest['name']}: max_length")
         identity = {
             "model": manifest["digest"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ import torch
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from sparsity_atlas import cli, forest, scoring
+from sparsity_atlas.answers import Answers
+from sparsity_atlas.code import code_version
 from sparsity_atlas.generation import GeneratingLM
 from sparsity_atlas.longest import Lengths
 from sparsity_atlas.scoring import Abilities
@@ -53,6 +56,7 @@ class AtlasLM(GeneratingLM):
         super().__init__(model, tokenizer, **options)
         self._told: set[str] = set()
         self._lengths = Lengths(model, self.max_length)
+        self._known = Answers()
 
     def work(
         self,
@@ -75,12 +79,31 @@ class AtlasLM(GeneratingLM):
             )
         )
 
-        def found(some: list[forest.Request]) -> Abilities:
+        def found(some: list[forest.Request], branching: bool) -> Abilities:
             follows = self._follows(some, prompts)
-            able = self._abilities(some) if some else Abilities()
-            return replace(able, branches=able.branches and share and not follows, follows=follows)
+            able = self._abilities(some, branching and not follows) if some else Abilities()
+            return replace(able, follows=follows)
 
-        return arrange(requests, encodings, limits, found)
+        return arrange(requests, encodings, limits, found, share=share)
+
+    def remember(self, digest: str) -> None:
+        """Keep what the model is seen to do right in the user's cache, for other processes.
+
+        Args:
+            digest: of the model's files.
+        """
+        device = self.model.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self._known = Answers(
+            {
+                "model": digest,
+                "dtype": str(self.model.dtype),
+                "attention": self.model.config._attn_implementation,
+                "device": name,
+                "code": code_version("sharing"),
+                **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+            }
+        )
 
     def _follows(
         self, requests: list[forest.Request], prompts: list[tuple[Instance, Encoding]]
@@ -99,8 +122,16 @@ class AtlasLM(GeneratingLM):
             self._tell("follows", f"{reach} tokens")
         return follows
 
-    def _abilities(self, requests: list[forest.Request]) -> Abilities:
-        found, faults = abilities(self.model, requests)
+    def _abilities(self, requests: list[forest.Request], branching: bool) -> Abilities:
+        longest = max(len(request.run) for request in requests)
+        found, faults = abilities(
+            self.model,
+            requests,
+            branching=branching,
+            # Not beyond a length that may change the model's numbers.
+            most=min([n for n in self._lengths.declared if n >= longest], default=self.max_length),
+            answers=self._known,
+        )
         for name, fault in faults.items():
             self._tell(name, fault)
         return found
@@ -170,7 +201,11 @@ class AtlasLM(GeneratingLM):
         valid = torch.arange(batch.tokens.shape[1]) < lengths[:, None]
         self._counter.expect(valid.to(self.device))
         found = scoring.logits(
-            self.model, self._model_call, batch, select=self._work.abilities.selects
+            self.model,
+            self._model_call,
+            batch,
+            select=self._work.abilities.selects,
+            masks=self._work.abilities.masks,
         )
         zeros, _ = self._counter.take()
         every, once = scoring.zeros_by_document(zeros, batch)

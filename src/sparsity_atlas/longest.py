@@ -20,6 +20,7 @@ from torch import nn
 
 from sparsity_atlas.errors import AtlasError, TaskFailure
 from sparsity_atlas.hypotheses import relative_error
+from sparsity_atlas.scoring import before_head
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,21 +134,9 @@ class Lengths:
 
     def _hidden(self, ids: list[int], few: int) -> Tensor:
         """What the head gets for the first few of some tokens, [few, hidden]."""
-        seen: list[Tensor] = []
-
-        def stop(module: nn.Module, arguments: tuple) -> None:
-            seen.append(arguments[0].reshape(-1, arguments[0].shape[-1])[:few].clone())
-            raise _Enough
-
-        handle = self._model.get_output_embeddings().register_forward_pre_hook(stop)
-        try:
-            with torch.no_grad():
-                self._model.forward(torch.tensor([ids], device=self._model.device))
-        except _Enough:
-            pass
-        finally:
-            handle.remove()
-        return seen[0]
+        with torch.no_grad():
+            every = before_head(self._model, torch.tensor([ids], device=self._model.device))
+        return every.reshape(-1, every.shape[-1])[:few].clone()
 
     def state(self) -> Memory:
         """What it remembers now, as JSON has it; empty if nothing but what it began with."""
@@ -173,10 +162,6 @@ class Lengths:
                     module._buffers[key] = own
                 else:
                     module.__dict__[key] = own
-
-
-class _Enough(Exception):
-    """Ends a forward pass before the head."""
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,14 @@ CHUNK = {"cpu": 2**21, "cuda": 2**26}
 Call = Callable[..., "Tensor"]
 
 
+class Masks(StrEnum):
+    """How a model is told who sees whom in a row that branches."""
+
+    ONE = "one"  # one mask for all layers
+    WINDOWED = "windowed"  # one mask, with the model's window of attention
+    BY_LAYER = "by_layer"  # a mask for each type of layer, as transformers names them
+
+
 @dataclass(frozen=True)
 class Abilities:
     """What a model was seen to do right; see `proof`.
@@ -37,14 +46,18 @@ class Abilities:
         selects: its head may be shown the scored tokens only.
         follows: what it says of a sequence follows the longest one of a batch or so far, so that batches
             are lm-eval's own; see `longest`.
+        masks: how rows that branch are masked.
     """
 
     branches: bool = False
     selects: bool = False
     follows: bool = False
+    masks: Masks = Masks.ONE
 
 
-def inputs(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+def inputs(
+    model: PreTrainedModel, batch: Batch, masks: Masks = Masks.ONE
+) -> tuple[Tensor, dict[str, Any]]:
     """Token ids [rows, longest] and further arguments of the forward pass over a batch.
 
     A batch without branches is run as any: no mask (what stands behind a token does not change it),
@@ -56,21 +69,72 @@ def inputs(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Any]
         options["use_cache"] = False
     if batch.branched:
         options["position_ids"] = torch.from_numpy(batch.depth).to(device)
-        options["attention_mask"] = _mask(torch.from_numpy(batch.ends).to(device), model.dtype)
+        options["attention_mask"] = _masks(model, batch, masks)
     return torch.from_numpy(batch.tokens).to(device), options
 
 
-def _mask(ends: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to attention scores, [rows, 1, queries, keys]: 0 for a token's ancestors."""
+def _masks(model: PreTrainedModel, batch: Batch, masks: Masks) -> Tensor | dict[str, Tensor]:
+    config = model.config.get_text_config()
+    ends, depth = (torch.from_numpy(one).to(model.device) for one in (batch.ends, batch.depth))
+    if masks is Masks.BY_LAYER:
+        windows = {"full_attention": None, "sliding_attention": config.sliding_window}
+        return {
+            kind: _mask(ends, depth, windows[kind], model.dtype) for kind in set(config.layer_types)
+        }
+    window = config.sliding_window if masks is Masks.WINDOWED else None
+    return _mask(ends, depth, window, model.dtype)
+
+
+def _mask(ends: Tensor, depth: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+    """What is added to attention scores, [rows, 1, queries, keys]: 0 for what a token sees.
+
+    Args:
+        ends: as `Batch.ends`.
+        depth: as `Batch.depth`.
+        window: how many of its ancestors, itself among them, a token sees; None: all.
+        dtype: of the scores.
+    """
     place = torch.arange(ends.shape[1], device=ends.device)
     seen = (place[:, None] >= place) & (place[:, None] < ends[:, None])
+    if window is not None:
+        seen &= depth[:, :, None] - depth[:, None] < window
     hidden = torch.finfo(dtype).min
     return torch.zeros(seen.shape, dtype=dtype, device=ends.device).masked_fill_(~seen, hidden)[
         :, None
     ]
 
 
-def logits(model: PreTrainedModel, call: Call, batch: Batch, *, select: bool) -> Tensor:
+def before_head(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
+    """Hidden states [rows, longest, hidden] that a model's head would get, which is not run."""
+    seen: list[Tensor] = []
+
+    def stop(module: nn.Module, arguments: tuple) -> None:
+        seen.append(arguments[0])
+        raise _Enough
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(stop)
+    try:
+        # Past the hooks on the model itself, which count an evaluation's passes.
+        model.forward(ids, **options)
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+class _Enough(Exception):
+    """Ends a forward pass before the head."""
+
+
+def logits(
+    model: PreTrainedModel,
+    call: Call,
+    batch: Batch,
+    *,
+    select: bool,
+    masks: Masks = Masks.ONE,
+) -> Tensor:
     """Logits [scored, vocabulary] of the tokens whose successor is predicted.
 
     Args:
@@ -78,9 +142,10 @@ def logits(model: PreTrainedModel, call: Call, batch: Batch, *, select: bool) ->
         call: runs it and returns its logits.
         batch: what to run.
         select: keep all other tokens from the model's head.
+        masks: how rows that branch are masked.
     """
     where = torch.from_numpy(batch.scored).to(model.device)
-    ids, options = inputs(model, batch)
+    ids, options = inputs(model, batch, masks)
     with _shown_only(model.get_output_embeddings(), where) if select else contextlib.nullcontext():
         found = call(ids, **options)
     if select:

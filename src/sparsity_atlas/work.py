@@ -57,7 +57,9 @@ def arrange(
     requests: dict[str, list[Instance]],
     encodings: dict[str, list[Encoding]],
     limits: Limits,
-    abilities: Callable[[list[forest.Request]], Abilities],
+    abilities: Callable[[list[forest.Request], bool], Abilities],
+    *,
+    share: bool,
 ) -> Work:
     """Arrange a task's requests.
 
@@ -65,7 +67,8 @@ def arrange(
         requests: by kind (lm-eval's request type).
         encodings: of the same.
         limits: of the model.
-        abilities: finds out what the model does right with some requests.
+        abilities: finds out what the model does right with some requests, whose rows branch or do not.
+        share: whether rows may branch, if the model can do it.
 
     Raises:
         TaskFailure: a request that cannot be scored.
@@ -99,14 +102,18 @@ def arrange(
             _request(some[i], context, continuation, owners[i], limits.max_length, counts)
             for (i, context, continuation), counts in zip(pieces, counted, strict=True)
         ]
-    work.abilities = abilities([one for some in scored.values() for one in some])
+    work.batches = {
+        kind: forest.pack(some, limits.batch_size, share=share) for kind, some in scored.items()
+    }
+    branching = any(batch.branched for batches in work.batches.values() for batch in batches)
+    work.abilities = abilities([one for some in scored.values() for one in some], branching)
     for kind, some in scored.items():
         if work.abilities.follows:
             rolling = kind == "loglikelihood_rolling"
             batches = collate.lm_eval_batches(pairs[kind], limits.batch_size, rolling=rolling)
             work.batches[kind] = forest.arranged(some, batches)
-        else:
-            work.batches[kind] = forest.pack(some, limits.batch_size, share=work.abilities.branches)
+        elif branching and not work.abilities.branches:
+            work.batches[kind] = forest.pack(some, limits.batch_size, share=False)
     return work
 
 

@@ -136,7 +136,7 @@ def test_scores_are_those_of_lm_eval_s_batches(
         assert_same(outcomes[task], plain)
     results = json.loads((tmp_path / "dense" / "eval.json").read_text())["tasks"]
     batches = {task: result["batches"] for task, result in results.items()}
-    assert batches == dict.fromkeys(catalogue, "lm_eval") | {"short": "shared"}
+    assert batches == dict.fromkeys(catalogue, "lm_eval") | {"short": "plain"}
 
 
 @pytest.mark.parametrize("name", KINDS)

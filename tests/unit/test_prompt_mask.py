@@ -231,7 +231,7 @@ def test_options_of_a_question_do_not_share_their_row(
     evaluate_node(session, None, tmp_path / "again")
     manifests = [read_manifest(tmp_path / name / "eval.json") for name in ("dense", "again")]
     assert manifests[0] == manifests[1]
-    monkeypatch.setattr("sparsity_atlas.lm.abilities", lambda *_: (Abilities(), {}))
+    monkeypatch.setattr("sparsity_atlas.lm.abilities", lambda *_, **__: (Abilities(), {}))
     evaluate_node(open_session(manifest, tasks), node, tmp_path / "alone")
     tables = [read_table(tmp_path / name / "samples.parquet")[1] for name in ("node", "alone")]
     for left, right in zip(*(table.to_pylist() for table in tables), strict=True):

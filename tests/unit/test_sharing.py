@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_lm import assert_same, plainly, through_atlas
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparsity_atlas import scoring
+from sparsity_atlas.answers import Answers
 from sparsity_atlas.criteria import create
 from sparsity_atlas.evaluate import evaluate_node
 from sparsity_atlas.forest import Request, pack
-from sparsity_atlas.scoring import Abilities
+from sparsity_atlas.scoring import Abilities, Masks
 from sparsity_atlas.sharing import abilities
 from sparsity_atlas.sites import find_ffns
 from sparsity_atlas.sparsify import NumericalFailure, counted, sparsified
@@ -64,7 +66,11 @@ def run(
             valid = np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
             counter.expect(torch.from_numpy(valid))
             logits = scoring.logits(
-                model, lambda ids, **o: model(ids, **o).logits, batch, select=found.selects
+                model,
+                lambda ids, **o: model(ids, **o).logits,
+                batch,
+                select=found.selects,
+                masks=found.masks,
             )
             zeros, _ = counter.take()
             for sums, part in zip(
@@ -115,16 +121,141 @@ def test_rounding_hides_no_mistake(name: str, dtype: torch.dtype) -> None:
     assert found == Abilities(branches=name not in UNABLE, selects=True)
 
 
+WINDOWED = {
+    "mistral": ("mistral", {}, Masks.WINDOWED),
+    "gemma3": (
+        *("gemma3", {"layer_types": ["sliding_attention", "full_attention"]}),
+        Masks.BY_LAYER,
+    ),
+    "gemma3-sliding": ("gemma3", {"layer_types": ["sliding_attention"] * 2}, Masks.WINDOWED),
+    "gemma2": ("gemma2", {}, Masks.BY_LAYER),
+    "starcoder2": ("starcoder2", {}, Masks.WINDOWED),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [6, 64])
-@pytest.mark.parametrize(
-    ("name", "settings"), [("mistral", {}), ("gemma3", {"layer_types": ["sliding_attention"] * 2})]
-)
-def test_a_window_of_attention_that_is_reached(
-    name: str, settings: dict[str, Any], window: int
-) -> None:
-    found, faults = abilities(tiny_model(name, sliding_window=window, **settings), questions())
-    assert found.branches == (window == 64)
+@pytest.mark.parametrize("name", WINDOWED)
+def test_a_window_of_attention(name: str, window: int, dtype: torch.dtype) -> None:
+    model_type, settings, masks = WINDOWED[name]
+    model = tiny_model(model_type, dtype, sliding_window=window, initializer_range=0.2, **settings)
+    requests = questions()
+    # Requests on both sides of the shorter window.
+    lengths = sorted(len(request.run) for request in requests)
+    assert lengths[0] < 6 < lengths[-1] < 64
+    found, faults = abilities(model, requests)
+    expected = masks if window == 6 else Masks.ONE
+    assert found == Abilities(branches=True, selects=True, masks=expected), faults
+    ffns = find_ffns(model)
+    if dtype == torch.float32:
+        plain, shared = (
+            run(model, requests, able, lambda: counted(model, ffns))
+            for able in (Abilities(), found)
+        )
+        for (one, greedy), (other, likewise) in zip(plain[0], shared[0], strict=True):
+            assert one == pytest.approx(other, abs=1e-4)
+            assert greedy == likewise
+
+
+def test_a_window_changes_no_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 12}
+    model = tiny_model("gemma3", vocab_size=300, initializer_range=0.3, **settings)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    path = write_model_manifest(tmp_path / "model", tmp_path / "model.json")
+    documents = choice_documents()
+    documents[0]["context"] = "the"
+    entry = write_task(tmp_path / "tasks", "choice", documents, **CHOICE)
+    session = open_session(path, {"choice": entry})
+    outcome = through_atlas(session, None, tmp_path / "dense", monkeypatch)["choice"]
+    assert session.prepared("choice").work.abilities.masks is Masks.BY_LAYER
+    lengths = [
+        leaf
+        for batch in session.prepared("choice").work.batches["loglikelihood"]
+        for leaf in batch.run
+    ]
+    assert min(lengths) < 12 < max(lengths)
+    assert_same(outcome, plainly(session, "choice", tmp_path / "tasks", 4))
+
+
+@pytest.mark.parametrize("window", [6, 256])
+def test_a_window_that_the_model_keeps_to_itself(window: int) -> None:
+    config = AutoConfig.for_model(
+        *("gpt_neo",),
+        **{"vocab_size": VOCABULARY, "hidden_size": 16, "num_layers": 2, "num_heads": 2},
+        **{"attention_types": [[["global", "local"], 1]], "window_size": window},
+        **{"max_position_embeddings": 256, "initializer_range": 0.2},
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    found, faults = abilities(model, questions())
+    assert found.branches == (window == 256), faults
     assert ("relative error" in faults.get("branches", "")) == (window == 6)
+
+
+def test_requests_that_share_nothing_need_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    tokens = 0
+
+    def watch(module: nn.Module, arguments: tuple) -> None:
+        nonlocal tokens
+        tokens += arguments[0].numel()
+
+    model.model.embed_tokens.register_forward_pre_hook(watch)
+    assert abilities(model, questions(longest=40), branching=False)[0] == Abilities(selects=True)
+    assert tokens <= 2 * 2 * 24
+
+
+def test_no_logits_of_a_long_sample_are_made() -> None:
+    model = tiny_model("llama")
+    shapes = []
+    model.lm_head.register_forward_hook(lambda head, args, output: shapes.append(output.shape))
+    assert abilities(model, questions(longest=60))[0].branches
+    assert max(shape[:-1].numel() for shape in shapes) <= 2 * 24
+
+
+def test_answers_are_kept_with_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = tiny_model("mistral", sliding_window=30)
+    calls = []
+    model.model.embed_tokens.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def ask(longest: int, **made_of: str) -> Abilities:
+        calls.clear()
+        answers = Answers({"model": "a", **made_of})
+        return abilities(model, questions(longest=longest), answers=answers)[0]
+
+    first = ask(20)
+    assert calls
+    assert first.masks is Masks.ONE
+    assert ask(20) == ask(10) == first
+    assert not calls
+    # A longer request is another question, and so is another model.
+    assert ask(60).masks is Masks.WINDOWED
+    assert calls
+    assert ask(60).masks is Masks.WINDOWED
+    assert not calls
+    assert ask(20) == first
+    assert not calls
+    assert ask(20, device="other") == first
+    assert calls
+    for path in (tmp_path / "sparsity-atlas" / "abilities").iterdir():
+        path.write_text(path.read_text().replace("windowed", "one"))
+    assert ask(60).masks is Masks.WINDOWED
+    assert calls
+
+
+def test_a_proof_of_longer_requests_serves_more_tasks() -> None:
+    model = tiny_model("llama", max_position_embeddings=512)
+    answers = Answers()
+    longest = max(len(request.run) for request in questions(longest=80))
+    abilities(model, questions(longest=80), answers=answers, most=512)
+    assert [proof.length for proof in answers.proofs] == [96]
+    assert longest < 96
+    # Not beyond what the model may run.
+    answers = Answers()
+    abilities(model, questions(longest=80), answers=answers, most=longest + 1)
+    assert [proof.length for proof in answers.proofs] == [longest + 1]
 
 
 def test_other_attention() -> None:

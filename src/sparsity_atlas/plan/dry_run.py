@@ -97,8 +97,8 @@ class DryLM(AtlasLM):
     def _follows(self, requests: list[forest.Request], prompts: list) -> bool:
         return False
 
-    def _abilities(self, requests: list[forest.Request]) -> Abilities:
-        return Abilities(branches=True, selects=True)  # as nearly every model
+    def _abilities(self, requests: list[forest.Request], branching: bool) -> Abilities:
+        return Abilities(branches=branching, selects=True)  # as nearly every model
 
     def _score(self, batch: forest.Batch) -> dict[str, Any]:
         longest = batch.tokens.shape[1]
