@@ -6,6 +6,7 @@ Snakemake shows them; the full log stays in .snakemake/log.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 import time
@@ -87,10 +88,33 @@ def _stated_error(logs: list[str]) -> str | None:
     return last.removeprefix("error: ") if last.startswith("error: ") else None
 
 
+def misplaced(words: list[str]) -> str | None:
+    """What a command line gives to --configfile that is none, most often a target behind it.
+
+    Snakemake takes every word up to the next option for a configuration. With `=` it takes one.
+    """
+    for number, word in enumerate(words):
+        if word not in ("--configfile", "--configfiles"):
+            continue
+        given = list(itertools.takewhile(lambda one: not one.startswith("-"), words[number + 1 :]))
+        for one in given[1:]:
+            path = Path(one)
+            if path.suffix not in (".yaml", ".yml", ".json") or path.parts[0] == "results":
+                return (
+                    f"--configfile: '{one}' is no configuration; write --configfile={given[0]}, since "
+                    "every word behind the plain option is taken for a file"
+                )
+    return None
+
+
 class LogHandler(LogHandlerBase):
     """The handler that Snakemake loads."""
 
     def __post_init__(self) -> None:
+        # Here, since Snakemake reads these files before the Snakefile and ends in a traceback.
+        mistake = misplaced(sys.argv)
+        if mistake:
+            raise SystemExit(f"error: {mistake}")
         settings = self.common_settings
         self._default = ColorizingTextHandler(
             nocolor=settings.nocolor, stream=sys.stdout if settings.stdout else sys.stderr

@@ -277,6 +277,19 @@ class Config(_Strict):
         return data
 
     @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        for key in ("models", "criteria", "texts", "tasks"):
+            known: dict[str, str] = {}
+            for name in getattr(self, key):
+                other = known.setdefault(name.lower(), name)
+                if other != name:
+                    raise ValueError(
+                        f"{key}: '{other}' and '{name}' differ by capitals alone, which some file "
+                        "systems do not tell apart"
+                    )
+        return self
+
+    @model_validator(mode="after")
     def _selections_exist(self) -> Self:
         if any(not 0 < bar < 1 for bar in self.bars) or 0.99 not in self.bars:
             raise ValueError("bars: values between 0 and 1, 0.99 (the headline) among them")
@@ -313,9 +326,12 @@ def _unknown(key: str, name: str, catalogue: dict) -> str:
 def parse(data: dict[str, Any]) -> Config:
     """Validate a merged configuration.
 
+    Keys at the top that begin with `x-` are the user's own, for YAML anchors.
+
     Raises:
         AtlasError: one line that names the key, what was found and what would be right.
     """
+    data = {key: value for key, value in data.items() if not str(key).startswith("x-")}
     for place in places(data):
         raise AtlasError(
             f"config: {place}: holds a password or token, which would be written to results/; "

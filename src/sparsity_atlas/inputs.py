@@ -50,6 +50,8 @@ def locate(data: dict[str, Any], workflow: Path) -> dict[str, Any]:
 
 
 def _beside(path: str, workflow: Path) -> str:
+    # One spelling, so that a slash at the end is no other model to Snakemake.
+    path = os.path.expanduser(path.rstrip("/") or path)
     # os.path takes a name that no file can have for that of no file; Path raises.
     if os.path.isabs(path) or os.path.exists(path) or not os.path.exists(workflow / path):
         return path

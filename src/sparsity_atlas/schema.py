@@ -34,6 +34,8 @@ def schema() -> dict[str, Any]:
     """
     content = Config.model_json_schema()
     del content["required"]
+    # For YAML anchors; `config.parse` leaves them out.
+    content["patternProperties"] = {"^x-": {}}
     for catalogue in ("models", "criteria", "texts", "tasks"):
         values = content["properties"][catalogue]
         values["additionalProperties"] = {
@@ -56,7 +58,16 @@ def markdown_text() -> str:
         "Generated from the schema by `sparsity-atlas schema markdown`.",
         "`config.yaml` is the default; a second `--configfile` adds to the catalogues (`models`, `criteria`,",
         "`texts`, `tasks`) and replaces the selection (`run`). Relative paths are looked for in the working",
-        "directory, then beside the Snakefile.",
+        "directory, then beside the Snakefile; `~` is your home.",
+        "",
+        "Keys at the top that begin with `x-` are yours, to hold YAML anchors:",
+        "",
+        "```yaml",
+        "x-instruct: &instruct {apply_chat_template: true, max_length: 4096}",
+        "models:",
+        "  small: {<<: *instruct, hub: some/model-small}",
+        "  large: {<<: *instruct, hub: some/model-large}",
+        "```",
         "",
         "## Top level",
         "",

@@ -12,6 +12,8 @@ from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
 RESERVED = {"figures", "logs", "benchmarks", "dense", "capture", "metrics", "partial"}
 ENDINGS = (".json", ".jsonl", ".csv", ".yaml", ".html", ".zarr", ".parquet")
 ENDINGS += (".lock", ".journal", ".log", ".tmp", ".partial")
+# What tables say themselves, and what those who read them (pandas, R) take for no value or for a truth.
+WORDS = {"average", "na", "nan", "n.a", "null", "none", "true", "false", "inf", "infinity"}
 # A folder's name may have 255 bytes, and a temporary file's is longer than its own.
 _LONGEST = 100
 
@@ -26,9 +28,19 @@ def _name(value: str) -> str:
     # Some file systems do not tell capitals from small letters.
     if value.lower() in RESERVED:
         raise ValueError(f"'{value}' is the name of a folder of the results")
+    if value.lower() in WORDS or _is_number(value):
+        raise ValueError(f"'{value}' would be read from a table as something else than a name")
     if value.lower().endswith(ENDINGS):
         raise ValueError(f"'{value}' ends like a file of the results")
     return value
+
+
+def _is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _repository(value: str) -> str:
