@@ -100,9 +100,11 @@ class Checkpoint:
         Raises:
             AtlasError: there are none that may be used, or an index names files that are missing.
         """
-        # In the order in which transformers looks for them: one file before an index.
-        files = sorted(self.folder.glob(SAFE_FILE)) or self._listed(SAFE_INDEX)
-        pickles = sorted(self.folder.glob(PICKLE_FILE)) or self._listed(PICKLE_INDEX)
+        # transformers takes one file before what an index lists, and so the digest is of that one. The
+        # index is looked at all the same: one that lists what is not there was not meant to be passed over.
+        listed, pickled = self._listed(SAFE_INDEX), self._listed(PICKLE_INDEX)
+        files = sorted(self.folder.glob(SAFE_FILE)) or listed
+        pickles = sorted(self.folder.glob(PICKLE_FILE)) or pickled
         if not files and not (pickles and self.allow_pickle):
             others = [*pickles, *sorted(self.folder.glob("*.safetensors"))]
             found = f"only {others[0].name}" if others else "none"
@@ -113,7 +115,8 @@ class Checkpoint:
             )
         used = files or pickles
         # Unlike Path.is_file, this takes a name that no file can have for that of no file.
-        missing = [path.name for path in used if not os.path.isfile(path)]
+        named = listed if files else pickled
+        missing = [path.name for path in named if not os.path.isfile(path)]
         if missing:
             raise AtlasError(f"{self}: the index names {missing[0]}, which is not there")
         return used

@@ -31,6 +31,8 @@ from sparsity_atlas.positions import check_positions
 from sparsity_atlas.prompts import PromptSettings
 from sparsity_atlas.sites import find_ffns
 from sparsity_atlas.sparsify import counted, slots_of, sparsified
+from sparsity_atlas.tokenizer_check import check_tokenizer, embedding_rows
+from sparsity_atlas.usage import Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +42,6 @@ if TYPE_CHECKING:
     from sparsity_atlas.checkpoint import Checkpoint
     from sparsity_atlas.criteria import Criterion
     from sparsity_atlas.sparsify import Counter
-    from sparsity_atlas.usage import Usage
 
 
 class _Memory:
@@ -76,11 +77,12 @@ class HarnessLM(AtlasLM):
         checkpoint, commit = resolve(source)
         self._calibration = _calibration(arguments, spec, checkpoint)
         model = load(checkpoint, dtype=arguments.dtype, device=arguments.device)
+        files = _tokenizer_files(arguments) or checkpoint
+        tokenizer = load_tokenizer(files, add_bos_token=arguments.add_bos_token)
+        check_tokenizer(tokenizer, files.folder, embedding_rows(model))
         super().__init__(
             model,
-            load_tokenizer(
-                _tokenizer_files(arguments) or checkpoint, add_bos_token=arguments.add_bos_token
-            ),
+            tokenizer,
             batch_size=arguments.batch_size,
             max_length=arguments.max_length,
             prompts=PromptSettings.of(arguments.prompts()),

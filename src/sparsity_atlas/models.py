@@ -87,12 +87,10 @@ def _fetch_weights(repository: Repository, folder: Path, pickles: bool, offline:
     """Bring the weights to a snapshot whose other files are there: one format of them, not all."""
     kinds = [(SAFE_FILE, SAFE_INDEX), *([(PICKLE_FILE, PICKLE_INDEX)] if pickles else [])]
     for file, index in kinds:
-        for wanted in ([file], shards(folder / index)):
-            if not wanted:
-                continue
-            repository.fetch(wanted, offline=offline)
-            if any((folder / name).is_file() for name in wanted):
-                return
+        wanted = [file, *shards(folder / index)]
+        repository.fetch(wanted, offline=offline)
+        if any((folder / name).is_file() for name in wanted):
+            return
 
 
 def from_manifest(path: Path) -> tuple[dict[str, Any], Checkpoint]:
@@ -175,17 +173,15 @@ def _prove(
 
 def _describe_tokenizer(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
     from sparsity_atlas.bos import begins_with_bos
-    from sparsity_atlas.tokenizer_check import check_tokenizer
+    from sparsity_atlas.tokenizer_check import check_tokenizer, embedding_rows
 
     tokenizer = load_tokenizer(checkpoint)
-    embedding = getattr(model.get_input_embeddings(), "weight", None)
-    rows = None if embedding is None else embedding.shape[0]
     folder = checkpoint.tokenizer or checkpoint.folder
     return {
         "class": type(tokenizer).__name__,
         "tokens": len(tokenizer),
         "begins_with_bos": begins_with_bos(tokenizer, None),
-        "changes": check_tokenizer(tokenizer, folder, rows),
+        "changes": check_tokenizer(tokenizer, folder, embedding_rows(model)),
     }
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from sparsity_atlas.errors import AtlasError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SENTENCES = (
     "The old cat sees 3 birds, and 1270 more.",
@@ -54,6 +54,12 @@ class Changes:
     ids: list[list[int]] = field(default_factory=list)
 
 
+def embedding_rows(model: PreTrainedModel) -> int | None:
+    """How many tokens a model's embedding has; None where it cannot be told."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    return None if weight is None else weight.shape[0]
+
+
 def check_tokenizer(
     tokenizer: PreTrainedTokenizerBase, folder: Path, rows: int | None
 ) -> list[str]:
@@ -72,7 +78,7 @@ def check_tokenizer(
     """
     where = f"{folder}: tokenizer ({type(tokenizer).__name__})"
     try:
-        vocabulary = tokenizer.get_vocab()
+        vocabulary = {_text(token): number for token, number in tokenizer.get_vocab().items()}
         found = _changes(
             lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
             lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False),
@@ -200,6 +206,11 @@ def _kind(text: str, back: str) -> str:
     if back == back.lower() and text != text.lower():
         return "lower case"
     return "other forms of letters"
+
+
+def _text(token: str | bytes) -> str:
+    """A token of a vocabulary; some repositories' own tokenizers have bytes."""
+    return token.decode(errors="replace") if isinstance(token, bytes) else token
 
 
 class _Alphabet:

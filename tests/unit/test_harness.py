@@ -31,6 +31,7 @@ from tiny_lm import (
     choice_documents,
     open_session,
     rolling_documents,
+    save_model,
     tiny_tokenizer,
     write_task,
 )
@@ -270,6 +271,19 @@ def test_thinking_before_an_answer_that_is_given_is_refused(model_folder: Path) 
     request = Instance("loglikelihood", {}, ("a", " b"), 0, metadata=("choice", 0, 1))
     with pytest.raises(AtlasError, match="enable_thinking: 'choice' scores given answers"):
         model.loglikelihood([request])
+
+
+def test_models_that_the_pipeline_refuses(tmp_path: Path) -> None:
+    """There is no stage `models` before lm-eval's command."""
+    save_model(tmp_path / "all", is_causal=False)
+    with pytest.raises(AtlasError, match="not causal"):
+        make(tmp_path / "all")
+    folder = save_model(tmp_path / "more")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["cat"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(AtlasError, match="'cat' has id 300"):
+        make(folder)
 
 
 def test_the_cache_of_answers_is_refused(model_folder: Path, tasks: dict, tmp_path: Path) -> None:

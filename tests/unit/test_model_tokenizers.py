@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from sparsity_atlas.checkpoint import Checkpoint
 from sparsity_atlas.errors import AtlasError
@@ -154,6 +154,14 @@ def test_other_tokens_than_the_files(tmp_path: Path) -> None:
     backend.save(str(folder / "tokenizer.json"))
     notes = check_tokenizer(load_tokenizer(Checkpoint(folder)), folder, 10_000)
     assert notes == ["other tokens than those of tokenizer.json by itself"]
+
+
+def test_a_vocabulary_of_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of the first Qwen, whose code is its repository's own."""
+    tokenizer = ByT5Tokenizer()
+    own = {bytes([byte]): byte + 3 for byte in range(256)}
+    monkeypatch.setattr(tokenizer, "get_vocab", lambda: own)
+    assert check_tokenizer(tokenizer, tmp_path, 300) == []
 
 
 # Tokens and rows of the embedding
