@@ -219,6 +219,12 @@ def _allowed(allow: bool) -> Iterator[None]:
 def _shots(task: Task, wanted: int | None) -> int:
     """Few-shot examples, by lm-eval's own rule: a task that says 0 stays at 0."""
     declared = task.get_config("num_fewshot")
+    if wanted and declared == 0:
+        cli.logger.info(
+            "'%s': num_fewshot: %d has no effect: the task says 0, which lm-eval leaves as it is "
+            "(override: {num_fewshot: %d} replaces it)",
+            *(task.task_name, wanted, wanted),
+        )
     return declared or 0 if wanted is None or declared == 0 else wanted
 
 

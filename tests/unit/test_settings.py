@@ -195,3 +195,23 @@ def test_a_setting_has_lm_eval_s_effect(
     assert_same_prompts(ours, plain)
     before = without(case.beside, monkeypatch)
     assert {task for task in case.only if seen(ours, task) != seen(before, task)} == case.changes
+
+
+def test_examples_that_a_task_does_without(
+    tasks: dict, manifest: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    strict = write_task(
+        *(tmp_path, "strict", choice_documents(4)), **CHOICE, fewshot_split="test", num_fewshot=0
+    )
+
+    def prompt(entry: dict[str, Any]) -> str:
+        leaves = open_session(manifest, {"strict": entry}).prepared("strict").leaves
+        return leaves["strict"].instances[0].args[0]
+
+    alone = prompt(strict)
+    assert "num_fewshot" not in caplog.text
+    with caplog.at_level("INFO", "sparsity_atlas"):
+        assert prompt(strict | {"num_fewshot": 2}) == alone
+    assert "'strict': num_fewshot: 2 has no effect" in caplog.text
+    shown = prompt(strict | {"num_fewshot": 2, "override": {"num_fewshot": 2}})
+    assert shown.count("\n\n") == 2
