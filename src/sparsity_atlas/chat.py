@@ -28,7 +28,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     try:
         return tokenizer.get_chat_template()
-    except ValueError:
+    except (ValueError, NotImplementedError):
         names = ", ".join(tokenizer.chat_template or ())
         found = f"only {names}, and none of them is the default" if names else "none"
         raise AtlasError(

@@ -48,7 +48,7 @@ class PromptLM(HFLM):
 
     Attributes:
         prompts: its settings.
-        bos: whether requests begin with the BOS token.
+        bos: whether BOS is put before a text, unless the text begins with it.
     """
 
     def __init__(
@@ -60,7 +60,14 @@ class PromptLM(HFLM):
         max_length: int | None = None,
         prompts: PromptSettings | None = None,
     ) -> None:
-        """See `AtlasLM`.
+        """Take a loaded model.
+
+        Args:
+            model: on its device.
+            tokenizer: as `loading.load_tokenizer` loads it for the settings' `add_bos_token`.
+            batch_size: sequences a forward pass.
+            max_length: longest sequence in tokens; None: the model's own limit.
+            prompts: unset: as lm-eval does by itself, but for the second BOS.
 
         Raises:
             AtlasError: settings that this tokenizer or its chat template cannot follow.

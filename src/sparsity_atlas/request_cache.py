@@ -43,6 +43,8 @@ SCHEMA = pa.schema(
 _KEY = b"sparsity_atlas"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 UNUSED_DAYS = 30
+# They make the prompts and their tokens.
+PACKAGES = ("lm-eval", "tokenizers", "transformers", "jinja2")
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def key(lm: AtlasLM, task: LoadedTask, *, seed: int) -> dict[str, Any] | None:
         "task": task.identity,
         "seed": seed,
         "code": code_version("prepared"),
-        **{name: importlib.metadata.version(name) for name in ("lm-eval", "tokenizers")},
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
     }
 
 
