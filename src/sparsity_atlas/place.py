@@ -107,8 +107,11 @@ def bind_all(
         ffns: all FFNs of one model.
         site: where.
         calibration: state of each place under its `state_name`; None for a rule without.
+
+    Raises:
+        AtlasError: a rule of the user's own whose masks depend on more than the row.
     """
-    return {
+    bound = {
         (place.layer, place.tensor): criterion.bind(
             place,
             {
@@ -118,6 +121,13 @@ def bind_all(
         )
         for place in places(ffns, site)
     }
+    if criterion.file is not None and not criterion.tried:
+        from sparsity_atlas.criterion_check import check_masks
+
+        first = next(places(ffns, site))
+        check_masks(bound[first.layer, first.tensor], criterion.file, first.width, first.device)
+        criterion.tried = True
+    return bound
 
 
 def state_name(place: Place) -> str:

@@ -137,7 +137,8 @@ def create(spec: dict[str, Any]) -> Criterion:
     """Make a criterion from its configuration.
 
     Raises:
-        AtlasError: unknown rule, unusable or incomplete file, unknown or bad parameter.
+        AtlasError: unknown rule, unusable or incomplete file, unknown or bad parameter, or masks of a user's
+            own rule that depend on more than the row.
     """
     path = source_file(spec)
     constants = declared(spec)
@@ -167,7 +168,20 @@ def create(spec: dict[str, Any]) -> Criterion:
                 f"{path}: {type(criterion).__name__}: {name} is {getattr(criterion, name)!r} by "
                 "inheritance; the file itself must say so, since it is read without being run"
             )
+    if "file" in spec:
+        criterion.file = str(path)
+        # What is bound to a place first is tried there, see `place.bind_all`.
+        if type(criterion).bind is Criterion.bind and not criterion.calibrated:
+            _try(criterion)
     return criterion
+
+
+def _try(criterion: Criterion) -> None:
+    import torch
+
+    from sparsity_atlas.criterion_check import WIDTH, check_masks
+
+    check_masks(criterion, criterion.file, WIDTH, torch.device("cpu"))
 
 
 def _check_parameters(name: Any, kind: type[Criterion], given: dict[str, Any]) -> None:

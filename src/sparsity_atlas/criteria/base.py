@@ -46,6 +46,10 @@ class Criterion(ABC):
     """The sites where the rule means something; empty: all of them."""
     calibrated: ClassVar[bool] = False
     """Whether `bind` needs what `calibrate` found in the captured activations."""
+    file: str | None = None
+    """The user's file that the rule stands in; None: it is built in."""
+    tried: bool = False
+    """Whether the masks of a user's rule were tried as they are bound."""
     allocation: str = "uniform"
     """How a level is spread over a site's places; other than uniform, their states say: `allocation`."""
 
