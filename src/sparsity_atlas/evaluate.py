@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
     from sparsity_atlas.criteria import Criterion
     from sparsity_atlas.lm import AtlasLM
+    from sparsity_atlas.loaded_task import LoadedTask
     from sparsity_atlas.prepared import Prepared
     from sparsity_atlas.sites import FFN
     from sparsity_atlas.sparsify import Counter, Slot
-    from sparsity_atlas.tasks import LoadedTask
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def evaluate_node(
         for name, task in session.tasks.items():
             fingerprint = {
                 **identity,
-                "task": task.identity_with(lambda name=name: session.prepared(name)),
+                "task": task.identity_with(lambda name=name: session.prepared(name).leaves),
             }
             key = digest(fingerprint)
             journal_path = folder / f"{name}.journal"

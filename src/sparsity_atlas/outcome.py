@@ -12,11 +12,11 @@ from sparsity_atlas.scores import choose_metric, sample_values
 from sparsity_atlas.usage import PHASES
 
 if TYPE_CHECKING:
+    from sparsity_atlas.loaded_task import LoadedTask
     from sparsity_atlas.prepared import Prepared
     from sparsity_atlas.samples import SampleTable
     from sparsity_atlas.scoring import Abilities
     from sparsity_atlas.sparsify import Slot
-    from sparsity_atlas.tasks import LoadedTask
     from sparsity_atlas.usage import Usage
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
     from sparsity_atlas.lm import AtlasLM
-    from sparsity_atlas.tasks import LoadedTask
+    from sparsity_atlas.loaded_task import LoadedTask
     from sparsity_atlas.work import Encoding, Work
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from sparsity_atlas.lm import AtlasLM
-    from sparsity_atlas.tasks import LoadedTask
+    from sparsity_atlas.loaded_task import LoadedTask
 
 SCHEMA = pa.schema(
     [

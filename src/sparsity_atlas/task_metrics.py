@@ -15,7 +15,7 @@ from sparsity_atlas.task_failures import close
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-    from sparsity_atlas.tasks import LoadedTask
+    from sparsity_atlas.loaded_task import LoadedTask
 
 # What lm-eval computes of one document by itself, by output type.
 _OF_CHOICES = {

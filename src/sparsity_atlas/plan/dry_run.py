@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sparsity_atlas.journal import Journal
-    from sparsity_atlas.tasks import LoadedTask
+    from sparsity_atlas.loaded_task import LoadedTask
     from sparsity_atlas.work import Work
 
 

@@ -12,10 +12,11 @@ from sparsity_atlas.config import Config
 from sparsity_atlas.criteria import create, declared
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluate import Node
+from sparsity_atlas.loaded_task import LoadedTask
 from sparsity_atlas.plan.jobs import UNKNOWN, Amount, Job, jobs
 from sparsity_atlas.plan.outlook import NodeKey, Outlook, Unknowns, look, measure
 from sparsity_atlas.plan.rates import import_seconds, recorded
-from sparsity_atlas.tasks import LoadedTask, load_tasks
+from sparsity_atlas.tasks import load_tasks
 
 # Rules whose jobs run a model, with what their stages import.
 HEAVY = {

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sparsity_atlas.checkpoint import Checkpoint
-    from sparsity_atlas.tasks import LoadedTask
+    from sparsity_atlas.loaded_task import LoadedTask
 
 NodeKey = tuple[str, str] | None
 """Criterion and site; None for the dense baseline."""
