@@ -118,9 +118,7 @@ class Threshold:
         ranked = _descending(score)
         running = masses(ranked, self.power).cumsum(-1)
         total = running[:, -1:]
-        share = decimal(self.amount)
-        wanted = [math.ceil(share * one) for one in total.flatten().tolist()]
-        target = total.new_tensor(wanted).view_as(total).clamp(min=1)
+        target = _share_of(total, self.amount).clamp(min=1)
         crossing = (running < torch.minimum(target, total)).sum(-1, keepdim=True)
         return ranked.gather(-1, crossing)
 
@@ -146,6 +144,18 @@ def limbs(amount: float) -> list[int]:
     return [
         whole >> LIMB_BITS * (LIMBS - 1 - place) & (1 << LIMB_BITS) - 1 for place in range(LIMBS)
     ]
+
+
+def _share_of(total: Tensor, amount: float) -> Tensor:
+    """⌈amount · total⌉, int64 like `total`: a long multiplication of `limbs`, which reads no value."""
+    low = (1 << LIMB_BITS) - 1
+    upper, lower = total >> LIMB_BITS, total & low
+    carry, rest, following = 0, 0, 0
+    for limb in reversed(limbs(amount)):
+        column = limb * lower + following * upper + carry
+        rest = column & low | rest
+        carry, following = column >> LIMB_BITS, limb
+    return following * upper + carry + (rest != 0)
 
 
 def masses(score: Tensor, power: float) -> Tensor:
