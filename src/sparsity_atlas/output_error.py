@@ -20,6 +20,8 @@ from sparsity_atlas.calibration import read_calibration
 from sparsity_atlas.criteria import check_level, create
 from sparsity_atlas.models import from_manifest, load
 from sparsity_atlas.parquet import write_parquet
+from sparsity_atlas.reach import mean
+from sparsity_atlas.terms import TENSORS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparsity_atlas.criteria import Criterion
+    from sparsity_atlas.place import State
     from sparsity_atlas.sites import FFN
 
 SCHEMA = pa.schema(
@@ -35,6 +38,10 @@ SCHEMA = pa.schema(
         ("layer", pa.int64()),
         ("sparsity", pa.float64()),  # zeros / entries at the site
         ("error", pa.float64()),  # mean over tokens of ‖f(x) − f_sparse(x)‖ / ‖f(x)‖
+        # Of a calibrated criterion: what the level asks of the layer, and what the calibration got.
+        ("target_of", pa.string()),
+        ("target", pa.float64()),
+        ("reached", pa.float64()),
     ]
 )
 _BLOCK_BYTES = 64 * 2**20
@@ -167,6 +174,20 @@ def layer_rows(
     ]
 
 
+def asked(
+    criterion: Criterion, ffn: FFN, site: str, states: Mapping[str, State] | None, level: str
+) -> dict[str, Any]:
+    """What a level asks of a layer, its tensors together, and what it got in calibration; see `SCHEMA`."""
+    names = [f"{tensor}.{ffn.layer}" for tensor in TENSORS[site]]
+    found = mean(
+        [criterion.reach(states[name], float(level)) if states else None for name in names],
+        [ffn.size(tensor) for tensor in TENSORS[site]],
+    )
+    if found is None:
+        return {}
+    return {"target_of": found.of, "target": found.target, "reached": found.reached}
+
+
 def _mean(parts: list[tuple[float, int]]) -> float | None:
     """Mean over the parts of a layer of their mean errors.
 
@@ -219,6 +240,9 @@ def main() -> None:
         for ffn in bind_ffns(model, manifest["ffn"]):
             bound = bind_all(criterion, [ffn], arguments.site, states)
             rules = {tensor: rule for (_, tensor), rule in bound.items()}
-            rows += layer_rows(ffn, store, arguments.site, rules, levels, first)
+            rows += [
+                {**row, **asked(criterion, ffn, arguments.site, states, row["level"])}
+                for row in layer_rows(ffn, store, arguments.site, rules, levels, first)
+            ]
     table = pa.Table.from_pylist(rows, SCHEMA)
     write_parquet(arguments.output, table)

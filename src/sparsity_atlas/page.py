@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from sparsity_atlas.published import PUBLISHED, Published
+from sparsity_atlas.reach import missed
 from sparsity_atlas.tables import HEADLINE_BAR, SITE_ORDER, Tables
 from sparsity_atlas.terms import AVERAGE
 
@@ -214,6 +215,29 @@ def numeric_failures(tables: Tables) -> list[dict[str, str]]:
         }
         for key, rows in tables.failures.groupby(keys, sort=False)
     ]
+
+
+def missed_targets(tables: Tables) -> list[dict[str, str]]:
+    """Levels of calibrated criteria that layers did not come near, one row a curve and level."""
+    rows = tables.layers[tables.layers["target"].notna()].drop_duplicates(
+        ["model", "criterion", "site", "level", "layer"]
+    )
+    found: dict[tuple[str, ...], list[str]] = {}
+    for row in rows.itertuples():
+        if missed(row.target_of, row.target, row.reached):
+            key = (row.model, row.criterion, row.site, row.level, row.target_of)
+            found.setdefault(key, []).append(
+                f"{row.layer}: {_told(row.target_of, row.reached)} of {_told(row.target_of, row.target)}"
+            )
+    names = ("model", "criterion", "site", "level", "of")
+    return [
+        {**dict(zip(names, key, strict=True)), "layers": ", ".join(layers)}
+        for key, layers in found.items()
+    ]
+
+
+def _told(of: str, number: float) -> str:
+    return f"{percent(number)} %" if of == "sparsity" else f"CETT {number:.3g}"
 
 
 def sources(groups: list[HeadlineGroup]) -> list[str]:

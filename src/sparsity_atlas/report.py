@@ -136,6 +136,7 @@ def build(
         sections=sections,
         remains=remains,
         numeric=page.numeric_failures(tables),
+        missed=page.missed_targets(tables),
         versions=versions,
         settings=settings,
     )

@@ -5,7 +5,8 @@ curves.csv              … × level: induced sparsity, score, retained accuracy
 comparison.csv          model × site × task × sparsity × criterion: scores at equal induced sparsity, and
                         their paired differences from the first criterion
 layers.csv              … × level × tensor × layer: induced sparsity under the tasks, and, from the
-                        captured text, induced sparsity and FFN-output error
+                        captured text, induced sparsity and FFN-output error; of a calibrated
+                        criterion what its level asked of the layer, and what its calibration got
 metrics.csv             model × tensor × layer: effective rank, Gini, Hoyer, zeros
 magnitudes.csv          model × tensor: histogram of log10(|v| / RMS)
 output_error.csv        model × criterion × site × level: over the layers, mean induced sparsity
@@ -53,6 +54,7 @@ SIZES = ["parameters", "non_embedding_parameters", "layers"]
 CRITICAL = [*KEY, *SIZES, *(one.name for one in fields(CriticalRow)), "cut_items", "windowed_items"]
 POINTS = [*KEY, *(one.name for one in fields(CurvePoint)), "parameter_sparsity"]
 LAYERS = [*KEY, "level", "tensor", "layer", "sparsity", "captured_sparsity", "output_error"]
+LAYERS += ["target_of", "target", "reached"]
 METRICS = ["model", "tensor", "layer", "tokens", "width", "effective_rank", "effective_rank_share"]
 METRICS += ["gini", "hoyer", "near_zero", "exact_zero", "rms"]
 MAGNITUDES = ["model", "tensor", "low", "high", "share"]
@@ -106,6 +108,7 @@ def layer_rows(
                     **{"level": level, "tensor": tensor, "layer": layer, "sparsity": share},
                     "captured_sparsity": beside.get("sparsity"),
                     "output_error": beside.get("error"),
+                    **{name: beside.get(name) for name in ("target_of", "target", "reached")},
                 }
 
 

@@ -42,6 +42,18 @@ def at_level(table: Tensor, level: float) -> Tensor:
     return torch.lerp(table[below], table[below + 1], share)
 
 
+def share_dropped(table: Tensor, threshold: Tensor) -> float:
+    """Share of the scores of a table that a threshold drops, or that are zeros; to a step of the table.
+
+    Less than the level that the threshold was asked for where scores tie with it, more where zeros are more.
+    """
+    if torch.isinf(threshold):
+        return 1.0
+    inner = table[1:-1].contiguous()
+    below = int(torch.searchsorted(inner, threshold.to(inner))) + 1 if threshold > 0 else 0
+    return max(below, int((inner <= 0).sum())) / STEPS
+
+
 def by_channel(threshold: Tensor, weights: Tensor) -> Tensor:
     """Thresholds of |v_j| that say the same as one threshold of |v_j| · weights_j.
 

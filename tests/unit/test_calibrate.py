@@ -18,13 +18,20 @@ from safetensors.torch import load_file, save_file
 from sparsity_atlas import calibrate, capture, evaluate, export, output_error, search
 from sparsity_atlas.activations import ActivationStore
 from sparsity_atlas.asks import Asks
-from sparsity_atlas.calibration import Calibration, check_disjoint, read_calibration
+from sparsity_atlas.calibration import (
+    Calibration,
+    check_disjoint,
+    read_calibration,
+    write_calibration,
+)
 from sparsity_atlas.config import parse
 from sparsity_atlas.criteria import create
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluate import Node, evaluate_node
 from sparsity_atlas.inputs import check_inputs
 from sparsity_atlas.place import bind_all
+from sparsity_atlas.plan.outlook import Unknowns
+from sparsity_atlas.plan.targets import missed_targets
 from sparsity_atlas.sparsify import sparsified
 from sparsity_atlas.store import file_digest, read_manifest
 from sparsity_atlas.texts import documents
@@ -499,3 +506,44 @@ def test_what_takes_the_place_of_dropped_entries_reaches_the_logits(
         expected = model(input_ids=ids).logits
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     assert torch.allclose(found, dense, atol=1e-6) == (level == "0")
+
+
+# What was reached
+
+
+def test_what_a_level_reached_stands_beside_its_output_error(work: Work, tmp_path: Path) -> None:
+    found = calibrated(work, tmp_path / "c.safetensors", "teal", "all_inputs")
+    loading = {"dtype": "auto", "device": "cpu", "calibration_tokens": SEEN}
+    run_stage(
+        output_error,
+        {
+            **{"--model": work.manifest, "--site": "all_inputs", "--store": work.store},
+            **{"--criterion": json.dumps({"rule": "teal"}), "--levels": "0.3,0"},
+            **{"--settings": json.dumps(loading), "--output": tmp_path / "sparsity.parquet"},
+            "--calibration": tmp_path / "c.safetensors",
+        },
+    )
+    for row in pq.read_table(tmp_path / "sparsity.parquet").to_pylist():
+        if row["level"] == "0":  # which asks for nothing
+            assert (row["target_of"], row["target"], row["reached"]) == (None, None, None)
+        else:
+            assert (row["target_of"], row["target"]) == ("sparsity", pytest.approx(0.3))
+            assert row["reached"] == pytest.approx(0.3, abs=1e-3)
+    assert found.about["tokens"] == SEEN
+
+
+def test_the_plan_tells_of_targets_that_were_not_reached(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    config["run"][0]["levels"] = [0.9, 0.5]
+    table = torch.linspace(0, 1, 10_001)
+    table[8300:9500], table[-1] = 0.83, torch.inf  # eight in a hundred tie
+    states = {"input.0": {"table": table}, "input.1": {"table": torch.linspace(0, 1, 10_001)}}
+    results = tmp_path / "results"
+    write_calibration(results / "tiny/teal/input/calibration.safetensors", states, {})
+    unknowns = Unknowns()
+    told = list(missed_targets(parse(config), results, unknowns))
+    assert told == ["tiny/teal/input/0.9: input.0 83.0% of 90.0%"]
+    (results / "tiny/teal/input/calibration.safetensors").write_bytes(b"")
+    assert not list(missed_targets(parse(config), results, unknowns))
+    assert list(unknowns.values()) == [["targets of tiny/teal/input"]]

@@ -390,3 +390,15 @@ def test_the_command_line(results, monkeypatch, tmp_path):
     tables = read_tables(sorted(results.glob("*.csv")))
     headline = tables.headline("prose").itertuples()
     assert shown == {(row.model, row.site): page.cell(row).value for row in headline}
+
+
+def test_targets_that_were_not_reached_are_told(finished: tuple) -> None:
+    tables = finished[0]
+    layers = tables.layers.assign(target_of="sparsity", target=0.9, reached=0.9)
+    first = layers["layer"] == 0
+    layers.loc[first, "reached"] = 0.83
+    told = page.missed_targets(replace(tables, layers=layers))
+    assert {row["layers"] for row in told} == {"0: 83.0 % of 90.0 %"}
+    keys = [tuple(row[name] for name in ("model", "criterion", "site", "level")) for row in told]
+    assert len(set(keys)) == len(keys)
+    assert not page.missed_targets(tables)

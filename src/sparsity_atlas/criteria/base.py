@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparsity_atlas.place import Place, Sample
+    from sparsity_atlas.reach import Reach
     from sparsity_atlas.threshold import Threshold
 
 Phase = Literal["scoring", "prompt", "generation"]
@@ -86,6 +87,18 @@ class Criterion(ABC):
 
         Returns:
             [rows, width], or None: `written` with zeros where it was dropped.
+        """
+        return None
+
+    def reach(self, state: dict[str, Tensor], level: float) -> Reach | None:
+        """What a level asks of a place, and what it got there on the calibration's tokens.
+
+        Args:
+            state: what `calibrate` found at the place, with its allocation.
+            level: in [lowest, highest].
+
+        Returns:
+            None where a level has no target, or leaves all as it is.
         """
         return None
 

@@ -8,6 +8,7 @@ import torch
 
 from sparsity_atlas.criteria.quantile import Quantile
 from sparsity_atlas.error_thresholds import ErrorTable, tabulate
+from sparsity_atlas.reach import Reach
 from sparsity_atlas.thresholds import by_channel
 
 if TYPE_CHECKING:
@@ -54,6 +55,10 @@ class Cett(Quantile):
         bound = super().bind(place, state)
         bound._table, bound._norms = ErrorTable.from_state(state), place.column_norms()
         return bound
+
+    def reach(self, state: dict[str, Tensor], level: float) -> Reach | None:
+        """See `Criterion.reach`."""
+        return Reach("cett", level, ErrorTable.from_state(state).at(level)[1]) if level else None
 
     def thresholds(self, level: float) -> Tensor:
         """See `Quantile.thresholds`."""

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from sparsity_atlas.criteria.base import Criterion
+from sparsity_atlas.reach import Reach
 from sparsity_atlas.terms import ALLOCATIONS
 from sparsity_atlas.threshold import Threshold
-from sparsity_atlas.thresholds import TARGETS, at_level, quantile_table
+from sparsity_atlas.thresholds import TARGETS, at_level, quantile_table, share_dropped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,9 +54,21 @@ class Quantile(Criterion):
 
     def _threshold(self, level: float) -> Tensor:
         """The table's threshold at what is this place's own level."""
-        if self._share is not None:
-            level = float(np.interp(level, TARGETS, self._share))
-        return at_level(self._state["table"], level)
+        return at_level(self._state["table"], _own(level, self._share))
+
+    def _asked(self, level: float) -> float:
+        """The sparsity that a level asks for."""
+        return level
+
+    def reach(self, state: dict[str, Tensor], level: float) -> Reach | None:
+        """See `Criterion.reach`."""
+        if level == self.dense_level:
+            return None
+        share = state["share"].cpu().numpy() if "share" in state else None
+        target = _own(self._asked(level), share)
+        return Reach(
+            "sparsity", target, share_dropped(state["table"], at_level(state["table"], target))
+        )
 
     def thresholds(self, level: float) -> Tensor:
         """What |v| must reach, of a bound criterion: float32 [], or [width] by channel."""
@@ -68,3 +81,8 @@ class Quantile(Criterion):
     def export(self, level: float) -> dict[str, Tensor]:
         """See `Criterion.export`."""
         return {"threshold": self.thresholds(level)}
+
+
+def _own(level: float, share: np.ndarray | None) -> float:
+    """A place's own sparsity at a level, where an allocation says so."""
+    return level if share is None else float(np.interp(level, TARGETS, share))

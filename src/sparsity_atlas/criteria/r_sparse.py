@@ -68,8 +68,10 @@ class RSparse(Quantile):
 
     def thresholds(self, level: float) -> Tensor:
         """See `Quantile.thresholds`."""
-        dropped = 0.0 if level == 0 else 1 - (1 - level) * self.sparse_share
-        return by_channel(self._threshold(dropped), self._state["norms"])
+        return by_channel(self._threshold(self._asked(level)), self._state["norms"])
+
+    def _asked(self, level: float) -> float:
+        return 0.0 if level == 0 else 1 - (1 - level) * self.sparse_share
 
     def replace(self, values: Tensor, written: Tensor, mask: Tensor, level: float) -> Tensor:
         """See `Criterion.replace`."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparsity_atlas.place import Place, Sample
+    from sparsity_atlas.reach import Reach
 
 
 class Tda(PromptMask):
@@ -38,6 +39,10 @@ class Tda(PromptMask):
         bound = type(self)(self.prompt_share)
         bound._cett = Cett().bind(place, state)
         return bound
+
+    def reach(self, state: dict[str, Tensor], level: float) -> Reach | None:
+        """See `Criterion.reach`."""
+        return Cett().reach(state, level)
 
     def neurons(self, prompt: Tensor, counted: Tensor, level: float) -> Tensor:
         """See `PromptMask.neurons`."""

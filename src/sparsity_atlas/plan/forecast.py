@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparsity_atlas import grid
@@ -16,6 +16,7 @@ from sparsity_atlas.loaded_task import LoadedTask
 from sparsity_atlas.plan.jobs import UNKNOWN, Amount, Job, jobs
 from sparsity_atlas.plan.outlook import NodeKey, Outlook, Unknowns, look, measure
 from sparsity_atlas.plan.rates import import_seconds, recorded
+from sparsity_atlas.plan.targets import missed_targets
 from sparsity_atlas.tasks import load_tasks
 
 # Rules whose jobs run a model, with what their stages import.
@@ -53,12 +54,14 @@ class Forecast:
         seconds: that each of these takes; none for one that is done.
         outlooks: of each model.
         unknowns: what could not be found out.
+        targets: levels that calibrations at hand do not reach, a line each.
     """
 
     jobs: list[Job]
     seconds: list[Amount]
     outlooks: dict[str, Outlook]
     unknowns: Unknowns
+    targets: list[str] = field(default_factory=list)
 
 
 def forecast(config: Config, results: Path) -> Forecast:
@@ -103,7 +106,8 @@ def forecast(config: Config, results: Path) -> Forecast:
             layers = len(outlooks[job.model].shapes)
             took += once[job.model] * (1 + layers * job.passes) if layers else UNKNOWN
         seconds.append(took)
-    return Forecast(every, seconds, outlooks, unknowns)
+    targets = list(missed_targets(config, results, unknowns))
+    return Forecast(every, seconds, outlooks, unknowns, targets)
 
 
 def parallel_jobs(config: Config, cores: int) -> int:

@@ -53,6 +53,7 @@ def text(config: Config, forecast: Forecast, parallel: int) -> str:
         _tasks(forecast),
         _jobs(forecast),
         _time(forecast, parallel),
+        _targets(forecast),
         _unknowns(forecast),
     ]
     return "\n".join(["", *filter(None, blocks)])
@@ -207,6 +208,12 @@ def _chain(forecast: Forecast, which: str) -> float:
     return max((sum(chain.values()) for chain in longest.values()), default=0) + sum(
         shared.values()
     )
+
+
+def _targets(forecast: Forecast) -> str:
+    """Levels that calibrations here are known not to reach in some layers."""
+    lines = [f"  {line}\n" for line in forecast.targets]
+    return "".join(["Targets not reached on the calibration's tokens:\n", *lines]) if lines else ""
 
 
 def _unknowns(forecast: Forecast) -> str:

@@ -1,0 +1,43 @@
+"""Levels that the calibrations of an earlier run did not reach, before anything is evaluated at them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from sparsity_atlas import grid
+from sparsity_atlas.calibration import read_calibration
+from sparsity_atlas.config import Config
+from sparsity_atlas.criteria import create, declared
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.plan.outlook import Unknowns
+from sparsity_atlas.reach import misses
+
+
+def missed_targets(config: Config, results: Path, unknowns: Unknowns) -> Iterator[str]:
+    """A line for each curve and listed level of which some layers miss the target.
+
+    Args:
+        config: the configuration.
+        results: folder of the results.
+        unknowns: takes calibrations that cannot be read.
+    """
+    for curve in grid.curves(config):
+        path = results / curve.folder / "calibration.safetensors"
+        spec = json.loads(grid.criterion_slice(config, curve.criterion))
+        if not path.is_file() or not declared(spec)["calibrated"]:
+            continue
+        try:
+            rule, states = create(spec), read_calibration(path).states
+        except AtlasError as error:
+            unknowns.note(f"targets of {curve.folder}", error)
+            continue
+        levels: dict[str, list[str]] = {}
+        for level, place, one in misses(rule, states, curve.levels):
+            what = f"{one.reached:.1%} of {one.target:.1%}"
+            if one.of == "cett":
+                what = f"CETT {one.reached:.3g} of {one.target:.3g}"
+            levels.setdefault(level, []).append(f"{place} {what}")
+        for level, found in levels.items():
+            yield f"{curve.folder}/{level}: {', '.join(found)}"
