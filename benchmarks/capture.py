@@ -19,10 +19,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from measure import machine
-from sparsity_atlas.activations import ActivationStore
-from sparsity_atlas.capture import capture
-from sparsity_atlas.checkpoint import Checkpoint, load
-from sparsity_atlas.sites import bind_ffns, find_ffns, observe
+from sparsity_atlas.activations.capture import capture
+from sparsity_atlas.activations.store import ActivationStore
+from sparsity_atlas.models.checkpoint import Checkpoint, load
+from sparsity_atlas.sites.find import bind_ffns, find_ffns, observe
 
 TENSORS = ["gate", "input", "intermediate", "up"]
 

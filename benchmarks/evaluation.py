@@ -32,12 +32,12 @@ from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from sparsity_atlas.checkpoint import Checkpoint, load, load_tokenizer
-from sparsity_atlas.evaluate import Node, Session, evaluate_node
-from sparsity_atlas.lm import AtlasLM
-from sparsity_atlas.sites import find_ffns
-from sparsity_atlas.sparsify import sparsified
-from sparsity_atlas.tasks import load_tasks
+from sparsity_atlas.evaluation.evaluate import Node, Session, evaluate_node
+from sparsity_atlas.lm.model import AtlasLM
+from sparsity_atlas.models.checkpoint import Checkpoint, load, load_tokenizer
+from sparsity_atlas.sites.find import find_ffns
+from sparsity_atlas.sparsify.attach import sparsified
+from sparsity_atlas.tasks.load import load_tasks
 
 ROOT = Path(__file__).parents[1]
 PROSE = ROOT / "workflow/resources/text/prose.jsonl"

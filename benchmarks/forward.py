@@ -23,10 +23,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from measure import machine, official, seconds
 from sparsity_atlas import kernels
-from sparsity_atlas.criteria.topp import TopP
-from sparsity_atlas.ffn import FFN, bind_ffns
-from sparsity_atlas.sites import intercept
-from sparsity_atlas.sparsify import sparsified
+from sparsity_atlas.criteria.built_in.topp import TopP
+from sparsity_atlas.sites.ffn import FFN, bind_ffns
+from sparsity_atlas.sites.find import intercept
+from sparsity_atlas.sparsify.attach import sparsified
 
 # Layers, hidden width, FFN width, heads, key-value heads, width of a head, vocabulary, activation.
 SHAPES = {

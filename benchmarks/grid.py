@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sparsity_atlas import grid
-from sparsity_atlas.config import parse
+from sparsity_atlas.config import grid
+from sparsity_atlas.config.schema import parse
 
 ROOT = Path(__file__).parents[1]
 SITE = "intermediate"
@@ -68,9 +68,9 @@ def official_job(model: Path, level: float, settings: dict[str, Any]) -> None:
     from lm_eval.models.huggingface import HFLM
 
     from measure import official
-    from sparsity_atlas.models import from_manifest, load, load_tokenizer
-    from sparsity_atlas.sites import bind_ffns, intercept
-    from sparsity_atlas.tasks import load_tasks
+    from sparsity_atlas.models.manifest import from_manifest, load, load_tokenizer
+    from sparsity_atlas.sites.find import bind_ffns, intercept
+    from sparsity_atlas.tasks.load import load_tasks
 
     manifest, checkpoint = from_manifest(model)
     loaded = load(checkpoint, dtype=settings["dtype"], device="cpu")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from measure import activations, bandwidth, host_seconds, machine, official, seconds
 from sparsity_atlas import kernels
-from sparsity_atlas.threshold import Threshold
+from sparsity_atlas.kernels.definition import Threshold
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WIDTHS = (1, 896, 1001, 2048, 8192, 14336, 28671, 28672)

@@ -10,7 +10,7 @@ from triton.compiler import ASTSource
 
 from sparsity_atlas.kernels import cuda
 from sparsity_atlas.kernels.cuda_row import GROUP
-from sparsity_atlas.threshold import Threshold
+from sparsity_atlas.kernels.definition import Threshold
 
 WIDTH = 1001
 RULES = (

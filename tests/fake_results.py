@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sparsity_atlas import metrics, output_error, sensitivity, summarize
-from sparsity_atlas.bootstrap import TaskSamples
-from sparsity_atlas.critical import BARS, critical
-from sparsity_atlas.curves import curve_points, estimate_all
-from sparsity_atlas.equal import equal_rows, write_equal
-from sparsity_atlas.parquet import write_parquet
-from sparsity_atlas.store import write_manifest
-from sparsity_atlas.tables import Tables, read_tables
+from sparsity_atlas.activations import metrics
+from sparsity_atlas.curves.critical import BARS, critical
+from sparsity_atlas.curves.equal_sparsity import equal_rows, write_equal
+from sparsity_atlas.curves.points import curve_points, estimate_all
+from sparsity_atlas.files.parquet import write_parquet
+from sparsity_atlas.files.whole import write_manifest
+from sparsity_atlas.statistics.bootstrap import TaskSamples
+from sparsity_atlas.studies import output_error, sensitivity
+from sparsity_atlas.tables import summarize
+from sparsity_atlas.tables.read import Tables, read_tables
 from sparsity_atlas.terms import TENSORS
 
 LEVELS = ("0.97", "0.9", "0.75", "0.5")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparsity_atlas.evaluate import Session
+from sparsity_atlas.evaluation.evaluate import Session
 
 
 class Interrupted(Exception):

@@ -10,7 +10,7 @@ from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from sparsity_atlas.evaluate import Node, Session, evaluate_node
+from sparsity_atlas.evaluation.evaluate import Node, Session, evaluate_node
 
 
 def through_atlas(

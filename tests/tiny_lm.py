@@ -14,10 +14,10 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from sparsity_atlas.checkpoint import Checkpoint
-from sparsity_atlas.evaluate import Session
-from sparsity_atlas.models import describe
-from sparsity_atlas.store import write_manifest
+from sparsity_atlas.evaluation.evaluate import Session
+from sparsity_atlas.files.whole import write_manifest
+from sparsity_atlas.models.checkpoint import Checkpoint
+from sparsity_atlas.models.manifest import describe
 
 MAX_LENGTH = 48
 TEXT = (

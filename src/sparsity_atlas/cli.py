@@ -14,7 +14,7 @@ from types import FrameType
 
 from sparsity_atlas.credentials import HidingStream
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.store import discard_unfinished, read_manifest
+from sparsity_atlas.files.whole import discard_unfinished, read_manifest
 
 logger = logging.getLogger("sparsity_atlas")
 

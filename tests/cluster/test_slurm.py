@@ -16,7 +16,7 @@ import pytest
 
 from checkout import Checkout, smoke_run
 from loopback import call, loopback, need_root, resources, start_cluster, stop_cluster
-from sparsity_atlas.store import read_manifest
+from sparsity_atlas.files.whole import read_manifest
 
 NODE = "zoo-small/topk/intermediate/0.9"
 

@@ -16,7 +16,7 @@ import pytest
 import xarray
 
 from checkout import ROOT, Checkout
-from sparsity_atlas.activations import ActivationStore
+from sparsity_atlas.activations.store import ActivationStore
 
 # A file of the smoke run for the names in a documented path.
 NAMES = {"model": "zoo-small", "criterion": "topk", "site": "intermediate", "level": "0.9"}

@@ -15,7 +15,7 @@ import pytest
 
 from checkout import Checkout
 from faults import pipeline
-from sparsity_atlas.store import locked, machine
+from sparsity_atlas.files.whole import locked, machine
 
 NODE = "tiny/topk/intermediate/0.5"
 

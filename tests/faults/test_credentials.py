@@ -13,7 +13,7 @@ from checkout import Checkout, smoke_config
 from faults.conftest import Client
 from hub_server import Fault, HubServer
 from sparsity_atlas import credentials
-from sparsity_atlas.config import parse
+from sparsity_atlas.config.schema import parse
 from sparsity_atlas.errors import AtlasError
 
 CANARY = "hf_CanaryCanaryCanaryCanary"

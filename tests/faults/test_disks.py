@@ -19,8 +19,8 @@ from checkout import Checkout
 from faults import pipeline
 from faults.test_doctor import flip
 from faults.test_kills import products
-from sparsity_atlas.doctor import examine
-from sparsity_atlas.store import read_manifest, write_manifest
+from sparsity_atlas.files.whole import read_manifest, write_manifest
+from sparsity_atlas.upkeep.doctor import examine
 
 PAGE = 4096
 

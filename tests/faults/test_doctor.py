@@ -13,8 +13,8 @@ import pytest
 
 from checkout import Checkout
 from faults import pipeline
-from sparsity_atlas.doctor import examine
-from sparsity_atlas.store import locked
+from sparsity_atlas.files.whole import locked
+from sparsity_atlas.upkeep.doctor import examine
 
 NODE = "tiny/topk/intermediate/0.5"
 

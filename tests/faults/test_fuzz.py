@@ -19,17 +19,19 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparsity_atlas import grid, parquet, task_files
-from sparsity_atlas.activations import ActivationStore
-from sparsity_atlas.checkpoint import Checkpoint
-from sparsity_atlas.config import parse
+from sparsity_atlas.activations.store import ActivationStore
+from sparsity_atlas.activations.texts import documents
+from sparsity_atlas.config import grid
+from sparsity_atlas.config.schema import parse
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.failures import last_error
-from sparsity_atlas.journal import Journal
-from sparsity_atlas.samples import SCHEMA, SampleTable, read_table
+from sparsity_atlas.evaluation.samples import SCHEMA, SampleTable, read_table
+from sparsity_atlas.files import parquet
+from sparsity_atlas.files.journal import Journal
+from sparsity_atlas.files.whole import canonical, read_manifest, write_manifest
+from sparsity_atlas.models.checkpoint import Checkpoint
+from sparsity_atlas.report.failures import last_error
 from sparsity_atlas.spelling import canonical_level
-from sparsity_atlas.store import canonical, read_manifest, write_manifest
-from sparsity_atlas.texts import documents
+from sparsity_atlas.tasks import local_files
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
@@ -168,7 +170,7 @@ def read_sealed(folder: Path, content: bytes) -> None:
 
 def read_header(folder: Path, header: Any) -> None:
     """A sample table with another header."""
-    from sparsity_atlas.samples import _KEY, SCHEMA
+    from sparsity_atlas.evaluation.samples import _KEY, SCHEMA
 
     table = SCHEMA.empty_table().replace_schema_metadata({_KEY: json.dumps(header).encode()})
     parquet.write_parquet(folder / "samples.parquet", table)
@@ -196,8 +198,8 @@ def read_crafted_journal(path: Path, lines: list[bytes]) -> None:
 
 
 def read_task(path: Path) -> None:
-    task_files._catalogue.cache_clear()
-    task_files.files_digest(str(path.parent), "a")
+    local_files._catalogue.cache_clear()
+    local_files.files_digest(str(path.parent), "a")
 
 
 TASK = yaml.safe_dump(

@@ -19,7 +19,7 @@ TASK = "org/questions"
 READ = """
 import json, sys
 from sparsity_atlas import cli
-from sparsity_atlas.texts import documents, pinned
+from sparsity_atlas.activations.texts import documents, pinned
 def main():
     source = pinned(json.loads(sys.argv[1]))
     print(json.dumps({"revision": source["revision"], "documents": list(documents(source))}))

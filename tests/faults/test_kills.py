@@ -18,7 +18,7 @@ import pytest
 from checkout import Checkout
 from faults import pipeline
 from faults.pipeline import Job
-from sparsity_atlas.doctor import examine
+from sparsity_atlas.upkeep.doctor import examine
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
@@ -152,7 +152,7 @@ STOPPED_IN_A_DESTRUCTOR = """
 import os, signal, sys
 from pathlib import Path
 from sparsity_atlas import cli
-from sparsity_atlas.store import write_atomically
+from sparsity_atlas.files.whole import write_atomically
 
 class Foreign:
     def __del__(self):  # what is raised here, Python drops

@@ -17,17 +17,20 @@ import pytest
 
 from checkout import Checkout
 from fake_results import make_results
-from sparsity_atlas import report, summarize, task_files, text_files, texts
-from sparsity_atlas.checkpoint import Checkpoint
-from sparsity_atlas.config import parse
+from sparsity_atlas.activations import text_files, texts
+from sparsity_atlas.config.schema import parse
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.figures import FIGURES
 from sparsity_atlas.figures.draw import draw_all
-from sparsity_atlas.inputs import check_inputs, locate, model_content
-from sparsity_atlas.models import resolve
-from sparsity_atlas.parquet import read_parquet, write_parquet
-from sparsity_atlas.store import read_json, read_manifest, write_manifest
-from sparsity_atlas.tables import read_tables
+from sparsity_atlas.files.parquet import read_parquet, write_parquet
+from sparsity_atlas.files.whole import read_json, read_manifest, write_manifest
+from sparsity_atlas.models.checkpoint import Checkpoint
+from sparsity_atlas.models.manifest import resolve
+from sparsity_atlas.report import report
+from sparsity_atlas.rules.inputs import check_inputs, locate, model_content
+from sparsity_atlas.tables import summarize
+from sparsity_atlas.tables.read import read_tables
+from sparsity_atlas.tasks import local_files
 from tiny_lm import tiny_tokenizer
 
 BASE: dict[str, Any] = {
@@ -119,7 +122,7 @@ def test_yaml_makes_no_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     include.mkdir()
     (include / "a.yaml").write_text(f"task: a\ndataset_path: {RUNS}\n")
     with pytest.raises(AtlasError, match="not YAML"):
-        task_files.files_digest(str(include), "a")
+        local_files.files_digest(str(include), "a")
     index = "from lm_eval.tasks import TaskManager as T\n"
     index += f"T(include_path={str(include)!r}, include_defaults=False).load('a')"
     subprocess.run([sys.executable, "-c", index], capture_output=True, cwd=tmp_path, check=False)
@@ -158,8 +161,8 @@ def bomb() -> str:
 )
 def test_strange_task_files_have_a_digest(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.yaml").write_text(text)
-    task_files._catalogue.cache_clear()
-    assert len(task_files.files_digest(str(tmp_path), "a")) in (0, 64)
+    local_files._catalogue.cache_clear()
+    assert len(local_files.files_digest(str(tmp_path), "a")) in (0, 64)
 
 
 @pytest.mark.parametrize(
@@ -175,9 +178,9 @@ def test_strange_task_files_have_a_digest(tmp_path: Path, text: str) -> None:
 )
 def test_task_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.yaml").write_text(text)
-    task_files._catalogue.cache_clear()
+    local_files._catalogue.cache_clear()
     with pytest.raises(AtlasError, match=message) as caught:
-        task_files.files_digest(str(tmp_path), "a")
+        local_files.files_digest(str(tmp_path), "a")
     assert "a.yaml" in str(caught.value)
 
 

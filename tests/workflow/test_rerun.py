@@ -287,7 +287,7 @@ def test_a_source_file_edited(smoke: Checkout, name: str) -> None:
 
 
 def test_a_criterions_file_edited(smoke: Checkout) -> None:
-    with smoke.edited("src/sparsity_atlas/criteria/topk.py", new="\n# Edited.\n"):
+    with smoke.edited("src/sparsity_atlas/criteria/built_in/topk.py", new="\n# Edited.\n"):
         planned = smoke.plan()
     assert planned.of(*HEAVY, "curve") == {
         "evaluate zoo-small/topk/intermediate/0.9/eval.json",
@@ -296,7 +296,7 @@ def test_a_criterions_file_edited(smoke: Checkout) -> None:
         "curve zoo-small/topk/intermediate/curve.json",
         "sensitivity zoo-small/topk/intermediate/sensitivity.parquet",
     }
-    with smoke.edited("src/sparsity_atlas/criteria/topp.py", new="\n# Edited.\n"):
+    with smoke.edited("src/sparsity_atlas/criteria/built_in/topp.py", new="\n# Edited.\n"):
         planned = smoke.plan()
     assert {job.split()[0] for job in planned.of(*HEAVY)} == {"search", "output_error"}
     assert not any("topk" in job for job in planned.jobs)

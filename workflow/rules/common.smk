@@ -1,6 +1,6 @@
 """What the rules know of the configuration.
 
-The answers are in src/sparsity_atlas/asks.py (which files, or which slice of the configuration) and ask_resources.py.
+The answers are in src/sparsity_atlas/rules/asks.py (which files, or which slice of the configuration) and ask_resources.py.
 
 Path grammar, below results/:
     {model}/model.json                              the model's manifest
@@ -41,12 +41,12 @@ if ROOT:
 elif find_spec("sparsity_atlas") is None:
     raise SystemExit(f"error: rules of {HERE} need the package of the same release: pip install it")
 
-from sparsity_atlas.asks import Asks
-from sparsity_atlas.code import code_version
-from sparsity_atlas.config import parse as parse_config
+from sparsity_atlas.rules.asks import Asks
+from sparsity_atlas.code_version import code_version
+from sparsity_atlas.config.schema import parse as parse_config
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.figures import FIGURES
-from sparsity_atlas.inputs import check_inputs, locate
+from sparsity_atlas.rules.inputs import check_inputs, locate
 from sparsity_atlas.terms import SITES
 
 # For the target `clean` alone (`--config remove=true`), and no part of what is measured.

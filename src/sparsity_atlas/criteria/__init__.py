@@ -179,7 +179,7 @@ def create(spec: dict[str, Any]) -> Criterion:
 def _try(criterion: Criterion) -> None:
     import torch
 
-    from sparsity_atlas.criterion_check import WIDTH, check_masks
+    from sparsity_atlas.criteria.check import WIDTH, check_masks
 
     check_masks(criterion, criterion.file, WIDTH, torch.device("cpu"))
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparsity_atlas.place import Place, Sample
-    from sparsity_atlas.reach import Reach
-    from sparsity_atlas.threshold import Threshold
+    from sparsity_atlas.criteria.place import Place, Sample
+    from sparsity_atlas.criteria.reach import Reach
+    from sparsity_atlas.kernels.definition import Threshold
 
 Phase = Literal["scoring", "prompt", "generation"]
 
@@ -171,7 +171,7 @@ class ColumnWeighted(Criterion):
 
     def bind(self, place: Place, state: dict[str, Tensor]) -> Self:
         """See `Criterion.bind`."""
-        from sparsity_atlas.place import relative
+        from sparsity_atlas.criteria.place import relative
 
         bound = copy.copy(self)
         bound._weights = relative(place.column_norms())

@@ -8,28 +8,36 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from sparsity_atlas.figures import allocation, comparison, curves, layers, points, scaling, tasks
+from sparsity_atlas.figures import (
+    by_layer,
+    by_task,
+    critical_points,
+    differences,
+    layer_by_level,
+    model_size,
+    score_curves,
+)
 from sparsity_atlas.figures.style import SUFFIXES, arrange, save, styled
-from sparsity_atlas.tables import Tables, read_tables
+from sparsity_atlas.tables.read import Tables, read_tables
 
 # Which function draws which figure of the catalogue.
 DRAW: dict[str, Callable[[Tables], Figure]] = {
-    "ppl_sparsity": points.ppl_sparsity,
-    "critical_sparsity": points.critical_sparsity,
-    "scaling": scaling.scaling,
-    "added_loss": curves.added_loss,
-    "retained_accuracy": curves.retained_accuracy,
-    "criteria": curves.criteria,
-    "comparison": comparison.differences,
-    "comparison_error": comparison.output_errors,
-    "tasks": tasks.tasks,
-    "layer_sparsity": layers.layer_sparsity,
-    "sensitivity": allocation.sensitivity,
-    "allocation_damage": allocation.damage,
-    "allocation": allocation.own_sparsity,
-    "output_error": layers.output_error,
-    "effective_rank": layers.effective_rank,
-    "magnitudes": layers.magnitudes,
+    "ppl_sparsity": critical_points.ppl_sparsity,
+    "critical_sparsity": critical_points.critical_sparsity,
+    "scaling": model_size.scaling,
+    "added_loss": score_curves.added_loss,
+    "retained_accuracy": score_curves.retained_accuracy,
+    "criteria": score_curves.criteria,
+    "comparison": differences.differences,
+    "comparison_error": differences.output_errors,
+    "tasks": by_task.tasks,
+    "layer_sparsity": by_layer.layer_sparsity,
+    "sensitivity": layer_by_level.sensitivity,
+    "allocation_damage": layer_by_level.damage,
+    "allocation": layer_by_level.own_sparsity,
+    "output_error": by_layer.output_error,
+    "effective_rank": by_layer.effective_rank,
+    "magnitudes": by_layer.magnitudes,
 }
 
 

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from sparsity_atlas.figures.style import GREY, NARROW, TALL, WIDE, Mark
-from sparsity_atlas.tables import Tables
+from sparsity_atlas.tables.read import Tables
 
 Key = TypeVar("Key")
 

@@ -14,7 +14,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sparsity_atlas.store import write_atomically
+from sparsity_atlas.files.whole import write_atomically
 
 # Inches: one and two columns of a printed page, and the height of its text.
 NARROW, WIDE, TALL = 3.5, 7.2, 9.4

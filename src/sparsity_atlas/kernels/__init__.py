@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sparsity_atlas.threshold import Threshold
+    from sparsity_atlas.kernels.definition import Threshold
 
 VARIABLE = "SPARSITY_ATLAS_KERNELS"
 CHOICES = ("auto", "reference", "compiled")

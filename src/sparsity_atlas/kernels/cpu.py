@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from sparsity_atlas.kernels.cpu_row import KINDS, mask_rows
-from sparsity_atlas.threshold import limbs, mass_bits, not_above
+from sparsity_atlas.kernels.definition import limbs, mass_bits, not_above
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparsity_atlas.threshold import Threshold
+    from sparsity_atlas.kernels.definition import Threshold
 
 # Below this many entries, starting threads takes longer than the work.
 _WORTH_A_THREAD = 1 << 16

@@ -16,7 +16,7 @@ import math
 import numpy as np
 from numba import njit
 
-from sparsity_atlas.threshold import LARGEST_EXACT_POWER, LIMB_BITS, LIMBS
+from sparsity_atlas.kernels.definition import LARGEST_EXACT_POWER, LIMB_BITS, LIMBS
 
 KINDS = {"share": 0, "rank": 1, "peak": 2, "fixed": 3}
 _SHARE, _RANK, _PEAK, _FIXED = KINDS.values()

@@ -27,13 +27,19 @@ from sparsity_atlas.kernels.cuda_row import (
     search_row,
     write_row,
 )
-from sparsity_atlas.threshold import LARGEST_EXACT_POWER, LIMBS, limbs, mass_bits, not_above
+from sparsity_atlas.kernels.definition import (
+    LARGEST_EXACT_POWER,
+    LIMBS,
+    limbs,
+    mass_bits,
+    not_above,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
     from triton.compiler import CompiledKernel
 
-    from sparsity_atlas.threshold import Threshold
+    from sparsity_atlas.kernels.definition import Threshold
 
 # Low bits that a type leaves empty in float32.
 _EMPTY_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}

@@ -5,21 +5,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparsity_atlas import threshold
+from sparsity_atlas.kernels import definition
 
 KINDS = {"share": 0, "rank": 1, "peak": 2, "fixed": 3}
 SHARE, RANK, PEAK, FIXED = (tl.constexpr(kind) for kind in KINDS.values())
 INFINITY = tl.constexpr(0x7F800000)  # the bit pattern; NaN lies above
 _LEAST_REST = tl.constexpr(2.0**-24)  # of a sum: what its roundings leave to see
 _LARGEST_RUN = tl.constexpr(20.0)  # of an inverse power; more is that of two tries in a gap
-LIMBS, BITS = tl.constexpr(threshold.LIMBS), tl.constexpr(threshold.LIMB_BITS)
-LOW_BITS = tl.constexpr((1 << threshold.LIMB_BITS) - 1)
+LIMBS, BITS = tl.constexpr(definition.LIMBS), tl.constexpr(definition.LIMB_BITS)
+LOW_BITS = tl.constexpr((1 << definition.LIMB_BITS) - 1)
 GROUP = tl.constexpr(8)  # entries that lie in one thread, one after another
 
 
 @triton.jit
 def _raised(base, WHOLE: tl.constexpr, FRACTION: tl.constexpr, DIGITS: tl.constexpr):
-    """As `threshold.raised`, in the type of `base`; the power is WHOLE + FRACTION / 2^DIGITS."""
+    """As `definition.raised`, in the type of `base`; the power is WHOLE + FRACTION / 2^DIGITS."""
     result = tl.full(base.shape, 1.0, base.dtype)
     square = base
     for digit in tl.static_range(10):
@@ -39,7 +39,7 @@ def _raised(base, WHOLE: tl.constexpr, FRACTION: tl.constexpr, DIGITS: tl.conste
 
 @triton.jit
 def _inverse_unit(peak):
-    """1 / unit of `threshold.masses`, float64: the exponent of the peak, turned round its middle."""
+    """1 / unit of `definition.masses`, float64: the exponent of the peak, turned round its middle."""
     largest = peak.to(tl.float32, bitcast=True).to(tl.float64)
     exponent = largest.to(tl.int64, bitcast=True) >> 52
     return ((2045 - exponent) << 52).to(tl.float64, bitcast=True)
@@ -54,7 +54,7 @@ def _masses(
     DIGITS: tl.constexpr,
     UNIT_IS_PEAK: tl.constexpr,
 ):
-    """(score / unit)^power in float64, as in `threshold.masses`."""
+    """(score / unit)^power in float64, as in `definition.masses`."""
     if UNIT_IS_PEAK:
         base = score.to(tl.float64) / peak.to(tl.float32, bitcast=True).to(tl.float64)
     else:
@@ -70,7 +70,7 @@ def _sum(mass, BLOCK: tl.constexpr):
 
 @triton.jit
 def _share_of(total, limbs):
-    """⌈amount · total⌉ from the digits of `threshold.limbs`, as float64: a long multiplication."""
+    """⌈amount · total⌉ from the digits of `definition.limbs`, as float64: a long multiplication."""
     upper, lower = total >> BITS, total & LOW_BITS
     carry = total * 0
     rest, next_limb = carry, carry

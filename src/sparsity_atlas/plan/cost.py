@@ -15,8 +15,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from sparsity_atlas import grid
-from sparsity_atlas.config import Config, parse
+from sparsity_atlas.config import grid
+from sparsity_atlas.config.schema import Config, parse
 
 
 def go_offline_if_unreachable(config: Config) -> None:

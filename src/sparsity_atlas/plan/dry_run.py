@@ -17,20 +17,20 @@ import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from sparsity_atlas import forest
-from sparsity_atlas.evaluate import Node, Session, evaluate_node
-from sparsity_atlas.lm import AtlasLM
-from sparsity_atlas.scoring import Abilities
-from sparsity_atlas.sparsify import Counter, Slot
+from sparsity_atlas.evaluation.evaluate import Node, Session, evaluate_node
+from sparsity_atlas.lm import forest
+from sparsity_atlas.lm.forward import Abilities
+from sparsity_atlas.lm.model import AtlasLM
+from sparsity_atlas.sparsify.attach import Counter, Slot
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from sparsity_atlas.journal import Journal
-    from sparsity_atlas.loaded_task import LoadedTask
-    from sparsity_atlas.work import Work
+    from sparsity_atlas.files.journal import Journal
+    from sparsity_atlas.lm.work import Work
+    from sparsity_atlas.tasks.loaded import LoadedTask
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,17 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sparsity_atlas import grid
-from sparsity_atlas.config import Config
+from sparsity_atlas.config import grid
+from sparsity_atlas.config.schema import Config
 from sparsity_atlas.criteria import create, declared
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.evaluate import Node
-from sparsity_atlas.loaded_task import LoadedTask
+from sparsity_atlas.evaluation.evaluate import Node
 from sparsity_atlas.plan.jobs import UNKNOWN, Amount, Job, jobs
 from sparsity_atlas.plan.outlook import NodeKey, Outlook, Unknowns, look, measure
 from sparsity_atlas.plan.rates import import_seconds, recorded
 from sparsity_atlas.plan.targets import missed_targets
-from sparsity_atlas.tasks import load_tasks
+from sparsity_atlas.tasks.load import load_tasks
+from sparsity_atlas.tasks.loaded import LoadedTask
 
 # Rules whose jobs run a model, with what their stages import.
 HEAVY = {
@@ -30,8 +30,8 @@ HEAVY = {
     "calibrate",
     "sensitivity",
 }
-HEAVY_IMPORTS = "sparsity_atlas.lm, sparsity_atlas.sites, sparsity_atlas.tasks, lm_eval.evaluator"
-LIGHT_IMPORTS = "sparsity_atlas.curve, sparsity_atlas.summarize"
+HEAVY_IMPORTS = "sparsity_atlas.lm.model, sparsity_atlas.sites.find, sparsity_atlas.tasks.load, lm_eval.evaluator"
+LIGHT_IMPORTS = "sparsity_atlas.curves.curve, sparsity_atlas.tables.summarize"
 EVALUATING = ("dense", "evaluate", "search")
 
 

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sparsity_atlas import grid
-from sparsity_atlas.config import Config
+from sparsity_atlas.config import grid
+from sparsity_atlas.config.grid import Curve
+from sparsity_atlas.config.schema import Config
 from sparsity_atlas.criteria import declared
-from sparsity_atlas.grid import Curve
-from sparsity_atlas.store import read_manifest
+from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.terms import TENSORS
 
 # Searches took 6 to 8 levels on all models, criteria and sites of the default configuration.

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparsity_atlas import grid
-from sparsity_atlas.capture import ITEM_BYTES
-from sparsity_atlas.config import Config
-from sparsity_atlas.devices import pick_device, pick_dtype
+from sparsity_atlas.activations.capture import ITEM_BYTES
+from sparsity_atlas.config import grid
+from sparsity_atlas.config.schema import Config
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.evaluate import Node, Session
-from sparsity_atlas.loading import blank
-from sparsity_atlas.models import check_sites, load, load_tokenizer, resolve
+from sparsity_atlas.evaluation.evaluate import Node, Session
+from sparsity_atlas.files.whole import read_manifest
+from sparsity_atlas.lm.prompts import PromptSettings
+from sparsity_atlas.models.devices import pick_device, pick_dtype
+from sparsity_atlas.models.loading import blank
+from sparsity_atlas.models.manifest import check_sites, load, load_tokenizer, resolve
 from sparsity_atlas.plan.dry_run import DryLM, TaskCost, count
 from sparsity_atlas.plan.rates import TimedLM, free_memory, node_seconds
-from sparsity_atlas.prompts import PromptSettings
-from sparsity_atlas.sites import find_ffns
-from sparsity_atlas.store import read_manifest
+from sparsity_atlas.sites.find import find_ffns
 from sparsity_atlas.terms import STORED
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from sparsity_atlas.checkpoint import Checkpoint
-    from sparsity_atlas.loaded_task import LoadedTask
+    from sparsity_atlas.models.checkpoint import Checkpoint
+    from sparsity_atlas.tasks.loaded import LoadedTask
 
 NodeKey = tuple[str, str] | None
 """Criterion and site; None for the dense baseline."""

@@ -11,12 +11,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparsity_atlas import forest
-from sparsity_atlas.evaluate import Node, Session
-from sparsity_atlas.journal import Journal
-from sparsity_atlas.lm import AtlasLM
+from sparsity_atlas.evaluation.evaluate import Node, Session
+from sparsity_atlas.files.journal import Journal
+from sparsity_atlas.lm import forest
+from sparsity_atlas.lm.model import AtlasLM
+from sparsity_atlas.lm.work import Work
 from sparsity_atlas.plan.dry_run import Batch, TaskCost
-from sparsity_atlas.work import Work
 
 if TYPE_CHECKING:
     import torch

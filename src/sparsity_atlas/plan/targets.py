@@ -6,13 +6,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from sparsity_atlas import grid
-from sparsity_atlas.calibration import read_calibration
-from sparsity_atlas.config import Config
+from sparsity_atlas.config import grid
+from sparsity_atlas.config.schema import Config
 from sparsity_atlas.criteria import create, declared
+from sparsity_atlas.criteria.calibration_file import read_calibration
+from sparsity_atlas.criteria.reach import misses
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.plan.outlook import Unknowns
-from sparsity_atlas.reach import misses
 
 
 def missed_targets(config: Config, results: Path, unknowns: Unknowns) -> Iterator[str]:

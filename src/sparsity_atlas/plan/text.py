@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from sparsity_atlas.capture import tensors_of
-from sparsity_atlas.config import Config
+from sparsity_atlas.activations.capture import tensors_of
+from sparsity_atlas.config.schema import Config
 from sparsity_atlas.plan.forecast import Forecast
 from sparsity_atlas.plan.jobs import UNKNOWN, USUAL_LEVELS, Amount, Job
 from sparsity_atlas.plan.outlook import Outlook, captured_tokens

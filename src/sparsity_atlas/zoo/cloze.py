@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.zoo.lexicon import Lexicon, alternatives, fill, load_lexicon, read_yaml
-from sparsity_atlas.zoo.tasks import choice_task, write_jsonl
+from sparsity_atlas.zoo.task_files import choice_task, write_jsonl
 
 CHOICES = 4
 MAX_DRAWS = 500

@@ -15,7 +15,7 @@ from typing import Any
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.zoo.lexicon import Lexicon, apply_switch, fill, load_lexicon, read_yaml
-from sparsity_atlas.zoo.tasks import choice_task, group_task, write_jsonl
+from sparsity_atlas.zoo.task_files import choice_task, group_task, write_jsonl
 
 CONTRAST = re.compile(r"\[([^\[\]|/]*)([|/])([^\[\]|/]*)\]")
 # Far more than a frame with words to spare ever needs.

@@ -1,0 +1,273 @@
+"""Stage `capture`: the activations of all requested sites, in one forward pass over a text.
+
+Each site has a job and a manifest of its own. The first job of a model takes a lock and captures what
+any of them lacks; the others find their tensors complete and write their manifest. With a site comes
+the FFN's input, from which every output error can be computed.
+
+Tensors leave the device on a stream of their own and are written by threads while the model runs on: a
+part (a chunk of each array, or a batch where that is more) is written while the next one is captured, and
+recorded when all of it is written. What is not recorded when a capture is killed is captured again, so
+that no more than a block is under way: two chunks of each array, or a batch where that is more. Host
+memory holds a block, at most MOST_HELD bytes; where that is too little, a part (of a batch, as with large
+models, the tensor in hand) and PENDING tensors that are being written. To that comes a copy for each
+thread, where a part is several batches, and up to as much again where pinned memory is handed out in
+powers of two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsity_atlas import cli
+from sparsity_atlas.activations.store import ActivationStore, check_space, chunk_sequences
+from sparsity_atlas.activations.texts import digest_of, pinned, token_ids
+from sparsity_atlas.code_version import code_version
+from sparsity_atlas.errors import NumericalFailure
+from sparsity_atlas.files.journal import Journal
+from sparsity_atlas.files.whole import digest, locked, write_manifest
+from sparsity_atlas.models.bos import begins_with_bos
+from sparsity_atlas.models.devices import pick_device, pick_dtype
+from sparsity_atlas.models.manifest import check_sites, from_manifest, load, load_tokenizer
+from sparsity_atlas.terms import STORED, TENSORS
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from sparsity_atlas.activations.spool import HostCopy
+    from sparsity_atlas.models.checkpoint import Checkpoint
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+# Bytes of two parts up to which one is captured while the other is written.
+MOST_HELD = 2 * 2**30
+# Tensors that may wait for the disk where only one part is under way.
+PENDING = 8
+
+
+def tensors_of(sites: Iterable[str]) -> list[str]:
+    """Tensors that are stored for some sites: theirs, and the FFN's input."""
+    return sorted({"input", *(tensor for site in sites for tensor in TENSORS[site])})
+
+
+def capture(
+    store_path: Path,
+    manifest: dict[str, Any],
+    checkpoint: Checkpoint,
+    ids: np.ndarray,
+    missing: list[str],
+    fingerprint: str,
+    settings: dict[str, Any],
+) -> None:
+    """Run `ids` through the model once and store the tensors in `missing`.
+
+    Args:
+        store_path: the Zarr store.
+        manifest: the model's manifest.
+        checkpoint: the model's files.
+        ids: int64 [sequences, positions].
+        missing: tensors to capture.
+        fingerprint: of everything that the values depend on.
+        settings: as `grid.capture_slice` gives it.
+
+    Raises:
+        AtlasError: no room on the disk, or NaN or infinity in an activation.
+    """
+    import torch
+
+    from sparsity_atlas.activations.spool import HostCopy, Writer, copy_stream
+    from sparsity_atlas.models.positions import check_positions
+    from sparsity_atlas.sites.find import bind_ffns, observe
+
+    model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
+    check_positions(model, ids.shape[1], "capture: sequence_length")
+    ffns = bind_ffns(model, manifest["ffn"])
+    dtype = str(model.dtype).removeprefix("torch.")
+    sequences, positions = ids.shape
+    batch = settings["batch_size"]
+    widths = {name: [ffn.size(name) for ffn in ffns] for name in missing}
+    widest = max(max(row) for row in widths.values())
+    chunk = chunk_sequences(widest * positions * ITEM_BYTES[dtype], batch, sequences)
+    part = max(chunk, batch)  # sequences between two records of the journal
+    token_bytes = ITEM_BYTES[dtype] * sum(sum(row) for row in widths.values())
+    # Parts that are captured or written.
+    under_way = 2 if chunk >= batch and 2 * chunk * positions * token_bytes <= MOST_HELD else 1
+
+    total = ids.size * token_bytes
+    journal_path = store_path.with_suffix(".journal")
+    if not journal_path.exists():
+        check_space(store_path, total)  # before anything is made
+    store = ActivationStore(store_path, writable=True)
+    plan = {
+        "fingerprint": fingerprint,
+        "tensors": missing,
+        "chunk": chunk,
+        "part": part,
+        "dtype": dtype,
+    }
+    journal = Journal(journal_path, plan)
+    if journal.records and any(name not in store.root for name in missing):
+        # The store was deleted, the journal beside it was not.
+        journal.delete()
+        journal = Journal(journal_path, plan)
+    if not journal.records:
+        check_space(store_path, total)  # what another plan left may have been smaller
+        cli.logger.info(
+            "capturing %s: %s tokens, %.1f MiB", ", ".join(missing), f"{ids.size:,}", total / 2**20
+        )
+        store.put_ids(ids)
+        for name in missing:
+            store.create(name, widths[name], ids.size, chunk * positions, dtype)
+
+    sites = [name for name in missing if name in ffns[0].sites()]
+    stream = copy_stream(model.device)
+    recorded: deque[Future] = deque()
+    # All of a part and its record.
+    pending = PENDING if under_way == 1 else len(missing) * len(ffns) + 1
+    with Writer(pending, threads=min(PENDING, torch.get_num_threads())) as writer:
+        for start in range(len(journal.records) * part, sequences, part):
+            while len(recorded) >= under_way:
+                recorded.popleft().result()
+            rows = ids[start : start + part]
+            batches = [rows[first : first + batch] for first in range(0, len(rows), batch)]
+            arrived: dict[tuple[str, int], list[HostCopy]] = defaultdict(list)
+            written: dict[tuple[str, int], Future[int]] = {}
+
+            def write(
+                layer: int, name: str, copies: list[HostCopy], row: int = start * positions
+            ) -> int:
+                return store.put(name, layer, row, _stored(copies, layer, name))
+
+            def keep(
+                layer: int,
+                name: str,
+                values: Tensor,
+                count: int = len(batches),
+                arrived: dict = arrived,
+                written: dict = written,
+                write: Callable = write,
+            ) -> None:
+                arrived[name, layer].append(HostCopy(values, stream))
+                # As soon as it is whole: a large model's part is one batch of one layer.
+                if len(arrived[name, layer]) == count:
+                    copies = arrived.pop((name, layer))
+                    written[name, layer] = writer.submit(write, layer, name, copies)
+
+            def record(
+                before: list[Future], written: dict = written, end: int = start + len(rows)
+            ) -> None:
+                # In order, also if more parts than these were under way.
+                for one in before:
+                    one.result()
+                checksums = {
+                    name: [written[name, ffn].result() for ffn in range(len(ffns))]
+                    for name in missing
+                }
+                journal.append(checksums)
+                cli.logger.info("captured %d of %d sequences", end, sequences)
+
+            with torch.no_grad(), observe(ffns, sites, keep):
+                for one in batches:
+                    model(input_ids=torch.from_numpy(one).to(model.device), use_cache=False)
+            recorded.append(writer.submit(record, list(recorded)))
+        writer.drain()
+
+    for name in missing:
+        checks = [record[name] for record in journal.records]
+        record = {"fingerprint": fingerprint, "dtype": dtype, "rows": part * positions}
+        store.finish(name, {**record, "blocks": checks})
+    store.sweep()
+    journal.delete()
+
+
+def _stored(copies: list[HostCopy], layer: int, name: str) -> np.ndarray:
+    """[tokens, channel] of some batches; bfloat16 as its bits."""
+    import torch
+
+    if not all(copy.is_finite() for copy in copies):
+        raise NumericalFailure(f"NaN or infinity in '{name}' of layer {layer}")
+    batches = [copy.wait().flatten(0, -2) for copy in copies]
+    whole = batches[0] if len(batches) == 1 else torch.cat(batches)
+    return (whole.view(torch.uint16) if whole.dtype == torch.bfloat16 else whole).numpy()
+
+
+def main() -> None:
+    """Command line of the stage."""
+    parser = argparse.ArgumentParser(prog="sparsity-atlas capture", description=__doc__)
+    parser.add_argument("--model", required=True, type=Path, help="the model's manifest")
+    parser.add_argument("--site", required=True, help="site whose manifest is written")
+    parser.add_argument(
+        "--siblings", default="", help="comma-separated sites that are captured with it"
+    )
+    parser.add_argument(
+        "--settings", required=True, type=json.loads, help="JSON: text, tokens, model loading"
+    )
+    parser.add_argument("--code", help="code version, part of the fingerprint; unset: of this code")
+    parser.add_argument("--store", required=True, type=Path, help="the Zarr store")
+    parser.add_argument("--output", required=True, type=Path, help="manifest to write")
+    arguments = parser.parse_args()
+    settings = arguments.settings
+
+    manifest, checkpoint = from_manifest(arguments.model)
+    check_sites(manifest["name"], [arguments.site], manifest["sites"])
+    siblings = [site for site in arguments.siblings.split(",") if site in manifest["sites"]]
+    tokenizer = load_tokenizer(checkpoint, add_bos_token=settings["add_bos_token"])
+    text = pinned(settings["text"])
+    ids = token_ids(
+        text,
+        tokenizer,
+        settings["tokens"],
+        settings["sequence_length"],
+        begins_with_bos(tokenizer, settings["add_bos_token"]),
+    )
+    fingerprint = digest(
+        {
+            "model": manifest["digest"],
+            "text": digest_of(ids),
+            "dtype": _stored_dtype(settings, manifest),
+            "batch_size": settings["batch_size"],
+            "code": arguments.code or code_version("capture"),
+        }
+    )
+    own = tensors_of([arguments.site])
+    with locked(arguments.store.with_suffix(".lock")):
+        done = _complete(arguments.store, fingerprint)
+        if not set(own) <= set(done):
+            missing = [name for name in tensors_of([arguments.site, *siblings]) if name not in done]
+            capture(arguments.store, manifest, checkpoint, ids, missing, fingerprint, settings)
+            done = _complete(arguments.store, fingerprint)
+    write_manifest(
+        arguments.output,
+        {
+            "site": arguments.site,
+            "fingerprint": fingerprint,
+            "tokens": int(ids.size),
+            "sequence_length": int(ids.shape[1]),
+            "tensors": {name: done[name] for name in own},
+            # A local file is known by the digest of its tokens, which is in the fingerprint.
+            **({"text": text} if "hub" in text else {}),
+        },
+    )
+
+
+def _stored_dtype(settings: dict[str, Any], manifest: dict[str, Any]) -> str:
+    dtype = pick_dtype(settings["dtype"], pick_device(settings["device"]))
+    return str(manifest["dtype"]) if dtype == "auto" else dtype
+
+
+def _complete(store: Path, fingerprint: str) -> dict[str, dict[str, Any]]:
+    """Records of the tensors that are complete under this fingerprint."""
+    if not (store / "zarr.json").is_file():
+        return {}
+    opened = ActivationStore(store)
+    records = {name: opened.complete(name) for name in STORED}
+    return {
+        name: record
+        for name, record in records.items()
+        if record and record["fingerprint"] == fingerprint
+    }

@@ -1,0 +1,184 @@
+"""Stage `metrics`: what a site's activations look like, layer by layer, from the store alone.
+
+Reads a block of tokens at a time, and the next one while it computes. At any width and number of tokens the
+memory in use is that of the Gram matrix, 8 · min(tokens, width)² bytes (0.13 GB for 4,096 tokens), again
+as much for its eigenvalues, and a few times BLOCK_BYTES.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from sparsity_atlas.activations.store import ActivationStore, Rows, read_ahead
+from sparsity_atlas.files.parquet import write_parquet
+from sparsity_atlas.files.whole import read_manifest
+from sparsity_atlas.terms import TENSORS
+
+# An entry is near zero when it is at most this share of its token's largest magnitude.
+NEAR_ZERO = 0.01
+# Bins of log10(|v| / RMS of the layer), each a twentieth of a decade.
+BIN_EDGES = np.linspace(-6.0, 2.0, 161)
+BLOCK_BYTES = 64 * 2**20  # of a block in float64, or one chunk of the store if that is more
+
+
+def blocks(values: np.ndarray | Rows, first: int = 0) -> Iterator[tuple[slice, np.ndarray]]:
+    """Rows of `values` from `first` on, and where: in blocks of whole chunks and about BLOCK_BYTES."""
+    tokens, width = values.shape
+    chunk = getattr(values, "chunk", 1)
+    step = max(1, BLOCK_BYTES // (8 * width * chunk)) * chunk
+    places = [slice(start, min(start + step, tokens)) for start in range(first, tokens, step)]
+    return read_ahead(values.__getitem__, places)
+
+
+def gram(values: np.ndarray | Rows) -> np.ndarray:
+    """Inner products of the smaller side: of the channels in one pass, of the tokens by pairs of blocks.
+
+    Returns:
+        float64 [channel, channel], or [token, token] where the rows are wider than they are many.
+    """
+    tokens, width = values.shape
+    if width <= tokens:
+        total = np.zeros((width, width))
+        for _, part in blocks(values):
+            block = part.astype(np.float64)
+            total += block.T @ block
+        return total
+    total = np.empty((tokens, tokens))
+    for rows, part in blocks(values):
+        block = part.astype(np.float64)
+        total[rows, rows] = block @ block.T
+        for others, other in blocks(values, rows.stop):
+            product = block @ other.astype(np.float64).T
+            total[rows, others], total[others, rows] = product, product.T
+    return total
+
+
+def effective_rank(values: np.ndarray | Rows) -> float:
+    """exp of the entropy of the normalised singular values (Roy & Vetterli 2007).
+
+    Args:
+        values: [tokens, channel]. The singular values come from the Gram matrix of the smaller side
+            in float64, so those below 1e-8 of the largest are noise; they weigh nothing here.
+    """
+    singular = np.sqrt(np.clip(np.linalg.eigvalsh(gram(values)), 0, None))
+    if singular.sum() == 0:
+        return 0.0
+    share = singular / singular.sum()
+    share = share[share > 0]
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
+def gini(magnitude: np.ndarray) -> np.ndarray:
+    """Gini coefficient of each row (0: all equal, towards 1: one entry has all); NaN for zero rows.
+
+    Args:
+        magnitude: [rows, channel], not negative.
+    """
+    ordered = np.sort(magnitude, axis=1).astype(np.float64)
+    width = magnitude.shape[1]
+    rank = 2 * np.arange(1, width + 1) - width - 1
+    total = ordered.sum(1)
+    return np.divide(
+        ordered @ rank, width * total, out=np.full(len(total), np.nan), where=total > 0
+    )
+
+
+def hoyer(magnitude: np.ndarray) -> np.ndarray:
+    """Hoyer's sparsity (√n - L1/L2) / (√n - 1) of each row, 0 to 1; NaN for zero rows.
+
+    Args:
+        magnitude: [rows, channel], not negative, at least two channels.
+    """
+    wide = magnitude.astype(np.float64)
+    l1, l2 = wide.sum(1), np.sqrt((wide**2).sum(1))
+    root = np.sqrt(magnitude.shape[1])
+    ratio = np.divide(l1, l2, out=np.full(len(l1), np.nan), where=l2 > 0)
+    return (root - ratio) / (root - 1)
+
+
+def layer_metrics(values: np.ndarray | Rows) -> dict[str, Any]:
+    """Every metric of one layer.
+
+    Args:
+        values: [tokens, channel], float32, in memory or in the store.
+
+    Returns:
+        tokens, width, effective_rank, effective_rank_share (of the width), gini and hoyer (means
+        over tokens), near_zero and exact_zero (shares of entries; near includes exact), rms, and
+        histogram: counts of log10(|v| / rms) in BIN_EDGES (zeros and what lies outside left out).
+    """
+    tokens, width = values.shape
+    entries = tokens * width
+    sums = {"gini": 0.0, "hoyer": 0.0}
+    counted = near = exact = 0
+    squares = 0.0
+    for _, block in blocks(values):
+        magnitude = np.abs(block)
+        counted += int((magnitude.max(1) > 0).sum())
+        squares += float(np.sum(magnitude.astype(np.float64) ** 2))
+        sums["gini"] += float(np.nansum(gini(magnitude)))
+        sums["hoyer"] += float(np.nansum(hoyer(magnitude)))
+        near += int((magnitude <= NEAR_ZERO * magnitude.max(1, keepdims=True)).sum())
+        exact += int((magnitude == 0).sum())
+    rms = (squares / entries) ** 0.5
+    histogram = np.zeros(len(BIN_EDGES) - 1, dtype=np.int64)
+    for _, block in blocks(values):
+        magnitude = np.abs(block)
+        histogram += np.histogram(np.log10(magnitude[magnitude > 0] / rms), BIN_EDGES)[0]
+    rank = effective_rank(values)
+    means = {name: total / counted if counted else None for name, total in sums.items()}
+    return {
+        "tokens": tokens,
+        "width": width,
+        "effective_rank": rank,
+        "effective_rank_share": rank / width,
+        **means,
+        "near_zero": near / entries,
+        "exact_zero": exact / entries,
+        "rms": rms,
+        "histogram": histogram.tolist(),
+    }
+
+
+SCHEMA = pa.schema(
+    [
+        ("tensor", pa.string()),
+        ("layer", pa.int64()),
+        ("tokens", pa.int64()),
+        ("width", pa.int64()),
+        *(
+            (name, pa.float64())
+            for name in ("effective_rank", "effective_rank_share", "gini", "hoyer")
+        ),
+        *((name, pa.float64()) for name in ("near_zero", "exact_zero", "rms")),
+        ("histogram", pa.list_(pa.int64())),
+    ]
+)
+
+
+def main() -> None:
+    """Command line of the stage."""
+    parser = argparse.ArgumentParser(prog="sparsity-atlas metrics", description=__doc__)
+    parser.add_argument("--capture", required=True, type=Path, help="manifest of the captured site")
+    parser.add_argument("--store", required=True, type=Path, help="the Zarr store")
+    parser.add_argument("--output", required=True, type=Path, help="Parquet file to write")
+    arguments = parser.parse_args()
+
+    site = read_manifest(arguments.capture)["site"]
+    tensors = TENSORS[site]
+    store = ActivationStore(arguments.store)
+    for tensor in tensors:
+        store.check(tensor)
+    rows = [
+        {"tensor": tensor, "layer": layer, **layer_metrics(store.rows(tensor, layer))}
+        for tensor in tensors
+        for layer in range(store.layers(tensor))
+    ]
+    table = pa.Table.from_pylist(rows, SCHEMA)
+    write_parquet(arguments.output, table)

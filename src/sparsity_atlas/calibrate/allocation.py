@@ -1,0 +1,290 @@
+"""How a target sparsity is spread over the places of a site, where not all take the same.
+
+equal_cett    every layer loses the same share of its FFN's output, as CETT does (arXiv 2411.02335)
+sensitivity   every place adds the same loss where it is sparsified alone
+greedy        block by block, as TEAL does (arXiv 2408.14690): the sparsity of whichever tensor hurts the
+              output least, of the FFN or, of all linear inputs, of the block, is raised by a step, again
+              and again
+
+An allocation is a table for each place: its own sparsity at each target. It is found on the calibration's
+tokens. Of equal_cett and sensitivity the target is the mean over entries, which is the induced sparsity;
+of greedy the mean over the parameters that the entries meet, in each block by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from scipy.interpolate import PchipInterpolator
+from torch import Tensor
+
+from sparsity_atlas.criteria.base import Criterion
+from sparsity_atlas.criteria.level_table import TARGETS
+from sparsity_atlas.criteria.place import Place, bind_all, state_name
+from sparsity_atlas.errors import NumericalFailure
+from sparsity_atlas.sites.block import Block, blocks
+from sparsity_atlas.sparsify.attach import dropping
+from sparsity_atlas.studies.output_error import (
+    dense_output,
+    parts_of,
+    relative,
+    source_of,
+    sparse_output,
+)
+from sparsity_atlas.studies.single_layer import run, run_alone
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sparsity_atlas.criteria.place import State
+    from sparsity_atlas.sites.find import FFN
+
+# Sparsities at which a place is tried alone: a layer's error is cheap, a loss takes a forward pass.
+ERROR_GRID = np.linspace(0, 1, 21)
+LOSS_GRID = np.array([0, 0.2, 0.4, 0.6, 0.8, 0.9, 1])
+# A step of the greedy allocation: a share of the tensor whose entries meet the fewest parameters, and of any
+# other as many parameters. Of all linear inputs that is 0.05 of `o_input`, as in TEAL's code.
+STEP = 0.05
+# Sequences of a forward pass that measures a loss.
+BATCH = 16
+# Tokens that errors are measured on.
+ERROR_TOKENS = 1024
+Inputs = Callable[[int, str], Tensor]
+LayerError = Callable[["Mapping[str, float]"], float]
+"""Relative error of a layer's output, by the sparsity of each of its tensors."""
+
+
+def spread(damage: np.ndarray, grid: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Sparsities at which all places have the same damage, for each mean sparsity of `TARGETS`.
+
+    Args:
+        damage: [places, grid], of each place alone; made non-decreasing.
+        grid: ascending sparsities from 0 to 1.
+        weights: [places], of the mean.
+
+    Returns:
+        [places, TARGETS]; non-decreasing, 0 and 1 at the ends.
+
+    Raises:
+        NumericalFailure: a damage is not finite.
+    """
+    if not np.isfinite(damage).all():
+        raise NumericalFailure("allocation: dropping makes NaN or infinity of a loss or an output")
+    rising = np.maximum.accumulate(damage, axis=1)
+    curves = []
+    for row in rising:
+        # Of equal damages the largest sparsity: what costs nothing is dropped first.
+        last = np.append(np.diff(row) > 1e-9 * row[-1], True)
+        curves.append((row[last], grid[last]))
+    inverse = [
+        PchipInterpolator(*curve) if len(curve[0]) > 1 else lambda _: 1.0 for curve in curves
+    ]
+
+    def at(level: float) -> np.ndarray:
+        return np.array(
+            [
+                1.0 if level >= x[-1] else float(one(max(level, x[0])))
+                for (x, _), one in zip(curves, inverse, strict=True)
+            ]
+        )
+
+    weights = weights / weights.sum()
+    table = np.empty((len(damage), len(TARGETS)))
+    for column, target in enumerate(TARGETS):
+        low, high = 0.0, float(rising.max()) or 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if weights @ at(middle) < target else (low, middle)
+        # What is free at every place may exceed the target by itself.
+        found = at(high)
+        table[:, column] = found * min(1.0, target / (weights @ found)) if target else 0.0
+    table[:, -1] = 1.0
+    return np.maximum.accumulate(table, axis=1)
+
+
+def layer_errors(error: LayerError, names: Sequence[str], grid: np.ndarray) -> np.ndarray:
+    """Error of one layer with its tensors sparsified one at a time: [tensors, grid].
+
+    Args:
+        error: of the layer's output, by each tensor's sparsity.
+        names: of the tensors.
+        grid: sparsities.
+    """
+    return np.array(
+        [[error({**dict.fromkeys(names, 0.0), name: s}) for s in grid] for name in names]
+    )
+
+
+def error_of(ffn: FFN, inputs: Inputs, site: str, rules: Mapping[str, Criterion]) -> LayerError:
+    """Mean over tokens (and parts of the layer) of the relative error, by each tensor's level."""
+    given = {part: inputs(ffn.layer, source_of(part)) for part in parts_of(site)}
+    dense = {part: dense_output(ffn, x, part) for part, x in given.items()}
+
+    def error(levels: Mapping[str, float]) -> float:
+        fixed = {name: _Fixed(rule, float(levels[name])) for name, rule in rules.items()}
+        means = []
+        for part, x in given.items():
+            output, _, _ = sparse_output(ffn, x, part, fixed, 0.0)
+            total, count = relative(dense[part], output)
+            means.append(total / count if count else 0.0)
+        return sum(means) / len(means)
+
+    return error
+
+
+class _Fixed(Criterion):
+    """A criterion that is asked for any level and answers for one."""
+
+    def __init__(self, rule: Criterion, level: float) -> None:
+        self._rule, self._level = rule, level
+
+    def mask(self, values: Tensor, level: float) -> Tensor:
+        """See `Criterion.mask`."""
+        return self._rule.mask(values, self._level)
+
+    def replace(self, values: Tensor, written: Tensor, mask: Tensor, level: float) -> Tensor | None:
+        """See `Criterion.replace`."""
+        return self._rule.replace(values, written, mask, self._level)
+
+
+def single_losses(
+    ffns: list[FFN],
+    site: str,
+    bound: Mapping[tuple[int, str], Criterion],
+    ids: Tensor,
+    grid: np.ndarray,
+    batch: int = BATCH,
+) -> np.ndarray:
+    """Loss that each place adds where it alone is sparsified: the single-layer sensitivity.
+
+    Args:
+        ffns: all FFNs of one model.
+        site: where.
+        bound: the criterion at every place.
+        ids: int64 [sequences, positions].
+        grid: sparsities.
+        batch: sequences a forward pass.
+
+    Returns:
+        [places, grid], nats per token.
+
+    Raises:
+        NumericalFailure: NaN or an infinity came up.
+    """
+    dense = run(ffns[0].model, ids, batch).nats.sum()
+    found = np.zeros((len(bound), len(grid)))
+    for row, (place, rule) in enumerate(bound.items()):
+        for column in np.flatnonzero(grid):  # at 0 nothing changes
+            alone = run_alone(ffns, site, place, rule, float(grid[column]), ids, batch)
+            found[row, column] = alone.nats.sum() - dense
+    return found / ids[:, 1:].numel()
+
+
+def block_error(block: Block, rules: Mapping[str, Criterion]) -> LayerError:
+    """Mean over tokens of the relative error of a whole block's output, by each tensor's level."""
+    dense = block.output({})
+
+    def error(levels: Mapping[str, float]) -> float:
+        drops = {name: dropping(_Fixed(rule, levels[name]), 0.0) for name, rule in rules.items()}
+        output = block.output(
+            {
+                name: lambda values, drop=drop: drop(values, values).out
+                for name, drop in drops.items()
+            }
+        )
+        total, count = relative(dense.flatten(0, 1), output.flatten(0, 1))
+        return total / count if count else 0.0
+
+    return error
+
+
+def greedy(error: LayerError, names: Sequence[str], parameters: np.ndarray) -> np.ndarray:
+    """TEAL's block-wise greedy allocation for one layer: [tensors, TARGETS].
+
+    Steps drop the same number of parameters, whichever tensor they are taken in. The maps that read one
+    tensor have one sparsity, where TEAL's have one each.
+
+    Args:
+        error: of the layer's output, by each tensor's sparsity.
+        names: of the tensors.
+        parameters: that each tensor's entries meet.
+    """
+    share = parameters / parameters.sum()
+    steps = STEP * parameters.min() / parameters
+    now = np.zeros(len(names))
+    means, path = [0.0], [now]
+    while (now < 1).any():
+        tries = []
+        for k in np.flatnonzero(now < 1):
+            step = now.copy()
+            step[k] = min(now[k] + steps[k], 1.0)
+            levels = dict(zip(names, step.tolist(), strict=True))
+            tries.append((error(levels), step))
+        now = min(tries, key=lambda one: one[0])[1]
+        means.append(float(share @ now))
+        path.append(now)
+    return np.array([np.interp(TARGETS, means, column) for column in np.array(path).T])
+
+
+def allocate(
+    criterion: Criterion,
+    ffns: list[FFN],
+    site: str,
+    states: Mapping[str, State],
+    inputs: Inputs,
+    ids: np.ndarray,
+) -> dict[str, State]:
+    """The table of each place, as its state has it: `share`, and `damage` at the sparsities of `grid`.
+
+    Args:
+        criterion: names the allocation.
+        ffns: all FFNs of one model.
+        site: where.
+        states: what the criterion found at each place.
+        inputs: a layer's captured tensor by its name, [tokens, width], on the model's device and in
+            its type.
+        ids: int64 [sequences, positions] of the calibration.
+    """
+    bound = bind_all(criterion, ffns, site, states)
+    places = {key: Place(ffns[key[0]], key[1]) for key in bound}
+    by_layer = {
+        ffn.layer: {name: rule for (layer, name), rule in bound.items() if layer == ffn.layer}
+        for ffn in ffns
+    }
+    with torch.no_grad():
+        if criterion.allocation == "sensitivity":
+            grid = LOSS_GRID
+            damage = single_losses(ffns, site, bound, torch.from_numpy(ids), grid)
+        else:
+            grid = ERROR_GRID
+            if criterion.allocation == "greedy" and site == "all_linear_inputs":
+                few = torch.from_numpy(ids[: max(1, ERROR_TOKENS // ids.shape[1])])
+                whole = blocks(ffns, few.to(next(ffns[0].model.parameters()).device))
+                errors = [block_error(block, by_layer[block.ffn.layer]) for block in whole]
+            else:
+                errors = [error_of(ffn, inputs, site, by_layer[ffn.layer]) for ffn in ffns]
+            layers = list(zip(ffns, errors, strict=True))
+            damage = np.concatenate(
+                [layer_errors(error, list(by_layer[ffn.layer]), grid) for ffn, error in layers]
+            )
+        if criterion.allocation == "greedy":
+            tables = []
+            for ffn, error in layers:
+                names = list(by_layer[ffn.layer])
+                met = [ffn.size(name) * ffn.outputs(name) for name in names]
+                tables.append(greedy(error, names, np.array(met, dtype=np.float64)))
+            share = np.concatenate(tables)
+        else:
+            weights = np.array([place.width for place in places.values()], dtype=np.float64)
+            share = spread(damage, grid, weights)
+    return {
+        state_name(place): {
+            "share": torch.from_numpy(share[row]),
+            "damage": torch.from_numpy(damage[row]),
+            "grid": torch.from_numpy(grid),
+        }
+        for row, place in enumerate(places.values())
+    }

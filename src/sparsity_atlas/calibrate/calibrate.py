@@ -1,0 +1,168 @@
+"""Stage `calibrate`: what a criterion needs to know of a model, from the captured activations.
+
+One job a (model, criterion, site) finds what all levels need, so that a search may choose any of them.
+Each layer is looked at by itself; the model is loaded for its weights, and run for two allocations only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsity_atlas import cli
+from sparsity_atlas.activations.store import ActivationStore
+from sparsity_atlas.code_version import code_version
+from sparsity_atlas.criteria import create, source_file
+from sparsity_atlas.criteria.calibration_file import write_calibration
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.files.whole import read_manifest
+from sparsity_atlas.models.manifest import check_sites, from_manifest, load, load_tokenizer
+from sparsity_atlas.terms import TENSORS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparsity_atlas.criteria import Criterion
+    from sparsity_atlas.criteria.place import Place, State
+    from sparsity_atlas.models.checkpoint import Checkpoint
+    from sparsity_atlas.sites.find import FFN
+
+
+class StoreSample:
+    """A `place.Sample`: the first tokens of the store.
+
+    The site's own tensors are what was captured; the FFN's others follow from its captured input.
+    """
+
+    def __init__(self, store: ActivationStore, place: Place, site: str, tokens: int) -> None:
+        self._store = store
+        self._place = place
+        self._captured = {"input", *TENSORS[site]}
+        self._tokens = tokens
+
+    def read(self, tensor: str) -> Tensor:
+        """One tensor of the layer: float32 [tokens, width] on the place's device."""
+        import torch
+
+        ffn = self._place.ffn
+        if tensor in self._captured:
+            values = torch.from_numpy(self._store.read(tensor, ffn.layer, 0, self._tokens))
+        else:
+            parameter = next(ffn.down.module.parameters())
+            x = self.read("input").to(parameter.device, parameter.dtype)
+            u, g = ffn.factors(x)
+            if tensor == "intermediate":
+                values = ffn.intermediate(x)
+            elif tensor == "gate" and g is None:
+                raise AtlasError(f"layer {ffn.layer}: this FFN has no gate")
+            else:
+                values = u if tensor == "up" else g
+        return values.float().to(self._place.device)
+
+
+def calibrate(
+    criterion: Criterion, ffns: list[FFN], site: str, store: ActivationStore, tokens: int
+) -> dict[str, State]:
+    """Calibrate a criterion at every place of a site.
+
+    Args:
+        criterion: one that is calibrated.
+        ffns: all FFNs of one model.
+        site: where.
+        store: that model's activations.
+        tokens: of the store, from its beginning.
+
+    Returns:
+        The state of each place, by `place.state_name`.
+    """
+    import torch
+
+    from sparsity_atlas.criteria.place import places, state_name
+
+    states = {}
+    with torch.no_grad():
+        for place in places(ffns, site):
+            state = criterion.calibrate(place, StoreSample(store, place, site, tokens))
+            states[state_name(place)] = {key: value.float() for key, value in state.items()}
+    if criterion.allocation == "uniform":
+        return states
+
+    from sparsity_atlas.calibrate.allocation import ERROR_TOKENS, allocate
+
+    like = next(ffns[0].model.parameters())
+    ids = store.ids()
+
+    def inputs(layer: int, tensor: str) -> Tensor:
+        values = store.read(tensor, layer, 0, min(tokens, ERROR_TOKENS))
+        return torch.from_numpy(values).to(like.device, like.dtype)
+
+    shares = allocate(criterion, ffns, site, states, inputs, ids[: tokens // ids.shape[1]])
+    return {
+        name: {**state, **{key: value.float() for key, value in shares[name].items()}}
+        for name, state in states.items()
+    }
+
+
+def seen_text(checkpoint: Checkpoint, store: ActivationStore, tokens: int) -> tuple[str, str]:
+    """The text of the first tokens of a store, and the digest of their ids."""
+    ids = store.ids()
+    rows = ids[: tokens // ids.shape[1]]
+    tokenizer = load_tokenizer(checkpoint)
+    # As one text: a row's first word may begin with a space that decoding it alone would drop.
+    content = tokenizer.decode(rows.flatten(), skip_special_tokens=True)
+    return content, hashlib.sha256(rows.tobytes()).hexdigest()
+
+
+def main() -> None:
+    """Command line of the stage."""
+    parser = argparse.ArgumentParser(prog="sparsity-atlas calibrate", description=__doc__)
+    parser.add_argument("--model", required=True, type=Path, help="the model's manifest")
+    parser.add_argument("--capture", required=True, type=Path, help="the site's capture manifest")
+    parser.add_argument("--store", required=True, type=Path, help="the Zarr store")
+    parser.add_argument("--criterion", required=True, type=json.loads, help="JSON")
+    parser.add_argument("--site", required=True)
+    parser.add_argument(
+        "--settings", required=True, type=json.loads, help="JSON: model loading, tokens"
+    )
+    parser.add_argument("--code", help="code version, part of the fingerprint; unset: of this code")
+    parser.add_argument("--output", required=True, type=Path, help="calibration to write")
+    arguments = parser.parse_args()
+
+    spec, settings = arguments.criterion, arguments.settings
+    criterion = create(spec)
+    if not criterion.calibrated:
+        raise AtlasError(f"criteria: {type(criterion).__name__} has nothing to calibrate")
+    captured = read_manifest(arguments.capture)
+    tokens = settings["calibration_tokens"]
+    if not 0 < tokens < captured["tokens"]:
+        raise AtlasError(
+            f"calibration.tokens: {tokens} found, expected 1 to {captured['tokens'] - 1}: there are "
+            f"{captured['tokens']} captured tokens, and some must be left to measure output errors on"
+        )
+    manifest, checkpoint = from_manifest(arguments.model)
+    check_sites(manifest["name"], [arguments.site], manifest["sites"])
+
+    from sparsity_atlas.sites.find import bind_ffns
+
+    model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
+    store = ActivationStore(arguments.store)
+    for tensor in captured["tensors"]:
+        store.check(tensor)
+    ffns = bind_ffns(model, manifest["ffn"])
+    content, text = seen_text(checkpoint, store, tokens)
+    states = calibrate(criterion, ffns, arguments.site, store, tokens)
+    about: dict[str, Any] = {
+        "model": manifest["digest"],
+        "site": arguments.site,
+        "criterion": {key: value for key, value in spec.items() if key != "file"},
+        "capture": captured["fingerprint"],
+        "code": arguments.code or code_version("calibrate", str(source_file(spec))),
+        "tokens": tokens,
+        "text": text,
+        "content": content,
+    }
+    write_calibration(arguments.output, states, about)
+    cli.logger.info("calibrated %d places on %s tokens", len(states), f"{tokens:,}")

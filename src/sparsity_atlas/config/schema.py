@@ -1,0 +1,343 @@
+"""The configuration: its only schema, its defaults and its cross-checks.
+
+Catalogues (`models`, `criteria`, `texts`, `tasks`) are mappings and say what exists; the selection
+(`run`) is a list of blocks and says what is done. Snakemake merges the mappings of a second
+`--configfile` and replaces lists, so a selection never leaks from one run into another.
+"""
+
+from __future__ import annotations
+
+from datetime import date
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeInt,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+
+from sparsity_atlas.config.findings import explain
+from sparsity_atlas.credentials import places
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.spelling import Level, Name, Repository, Revision
+from sparsity_atlas.terms import SITES
+
+Site = Literal[SITES]
+
+
+def _unique(values: list) -> list:
+    doubles = sorted({str(value) for value in values if values.count(value) > 1})
+    if doubles:
+        raise ValueError(f"given twice: {', '.join(doubles)}")
+    return values
+
+
+def _some(values: list) -> list:
+    if not values:
+        raise ValueError("the list is empty")
+    return _unique(values)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelEntry(_Strict):
+    """A causal language model: a local folder or a Hub repository, in Hugging Face format."""
+
+    path: str | None = None
+    """Folder with config.json, safetensors weights and the tokenizer."""
+    hub: Repository | None = None
+    """Hub repository, for instance meta-llama/Llama-3.2-1B."""
+    revision: Revision | None = None
+    """Hub revision: a commit, tag or branch. It is resolved to a commit, which is recorded."""
+    tokenizer: str | None = None
+    """Folder of another tokenizer than the model's own."""
+    trust_remote_code: bool = False
+    """Run the Python code that the model's repository or folder brings. Read it first."""
+    code_revision: Revision | None = None
+    """Revision of that code, where it is in another repository. Resolved and recorded likewise."""
+    allow_pickle: bool = False
+    """Load pickled weights (*.bin) if there are no safetensors. A pickle may hide code."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Computation type. `auto`: float32 on the CPU, the checkpoint's own type elsewhere."""
+    add_bos_token: bool | None = None
+    """Begin each request, and each captured sequence, with the BOS token. Unset: as the tokenizer does by
+    itself."""
+    lm_eval_prefix: bool = False
+    """Put lm-eval's prefix token before whole texts (`loglikelihood_rolling`) also where they begin with BOS,
+    so that there are two and the second is scored, as lm-eval does. Unset: one."""
+    apply_chat_template: bool = False
+    """Wrap each request in the tokenizer's chat template, few-shot examples as turns of their own."""
+    chat_template_args: dict[str, Any] = Field(default_factory=dict)
+    """What the chat template gets besides, for instance `{enable_thinking: false}`."""
+    system_instruction: str | None = Field(default=None, min_length=1)
+    """System prompt, before a task's own description; without a chat template it begins each prompt."""
+    gen_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Settings of generation, for instance `{max_gen_toks: 512}`; they outweigh a task's own."""
+    think_end_token: str | int | None = None
+    """Token that ends a generated chain of thought; what comes before it is not part of the answer."""
+    max_length: int | None = Field(default=None, gt=1)
+    """Longest sequence in tokens. Unset: the model's own limit."""
+    batch_size: int = Field(default=16, gt=0)
+    """Sequences a forward pass, or as many tokens where a task's are shorter than its longest. Fixed and
+    recorded: in bfloat16 scores depend on it."""
+    sites: Annotated[list[Site], AfterValidator(_some)] | None = None
+    """Sites for the run blocks that name none."""
+    modules: dict[str, str] | None = None
+    """Module paths of the FFN (`up`, `gate`, `down`, or `gate_up` with `order`), if they are not found."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give either `path` (a local folder) or `hub` (a Hub repository)")
+        if self.path is not None and self.revision is not None:
+            raise ValueError("`revision` belongs to `hub`, a local folder has none")
+        if self.code_revision is not None and not self.trust_remote_code:
+            raise ValueError("`code_revision` needs `trust_remote_code: true`")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> Self:
+        if self.chat_template_args and not self.apply_chat_template:
+            raise ValueError("`chat_template_args` needs `apply_chat_template: true`")
+        aliases = {"max_new_tokens", "max_tokens", "max_completion_tokens", "max_length"}
+        for key in aliases & self.gen_kwargs.keys():
+            raise ValueError(
+                f"gen_kwargs: {key}: say max_gen_toks, which a task may have said, too"
+            )
+        sampling = {"temperature", "top_p", "top_k", "min_p"} & self.gen_kwargs.keys()
+        if sampling and "do_sample" not in self.gen_kwargs:
+            raise ValueError(
+                f"gen_kwargs: {min(sampling)} without do_sample, which most tasks set to false"
+            )
+        return self
+
+
+class CriterionEntry(BaseModel):
+    """A criterion: a built-in rule (by default the one of the same name) or a user's own file.
+
+    Any further key is a parameter of the rule, for instance `power` of `topp`.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    rule: str | None = None
+    """Built-in rule: topp, topk or maxp."""
+    file: str | None = None
+    """Python file with a class that derives from `sparsity_atlas.criteria.Criterion`."""
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        if self.rule is not None and self.file is not None:
+            raise ValueError("give either `rule` (built in) or `file` (your own), not both")
+        return self
+
+
+class TextEntry(_Strict):
+    """Running text: a local file or a Hub data set."""
+
+    file: str | None = None
+    """Local file: .txt (one document, blank lines or not), or a table with a document a row: .jsonl or
+    .ndjson, .json, .csv, .tsv, .parquet, .arrow. Each may be compressed: .gz, .bz2, .xz, .zst."""
+    hub: Repository | None = None
+    """Hub data set, for instance Salesforce/wikitext."""
+    subset: str | None = None
+    """Configuration of the Hub data set."""
+    revision: Revision | None = None
+    """Hub revision: commit, tag or branch. It is resolved to a commit, which is recorded."""
+    split: str = "train"
+    """Split of the Hub data set."""
+    column: str = "text"
+    """Field with the text, in tables and in Hub data sets."""
+    documents: list[NonNegativeInt] | None = Field(default=None, min_length=2, max_length=2)
+    """First document and the one after the last, counted from 0. Unset: all of them."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.file is None) == (self.hub is None):
+            raise ValueError("give either `file` (local) or `hub` (a Hub data set)")
+        if self.documents is not None and self.documents[0] >= self.documents[1]:
+            raise ValueError("documents: the first must lie before the second, as in [45, 69]")
+        return self
+
+
+class TaskEntry(_Strict):
+    """An lm-eval task or group."""
+
+    task: str | None = None
+    """Name in lm-eval. Unset: the key of this entry."""
+    include: str | None = None
+    """Folder with the YAML of tasks that are not part of lm-eval; it is searched first."""
+    metric: str | None = None
+    """Metric of the curves, `name` or `name,filter`. Unset: acc, else exact_match, else the loss."""
+    num_fewshot: int | None = Field(default=None, ge=0)
+    """Solved examples in the prompt. Unset: as the task says."""
+    limit: int | None = Field(default=None, gt=0)
+    """First so many documents only."""
+    cluster: str | None = None
+    """Document field that names items made alike (a template); the bootstrap resamples these."""
+    allow_code: bool = False
+    """Let the task run code that the model writes (HumanEval, MBPP), with all that you may do on this
+    machine; best in a container."""
+    override: dict[str, Any] = Field(default_factory=dict)
+    """Keys of the task's own YAML to replace, for instance `dataset_path` and `dataset_kwargs`."""
+
+
+class RunBlock(_Strict):
+    """A part of the grid: every combination of what it lists. Blocks may overlap."""
+
+    models: Annotated[list[str], AfterValidator(_some)]
+    criteria: Annotated[list[str], AfterValidator(_some)] = ["topp"]
+    sites: Annotated[list[Site], AfterValidator(_some)] | None = None
+    """Unset: the model's own `sites`, else intermediate and input, which every FFN has."""
+    levels: Annotated[
+        Annotated[Literal["auto"], Tag("literal[auto]")]
+        | Annotated[list[Level], AfterValidator(_some), Tag("list[levels]")],
+        # One branch, so that one mistake is told once.
+        Discriminator(lambda value: "literal[auto]" if value == "auto" else "list[levels]"),
+    ] = "auto"
+    """`auto`: searched for; a list: exactly these."""
+    sensitivity: Annotated[list[Level], AfterValidator(_some)] | None = None
+    """Levels at which one layer at a time is sparsified too, to see what each adds to the loss. `levels`
+    are the curve's own all the same."""
+    tasks: Annotated[list[str], AfterValidator(_some)] | None = None
+    """Unset: all of the catalogue."""
+
+
+class CaptureSettings(_Strict):
+    """How activations are captured."""
+
+    text: str = "prose"
+    """Entry of `texts` that is run through the models."""
+    tokens: int = Field(default=4096, gt=0)
+    """Tokens captured; effective rank and all metrics are taken at exactly this number."""
+    sequence_length: int = Field(default=256, gt=1)
+    """Tokens a sequence."""
+
+
+class CalibrationSettings(_Strict):
+    """What calibrated criteria may look at: the beginning of the captured text."""
+
+    tokens: int = Field(gt=0)
+    """Captured tokens, the first ones, that thresholds are found on; output errors are measured on the
+    others. No task may evaluate this text."""
+
+
+class SearchSettings(_Strict):
+    """How `levels: auto` chooses levels."""
+
+    max_levels: int = Field(default=9, ge=2, le=64)
+    """Levels evaluated at most, for each model, criterion and site."""
+    resolution: float = Field(default=0.01, gt=0, lt=1)
+    """Stop when the induced sparsity at the headline bar is bracketed this closely (0.01: a point)."""
+
+
+class Config(_Strict):
+    """The whole configuration of a run."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where models run. `auto`: CUDA, else Apple's MPS, else the CPU."""
+    chat_date: date = date(2024, 7, 26)
+    """The day that chat templates print which ask for it, so that prompts stay the same; by default the one
+    that Llama's print where they have no clock."""
+    seed: int = Field(default=1234, ge=0)
+    """Seed of few-shot draws and of what tasks draw while they are loaded (1234: as lm-eval does by
+    itself), and of the bootstrap."""
+    replicates: int = Field(default=10_000, ge=100)
+    """Bootstrap replicates. Another seed moves an interval's end by 1 to 2 % of its distance from the value
+    (1,000: 4 to 6 %); ends are rounded to the digits that this leaves."""
+    bars: Annotated[list[float], AfterValidator(_some)] = [0.995, 0.99, 0.98, 0.95]
+    """Retained accuracy at which critical sparsity is read; 0.99 is the headline. A loss task's bar is
+    the matching rise in perplexity: 0.99 stands for PPL + 1 %."""
+    capture: CaptureSettings = CaptureSettings()
+    calibration: CalibrationSettings | None = None
+    """Needed by criteria that are calibrated."""
+    search: SearchSettings = SearchSettings()
+    models: dict[Name, ModelEntry]
+    criteria: dict[Name, CriterionEntry]
+    texts: dict[Name, TextEntry]
+    tasks: dict[Name, TaskEntry]
+    run: Annotated[list[RunBlock], AfterValidator(_some)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_entries(cls, data: Any) -> Any:
+        """`topk:` with nothing after it is an entry with every default."""
+        if isinstance(data, dict):
+            for key in ("models", "criteria", "texts", "tasks"):
+                if isinstance(data.get(key), dict):
+                    data = {**data, key: {k: {} if v is None else v for k, v in data[key].items()}}
+        return data
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        for key in ("models", "criteria", "texts", "tasks"):
+            known: dict[str, str] = {}
+            for name in getattr(self, key):
+                other = known.setdefault(name.lower(), name)
+                if other != name:
+                    raise ValueError(
+                        f"{key}: '{other}' and '{name}' differ by capitals alone, which some file "
+                        "systems do not tell apart"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _selections_exist(self) -> Self:
+        if any(not 0 < bar < 1 for bar in self.bars) or 0.99 not in self.bars:
+            raise ValueError("bars: values between 0 and 1, 0.99 (the headline) among them")
+        if self.capture.text not in self.texts:
+            raise ValueError(_unknown("capture.text", self.capture.text, self.texts))
+        if self.calibration is not None:
+            self._check_calibration(self.calibration)
+        for number, block in enumerate(self.run):
+            for key in ("models", "criteria", "tasks"):
+                catalogue = getattr(self, key)
+                for name in getattr(block, key) or ():
+                    if name not in catalogue:
+                        raise ValueError(_unknown(f"run.{number}.{key}", name, catalogue))
+        return self
+
+    def _check_calibration(self, calibration: CalibrationSettings) -> None:
+        length = self.capture.sequence_length
+        if calibration.tokens % length:
+            raise ValueError(
+                f"calibration.tokens: {calibration.tokens} is no multiple of "
+                f"capture.sequence_length ({length})"
+            )
+        if calibration.tokens >= self.capture.tokens:
+            raise ValueError(
+                f"calibration.tokens: {calibration.tokens} of capture.tokens "
+                f"({self.capture.tokens}) leave none to measure output errors on"
+            )
+
+
+def _unknown(key: str, name: str, catalogue: dict) -> str:
+    return f"{key}: unknown '{name}'; known: {', '.join(catalogue) or 'none'}"
+
+
+def parse(data: dict[str, Any]) -> Config:
+    """Validate a merged configuration.
+
+    Keys at the top that begin with `x-` are the user's own, for YAML anchors.
+
+    Raises:
+        AtlasError: one line that names the key, what was found and what would be right.
+    """
+    data = {key: value for key, value in data.items() if not str(key).startswith("x-")}
+    for place in places(data):
+        raise AtlasError(
+            f"config: {place}: holds a password or token, which would be written to results/; "
+            "set HF_TOKEN in the environment, or `hf auth login`"
+        )
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise AtlasError("config: " + "; ".join(explain(item) for item in error.errors())) from None

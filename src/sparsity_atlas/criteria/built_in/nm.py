@@ -1,0 +1,45 @@
+"""n:m: keep n of every m neighbouring entries, the pattern that sparse tensor cores take."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F
+
+from sparsity_atlas.criteria.base import Criterion
+from sparsity_atlas.kernels.definition import decimal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class NM(Criterion):
+    """Keep the n = ⌊level · m⌋ largest |v| of each m = `group` entries that follow each other.
+
+    2:4, 4:8 and 16:32 are level 0.5 of groups of 4, 8 and 32 (arXiv 2509.22166 compares them on
+    activations). Never more than n, which the hardware could not hold: of ties the first are kept.
+    A last group that is not full is filled up with zeros. level = 1 changes nothing.
+    """
+
+    dense_level = 1.0
+    coarse_levels = ("0.75", "0.5", "0.25")
+
+    def __init__(self, group: int = 4) -> None:
+        if not isinstance(group, int) or isinstance(group, bool) or group < 2:
+            raise ValueError(f"group: expected a whole number of at least 2, found {group!r}")
+        self.group = group
+
+    def mask(self, values: Tensor, level: float) -> Tensor:
+        """See `Criterion.mask`."""
+        rows, width = values.shape
+        # The decimal that the user wrote, as in top-k.
+        kept = math.floor(decimal(level) * self.group)
+        padded = F.pad(values.abs(), (0, -width % self.group))
+        groups = padded.view(rows, -1, self.group)
+        order = groups.sort(dim=-1, descending=True, stable=True).indices
+        ranked = torch.zeros_like(groups, dtype=torch.bool)
+        ranked[..., :kept] = True
+        mask = torch.empty_like(ranked).scatter_(-1, order, ranked)
+        return mask.view(rows, -1)[:, :width]

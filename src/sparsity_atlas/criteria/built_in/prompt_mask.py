@@ -1,0 +1,74 @@
+"""Prompt mask: the neurons that a prompt uses most, for everything after it."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Self
+
+import torch
+
+from sparsity_atlas.criteria.base import SequenceCriterion
+from sparsity_atlas.criteria.built_in.topk import TopK
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparsity_atlas.criteria.base import Phase
+    from sparsity_atlas.criteria.place import Place
+
+
+class PromptMask(SequenceCriterion):
+    """Keep, after the prompt, the k = ⌊level · width⌋ neurons with the largest ‖z̄[:, j]‖₂ over it.
+
+    z̄ are the prompt's vectors, each divided by its length (GRIFFIN, arXiv 2404.01365). The prompt is
+    dense. In generation it is what was given; where given tokens are only scored, it is the first
+    `prompt_share` of each sequence, and the others take the mask that it leaves. The level is the
+    kept share after the prompt, so that induced sparsity, counted over all tokens, is lower.
+    """
+
+    sites = ("up", "gate", "intermediate")
+    dense_level = 1.0
+    coarse_levels = ("0.8", "0.6", "0.4", "0.2")
+
+    def __init__(self, prompt_share: float = 0.5) -> None:
+        number = isinstance(prompt_share, int | float) and not isinstance(prompt_share, bool)
+        if not number or not 0 < prompt_share < 1:
+            raise ValueError(
+                f"prompt_share: expected a number between 0 and 1, found {prompt_share!r}"
+            )
+        self.prompt_share = float(prompt_share)
+        self._kept: Tensor | None = None
+
+    def bind(self, place: Place, state: dict[str, Tensor]) -> Self:
+        """See `Criterion.bind`."""
+        # A copy: each layer has neurons of its own to remember.
+        return copy.copy(self)
+
+    def neurons(self, prompt: Tensor, counted: Tensor, level: float) -> Tensor:
+        """Which neurons a prompt keeps: bool [batch, width].
+
+        Args:
+            prompt: float64 [batch, tokens, width].
+            counted: bool [batch, tokens], True for the prompt's tokens; at least one in each row.
+            level: in [lowest, highest].
+        """
+        lengths = prompt.norm(dim=-1, keepdim=True)
+        used = counted[..., None] & (lengths > 0)
+        shares = torch.where(used, prompt / lengths, 0)
+        return TopK().mask(shares.square().sum(1), level)
+
+    def mask_sequences(self, values: Tensor, valid: Tensor, phase: Phase, level: float) -> Tensor:
+        """See `SequenceCriterion.mask_sequences`."""
+        if phase == "generation":
+            assert self._kept is not None, "a generation begins with its prompt"
+            return self._kept[:, None].expand(values.shape)
+        prompt = valid
+        if phase == "scoring":
+            length = valid.sum(-1, keepdim=True)
+            # Of 100 times 0.07 float64 makes a little more than 7.
+            end = (length.double() * self.prompt_share - 1e-9).ceil()
+            prompt = valid & (valid.cumsum(-1) <= end)
+        self._kept = self.neurons(values.double(), prompt, level)
+        # Padding takes part in neither; after a prompt follows nothing in its own pass.
+        after = valid & ~prompt
+        return self._kept[:, None] | ~after[..., None]

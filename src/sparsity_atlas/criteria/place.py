@@ -1,0 +1,142 @@
+"""Where a criterion works: one tensor of one layer, the maps that read it, and what is known of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sparsity_atlas.terms import TENSORS
+
+if TYPE_CHECKING:
+    from sparsity_atlas.criteria import Criterion
+    from sparsity_atlas.sites.ffn import FFN
+    from sparsity_atlas.sites.projection import Projection
+
+# Unit vectors that go through a map at once, where its weight is no plain matrix.
+UNIT_VECTORS = 512
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """One tensor of one layer."""
+
+    ffn: FFN
+    tensor: str
+
+    @property
+    def layer(self) -> int:
+        """Index of the layer."""
+        return self.ffn.layer
+
+    @property
+    def width(self) -> int:
+        """Entries of the vector."""
+        return self.ffn.size(self.tensor)
+
+    @property
+    def device(self) -> torch.device:
+        """Where masks are made: with the model, on the CPU where it has no float64 (Apple's MPS)."""
+        device = next(self.ffn.down.module.parameters()).device
+        return torch.device("cpu") if device.type == "mps" else device
+
+    def readers(self) -> tuple[Projection, ...]:
+        """The maps that a dropped entry saves work in: W_u and W_g of x, W_d of u, g and u ⊙ g."""
+        return self.ffn.readers(self.tensor)
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """The readers' weights, one above the other: float32 [outputs, width]."""
+        return torch.cat([matrix(reader, self.width) for reader in self.readers()]).to(self.device)
+
+    def outputs(self, values: Tensor) -> Tensor:
+        """What the readers make of vectors [tokens, width], biases included: float32 [tokens, outputs]."""
+        like = next(self.readers()[0].module.parameters())
+        made = [reader(values.to(like)) for reader in self.readers()]
+        return torch.cat(made, -1).float().to(self.device)
+
+    def column_norms(self) -> Tensor:
+        """‖W[:, j]‖₂ of the readers' weight for each entry: float32 [width]."""
+        return self.weight.norm(dim=0)
+
+
+def matrix(projection: Projection, width: int) -> Tensor:
+    """A linear map's weight as float32 [outputs, width], whatever its module calls and shapes it.
+
+    A map that is no nn.Linear tells its columns by what it makes of the unit vectors.
+    """
+    module = projection.module
+    if isinstance(module, nn.Linear):
+        return projection.columns(module.weight.detach().T).T.float()
+    like = next(module.parameters())
+    with torch.no_grad():
+        zero = like.new_zeros(1, width)
+        bias = projection(zero).float()
+        rows = [
+            projection(unit).float() - bias
+            for unit in torch.eye(width, dtype=like.dtype, device=like.device).split(UNIT_VECTORS)
+        ]
+    return torch.cat(rows).T
+
+
+def relative(norms: Tensor) -> Tensor:
+    """Weights that order entries as these norms do: 1 where all are equal, which rounds nothing."""
+    largest = norms.max()
+    return norms / torch.where(largest > 0, largest, 1.0)
+
+
+def places(ffns: list[FFN], site: str) -> Iterator[Place]:
+    """The places of a site, layer by layer in the order of a forward pass."""
+    for ffn in ffns:
+        for tensor in TENSORS[site]:
+            yield Place(ffn, tensor)
+
+
+def bind_all(
+    criterion: Criterion, ffns: list[FFN], site: str, calibration: Mapping[str, State] | None = None
+) -> dict[tuple[int, str], Criterion]:
+    """A criterion bound to every place of a site, by layer and tensor.
+
+    Args:
+        criterion: the rule.
+        ffns: all FFNs of one model.
+        site: where.
+        calibration: state of each place under its `state_name`; None for a rule without.
+
+    Raises:
+        AtlasError: a rule of the user's own whose masks depend on more than the row.
+    """
+    bound = {
+        (place.layer, place.tensor): criterion.bind(
+            place,
+            {
+                name: value.to(place.device)
+                for name, value in (calibration or {}).get(state_name(place), {}).items()
+            },
+        )
+        for place in places(ffns, site)
+    }
+    if criterion.file is not None and not criterion.tried:
+        from sparsity_atlas.criteria.check import check_masks
+
+        first = next(places(ffns, site))
+        check_masks(bound[first.layer, first.tensor], criterion.file, first.width, first.device)
+        criterion.tried = True
+    return bound
+
+
+def state_name(place: Place) -> str:
+    """A place's name in a calibration."""
+    return f"{place.tensor}.{place.layer}"
+
+
+class Sample(Protocol):
+    """The captured activations of one layer."""
+
+    def read(self, tensor: str) -> Tensor:
+        """One tensor of the layer: float32 [tokens, width] on the place's device."""

@@ -1,0 +1,315 @@
+"""Stage `curve`: all that later stages need of one (model, criterion, site), read from its samples."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sparsity_atlas import cli
+from sparsity_atlas.curves.critical import critical
+from sparsity_atlas.curves.equal_sparsity import REPLICATES, Of, equal_rows, write_equal
+from sparsity_atlas.curves.points import CurvePoint, curve_points, estimate_all
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.evaluation.samples import read_table
+from sparsity_atlas.files.whole import read_manifest, write_manifest
+from sparsity_atlas.statistics.bootstrap import Estimates, TaskSamples
+from sparsity_atlas.tasks.score import Kind, choose_metric, sample_values
+from sparsity_atlas.terms import AVERAGE, TENSORS
+
+
+class NodeSamples:
+    """One node's (or dense's) sample table, task by task."""
+
+    def __init__(self, folder: Path, site: str) -> None:
+        self.folder = folder
+        self.manifest = read_manifest(folder / "eval.json")
+        header, self._table = read_table(folder / "samples.parquet")
+        slots = header["slots"]
+        self._slots = [i for i, (tensor, _, _) in enumerate(slots) if tensor in TENSORS[site]]
+        self._tensors = [slots[i][0] for i in self._slots]
+        self._widths = np.array([slots[i][2] for i in self._slots])
+        self._count = len(slots)
+
+    def ok(self, task: str) -> bool:
+        """Whether the task ran without NaN and infinity."""
+        return self.manifest["tasks"][task]["status"] == "ok"
+
+    def rows(self, task: str) -> pa.Table:
+        """The task's rows, in the order of leaf and document, without empty documents."""
+        wanted = pc.equal(self._table["task"], task)
+        return self._table.filter(pc.and_(wanted, pc.greater(self._table["unique_tokens"], 0)))
+
+    def outputs(self, task: str) -> np.ndarray:
+        """How many weights meet an entry of each layer and tensor at the site, int64 [slots].
+
+        Raises:
+            AtlasError: the manifest is of a release that did not say.
+        """
+        shares = self.manifest["tasks"][task]["sparsity"]
+        by_layer = {
+            tensor: iter(self._said(shares[tensor], "outputs")) for tensor in set(self._tensors)
+        }
+        return np.array([next(by_layer[tensor]) for tensor in self._tensors])
+
+    def cut(self, task: str) -> dict[str, int]:
+        """How many of the task's items were cut to the model's context, and how.
+
+        Raises:
+            AtlasError: the manifest is of a release that did not say.
+        """
+        return self._said(self.manifest["tasks"][task], "cut")
+
+    def _said(self, content: dict[str, Any], key: str) -> Any:
+        if key not in content:
+            raise AtlasError(
+                f"{self.folder}/eval.json: of an earlier release; delete it and run again"
+            )
+        return content[key]
+
+    def zeros(self, rows: pa.Table, counts: np.ndarray | int = 1) -> np.ndarray:
+        """Zeros of each sample at the site, int64 [rows].
+
+        Args:
+            rows: the samples.
+            counts: int64 [slots], how often an entry counts.
+        """
+        total = np.zeros(len(rows), dtype=np.int64)
+        for phase in ("prefill", "generation"):
+            flat = rows[f"{phase}_zeros"].combine_chunks().flatten().to_numpy()
+            total += (flat.reshape(len(rows), self._count)[:, self._slots] * counts).sum(1)
+        return total
+
+    def entries(self, rows: pa.Table, counts: np.ndarray | int = 1) -> np.ndarray:
+        """Entries of each sample at the site, int64 [rows]; `counts` as in `zeros`."""
+        tokens = rows["prefill_tokens"].to_numpy() + rows["generation_tokens"].to_numpy()
+        return tokens * int((self._widths * counts).sum())
+
+
+def task_samples(
+    task: str,
+    metric: str | None,
+    dense: NodeSamples,
+    levels: list[NodeSamples],
+    of: Of = "entries",
+) -> TaskSamples | None:
+    """One task's paired samples over the levels; None if the dense model failed on it.
+
+    Args:
+        task: its key in the configuration.
+        metric: that the configuration names.
+        dense: the baseline.
+        levels: nodes of one curve.
+        of: what sparsity is a share of; an entry counts once, or once for each parameter that meets it.
+
+    Raises:
+        AtlasError: the nodes do not hold the same samples.
+    """
+    if not dense.ok(task):
+        return None
+    result = dense.manifest["tasks"][task]
+    kind, key = choose_metric(task, metric, result)
+    base = dense.rows(task)
+    identity = _identity(base)
+    counts = dense.outputs(task) if of == "parameters" else 1
+    values, zeros, entries = [], [], []
+    for node in levels:
+        if not node.ok(task):
+            values.append(np.full(len(base), np.nan))
+            zeros.append(np.zeros(len(base), dtype=np.int64))
+            entries.append(zeros[-1])
+            continue
+        rows = node.rows(task)
+        if _identity(rows) != identity:
+            raise AtlasError(
+                f"{node.folder}: samples of '{task}' differ from the dense baseline's; delete both"
+            )
+        values.append(_values(task, rows, kind, key))
+        zeros.append(node.zeros(rows, counts))
+        entries.append(node.entries(rows, counts))
+    clusters = base["cluster"].to_pylist()
+    shape = (len(levels), len(base))  # a search may have chosen no level
+    return TaskSamples(
+        task=task,
+        kind=kind,
+        value=np.array(values, dtype=np.float64).reshape(shape),
+        weight=base["predicted"].to_numpy() if kind == "loss" else np.ones(len(base)),
+        dense=_values(task, base, kind, key),
+        zeros=np.array(zeros, dtype=np.int64).reshape(shape),
+        entries=np.array(entries, dtype=np.int64).reshape(shape),
+        dense_zeros=dense.zeros(base, counts),
+        dense_entries=dense.entries(base, counts),
+        cluster=None if None in clusters else np.unique(clusters, return_inverse=True)[1],
+        chance=result["chance"] if kind == "accuracy" else None,
+    )
+
+
+def _identity(rows: pa.Table) -> list[tuple]:
+    return list(
+        zip(*(rows[name].to_pylist() for name in ("leaf", "doc_id", "doc_hash")), strict=True)
+    )
+
+
+def _values(task: str, rows: pa.Table, kind: Kind, key: str | None) -> np.ndarray:
+    if kind == "loss":
+        return rows["nats"].to_numpy()
+    return np.array(sample_values(task, key, rows["metrics"].to_pylist()))
+
+
+def layer_profile(node: NodeSamples, tasks: list[str]) -> dict[str, list[float]]:
+    """Induced sparsity of each layer, mean over tasks, for each tensor at the site."""
+    results = [node.manifest["tasks"][task]["sparsity"] for task in tasks if node.ok(task)]
+    tensors = results[0] if results else {}
+    return {
+        name: np.mean([one[name]["layers"] for one in results], axis=0).tolist() for name in tensors
+    }
+
+
+def phases(node: NodeSamples, task: str) -> dict[str, Any]:
+    """Induced sparsity of a task in prefill and in generation, for each tensor."""
+    return {
+        name: {phase: share[phase] for phase in ("prefill", "generation")}
+        for name, share in node.manifest["tasks"][task]["sparsity"].items()
+    }
+
+
+def parameter_sparsity(node: NodeSamples, task: str, site: str) -> float | None:
+    """Share of the products of weights and entries at the site that a zero makes; None if it failed.
+
+    Every entry weighs as many weights as it meets, so that tensors of different readers add up to what
+    a kernel could leave out.
+    """
+    if not node.ok(task):
+        return None
+    tensors = [node.manifest["tasks"][task]["sparsity"][tensor] for tensor in TENSORS[site]]
+    products = sum(one["products"] for one in tensors)
+    return sum(one["zero_products"] for one in tensors) / products if products else None
+
+
+def point_rows(
+    points: list[CurvePoint], nodes: dict[str, NodeSamples], site: str
+) -> list[dict[str, Any]]:
+    """Rows of curves.csv: the points, and the sparsity by parameters beside each."""
+    accuracies = {point.task for point in points if point.kind == "accuracy"} - {AVERAGE}
+    rows = []
+    for point in points:
+        tasks = accuracies if point.task == AVERAGE else {point.task}
+        shares = [parameter_sparsity(nodes[point.level], task, site) for task in sorted(tasks)]
+        known = [share for share in shares if share is not None]
+        mean = sum(known) / len(known) if len(known) == len(shares) else None
+        rows.append({**asdict(point), "parameter_sparsity": mean})
+    return rows
+
+
+def all_samples(
+    dense: NodeSamples,
+    nodes: dict[str, NodeSamples],
+    settings: dict[str, Any],
+    of: Of = "entries",
+) -> list[TaskSamples]:
+    """Paired samples of every task that the dense model did not fail on.
+
+    Args:
+        dense: the baseline.
+        nodes: by level.
+        settings: as `grid.curve_slice` gives it.
+        of: what sparsity is a share of.
+    """
+    found = (
+        task_samples(task, entry.get("metric"), dense, list(nodes.values()), of)
+        for task, entry in settings["tasks"].items()
+    )
+    return [one for one in found if one is not None]
+
+
+def equal_of(
+    dense: NodeSamples,
+    nodes: dict[str, NodeSamples],
+    samples: list[TaskSamples],
+    estimates: list[Estimates],
+    settings: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """The rows of equal_sparsity.parquet: over entries and, where that is another thing, parameters."""
+    rows = equal_rows(estimates)
+    if samples and len(set(dense.outputs(samples[0].task).tolist())) > 1:
+        weighed = all_samples(dense, nodes, settings, "parameters")
+        replicates = min(settings["replicates"], REPLICATES)
+        rows += equal_rows(estimate_all(weighed, replicates, settings["seed"]), "parameters")
+    return rows
+
+
+def build(
+    dense: NodeSamples,
+    nodes: dict[str, NodeSamples],
+    estimates: list[Estimates],
+    settings: dict[str, Any],
+    site: str,
+) -> dict[str, Any]:
+    """The content of curve.json.
+
+    Args:
+        dense: the baseline.
+        nodes: by level.
+        estimates: of `all_samples`.
+        settings: as `grid.curve_slice` gives it.
+        site: of the curve.
+    """
+    tasks = list(settings["tasks"])
+    levels = list(nodes)
+    failures = [
+        {"level": level, "task": task, "reason": node.manifest["tasks"][task]["reason"]}
+        for level, node in {"dense": dense, **nodes}.items()
+        for task in tasks
+        if not node.ok(task)
+    ]
+    return {
+        "levels": levels,
+        "points": point_rows(curve_points(estimates, levels), {"dense": dense, **nodes}, site),
+        "critical": [asdict(row) for row in critical(estimates, settings["bars"])],
+        "layers": {level: layer_profile(node, tasks) for level, node in nodes.items()},
+        "phases": {
+            level: {task: phases(node, task) for task in tasks if node.ok(task)}
+            for level, node in nodes.items()
+        },
+        "scores": {
+            level: {task: node.manifest["tasks"][task].get("scores") for task in tasks}
+            for level, node in {"dense": dense, **nodes}.items()
+        },
+        "cut": {task: dense.cut(task) for task in tasks if dense.ok(task)},
+        "failures": failures,
+    }
+
+
+def main() -> None:
+    """Command line of the stage."""
+    parser = argparse.ArgumentParser(prog="sparsity-atlas curve", description=__doc__)
+    parser.add_argument("--dense", required=True, type=Path, help="eval.json of the dense baseline")
+    cli.add_levels(parser)
+    parser.add_argument("--site", required=True)
+    parser.add_argument(
+        "--settings", required=True, type=json.loads, help="JSON: metrics, bars, bootstrap"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, help="curve.json to write, above its nodes"
+    )
+    parser.add_argument(
+        "--equal", required=True, type=Path, help="Parquet file with scores at equal sparsities"
+    )
+    arguments = parser.parse_args()
+
+    folder = cli.folder_of(arguments.output)
+    nodes = {
+        level: NodeSamples(folder / level, arguments.site) for level in cli.levels_of(arguments)
+    }
+    dense = NodeSamples(arguments.dense.parent, arguments.site)
+    settings = arguments.settings
+    samples = all_samples(dense, nodes, settings)
+    estimates = estimate_all(samples, settings["replicates"], settings["seed"])
+    write_equal(arguments.equal, equal_of(dense, nodes, samples, estimates, settings))
+    write_manifest(arguments.output, build(dense, nodes, estimates, settings, arguments.site))

@@ -1,0 +1,146 @@
+"""Scores of a curve at fixed induced sparsities, so that criteria can be compared at equal ones.
+
+Levels of two criteria hardly ever induce the same sparsity, so each curve is read between its levels:
+on the monotone fit, by monotone cubic interpolation, in every bootstrap replicate. Added loss grows like
+a power of sparsity, so it is interpolated on a scale that is logarithmic above the bar of PPL + 1 % and
+linear below. With points 20 % of sparsity apart, values are off by some 5 %, of which no interval knows:
+list the levels that are to be compared where that matters. Curves of one model
+draw the same samples in the same replicate (`bootstrap.estimate`), so that their differences are paired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from scipy.interpolate import PchipInterpolator
+
+from sparsity_atlas.curves.points import anchored_scores
+from sparsity_atlas.files.parquet import read_parquet, write_parquet
+from sparsity_atlas.statistics.bootstrap import Estimates
+
+# What sparsity is a share of: the entries of a site's vectors, or the parameters that they meet.
+Of = Literal["entries", "parameters"]
+# Induced sparsities at which curves are read.
+SPARSITIES = tuple(round(0.05 * step, 2) for step in range(1, 20))
+ALLOWED_LOSS = float(np.log(1.01))
+# Replicates of a curve that are kept for differences, at most: each is a number for every sparsity.
+REPLICATES = 2000
+# Measured points farther apart than this say nothing of what lies between them.
+WIDEST_GAP = 0.25
+# A place as close to a measured point as this is that point's, whatever lies on its other side.
+CLOSE = 0.01
+
+SCHEMA = pa.schema(
+    [
+        ("task", pa.string()),
+        ("kind", pa.string()),
+        ("sparsity_of", pa.string()),
+        ("sparsity", pa.float64()),
+        ("value", pa.float64()),  # added loss in nats per token, or retained accuracy
+        ("replicates", pa.list_(pa.float64())),  # the same, in each bootstrap replicate
+    ]
+)
+
+
+_SCALES = {
+    "accuracy": (lambda fit: fit, lambda value: value),
+    # The fit of a loss is the negative added loss.
+    "loss": (
+        lambda fit: np.arcsinh(-fit / ALLOWED_LOSS),
+        lambda value: ALLOWED_LOSS * np.sinh(value),
+    ),
+}
+
+
+def read_between(x: np.ndarray, y: np.ndarray, at: Sequence[float]) -> np.ndarray:
+    """Values of a monotone curve between its points.
+
+    Args:
+        x: [points], ascending; points at one place are one point.
+        y: [points]; an infinite one ends the curve.
+        at: places.
+
+    Returns:
+        [places]; NaN outside the curve, and in its gaps but for their very ends.
+    """
+    usable = np.isfinite(y) & np.isfinite(x)
+    usable &= np.logical_and.accumulate(usable)
+    x, first = np.unique(x[usable], return_index=True)
+    y = y[usable][first]
+    at = np.asarray(at, dtype=np.float64)
+    if len(x) < 2:
+        return np.where(np.isin(at, x), y[0] if len(y) else np.nan, np.nan)
+    found = PchipInterpolator(x, y, extrapolate=False)(at)
+    after = np.clip(np.searchsorted(x, at), 1, len(x) - 1)
+    near = np.abs(at[:, None] - x).min(axis=1) <= CLOSE
+    gap = (x[after] - x[after - 1] > WIDEST_GAP + 1e-9) & ~near
+    return np.where(gap, np.nan, found)
+
+
+def at_sparsities(estimates: Estimates, at: Sequence[float] = SPARSITIES) -> np.ndarray:
+    """Added loss or retained accuracy at fixed sparsities: [1 + B, places], row 0 as measured.
+
+    Columns outside the measured range or in a gap of it are NaN in every row. In a replicate the range
+    differs a little; a place just beyond its end takes the end's value.
+    """
+    scores = anchored_scores(estimates)
+    scale, unscale = _SCALES[estimates.kind]
+    measured = read_between(scores.x[0], scale(scores.fit[0]), at)
+    found = np.full((len(scores.x), len(measured)), np.nan)
+    found[0] = measured
+    inside = np.isfinite(measured)
+    places = np.asarray(at, dtype=np.float64)[inside]
+    for row in range(1, len(found)):
+        x, y = scores.x[row], scale(scores.fit[row])
+        x, first = np.unique(x[np.isfinite(y)], return_index=True)
+        y = y[np.isfinite(y)][first]
+        clipped = np.clip(places, x[0], x[-1])
+        # One point where a replicate's levels all tie with dense.
+        found[row, inside] = PchipInterpolator(x, y)(clipped) if len(x) > 1 else y[0]
+    return unscale(found)
+
+
+def equal_rows(every: Sequence[Estimates], of: Of = "entries") -> list[dict[str, Any]]:
+    """Rows of `SCHEMA` for one curve: each of `estimate_all`.
+
+    Args:
+        every: their sparsities are shares of what `of` says.
+        of: what sparsity is a share of.
+    """
+    rows = []
+    for whole in every:
+        estimates = whole.first(REPLICATES)
+        dense = estimates.dense_value[0]
+        if not np.isfinite(dense) or (estimates.kind == "accuracy" and dense == 0):
+            continue
+        values = at_sparsities(estimates)
+        for place, sparsity in enumerate(SPARSITIES):
+            if np.isfinite(values[0, place]):
+                rows.append(
+                    {
+                        **{"task": estimates.task, "kind": estimates.kind},
+                        **{"sparsity_of": of, "sparsity": sparsity},
+                        "value": float(values[0, place]),
+                        "replicates": values[1:, place].tolist(),
+                    }
+                )
+    return rows
+
+
+def write_equal(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a curve's rows."""
+    write_parquet(path, pa.Table.from_pylist(rows, SCHEMA))
+
+
+def read_equal(path: Path) -> list[dict[str, Any]]:
+    """Read a curve's rows, replicates as arrays.
+
+    Raises:
+        AtlasError: the file is missing or damaged.
+    """
+    rows = read_parquet(path, SCHEMA).to_pylist()
+    return [{**row, "replicates": np.array(row["replicates"])} for row in rows]

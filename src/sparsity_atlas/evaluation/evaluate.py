@@ -1,0 +1,347 @@
+"""Stage `evaluate`: one node (or the dense baseline) on all its tasks.
+
+A node's folder holds `samples.parquet` with every finished task, a journal for the task in hand, and
+`eval.json`, written last. A task that stands in the table under the same fingerprint is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsity_atlas import cli
+from sparsity_atlas.code_version import code_version
+from sparsity_atlas.criteria import check_level, create, source_file
+from sparsity_atlas.criteria.calibration_file import Calibration, check_disjoint, read_calibration
+from sparsity_atlas.errors import AtlasError, NumericalFailure, TaskFailure
+from sparsity_atlas.evaluation.outcome import check_measured, headline, sample_rows, task_result
+from sparsity_atlas.evaluation.samples import SCHEMA, SampleTable, read_samples
+from sparsity_atlas.files.journal import Journal
+from sparsity_atlas.files.whole import canonical, digest, locked, write_manifest
+from sparsity_atlas.models.manifest import check_sites, from_manifest, load, load_tokenizer
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from sparsity_atlas.criteria import Criterion
+    from sparsity_atlas.lm.model import AtlasLM
+    from sparsity_atlas.sites.find import FFN
+    from sparsity_atlas.sparsify.attach import Counter, Slot
+    from sparsity_atlas.tasks.loaded import LoadedTask
+    from sparsity_atlas.tasks.prepared import Prepared
+
+
+@dataclass(frozen=True)
+class Node:
+    """A criterion at a site at a level."""
+
+    criterion: dict[str, Any]  # its configuration, as `criteria.create` takes it
+    site: str
+    level: str
+    rule: Criterion = field(compare=False)
+    calibration: Calibration | None = field(default=None, compare=False)
+
+    @classmethod
+    def make(
+        cls,
+        criterion: dict[str, Any],
+        site: str,
+        level: str,
+        calibration: Calibration | None = None,
+    ) -> Node:
+        """Make a node.
+
+        Raises:
+            AtlasError: unusable criterion, a level outside its range, or no calibration where it
+                needs one.
+        """
+        rule = create(criterion)
+        check_level(rule, level)
+        if rule.calibrated and calibration is None:
+            raise AtlasError(f"criteria: {type(rule).__name__} needs a calibration; found none")
+        return cls(criterion, site, level, rule, calibration)
+
+    def identity(self) -> dict[str, Any]:
+        """What distinguishes the node; a criterion's own file counts by its code, not its path."""
+        criterion = {key: value for key, value in self.criterion.items() if key != "file"}
+        calibration = {"calibration": self.calibration.identity()} if self.calibration else {}
+        return {"criterion": criterion, "site": self.site, "level": self.level, **calibration}
+
+
+@dataclass
+class Session:
+    """A loaded model with its tasks: what every node of that model shares.
+
+    Attributes:
+        identity: all but the node and the task that a result depends on; goes into fingerprints.
+    """
+
+    lm: AtlasLM
+    ffns: list[FFN]
+    tasks: dict[str, LoadedTask]
+    seed: int
+    identity: dict[str, Any]
+    _prepared: dict[tuple[str, bool], Prepared] = field(default_factory=dict)
+    _disjoint: set[str] = field(default_factory=set)  # digests of calibration texts
+
+    @classmethod
+    def open(cls, manifest_path: Path, settings: dict[str, Any], code: str) -> Session:
+        """Load a model and its tasks.
+
+        Args:
+            manifest_path: the model's manifest.
+            settings: as `grid.evaluation_slice` gives it.
+            code: code version of the evaluation.
+
+        Raises:
+            AtlasError: model or tasks cannot be used.
+        """
+        manifest, checkpoint = from_manifest(manifest_path)
+        from sparsity_atlas.lm.model import AtlasLM
+        from sparsity_atlas.lm.prompts import PromptSettings
+        from sparsity_atlas.models.positions import check_positions
+        from sparsity_atlas.sites.find import bind_ffns
+        from sparsity_atlas.tasks.load import load_tasks
+
+        tasks = load_tasks(settings["tasks"], settings["seed"])
+        model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
+        tokenizer = load_tokenizer(checkpoint, add_bos_token=settings["add_bos_token"])
+        lm = AtlasLM(
+            model,
+            tokenizer,
+            batch_size=settings["batch_size"],
+            max_length=settings["max_length"],
+            prompts=PromptSettings.of(settings),
+        )
+        lm.remember(manifest["digest"])
+        check_positions(model, lm.max_length, f"models.{manifest['name']}: max_length")
+        identity = {
+            "model": manifest["digest"],
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "batch_size": settings["batch_size"],
+            "max_length": lm.max_length,
+            **lm.identity(),
+            "code": code,
+        }
+        return cls(lm, bind_ffns(model, manifest["ffn"]), tasks, settings["seed"], identity)
+
+    def with_code(self, code: str) -> Session:
+        """The same model and tasks, for results of another code version: another criterion's."""
+        return replace(self, identity={**self.identity, "code": code})
+
+    def prepared(self, name: str, *, share: bool = True) -> Prepared:
+        """A task with its requests, which are built when they are first asked for.
+
+        Args:
+            name: of the task.
+            share: whether requests may share what they have in common.
+        """
+        key = (name, share)
+        if key not in self._prepared:
+            from sparsity_atlas.tasks.prepared import prepare
+
+            task = self.tasks[name]
+            with task.code("its requests cannot be built"):
+                self._prepared[key] = prepare(self.lm, task, seed=self.seed, share=share)
+        return self._prepared[key]
+
+    def slots(self, node: Node | None) -> list[Slot]:
+        """What is counted."""
+        from sparsity_atlas.sparsify.attach import slots_of
+
+        return slots_of(self.ffns, node.site if node else None)
+
+    def attach(self, node: Node | None) -> contextlib.AbstractContextManager[Counter]:
+        """Sparsify the model as the node says; None counts exact zeros of the dense model."""
+        from sparsity_atlas.sparsify.attach import counted, sparsified
+
+        if node is None:
+            return counted(self.lm.model, self.ffns)
+        states = node.calibration.states if node.calibration else None
+        level = float(node.level)
+        return sparsified(self.lm.model, self.ffns, node.site, node.rule, level, states)
+
+    def check_disjoint(self, calibration: Calibration) -> None:
+        """Refuse tasks that evaluate what a criterion was calibrated on; looked at once a text.
+
+        Raises:
+            AtlasError: names the task and the document.
+        """
+        if calibration.about["text"] in self._disjoint:
+            return
+        for name, task in self.tasks.items():
+            for leaf in task.leaves.values():
+                check_disjoint(calibration, name, islice(leaf.eval_docs, task.limit))
+        self._disjoint.add(calibration.about["text"])
+
+
+def evaluate_node(
+    session: Session,
+    node: Node | None,
+    folder: Path,
+    metrics: dict[str, str | None] | None = None,
+) -> dict[str, Any]:
+    """Evaluate one node on the session's loaded model, continuing what `folder` already holds.
+
+    Args:
+        session: model and tasks.
+        node: None for the dense baseline.
+        folder: where the node's files are kept.
+        metrics: of tasks, as the configuration names them; looked at here, if given, so that one that
+            cannot be had is known before other nodes run.
+
+    Returns:
+        What was written to `eval.json`. A task that cannot be run, or in which NaN or an infinity came
+        up, has the status `failed` and the reason; the others are not affected.
+
+    Raises:
+        AtlasError: a metric that a task does not report, or not of each document. Its samples are kept.
+    """
+    from sparsity_atlas.tasks.reported_metrics import check_wanted
+
+    for name, metric in (metrics or {}).items():
+        check_wanted(session.tasks[name], metric)
+    identity = {**session.identity, **(node.identity() if node else {"criterion": None})}
+    path = folder / "samples.parquet"
+    if node is not None:
+        check_sites("of this run", [node.site], list(session.ffns[0].sites()))
+    with locked(folder / ".lock"):
+        slots = session.slots(node)
+        table = read_samples(path, [[slot.tensor, slot.layer, slot.width] for slot in slots])
+        for name, task in session.tasks.items():
+            fingerprint = {
+                **identity,
+                "task": task.identity_with(lambda name=name: session.prepared(name).leaves),
+            }
+            key = digest(fingerprint)
+            journal_path = folder / f"{name}.journal"
+            if table.tasks.get(name, {}).get("fingerprint") != key:
+                try:
+                    result, rows = _run(session, node, name, journal_path, fingerprint)
+                except (TaskFailure, NumericalFailure) as failure:
+                    result = {"status": "failed", "reason": str(failure)}
+                    rows = SCHEMA.empty_table()
+                # As a later run reads it from the table, so that eval.json has the same bytes.
+                table.tasks[name] = {"fingerprint": key, "result": json.loads(canonical(result))}
+                table.rows[name] = rows
+                table.write(path)
+            # Only now: a journal may go when its content stands in the table.
+            journal_path.unlink(missing_ok=True)
+        for name, metric in (metrics or {}).items():
+            check_measured(name, metric, table)
+        manifest = _manifest(session, node, table)
+        write_manifest(folder / "eval.json", manifest)
+    return manifest
+
+
+def _manifest(session: Session, node: Node | None, table: SampleTable) -> dict[str, Any]:
+    results = {name: table.tasks[name]["result"] for name in session.tasks}
+    data = {name: task.data for name, task in session.tasks.items() if task.data}
+    return {
+        "status": "failed" if any(one["status"] == "failed" for one in results.values()) else "ok",
+        **(node.identity() if node else {"criterion": None}),
+        "run": session.identity,
+        "fingerprints": {name: table.tasks[name]["fingerprint"] for name in session.tasks},
+        "tasks": results,
+        **({"data": data} if data else {}),
+    }
+
+
+def _run(
+    session: Session, node: Node | None, name: str, path: Path, fingerprint: dict[str, Any]
+) -> tuple[dict[str, Any], pa.Table]:
+    """Run one task, with its journal at `path`: its result, and its rows of the sample table.
+
+    Raises:
+        TaskFailure: it cannot be run.
+        NumericalFailure: NaN or an infinity came up.
+    """
+    import torch
+    from lm_eval import evaluator
+
+    from sparsity_atlas.criteria.base import SequenceCriterion
+    from sparsity_atlas.tasks.seeding import seed_as_lm_eval
+
+    task = session.tasks[name]
+    # Before anything is attached: it tries the untouched model.
+    share = node is None or not isinstance(node.rule, SequenceCriterion)
+    prepared = session.prepared(name, share=share)
+    # Batches follow from what the model was seen to do right.
+    journal = Journal(path, {**fingerprint, "abilities": asdict(prepared.work.abilities)})
+    try:
+        with torch.no_grad(), session.attach(node) as counter, task.code("cannot be evaluated"):
+            # What scores a document may draw, and must not depend on where an earlier run was cut.
+            seed_as_lm_eval(session.seed)
+            session.lm.start(journal, counter, prepared.work)
+            outcome = evaluator.evaluate(
+                session.lm,
+                prepared.contents,
+                limit=task.limit,
+                # lm-eval wants it for tasks whose metric is none.
+                log_samples=any(
+                    "bypass" in getattr(leaf, "_metric_fn_list", ())
+                    for leaf in prepared.leaves.values()
+                ),
+                bootstrap_iters=0,  # intervals come from the sample table
+                confirm_run_unsafe_code=task.allow_code,
+            )
+    finally:
+        journal.close()
+    rows = sample_rows(task, prepared, session.lm.usage)
+    return task_result(prepared, outcome, session.lm.usage, counter.slots), rows
+
+
+def evaluation_code(criterion: dict[str, Any] | None) -> str:
+    """Code version of an evaluation, with the criterion's own file."""
+    return code_version("evaluate", str(source_file(criterion)) if criterion else None)
+
+
+def main(
+    command: Sequence[str] | None = None,
+    open_session: Callable[[Path, dict[str, Any], str], Session] = Session.open,
+) -> None:
+    """Command line of the stage.
+
+    Args:
+        command: its arguments; None for those of this process.
+        open_session: how to come by a loaded model: a worker has it already.
+    """
+    parser = argparse.ArgumentParser(prog="sparsity-atlas evaluate", description=__doc__)
+    parser.add_argument("--model", required=True, type=Path, help="the model's manifest")
+    parser.add_argument(
+        "--settings", required=True, type=json.loads, help="JSON: tasks and how to run them"
+    )
+    parser.add_argument(
+        "--code", help="code version, part of every fingerprint; unset: of this code"
+    )
+    parser.add_argument(
+        "--metrics", type=json.loads, help="JSON: the metric of each task's curve, to be checked"
+    )
+    parser.add_argument(
+        "--criterion", type=json.loads, help="JSON; without it the dense baseline is run"
+    )
+    parser.add_argument("--site")
+    parser.add_argument("--level")
+    parser.add_argument(
+        "--calibration", type=cli.optional_path, help="calibration of the criterion, if it has one"
+    )
+    parser.add_argument("--output", required=True, type=Path, help="eval.json to write")
+    arguments = parser.parse_args(command)
+
+    node = None
+    calibration = read_calibration(arguments.calibration) if arguments.calibration else None
+    if arguments.criterion is not None:
+        node = Node.make(arguments.criterion, arguments.site, arguments.level, calibration)
+    code = arguments.code or evaluation_code(arguments.criterion)
+    session = open_session(arguments.model, arguments.settings, code)
+    if calibration is not None:
+        session.check_disjoint(calibration)
+    result = evaluate_node(session, node, cli.folder_of(arguments.output), arguments.metrics)
+    for name, task in result["tasks"].items():
+        cli.logger.info("%s: %s", name, task.get("reason") or headline(task))

@@ -1,0 +1,198 @@
+"""What becomes of a task's run: rows of the sample table, and its entry in eval.json."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from sparsity_atlas.evaluation.samples import SCHEMA
+from sparsity_atlas.lm.usage import PHASES
+from sparsity_atlas.tasks.score import choose_metric, sample_values
+
+if TYPE_CHECKING:
+    from sparsity_atlas.evaluation.samples import SampleTable
+    from sparsity_atlas.lm.forward import Abilities
+    from sparsity_atlas.lm.usage import Usage
+    from sparsity_atlas.sparsify.attach import Slot
+    from sparsity_atlas.tasks.loaded import LoadedTask
+    from sparsity_atlas.tasks.prepared import Prepared
+
+
+def sample_rows(task: LoadedTask, prepared: Prepared, usage: Usage) -> pa.Table:
+    """A task's rows of the sample table, in the order of leaf and document.
+
+    Args:
+        task: the task.
+        prepared: after the run.
+        usage: `AtlasLM.usage` after the run.
+    """
+    names = sorted(prepared.leaves)
+    place = {document: row for row, document in enumerate(usage.documents)}
+    keys = [(name, i) for name in names for i in range(len(prepared.leaves[name].documents))]
+    order = np.array([place[key] for key in keys])
+    columns: dict[str, Any] = {
+        "task": pa.array([task.name] * len(keys)),
+        "leaf": pa.array([name for name, _ in keys]),
+        "doc_id": pa.array([number for _, number in keys], pa.int64()),
+        "doc_hash": pa.array([one for name in names for one in prepared.hashes[name]]),
+        "cluster": pa.array(
+            [one for name in names for one in prepared.clusters[name]], pa.string()
+        ),
+        "metrics": pa.array(
+            [one for name in names for one in _metrics(prepared.leaves[name].metrics)],
+            SCHEMA.field("metrics").type,
+        ),
+        "nats": pa.array(usage.nats[order]),
+        "predicted": pa.array(usage.predicted[order]),
+        "cut_tokens": pa.array(usage.cut[order]),
+        "windows": pa.array(usage.windows[order]),
+    }
+    for phase, zeros in usage.zeros.items():
+        columns[f"{phase}_tokens"] = pa.array(usage.tokens[phase][order])
+        columns[f"{phase}_zeros"] = _lists(zeros[order])
+    return pa.table(columns, schema=SCHEMA)
+
+
+def _metrics(by_filter: dict[str, list[dict[str, Any]]]) -> list[list[tuple[str, float]]]:
+    """Of each document its numbers, by "metric,filter"."""
+    return [
+        [
+            (f"{metric},{name}", float(value))
+            for name, found in zip(by_filter, of_document, strict=True)
+            for metric, value in found.items()
+            # Weighted metrics (a log-likelihood over its words) are pairs; nats and predicted say more.
+            if isinstance(value, int | float | np.number | np.bool_)
+        ]
+        for of_document in zip(*by_filter.values(), strict=True)
+    ]
+
+
+def _lists(values: np.ndarray) -> pa.Array:
+    """A column of lists from an array [rows, length]."""
+    offsets = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.ravel()))
+
+
+def task_result(
+    prepared: Prepared, outcome: dict[str, Any], usage: Usage, slots: list[Slot]
+) -> dict[str, Any]:
+    """What eval.json says of a task.
+
+    Args:
+        prepared: the task, after the run.
+        outcome: what `lm_eval.evaluator.evaluate` returned.
+        usage: `AtlasLM.usage` after the run.
+        slots: what was counted.
+    """
+    kinds = sorted({leaf.OUTPUT_TYPE for leaf in prepared.leaves.values()})
+    scores = {**outcome["results"], **outcome.get("groups", {})}
+    result: dict[str, Any] = {
+        "status": "ok",
+        "items": len(usage.documents),
+        "output_types": kinds,
+        "leaves": sorted(prepared.leaves),
+        "chance": prepared.chance,
+        "mislabelled": prepared.mislabelled,
+        "scores": {name: _numbers(scores[name]) for name in sorted(scores)},
+        "higher_is_better": outcome["higher_is_better"],
+        "sparsity": sparsity([usage], slots),
+        "tokens": {phase: int(tokens.sum()) for phase, tokens in usage.tokens.items()},
+        "batches": _batches(prepared.work.abilities),
+        "cut": {
+            "items": int((usage.cut > 0).sum()),
+            "tokens": int(usage.cut.sum()),
+            "windowed": int((usage.windows > 1).sum()),
+            "windows": int(usage.windows.sum()),
+        },
+    }
+    if kinds == ["loglikelihood_rolling"]:
+        # Nats a token, the only perplexity that does not depend on how words or bytes are counted.
+        result["loss"] = float(usage.nats.sum() / usage.predicted.sum())
+    return result
+
+
+def _batches(abilities: Abilities) -> str:
+    """Whose batches were run: rows that requests share, rows of their own, or lm-eval's."""
+    if abilities.follows:
+        return "lm_eval"
+    return "shared" if abilities.branches else "plain"
+
+
+def check_measured(name: str, metric: str | None, table: SampleTable) -> None:
+    """See that a task's curve can be drawn: its metric is there, of each document.
+
+    Args:
+        name: of the task.
+        metric: as the configuration names it.
+        table: with the task's result and rows.
+
+    Raises:
+        AtlasError: it is not; a task that failed is let pass.
+    """
+    result = table.tasks[name]["result"]
+    if result["status"] == "ok":
+        kind, key = choose_metric(name, metric, result)
+        if kind == "accuracy":
+            sample_values(name, key, table.rows[name]["metrics"].to_pylist())
+
+
+def headline(task: dict[str, Any]) -> str:
+    """A task's entry in eval.json in few words, for the log."""
+    scores = [
+        f"{key} {value:.4f}"
+        for one in task["scores"].values()
+        for key, value in one.items()
+        if value is not None
+    ]
+    shares = [f"{tensor} {share['total']:.1%} zero" for tensor, share in task["sparsity"].items()]
+    return ", ".join([*scores[:4], *shares])
+
+
+def _numbers(scores: dict[str, Any]) -> dict[str, float | None]:
+    """lm-eval's numbers; one that is no finite number is None."""
+    numbers = {}
+    for key, value in scores.items():
+        if "," in key and isinstance(value, int | float | np.number):
+            numbers[key] = float(value) if np.isfinite(value) else None
+    return numbers
+
+
+def sparsity(usages: list[Usage], slots: list[Slot]) -> dict[str, Any]:
+    """Induced sparsity: zeros over entries of each tensor, pooled and by layer, padding excluded.
+
+    `total` and `layers` weigh a token by how often it was run or would be without sharing; `unique`
+    counts each token of a document once. `outputs` are the weights that meet an entry of each layer;
+    `products` and `zero_products` count entries as often as weights meet them.
+    """
+    zeros = {phase: sum(usage.zeros[phase].sum(0) for usage in usages) for phase in PHASES}
+    tokens = {phase: sum(int(usage.tokens[phase].sum()) for usage in usages) for phase in PHASES}
+    run = tokens["prefill"] + tokens["generation"]
+    summary: dict[str, Any] = {}
+    for tensor in dict.fromkeys(slot.tensor for slot in slots):
+        index = [i for i, slot in enumerate(slots) if slot.tensor == tensor]
+        widths = np.array([slots[i].width for i in index])
+        outputs = np.array([slots[i].outputs for i in index])
+        every = (zeros["prefill"] + zeros["generation"])[index]
+        shares = {
+            phase: _ratio(zeros[phase][index].sum(), tokens[phase] * widths.sum())
+            for phase in PHASES
+        }
+        summary[tensor] = {
+            "zeros": int(every.sum()),
+            "entries": int(run * widths.sum()),
+            "total": _ratio(every.sum(), run * widths.sum()),
+            **shares,
+            "zero_products": int((every * outputs).sum()),
+            "products": int(run * (widths * outputs).sum()),
+            "outputs": outputs.tolist(),
+            "layers": [
+                _ratio(count, run * width) for count, width in zip(every, widths, strict=True)
+            ],
+        }
+    return summary
+
+
+def _ratio(zeros: float, entries: float) -> float | None:
+    return float(zeros) / float(entries) if entries else None

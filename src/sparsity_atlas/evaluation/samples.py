@@ -1,0 +1,114 @@
+"""The per-sample table of a node: one Parquet file with every finished task and its result."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.files.parquet import OtherColumns, read_parquet, write_parquet
+from sparsity_atlas.files.whole import FORMAT, canonical
+
+SCHEMA = pa.schema(
+    [
+        ("task", pa.string()),  # key in the configuration
+        ("leaf", pa.string()),  # lm-eval's task; differs for a group
+        ("doc_id", pa.int64()),
+        ("doc_hash", pa.string()),
+        ("cluster", pa.string()),  # items made alike; null: each item by itself
+        ("metrics", pa.map_(pa.string(), pa.float64())),  # "metric,filter" -> value of this sample
+        ("nats", pa.float64()),  # negative log-likelihood of all that was predicted
+        ("predicted", pa.int64()),  # tokens predicted
+        ("cut_tokens", pa.int64()),  # that the longest request lost at its beginning
+        ("windows", pa.int64()),  # that a whole document was scored in; 0 for any other
+        ("prefill_tokens", pa.int64()),
+        ("prefill_zeros", pa.list_(pa.int64())),  # by slot
+        ("unique_tokens", pa.int64()),  # of prefill, each token of the document once
+        ("unique_zeros", pa.list_(pa.int64())),
+        ("generation_tokens", pa.int64()),
+        ("generation_zeros", pa.list_(pa.int64())),
+    ]
+)
+_KEY = b"sparsity_atlas"
+
+
+@dataclass
+class SampleTable:
+    """Contents of `samples.parquet`.
+
+    Attributes:
+        slots: `[tensor, layer, width]` of each entry of the zeros.
+        tasks: for each task `{"fingerprint": digest, "result": what eval.json says of it}`.
+        rows: for each task its samples, of `SCHEMA`.
+    """
+
+    slots: list[list[Any]]
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rows: dict[str, pa.Table] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        """Write the table atomically; the same contents give the same bytes."""
+        order = sorted(self.tasks)
+        header = {"format": FORMAT, "slots": self.slots, "tasks": {k: self.tasks[k] for k in order}}
+        # One chunk a column, whether the rows were made or read: the bytes follow the chunks.
+        table = pa.concat_tables([self.rows[name] for name in order]).combine_chunks()
+        table = table.replace_schema_metadata({_KEY: canonical(header).encode()})
+        write_parquet(path, table)
+
+
+def read_table(path: Path) -> tuple[dict[str, Any], pa.Table]:
+    """Header (`slots`, `tasks`) and rows of a sample table.
+
+    Raises:
+        AtlasError: missing, damaged, or of a newer format.
+    """
+    table = read_parquet(path, SCHEMA)
+    try:
+        header = json.loads((table.schema.metadata or {})[_KEY])
+        if header["format"] > FORMAT:
+            raise AtlasError(
+                f"{path}: format {header['format']} is newer than this release reads ({FORMAT})"
+            )
+        _check_header(header)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise AtlasError(f"{path}: damaged table ({error}); delete it and run again") from None
+    return header, table
+
+
+def _check_header(header: dict[str, Any]) -> None:
+    """See that a header has the parts that its readers take for granted.
+
+    Raises:
+        KeyError, TypeError, ValueError: it has not.
+    """
+    for tensor, layer, width in header["slots"]:
+        if not (isinstance(tensor, str) and isinstance(layer, int) and isinstance(width, int)):
+            raise TypeError("slots are [tensor, layer, width]")
+    for one in header["tasks"].values():
+        if not (isinstance(one["fingerprint"], str) and isinstance(one["result"]["status"], str)):
+            raise TypeError("tasks have a fingerprint and a result")
+
+
+def read_samples(path: Path, slots: list[list[Any]]) -> SampleTable:
+    """The table at `path` as a `SampleTable`; an empty one if there is none, or its slots differ.
+
+    Raises:
+        AtlasError: damaged, or of a newer format.
+    """
+    if not path.is_file():
+        return SampleTable(slots)
+    try:
+        header, table = read_table(path)
+    except OtherColumns:
+        return SampleTable(slots)  # of another release, and as good as none
+    if header["slots"] != slots:
+        return SampleTable(slots)
+    # Parquet has names of its own for the parts of lists and maps.
+    table = table.cast(SCHEMA)
+    rows = {name: table.filter(pc.equal(table["task"], name)) for name in header["tasks"]}
+    return SampleTable(slots, header["tasks"], rows)

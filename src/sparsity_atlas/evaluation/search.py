@@ -1,0 +1,209 @@
+"""Stage `search`: find the levels around the headline bar, all in one process with one model load.
+
+Each level it tries is an ordinary node, evaluated through the same function into the same folder; a
+level that an earlier run finished costs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from sparsity_atlas import cli
+from sparsity_atlas.config.schema import SearchSettings
+from sparsity_atlas.criteria import create
+from sparsity_atlas.criteria.calibration_file import Calibration, read_calibration
+from sparsity_atlas.evaluation.evaluate import Node, Session, evaluate_node, evaluation_code
+from sparsity_atlas.evaluation.next_level import Point, Range, Stop, next_level
+from sparsity_atlas.evaluation.samples import read_table
+from sparsity_atlas.files.whole import read_manifest, write_manifest
+from sparsity_atlas.tasks.score import Kind, choose_metric, pooled_score
+from sparsity_atlas.terms import AVERAGE, TENSORS
+
+HEADLINE = 0.99
+ALLOWED_LOSS = math.log(1.01)
+
+
+def read_scores(
+    folder: Path, metrics: dict[str, tuple[Kind, str | None]]
+) -> dict[str, float] | None:
+    """Score of each task of a node; None if one of them failed numerically."""
+    manifest = read_manifest(folder / "eval.json")
+    if any(manifest["tasks"][task]["status"] != "ok" for task in metrics):
+        return None
+    _, table = read_table(folder / "samples.parquet")
+    rows = table.select(["task", "metrics", "nats", "predicted"]).to_pylist()
+    return {
+        task: pooled_score(task, kind, key, [row for row in rows if row["task"] == task])
+        for task, (kind, key) in metrics.items()
+    }
+
+
+def headline_tasks(metrics: dict[str, tuple[Kind, str | None]]) -> list[str]:
+    """The tasks that the headline is read from: the first one with a loss, else all."""
+    return [task for task, (kind, _) in metrics.items() if kind == "loss"][:1] or list(metrics)
+
+
+def damage(
+    metrics: dict[str, tuple[Kind, str | None]],
+    dense: dict[str, float],
+    scores: dict[str, float] | None,
+) -> float:
+    """Damage in units of what the headline bar allows; see `levels.Point`.
+
+    With a loss task, its added loss over ln 1.01; otherwise the lost share of the average accuracy
+    over 1 %.
+    """
+    if scores is None:
+        return math.inf
+    first = headline_tasks(metrics)[0]
+    if metrics[first][0] == "loss":
+        return (scores[first] - dense[first]) / ALLOWED_LOSS
+    lost = 1 - sum(scores.values()) / sum(dense.values())
+    return lost / (1 - HEADLINE)
+
+
+def induced(results: dict[str, Any], site: str, tasks: list[str]) -> float:
+    """Induced sparsity at a site: mean over some tasks' results, NaN if all of them failed."""
+    shares = []
+    for task in tasks:
+        if results[task]["status"] == "ok":
+            totals = [results[task]["sparsity"][tensor] for tensor in TENSORS[site]]
+            shares.append(
+                sum(one["zeros"] for one in totals) / sum(one["entries"] for one in totals)
+            )
+    return sum(shares) / len(shares) if shares else math.nan
+
+
+def search(
+    session: Session,
+    criterion: dict[str, Any],
+    site: str,
+    dense_folder: Path,
+    folder: Path,
+    settings: dict[str, Any],
+    calibration: Calibration | None = None,
+) -> dict[str, Any]:
+    """Evaluate levels until the bar is bracketed; returns the content of search.json.
+
+    Args:
+        session: model and tasks.
+        criterion: as `criteria.create` takes it.
+        site: where.
+        dense_folder: the dense baseline's files.
+        folder: holds one folder a level.
+        settings: as `grid.search_slice` gives it.
+        calibration: of the criterion, if it has one.
+
+    Raises:
+        AtlasError: a metric is unknown.
+    """
+    dense_manifest = read_manifest(dense_folder / "eval.json")
+    baseline = {task: dense_manifest["tasks"][task] for task in session.tasks}
+    usable = [task for task, result in baseline.items() if result["status"] == "ok"]
+    if not usable:
+        # A result like any other: it counts as below every bar, and the report lists it.
+        return _nothing("the dense model failed on every task")
+    metrics = {
+        task: choose_metric(task, settings["tasks"][task].get("metric"), baseline[task])
+        for task in usable
+    }
+    dense = read_scores(dense_folder, metrics)
+    if not any(kind == "loss" for kind, _ in metrics.values()) and not sum(dense.values()):
+        return _nothing("the dense model scores 0 on every task")
+    rule = create(criterion)
+    harshest = rule.lowest if rule.dense_level == rule.highest else rule.highest
+    levels = Range(rule.dense_level, harshest, rule.coarse_levels)
+    # The bracket is as wide as the headline's own curve says, which is over its own tasks' tokens.
+    read_from = headline_tasks(metrics)
+    dense_sparsity = induced(baseline, site, read_from)
+    points: list[Point] = []
+    while True:
+        level = next_level(
+            points, dense_sparsity, levels, settings["max_levels"], settings["resolution"]
+        )
+        if isinstance(level, Stop):
+            break
+        began = time.monotonic()
+        node = Node.make(criterion, site, level, calibration)
+        manifest = evaluate_node(session, node, folder / level)
+        point = Point(
+            level,
+            induced(manifest["tasks"], site, read_from),
+            damage(metrics, dense, read_scores(folder / level, metrics)),
+        )
+        points.append(point)
+        cli.logger.info(
+            "level %s: %.1f %% sparse, %.2f of the damage that the bar allows (%d of at most %d, %.0f s)",
+            *(level, 100 * point.sparsity, point.damage),
+            *(len(points), settings["max_levels"], time.monotonic() - began),
+        )
+    cli.logger.info("stopped: %s", level.reason)
+    first = read_from[0]
+    return {
+        "headline": first if metrics[first][0] == "loss" else AVERAGE,
+        "stopped": level.reason,
+        "levels": [
+            {
+                "level": point.level,
+                "sparsity": None if math.isnan(point.sparsity) else point.sparsity,
+                "damage": None if math.isinf(point.damage) else point.damage,
+            }
+            for point in points
+        ],
+    }
+
+
+def _nothing(reason: str) -> dict[str, Any]:
+    """What search.json says where there is nothing that sparsity could make worse."""
+    return {"headline": None, "stopped": reason, "levels": []}
+
+
+def main() -> None:
+    """Command line of the stage."""
+    parser = argparse.ArgumentParser(prog="sparsity-atlas search", description=__doc__)
+    parser.add_argument("--model", required=True, type=Path, help="the model's manifest")
+    parser.add_argument("--dense", required=True, type=Path, help="eval.json of the dense baseline")
+    parser.add_argument(
+        "--settings", required=True, type=json.loads, help="JSON: tasks and how to run them"
+    )
+    parser.add_argument(
+        "--search", default={}, type=json.loads, help="JSON: search settings and metrics"
+    )
+    parser.add_argument(
+        "--code", help="code version, part of every fingerprint; unset: of this code"
+    )
+    parser.add_argument("--criterion", required=True, type=json.loads, help="JSON")
+    parser.add_argument("--site", required=True)
+    parser.add_argument(
+        "--calibration", type=cli.optional_path, help="calibration of the criterion, if it has one"
+    )
+    parser.add_argument("--output", required=True, type=Path, help="search.json to write")
+    arguments = parser.parse_args()
+
+    code = arguments.code or evaluation_code(arguments.criterion)
+    calibration = read_calibration(arguments.calibration) if arguments.calibration else None
+    session = Session.open(arguments.model, arguments.settings, code)
+    if calibration is not None:
+        session.check_disjoint(calibration)
+    settings = {
+        **SearchSettings().model_dump(),
+        "tasks": {name: {} for name in session.tasks},
+        **arguments.search,
+    }
+    folder = cli.folder_of(arguments.output)
+    dense_folder = arguments.dense.parent
+    content = search(
+        session,
+        arguments.criterion,
+        arguments.site,
+        dense_folder,
+        folder,
+        settings,
+        calibration,
+    )
+    write_manifest(arguments.output, content)

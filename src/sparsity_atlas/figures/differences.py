@@ -1,0 +1,111 @@
+"""Criteria at equal induced sparsity: differences from a reference, and FFN-output errors."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from sparsity_atlas.figures.panels import empty, grid, label, legend, percent_axis, rule, select
+from sparsity_atlas.figures.score_curves import ALLOWED_LOSS, PANELS
+from sparsity_atlas.figures.style import GREY, Mark, heading, marks
+from sparsity_atlas.tables.read import SITE_ORDER, Tables
+from sparsity_atlas.terms import AVERAGE
+
+NOTHING = "One criterion a model and site in this run: nothing to compare."
+X_LABEL = "induced sparsity (%)"
+
+
+def differences(tables: Tables) -> Figure:
+    """Each criterion's score minus the reference's, one panel a model and site."""
+    task = tables.loss_task() or AVERAGE
+    rows = tables.comparison
+    rows = rows[(rows["task"] == task) & rows["difference"].notna()]
+    rows = rows[rows["sparsity_of"] == "entries"]
+    keys, note = _keys(tables, rows)
+    if not keys:
+        return empty(NOTHING)
+    loss = rows["kind"].iloc[0] == "loss"
+    styles = marks(tables.criteria())
+    figure, axes = grid(len(keys), height=2.0)
+    for ax, (model, site) in zip(axes, keys, strict=True):
+        panel = rows[(rows["model"] == model) & (rows["site"] == site)]
+        reference = panel["reference"].iloc[0]
+        ax.set_title(heading(model, site, f"− {reference}"))
+        ax.axhline(0, color=GREY, linewidth=0.8)
+        for name, line in _lines(panel):
+            if name == reference:
+                continue
+            mark = styles[name]
+            x = line["sparsity"]
+            low, high = line["difference_low"], line["difference_high"]
+            ax.fill_between(x, low, high, color=mark.color, alpha=0.15, linewidth=0)
+            ax.plot(
+                x, line["difference"], color=mark.color, marker=mark.marker, linestyle=mark.dashes
+            )
+        percent_axis(ax.xaxis)
+        if loss:
+            ax.set_yscale("symlog", linthresh=ALLOWED_LOSS, linscale=0.8)
+            ax.yaxis.set_major_locator(FixedLocator([-1, -0.1, -0.01, 0, 0.01, 0.1, 1]))
+            ax.yaxis.set_minor_locator(NullLocator())
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        else:
+            percent_axis(ax.yaxis)
+    legend(figure, _drawn(styles, rows), rule("the reference", "-"))
+    y_label = (
+        "added loss minus the reference's (nats)" if loss else "retained accuracy, difference (%)"
+    )
+    label(figure, X_LABEL, y_label, note)
+    return figure
+
+
+def output_errors(tables: Tables) -> Figure:
+    """FFN-output error of each criterion at equal sparsity, one panel a model and site."""
+    rows = tables.comparison
+    rows = rows[rows["output_error"].notna()]
+    rows = rows.drop_duplicates(["model", "site", "criterion", "sparsity"])
+    keys, note = _keys(tables, rows)
+    if not keys:
+        return empty(NOTHING)
+    styles = marks(tables.criteria())
+    figure, axes = grid(len(keys), height=2.0)
+    for ax, (model, site) in zip(axes, keys, strict=True):
+        panel = rows[(rows["model"] == model) & (rows["site"] == site)]
+        ax.set_title(heading(model, site))
+        for name, line in _lines(panel):
+            mark = styles[name]
+            ax.plot(
+                line["sparsity"],
+                line["output_error"],
+                color=mark.color,
+                marker=mark.marker,
+                linestyle=mark.dashes,
+            )
+        percent_axis(ax.xaxis)
+        percent_axis(ax.yaxis)
+    legend(figure, _drawn(styles, rows))
+    label(figure, "induced sparsity (%), captured text", "relative FFN-output error (%)", note)
+    return figure
+
+
+def _keys(tables: Tables, rows: pd.DataFrame) -> tuple[list[tuple[str, str]], str]:
+    """Models and sites with several criteria, the smallest model first."""
+    counts = rows.groupby(["model", "site"], sort=False)["criterion"].nunique()
+    found = [key for key, count in counts.items() if count > 1]
+    sizes = tables.by_size()
+    found.sort(key=lambda key: (sizes.index(key[0]), SITE_ORDER.index(key[1])))
+    return select(found, PANELS)
+
+
+def _drawn(styles: dict[str, Mark], rows: pd.DataFrame) -> dict[str, Mark]:
+    """The marks of what is drawn: a legend of all criteria may be longer than that."""
+    there = set(rows["criterion"])
+    return {name: mark for name, mark in styles.items() if name in there}
+
+
+def _lines(panel: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The rows of each criterion, in the run's order, by sparsity."""
+    return [
+        (str(name), line.sort_values("sparsity"))
+        for name, line in panel.groupby("criterion", sort=False)
+    ]

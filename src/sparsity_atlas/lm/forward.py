@@ -1,0 +1,232 @@
+"""One forward pass over a batch of `forest`: log-probabilities, and zeros along each request."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from sparsity_atlas.sparsify.attach import NumericalFailure
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from sparsity_atlas.lm.forest import Batch
+
+# Numbers that are turned into log-probabilities at a time: what a CPU's caches hold, and what keeps a
+# GPU busy.
+CHUNK = {"cpu": 2**21, "cuda": 2**26}
+
+Call = Callable[..., "Tensor"]
+
+
+class Masks(StrEnum):
+    """How a model is told who sees whom in a row that branches."""
+
+    ONE = "one"  # one mask for all layers
+    WINDOWED = "windowed"  # one mask, with the model's window of attention
+    BY_LAYER = "by_layer"  # a mask for each type of layer, as transformers names them
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What a model was seen to do right; see `proof`.
+
+    Attributes:
+        branches: rows may branch: it takes a mask of who sees whom, and positions.
+        selects: its head may be shown the scored tokens only.
+        follows: what it says of a sequence follows the longest one of a batch or so far, so that batches
+            are lm-eval's own; see `longest`.
+        masks: how rows that branch are masked.
+    """
+
+    branches: bool = False
+    selects: bool = False
+    follows: bool = False
+    masks: Masks = Masks.ONE
+
+
+def inputs(
+    model: PreTrainedModel, batch: Batch, masks: Masks = Masks.ONE
+) -> tuple[Tensor, dict[str, Any]]:
+    """Token ids [rows, longest] and further arguments of the forward pass over a batch.
+
+    A batch without branches is run as any: no mask (what stands behind a token does not change it),
+    and positions as the model counts them.
+    """
+    device = model.device
+    options: dict[str, Any] = {}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        options["use_cache"] = False
+    if batch.branched:
+        options["position_ids"] = torch.from_numpy(batch.depth).to(device)
+        options["attention_mask"] = _masks(model, batch, masks)
+    return torch.from_numpy(batch.tokens).to(device), options
+
+
+def _masks(model: PreTrainedModel, batch: Batch, masks: Masks) -> Tensor | dict[str, Tensor]:
+    config = model.config.get_text_config()
+    ends, depth = (torch.from_numpy(one).to(model.device) for one in (batch.ends, batch.depth))
+    if masks is Masks.BY_LAYER:
+        windows = {"full_attention": None, "sliding_attention": config.sliding_window}
+        return {
+            kind: _mask(ends, depth, windows[kind], model.dtype) for kind in set(config.layer_types)
+        }
+    window = config.sliding_window if masks is Masks.WINDOWED else None
+    return _mask(ends, depth, window, model.dtype)
+
+
+def _mask(ends: Tensor, depth: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+    """What is added to attention scores, [rows, 1, queries, keys]: 0 for what a token sees.
+
+    Args:
+        ends: as `Batch.ends`.
+        depth: as `Batch.depth`.
+        window: how many of its ancestors, itself among them, a token sees; None: all.
+        dtype: of the scores.
+    """
+    place = torch.arange(ends.shape[1], device=ends.device)
+    seen = (place[:, None] >= place) & (place[:, None] < ends[:, None])
+    if window is not None:
+        seen &= depth[:, :, None] - depth[:, None] < window
+    hidden = torch.finfo(dtype).min
+    return torch.zeros(seen.shape, dtype=dtype, device=ends.device).masked_fill_(~seen, hidden)[
+        :, None
+    ]
+
+
+def before_head(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
+    """Hidden states [rows, longest, hidden] that a model's head would get, which is not run."""
+    seen: list[Tensor] = []
+
+    def stop(module: nn.Module, arguments: tuple) -> None:
+        seen.append(arguments[0])
+        raise _Enough
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(stop)
+    try:
+        # Past the hooks on the model itself, which count an evaluation's passes.
+        model.forward(ids, **options)
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+class _Enough(Exception):
+    """Ends a forward pass before the head."""
+
+
+def logits(
+    model: PreTrainedModel,
+    call: Call,
+    batch: Batch,
+    *,
+    select: bool,
+    masks: Masks = Masks.ONE,
+) -> Tensor:
+    """Logits [scored, vocabulary] of the tokens whose successor is predicted.
+
+    Args:
+        model: the model.
+        call: runs it and returns its logits.
+        batch: what to run.
+        select: keep all other tokens from the model's head.
+        masks: how rows that branch are masked.
+    """
+    where = torch.from_numpy(batch.scored).to(model.device)
+    ids, options = inputs(model, batch, masks)
+    with _shown_only(model.get_output_embeddings(), where) if select else contextlib.nullcontext():
+        found = call(ids, **options)
+    if select:
+        return found[0]
+    return found.reshape(-1, found.shape[-1])[where]
+
+
+@contextlib.contextmanager
+def _shown_only(head: nn.Module, where: Tensor) -> Iterator[None]:
+    """Let the head see a few tokens, as if they were a batch of one row."""
+
+    def select(module: nn.Module, arguments: tuple) -> tuple:
+        (hidden,) = arguments
+        return (hidden.reshape(-1, hidden.shape[-1])[where][None],)
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def scores(found: Tensor, batch: Batch) -> tuple[list[float], list[bool]]:
+    """Sum of each request's log-probabilities, and whether each of its tokens is the likeliest.
+
+    Args:
+        found: logits [scored, vocabulary].
+        batch: where they come from.
+
+    Raises:
+        NumericalFailure: a sum is NaN or infinite.
+    """
+    rows = max(CHUNK.get(found.device.type, CHUNK["cuda"]) // found.shape[-1], 1)
+    order = np.argsort(batch.row, kind="stable")
+    bounds = np.searchsorted(batch.row[order], np.arange(0, len(batch.scored) + rows, rows))
+    row = torch.from_numpy(batch.row[order]).to(found.device)
+    target = torch.from_numpy(batch.targets[order]).to(found.device)
+    values, hits = [], []
+    for chunk, (first, last) in enumerate(pairwise(bounds)):
+        part = found[chunk * rows : (chunk + 1) * rows]
+        likely = F.log_softmax(part, dim=-1, dtype=torch.float32)
+        of = row[first:last] - chunk * rows
+        values.append(likely[of, target[first:last]])
+        hits.append(likely.argmax(-1)[of] == target[first:last])
+    value = np.empty(len(order))
+    hit = np.empty(len(order), dtype=bool)
+    value[order] = torch.cat(values).cpu().numpy()
+    hit[order] = torch.cat(hits).cpu().numpy()
+    sums = np.add.reduceat(value, batch.firsts)
+    if not np.isfinite(sums).all():
+        raise NumericalFailure("NaN or infinity in the logits")
+    return sums.tolist(), np.logical_and.reduceat(hit, batch.firsts).tolist()
+
+
+def zeros_by_document(zeros: Tensor, batch: Batch) -> tuple[list[list[int]], list[list[int]]]:
+    """Zeros of each document's requests, [documents][slots].
+
+    Args:
+        zeros: of each token, [slots, rows, longest].
+        batch: what was run.
+
+    Returns:
+        With each token counted as often as it stands in a request that counts, and each of them once.
+    """
+    if zeros.device.type == "mps":  # which adds up no 64-bit integers
+        zeros = zeros.cpu()
+    each = zeros.flatten(1)
+    longest = batch.tokens.shape[1]
+    starts = np.arange(len(batch.tokens))[:, None] * longest
+    ends = torch.from_numpy((batch.ends + starts).ravel()).to(each.device)
+    # A token counts for all nodes from its own to its last descendant: up at the one, down behind the
+    # other, and the running sum is the sum over a node's ancestors.
+    steps = F.pad(each, (0, 1)).index_add_(1, ends, -each)
+    sums = F.pad(steps.cumsum(1), (1, 0))  # a first column of zeros, for `known` -1
+    last, known = (
+        sums[:, torch.from_numpy(index + 1).to(each.device)].T
+        for index in (batch.last, batch.known)
+    )  # [requests, slots]
+    owners = torch.from_numpy(batch.owners).to(each.device)
+    empty = last.new_zeros(len(batch.documents), last.shape[1])
+    counted = torch.from_numpy(batch.counted).to(each.device)
+    every = empty.index_add(0, owners, last * counted[:, None])
+    once = empty.index_add(0, owners, last - known)
+    return every.tolist(), once.tolist()

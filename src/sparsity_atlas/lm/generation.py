@@ -1,0 +1,138 @@
+"""Generation as HFLM does it, noting what each row of a batch fed to the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.models.utils_hf import stop_sequences_criteria
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from sparsity_atlas.lm.generation_options import CacheWatch, check_options
+from sparsity_atlas.lm.prompts import PromptLM
+from sparsity_atlas.sparsify.attach import NumericalFailure
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from torch import Tensor
+
+    from sparsity_atlas.sparsify.attach import Counter
+
+
+class GeneratingLM(PromptLM):
+    """HFLM whose generation is counted."""
+
+    _counter: Counter
+
+    def generate(self, batch: list[Instance], seed: int) -> dict[str, Any]:
+        """Generate for one batch of requests with the same options.
+
+        Args:
+            batch: the requests, longest first.
+            seed: for options that sample.
+
+        Returns:
+            Of each row its text, tokens run and zeros [row][slots] of the prompt and of what was
+            generated and fed back.
+
+        Raises:
+            TaskFailure: options, or a model, that cannot be counted.
+            NumericalFailure: NaN or an infinity came up.
+        """
+        options = normalize_gen_kwargs(batch[0].args[1], self.max_gen_toks)
+        check_options(batch[0], options, self.model.generation_config, self.max_length)
+        if options.get("do_sample"):
+            torch.manual_seed(seed)
+        self._logits = _LogitsWatch()
+        cache = CacheWatch(batch[0].task_name)
+        watching = self.model.register_forward_pre_hook(cache, with_kwargs=True)
+        try:
+            texts = HFLM.generate_until(self, batch, disable_tqdm=True)
+        except RuntimeError:
+            # Nothing can be drawn from NaN; what follows says where it came from.
+            if not self._logits.broken:
+                raise
+        finally:
+            watching.remove()
+        prompt, steps = (zeros.cpu().numpy() for zeros in self._counter.take())
+        if self._logits.broken:
+            raise NumericalFailure("NaN or infinity in the logits")
+        # Step s feeds a row's generated token s, which a row that finished before does not have.
+        fed = np.minimum(np.maximum(self._finished_at - 1, 0), len(steps))
+        counts = np.arange(1, len(steps) + 1)[:, None] <= fed  # [steps, batch]
+        return {
+            "texts": texts,
+            "prefill_tokens": self._prompt_tokens,
+            "prefill_zeros": prompt.sum(2).T.tolist(),
+            "generation_tokens": fed.tolist(),
+            "generation_zeros": (steps * counts[:, None]).sum(0).T.tolist(),
+        }
+
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
+    ) -> Tensor:
+        """As `HFLM._model_generate`, noting which tokens are padding and when each row finished."""
+        mask = generation_kwargs["attention_mask"].bool()
+        self._prompt_tokens = mask.sum(1).tolist()
+        generation_kwargs["temperature"] = generation_kwargs.get("temperature", 0.0)
+        cold = generation_kwargs["temperature"] == 0.0
+        if cold and generation_kwargs.setdefault("do_sample", False) is False:
+            # Greedy decoding; transformers warns of a temperature beside it.
+            del generation_kwargs["temperature"]
+        stops = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0])
+        watch = _FinishWatch(stops, self._end_tokens(), context.shape)
+        self._counter.expect(mask, generates=True)
+        with torch.no_grad():
+            output = self.model.generate(
+                input_ids=context,
+                max_length=max_length,
+                stopping_criteria=StoppingCriteriaList([*stops, watch]),
+                logits_processor=LogitsProcessorList([self._logits]),
+                pad_token_id=self.padding_id,
+                use_cache=True,
+                **generation_kwargs,
+            )
+        generated = output.shape[1] - context.shape[1]
+        self._finished_at = np.where(watch.finished_at > 0, watch.finished_at, generated)
+        return output
+
+    def _end_tokens(self) -> set[int]:
+        ends = self.model.generation_config.eos_token_id
+        return set(ends) if isinstance(ends, list) else {ends}
+
+
+class _FinishWatch(StoppingCriteria):
+    """Notes at which generated token each row met a stop string or the end token; stops nothing."""
+
+    def __init__(self, stops: StoppingCriteriaList, ends: set[int], shape: torch.Size) -> None:
+        self.stops = stops
+        self.ends = ends
+        self.prompt = shape[1]
+        self.finished_at = np.zeros(shape[0], dtype=np.int64)  # 0: not yet
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        for row, last in enumerate(input_ids[:, -1].tolist()):
+            stopped = last in self.ends or any(stop.done_tracker[row] for stop in self.stops)
+            if stopped and self.finished_at[row] == 0:
+                self.finished_at[row] = input_ids.shape[1] - self.prompt
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+class _LogitsWatch(LogitsProcessor):
+    """Notes whether NaN or infinity came up in the logits; changes nothing."""
+
+    def __init__(self) -> None:
+        self.broken: bool | Tensor = False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # Minus infinity is how transformers forbids a token.
+        self.broken = self.broken | ~(scores < torch.inf).all()
+        return scores

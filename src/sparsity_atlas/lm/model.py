@@ -1,0 +1,235 @@
+"""lm-eval's Hugging Face model with fixed batches, a journal, and counts that know the padding."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from sparsity_atlas import cli
+from sparsity_atlas.code_version import code_version
+from sparsity_atlas.lm import forest, forward
+from sparsity_atlas.lm.answers import Answers
+from sparsity_atlas.lm.forward import Abilities
+from sparsity_atlas.lm.generation import GeneratingLM
+from sparsity_atlas.lm.longest import Lengths
+from sparsity_atlas.lm.sharing import abilities
+from sparsity_atlas.lm.usage import Usage
+from sparsity_atlas.lm.work import Limits, arrange
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sparsity_atlas.files.journal import Journal
+    from sparsity_atlas.lm.longest import Memory
+    from sparsity_atlas.lm.work import Encoding, Work
+    from sparsity_atlas.sparsify.attach import Counter
+
+# What is said, once, of a model that cannot do something.
+SLOWER = {
+    "branches": "each answer option reads its whole context, since they cannot share it here",
+    "selects": "logits are computed for every token, since the head cannot be shown a few",
+    "follows": "batches are lm-eval's own, since the model's numbers follow the longest sequence",
+}
+
+
+class AtlasLM(GeneratingLM):
+    """HFLM over a loaded model, whose batches are journalled and counted.
+
+    Requests are answered as HFLM answers them, but what they have in common is run once. The order of
+    batches depends on the requests and the batch size alone, so a journal of an earlier run continues
+    at a batch boundary.
+
+    Attributes:
+        usage: what each document cost, since `start`.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **options: Any
+    ) -> None:
+        """See `PromptLM`."""
+        super().__init__(model, tokenizer, **options)
+        self._told: set[str] = set()
+        self._lengths = Lengths(model, self.max_length)
+        self._known = Answers()
+
+    def work(
+        self,
+        requests: dict[str, list[Instance]],
+        encodings: dict[str, list[Encoding]],
+        *,
+        share: bool = True,
+    ) -> Work:
+        """Arrange a task's requests in batches; see `work.arrange`.
+
+        Args:
+            requests: by kind.
+            encodings: as `encode` gives them.
+            share: whether requests may share what they have in common, where the model can.
+        """
+        limits = Limits(self.batch_size, self.max_length, self.prefix_token_id)
+        prompts = list(
+            zip(
+                requests.get("generate_until", []), encodings.get("generate_until", []), strict=True
+            )
+        )
+
+        def found(some: list[forest.Request], branching: bool) -> Abilities:
+            follows = self._follows(some, prompts)
+            able = self._abilities(some, branching and not follows) if some else Abilities()
+            return replace(able, follows=follows)
+
+        return arrange(requests, encodings, limits, found, share=share)
+
+    def remember(self, digest: str) -> None:
+        """Keep what the model is seen to do right in the user's cache, for other processes.
+
+        Args:
+            digest: of the model's files.
+        """
+        device = self.model.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self._known = Answers(
+            {
+                "model": digest,
+                "dtype": str(self.model.dtype),
+                "attention": self.model.config._attn_implementation,
+                "device": name,
+                "code": code_version("sharing"),
+                **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+            }
+        )
+
+    def _follows(
+        self, requests: list[forest.Request], prompts: list[tuple[Instance, Encoding]]
+    ) -> bool:
+        """Whether the model's numbers of these follow the longest of them."""
+        if not self._lengths.declared:
+            return False
+        sequences = [request.run for request in requests]
+        reach = max(map(len, sequences), default=0)
+        for request, (tokens,) in prompts:
+            room = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
+            reach = max(reach, min(len(tokens) + room, self.max_length))
+            sequences.append(tokens)
+        follows = self._lengths.followed(max(sequences, key=len), reach)
+        if follows:
+            self._tell("follows", f"{reach} tokens")
+        return follows
+
+    def _abilities(self, requests: list[forest.Request], branching: bool) -> Abilities:
+        longest = max(len(request.run) for request in requests)
+        found, faults = abilities(
+            self.model,
+            requests,
+            branching=branching,
+            # Not beyond a length that may change the model's numbers.
+            most=min([n for n in self._lengths.declared if n >= longest], default=self.max_length),
+            answers=self._known,
+        )
+        for name, fault in faults.items():
+            self._tell(name, fault)
+        return found
+
+    def _tell(self, name: str, why: str) -> None:
+        if name not in self._told:
+            cli.logger.info("%s: %s", SLOWER[name], why)
+            self._told.add(name)
+
+    def start(self, journal: Journal, counter: Counter, work: Work) -> None:
+        """Begin a task: answer from `journal` what it holds, compute and record the rest."""
+        self._journal = journal
+        self._counter = counter
+        self._work = work
+        self._replayed = 0
+        self._state: Memory = {}
+        self._lengths.restore(self._state)
+        self.usage = Usage(work, len(counter.slots))
+
+    def _batch(self, compute: Callable[[], Any]) -> Any:
+        """The next batch's record: from the journal if an earlier run got so far."""
+        follows = self._work.abilities.follows
+        if self._replayed == len(self._journal.records):
+            if follows:
+                self._lengths.restore(self._state)
+            record = compute()
+            if follows and (state := self._lengths.state()) != self._state:
+                record["state"] = state
+            self._journal.append(record)
+        record = self._journal.records[self._replayed]
+        self._state = record.get("state", self._state)
+        self._replayed += 1
+        return record
+
+    # Log-likelihoods
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Score each request's continuation; see `HFLM.loglikelihood`."""
+        return self._answers("loglikelihood", len(requests))
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Score whole documents in disjoint windows; see `HFLM.loglikelihood_rolling`."""
+        totals = [0.0] * len(requests)
+        windows = self._work.windows
+        scores = self._answers("loglikelihood_rolling", len(windows))
+        for request, (score, _) in zip(windows, scores, strict=True):
+            totals[request] += score
+        return totals
+
+    def _answers(self, kind: str, count: int) -> list[tuple[float, bool]]:
+        answers: list[tuple[float, bool]] = [(0.0, False)] * count
+        for batch in self._work.batches[kind]:
+            record = self._batch(lambda batch=batch: self._score(batch))
+            self.usage.add_scored(batch, record)
+            found = zip(record["scores"], record["greedy"], strict=True)
+            for number, answer in zip(batch.requests, found, strict=True):
+                answers[number] = answer
+        return answers
+
+    def _score(self, batch: forest.Batch) -> dict[str, Any]:
+        """Run one batch: zeros of its documents [document][slot], and the scores of its requests."""
+        lengths = torch.from_numpy(batch.lengths)
+        valid = torch.arange(batch.tokens.shape[1]) < lengths[:, None]
+        self._counter.expect(valid.to(self.device))
+        found = forward.logits(
+            self.model,
+            self._model_call,
+            batch,
+            select=self._work.abilities.selects,
+            masks=self._work.abilities.masks,
+        )
+        zeros, _ = self._counter.take()
+        every, once = forward.zeros_by_document(zeros, batch)
+        sums, greedy = forward.scores(found, batch)
+        return {"zeros": every, "unique": once, "scores": sums, "greedy": greedy}
+
+    def _model_call(self, inps: Tensor, *_: Any, **options: Any) -> Tensor:
+        with torch.no_grad():
+            return self.model(inps, **options).logits
+
+    # Generation
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Generate until a stop sequence; see `HFLM.generate_until`."""
+        answers = [""] * len(requests)
+        owners = self._work.owners["generate_until"]
+        for prompts in self._work.prompts:
+            batch = [requests[index] for index in prompts]
+            # Sampling must not depend on where an earlier run was cut.
+            seed = self._replayed
+            record = self._batch(lambda batch=batch, seed=seed: self.generate(batch, seed))
+            lengths = [self._work.lengths[index] for index in prompts]
+            self.usage.add_generated([owners[index] for index in prompts], lengths, record)
+            for index, text in zip(prompts, record["texts"], strict=True):
+                answers[index] = text
+        return answers

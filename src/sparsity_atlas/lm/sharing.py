@@ -1,0 +1,252 @@
+"""What a model does right when requests share a row, seen on its own numbers.
+
+Hidden states are compared where they reach the head, so that no vocabulary's width of logits is made.
+What is proved holds for requests as long as the sample's and for rows as long as its row, which is as
+long as a tree of such requests may grow. The answers are kept in the user's cache, under all that they
+depend on.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from sparsity_atlas.lm.answers import Answers, Proof
+from sparsity_atlas.lm.forest import GROWTH, SMALL_TREE, Batch, Request, pack
+from sparsity_atlas.lm.forward import Abilities, Masks, before_head, inputs, logits
+from sparsity_atlas.sites.hypotheses import relative_error
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+# Relative error that rounding explains: in float32, and in 16 bits.
+EXACT, ROUNDED = 1e-5, 0.05
+# So much farther off must a row without its mask be.
+DISTINCT = 8
+# Predictions compared at the end of each request.
+PREDICTIONS = 16
+# Tokens of the two requests that are shown to the head as a whole and in part.
+HEAD_TOKENS = 24
+# How a model says that it does not take an argument, or trips over it.
+REFUSALS = (TypeError, ValueError, IndexError, RuntimeError, AttributeError, KeyError)
+
+
+def abilities(
+    model: PreTrainedModel,
+    requests: list[Request],
+    *,
+    branching: bool = True,
+    most: int = 0,
+    answers: Answers | None = None,
+) -> tuple[Abilities, dict[str, str]]:
+    """Try what saves time on samples of some requests' tokens, without any hook of ours.
+
+    A row that branches must give the hidden states of its requests by themselves, as far as rounding
+    lets that be seen, and not one bit may depend on the tokens of another branch. The sample is as long
+    as the longest request, because a window of attention shows in no shorter one.
+
+    Args:
+        model: the model.
+        requests: that are to be run.
+        branching: whether rows of theirs would branch; if not, that is not tried.
+        most: length up to which the sample may be rounded up, so that its answer serves other tasks.
+        answers: what is known already; what is found is added.
+
+    Returns:
+        What the model does right, and of the rest what is wrong with it.
+    """
+    answers = Answers() if answers is None else answers
+    tokens = max((request.tokens for request in requests), key=len)
+    faults = {}
+    with torch.no_grad():
+        if answers.selects is None:
+            fault = _fault(lambda: _selecting(model, tokens))
+            answers.add_selects(fault)
+        if answers.selects:
+            faults["selects"] = answers.selects
+        masks: Masks | None = None
+        if branching:
+            proof = _proof(model, tokens, most, answers)
+            masks = proof.masks
+            if masks is None:
+                faults["branches"] = proof.fault
+    found = Abilities(
+        branches=masks is not None, selects=not answers.selects, masks=masks or Masks.ONE
+    )
+    return found, faults
+
+
+def _proof(model: PreTrainedModel, tokens: list[int], most: int, answers: Answers) -> Proof:
+    """What is known, or is now found, of requests as long as `tokens`."""
+    length = len(tokens) - 1
+    for tried in dict.fromkeys((max(min(_round_up(length), most), length), length)):
+        known = answers.about(length)
+        if known is not None:
+            return known
+        answers.add(_prove(model, _stretched(tokens, tried + 1)))
+    found = answers.about(length)
+    assert found is not None
+    return found
+
+
+def _round_up(length: int) -> int:
+    """The next of 64, 96, 128, 192, 256, ..."""
+    size = 64
+    while size < length:
+        size *= 2
+    return 3 * size // 4 if length <= 3 * size // 4 and size > 64 else size
+
+
+def _stretched(tokens: list[int], length: int) -> list[int]:
+    return (tokens * (length // len(tokens) + 1))[:length]
+
+
+def _prove(model: PreTrainedModel, tokens: list[int]) -> Proof:
+    """Try the ways to tell a model who sees whom, the likeliest first."""
+    sample = _sample(tokens)
+    length = len(tokens) - 1
+    (shared,) = pack(sample, len(sample), share=True)
+    # Those at both ends of the row: what follows a place in it shows there.
+    ends = sorted({shared.requests[int(shared.last.argmin())], _last(shared)})
+    fault = "its requests do not branch"
+    if shared.branched:
+        plain = pack([sample[number] for number in ends], len(ends), share=False)
+        expected = [one for batch in plain for one in _hidden(model, batch).items()]
+        wanted = {ends[number]: states for number, states in expected}
+        for masks in _ways(model, length):
+            tried = _fault(lambda masks=masks: _sharing(model, shared, wanted, masks))
+            if tried is None:
+                return Proof(length, masks)
+            fault = tried
+    return Proof(length, None, fault)
+
+
+def _ways(model: PreTrainedModel, length: int) -> Iterator[Masks]:
+    """Masks that a model may want for requests of this length."""
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    windowed = []
+    if window:
+        layers = getattr(config, "layer_types", None) or []
+        windowed = [Masks.BY_LAYER] if len(set(layers)) > 1 else [Masks.WINDOWED]
+    # A window that no request reaches needs no mask.
+    yield from [*windowed, Masks.ONE] if window and length > window else [Masks.ONE]
+
+
+def _sample(tokens: list[int]) -> list[Request]:
+    """A request, and others that leave it later with tokens of its own, as many as a row may hold."""
+    length = len(tokens) - 1
+    draw = random.Random(0)
+    row, requests = length, [tokens]
+    while True:
+        kept = (length + 1) // 2 if len(requests) == 1 else -(-3 * length // 4)
+        row += length - kept
+        if length == kept or row > max(GROWTH * length, SMALL_TREE):
+            break
+        requests.append(tokens[:kept] + draw.choices(tokens, k=len(tokens) - kept))
+    return [Request(one, min(length, PREDICTIONS), 0) for one in requests]
+
+
+def _last(batch: Batch) -> int:
+    return batch.requests[int(batch.last.argmax())]
+
+
+def _hidden(model: PreTrainedModel, batch: Batch, masks: Masks = Masks.ONE) -> dict[int, Tensor]:
+    """What the head gets for each request's predictions, by request."""
+    ids, options = inputs(model, batch, masks)
+    every = before_head(model, ids, **options)
+    flat = every.reshape(-1, every.shape[-1])
+    parts = np.split(batch.scored[batch.row], batch.firsts[1:])
+    return {
+        request: flat[torch.from_numpy(places).to(flat.device)]
+        for request, places in zip(batch.requests, parts, strict=True)
+    }
+
+
+def _selecting(model: PreTrainedModel, tokens: list[int]) -> str | None:
+    """What is wrong with a head that is shown a few tokens."""
+    first = _stretched(tokens, min(len(tokens), HEAD_TOKENS))
+    requests = [Request(one, max(len(one) // 2, 1), 0) for one in (first, first[::-1])]
+    (batch,) = pack(requests, len(requests), share=False)
+
+    def call(ids: Tensor, **options: Tensor) -> Tensor:
+        # Past the hooks on the model itself: they count an evaluation's passes.
+        return model.forward(ids, **options).logits
+
+    whole, part = (logits(model, call, batch, select=select) for select in (False, True))
+    return _difference(model, [whole], [part])
+
+
+def _sharing(
+    model: PreTrainedModel, batch: Batch, expected: dict[int, Tensor], masks: Masks
+) -> str | None:
+    """What is wrong with a row that branches."""
+    before = _hidden(model, batch, masks)
+    found = [before[number] for number in expected]
+    return (
+        _difference(model, list(expected.values()), found)
+        or _indistinct(model, batch, expected, found, masks)
+        or _interference(model, batch, before, masks)
+    )
+
+
+def _difference(model: PreTrainedModel, expected: list[Tensor], found: list[Tensor]) -> str | None:
+    """What is wrong with some numbers, if anything is."""
+    allowed = EXACT if model.dtype == torch.float32 else ROUNDED
+    error = _error(expected, found)
+    # Written so that NaN is wrong.
+    return None if error <= allowed else f"relative error {error:.2g}, allowed {allowed:.2g}"
+
+
+def _error(expected: list[Tensor], found: list[Tensor]) -> float:
+    return max(relative_error(*pair) for pair in zip(expected, found, strict=True))
+
+
+def _indistinct(
+    model: PreTrainedModel,
+    batch: Batch,
+    expected: dict[int, Tensor],
+    found: list[Tensor],
+    masks: Masks,
+) -> str | None:
+    """Whether rounding to 16 bits could hide a mistake: without its mask a row must be far off."""
+    if model.dtype == torch.float32:
+        return None
+    unmasked = _hidden(
+        model, replace(batch, ends=np.full_like(batch.ends, batch.ends.shape[1])), masks
+    )
+    error = _error(list(expected.values()), found)
+    wrong = _error(list(expected.values()), [unmasked[number] for number in expected])
+    if DISTINCT * error <= wrong:
+        return None
+    return f"relative error {error:.2g}, which a mistake could explain: without a mask {wrong:.2g}"
+
+
+def _interference(
+    model: PreTrainedModel, batch: Batch, before: dict[int, Tensor], masks: Masks
+) -> str | None:
+    """Whether the row's last request changes with tokens that it does not contain."""
+    place = np.arange(batch.tokens.shape[1])
+    last = batch.lengths[:, None] - 1
+    strange = (place <= last) & (batch.ends <= last)
+    changed = replace(batch, tokens=np.where(strange, batch.tokens[:, :1], batch.tokens))
+    number = _last(batch)
+    if torch.equal(before[number], _hidden(model, changed, masks)[number]):
+        return None
+    return "a branch depends on its neighbour"
+
+
+def _fault(attempt: Callable[[], str | None]) -> str | None:
+    """What an attempt finds wrong, or how the model refuses it."""
+    try:
+        return attempt()
+    except torch.OutOfMemoryError:
+        raise
+    except REFUSALS as refusal:
+        return f"{type(refusal).__name__}: {(str(refusal).splitlines() or [''])[0]}"

@@ -1,0 +1,185 @@
+"""What a task's requests come to: batches, the same for every node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lm_eval import utils
+
+from sparsity_atlas.errors import TaskFailure
+from sparsity_atlas.lm import collate, forest
+from sparsity_atlas.lm.forward import Abilities
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+# Token ids of one request of lm-eval's: context and continuation, a whole document, or a prompt.
+Encoding = tuple[list[int], ...]
+
+
+@dataclass
+class Work:
+    """A task's requests in batches.
+
+    Attributes:
+        documents: (task, document) in the order of the requests.
+        owners: of each kind's requests, as indices into `documents`.
+        abilities: how the batches are run.
+        batches: of each kind of request that is scored.
+        windows: for each window of a whole document the number of its request.
+        prompts: batches of generation, as numbers of requests.
+        lengths: tokens of each prompt, before it is cut.
+        cut: of each document the tokens at the beginning that its longest scored request lost.
+    """
+
+    documents: list[tuple[str, int]] = field(default_factory=list)
+    owners: dict[str, list[int]] = field(default_factory=dict)
+    abilities: Abilities = field(default_factory=Abilities)
+    batches: dict[str, list[forest.Batch]] = field(default_factory=dict)
+    windows: list[int] = field(default_factory=list)
+    prompts: list[list[int]] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    cut: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Settings of a model that batches depend on."""
+
+    batch_size: int
+    max_length: int
+    prefix_token: int | None  # which the first token of a whole document is predicted from
+
+
+def arrange(
+    requests: dict[str, list[Instance]],
+    encodings: dict[str, list[Encoding]],
+    limits: Limits,
+    abilities: Callable[[list[forest.Request], bool], Abilities],
+    *,
+    share: bool,
+) -> Work:
+    """Arrange a task's requests.
+
+    Args:
+        requests: by kind (lm-eval's request type).
+        encodings: of the same.
+        limits: of the model.
+        abilities: finds out what the model does right with some requests, whose rows branch or do not.
+        share: whether rows may branch, if the model can do it.
+
+    Raises:
+        TaskFailure: a request that cannot be scored.
+    """
+    every = [(one.task_name, one.doc_id) for some in requests.values() for one in some]
+    work = Work(documents=list(dict.fromkeys(every)))
+    work.cut = [0] * len(work.documents)
+    number = {document: row for row, document in enumerate(work.documents)}
+    scored: dict[str, list[forest.Request]] = {}
+    pairs: dict[str, list[collate.Pair]] = {}
+    for kind, some in requests.items():
+        owners = [number[one.task_name, one.doc_id] for one in some]
+        work.owners[kind] = owners
+        if kind == "generate_until":
+            work.prompts = _prompts(some, encodings[kind], limits.batch_size)
+            work.lengths = [len(tokens) for (tokens,) in encodings[kind]]
+            continue
+        if kind == "loglikelihood_rolling":
+            parts = [_windows(tokens, limits) for (tokens,) in encodings[kind]]
+            work.windows = [i for i, windows in enumerate(parts) for _ in windows]
+            pieces = [(i, *window) for i, windows in enumerate(parts) for window in windows]
+            counted = [True] * len(pieces)
+        else:
+            pieces = [(i, *pair) for i, pair in enumerate(encodings[kind])]
+            counted = _first_of_equals(encodings[kind])
+            for owner, (context, continuation) in zip(owners, encodings[kind], strict=True):
+                lost = len(context) + len(continuation) - (limits.max_length + 1)
+                work.cut[owner] = max(work.cut[owner], lost)
+        pairs[kind] = [(context, continuation) for _, context, continuation in pieces]
+        scored[kind] = [
+            _request(some[i], context, continuation, owners[i], limits.max_length, counts)
+            for (i, context, continuation), counts in zip(pieces, counted, strict=True)
+        ]
+    work.batches = {
+        kind: forest.pack(some, limits.batch_size, share=share) for kind, some in scored.items()
+    }
+    branching = any(batch.branched for batches in work.batches.values() for batch in batches)
+    work.abilities = abilities([one for some in scored.values() for one in some], branching)
+    for kind, some in scored.items():
+        if work.abilities.follows:
+            rolling = kind == "loglikelihood_rolling"
+            batches = collate.lm_eval_batches(pairs[kind], limits.batch_size, rolling=rolling)
+            work.batches[kind] = forest.arranged(some, batches)
+        elif branching and not work.abilities.branches:
+            work.batches[kind] = forest.pack(some, limits.batch_size, share=False)
+    return work
+
+
+def _windows(tokens: list[int], limits: Limits) -> list[tuple[list[int], list[int]]]:
+    """A whole document as pairs of context and continuation."""
+    return [
+        utils.make_disjoint_window(window)
+        for window in utils.get_rolling_token_windows(
+            token_list=tokens,
+            prefix_token=limits.prefix_token,
+            max_seq_len=limits.max_length,
+            context_len=1,
+        )
+    ]
+
+
+def _first_of_equals(encodings: list[Encoding]) -> list[bool]:
+    """Whether each request is the first that runs its tokens: lm-eval answers the others with it.
+
+    Windows of whole documents are no such requests: which of them lm-eval merges, if any, depends on
+    the batch size, and at batch size 1 it merges none.
+    """
+    seen: set[tuple[int, ...]] = set()
+    first = []
+    for context, continuation in encodings:
+        run = collate.run_tokens((context, continuation))
+        first.append(run not in seen)
+        seen.add(run)
+    return first
+
+
+def _request(
+    request: Instance,
+    context: list[int],
+    continuation: list[int],
+    owner: int,
+    max_length: int,
+    counted: bool,
+) -> forest.Request:
+    fault = None
+    if not continuation:
+        fault = (
+            f"nothing to score: {request.args[1]!r} comes to no token of its own after its context, "
+            "with whose end the tokenizer joins it"
+        )
+    elif not context:
+        fault = f"the context {request.args[0]!r} comes to no token that the answer could follow"
+    elif len(continuation) > max_length:
+        fault = f"max_length: {len(continuation)} tokens to score, at most {max_length} can be"
+    if fault:
+        raise TaskFailure(f"'{request.task_name}', document {request.doc_id}: {fault}")
+    # As HFLM cuts it; the last token is not run.
+    tokens = (context + continuation)[-(max_length + 1) :]
+    return forest.Request(tokens, len(continuation), owner, counted)
+
+
+def _prompts(
+    requests: list[Instance], encodings: list[Encoding], batch_size: int
+) -> list[list[int]]:
+    """Batches of generation: requests with the same options, longest first."""
+    groups: dict[str, list[int]] = {}
+    for index, request in enumerate(requests):
+        groups.setdefault(repr(request.args[1]), []).append(index)
+    batches = []
+    for group in groups.values():
+        # HFLM sorts by the same key, so that a batch's rows stay in the order given here.
+        group.sort(key=lambda index: (-len(encodings[index][0]), requests[index].args[0]))
+        batches += [group[start : start + batch_size] for start in range(0, len(group), batch_size)]
+    return batches

@@ -1,0 +1,197 @@
+"""A model's files on this machine: which they are, whether they may be used, and their digest.
+
+Weights are safetensors. A pickle runs code when it is loaded, and so does a repository's own Python; either
+is used only where the model's entry of the configuration says so.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.files.whole import digest, file_digest, read_json
+from sparsity_atlas.models.folder import check_fetched, files_digest, files_read
+
+SAFE_FILE = "model.safetensors"
+SAFE_INDEX = "model.safetensors.index.json"
+PICKLE_FILE = "pytorch_model.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+ADAPTER = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's folder and what may be done with it.
+
+    code_revision: commit of the other repository that the model's code is in, if it is in another.
+    tokenizer: folder of its tokenizer, if that is another.
+    """
+
+    folder: Path
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    code_revision: str | None = None
+    tokenizer: Path | None = None
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def config(self) -> dict[str, Any]:
+        """Read config.json, and see that the folder is that of a model which can be used.
+
+        Raises:
+            AtlasError: a file is missing or damaged, or the checkpoint is of a kind that is not
+                supported: an adapter, or quantised.
+        """
+        path = self.folder / "config.json"
+        self._refuse_adapter(alone=not path.is_file())
+        if not path.is_file():
+            raise AtlasError(f"{self}: expected a Hugging Face model, found no config.json")
+        check_fetched([path])
+        config = read_json(path)
+        if not isinstance(config, dict):
+            raise AtlasError(f"{path}: expected a JSON object, found {type(config).__name__}")
+        quantised = config.get("quantization_config")
+        if quantised is not None:
+            method = (
+                quantised.get("quant_method") if isinstance(quantised, dict) else None
+            ) or "unknown method"
+            raise AtlasError(f"{self}: a quantised checkpoint ({method}) is not supported yet")
+        if config.get("transformers_weights") is not None:
+            raise AtlasError(
+                f"{path}: transformers_weights: not supported; name the weights {SAFE_FILE}"
+            )
+        for key, value in _types(config):
+            if value.startswith("torch."):
+                raise AtlasError(
+                    f"{path}: {key}: found '{value}', expected '{value.removeprefix('torch.')}'"
+                )
+        check_fetched([*self.weight_files(), *self._small(self.folder)])
+        if self.tokenizer is not None:
+            if not os.path.isdir(self.tokenizer):
+                raise AtlasError(f"models: tokenizer: {self.tokenizer}: no such folder")
+            check_fetched(self._small(self.tokenizer))
+        return config
+
+    def _refuse_adapter(self, *, alone: bool) -> None:
+        path = self.folder / ADAPTER
+        if not path.is_file():
+            return
+        content = read_json(path)
+        base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+        what = f"holds only an adapter of {base}" if alone else "holds an adapter beside the model"
+        advice = "save the merged model (PEFT's merge_and_unload) in a folder of its own"
+        raise AtlasError(
+            f"{self}: {ADAPTER}: it {what}; adapters are not supported yet: {advice}"
+            + ("" if alone else ", or move the adapter elsewhere")
+        )
+
+    def pickled(self) -> bool:
+        """Whether the weights are pickles, which the model's entry then must allow."""
+        return self.weight_files()[0].suffix == ".bin"
+
+    def weight_files(self) -> list[Path]:
+        """The files with the weights, in the order of their names.
+
+        Raises:
+            AtlasError: there are none that may be used, or an index names files that are missing.
+        """
+        # transformers takes one file before what an index lists, and so the digest is of that one. The
+        # index is looked at all the same: one that lists what is not there was not meant to be passed over.
+        listed, pickled = self._listed(SAFE_INDEX), self._listed(PICKLE_INDEX)
+        files = sorted(self.folder.glob(SAFE_FILE)) or listed
+        pickles = sorted(self.folder.glob(PICKLE_FILE)) or pickled
+        if not files and not (pickles and self.allow_pickle):
+            others = [*pickles, *sorted(self.folder.glob("*.safetensors"))]
+            found = f"only {others[0].name}" if others else "none"
+            raise AtlasError(
+                f"{self}: expected weights in {SAFE_FILE}, or in *.safetensors that {SAFE_INDEX} names, "
+                f"found {found}; a *.bin is a pickle, which runs code when it is loaded, and is used "
+                "only if the model's entry says allow_pickle: true"
+            )
+        used = files or pickles
+        # Unlike Path.is_file, this takes a name that no file can have for that of no file.
+        named = listed if files else pickled
+        missing = [path.name for path in named if not os.path.isfile(path)]
+        if missing:
+            raise AtlasError(f"{self}: the index names {missing[0]}, which is not there")
+        return used
+
+    def _listed(self, index: str) -> list[Path]:
+        return [self.folder / name for name in shards(self.folder / index)]
+
+    def _small(self, folder: Path) -> list[Path]:
+        return [folder / name for name in files_read(folder, code=self.trust_remote_code)]
+
+    def digest(self) -> str:
+        """Digest of all that decides the model's output: weights, configuration, tokenizer, code.
+
+        Raises:
+            AtlasError: see `weight_files`.
+        """
+        files: dict[str, Any] = {path.name: file_digest(path) for path in self.weight_files()}
+        files |= files_digest(self.folder, code=self.trust_remote_code)
+        if self.code_revision is not None:
+            files["code_revision"] = self.code_revision
+        if self.tokenizer is not None:
+            files["tokenizer"] = files_digest(self.tokenizer, code=self.trust_remote_code)
+        return digest(files)
+
+    def code_files(self) -> list[Path]:
+        """The Python that the folder brings, at any depth."""
+        return [path for path in self._small(self.folder) if path.suffix == ".py"]
+
+    def code_repository(self) -> str | None:
+        """The other repository that the model's code is in, as `owner/name`; None for its own.
+
+        Raises:
+            AtlasError: there are several.
+        """
+        files = (
+            self.folder / "config.json",
+            (self.tokenizer or self.folder) / "tokenizer_config.json",
+        )
+        contents = [read_json(path) for path in files if path.is_file()]
+        found = {name for content in contents for name in _foreign(content)}
+        if len(found) > 1:
+            raise AtlasError(f"{self}: its code is in {len(found)} repositories, one can be pinned")
+        return found.pop() if found else None
+
+
+def _types(config: dict[str, Any], inside: str = "") -> Iterator[tuple[str, str]]:
+    """Keys of a configuration, or of one of its parts, that name a type, and the names."""
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+            yield inside + key, value
+        elif isinstance(value, dict) and not inside:
+            yield from _types(value, f"{key}.")
+
+
+def _foreign(content: Any) -> set[str]:
+    """Repositories of an `auto_map`, whose entries are `module.Class` or `owner/name--module.Class`."""
+    entries = content.get("auto_map") if isinstance(content, dict) else None
+    values = list(entries.values()) if isinstance(entries, dict) else [entries]
+    flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
+    return {one.split("--")[0] for one in flat if isinstance(one, str) and "--" in one}
+
+
+def shards(index: Path) -> list[str]:
+    """The file names that an index of weights lists; none if there is no index.
+
+    Raises:
+        AtlasError: it is not such an index, or names files of other folders.
+    """
+    if not index.is_file():
+        return []
+    content = read_json(index)
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise AtlasError(f"{index}: expected 'weight_map', tensors and their files")
+    for name in names.values():
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise AtlasError(f"{index}: '{name}' is not the name of a file in this folder")
+    return sorted(set(names.values()))

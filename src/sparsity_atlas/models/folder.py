@@ -1,0 +1,107 @@
+"""Which files of a model's folder are read when it is loaded, at any depth.
+
+A tokenizer or a repository's own code may read a file of any name, so these are all but what is known not
+to be read: other formats of weights, documents, a training's state. The same patterns say what is
+fetched from the Hub, and what a model's digest is made of.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.files.whole import file_digest
+
+TEMPLATES = "additional_chat_templates/*.jinja"
+CODE = "*.py"
+# Shell patterns of paths in the folder; * stands for any number of folders, too.
+NOT_READ = (
+    # Hidden files, among them those of git and of the Hub's client; what Python compiled.
+    *(".*", "*/.*", "__pycache__/*", "*/__pycache__/*"),
+    # Weights; those that are used are listed apart.
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.ot", "*.gguf"),
+    *("*.ggml", "*.onnx", "*.onnx_data", "*.onnx.data", "*.tflite", "*.pte", "*.mlmodel", "*.nemo"),
+    *("*.npz", "*.npy", "*.pkl", "*.pickle", "*.distcp", "*.engine", "*.tar", "*.tar.*", "*.zip"),
+    # Documents.
+    *("README*", "*/README*", "LICENSE*", "*/LICENSE*", "NOTICE*", "*.md", "*.rst", "*.pdf"),
+    *("*.html", "*.ipynb", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp", "*.mp4"),
+    *("*.log", "*.csv", "*.parquet", "*.arrow"),
+    # A training's state.
+    *("trainer_state.json", "*/trainer_state.json", "*tfevents*", "checkpoint-*/*", "runs/*"),
+    *("wandb/*", "global_step*/*"),
+)
+LFS_START = b"version https://git-lfs"
+
+
+def patterns(*, code: bool) -> list[tuple[list[str], list[str]]]:
+    """What is read, as pairs of patterns of the files that are wanted and of exceptions.
+
+    Args:
+        code: whether the folder's Python is run, which then may read files of its sub-folders.
+    """
+    if code:
+        return [(["*"], list(NOT_READ))]
+    return [(["*"], [*NOT_READ, CODE, "*/*"]), ([TEMPLATES], [])]
+
+
+def select(paths: Iterable[str], wanted: Sequence[str], exceptions: Sequence[str]) -> list[str]:
+    """The paths that match `wanted` and none of `exceptions`, as the Hub's client matches them."""
+    return [path for path in paths if _matches(path, wanted) and not _matches(path, exceptions)]
+
+
+def _matches(path: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def files_read(folder: Path, *, code: bool) -> list[str]:
+    """Paths below `folder` of the files that are read beside the weights; see `patterns`."""
+    paths = list(_below(folder) if code else _beside(folder))
+    return sorted({one for pair in patterns(code=code) for one in select(paths, *pair)})
+
+
+def _beside(folder: Path) -> list[str]:
+    """Files in the folder, and in that of the chat templates."""
+    templates = folder / os.path.dirname(TEMPLATES)
+    inside = templates.iterdir() if templates.is_dir() else ()
+    return [
+        path.relative_to(folder).as_posix()
+        for path in (*folder.iterdir(), *inside)
+        if path.is_file()
+    ]
+
+
+def _below(folder: Path) -> Iterable[str]:
+    """Files at any depth, also through links; a folder that contains itself is entered once."""
+    entered: set[str] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        for name in names:
+            path = Path(parent, name)
+            if path.is_file():
+                yield path.relative_to(folder).as_posix()
+
+
+def files_digest(folder: Path, *, code: bool) -> dict[str, str]:
+    """Digests of the files that are read, by their paths; see `files_read`."""
+    return {name: file_digest(folder / name) for name in files_read(folder, code=code)}
+
+
+def check_fetched(paths: Iterable[Path]) -> None:
+    """Refuse what git left in place of a file that it did not fetch.
+
+    Raises:
+        AtlasError: names the first of these.
+    """
+    for path in paths:
+        with path.open("rb") as file:
+            if file.read(len(LFS_START)) == LFS_START:
+                raise AtlasError(
+                    f"{path}: it is a git-lfs pointer, not the file; run `git lfs pull` in its folder"
+                )

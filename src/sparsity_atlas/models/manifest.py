@@ -1,0 +1,263 @@
+"""Stage `models`: resolve a model, prove where its FFN sites are, and write its manifest.
+
+The manifest is what later stages load the model by. It names the source as the configuration does
+(no path of this machine), so that results can be moved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsity_atlas import cli
+from sparsity_atlas.errors import AtlasError, NumericalFailure
+from sparsity_atlas.files.whole import file_digest, read_manifest, write_manifest
+from sparsity_atlas.models.checkpoint import (
+    PICKLE_FILE,
+    PICKLE_INDEX,
+    SAFE_FILE,
+    SAFE_INDEX,
+    Checkpoint,
+    shards,
+)
+from sparsity_atlas.models.hub import Repository
+from sparsity_atlas.models.loading import load, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from sparsity_atlas.sites.ffn import FFN, Activation
+
+
+def resolve(
+    source: dict[str, Any],
+    *,
+    recorded: dict[str, Any] | None = None,
+    offline: bool = False,
+    weights: bool = True,
+) -> tuple[Checkpoint, str | None]:
+    """A model's files: its local folder, or the Hub's snapshot in the cache (`HF_HOME`).
+
+    Args:
+        source: as `grid.fetch_slice` gives it: `path`, or `hub` and `revision`, and what is allowed;
+            `tokenizer`, the folder of another tokenizer.
+        recorded: an earlier manifest, whose commits are used in place of the source's own revisions.
+        offline: use the cache only.
+        weights: whether the Hub's weights are needed, too.
+
+    Returns:
+        The files, and the commit; None for a local folder.
+
+    Raises:
+        AtlasError: no such folder, or the Hub does not give what is needed.
+    """
+    allowed = {key: source.get(key, False) for key in ("trust_remote_code", "allow_pickle")}
+    if "path" in source:
+        folder, commit = Path(source["path"]), None
+        if not os.path.isdir(folder):
+            raise AtlasError(f"models: {folder}: no such folder")
+    else:
+        revision = recorded["revision"] if recorded else source.get("revision", "main")
+        wanted = Repository("models", "model", source["hub"], revision)
+        commit = wanted.commit(offline=offline)
+        repository = replace(wanted, revision=commit)
+        for pair in folder.patterns(code=allowed["trust_remote_code"]):
+            folder = repository.fetch(*pair, offline=offline)
+        if weights:
+            _fetch_weights(repository, folder, allowed["allow_pickle"], offline)
+    tokenizer = Path(source["tokenizer"]) if "tokenizer" in source else None
+    if tokenizer is not None and not os.path.isdir(tokenizer):
+        raise AtlasError(f"models: tokenizer: {tokenizer}: no such folder")
+    checkpoint = Checkpoint(folder, **allowed, tokenizer=tokenizer)
+    code = checkpoint.code_repository() if checkpoint.trust_remote_code else None
+    if code is None:
+        return checkpoint, commit
+    revision = recorded["code"]["revision"] if recorded else source.get("code_revision", "main")
+    wanted = Repository("models: trust_remote_code", "model", code, revision)
+    revision = wanted.commit(offline=offline)
+    replace(wanted, revision=revision).fetch(["*.py"], offline=offline)
+    return replace(checkpoint, code_revision=revision), commit
+
+
+def _fetch_weights(repository: Repository, folder: Path, pickles: bool, offline: bool) -> None:
+    """Bring the weights to a snapshot whose other files are there: one format of them, not all."""
+    kinds = [(SAFE_FILE, SAFE_INDEX), *([(PICKLE_FILE, PICKLE_INDEX)] if pickles else [])]
+    for file, index in kinds:
+        wanted = [file, *shards(folder / index)]
+        repository.fetch(wanted, offline=offline)
+        if any((folder / name).is_file() for name in wanted):
+            return
+
+
+def from_manifest(path: Path) -> tuple[dict[str, Any], Checkpoint]:
+    """A model's manifest and its files, checked to be what the manifest was written for.
+
+    Raises:
+        AtlasError: the files changed since, or are not there any more.
+    """
+    manifest = read_manifest(path)
+    source = manifest["source"]
+    try:
+        checkpoint, _ = resolve(source, recorded=manifest, offline=True)
+        found = checkpoint.digest()
+    except AtlasError:
+        if "path" in source:
+            raise
+        checkpoint, _ = resolve(source, recorded=manifest)  # the cache was emptied
+        found = checkpoint.digest()
+    if found != manifest["digest"]:
+        raise AtlasError(
+            f"{checkpoint}: changed since {path} was written; delete that file and run again"
+        )
+    return manifest, checkpoint
+
+
+def describe(checkpoint: Checkpoint, modules: dict[str, str] | None) -> dict[str, Any]:
+    """Architecture, sizes, tokenizer and proven sites of a model, as its manifest states them.
+
+    Raises:
+        AtlasError: it is not a whole, causal model of numbers whose FFNs can be found, or its tokenizer
+            does not give texts back.
+    """
+    from sparsity_atlas.models.parameters import count_parameters
+
+    config = checkpoint.config()
+    # A probe on meta weights would prove nothing: the real ones are loaded, once, on the CPU.
+    model = load(checkpoint, dtype="auto", device="auto")
+    ffns = _prove(checkpoint, model, modules)
+    tokenizer = _describe_tokenizer(checkpoint, model)
+    return {
+        "architecture": (config.get("architectures") or [type(model).__name__])[0],
+        "model_type": config.get("model_type"),
+        "dtype": config.get("dtype") or config.get("torch_dtype"),
+        "parameters": count_parameters(model),
+        "tokenizer": tokenizer,
+        "layers": len(ffns),
+        "hidden": ffns[0].hidden,
+        "width": max(ffn.width for ffn in ffns),
+        "sites": list(ffns[0].sites()),
+        "activation": _activation(model, ffns[0].activation),
+        "ffn": [ffn.describe() for ffn in ffns],
+    }
+
+
+def _prove(
+    checkpoint: Checkpoint, model: PreTrainedModel, modules: dict[str, str] | None
+) -> list[FFN]:
+    """The FFNs of a model that is proved to be causal."""
+    from sparsity_atlas.models.causality import check_causal
+    from sparsity_atlas.models.wholeness import not_finite
+    from sparsity_atlas.sites.find import find_ffns
+
+    spoilt = not_finite(model)
+    try:
+        check_causal(model)
+    except NumericalFailure:
+        # With such weights every score is NaN, which is a result of each node.
+        if spoilt is None:
+            raise
+    try:
+        ffns = find_ffns(model, modules)
+    except AtlasError:
+        if spoilt is None:
+            raise
+        raise AtlasError(f"{checkpoint}: {spoilt}") from None
+    if spoilt:
+        cli.logger.warning("%s: %s", checkpoint, spoilt)
+    return ffns
+
+
+def _describe_tokenizer(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
+    from sparsity_atlas.models.bos import begins_with_bos
+    from sparsity_atlas.models.tokenizer_check import check_tokenizer, embedding_rows
+
+    tokenizer = load_tokenizer(checkpoint)
+    folder = checkpoint.tokenizer or checkpoint.folder
+    return {
+        "class": type(tokenizer).__name__,
+        "tokens": len(tokenizer),
+        "begins_with_bos": begins_with_bos(tokenizer, None),
+        "changes": check_tokenizer(tokenizer, folder, embedding_rows(model)),
+    }
+
+
+def _activation(model: PreTrainedModel, activation: Activation) -> str:
+    """What the nonlinearity is, by its function or its module's class: silu, relu, ..."""
+    if activation.path is None:
+        return activation.name.lower()
+    kind = type(model.get_submodule(activation.path)).__name__
+    return kind.removesuffix("Activation").lower()
+
+
+def main() -> None:
+    """Command line of the stage."""
+    parser = argparse.ArgumentParser(prog="sparsity-atlas models", description=__doc__)
+    parser.add_argument("--name", required=True, help="name of the model in the configuration")
+    parser.add_argument(
+        "--source", required=True, type=json.loads, help="JSON: path, or hub and revision"
+    )
+    parser.add_argument("--sites", default="", help="comma-separated sites that the run asks for")
+    parser.add_argument("--output", required=True, type=Path, help="manifest to write")
+    arguments = parser.parse_args()
+
+    source = dict(arguments.source)
+    modules = source.pop("modules", None)
+    checkpoint, revision = resolve(source)
+    checkpoint.config()
+    description = describe(checkpoint, modules)
+    check_sites(arguments.name, filter(None, arguments.sites.split(",")), description["sites"])
+    write_manifest(
+        arguments.output,
+        {
+            "name": arguments.name,
+            "source": source,
+            "revision": revision,
+            "digest": checkpoint.digest(),
+            **code_record(checkpoint, revision),
+            **description,
+        },
+    )
+    cli.logger.info(
+        "%s: %s, %d layers, %s parameters, sites %s",
+        arguments.name,
+        description["architecture"],
+        description["layers"],
+        f"{description['parameters']['total']:,}",
+        ", ".join(description["sites"]),
+    )
+    for change in description["tokenizer"]["changes"]:
+        cli.logger.info("%s: its tokenizer changes texts: %s", arguments.name, change)
+
+
+def code_record(checkpoint: Checkpoint, revision: str | None) -> dict[str, Any]:
+    """What a manifest says of a model's own code; nothing unless it is trusted."""
+    if not checkpoint.trust_remote_code:
+        return {}
+    repository = checkpoint.code_repository()
+    return {
+        "code": {
+            "repository": repository,
+            "revision": checkpoint.code_revision or revision,
+            "files": {
+                path.relative_to(checkpoint.folder).as_posix(): file_digest(path)
+                for path in checkpoint.code_files()
+            },
+        }
+    }
+
+
+def check_sites(model: str, wanted: Any, found: list[str]) -> None:
+    """Refuse sites that a model does not have.
+
+    Raises:
+        AtlasError: names the first one and those that exist.
+    """
+    for site in wanted:
+        if site not in found:
+            raise AtlasError(
+                f"models.{model}: no site '{site}' in this model; it has {', '.join(found)}"
+            )

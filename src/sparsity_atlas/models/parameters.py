@@ -1,0 +1,68 @@
+"""How many parameters a causal language model has: those that a pass over text uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from sparsity_atlas.sites.find import forward_of, random_ids
+
+PROBE = (1, 4)
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Counts of a model's parameters, shared ones once.
+
+    Args:
+        model: called as model(ids); nothing is computed but one pass over four tokens.
+
+    Returns:
+        `total`: of the decoder, its embeddings and its head. `non_embedding`: without the tables of
+        token and position embeddings and the output head. `loaded`: all that are in memory, also what
+        a multimodal checkpoint has for images and sound.
+    """
+    everything = {id(one): one for one in model.parameters()}
+    used = {id(one) for one in _reached(model)}
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    tables.add(id(getattr(head, "weight", None)))
+    sizes = {key: one.numel() for key, one in everything.items() if key in used}
+    return {
+        "total": sum(sizes.values()),
+        "non_embedding": sum(size for key, size in sizes.items() if key not in tables),
+        "loaded": sum(one.numel() for one in everything.values()),
+    }
+
+
+def _reached(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters that the logits of a text depend on; all where the model records no derivatives.
+
+    They are found in autograd's graph, which holds whatever was computed with, by a module or not.
+    """
+    ids = random_ids(model, PROBE)
+    frozen = [
+        one for one in model.parameters() if one.is_floating_point() and not one.requires_grad
+    ]
+    for one in frozen:
+        one.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            output = forward_of(model, ids)()
+        logits = output if isinstance(output, Tensor) else output.logits
+        if logits.grad_fn is None:
+            yield from model.parameters()
+            return
+        seen, waiting = set(), [logits.grad_fn]
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if hasattr(node, "variable"):
+                yield node.variable
+            waiting.extend(following for following, _ in node.next_functions)
+    finally:
+        for one in frozen:
+            one.requires_grad_(False)

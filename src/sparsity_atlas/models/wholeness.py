@@ -1,0 +1,183 @@
+"""Whether what was loaded is the model, the whole model, and numbers.
+
+transformers draws a weight at random that a checkpoint lacks, anew in each process, and leaves out what it
+does not expect; both it only notes in its log.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.models.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+# Names that an error quotes.
+SHOWN = 4
+# What wrapped a model while it was saved, by the name that the wrapper puts into those of its tensors.
+WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "module.": "DataParallel",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_checkpoint_wrapped_module.": "activation checkpointing",
+    "base_model.model.": "PEFT",
+}
+
+
+def check_whole(checkpoint: Checkpoint, report: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose tensors are not those of its model.
+
+    Args:
+        checkpoint: what was loaded.
+        report: transformers' `output_loading_info`, from which is gone what the model ties, and what
+            its class ignores.
+
+    Raises:
+        AtlasError: names the first tensors that are missing, of another shape, or not expected.
+    """
+    missing, unexpected = set(report["missing_keys"]), set(report["unexpected_keys"])
+    mismatched = sorted(report["mismatched_keys"])
+    faults = []
+    if missing:
+        faults.append(f"{_count(missing, 'is', 'are')} missing ({_some(missing)})")
+    if mismatched:
+        shown = (
+            f"{name}: {list(found)} in the file, {list(wanted)} by config.json"
+            for name, found, wanted in mismatched
+        )
+        names = [entry[0] for entry in mismatched]
+        faults.append(f"{_count(names, 'has', 'have')} another shape ({_some(shown)})")
+    if unexpected and not faults:
+        # Older releases saved masks and tables that are computed today.
+        unexpected -= _constants(checkpoint, unexpected)
+    if unexpected:
+        faults.append(f"{_count(unexpected, 'is', 'are')} not expected ({_some(unexpected)})")
+    if faults:
+        raise AtlasError(
+            f"{checkpoint}: the weights are not those of the model that config.json describes: "
+            + "; ".join(faults)
+            + _explanation(missing, unexpected)
+        )
+
+
+def _count(names: Iterable[str], one: str, several: str) -> str:
+    count = len(list(names))
+    return f"1 tensor {one}" if count == 1 else f"{count} tensors {several}"
+
+
+def _some(names: Iterable[str]) -> str:
+    ordered = list(names) if not isinstance(names, set) else sorted(names)
+    more = ", ..." if len(ordered) > SHOWN else ""
+    return ", ".join(ordered[:SHOWN]) + more
+
+
+def _explanation(missing: set[str], unexpected: set[str]) -> str:
+    """A part of the names that explains most of what is wrong with them, and where it comes from."""
+    found = Counter(
+        part
+        for name in unexpected
+        for part in {
+            *(wrapper for wrapper in WRAPPERS if name.replace(wrapper, "") in missing),
+            *(name[: dot + 1] for dot in _dots(name) if name[dot + 1 :] in missing),
+        }
+    )
+    lacking = Counter(
+        name[: dot + 1] for name in missing for dot in _dots(name) if name[dot + 1 :] in unexpected
+    )
+    for counted, says in ((found, "have '{}' in"), (lacking, "lack '{}' at the beginning of")):
+        if not counted:
+            continue
+        part, count = counted.most_common(1)[0]
+        if 2 * count >= len(unexpected):
+            by = f", which {WRAPPERS[part]} puts there" if part in WRAPPERS else ""
+            return f"; they {says.format(part)} their names{by}: save the model with its own names"
+    return ""
+
+
+def _dots(name: str) -> list[int]:
+    return [place for place, sign in enumerate(name) if sign == "."]
+
+
+def _constants(checkpoint: Checkpoint, names: set[str]) -> set[str]:
+    """Those of some tensors of a checkpoint that no training made."""
+    import torch
+    from safetensors import safe_open
+
+    found: set[str] = set()
+    for path in checkpoint.weight_files():
+        if path.suffix == ".bin":
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+            found |= {name for name in names & tensors.keys() if is_constant(tensors[name])}
+            continue
+        with safe_open(path, framework="pt") as file:
+            inside = names & set(file.keys())
+            found |= {name for name in inside if is_constant(file.get_tensor(name))}
+    return found
+
+
+def is_constant(tensor: Tensor) -> bool:
+    """Whether a tensor is a causal mask, the number that fills one, positions, or rotary frequencies."""
+    import torch
+
+    if tensor.numel() < 2:
+        return tensor.numel() == 1 and tensor.item() <= -1e4
+    size = tensor.shape[-1]
+    if tensor.dim() >= 2 and tensor.shape[-2] == size and tensor.numel() == size * size:
+        square = tensor.reshape(size, size)
+        lower = torch.ones(size, size, dtype=torch.bool).tril()
+        below, above = square[lower], square[~lower]
+        level = bool((below == below[0]).all() and (above == above[0]).all())
+        return level and bool(below[0] != above[0])
+    if tensor.numel() != size:
+        return False
+    row = tensor.flatten().double()
+    if torch.equal(row, torch.arange(size, dtype=torch.float64)):
+        return True
+    # base ** (-2 i / width), in the 16 bits of an old file at worst.
+    ratios = row[1:] / row[:-1]
+    falling = bool((row > 0).all() and (ratios < 1).all())
+    return falling and row[0] == 1 and bool(((ratios / ratios[0] - 1).abs() < 0.02).all())
+
+
+def not_finite(model: PreTrainedModel) -> str | None:
+    """Which weights are no numbers, in words; None if all are."""
+    bad = {name: value for name, value in model.named_parameters() if not value.isfinite().all()}
+    if not bad:
+        return None
+    first, value = next(iter(bad.items()))
+    kind = "NaN" if value.isnan().any() else "infinite"
+    count = int((~value.isfinite()).sum())
+    others = f", and {len(bad) - 1} other tensors have such values" if len(bad) > 1 else ""
+    return f"{first}: {count:,} of {value.numel():,} values are {kind}{others}"
+
+
+def fill_buffers(model: PreTrainedModel, *, trust_remote_code: bool) -> None:
+    """Give buffers that no checkpoint holds the values that a model's own code computes for them.
+
+    transformers makes a model without memory, and buffers with it; afterwards it knows how to compute
+    those of its own classes again, and leaves whatever the memory holds in the others.
+
+    Args:
+        model: just loaded; its buffers are changed.
+        trust_remote_code: whether its code may run, which has run already.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    kept = set(model.state_dict())
+    own = {name: value for name, value in model.named_buffers() if name not in kept}
+    if not own:
+        return
+    with init_empty_weights(include_buffers=False):
+        made = AutoModelForCausalLM.from_config(
+            model.config, dtype=model.dtype, trust_remote_code=trust_remote_code
+        )
+    values = dict(made.named_buffers())
+    for name, buffer in own.items():
+        if values[name].shape == buffer.shape:
+            buffer.copy_(values[name])

@@ -1,0 +1,92 @@
+"""What the rules ask of a job's resources: memory, minutes, GPUs and threads.
+
+Snakemake passes how often a job has been tried, from 1.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+from sparsity_atlas.config.grid import Curve
+from sparsity_atlas.config.schema import Config
+from sparsity_atlas.models.devices import inside_allocation, visible_gpus
+from sparsity_atlas.rules.footprint import Needs, levels_of
+from sparsity_atlas.rules.question import question
+from sparsity_atlas.terms import TENSORS
+
+
+class Wildcards(Protocol):
+    """The parts of a path; a rule without a criterion in its path has no `criterion`."""
+
+    model: str
+    criterion: str
+    site: str
+    level: str
+
+
+class Resources(ABC):
+    """The part of `Asks` that answers for resources."""
+
+    def __init__(self, config: Config, results: str) -> None:
+        """Look at the configuration; see `Asks`."""
+        self._config = config
+        self._needs = Needs(config, results)
+        self._gpus = int(config.device in ("auto", "cuda") and visible_gpus() > 0)
+
+    @abstractmethod
+    def curve_of(self, wildcards: Wildcards) -> Curve:
+        """The curve of a path."""
+
+    @question
+    def memory(self, wildcards: Wildcards, attempt: int) -> int:
+        """MiB of a job that loads a model."""
+        return attempt * self._needs.memory(wildcards.model)
+
+    @question
+    def capture_memory(self, wildcards: Wildcards, attempt: int) -> int:
+        """MiB of a capture."""
+        return attempt * self._needs.capture_memory(wildcards.model)
+
+    @question
+    def capture_minutes(self, wildcards: Wildcards, attempt: int) -> int:
+        """Minutes of a capture."""
+        return attempt * self._needs.capture_minutes(wildcards.model)
+
+    @question
+    def error_minutes(self, wildcards: Wildcards, attempt: int) -> int:
+        """Minutes of the output error of a curve's levels."""
+        levels = levels_of(self._config, self.curve_of(wildcards))
+        return attempt * self._needs.capture_minutes(wildcards.model, levels)
+
+    @question
+    def sensitivity_minutes(self, wildcards: Wildcards, attempt: int) -> int:
+        """Minutes of passes with one layer sparsified."""
+        curve = self.curve_of(wildcards)
+        passes = len(curve.sensitivity) * len(TENSORS[curve.site])
+        return attempt * self._needs.layer_by_layer_minutes(wildcards.model, passes)
+
+    @question
+    def node_minutes(self, wildcards: Wildcards, attempt: int) -> int:
+        """Minutes of a node, or of a dense baseline."""
+        return attempt * self._needs.evaluation_minutes(wildcards.model)
+
+    @question
+    def search_minutes(self, wildcards: Wildcards, attempt: int) -> int:
+        """Minutes of a search."""
+        levels = self._config.search.max_levels
+        return attempt * self._needs.evaluation_minutes(wildcards.model, levels)
+
+    @question
+    def gpus(self, wildcards: Wildcards) -> int:
+        """1 for a job that will use a GPU of this machine; a cluster's profile says so itself."""
+        return self._gpus
+
+    @question
+    def capture_threads(self, wildcards: Wildcards) -> int:
+        """Threads that write: where a GPU computes, one is slower than the disk.
+
+        On a cluster its profile says so: a job asks again here, on a machine that may have GPUs where
+        the one that submitted it had none, and must not take more cores than it was given.
+        """
+        return 4 if self._gpus and not inside_allocation() else 1

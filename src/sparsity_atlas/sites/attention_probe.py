@@ -1,0 +1,162 @@
+"""Search for attention by experiment: number the outputs of the maps beside the FFN and see what follows.
+
+One forward pass runs in which the output of every linear-like module of a layer, those of its FFN aside,
+is replaced. A causal attention's first token sees itself alone: what the output map reads there are the
+values of that token, entry by entry, so the first token of each map's output gets numbers that no two
+entries share. Of later tokens it reads means of the values up to there, whatever the weights are: the
+outputs there are random, and no other map's happen to hold all those means between them. So a module is
+the output map `o` if what it reads is made of another one's output in this way; that one makes the values,
+and all modules that read the same tensor are the query, key and value maps. No name is looked at.
+
+An attention that does more than this (a gate on its output, keys and values through a smaller space,
+values that are normalised or shared between layers) has no such sites, nor has a layer with any other
+linear map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsity_atlas.sites.attention import Attention
+from sparsity_atlas.sites.ffn import FFN, layer_path
+from sparsity_atlas.sites.ffn_probe import linear_like
+from sparsity_atlas.sites.projection import Projection
+
+# ±(1 + k/128), k from 0 to 127: exact in bfloat16.
+_DIGITS = 256
+# Of numbers between 1 and 2: what rounding a mean to bfloat16 explains.
+_TOLERANCE = 0.02
+# Mean distance of a later token's means from its own values: weights are not all on the token itself.
+_MIXED = 0.05
+# Entries that are looked up at once: most modules are refuted by the first of them.
+_ROWS = 256
+
+
+@dataclass
+class _Call:
+    """A module's input and the output that was put in: [batch, tokens, width]."""
+
+    path: str
+    module: nn.Module
+    input: Tensor
+    output: Tensor
+
+
+def find_attention(
+    model: nn.Module, ffns: list[FFN], run: Callable[[], Any], shape: tuple[int, int]
+) -> list[Attention] | None:
+    """The attention of every layer.
+
+    Args:
+        model: in evaluation mode.
+        ffns: all its FFNs.
+        run: one forward pass, of two sequences or more.
+        shape: sequences and tokens of that pass.
+
+    Returns:
+        One for each FFN; None if a layer has none that the experiment shows.
+    """
+    maps = linear_like(model)
+    layers = []
+    for ffn in ffns:
+        place = layer_path(ffn, ffns)
+        own = {one.path for one in (ffn.up, ffn.gate, ffn.down) if one is not None}
+        beside = {
+            path: module
+            for path, module in maps.items()
+            if place and path.startswith(f"{place}.") and path not in own
+        }
+        layers.append(beside)
+    calls: dict[str, list[_Call | None]] = {path: [] for beside in layers for path in beside}
+    with ExitStack() as stack:
+        for beside in layers:
+            for path, module in beside.items():
+                _hook(stack, path, module, shape, calls[path])
+        run()
+    found = [_attention([call for path in beside for call in calls[path]]) for beside in layers]
+    return [one for one in found if one] if all(found) else None
+
+
+def _hook(
+    stack: ExitStack,
+    path: str,
+    module: nn.Module,
+    shape: tuple[int, int],
+    calls: list[_Call | None],
+) -> None:
+    """Note a module's calls, None for one that is not of one tensor by token, and put numbers out."""
+    generator = torch.Generator().manual_seed(len(path) + sum(path.encode()))
+
+    def replace(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        given = next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
+        if given is not None and not given.is_floating_point():
+            return None  # an embedding
+        tokens = shape[0] * shape[1]
+        for one in (given, output):
+            if not isinstance(one, Tensor) or one.numel() != tokens * one.shape[-1]:
+                calls.append(None)
+                return None
+        made = _numbered(shape, output.shape[-1], generator).to(output.dtype)
+        read = given.reshape(*shape, -1).float().clone()
+        calls.append(_Call(path, module, read, made.float()))
+        return made.reshape(output.shape).to(output.device)
+
+    stack.callback(module.register_forward_hook(replace, with_kwargs=True).remove)
+
+
+def _numbered(shape: tuple[int, int], width: int, generator: torch.Generator) -> Tensor:
+    """Outputs [batch, tokens, width]: the first tokens of two sequences spell each entry's number."""
+    made = torch.rand((*shape, width), generator=generator) * 4 - 2
+    number = torch.arange(width)
+    for sequence, digit in enumerate((number % _DIGITS, number // _DIGITS % _DIGITS)):
+        made[sequence, 0] = (1 + digit // 2 / 128) * torch.where(digit % 2 == 0, 1.0, -1.0)
+    return made
+
+
+def _attention(noted: list[_Call | None]) -> Attention | None:
+    """The attention of one layer whose maps ran like this."""
+    calls = [call for call in noted if call is not None]
+    if len(calls) < len(noted) or len({call.path for call in calls}) < len(calls):
+        return None
+    pairs = [(v, o) for v in calls for o in calls if not _same(v.input, o.input) and _mixes(v, o)]
+    if len(pairs) != 1:
+        return None
+    v, o = pairs[0]
+    qkv = [call for call in calls if call is not o and _same(call.input, v.input)]
+    if len(qkv) + 1 != len(calls):
+        return None
+    return Attention(
+        qkv=tuple(Projection(call.path, call.module) for call in qkv),
+        o=Projection(o.path, o.module),
+        hidden=v.input.shape[-1],
+        width=o.input.shape[-1],
+        outputs=sum(call.output.shape[-1] for call in qkv),
+        hidden_out=o.output.shape[-1],
+    )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool(torch.equal(one, other))
+
+
+def _mixes(v: _Call, o: _Call) -> bool:
+    """Whether o reads means over tokens of entries of v's output."""
+    read, made = o.input.cpu(), v.output
+    first = made[:2, 0].T.contiguous()
+    nearest = []
+    for rows in read[:2, 0].T.contiguous().split(_ROWS):
+        distance, index = torch.cdist(rows, first).min(dim=1)
+        if float(distance.max()) > _TOLERANCE:
+            return False
+        nearest.append(index)
+    values = made[:, :, torch.cat(nearest)]
+    low, high = values.cummin(dim=1).values, values.cummax(dim=1).values
+    if bool(((read < low - _TOLERANCE) | (read > high + _TOLERANCE)).any()):
+        return False
+    return float((read - values)[:, 1:].abs().mean()) > _MIXED

@@ -1,0 +1,167 @@
+"""Find the sites of any decoder: by structure, proved by experiment, without a table of names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.sites.attention_probe import find_attention
+from sparsity_atlas.sites.ffn import ACTIVATIONS, FFN, Activation, bind_ffns
+from sparsity_atlas.sites.ffn_probe import Search
+from sparsity_atlas.sites.hooks import intercept, observe, transform
+from sparsity_atlas.sites.hypotheses import Hypothesis
+from sparsity_atlas.sites.layers import as_named, check_run_once, one_a_layer
+from sparsity_atlas.sites.naming import expand
+from sparsity_atlas.sites.proof import prove, proves_attention
+from sparsity_atlas.terms import SITES, STORED, TENSORS
+
+__all__ = [
+    "FFN",
+    "SITES",
+    "STORED",
+    "TENSORS",
+    "bind_ffns",
+    "find_ffns",
+    "intercept",
+    "observe",
+    "transform",
+]
+
+# Two sequences, so that a model that swaps batch and tokens is noticed.
+PROBE_BATCH, PROBE_TOKENS = 2, 8
+
+
+def find_ffns(model: nn.Module, modules: dict[str, str] | None = None) -> list[FFN]:
+    """Find and prove the FFN of every layer, and its attention: a few passes over a few random tokens.
+
+    Args:
+        model: a causal language model; called as model(ids), in its own type and on its device.
+        modules: the user's naming, where the search fails: `down`, and `up` (with `gate`), or
+            `gate_up` with `order`; `activation`. Module paths, {layer} for the layer's number.
+
+    Returns:
+        One FFN a layer, in the order of execution, with the attention where every layer shows one.
+
+    Raises:
+        AtlasError: an FFN that is not found or not proved; mixtures of experts.
+    """
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    layers = getattr(text, "num_hidden_layers", None)
+    _refuse(model, text)
+    named = expand(model, modules, layers) if modules else None
+    ids = random_ids(model, (PROBE_BATCH, PROBE_TOKENS))
+    run = forward_of(model, ids)
+    with torch.no_grad(), _evaluating(model):
+        with ExitStack() as stack:
+            search = Search(model, ids.numel(), named, _named_functions(text))
+            search.attach(stack)
+            run()
+        check_run_once(search.findings)
+        if named is not None:
+            found = as_named(search.findings, named)
+        else:
+            found = one_a_layer(model, search.findings, layers)
+        ffns = [_bind(model, layer, search, entry) for layer, entry in enumerate(found)]
+        ffns = prove(ffns, run)
+        attention = find_attention(model, ffns, run, (PROBE_BATCH, PROBE_TOKENS))
+        if attention is None:
+            return ffns
+        pairs = zip(ffns, attention, strict=True)
+        whole = [replace(ffn, attention=own) for ffn, own in pairs]
+        return whole if proves_attention(whole, run) else ffns
+
+
+def forward_of(model: nn.Module, ids: torch.Tensor) -> Callable[[], Any]:
+    """A forward pass of the model over some token ids [batch, tokens], without a cache."""
+    parameters = signature(model.forward).parameters
+    # A cache would only cost memory, and some architectures refuse to make one for few layers.
+    options = {"use_cache": False} if "use_cache" in parameters else {}
+    if "input_ids" in parameters:
+        return partial(model, input_ids=ids, **options)
+    return partial(model, ids, **options)
+
+
+def _bind(model: nn.Module, layer: int, search: Search, entry: Hypothesis) -> FFN:
+    activation = entry.activation
+    if activation.path is not None and search.findings.calls[activation.path] > 1:
+        activation = Activation(activation.name, activation.function, activation.path)
+    return FFN(
+        layer=layer,
+        hidden=entry.hidden,
+        width=entry.width,
+        up=entry.up,
+        gate=entry.gate,
+        activation=activation,
+        down=entry.down,
+        model=model,
+    )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _refuse(model: nn.Module, text: Any) -> None:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise AtlasError(f"{type(model).__name__}: encoder-decoder models are not supported")
+    several = any(
+        "expert" in key and type(value) is int and value > 1
+        for key, value in (vars(text).items() if text is not None else ())
+    )
+    for path, module in model.named_modules():
+        named = (
+            "expert" in path.rpartition(".")[2].lower()
+            and next(module.parameters(), None) is not None
+        )
+        # Experts are often one tensor [experts, out, in]; other modules have such tensors too.
+        stacked = several and any(
+            parameter.dim() == 3 and not isinstance(module, nn.Conv1d)
+            for parameter in module.parameters(recurse=False)
+        )
+        if named or stacked:
+            raise AtlasError(
+                f"{type(model).__name__}: {path} holds experts: mixtures of experts are not "
+                "supported yet"
+            )
+
+
+def random_ids(model: nn.Module, shape: tuple[int, int]) -> torch.Tensor:
+    """Token ids [batch, tokens], the same at each call, without those that the config reserves."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    size = getattr(text, "vocab_size", None) or (embedding.num_embeddings if embedding else None)
+    if size is None:
+        raise AtlasError(f"{type(model).__name__}: no vocabulary size and no embedding to tell it")
+    reserved: set[int] = set()
+    for one in (config, text):
+        for key, value in vars(one).items() if one is not None else ():
+            if key.endswith(("_token_id", "_token_index")):
+                reserved.update(value if isinstance(value, list | tuple) else (value,))
+    usable = torch.tensor([i for i in range(min(size, 4096)) if i not in reserved] or [0])
+    generator = torch.Generator().manual_seed(0)
+    choice = torch.randint(len(usable), shape, generator=generator)
+    device = (embedding.weight if embedding else next(model.parameters())).device
+    return usable[choice].to(device)
+
+
+def _named_functions(config: Any) -> tuple[str, ...]:
+    """Activation functions that the config names anywhere: tried first, so that ties go to them."""
+    values = vars(config).values() if config is not None else ()
+    return tuple(value for value in values if isinstance(value, str) and value in ACTIVATIONS)

@@ -1,0 +1,132 @@
+"""Proof of found FFNs on the model's own numbers, through the hooks that will be used later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.sites.ffn import FFN
+from sparsity_atlas.sites.hooks import observe
+from sparsity_atlas.sites.hypotheses import relative_error, tolerance
+from sparsity_atlas.sites.projection import Projection
+
+# Loose: reduced-precision products (TF32) must pass, and what is not affine misses by far more.
+AFFINE = 0.03
+
+
+def prove(ffns: list[FFN], run: Callable[[], Any]) -> list[FFN]:
+    """Prove each FFN in an ordinary forward pass.
+
+    In float32, with a relative error that rounding in the model's own type can explain: u ⊙ g = i;
+    the factors recomputed from x are those that the model used; FFN(x) is what the down projection
+    gave; all projections are affine. That each tensor comes by once is seen to by `observe`.
+
+    Args:
+        ffns: all FFNs of one model, in evaluation mode.
+        run: one forward pass over a few tokens.
+
+    Returns:
+        The FFNs, those marked whose factors the model overwrites.
+
+    Raises:
+        AtlasError: names the layer, the equation and the error.
+    """
+    seen: dict[int, dict[str, tuple[Tensor, Tensor]]] = {ffn.layer: {} for ffn in ffns}
+    overwritten: set[int] = set()
+    by_layer = {ffn.layer: ffn for ffn in ffns}
+
+    def keep(layer: int, name: str, tensor: Tensor) -> None:
+        seen[layer][name] = (tensor, tensor.clone())
+        if name == "intermediate" and any(
+            not torch.equal(seen[layer][factor][0], seen[layer][factor][1])
+            for factor in ("up", "gate")
+            if factor in seen[layer]
+        ):
+            overwritten.add(layer)
+
+    def finish(layer: int, module: nn.Module, args: tuple, output: Tensor) -> None:
+        values = {name: copy for name, (_, copy) in seen[layer].items()}
+        # Freed layer by layer: a large model's activations are not kept to the end.
+        seen[layer].clear()
+        if "input" in values and "intermediate" in values:
+            _check(by_layer[layer], values, output.reshape(*values["input"].shape[:-1], -1))
+
+    with ExitStack() as stack:
+        for gated in (True, False):
+            group = [ffn for ffn in ffns if ffn.gated is gated]
+            sites = ("input", "intermediate", *(("up", "gate") if gated else ()))
+            if group:
+                stack.enter_context(observe(group, sites, keep))
+        for ffn in ffns:
+
+            def hook(*call: Any, layer: int = ffn.layer) -> None:
+                finish(layer, *call)
+
+            stack.callback(ffn.down.module.register_forward_hook(hook).remove)
+        run()
+    return [replace(ffn, overwritten=ffn.layer in overwritten) for ffn in ffns]
+
+
+def proves_attention(ffns: list[FFN], run: Callable[[], Any]) -> bool:
+    """Whether all maps of every attention are affine, seen in an ordinary forward pass."""
+    errors: list[float] = []
+
+    def check(layer: int, name: str, tensor: Tensor) -> None:
+        for projection in ffns[layer].readers(name):
+            errors.append(relative_error(*_affine(projection, tensor)))
+
+    with observe(ffns, ("qkv_input", "o_input"), check):
+        run()
+    # Written so that NaN fails.
+    return all(error <= AFFINE for error in errors)
+
+
+def _check(ffn: FFN, values: dict[str, Tensor], output: Tensor) -> None:
+    x, i = values["input"], values["intermediate"]
+    u, g = ffn.factors(x)
+    again = ffn.intermediate(x)
+    limit = tolerance(x.dtype)
+    equations = {
+        "intermediate(x) = input of the down projection": (i, again, limit),
+        "down(i) = the FFN's output": (output, ffn.output(i), limit),
+        "FFN(x) = the FFN's output": (output, ffn.output(again), 2 * limit),
+        "up is affine": (*_affine(ffn.up, x), AFFINE),
+        "down is affine": (*_affine(ffn.down, i), AFFINE),
+    }
+    if g is not None and ffn.gate is not None:
+        equations |= {
+            "u ⊙ g = input of the down projection": (i, values["up"] * values["gate"], limit),
+            "u(x) = the u that was used": (values["up"], u, limit),
+            "g(x) = the g that was used": (values["gate"], g, limit),
+            "gate is affine": (*_affine(ffn.gate, x), AFFINE),
+        }
+    for equation, (expected, found, allowed) in equations.items():
+        _hold(ffn, equation, expected, found, allowed)
+
+
+def _hold(ffn: FFN, equation: str, expected: Tensor, found: Tensor, allowed: float) -> None:
+    error = relative_error(expected, found)
+    # Written so that NaN fails.
+    if not error <= allowed:
+        raise AtlasError(
+            f"layer {ffn.layer} ({ffn.down.path}): {equation} does not hold on the model's own "
+            f"numbers: relative error {error:.2g}, allowed {allowed:.2g}"
+        )
+
+
+def _affine(projection: Projection, like: Tensor) -> tuple[Tensor, Tensor]:
+    """f(x) + f(y) − f(0) and f(x + y) for random rows x and y, of the width and type of `like`.
+
+    Random and not the model's own: those can be so small that float16 rounds them to nothing.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 8, like.shape[-1], generator=generator).to(like)
+    rows = torch.cat([x, y, torch.zeros_like(x), x + y])
+    first, second, offset, both = projection(rows).float().chunk(4)
+    return first + second - offset, both

@@ -1,0 +1,276 @@
+"""Attach a criterion at a site and count zeros, without waiting for the device inside a forward pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from sparsity_atlas import kernels
+from sparsity_atlas.criteria.base import Criterion, SequenceCriterion, declares_threshold
+from sparsity_atlas.criteria.place import bind_all
+from sparsity_atlas.errors import AtlasError, NumericalFailure
+from sparsity_atlas.kernels import Masked
+from sparsity_atlas.kernels.definition import Threshold
+from sparsity_atlas.sites.find import STORED, TENSORS, intercept, observe
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from sparsity_atlas.criteria.base import Phase
+    from sparsity_atlas.criteria.place import State
+    from sparsity_atlas.sites.find import FFN
+
+__all__ = ["Counter", "Drop", "NumericalFailure", "Slot", "applied", "counted", "dropping"]
+__all__ += ["sparsified"]
+
+Drop = Callable[["Tensor", "Tensor"], Masked]
+"""Drops of the second tensor what a criterion drops of the first; see `kernels.masked`."""
+Sequences = Callable[["Tensor"], "tuple[Tensor, Phase]"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One counted vector: a tensor of one layer.
+
+    Attributes:
+        tensor: its name.
+        layer: index of the layer.
+        width: its entries.
+        outputs: weights that each of them meets.
+    """
+
+    tensor: str
+    layer: int
+    width: int
+    outputs: int
+
+
+class Counter:
+    """Counts zeros for each slot and each token, in each forward pass.
+
+    The caller says before a forward pass which of its tokens count (`expect`) and takes the counts
+    once a batch (`take`), to weigh and add them up as it sees fit. They stay on the device until then.
+    """
+
+    def __init__(self, slots: list[Slot]) -> None:
+        self.slots = slots
+        self._index = {(slot.tensor, slot.layer): i for i, slot in enumerate(slots)}
+        self._valid: Tensor | None = None
+        self._generates = False
+        self._zeros: list[list[Tensor | None]] = []  # [passes][slots], each [batch, tokens]
+        self._finite: list[list[Tensor | None]] = []
+
+    def expect(self, valid: Tensor, *, generates: bool = False) -> None:
+        """Announce a batch: bool [batch, tokens], True where a token is no padding.
+
+        Later passes of the same batch (generation) bring one token for each row, which all count.
+
+        Args:
+            valid: of the first pass.
+            generates: whether later passes follow.
+        """
+        self._valid = valid
+        self._generates = generates
+        self._zeros, self._finite = [], []
+
+    def begin_pass(self, *_: object) -> None:
+        """A forward pass of the model begins (a hook calls this)."""
+        self._zeros.append([None] * len(self.slots))
+        self._finite.append([None] * len(self.slots))
+
+    def sequences(self, values: Tensor) -> tuple[Tensor, Phase]:
+        """What a pass is: its valid tokens, bool [batch, tokens], and its phase.
+
+        Args:
+            values: [batch, tokens, width], of the pass.
+        """
+        if len(self._zeros) == 1 and self._valid is not None:
+            return self._valid, "prompt" if self._generates else "scoring"
+        valid = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
+        return valid, "scoring" if self._valid is None else "generation"
+
+    def add(self, tensor_name: str, layer: int, zeros: Tensor, finite: Tensor) -> None:
+        """Count a slot's zeros.
+
+        Args:
+            tensor_name: which tensor of the layer.
+            layer: index of the layer.
+            zeros: integer [batch, tokens], after masking.
+            finite: bool [batch, tokens], whether a token's vector is free of NaN and infinities.
+        """
+        if self._valid is None:  # a forward pass that nobody evaluates, such as a warm-up
+            return
+        slot = self._index[tensor_name, layer]
+        self._zeros[-1][slot] = zeros
+        self._finite[-1][slot] = finite
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Zeros of the batch, on the device.
+
+        Returns:
+            Of the first pass, int64 [slots, batch, tokens], 0 where padding is; of the later passes
+            with their one token a row, int64 [passes - 1, slots, batch].
+
+        Raises:
+            NumericalFailure: a vector that counts held NaN or an infinity.
+        """
+        valid, self._valid = self._valid, None
+        zeros = [torch.stack(one).long() for one in self._zeros]  # each [slots, batch, tokens]
+        finite = [torch.stack(one) for one in self._finite]
+        zeros[0] = zeros[0] * valid
+        finite[0] = finite[0] | ~valid
+        whole = torch.stack([one.flatten(1).all(-1) for one in finite]).all(0)
+        for slot, good in zip(self.slots, whole.tolist(), strict=True):
+            if not good:
+                raise NumericalFailure(f"NaN or infinity in '{slot.tensor}' of layer {slot.layer}")
+        first, *later = zeros
+        rest = torch.stack(later).squeeze(-1) if later else first.new_zeros(0, *first.shape[:2])
+        return first, rest
+
+
+def scored(values: Tensor) -> tuple[Tensor, Phase]:
+    """Whole sequences [batch, tokens, width] that are scored in one pass; see `Counter.sequences`."""
+    return torch.ones(values.shape[:2], dtype=torch.bool, device=values.device), "scoring"
+
+
+def dropping(criterion: Criterion, level: float, sequences: Sequences = scored) -> Drop:
+    """What a bound criterion does at a level, by the fastest path there is; prepared once a width.
+
+    Args:
+        criterion: as it is bound to the tensor.
+        level: its number.
+        sequences: which tokens of [batch, tokens, width] are valid, and their phase; asked where the
+            criterion looks at more than one token.
+
+    Raises:
+        AtlasError: (when called) a criterion of the user's that returns no mask of the right type.
+    """
+    replaces = type(criterion).replace is not Criterion.replace
+    if replaces or not declares_threshold(criterion):
+        return lambda values, onto: _by_mask(criterion, values, onto, level, sequences)
+
+    @cache
+    def rule(width: int, device: torch.device) -> Threshold:
+        return criterion.threshold(level, width).to(device)
+
+    return lambda values, onto: kernels.masked(rule(values.shape[-1], values.device), values, onto)
+
+
+def _by_mask(
+    criterion: Criterion, values: Tensor, onto: Tensor, level: float, sequences: Sequences
+) -> Masked:
+    shape, device = values.shape, values.device
+    # Apple's MPS has no float64, which a definition may need.
+    seen, written = (one.cpu() if device.type == "mps" else one for one in (values, onto))
+    rows, written = (one.reshape(-1, shape[-1]) for one in (seen, written))
+    if isinstance(criterion, SequenceCriterion):
+        valid, phase = sequences(seen)
+        mask = criterion.mask_sequences(seen, valid.to(seen.device), phase, level).view(rows.shape)
+    else:
+        mask = criterion.mask(rows, level)
+    if not (torch.is_tensor(mask) and mask.dtype == torch.bool and mask.shape == rows.shape):
+        found = f"{mask.dtype} {list(mask.shape)}" if torch.is_tensor(mask) else type(mask)
+        raise AtlasError(
+            f"{type(criterion).__name__}.mask: expected torch.bool {list(rows.shape)}, "
+            f"found {found}"
+        )
+    masked = kernels.by_mask(mask.to(device).view(shape), values, onto)
+    replaced = criterion.replace(rows, written, mask, level)
+    return masked if replaced is None else masked._replace(out=replaced.to(device).view(shape))
+
+
+def slots_of(ffns: list[FFN], site: str | None) -> list[Slot]:
+    """What is counted at a site (None: at every site), in the order of a forward pass."""
+    sites = ffns[0].sites() if site is None else [site]
+    tensors = {name for one in sites for name in TENSORS[one]}
+    order = [name for name in STORED if name in tensors]
+    return [
+        Slot(name, ffn.layer, ffn.size(name), ffn.outputs(name)) for ffn in ffns for name in order
+    ]
+
+
+@contextlib.contextmanager
+def counted(model: PreTrainedModel, ffns: list[FFN]) -> Iterator[Counter]:
+    """Count exact zeros at every site of an untouched model."""
+    counter = Counter(slots_of(ffns, None))
+    # A threshold that drops nothing counts in one pass.
+    everything = Threshold("fixed", constants=torch.zeros(1))
+
+    @cache
+    def rule(device: torch.device) -> Threshold:
+        return everything.to(device)
+
+    def count(layer: int, name: str, values: Tensor) -> None:
+        _, zeros, finite = kernels.masked(rule(values.device), values, values)
+        counter.add(name, layer, zeros, finite)
+
+    with _passes(model, counter), observe(ffns, ffns[0].sites(), count):
+        yield counter
+
+
+@contextlib.contextmanager
+def sparsified(
+    model: PreTrainedModel,
+    ffns: list[FFN],
+    site: str,
+    criterion: Criterion,
+    level: float,
+    calibration: Mapping[str, State] | None = None,
+) -> Iterator[Counter]:
+    """Drop what `criterion` drops at `site` in every layer, and count zeros there.
+
+    A dropped entry counts as a zero also where the criterion puts something in its place.
+    """
+    bound = bind_all(criterion, ffns, site, calibration)
+    with applied(model, ffns, site, bound, level) as counter:
+        yield counter
+
+
+@contextlib.contextmanager
+def applied(
+    model: PreTrainedModel,
+    ffns: list[FFN],
+    site: str,
+    bound: Mapping[tuple[int, str], Criterion],
+    level: float,
+) -> Iterator[Counter]:
+    """Drop what bound criteria drop at their places of a site, and count zeros there.
+
+    Args:
+        model: the model.
+        ffns: all of its FFNs.
+        site: where.
+        bound: a criterion by layer and tensor; a place of the site that is not among them stays dense.
+        level: of all of them.
+    """
+    slots = [slot for slot in slots_of(ffns, site) if (slot.layer, slot.tensor) in bound]
+    counter = Counter(slots)
+    drops = {place: dropping(rule, level, counter.sequences) for place, rule in bound.items()}
+
+    def rewrite(layer: int, name: str, values: Tensor, onto: Tensor) -> Tensor | None:
+        drop = drops.get((layer, name))
+        if drop is None:
+            return None
+        out, zeros, finite = drop(values, onto)
+        counter.add(name, layer, zeros, finite)
+        return out
+
+    with _passes(model, counter), intercept(ffns, site, rewrite):
+        yield counter
+
+
+@contextlib.contextmanager
+def _passes(model: PreTrainedModel, counter: Counter) -> Iterator[None]:
+    handle = model.register_forward_pre_hook(counter.begin_pass)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,303 @@
+"""Stage `summarize`: the tables. Every number that a figure shows stands in one of them.
+
+critical_sparsity.csv   model × criterion × site × task × bar: critical and PPL-p% sparsity
+curves.csv              … × level: induced sparsity, score, retained accuracy, added loss
+comparison.csv          model × site × task × sparsity × criterion: scores at equal induced sparsity, and
+                        their paired differences from the first criterion
+layers.csv              … × level × tensor × layer: induced sparsity under the tasks, and, from the
+                        captured text, induced sparsity and FFN-output error; of a calibrated
+                        criterion what its level asked of the layer, and what its calibration got
+metrics.csv             model × tensor × layer: effective rank, Gini, Hoyer, zeros
+magnitudes.csv          model × tensor: histogram of log10(|v| / RMS)
+output_error.csv        model × criterion × site × level: over the layers, mean induced sparsity
+                        and mean, smallest and largest FFN-output error on the captured text
+allocation.csv          model × criterion × site × tensor × layer × sparsity, of criteria with an
+                        allocation: damage of this layer alone at this sparsity, and its own sparsity
+                        where this is the target
+sensitivity.csv         model × criterion × site × level × tensor × layer: what this layer, sparsified
+                        alone, adds to the loss
+scaling.csv             criterion × family × site × task × bar: slope over log10 of the
+                        non-embedding parameters
+models.csv              one row a model: source, architecture, sizes
+failures.csv            every task that failed at a level, and why
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsity_atlas.config.selection import unfold
+from sparsity_atlas.criteria.calibration_file import read_calibration
+from sparsity_atlas.curves.critical import CriticalRow
+from sparsity_atlas.curves.points import CurvePoint
+from sparsity_atlas.files.csv import Table, write_csv, write_side_by_side
+from sparsity_atlas.files.parquet import read_parquet
+from sparsity_atlas.files.whole import read_manifest
+from sparsity_atlas.statistics.slopes import SCALING, Scaling
+from sparsity_atlas.tables.comparison import COMPARISON, comparison_rows
+from sparsity_atlas.terms import AVERAGE
+
+
+def _key(path: Path) -> dict[str, str]:
+    """Model, criterion and site from results/{model}/{criterion}/{site}/<file>."""
+    return dict(zip(("model", "criterion", "site"), path.parts[-4:-1], strict=True))
+
+
+KEY = ["model", "criterion", "site"]
+SIZES = ["parameters", "non_embedding_parameters", "layers"]
+CRITICAL = [*KEY, *SIZES, *(one.name for one in fields(CriticalRow)), "cut_items", "windowed_items"]
+POINTS = [*KEY, *(one.name for one in fields(CurvePoint)), "parameter_sparsity"]
+LAYERS = [*KEY, "level", "tensor", "layer", "sparsity", "captured_sparsity", "output_error"]
+LAYERS += ["target_of", "target", "reached"]
+METRICS = ["model", "tensor", "layer", "tokens", "width", "effective_rank", "effective_rank_share"]
+METRICS += ["gini", "hoyer", "near_zero", "exact_zero", "rms"]
+MAGNITUDES = ["model", "tensor", "low", "high", "share"]
+ERRORS = [*KEY, "level", "sparsity", "error", "error_low", "error_high"]
+ALLOCATION = [*KEY, "allocation", "tensor", "layer", "sparsity", "damage", "own_sparsity"]
+SENSITIVITY = [*KEY, "level", "tensor", "layer", "sparsity"]
+SENSITIVITY += ["added_loss", "added_loss_low", "added_loss_high"]
+MODELS = ["model", "source", "revision", "architecture", "activation", "family", "dtype", *SIZES]
+MODELS += ["hidden", "width", "sites", "digest"]
+FAILURES = [*KEY, "level", "task", "reason"]
+
+
+def model_sizes(paths: list[Path]) -> dict[str, dict[str, int]]:
+    """Sizes of each model, by its folder's name."""
+    sizes = {}
+    for path in paths:
+        manifest = read_manifest(path)
+        sizes[path.parent.name] = {
+            "parameters": manifest["parameters"]["total"],
+            "non_embedding_parameters": manifest["parameters"]["non_embedding"],
+            "layers": manifest["layers"],
+        }
+    return sizes
+
+
+def critical_rows(
+    key: dict[str, str], curve: dict[str, Any], sizes: dict[str, dict[str, int]]
+) -> Iterator[dict[str, Any]]:
+    """A curve's rows of critical_sparsity.csv."""
+    accuracies = {row["task"] for row in curve["critical"] if row["kind"] == "accuracy"} - {AVERAGE}
+    for row in curve["critical"]:
+        tasks = accuracies if row["task"] == AVERAGE else {row["task"]}
+        cut = {
+            f"{name}_items": sum(curve["cut"][task][count] for task in tasks)
+            for name, count in (("cut", "items"), ("windowed", "windowed"))
+        }
+        yield {**key, **sizes[key["model"]], **row, **cut}
+
+
+def layer_rows(
+    key: dict[str, str], curve: dict[str, Any], captured: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """A curve's rows of layers.csv, with those of its sparsity.parquet beside them."""
+    stored = {(row["level"], row["layer"]): row for row in captured}
+    for level, tensors in curve["layers"].items():
+        for tensor, shares in tensors.items():
+            for layer, share in enumerate(shares):
+                beside = stored.get((level, layer), {})
+                yield {
+                    **key,
+                    **{"level": level, "tensor": tensor, "layer": layer, "sparsity": share},
+                    "captured_sparsity": beside.get("sparsity"),
+                    "output_error": beside.get("error"),
+                    **{name: beside.get(name) for name in ("target_of", "target", "reached")},
+                }
+
+
+def _captured(path: Path) -> list[dict[str, Any]]:
+    """Rows of a sparsity.parquet."""
+    # The stages' own modules bring zarr, which a model's summary does not need; here and below.
+    from sparsity_atlas.studies.output_error import SCHEMA
+
+    return read_parquet(path, SCHEMA).to_pylist()
+
+
+def metric_rows(metrics: list[Path]) -> list[dict[str, Any]]:
+    """Rows of metrics.csv and the histograms; `all_inputs` repeats other sites' tensors."""
+    from sparsity_atlas.activations.metrics import SCHEMA
+
+    rows = {}
+    for path in metrics:
+        for row in read_parquet(path, SCHEMA).to_pylist():
+            rows.setdefault((path.parts[-3], row["tensor"], row["layer"]), row)
+    return [{"model": model, **row} for (model, _, _), row in rows.items()]
+
+
+def magnitude_rows(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Rows of magnitudes.csv: the histograms of a model's layers, pooled; zeros are left out."""
+    from sparsity_atlas.activations.metrics import BIN_EDGES
+
+    pooled: dict[tuple[str, str], np.ndarray] = {}
+    for row in rows:
+        key = (row["model"], row["tensor"])
+        pooled[key] = pooled.get(key, 0) + np.array(row["histogram"])
+    for (model, tensor), counts in pooled.items():
+        for low, high, count in zip(BIN_EDGES[:-1], BIN_EDGES[1:], counts, strict=True):
+            yield {
+                **{"model": model, "tensor": tensor, "low": float(low), "high": float(high)},
+                "share": float(count / max(counts.sum(), 1)),
+            }
+
+
+def error_rows(key: dict[str, str], captured: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A curve's rows of output_error.csv, without levels of which a layer's dense output is all zeros."""
+    levels: dict[str, list[dict[str, Any]]] = {}
+    for row in captured:
+        levels.setdefault(row["level"], []).append(row)
+    for level, rows in levels.items():
+        errors = [row["error"] for row in rows]
+        if None not in errors:
+            yield {
+                **key,
+                "level": level,
+                "sparsity": float(np.mean([row["sparsity"] for row in rows])),
+                "error": float(np.mean(errors)),
+                "error_low": min(errors),
+                "error_high": max(errors),
+            }
+
+
+def allocation_rows(curves: list[Path]) -> Iterator[dict[str, Any]]:
+    """Rows of allocation.csv, from the calibrations beside the curves."""
+    for path in curves:
+        calibration = path.with_name("calibration.safetensors")
+        if not calibration.is_file():
+            continue
+        found = read_calibration(calibration, "np")
+        for place, state in found.states.items():
+            if "share" not in state:
+                continue
+            tensor, _, layer = place.rpartition(".")
+            targets = np.linspace(0, 1, len(state["share"]))
+            own = np.interp(state["grid"], targets, state["share"])
+            for level, damage, share in zip(state["grid"], state["damage"], own, strict=True):
+                yield {
+                    **_key(path),
+                    "allocation": found.about["criterion"]["allocation"],
+                    **{"tensor": tensor, "layer": int(layer), "sparsity": round(float(level), 6)},
+                    **{"damage": float(damage), "own_sparsity": round(float(share), 6)},
+                }
+
+
+def sensitivity_rows(paths: list[Path]) -> Iterator[dict[str, Any]]:
+    """Rows of sensitivity.csv."""
+    from sparsity_atlas.studies.sensitivity import SCHEMA
+
+    for path in paths:
+        for row in read_parquet(path, SCHEMA).to_pylist():
+            yield {**_key(path), **row}
+
+
+def model_rows(paths: list[Path]) -> list[dict[str, Any]]:
+    """Rows of models.csv. A family shares its architecture and its activation."""
+    sizes = model_sizes(paths)
+    rows = []
+    for path in paths:
+        manifest = read_manifest(path)
+        source = manifest["source"]
+        rows.append(
+            {
+                **{key: manifest[key] for key in MODELS if key in manifest},
+                **sizes[path.parent.name],
+                "model": path.parent.name,
+                "source": source.get("hub") or source["path"],
+                "family": f"{manifest['architecture']}, {manifest['activation']}",
+                "sites": " ".join(manifest["sites"]),
+            }
+        )
+    return rows
+
+
+def write_tables(
+    folder: Path,
+    models: list[Path],
+    curves: list[Path],
+    sparsity: list[Path],
+    metrics: list[Path],
+    sensitivity: list[Path],
+) -> None:
+    """Write all tables of a run into a folder. One curve is in memory at a time.
+
+    Args:
+        folder: where the CSV files go.
+        models: manifests of the models; every file of the other lists belongs to one of them.
+        curves: curve.json files, with equal_sparsity.parquet beside each.
+        sparsity: sparsity.parquet files.
+        metrics: Parquet files of `metrics`.
+        sensitivity: Parquet files of `sensitivity`.
+    """
+    sizes = model_sizes(models)
+    described = model_rows(models)
+    scaling = Scaling({row["model"]: row["family"] for row in described})
+    stored = {path.parent: path for path in sparsity}
+
+    def read_curves(tables: dict[str, Table]) -> None:
+        for path in curves:
+            key, curve = _key(path), read_manifest(path)
+            captured = _captured(stored[path.parent]) if path.parent in stored else []
+            critical = list(critical_rows(key, curve, sizes))
+            tables["critical_sparsity.csv"].add(critical)
+            for row in critical:
+                scaling.add(row)
+            tables["curves.csv"].add({**key, **row} for row in curve["points"])
+            tables["layers.csv"].add(layer_rows(key, curve, captured))
+            tables["failures.csv"].add({**key, **row} for row in curve["failures"])
+
+    columns = {"critical_sparsity.csv": CRITICAL, "curves.csv": POINTS, "layers.csv": LAYERS}
+    write_side_by_side(folder, {**columns, "failures.csv": FAILURES}, read_curves)
+    errors = (row for path in sparsity for row in error_rows(_key(path), _captured(path)))
+    write_csv(folder / "output_error.csv", ERRORS, errors)
+    write_csv(folder / "scaling.csv", SCALING, scaling.rows())
+    write_csv(folder / "models.csv", MODELS, described)
+    measured = metric_rows(metrics)
+    write_csv(folder / "metrics.csv", METRICS, measured)
+    write_csv(folder / "magnitudes.csv", MAGNITUDES, magnitude_rows(measured))
+    write_csv(folder / "comparison.csv", COMPARISON, comparison_rows(curves, sparsity))
+    write_csv(folder / "allocation.csv", ALLOCATION, allocation_rows(curves))
+    write_csv(folder / "sensitivity.csv", SENSITIVITY, sensitivity_rows(sensitivity))
+
+
+def write_summary(path: Path, model: Path, curves: list[Path]) -> None:
+    """Write the rows of critical_sparsity.csv of one model's curves."""
+    sizes = model_sizes([model])
+    rows = (row for one in curves for row in critical_rows(_key(one), read_manifest(one), sizes))
+    write_csv(path, CRITICAL, rows)
+
+
+def main() -> None:
+    """Command line of the stage."""
+    parser = argparse.ArgumentParser(prog="sparsity-atlas summarize", description=__doc__)
+    stages = parser.add_subparsers(dest="what", required=True)
+    one = stages.add_parser("model", help="one model's summary")
+    one.add_argument("--model", required=True, type=Path, help="its manifest")
+    one.add_argument("--curves", required=True, nargs="*", type=Path, help="its curve.json files")
+    one.add_argument("--output", required=True, type=Path, help="CSV file to write")
+    every = stages.add_parser("tables", help="all tables of a run")
+    every.add_argument("--curves", required=True, help="JSON: the run's curves (see selection.py)")
+    every.add_argument(
+        "--studies", required=True, help="JSON: the curves whose layers were looked at one by one"
+    )
+    every.add_argument("--results", required=True, type=Path, help="the results' folder")
+    arguments = parser.parse_args()
+
+    if arguments.what == "model":
+        write_summary(arguments.output, arguments.model, arguments.curves)
+        return
+    results, keys = arguments.results, list(unfold(arguments.curves))
+    sites = dict.fromkeys((model, site) for model, _, site in keys)
+    write_tables(
+        results,
+        [results / model / "model.json" for model in dict.fromkeys(key[0] for key in keys)],
+        [results.joinpath(*key, "curve.json") for key in keys],
+        [results.joinpath(*key, "sparsity.parquet") for key in keys],
+        [results / model / "metrics" / f"{site}.parquet" for model, site in sites],
+        [results.joinpath(*key, "sensitivity.parquet") for key in unfold(arguments.studies)],
+    )

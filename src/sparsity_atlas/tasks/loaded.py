@@ -1,0 +1,96 @@
+"""An entry of the configuration's tasks, loaded: what lm-eval takes of it, and what it is known by."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sparsity_atlas.errors import TaskFailure
+from sparsity_atlas.files.whole import digest
+from sparsity_atlas.tasks.boundary import boundary
+from sparsity_atlas.tasks.modules import OwnModules
+from sparsity_atlas.tasks.seeding import RandomState
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """An entry of the configuration's tasks, ready for lm-eval.
+
+    Attributes:
+        name: its key in the configuration.
+        lm_eval_name: task or group in lm-eval.
+        contents: what `lm_eval.evaluator.evaluate` takes: leaf tasks, groups.
+        limit: first so many documents of each leaf, or None.
+        cluster: document field that names items made alike, or None.
+        identity: JSON-able description of the task and digest of its documents.
+        problem: why it cannot be evaluated on any model, or None.
+        modules: of its own code.
+        drawn: where random numbers stood when it was loaded; its requests go on from there.
+        unfollowed: its code reads by names that it computes, so that its identity may lack something.
+        allow_code: whether it may run code that the model writes.
+    """
+
+    name: str
+    lm_eval_name: str
+    contents: dict[str, Any]
+    limit: int | None
+    cluster: str | None
+    identity: dict[str, Any]
+    problem: str | None = None
+    modules: OwnModules = field(default_factory=OwnModules, repr=False)
+    drawn: RandomState = field(default_factory=RandomState.now, repr=False)
+    unfollowed: bool = False
+    allow_code: bool = False
+
+    @property
+    def leaves(self) -> dict[str, Task]:
+        """lm-eval's tasks by name; one unless this is a group."""
+        return self.contents["tasks"]
+
+    @property
+    def data(self) -> dict[str, str]:
+        """The commit of each Hub data set that it reads."""
+        configs = [leaf.config for leaf in self.leaves.values()]
+        options = {config.dataset_path: config.dataset_kwargs or {} for config in configs}
+        return {path: one["revision"] for path, one in options.items() if "revision" in one}
+
+    def identity_with(self, prepared: Callable[[], Mapping[str, Task]]) -> dict[str, Any]:
+        """The identity, with what its code made of its documents where the code cannot be followed.
+
+        Args:
+            prepared: gives the leaves with their requests; asked only where it must be.
+        """
+        if not self.unfollowed:
+            return self.identity
+        try:
+            leaves = prepared()
+        except TaskFailure as failure:
+            return {**self.identity, "problem": str(failure)}
+        requests = [[repr(one.args) for one in leaf.instances] for leaf in leaves.values()]
+        return {**self.identity, "requests": digest(requests)}
+
+    @contextlib.contextmanager
+    def code(self, doing: str) -> Iterator[None]:
+        """Where code of the task's own may run; see `task_failures.boundary`."""
+        with code_allowed(self.allow_code), boundary(self.name, doing, self.modules):
+            yield
+
+
+@contextlib.contextmanager
+def code_allowed(allow: bool) -> Iterator[None]:
+    """Let the metric `code_eval` of the library `evaluate` do its work, if that was asked for."""
+    name, before = "HF_ALLOW_CODE_EVAL", os.environ.get("HF_ALLOW_CODE_EVAL")
+    if allow:
+        os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if allow:
+            os.environ.pop(name)
+            os.environ.update({name: before} if before is not None else {})

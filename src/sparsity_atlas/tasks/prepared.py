@@ -1,0 +1,228 @@
+"""lm-eval tasks whose requests are built and tokenised once, for every node of a session."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.utils import handle_non_serializable, hash_string
+
+from sparsity_atlas.errors import TaskFailure
+from sparsity_atlas.tasks import request_cache
+from sparsity_atlas.tasks.reported_metrics import mislabelled
+from sparsity_atlas.tasks.request_cache import Row
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+
+    from sparsity_atlas.lm.model import AtlasLM
+    from sparsity_atlas.lm.work import Encoding, Work
+    from sparsity_atlas.tasks.loaded import LoadedTask
+
+
+class PreparedTask:
+    """An lm-eval task that answers from memory what `lm_eval.evaluator.evaluate` asks for.
+
+    Attributes:
+        instances: the task's requests.
+        documents: its documents, in order.
+        metrics: by filter, of each document; of the last evaluation.
+    """
+
+    def __init__(self, task: Task, documents: list[dict[str, Any]], rows: list[Row]) -> None:
+        self._task = task
+        self.eval_docs = task.eval_docs  # a property that may process every document anew
+        self.documents = documents
+        self.instances = [
+            Instance(
+                *(row.kind, documents[row.doc_id], row.arguments, row.idx),
+                metadata=(task.task_name, row.doc_id, row.repeats),
+            )
+            for row in rows
+        ]
+        task._instances = self.instances
+        self.metrics: dict[str, list[dict[str, Any]]] = {}
+        # Code of the task's own may change the document that it is given.
+        built_in = type(task).process_results is ConfigurableTask.process_results
+        self._copies = not built_in or callable(task.config.process_results)
+        if not self._copies:
+            for name in ("doc_to_text", "doc_to_choice", "doc_to_target"):
+                setattr(task, name, _remembered(getattr(task, name), documents))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
+
+    def build_all_requests(self, **_: Any) -> None:
+        """Forget earlier answers; the requests are built."""
+        self.metrics = {}
+        for instance in self.instances:
+            instance.resps = []
+            instance.filtered_resps = {}
+
+    def doc_iterator(self, **_: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The documents with their numbers; called once for each filter."""
+        name = list(self.instances[0].filtered_resps)[len(self.metrics)]
+        self.metrics[name] = []
+        return enumerate(copy.deepcopy(self.documents) if self._copies else self.documents)
+
+    def process_results(self, document: dict[str, Any], results: Any) -> dict[str, Any]:
+        """A document's metrics, which are kept."""
+        found = self._task.process_results(document, results)
+        next(reversed(self.metrics.values())).append(found)
+        return found
+
+
+def _remembered(method: Callable, documents: list[dict[str, Any]]) -> Callable:
+    """A task's reading of its documents, each done once: a template is compiled every time."""
+    known: dict[int, Any] = {}
+    ours = {id(document) for document in documents}
+
+    def read(document: Any, *arguments: Any, **options: Any) -> Any:
+        if arguments or options or id(document) not in ours:
+            return method(document, *arguments, **options)
+        if id(document) not in known:
+            known[id(document)] = method(document)
+        return known[id(document)]
+
+    return read
+
+
+@dataclass
+class Prepared:
+    """A task of the configuration, ready for one model.
+
+    Attributes:
+        contents: what `lm_eval.evaluator.evaluate` takes.
+        work: the batches.
+        hashes: of each leaf's documents.
+        clusters: of each leaf's documents; None where each is by itself.
+        chance: accuracy of a guess; None where there is nothing to choose.
+        mislabelled: documents whose label is none of their options; lm-eval counts them as wrong.
+    """
+
+    contents: dict[str, Any]
+    work: Work
+    hashes: dict[str, list[str]]
+    clusters: dict[str, list[str | None]]
+    chance: float | None
+    mislabelled: int
+
+    @property
+    def leaves(self) -> dict[str, PreparedTask]:
+        """lm-eval's tasks by name."""
+        return self.contents["tasks"]
+
+
+def prepare(lm: AtlasLM, task: LoadedTask, *, seed: int, share: bool = True) -> Prepared:
+    """Build and tokenise a task's requests.
+
+    Args:
+        lm: with the model's tokenizer and the settings of its prompts.
+        task: the task.
+        seed: of few-shot draws.
+        share: whether requests may share what they have in common, where the model can.
+
+    Raises:
+        TaskFailure: nothing to evaluate, a request that cannot be scored, or no field of the name that
+            `cluster` gives.
+    """
+    if task.problem:
+        raise TaskFailure(task.problem)
+    made_of = None if task.unfollowed else request_cache.key(lm, task, seed=seed)
+    rows = request_cache.read(made_of) if made_of else None
+    if rows is None:
+        rows = _build(lm, task, seed=seed)
+        if made_of:
+            request_cache.write(made_of, rows)
+    leaves = {}
+    requests: dict[str, list[Instance]] = defaultdict(list)
+    encodings: dict[str, list[Encoding]] = defaultdict(list)
+    for name, loaded in task.leaves.items():
+        # A copy: a task may be prepared in two ways, and answers for one of them.
+        leaf = copy.copy(loaded)
+        documents = [document for _, document in leaf.doc_iterator(limit=task.limit)]
+        own = [row for row in rows if row.leaf == name]
+        leaves[name] = PreparedTask(leaf, documents, own)
+        for row, instance in zip(own, leaves[name].instances, strict=True):
+            # As often as lm-eval will ask for it.
+            requests[row.kind] += [instance] * row.repeats
+            encodings[row.kind] += [row.encoding] * row.repeats
+    return Prepared(
+        contents={**task.contents, "tasks": leaves},
+        work=lm.work(requests, encodings, share=share),
+        hashes={name: [_hash(one) for one in leaf.documents] for name, leaf in leaves.items()},
+        clusters={
+            name: [_cluster(task, one) for one in leaf.documents] for name, leaf in leaves.items()
+        },
+        chance=_chance(leaves),
+        mislabelled=sum(mislabelled(leaf, leaf.documents) for leaf in leaves.values()),
+    )
+
+
+def _build(lm: AtlasLM, task: LoadedTask, *, seed: int) -> list[Row]:
+    # As lm-eval does, which loads a task and builds its requests in one go.
+    task.drawn.restore()
+    chat = lm.prompts.apply_chat_template
+    built: list[tuple[str, Instance]] = []
+    for name, leaf in task.leaves.items():
+        leaf.set_fewshot_seed(seed)
+        leaf.build_all_requests(
+            limit=task.limit,
+            system_instruction=lm.prompts.system_instruction,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+            chat_template=lm.apply_chat_template if chat else None,
+        )
+        built += [(name, _with(lm.prompts.gen_kwargs, one)) for one in leaf.instances]
+    rows = []
+    for kind in dict.fromkeys(instance.request_type for _, instance in built):
+        some = [(name, instance) for name, instance in built if instance.request_type == kind]
+        encoded = lm.encode(kind, [instance for _, instance in some])
+        rows += [
+            Row(name, kind, one.doc_id, one.idx, one.repeats, one.args, encoding)
+            for (name, one), encoding in zip(some, encoded, strict=True)
+        ]
+    return rows
+
+
+def _with(gen_kwargs: dict[str, Any], request: Instance) -> Instance:
+    """A request with settings of generation that outweigh its task's, as those of lm-eval's command."""
+    if gen_kwargs and request.request_type == "generate_until":
+        prompt, own, *rest = request.args
+        request.arguments = (prompt, {**own, **gen_kwargs}, *rest)
+    return request
+
+
+def _hash(document: dict[str, Any]) -> str:
+    """The hash of a document that lm-eval logs."""
+    return hash_string(
+        json.dumps(document, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    )
+
+
+def _cluster(task: LoadedTask, document: dict[str, Any]) -> str | None:
+    if task.cluster is None:
+        return None
+    if task.cluster not in document:
+        raise TaskFailure(
+            f"cluster: documents have no field '{task.cluster}'; they have {', '.join(document)}"
+        )
+    return str(document[task.cluster])
+
+
+def _chance(leaves: dict[str, PreparedTask]) -> float | None:
+    """Accuracy of a guess: mean of 1 / options over a multiple-choice task's documents."""
+    if any(leaf.OUTPUT_TYPE != "multiple_choice" for leaf in leaves.values()):
+        return None
+    shares = [
+        1 / len(leaf.doc_to_choice(document))
+        for leaf in leaves.values()
+        for document in leaf.documents
+    ]
+    return sum(shares) / len(shares)

@@ -1,0 +1,301 @@
+"""One node: what is kept, continued and run anew."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from interruptions import Interrupted, products, watch
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.evaluation.evaluate import Node, evaluate_node
+from sparsity_atlas.evaluation.samples import read_table
+from tiny_lm import (
+    CHOICE,
+    GENERATION,
+    ROLLING,
+    choice_documents,
+    letter_documents,
+    open_session,
+    rolling_documents,
+    save_model,
+    write_model_manifest,
+    write_task,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NODE = Node.make({"rule": "topp"}, "intermediate", "0.8")
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> dict[str, dict[str, Any]]:
+    """Three tasks of several batches each."""
+    folder = tmp_path / "tasks"
+    return {
+        "choice": write_task(folder, "choice", choice_documents(40), **CHOICE),
+        "pages": write_task(folder, "pages", rolling_documents(), **ROLLING),
+        "words": write_task(folder, "words", rolling_documents(9, 4), **GENERATION),
+    }
+
+
+def evaluate(
+    manifest: Path, tasks: dict, folder: Path, node: Node | None = NODE, **changes: Any
+) -> list[str]:
+    """Evaluate in a new session, as a new process does; the batches that were computed."""
+    session = open_session(manifest, tasks, **changes)
+    calls = watch(session)
+    evaluate_node(session, node, folder)
+    return calls
+
+
+def test_interrupted_and_resumed(manifest: Path, tasks: dict, tmp_path: Path) -> None:
+    whole = evaluate(manifest, tasks, tmp_path / "whole")
+    assert whole.count("score") > 8
+    assert whole.count("generate") == 3
+    for stop in range(0, len(whole), 2):
+        folder = tmp_path / f"stopped-{stop}"
+        session = open_session(manifest, tasks)
+        done = watch(session, stop)
+        with pytest.raises(Interrupted):
+            evaluate_node(session, NODE, folder)
+        assert len(done) == stop
+        assert not (folder / "eval.json").exists()
+        assert evaluate(manifest, tasks, folder) == whole[stop:]
+        assert products(folder) == products(tmp_path / "whole")
+    assert sorted(products(tmp_path / "whole")) == [".lock", "eval.json", "samples.parquet"]
+
+
+def test_interrupted_in_a_record(manifest: Path, tasks: dict, tmp_path: Path) -> None:
+    whole = evaluate(manifest, tasks, tmp_path / "whole")
+    session = open_session(manifest, tasks)
+    watch(session, 4)
+    with pytest.raises(Interrupted):
+        evaluate_node(session, NODE, tmp_path / "cut")
+    journal = tmp_path / "cut" / "choice.journal"
+    journal.write_bytes(journal.read_bytes()[:-7])
+    assert evaluate(manifest, tasks, tmp_path / "cut") == whole[3:]
+    assert products(tmp_path / "cut") == products(tmp_path / "whole")
+
+
+def test_nodes_of_a_session_do_not_see_each_other(
+    manifest: Path, tasks: dict, tmp_path: Path
+) -> None:
+    session = open_session(manifest, tasks)
+    other = Node.make({"rule": "topk"}, "all_inputs", "0.3")
+    for name, node in {"first": NODE, "other": other, "again": NODE, "dense": None}.items():
+        evaluate_node(session, node, tmp_path / name)
+    evaluate(manifest, tasks, tmp_path / "alone", None)
+    assert products(tmp_path / "again") == products(tmp_path / "first")
+    assert products(tmp_path / "dense") == products(tmp_path / "alone")
+    assert products(tmp_path / "other") != products(tmp_path / "first")
+
+
+def test_asked_for_again_nothing_runs(manifest: Path, tasks: dict, tmp_path: Path) -> None:
+    evaluate(manifest, tasks, tmp_path / "node")
+    before = products(tmp_path / "node")
+    assert evaluate(manifest, tasks, tmp_path / "node") == []
+    assert products(tmp_path / "node") == before
+
+
+def test_a_task_added_runs_alone(manifest: Path, tasks: dict, tmp_path: Path) -> None:
+    two = {name: tasks[name] for name in ("pages", "words")}
+    whole = evaluate(manifest, tasks, tmp_path / "whole")
+    first = evaluate(manifest, two, tmp_path / "grown")
+    second = evaluate(manifest, tasks, tmp_path / "grown")
+    assert whole == [*second, *first]
+    assert products(tmp_path / "grown") == products(tmp_path / "whole")
+    # And taken away again, it costs nothing either way.
+    assert evaluate(manifest, two, tmp_path / "grown") == []
+    assert list(json.loads((tmp_path / "grown" / "eval.json").read_text())["tasks"]) == list(two)
+    assert evaluate(manifest, tasks, tmp_path / "grown") == []
+
+
+def test_an_edited_data_file_is_run_anew(manifest: Path, tasks: dict, tmp_path: Path) -> None:
+    evaluate(manifest, tasks, tmp_path / "node")
+    before = read_table(tmp_path / "node" / "samples.parquet")[1].to_pylist()
+    documents = choice_documents(40)
+    documents[3]["label"] = (documents[3]["label"] + 1) % len(documents[3]["choices"])
+    write_task(tmp_path / "tasks", "choice", documents, **CHOICE)
+    calls = evaluate(manifest, tasks, tmp_path / "node")
+    assert set(calls) == {"score"}
+    after = read_table(tmp_path / "node" / "samples.parquet")[1].to_pylist()
+    assert [one["doc_id"] for one, two in zip(before, after, strict=True) if one != two] == [3]
+
+
+def test_a_task_that_gets_documents_is_run_alone(
+    manifest: Path, tasks: dict, tmp_path: Path
+) -> None:
+    whole = evaluate(manifest, tasks, tmp_path / "whole")
+    write_task(tmp_path / "tasks", "choice", [], **CHOICE)
+    others = evaluate(manifest, tasks, tmp_path / "node")
+    found = json.loads((tmp_path / "node" / "eval.json").read_text())["tasks"]
+    assert [one["status"] for one in found.values()] == ["failed", "ok", "ok"]
+    # Until then it is a result, like the others.
+    assert evaluate(manifest, tasks, tmp_path / "node") == []
+    write_task(tmp_path / "tasks", "choice", choice_documents(40), **CHOICE)
+    assert [*evaluate(manifest, tasks, tmp_path / "node"), *others] == whole
+    assert products(tmp_path / "node") == products(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("changed", "again"),
+    [
+        ({"doc_to_text": "{{context}}!"}, True),
+        ({"num_fewshot": 1, "fewshot_split": "test"}, True),
+        ({"metric_list": [{"metric": "acc"}]}, True),
+        ({"metadata": {"version": 2}}, False),
+    ],
+)
+def test_an_edited_task_is_run_anew(
+    manifest: Path, tasks: dict, tmp_path: Path, changed: dict, again: bool
+) -> None:
+    one = {"choice": tasks["choice"]}
+    evaluate(manifest, one, tmp_path / "node")
+    write_task(tmp_path / "tasks", "choice", choice_documents(40), **{**CHOICE, **changed})
+    assert bool(evaluate(manifest, one, tmp_path / "node")) == again
+
+
+def test_an_interrupted_task_that_was_edited_is_run_anew(
+    manifest: Path, tasks: dict, tmp_path: Path
+) -> None:
+    session = open_session(manifest, {"choice": tasks["choice"]})
+    watch(session, 3)
+    with pytest.raises(Interrupted):
+        evaluate_node(session, NODE, tmp_path / "node")
+    write_task(tmp_path / "tasks", "choice", choice_documents(40, seed=9), **CHOICE)
+    whole = evaluate(manifest, {"choice": tasks["choice"]}, tmp_path / "whole")
+    assert evaluate(manifest, {"choice": tasks["choice"]}, tmp_path / "node") == whole
+    assert products(tmp_path / "node") == products(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch_size": 3},
+        {"seed": 1},
+        {"max_length": 30},
+        {"add_bos_token": True},
+        {"lm_eval_prefix": True},
+        {"system_instruction": "Be brief."},
+        {"gen_kwargs": {"max_gen_toks": 3}},
+        {"think_end_token": "</think>"},
+        {"dtype": "bfloat16"},
+        {"code": "edited"},
+        {"node": None},
+        {"node": Node.make({"rule": "topp"}, "intermediate", "0.81")},
+        {"node": Node.make({"rule": "topp", "power": 2}, "intermediate", "0.8")},
+        {"node": Node.make({"rule": "topk"}, "intermediate", "0.8")},
+        {"node": Node.make({"rule": "topp"}, "up", "0.8")},
+    ],
+    ids=lambda changes: ",".join(changes),
+)
+def test_other_work_is_never_reused(
+    manifest: Path, tasks: dict, tmp_path: Path, changes: dict
+) -> None:
+    one = {"choice": tasks["choice"]}
+    whole = evaluate(manifest, one, tmp_path / "node")
+    # Half done as well as done: a journal of other work is no help either.
+    session = open_session(manifest, one)
+    watch(session, 2)
+    with pytest.raises(Interrupted):
+        evaluate_node(session, NODE, tmp_path / "half")
+    for folder in ("node", "half"):
+        calls = evaluate(manifest, one, tmp_path / folder, **changes)
+        assert len(calls) >= len(whole) * 4 // changes.get("batch_size", 4)
+
+
+def test_other_weights_are_never_reused(manifest: Path, tasks: dict, tmp_path: Path) -> None:
+    one = {"choice": tasks["choice"]}
+    whole = evaluate(manifest, one, tmp_path / "node")
+    folder = save_model(tmp_path / "other", seed=1)
+    path = write_model_manifest(folder, tmp_path / "other.json")
+    assert evaluate(path, one, tmp_path / "node") == whole
+    with torch.no_grad():
+        save_model(folder, seed=2)
+    with pytest.raises(AtlasError, match="changed since"):
+        open_session(path, one)
+
+
+def test_no_result_tells_where_or_when_it_was_made(
+    manifest: Path, tasks: dict, tmp_path: Path
+) -> None:
+    evaluate(manifest, tasks, tmp_path / "node")
+    manifest_text = (tmp_path / "node" / "eval.json").read_text()
+    header, table = read_table(tmp_path / "node" / "samples.parquet")
+    for text in (manifest_text, json.dumps(header), json.dumps(table.to_pylist(), default=str)):
+        assert str(tmp_path) not in text
+        assert str(manifest.parent) not in text
+        assert socket.gethostname() not in text
+        assert not re.search(r"20\d\d-\d\d-\d\d", text)
+
+
+def test_results_do_not_depend_on_the_folder(manifest: Path, tasks: dict, tmp_path: Path) -> None:
+    evaluate(manifest, tasks, tmp_path / "node")
+    elsewhere = tmp_path / "elsewhere"
+    moved = {
+        "choice": write_task(elsewhere, "choice", choice_documents(40), **CHOICE),
+        "pages": write_task(elsewhere, "pages", rolling_documents(), **ROLLING),
+        "words": write_task(elsewhere, "words", rolling_documents(9, 4), **GENERATION),
+    }
+    assert evaluate(manifest, moved, tmp_path / "node") == []
+
+
+def test_clusters(manifest: Path, tmp_path: Path) -> None:
+    documents = [{**one, "kind": f"k{i % 3}"} for i, one in enumerate(letter_documents())]
+    entry = write_task(tmp_path / "tasks", "letters", documents, **CHOICE)
+    evaluate(manifest, {"letters": {**entry, "cluster": "kind", "limit": 4}}, tmp_path / "node")
+    rows = read_table(tmp_path / "node" / "samples.parquet")[1].to_pylist()
+    assert [row["cluster"] for row in rows] == ["k0", "k1", "k2", "k0"]
+    evaluate(manifest, {"letters": {**entry, "cluster": "colour"}}, tmp_path / "other")
+    found = json.loads((tmp_path / "other" / "eval.json").read_text())["tasks"]["letters"]
+    assert found["reason"].startswith("cluster: documents have no field 'colour'; they have")
+
+
+def test_a_site_that_the_model_does_not_have(tasks: dict, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tiny_lm import tiny_tokenizer
+
+    config = AutoConfig.for_model("gpt2", vocab_size=300, n_embd=24, n_layer=2, n_head=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    path = write_model_manifest(tmp_path / "gpt2", tmp_path / "model.json")
+    node = Node.make({"rule": "topp"}, "gate", "0.8")
+    with pytest.raises(AtlasError, match=r"no site 'gate'.*it has"):
+        evaluate(path, {"choice": tasks["choice"]}, tmp_path / "node", node)
+    dense = open_session(path, {"choice": tasks["choice"]})
+    result = evaluate_node(dense, None, tmp_path / "dense")
+    counted = set(result["tasks"]["choice"]["sparsity"])
+    assert counted == {"qkv_input", "o_input", "input", "intermediate"}
+
+
+def test_a_chat_template_that_is_not_there(manifest: Path, tasks: dict) -> None:
+    with pytest.raises(AtlasError, match="found none"):
+        open_session(manifest, tasks, apply_chat_template=True)
+
+
+def test_a_mask_of_another_kind(manifest: Path, tasks: dict, tmp_path: Path) -> None:
+    text = (
+        "from sparsity_atlas.criteria.built_in.topk import TopK\n\n\nclass Soft(TopK):\n"
+        "    def mask(self, values, level):\n        return values.abs().sigmoid()\n"
+    )
+    (tmp_path / "soft.py").write_text(text)
+    node = Node.make({"file": str(tmp_path / "soft.py")}, "up", "0.5")
+    with pytest.raises(
+        AtlasError, match=r"Soft\.mask: expected torch\.bool .*found torch\.float32"
+    ):
+        evaluate(manifest, {"choice": tasks["choice"]}, tmp_path / "node", node)
+
+
+def test_damaged_samples_are_named(manifest: Path, tasks: dict, tmp_path: Path) -> None:
+    evaluate(manifest, tasks, tmp_path / "node")
+    path = tmp_path / "node" / "samples.parquet"
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(AtlasError, match=r"samples\.parquet: damaged table"):
+        evaluate(manifest, tasks, tmp_path / "node")

@@ -1,0 +1,186 @@
+"""The choice of levels on curves whose shape is known."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from decimal import Decimal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsity_atlas.criteria import create
+from sparsity_atlas.evaluation.next_level import Point, Range, Stop, next_level
+from sparsity_atlas.spelling import canonical_level
+
+TOPP = Range(1.0, 0.0, ("0.98", "0.9", "0.75", "0.5"))
+TOPK = Range(1.0, 0.0, ("0.8", "0.6", "0.4", "0.2"))
+MAXP = Range(0.0, 1.0, ("0.01", "0.04", "0.1", "0.25"))
+
+Response = Callable[[float], tuple[float, float]]  # level -> sparsity, damage
+
+
+def run(
+    response: Response,
+    levels: Range,
+    dense_sparsity: float = 0.0,
+    max_levels: int = 9,
+    resolution: float = 0.01,
+) -> tuple[list[Point], str]:
+    points: list[Point] = []
+    # More calls than any search may need: one that does not end fails here.
+    for _ in range(200):
+        level = next_level(points, dense_sparsity, levels, max_levels, resolution)
+        if isinstance(level, Stop):
+            return points, level.reason
+        assert level == canonical_level(level)
+        assert level not in {point.level for point in points}
+        low, high = sorted((levels.dense, levels.harshest))
+        assert low <= float(level) <= high
+        assert float(level) != levels.dense
+        points.append(Point(level, *response(float(level))))
+    raise AssertionError("the search does not end")
+
+
+def bracket(points: list[Point], dense_sparsity: float) -> float:
+    """Width, in sparsity, between the mildest level below the bar and the level before it."""
+    known = sorted([Point("dense", dense_sparsity, 0.0), *points], key=lambda one: one.sparsity)
+    below = next(i for i, one in enumerate(known) if one.damage > 1)
+    return known[below].sparsity - known[below - 1].sparsity
+
+
+def curve(levels: Range, shape: float, crossing: float, steep: float, dense: float) -> Response:
+    """Sparsity a power of the distance from dense; damage a power that is 1 at `crossing`."""
+    length = abs(levels.harshest - levels.dense)
+
+    def response(level: float) -> tuple[float, float]:
+        sparsity = dense + (1 - dense) * (abs(level - levels.dense) / length) ** shape
+        place = dense + (1 - dense) * crossing
+        return sparsity, ((sparsity - dense) / (place - dense)) ** steep
+
+    return response
+
+
+FAMILY = st.tuples(
+    st.sampled_from([(TOPP, 0.35, 0.7), (TOPK, 0.8, 1.3), (MAXP, 0.4, 0.6)]),
+    st.floats(0, 1),
+    st.floats(0.05, 0.9),
+    st.floats(1.2, 8),
+    st.sampled_from((0.0, 0.0, 0.4, 0.8)),
+)
+COUNTS: list[int] = []
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(FAMILY)
+def test_smooth_curves_are_bracketed_within_nine_levels(family: tuple) -> None:
+    (levels, low, high), mix, crossing, steep, dense = family
+    response = curve(levels, low + mix * (high - low), crossing, steep, dense)
+    points, reason = run(response, levels, dense)
+    COUNTS.append(len(points))
+    assert reason.startswith("bracketed"), [(one.level, one.sparsity) for one in points]
+    assert bracket(points, dense) <= 0.01
+
+
+def test_smooth_curves_take_seven_levels_on_average() -> None:
+    if not COUNTS:  # run alone
+        test_smooth_curves_are_bracketed_within_nine_levels()
+    assert sum(COUNTS) / len(COUNTS) < 7.5
+
+
+@settings(max_examples=150, deadline=None)
+@given(FAMILY, st.integers(0, 10**6), st.floats(0, 3), st.integers(2, 24), st.floats(1e-4, 0.3))
+def test_noisy_curves_end(
+    family: tuple, seed: int, noise: float, max_levels: int, resolution: float
+) -> None:
+    (levels, low, _), _, crossing, steep, dense = family
+    smooth = curve(levels, low, crossing, steep, dense)
+    draw = random.Random(seed)
+
+    def response(level: float) -> tuple[float, float]:
+        sparsity, damage = smooth(level)
+        # Levels of unlike tasks need not be in the order of their sparsity.
+        jitter = min(max(sparsity + draw.gauss(0, 0.02 * noise), 0), 1)
+        if draw.random() < 0.1:
+            return math.nan, math.inf
+        return jitter, damage + draw.gauss(0, noise)
+
+    points, _ = run(response, levels, dense, max_levels, resolution)
+    assert len(points) <= max_levels
+
+
+@pytest.mark.parametrize("levels", [TOPP, TOPK, MAXP])
+def test_never_below_the_bar(levels: Range) -> None:
+    # Beyond the coarse levels it must go on towards the harsh end, where full sparsity is.
+    points, reason = run(lambda level: (abs(level - levels.dense), 0.0), levels)
+    assert max(one.sparsity for one in points) > 0.9
+    assert reason in ("9 levels evaluated", "above the bar at full sparsity")
+
+
+@pytest.mark.parametrize("levels", [TOPP, TOPK, MAXP])
+def test_below_the_bar_at_every_coarse_level(levels: Range) -> None:
+    response = curve(levels, 0.5, 0.01, 1.5, 0.0)
+    points, reason = run(response, levels)
+    assert reason.startswith("bracketed")
+    assert bracket(points, 0.0) <= 0.01
+    assert len(points) > len(levels.coarse)
+
+
+def test_a_step_is_found_by_halving() -> None:
+    points, _ = run(lambda level: (1 - level, 0.0 if level > 0.613 else 1e6), TOPP, max_levels=16)
+    assert bracket(points, 0.0) <= 0.01
+
+
+@pytest.mark.parametrize("failing", [0.95, 0.8, 0.3])
+def test_failed_levels_count_as_below_the_bar(failing: float) -> None:
+    def response(level: float) -> tuple[float, float]:
+        return (math.nan, math.inf) if level < failing else (1 - level, 0.5)
+
+    points, _ = run(response, TOPP, max_levels=20)
+    finite = max(float(one.level) for one in points if math.isinf(one.damage))
+    sound = min(float(one.level) for one in points if not math.isinf(one.damage))
+    assert finite < failing <= sound
+    # Failure has no sparsity, so it is the levels that are brought together.
+    assert sound - finite < 0.05
+
+
+def test_every_level_fails() -> None:
+    points, _ = run(lambda _: (math.nan, math.inf), TOPP)
+    assert len(points) == 9
+
+
+def test_relu_has_most_of_its_sparsity_at_the_dense_level() -> None:
+    response = curve(TOPP, 0.6, 0.4, 3, 0.85)
+    points, reason = run(response, TOPP, dense_sparsity=0.85)
+    assert reason.startswith("bracketed")
+    assert bracket(points, 0.85) <= 0.01
+
+
+def test_damage_below_zero_is_above_the_bar() -> None:
+    # A little sparsity may improve a small sample's score.
+    points, reason = run(lambda level: (1 - level, -0.5 if level > 0.6 else 4.0), TOPP)
+    assert points
+    assert reason
+
+
+def test_points_in_any_order_give_the_same_level() -> None:
+    response = curve(TOPP, 0.5, 0.4, 2, 0.0)
+    points = [Point(level, *response(float(level))) for level in (*TOPP.coarse, "0.93")]
+    wanted = next_level(points, 0.0, TOPP, 9, 0.01)
+    for seed in range(5):
+        shuffled = random.Random(seed).sample(points, len(points))
+        assert next_level(shuffled, 0.0, TOPP, 9, 0.01) == wanted
+
+
+def test_levels_are_short() -> None:
+    points, _ = run(curve(TOPP, 0.5, 0.4, 2, 0.0), TOPP)
+    assert all(-Decimal(one.level).as_tuple().exponent <= 5 for one in points)
+
+
+@pytest.mark.parametrize("rule", ["topp", "topk", "maxp"])
+def test_ranges_above_are_the_criteria_s_own(rule: str) -> None:
+    criterion = create({"rule": rule})
+    known = {"topp": TOPP, "topk": TOPK, "maxp": MAXP}[rule]
+    assert (criterion.dense_level, criterion.coarse_levels) == (known.dense, known.coarse)

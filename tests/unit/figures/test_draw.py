@@ -1,0 +1,288 @@
+"""Figures of runs of every shape: what they must show, and that they are the same every time."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from fake_results import make_results, make_tables
+from sparsity_atlas.figures import (
+    FIGURES,
+    by_layer,
+    by_task,
+    critical_points,
+    model_size,
+    panels,
+    score_curves,
+    style,
+)
+from sparsity_atlas.figures.draw import DRAW, draw_all
+from sparsity_atlas.tables.read import SITE_ORDER, Tables, read_csv
+
+ROOT = Path(__file__).parents[3]
+SIZES = {"small": 400_000, "medium": 1_600_000, "large": 6_400_000}
+
+
+def tables_of(results: Path, **shape) -> Tables:
+    make_results(results, **shape)
+
+    return make_tables(results)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Tables:
+    """Three sizes of one family and a twin of another, two criteria, all sites."""
+    models = {name: {"parameters": size} for name, size in SIZES.items()}
+    models["twin"] = {"parameters": SIZES["medium"], "activation": "relu", "tolerance": 0.9}
+    return tables_of(
+        tmp_path_factory.mktemp("plain"), models=models, sites=SITE_ORDER, criteria=("topp", "topk")
+    )
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory) -> Tables:
+    """All that can be missing: dense at chance, no intervals, failed levels, nothing below the bar."""
+    return tables_of(
+        tmp_path_factory.mktemp("bad"),
+        models={"m": {"tolerance": 5.0}},
+        sites=("intermediate",),
+        tasks={
+            "guess": {"kind": "accuracy", "chance": 0.5, "dense": 0.45},
+            "one": {"kind": "loss", "clusters": 1},
+            "nan": {"kind": "accuracy", "failed": ("0.5",)},
+            "easy": {"kind": "accuracy", "items": 2500},
+        },
+    )
+
+
+def words(figure: Figure) -> str:
+    """Everything written in a figure."""
+    return "\n".join(
+        text.get_text() for text in figure.findobj(match=lambda a: hasattr(a, "get_text"))
+    )
+
+
+def test_every_figure_is_drawn_and_has_a_caption_in_snakemakes_report():
+    assert list(DRAW) == list(FIGURES)
+    for name, figure in FIGURES.items():
+        caption = (ROOT / f"workflow/report/{name}.rst").read_text()
+        assert caption == f"{{{{ snakemake.params.captions.{name} }}}}\n"
+        assert not set("*`|_") & set(figure.caption.replace("all_inputs", "")), "special in rst"
+        assert set(figure.tables) <= set(Tables.__dataclass_fields__)
+
+
+SHAPES = {
+    "nothing": {"models": {}},
+    "one level": {
+        "models": {"m": {}},
+        "sites": ("input",),
+        "levels": ("0.9",),
+        "tasks": {"acc": {"kind": "accuracy", "items": 20, "chance": 0.25}},
+    },
+    "loss only": {"models": {"a": {}, "b": {}}, "tasks": {"text": {"kind": "loss"}}},
+    "a name that mathematics would spoil": {"models": {"a$b_c^d$": {}}, "criteria": ("x" * 60,)},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_gives_every_file(shape, tmp_path):
+    tables = tables_of(tmp_path / "results", **SHAPES[shape])
+    draw_all(tables, tmp_path / "figures")
+    files = {f"{name}.{suffix}" for name in FIGURES for suffix in style.SUFFIXES}
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == files
+
+
+def test_the_same_tables_give_the_same_bytes_without_date_or_version(bad, tmp_path):
+    # These tables also lack all that can be missing, which must stop no figure.
+    draw_all(bad, tmp_path / "a")
+    draw_all(bad, tmp_path / "b")
+    for path in (tmp_path / "a").iterdir():
+        content = path.read_bytes()
+        assert content == (tmp_path / "b" / path.name).read_bytes(), path.name
+        assert b"<dc:date>" not in content
+        assert b"<dc:creator>" not in content
+        assert b"Software" not in content
+
+
+def test_a_site_looks_the_same_whatever_else_was_measured():
+    every = style.marks(SITE_ORDER)
+    for site in SITE_ORDER:
+        assert style.marks([site]) == {site: every[site]}
+    looks = {(mark.marker, str(mark.dashes)) for mark in every.values()}
+    assert len(looks) == len(every), "sites must differ without colour"
+
+
+def test_two_criteria_never_look_alike():
+    names = ["topp", "topk", "maxp", "fat", "wina", "cett", "chess", "mine"]
+    assert len({(mark.color, mark.marker) for mark in style.marks(names).values()}) == len(names)
+
+
+def test_harsh_levels_do_not_squash_the_bar(tmp_path):
+    tables = tables_of(tmp_path, models={"m": {"tolerance": 0.15}}, levels=("0.99", "0.5", "0"))
+    assert tables.curves["added_loss"].max() > 10
+    with style.styled():
+        ax = score_curves.added_loss(tables).axes[0]
+        low, bar, high = ax.transData.transform([(0, ax.get_ylim()[0]), (0, score_curves.ALLOWED_LOSS),
+                                                 (0, ax.get_ylim()[1])])[:, 1]  # fmt: skip
+    assert 0.15 < (bar - low) / (high - low) < 0.85
+    with style.styled():
+        ax = score_curves.retained_accuracy(tables).axes[0]
+    assert 0.75 < ax.get_ylim()[0] < 0.99 < ax.get_ylim()[1]
+
+
+def test_curves_show_the_numbers_of_the_table(plain):
+    with style.styled():
+        figure = score_curves.added_loss(plain)
+    ax = next(ax for ax in figure.axes if ax.get_title() == "small · topp")
+    rows = plain.curves.query(
+        "model == 'small' and criterion == 'topp' and site == 'gate' and task == 'prose'"
+    ).sort_values("sparsity")
+    color = style.SITE_MARKS["gate"].color
+    lines = [line for line in ax.lines if to_rgb(line.get_color()) == to_rgb(color)]
+    shown = {line.get_marker(): line for line in lines}
+    np.testing.assert_allclose(shown["^"].get_xdata(), rows["sparsity"])
+    np.testing.assert_allclose(shown["^"].get_ydata(), rows["added_loss"])
+    np.testing.assert_allclose(shown["None"].get_ydata(), rows["fitted"])
+
+
+def test_a_failed_level_is_a_cross_on_the_edge(bad):
+    with style.styled():
+        figure = score_curves.all_tasks(bad)
+    ax = next(ax for ax in figure.axes if ax.get_title() == "nan")
+    (crosses,) = (line for line in ax.lines if line.get_marker() == "x")
+    failed = bad.curves.query("task == 'nan' and status == 'failed'")
+    assert len(failed) == 1
+    np.testing.assert_allclose(crosses.get_xdata(), failed["sparsity"])
+
+
+def test_points_say_how_they_are_to_be_read(bad):
+    with style.styled():
+        figure = critical_points.critical_sparsity(bad)
+        assert "at least: never below the bar" not in words(
+            critical_points.ppl_sparsity(bad.of("none"))
+        )
+    row = bad.headline("average").iloc[0]
+    marker = {"=": "o", ">=": ">", "<": "<"}[row["relation"]]
+    drawn = [line for line in figure.axes[0].lines if line.get_marker() == marker]
+    assert [list(line.get_xdata()) for line in drawn] == [[row["value"]]]
+    assert (drawn[0].get_markerfacecolor() == "white") == (not row["resolved"])
+
+
+def test_a_task_at_chance_has_no_value_in_the_heatmap(bad):
+    with style.styled():
+        figure = by_task.tasks(bad)
+    cells = [text.get_text() for text in figure.axes[0].texts]
+    order = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert cells[order.index("guess")] == "–"
+    assert cells[order.index("easy")].startswith("≥")
+
+
+def test_only_what_is_resolved_is_coloured(bad):
+    with style.styled():
+        values = by_task.tasks(bad).axes[0].collections[0].get_array().reshape(-1)
+    headline = bad.critical_sparsity.query("bar == 0.99")
+    resolved = headline["resolved"] & (headline["relation"] != "none")
+    assert np.ma.count(np.ma.masked_invalid(values)) == resolved.sum()
+
+
+def slopes(figure: Figure) -> int:
+    """Lines drawn from one model's size to another's."""
+    return sum(
+        len(line.get_xdata()) == 2 and line.get_marker() == "None"
+        for ax in figure.axes
+        for line in ax.lines
+    )
+
+
+def test_a_line_is_drawn_exactly_where_the_slope_is_resolved(plain):
+    fits = plain.scaling
+    shown = fits[(fits["bar"] == 0.99) & fits["task"].isin(["prose", "average"])]
+    with style.styled():
+        figure = model_size.scaling(plain)
+        flat = plain.scaling.assign(resolved=False)
+        without = model_size.scaling(Tables(**{**vars(plain), "scaling": flat}))
+        every = plain.scaling.assign(resolved=True, low=0.1, high=0.2)
+        with_all = model_size.scaling(Tables(**{**vars(plain), "scaling": every}))
+    assert slopes(figure) == shown["resolved"].sum()
+    assert slopes(without) == 0
+    assert slopes(with_all) == len(shown)
+    said = words(without).replace("\n", " ")
+    assert "3 models" in said
+    assert said.count("slope not resolved: intermediate, input, gate, up, all_inputs") == 4
+
+
+def test_the_twin_with_another_activation_is_on_no_line(plain):
+    assert set(plain.scaling["models"]) == {3}
+    assert set(plain.scaling["family"]) == {"LlamaForCausalLM, silu"}
+    with style.styled():
+        assert "one model only, not shown: LlamaForCausalLM, relu" in words(
+            model_size.scaling(plain)
+        )
+
+
+def test_many_models_fit_on_a_page_and_the_figure_says_what_is_left_out(tmp_path):
+    models = {
+        f"an-organisation_with-a-long-name-{i}b-instruct-v0.{i}": {"parameters": 10**6 * (i + 1)}
+        for i in range(50)
+    }
+    tables = tables_of(tmp_path, models=models, sites=("input",), levels=("0.9", "0.5"))
+    with style.styled():
+        for name, draw in DRAW.items():
+            figure = draw(tables)
+            width, height = figure.get_size_inches()
+            assert width <= style.WIDE, name
+            assert height <= style.TALL + 0.6, name
+            if name not in (
+                "scaling",
+                "criteria",
+                "comparison",
+                "comparison_error",
+                "allocation_damage",
+                "allocation",
+            ):
+                assert re.search(r"\d+ of 50 shown", words(figure)), name
+
+
+def test_a_selection_keeps_both_ends():
+    kept, note = panels.select(list(range(50)), 7)
+    assert kept[0] == 0
+    assert kept[-1] == 49
+    assert len(set(kept)) == 7
+    assert note.startswith("7 of 50 shown")
+    assert panels.select([1, 2], 7) == ([1, 2], "")
+
+
+def test_layers_stand_in_the_order_of_the_sparsity_they_induce(plain):
+    with style.styled():
+        ax = by_layer.layer_sparsity(plain.of("small")).axes[0]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0.97", "0.9", "0.75", "0.5"]
+    shares = ax.collections[0].get_array()
+    assert (np.diff(shares, axis=1) > 0).all()
+
+
+def test_long_names_keep_both_ends():
+    assert style.shorten("short", 10) == "short"
+    cut = style.shorten("organisation-model-70b-instruct", 15)
+    assert len(cut) == 15
+    assert cut.startswith("organi")
+    assert cut.endswith("instruct"[-7:])
+    assert style.heading("m" * 20, "c" * 20, width=27) == "m" * 20 + "\n" + "c" * 20
+
+
+def test_names_that_look_like_numbers_stay_names(tmp_path):
+    path = tmp_path / "models.csv"
+    path.write_text(
+        "model,criterion,level,parameters,resolved\nnan,001,0.90,7,true\n1e3,NA,1,,false\n"
+    )
+    frame = read_csv(path)
+    assert frame["model"].tolist() == ["nan", "1e3"]
+    assert frame["criterion"].tolist() == ["001", "NA"]
+    assert frame["level"].tolist() == ["0.90", "1"]
+    assert frame["resolved"].tolist() == [True, False]
+    assert frame["parameters"].iloc[0] == 7
+    assert np.isnan(frame["parameters"].iloc[1])

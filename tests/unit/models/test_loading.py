@@ -1,0 +1,129 @@
+"""Models with code of their own, and what is said where one cannot be loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.models.checkpoint import Checkpoint
+from sparsity_atlas.models.loading import blank, load
+from tiny_lm import save_model
+
+CODE = """
+import torch
+from torch import nn
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+from .scale import SCALE
+
+class Config(PretrainedConfig):
+    model_type = "own"
+    vocab_size, hidden_size, num_hidden_layers = 64, 16, 1
+
+class Model(PreTrainedModel, GenerationMixin):
+    config_class = Config
+    def __init__(self, config):
+        super().__init__(config)
+        self.emb = nn.Embedding(64, 16)
+        self.head = nn.Linear(16, 64, bias=False)
+        self.register_buffer("table", SCALE / torch.arange(1, 17).float(), persistent=False)
+        self.register_buffer("rows", torch.arange(16)[None], persistent=False)
+        self.post_init()
+    def forward(self, input_ids, **options):
+        return CausalLMOutput(logits=self.head(self.emb(input_ids) * self.table))
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where transformers copies code to that it runs."""
+    from transformers import dynamic_module_utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", folder)
+        yield
+
+
+def own_model(folder: Path, code: str = CODE, name: str = "own") -> Checkpoint:
+    folder.mkdir()
+    (folder / "scale.py").write_text("SCALE = 3\n")
+    (folder / f"{name}.py").write_text(code)
+    classes = {"AutoConfig": f"{name}.Config", "AutoModelForCausalLM": f"{name}.Model"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": classes}))
+    torch.manual_seed(0)
+    weights = {"emb.weight": torch.randn(64, 16), "head.weight": torch.randn(64, 16)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return Checkpoint(folder, trust_remote_code=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_buffers_that_no_checkpoint_holds(dtype: str, tmp_path: Path) -> None:
+    """transformers leaves them as the memory was, where a model's own code computes them."""
+    model = load(own_model(tmp_path / "m"), dtype=dtype, device="cpu")
+    assert torch.equal(model.table, 3 / torch.arange(1, 17).float())
+    assert torch.equal(model.rows, torch.arange(16)[None])
+    assert model.dtype == getattr(torch, dtype)
+    assert model.table.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "AttributeError('nosuch')",
+        "TypeError('an argument')",
+        "KeyError('default')",
+        "Exception('a')",
+    ],
+)
+@pytest.mark.parametrize("place", ["        self.post_init()", "class Config"])
+def test_code_that_fails(error: str, place: str, tmp_path: Path) -> None:
+    indent = place[: len(place) - len(place.lstrip())]
+    code = CODE.replace(place, f"{indent}raise {error}\n{place}")
+    checkpoint = own_model(tmp_path / "m", code)
+    kind = error.partition("(")[0]
+    with pytest.raises(AtlasError, match=f"cannot load model type 'own': {kind}: ") as caught:
+        load(checkpoint, device="cpu")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(AtlasError, match=f"without its weights: {kind}: "):
+        blank(checkpoint)
+
+
+def test_code_that_is_not_trusted(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(own_model(tmp_path / "m").folder)
+    for use in (load, blank):
+        with pytest.raises(AtlasError, match="say trust_remote_code: true in the model's entry"):
+            use(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model_type": "nosuch"}, "cannot load model type 'nosuch': "),
+        ({"hidden_size": "many"}, "cannot load model type 'llama': "),
+        ({"num_attention_heads": 0}, "cannot load model type 'llama': ZeroDivisionError"),
+        ({"hidden_act": "nosuch"}, "cannot load model type 'llama': KeyError: .*nosuch"),
+        ({"vocab_size": 310}, r"\[300, 24\] in the file, \[310, 24\] by config\.json"),
+        ({"intermediate_size": 41}, r"6 tensors have another shape \(model.*\.\.\.\)"),
+    ],
+)
+def test_a_configuration_that_does_not_fit(change: dict, says: str, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "m")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, **change}))
+    with pytest.raises(AtlasError, match=says):
+        load(Checkpoint(folder), device="cpu")
+
+
+def test_a_damaged_file(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "m")
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(AtlasError, match="damaged safetensors file"):
+        load(Checkpoint(folder), device="cpu")

@@ -1,0 +1,415 @@
+"""The forecast against what really happens, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zarr
+
+from sparsity_atlas.activations import capture
+from sparsity_atlas.config import grid
+from sparsity_atlas.config.schema import Config, parse
+from sparsity_atlas.evaluation.evaluate import evaluate_node
+from sparsity_atlas.files.whole import read_manifest, write_manifest
+from sparsity_atlas.plan import rates
+from sparsity_atlas.plan.cost import go_offline_if_unreachable
+from sparsity_atlas.plan.dry_run import Batch
+from sparsity_atlas.plan.forecast import forecast
+from sparsity_atlas.plan.jobs import UNKNOWN, Amount, Job, jobs
+from sparsity_atlas.plan.outlook import Unknowns, captured_tokens, look
+from sparsity_atlas.plan.text import duration, show, size, text
+from sparsity_atlas.tasks.load import load_tasks
+from tiny_lm import (
+    CHOICE,
+    GENERATION,
+    LAST_WORD,
+    ROLLING,
+    choice_documents,
+    letter_documents,
+    open_session,
+    rolling_documents,
+    save_model,
+    write_model_manifest,
+    write_task,
+)
+
+SHOTS = {
+    **CHOICE,
+    "fewshot_split": "test",
+    "num_fewshot": 2,
+    "fewshot_config": {"sampler": "first_n"},
+}
+TASKS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "choice": (CHOICE, choice_documents()),
+    "letters": (CHOICE, letter_documents()),
+    "shots": (SHOTS, choice_documents()),
+    "rolling": (ROLLING, rolling_documents()),
+    "last_word": (LAST_WORD, rolling_documents()),
+    "generation": (GENERATION, rolling_documents()),
+}
+
+
+def make_config(models: dict[str, Any], tasks: dict[str, Any], **other: Any) -> Config:
+    """A configuration with one block over all of these."""
+    block = {"models": list(models), **other.pop("block", {})}
+    return parse(
+        {
+            "device": "cpu",
+            "models": models,
+            "criteria": {"topp": {}, "topk": {}},
+            "texts": {"prose": {"file": "text.txt"}},
+            "tasks": tasks,
+            "run": [block],
+            **other,
+        }
+    )
+
+
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], int | None]] = {
+    "plain": ({}, {}, None),
+    "chat-bos": ({"bos": True, "chat": True}, {"apply_chat_template": True}, 4),
+    "bos-short": ({}, {"add_bos_token": True, "max_length": 20, "batch_size": 3}, 5),
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, dict[str, Any], int | None]:
+    """A model's manifest and folder, its settings, and a limit for the tasks."""
+    made, entry, limit = VARIANTS[request.param]
+    folder = save_model(tmp_path_factory.mktemp(request.param) / "tiny", **made)
+    return write_model_manifest(folder, folder.parent / "model.json"), folder, entry, limit
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_tokens_are_those_of_the_evaluation(
+    task: str, variant: tuple[Path, Path, dict[str, Any], int | None], tmp_path: Path
+) -> None:
+    manifest, folder, entry, limit = variant
+    config_, documents = TASKS[task]
+    task_entry = write_task(tmp_path / "tasks", task, documents, **config_)
+    if limit is not None:
+        task_entry["limit"] = limit
+    config = make_config({"tiny": {"path": str(folder), **entry}}, {task: task_entry})
+    unknowns = Unknowns()
+    tasks = load_tasks({task: task_entry}, config.seed)
+    outlook = look(config, "tiny", tasks, tmp_path / "none.json", unknowns)
+    assert not unknowns
+
+    settings = json.loads(grid.evaluation_slice(config, "tiny", (task,)))
+    session = open_session(manifest, settings.pop("tasks"), **settings)
+    real = evaluate_node(session, None, tmp_path / "dense")["tasks"][task]
+
+    cost = outlook.costs[task]
+    assert cost.documents == real["items"] == (limit or len(documents))
+    assert cost.prefill == real["tokens"]["prefill"]
+    if task == "generation":
+        # Of the 12 tokens that it may generate, the last is not fed back.
+        assert real["tokens"]["generation"] <= cost.generation == 11 * cost.documents
+    else:
+        assert cost.generation == real["tokens"]["generation"] == 0
+    assert cost.sample.positions <= cost.positions
+
+
+def test_equal_requests_are_run_once(model_folder: Path, tmp_path: Path) -> None:
+    entry = write_task(tmp_path, "letters", letter_documents(), **CHOICE)
+    config = make_config({"tiny": {"path": str(model_folder)}}, {"letters": entry})
+    tasks = load_tasks({"letters": entry}, config.seed)
+    cost = look(config, "tiny", tasks, tmp_path / "none.json", Unknowns()).costs["letters"]
+    # Four options of one token share a row; more than one row's tokens are padding alone.
+    assert cost.prefill <= cost.positions < 2 * cost.prefill
+
+
+@pytest.mark.parametrize("sites", [["input"], ["gate"], ["all_inputs", "up"]])
+def test_store_bytes_are_those_of_the_store(
+    sites: list[str],
+    manifest: Path,
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = tmp_path / "text.txt"
+    words.write_text("the old cat sees a bird over the river and the child hides " * 40)
+    config = make_config(
+        {"tiny": {"path": str(model_folder)}},
+        {"t": {}},
+        texts={"prose": {"file": str(words)}},
+        capture={"tokens": 100, "sequence_length": 16},
+        block={"sites": sites},
+    )
+    arguments = {
+        "--model": manifest,
+        "--site": sites[0],
+        "--siblings": ",".join(sites),
+        "--settings": grid.capture_slice(config, "tiny"),
+        "--store": tmp_path / "a.zarr",
+        "--output": tmp_path / "site.json",
+    }
+    flat = [str(part) for pair in arguments.items() for part in pair]
+    monkeypatch.setattr(sys, "argv", ["capture", *flat])
+    capture.main()
+    store = zarr.open_group(tmp_path / "a.zarr", mode="r")
+    tensors = [name for name, _ in store.groups() if name != "text"]
+    real = sum(array.nbytes for name in tensors for _, array in store[name].arrays())
+
+    outlook = look(config, "tiny", {}, manifest, Unknowns())
+    assert sorted(tensors) == capture.tensors_of(sites)
+    assert outlook.store_bytes(captured_tokens(config), tensors) == real
+    # What the configuration of an unseen model says comes to the same.
+    unseen = look(config, "tiny", {}, tmp_path / "none.json", Unknowns())
+    assert unseen.store_bytes(captured_tokens(config), tensors) == real
+
+
+def write_eval(folder: Path, *tasks: str) -> None:
+    write_manifest(folder / "eval.json", {"tasks": {task: {} for task in tasks}})
+
+
+def of_rule(found: list[Job], rule: str) -> list[Job]:
+    return [job for job in found if job.rule == rule]
+
+
+def test_finished_nodes_are_not_charged(tmp_path: Path) -> None:
+    config = make_config(
+        {"m": {"path": "m"}},
+        {"a": {}, "b": {}},
+        block={"sites": ["input"], "levels": [0.9, 0.5, 0.1]},
+    )
+    write_eval(tmp_path / "m/topp/input/0.9", "a", "b")
+    write_eval(tmp_path / "m/topp/input/0.5", "a")
+    write_eval(tmp_path / "m/dense", "b", "a")
+    found = jobs(config, tmp_path)
+    assert [job.done for job in of_rule(found, "evaluate")] == [True, False, False]
+    asked = [set(job.evaluations) for job in of_rule(found, "evaluate")]
+    assert asked == [set(), {"b"}, {"a", "b"}]
+    assert [job.done for job in of_rule(found, "dense")] == [True]
+    assert sum(job.finished for job in found) == 1
+
+
+def test_searches(tmp_path: Path) -> None:
+    config = make_config({"m": {"path": "m"}}, {"a": {}, "b": {}}, block={"sites": ["input", "up"]})
+    folder = tmp_path / "m/topp/input"
+    (fresh, _) = of_rule(jobs(config, tmp_path), "search")
+    assert fresh.nodes == fresh.evaluations["a"] == Amount(7, 9)
+
+    # Cut off after two levels, of which the second lacks a task.
+    write_eval(folder / "0.9", "a", "b")
+    write_eval(folder / "0.5", "a")
+    (begun, _) = of_rule(jobs(config, tmp_path), "search")
+    assert not begun.done
+    assert begun.nodes == Amount(7, 9)
+    assert begun.evaluations == {"a": Amount(5, 7), "b": Amount(6, 8)}
+    assert begun.finished == 1
+
+    # Finished since.
+    write_eval(folder / "0.5", "a", "b")
+    levels = [{"level": "0.9"}, {"level": "0.5"}]
+    write_manifest(folder / "search.json", {"levels": levels})
+    (finished, other) = of_rule(jobs(config, tmp_path), "search")
+    assert finished.done
+    assert finished.nodes == Amount.exactly(2)
+    assert not finished.evaluations
+    assert not other.done
+
+    # One node deleted: made again by a job of its own.
+    (folder / "0.5/eval.json").unlink()
+    found = jobs(config, tmp_path)
+    (lost,) = of_rule(found, "evaluate")
+    assert set(lost.evaluations) == {"a", "b"}
+    assert of_rule(found, "search")[0].done
+    assert sum((job.nodes for job in found if job.node == ("topp", "input")), Amount()) == (
+        Amount.exactly(2)
+    )
+
+
+OTHER_FILES = [
+    *("run_config.yaml", "m/model.json", "m/capture/input.json", "m/metrics/input.parquet"),
+    *("m/topp/input/sparsity.parquet", "m/topp/input/curve.json", "m/summary.csv"),
+    *("critical_sparsity.csv", "figures/x.svg", "index.html"),
+]
+
+
+def test_every_other_job_is_done_when_its_file_is_there(tmp_path: Path) -> None:
+    config = make_config(
+        {"m": {"path": "m"}}, {"a": {}}, block={"sites": ["input"], "levels": [0.5]}
+    )
+    for number, name in enumerate(OTHER_FILES):
+        assert sum(job.done for job in jobs(config, tmp_path)) == number
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    left = {job.rule for job in jobs(config, tmp_path) if not job.done}
+    assert left == {"dense", "evaluate"}
+
+
+def test_all_done_needs_no_time(model_folder: Path, tmp_path: Path) -> None:
+    entry = write_task(tmp_path / "tasks", "choice", choice_documents(), **CHOICE)
+    config = make_config(
+        {"m": {"path": str(model_folder)}},
+        {"choice": entry},
+        block={"sites": ["input"], "levels": [0.5]},
+    )
+    results = tmp_path / "results"
+    for name in OTHER_FILES:
+        (results / name).parent.mkdir(parents=True, exist_ok=True)
+        (results / name).touch()
+    write_model_manifest(model_folder, results / "m/model.json")
+    write_eval(results / "m/dense", "choice")
+    write_eval(results / "m/topp/input/0.5", "choice")
+    printed = text(config, forecast(config, results), 2)
+    assert "Nothing is left to do." in printed
+    row = next(line for line in printed.splitlines() if line.startswith("m "))
+    assert row.split()[2:] == ["1", "1", "1", "0", "0", "B", "0", "B", "0", "s"]
+
+
+def test_a_manifest_from_before_attention_was_looked_for(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    path = write_model_manifest(model_folder, tmp_path / "model.json")
+    manifest = read_manifest(path)
+    for entry in manifest["ffn"]:
+        del entry["attention"]
+    write_manifest(path, manifest)
+    config = make_config(
+        {"tiny": {"path": str(model_folder)}}, {}, block={"sites": ["input"], "levels": [0.5]}
+    )
+    outlook = look(config, "tiny", {}, path, Unknowns())
+    assert [shape["input"] for shape in outlook.shapes] == [
+        entry["hidden"] for entry in manifest["ffn"]
+    ]
+
+
+def test_what_cannot_be_known_is_said(model_folder: Path, tmp_path: Path) -> None:
+    tasks = {
+        "choice": write_task(tmp_path / "tasks", "choice", choice_documents(), **CHOICE),
+        "absent": write_task(tmp_path / "tasks", "absent", choice_documents(), **CHOICE),
+    }
+    (tmp_path / "tasks/absent.jsonl").unlink()
+    config = make_config(
+        {"tiny": {"path": str(model_folder)}, "far": {"hub": "nobody/has-this"}},
+        tasks,
+        block={"sites": ["intermediate"], "levels": [0.9, 0.5], "criteria": ["topp", "topk"]},
+    )
+    command = [sys.executable, "-m", "sparsity_atlas", "plan", "--cores", "2"]
+    done = subprocess.run(
+        [*command, "--config", config.model_dump_json(exclude_none=True)],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    (tiny,) = (line.split() for line in lines if line.startswith("tiny"))
+    (far,) = (line.split() for line in lines if line.startswith("far "))
+    (whole,) = (line.split() for line in lines if line.startswith("all ") and len(line) > 60)
+    assert far[:5] == ["far", "unknown", "2", "4", "0"]
+    assert far[5:8] == ["unknown"] * 3
+    # Dense and four nodes, of the one task that is here.
+    (tokens,) = (line.split()[2] for line in lines if line.startswith("choice "))
+    assert tiny[5] == f"≥{5 * int(tokens):,}" == whole[4]
+    assert "far: models: nobody/has-this at main on the Hub: not in the cache" in done.stdout
+    assert "task absent: 'absent': cannot be loaded: " in done.stdout
+    assert "Time: at least" in done.stdout
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(("entry", "expected"), [({"hub": "a/b"}, "1"), ({"path": "m"}, None)])
+def test_an_unreachable_hub_is_asked_once(
+    entry: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    go_offline_if_unreachable(make_config({"m": entry}, {"t": {"include": "tasks"}}))
+    assert os.environ.get("HF_HUB_OFFLINE") == expected
+
+
+class _Clock(rates.TimedLM):
+    """Times are the positions of a batch."""
+
+    def __init__(self, speed: float) -> None:
+        self.speed = speed
+
+    def time(self, batch: Batch) -> float:
+        return batch.positions / self.speed
+
+
+def test_a_quick_batch_is_timed_whole_and_a_slow_one_in_part() -> None:
+    batch = Batch([list(range(100))] * 7 + [list(range(40))], [2] * 8)
+    assert rates.piece(_Clock(1e9), batch).rows == batch.rows
+    slow = rates.piece(_Clock(10), batch)
+    assert (len(slow.rows), slow.positions) == (1, 32)
+    between = rates.piece(_Clock(1000), batch)
+    assert 0.05 < between.positions / 1000 < 0.8
+
+
+def test_recorded_times_are_means_by_rule(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/x.jsonl").write_text(
+        '{"rule_name": "curve", "s": 1}\n{"rule_name": "curve", "s": 3}\n'
+    )
+    (tmp_path / "y.jsonl").write_text('{"rule_name": "model", "s": 5.5}\n{"s": 7}\n')
+    assert rates.recorded(tmp_path) == {"curve": 2, "model": 5.5}
+    assert rates.recorded(tmp_path / "none") == {}
+
+
+def test_amounts_in_words() -> None:
+    assert show(Amount.exactly(1234)) == "1,234"
+    assert show(Amount(7, 9) + Amount(7, 9)) == "~14"
+    assert show(UNKNOWN) == "unknown"
+    assert show(Amount.exactly(52) + UNKNOWN) == "≥52"
+    assert show(Amount(30, 90), duration) == "30 s"
+    assert show(Amount(7, 9) * 3) == show(Amount(21, 27))
+    assert [size(0), size(999), size(2**20), size(3.5 * 2**40)] == (
+        ["0 B", "999 B", "1.0 MiB", "3.5 TiB"]
+    )
+    assert [duration(59), duration(90), duration(7200)] == ["59 s", "1.5 min", "2.0 h"]
+
+
+def test_a_calibrated_criterion_is_planned_before_its_calibration(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    entry = write_task(tmp_path / "tasks", "choice", choice_documents(), **CHOICE)
+    config = make_config(
+        {"m": {"path": str(model_folder)}},
+        {"choice": entry},
+        block={"criteria": ["teal"], "sites": ["input"], "levels": [0.5]},
+        criteria={"teal": {}},
+        calibration={"tokens": 256},
+    )
+    planned = forecast(config, tmp_path / "results")
+    (job,) = (job for job in planned.jobs if job.rule == "calibrate")
+    assert job.node == ("teal", "input")
+    assert not job.done
+    # Its thresholds are not known yet; its nodes are timed all the same.
+    assert all(amount.complete for amount in planned.seconds)
+    (tmp_path / "results/m/teal/input").mkdir(parents=True)
+    (tmp_path / "results/m/teal/input/calibration.safetensors").touch()
+    (job,) = (job for job in jobs(config, tmp_path / "results") if job.rule == "calibrate")
+    assert job.done
+
+
+def test_a_study_of_single_layers(model_folder: Path, tmp_path: Path) -> None:
+    """One pass over the captured text, and one for each layer, tensor and level."""
+    config = make_config(
+        {"m": {"path": str(model_folder)}},
+        {"choice": write_task(tmp_path / "tasks", "choice", choice_documents(), **CHOICE)},
+        block={"sites": ["all_inputs"], "levels": [0.5], "sensitivity": [0.9, 0.5, 0.3]},
+    )
+    planned = forecast(config, tmp_path / "results")
+    took = dict(zip((job.rule for job in planned.jobs), planned.seconds, strict=True))
+    (job,) = (job for job in planned.jobs if job.rule == "sensitivity")
+    assert job.passes == 3 * 2
+    outlook = planned.outlooks["m"]
+    assert len(outlook.shapes) == 2
+    dense = outlook.seconds[None]
+    once = config.capture.tokens * sum(dense.values())
+    once /= sum(outlook.costs[task].positions for task in dense)
+    passes = took["sensitivity"].expected - took["output_error"].expected
+    assert passes == pytest.approx((1 + 2 * 6) * once)

@@ -1,0 +1,186 @@
+"""What jobs ask of a scheduler, and how the questions and answers get to Snakemake."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fake_results import write_model
+from sparsity_atlas.config.grid import Curve
+from sparsity_atlas.config.schema import Config, parse
+from sparsity_atlas.config.selection import fold, unfold
+from sparsity_atlas.files.whole import write_manifest
+from sparsity_atlas.rules import asks, footprint
+from sparsity_atlas.rules.asks import Asks
+from sparsity_atlas.rules.footprint import Needs
+from sparsity_atlas.rules.question import question
+
+
+def config(model: dict[str, Any] | None = None, **changes: Any) -> Config:
+    return parse(
+        {
+            "models": {"m": model or {"hub": "some/model"}},
+            "criteria": {"topp": None},
+            "texts": {"prose": {"hub": "some/text"}},
+            "tasks": {"arc_easy": None},
+            "run": [{"models": ["m"], "levels": [0.9, 0.5]}],
+            **changes,
+        }
+    )
+
+
+def with_manifest(results: Path) -> None:
+    """Of a model of 8 billion parameters."""
+    write_model(results / "m", parameters=4 * 10**9, hidden=4096, width=14336)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "item"),
+    [("cuda", "auto", 2), ("cuda", "float32", 4), ("cuda", "bfloat16", 2)],
+)
+def test_memory_is_parameters_times_type(
+    tmp_path: Path, device: str, dtype: str, item: int
+) -> None:
+    with_manifest(tmp_path)
+    found = Needs(config({"hub": "x/y", "dtype": dtype}, device=device), str(tmp_path)).memory("m")
+    assert found == 3000 + 8 * 10**9 * item // 2**20
+
+
+def test_on_the_cpu_activations_count_too(tmp_path: Path) -> None:
+    with_manifest(tmp_path)
+    entry = {"hub": "x/y", "batch_size": 8, "max_length": 1024}
+    found = Needs(config(entry, device="cpu"), str(tmp_path)).memory("m")
+    activations = 8 * 1024 * 4 * (4096 + 3 * 14336)
+    assert found == 3000 + (8 * 10**9 * 4 + activations) // 2**20
+
+
+def test_memory_before_there_is_a_manifest(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(bytes(3 * 2**20))
+    assert Needs(config({"path": str(folder)}), str(tmp_path)).memory("m") == 3000 + 6
+    assert Needs(config(), str(tmp_path)).memory("m") == 35000
+
+
+def test_a_manifest_that_appears_is_seen_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(footprint.time, "monotonic", lambda: clock[0])
+    own = Needs(config(device="cuda"), str(tmp_path))
+    assert own.sizes("m") is None
+    with_manifest(tmp_path)
+    assert own.sizes("m") is None
+    clock[0] += 2
+    assert own.sizes("m") is not None
+
+
+def test_minutes_come_from_the_tokens_of_the_dense_baseline(tmp_path: Path) -> None:
+    own = Needs(config(device="cuda"), str(tmp_path))
+    assert own.evaluation_minutes("m", 9) == 9 * 240
+    with_manifest(tmp_path)
+    tasks = {
+        "a": {"status": "ok", "tokens": {"prefill": 2_000_000, "generation": 1_000_000}},
+        "b": {"status": "failed", "reason": "NaN"},
+    }
+    write_manifest(tmp_path / "m/dense/eval.json", {"tasks": tasks})
+    own = Needs(config(device="cuda"), str(tmp_path))
+    # 2 FLOP a parameter and token, at 10 TFLOP a second.
+    assert own.evaluation_minutes("m") == 30 + round(3e6 * 2 * 8e9 / 1e13 / 60)
+    assert own.evaluation_minutes("m", 9) == 30 + round(9 * 3e6 * 2 * 8e9 / 1e13 / 60)
+
+
+def test_each_attempt_asks_for_more(tmp_path: Path) -> None:
+    with_manifest(tmp_path)
+    ask = Asks(config(device="cuda"), str(tmp_path))
+    node = SimpleNamespace(model="m", criterion="topp", site="input", level="0.9")
+    assert ask.capture_memory(node, attempt=1) > ask.memory(node, attempt=1)
+    for question_ in (
+        ask.memory,
+        ask.capture_memory,
+        ask.node_minutes,
+        ask.search_minutes,
+        ask.error_minutes,
+    ):
+        once = question_(node, attempt=1)
+        assert [question_(node, attempt=n) for n in (2, 3)] == [2 * once, 3 * once]
+
+
+@pytest.mark.parametrize(("visible", "threads"), [("", 1), ("0,1", 4)])
+def test_a_capture_from_a_gpu_has_threads_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str, threads: int
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("sparsity_atlas.rules.resources.inside_allocation", lambda: False)
+    ask = Asks(config(), str(tmp_path))
+    assert ask.capture_threads(SimpleNamespace(model="m")) == threads
+    # A job of a cluster must not take more than it was given.
+    monkeypatch.setattr("sparsity_atlas.rules.resources.inside_allocation", lambda: True)
+    assert Asks(config(), str(tmp_path)).capture_threads(SimpleNamespace(model="m")) == 1
+
+
+def test_what_all_levels_share_is_worked_out_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each took milliseconds and up: for 50,000 jobs, minutes, at every look for jobs to start."""
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, answer: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            calls[name] += 1
+            return answer(*arguments)
+
+        return call
+
+    monkeypatch.setattr(asks, "task_content", counted("tasks", asks.task_content))
+    for name in ("evaluation_slice", "criterion_slice", "curves"):
+        monkeypatch.setattr(asks.grid, name, counted(name, getattr(asks.grid, name)))
+    ask = Asks(config(), str(tmp_path))
+    calls.clear()
+    code = ask.criterion_code("evaluate")
+    for level in range(100):
+        node = SimpleNamespace(model="m", criterion="topp", site="input", level=f"0.{level}")
+        for answer in (ask.node_tasks, ask.node_settings, ask.criterion, code, ask.search_of_node):
+            answer(node)
+    assert calls == {"tasks": 1, "evaluation_slice": 1, "criterion_slice": 1}
+
+
+def test_a_question_looks_like_a_bound_method() -> None:
+    class Plain:
+        def answer(self, wildcards: str, attempt: int) -> str:
+            return f"{wildcards}{attempt}{self.word}"
+
+        def __init__(self, word: str) -> None:
+            self.word = word
+
+    class Asked(Plain):
+        answer = question(Plain.answer)
+
+    first, second = Asked("a"), Asked("b")
+    assert inspect.signature(first.answer) == inspect.signature(Plain("a").answer)
+    assert (first.answer("w", attempt=2), second.answer("w", attempt=1)) == ("w2a", "w1b")
+    assert first.answer is first.answer
+
+
+names = st.sampled_from("abc")
+
+
+@given(st.lists(st.tuples(names, names, names), unique=True))
+def test_curves_come_back_in_their_order(keys: list[tuple[str, str, str]]) -> None:
+    curves = [Curve(*key, auto=True, levels=(), tasks=()) for key in keys]
+    assert list(unfold(fold(curves))) == keys
+
+
+def test_a_grid_of_fifty_thousand_curves_fits_into_one_argument() -> None:
+    sites = ("input", "up", "gate", "intermediate", "all_inputs")
+    keys = [(f"model-{m}", f"c{c}", site) for m in range(1250) for c in range(8) for site in sites]
+    assert len(keys) == 50_000
+    curves = [Curve(*key, auto=True, levels=(), tasks=()) for key in keys]
+    assert len(fold(curves)) < 2**17

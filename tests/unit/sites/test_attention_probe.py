@@ -1,0 +1,336 @@
+"""Attention's maps: found by experiment in many architectures, refused where they are something else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparsity_atlas.activations.store import ActivationStore
+from sparsity_atlas.criteria import create
+from sparsity_atlas.criteria.place import Place, bind_all
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.sites.find import bind_ffns, find_ffns, observe, transform
+from sparsity_atlas.sparsify.attach import slots_of, sparsified
+from sparsity_atlas.studies.output_error import layer_rows
+from sparsity_atlas.terms import ATTENTION_SITES, LINEAR_INPUTS, TENSORS
+from tiny_models import ARCHITECTURES, HIDDEN, LAYERS, VOCABULARY, tiny_model, token_ids
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SPLIT = ({"q_proj", "k_proj", "v_proj"}, "o_proj")
+# What the source of each architecture says; one that is not here has q_proj, k_proj, v_proj and o_proj.
+ROLES: dict[str, tuple[set[str], str] | None] = {
+    "phi3": ({"qkv_proj"}, "o_proj"),
+    "phi3-half": ({"qkv_proj"}, "o_proj"),
+    "gpt2": ({"c_attn"}, "c_proj"),
+    "gpt_bigcode": ({"c_attn"}, "c_proj"),
+    "openai-gpt": ({"c_attn"}, "c_proj"),
+    "gptj": (SPLIT[0], "out_proj"),
+    "opt": (SPLIT[0], "out_proj"),
+    "opt-projected": (SPLIT[0], "out_proj"),
+    "gpt_neox": ({"query_key_value"}, "dense"),
+    "gpt_neox-serial": ({"query_key_value"}, "dense"),
+    "falcon": ({"query_key_value"}, "dense"),
+    "falcon-new": ({"query_key_value"}, "dense"),
+    "falcon-serial": ({"query_key_value"}, "dense"),
+    "bloom": ({"query_key_value"}, "dense"),
+    "persimmon": ({"query_key_value"}, "dense"),
+    "mpt": ({"Wqkv"}, "out_proj"),
+    "phi": (SPLIT[0], "dense"),
+    "bert-decoder": ({"query", "key", "value"}, "dense"),
+    "ctrl": ({"Wq", "Wk", "Wv"}, "dense"),
+    # A convolution, a recurrence, and time mixing.
+    "lfm2": None,
+    "recurrent_gemma": None,
+    "rwkv": None,
+}
+
+
+def leaf(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_layer_s_maps_are_found(name: str, dtype: torch.dtype) -> None:
+    ffns = find_ffns(tiny_model(name, dtype))
+    expected = ROLES.get(name, SPLIT)
+    for ffn in ffns:
+        found = ffn.attention
+        if expected is None:
+            assert found is None
+            assert not set(ffn.sites()) & set(ATTENTION_SITES)
+            continue
+        assert found is not None
+        assert ({leaf(one.path) for one in found.qkv}, leaf(found.o.path)) == expected
+        for tensor in ("qkv_input", "o_input"):
+            made = sum(
+                one(torch.zeros(1, ffn.size(tensor), dtype=dtype)).shape[-1]
+                for one in ffn.readers(tensor)
+            )
+            assert made == ffn.outputs(tensor)
+    assert len({ffn.attention and ffn.attention.o.path for ffn in ffns}) == (
+        1 if expected is None else len(ffns)
+    )
+
+
+def weights(module: nn.Module, entries: int) -> Tensor:
+    """The module's weight as [outputs, entries], a view."""
+    weight = module.weight
+    return weight.data if isinstance(module, nn.Linear) else weight.data.T[:, :entries]
+
+
+@pytest.mark.parametrize("site", ["qkv_input", "o_input", "all_linear_inputs"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen3", "gemma3", "phi3", "gpt2", "opt", "gpt_neox", "cohere"]
+)
+def test_dropping_an_entry_is_dropping_its_columns(name: str, site: str) -> None:
+    """Entries that are dropped for every token leave the model as if nothing read them."""
+    model = tiny_model(name, initializer_range=0.3)
+    ffns = find_ffns(model)
+    ids = token_ids()
+
+    def mask_of(layer: int, tensor: str, values: Tensor) -> Tensor:
+        mask = torch.ones_like(values, dtype=torch.bool)
+        mask[..., layer::3] = False
+        return mask
+
+    with torch.no_grad():
+        untouched = model(ids).logits
+        with transform(ffns, site, mask_of):
+            masked = model(ids).logits
+        assert torch.equal(model(ids).logits, untouched)
+        for ffn in ffns:
+            for tensor in TENSORS[site]:
+                for reader in ffn.readers(tensor):
+                    weights(reader.module, ffn.size(tensor))[:, ffn.layer :: 3] = 0
+        by_hand = model(ids).logits
+    torch.testing.assert_close(masked, by_hand, rtol=1e-5, atol=1e-5)
+    assert (masked - untouched).abs().max() > 1e-3
+
+
+def test_the_ffn_of_a_parallel_block_reads_its_own_copy() -> None:
+    """In such a block attention and FFN read one tensor, and each site is its own readers'."""
+    model = tiny_model("cohere")
+    ffns = find_ffns(model)
+    seen: dict[str, Tensor] = {}
+    block = model.model.layers[0]
+    for name, module in (("attention", block.self_attn.q_proj), ("ffn", block.mlp.up_proj)):
+        module.register_forward_hook(lambda _, args, __, name=name: seen.update({name: args[0]}))
+    with torch.no_grad(), transform(ffns, "qkv_input", lambda *a: torch.zeros_like(a[2]).bool()):
+        model(token_ids())
+    assert (seen["attention"] == 0).all()
+    assert seen["ffn"].abs().min() > 0
+
+
+def test_described_and_bound_again() -> None:
+    model = tiny_model("gemma3")
+    ffns = find_ffns(model)
+    again = bind_ffns(model, [ffn.describe() for ffn in ffns])
+    assert [one.describe() for one in again] == [one.describe() for one in ffns]
+    assert [one.attention.qkv for one in again] == [one.attention.qkv for one in ffns]
+
+
+def test_a_model_without_them_says_so() -> None:
+    ffns = find_ffns(tiny_model("rwkv"))
+    with (
+        pytest.raises(AtlasError, match="site 'o_input': layer 0 has none; its sites are input"),
+        observe(ffns, ["o_input"], lambda *_: None),
+    ):
+        pass
+
+
+class Clipped(nn.Linear):
+    """Looks like a linear map, and is none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(-0.1, 0.1)
+
+
+class Block(nn.Module):
+    """An attention block of one head, and what makes it another thing."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.q, self.k, self.v, self.o = (nn.Linear(HIDDEN, HIDDEN) for _ in range(4))
+        if kind in ("gate", "beside"):
+            self.more = nn.Linear(HIDDEN, HIDDEN)
+        if kind == "clipped":
+            self.q = Clipped(HIDDEN, HIDDEN)
+        if kind == "latent":
+            self.v = nn.Sequential(nn.Linear(HIDDEN, 8), nn.Linear(8, HIDDEN))
+        self.up, self.down = nn.Linear(HIDDEN, 24), nn.Linear(24, HIDDEN)
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.kind == "normalised":
+            v = v / v.norm(dim=-1, keepdim=True)
+        scores = q @ k.transpose(-1, -2) / HIDDEN**0.5
+        if self.kind != "both ways":
+            ahead = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(ahead, -torch.inf)
+        if self.kind == "sink":
+            ones = scores.new_zeros(*scores.shape[:-1], 1)
+            mixed = torch.cat([scores, ones], -1).softmax(-1)[..., :-1] @ v
+        elif self.kind == "none":
+            mixed = v
+        else:
+            mixed = scores.softmax(-1) @ v
+        if self.kind == "gate":
+            mixed = mixed * self.more(x).sigmoid()
+        out = self.o(mixed)
+        return out + self.more(out) if self.kind == "beside" else out
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(x / x.norm(dim=-1, keepdim=True))
+        return x + self.down(torch.relu(self.up(x / x.norm(dim=-1, keepdim=True))))
+
+
+class Decoder(nn.Module):
+    """A decoder of such blocks."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = SimpleNamespace(num_hidden_layers=LAYERS, vocab_size=VOCABULARY)
+        self.embedding = nn.Embedding(VOCABULARY, HIDDEN)
+        self.blocks = nn.ModuleList(Block(kind) for _ in range(LAYERS))
+        self.eval()
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_a_plain_decoder_of_ours_has_them() -> None:
+    ffns = find_ffns(Decoder("plain"))
+    assert all(ffn.attention is not None and len(ffn.attention.qkv) == 3 for ffn in ffns)
+
+
+@pytest.mark.parametrize(
+    "kind", ["gate", "beside", "latent", "normalised", "both ways", "sink", "none", "clipped"]
+)
+def test_what_is_no_such_attention_is_not_taken_for_one(kind: str) -> None:
+    """Another map, another reader, or values that are not simply averaged: FFN sites, and no others."""
+    ffns = find_ffns(Decoder(kind))
+    assert all(ffn.attention is None for ffn in ffns)
+    assert ffns[0].sites() == ("input", "intermediate", "all_inputs")
+
+
+def test_a_model_of_one_layer() -> None:
+    """Its layer is all of the decoder; the embedding there is no map of attention's."""
+    (ffn,) = find_ffns(tiny_model("llama", num_hidden_layers=1))
+    assert ffn.attention is not None
+    assert ffn.attention.o.path == "model.layers.0.self_attn.o_proj"
+
+
+def test_one_odd_layer_is_enough() -> None:
+    model = Decoder("plain")
+    model.blocks[1].kind = "normalised"
+    assert all(ffn.attention is None for ffn in find_ffns(model))
+
+
+def test_slots_know_the_weights_that_their_entries_meet() -> None:
+    ffns = find_ffns(tiny_model("gemma3", head_dim=12, num_key_value_heads=1))
+    found = {
+        slot.tensor: (slot.width, slot.outputs) for slot in slots_of(ffns, "all_linear_inputs")
+    }
+    heads, width = 2 * 12, ffns[0].width
+    assert list(found) == list(LINEAR_INPUTS)
+    assert found["qkv_input"] == (HIDDEN, heads + 2 * 12)
+    assert found["o_input"] == (heads, HIDDEN)
+    assert found["input"] == (HIDDEN, 2 * width)
+    assert found["intermediate"] == (width, HIDDEN)
+
+
+@pytest.mark.parametrize("rule", ["topk", "wina", "topp"])
+def test_a_criterion_at_all_linear_inputs(rule: str) -> None:
+    """Counts are those of the masks, tensor by tensor, in the order of a forward pass."""
+    model = tiny_model("llama", initializer_range=0.3)
+    ffns = find_ffns(model)
+    criterion, ids = create({"rule": rule}), token_ids()
+    bound = bind_all(criterion, ffns, "all_linear_inputs")
+    by_hand: dict[tuple[int, str], Tensor] = {}
+
+    def mask_of(layer: int, name: str, values: Tensor) -> Tensor:
+        mask = bound[layer, name].mask(values.flatten(0, 1), 0.5).view_as(values)
+        by_hand[layer, name] = (~mask | (values == 0)).sum(-1)
+        return mask
+
+    with torch.no_grad():
+        with transform(ffns, "all_linear_inputs", mask_of):
+            expected = model(ids).logits
+        with sparsified(model, ffns, "all_linear_inputs", criterion, 0.5) as counter:
+            counter.expect(torch.ones_like(ids, dtype=torch.bool))
+            found = model(ids).logits
+            zeros, _ = counter.take()
+    torch.testing.assert_close(found, expected)
+    assert len(counter.slots) == 4 * LAYERS
+    for slot, counts in zip(counter.slots, zeros, strict=True):
+        assert torch.equal(counts, by_hand[slot.layer, slot.tensor].long())
+
+
+def test_wina_weighs_by_all_maps_that_read() -> None:
+    ffns = find_ffns(tiny_model("llama"))
+    attention = ffns[0].attention
+    assert attention is not None
+    stacked = torch.cat([one.module.weight for one in attention.qkv])
+    norms = Place(ffns[0], "qkv_input").column_norms()
+    torch.testing.assert_close(norms, stacked.detach().norm(dim=0))
+
+
+def test_output_error_is_the_mean_of_the_parts(tmp_path: Path) -> None:
+    """Of the maps that read a tensor, and of the FFN: by hand, from the captured tensors."""
+    ffns = find_ffns(tiny_model("llama", initializer_range=0.3))
+    ids = token_ids(batch=2, tokens=6)
+    seen: dict[str, Tensor] = {}
+
+    def keep(layer: int, name: str, values: Tensor) -> None:
+        if layer == 0:
+            seen[name] = values.flatten(0, 1).clone()
+
+    store = ActivationStore(tmp_path / "activations.zarr", writable=True)
+    with torch.no_grad(), observe(ffns, ["all_linear_inputs"], keep):
+        ffns[0].model(ids)
+    store.put_ids(ids.numpy())
+    for name, values in seen.items():
+        store.create(name, [values.shape[1]], len(values), len(values), "float32")
+        store.put(name, 0, 0, values.numpy())
+    bound = bind_all(create({"rule": "topk"}), ffns[:1], "all_linear_inputs")
+    rules = {name: rule for (_, name), rule in bound.items()}
+
+    def kept(name: str, values: Tensor) -> Tensor:
+        return torch.where(rules[name].mask(values, 0.5), values, 0)
+
+    def error(dense: Tensor, sparse: Tensor) -> float:
+        return float(((sparse - dense).norm(dim=-1) / dense.norm(dim=-1)).mean())
+
+    block = ffns[0].model.model.layers[0]
+    attention, ffn = block.self_attn, block.mlp
+    with torch.no_grad():
+        x, o = seen["qkv_input"], seen["o_input"]
+        maps = (attention.q_proj, attention.k_proj, attention.v_proj)
+        qkv = error(*(torch.cat([one(v) for one in maps], -1) for v in (x, kept("qkv_input", x))))
+        out = error(attention.o_proj(o), attention.o_proj(kept("o_input", o)))
+        x = seen["input"]
+        sparse = kept("input", x)
+        i = kept("intermediate", ffn.act_fn(ffn.gate_proj(sparse)) * ffn.up_proj(sparse))
+        whole = error(ffn(x), ffn.down_proj(i))
+        expected = {
+            "qkv_input": qkv,
+            "o_input": out,
+            "all_inputs": whole,
+            "all_linear_inputs": (qkv + out + whole) / 3,
+        }
+        for site, value in expected.items():
+            (row,) = layer_rows(ffns[0], store, site, rules, ["0.5"])
+            assert row["error"] == pytest.approx(value, rel=1e-5), site
+        # A search may have chosen no level.
+        assert layer_rows(ffns[0], store, "all_linear_inputs", rules, []) == []
