@@ -16,7 +16,15 @@ from sparsity_atlas.commands import COMMANDS
 PACKAGE = Path(__file__).parent
 
 # What these do reaches a stage through its arguments, never through the numbers that it computes.
-_NO_SCIENCE = {"__init__", "cli", "code", "commands", "config", "credentials", "errors", "grid"}
+_NO_SCIENCE = {
+    "cli",
+    "code_version",
+    "commands",
+    "credentials",
+    "errors",
+    "config.schema",
+    "config.grid",
+}
 
 
 @functools.cache

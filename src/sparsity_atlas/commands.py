@@ -23,28 +23,46 @@ class Command(NamedTuple):
 
 # Stages in the order of a run: what the rules call.
 STAGES = {
-    "run_config": Command("run_config", "write down the configuration and the versions of a run"),
-    "models": Command("models", "resolve a model, prove where its sites are, write its manifest"),
-    "capture": Command("capture", "run a text through a model and store its activations"),
-    "calibrate": Command("calibrate", "find what a calibrated criterion needs to know of a model"),
-    "metrics": Command("metrics", "look at a site's activations, layer by layer"),
-    "output_error": Command("output_error", "induced sparsity and output error at every level"),
-    "sensitivity": Command("sensitivity", "sparsify one layer at a time"),
-    "evaluate": Command("evaluate", "evaluate one node, or the dense baseline"),
-    "node": Command("worker.job", "evaluate one node in a process that keeps its model loaded"),
-    "search": Command("search", "find the levels around the headline bar"),
-    "curve": Command("curve", "read a curve's scores and critical sparsities from its samples"),
-    "summarize": Command("summarize", "write the tables"),
+    "run_config": Command(
+        "config.record", "write down the configuration and the versions of a run"
+    ),
+    "models": Command(
+        "models.manifest", "resolve a model, prove where its sites are, write its manifest"
+    ),
+    "capture": Command(
+        "activations.capture", "run a text through a model and store its activations"
+    ),
+    "calibrate": Command(
+        "calibrate.calibrate", "find what a calibrated criterion needs to know of a model"
+    ),
+    "metrics": Command("activations.metrics", "look at a site's activations, layer by layer"),
+    "output_error": Command(
+        "studies.output_error", "induced sparsity and output error at every level"
+    ),
+    "sensitivity": Command("studies.sensitivity", "sparsify one layer at a time"),
+    "evaluate": Command("evaluation.evaluate", "evaluate one node, or the dense baseline"),
+    "node": Command(
+        "evaluation.worker.job", "evaluate one node in a process that keeps its model loaded"
+    ),
+    "search": Command("evaluation.search", "find the levels around the headline bar"),
+    "curve": Command(
+        "curves.curve", "read a curve's scores and critical sparsities from its samples"
+    ),
+    "summarize": Command("tables.summarize", "write the tables"),
     "figures": Command("figures.draw", "draw the figures"),
-    "report": Command("report", "write the report"),
+    "report": Command("report.report", "write the report"),
 }
 TOOLS = {
     "plan": Command("plan.cost", "say what a run will cost, before it starts"),
-    "export": Command("export", "write a calibrated criterion's thresholds for kernels"),
-    "doctor": Command("doctor", "compare every file of a results folder with its manifest"),
-    "clean": Command("clean", "list or remove what runs left over"),
-    "harness": Command("harness", "lm-eval's own command, with the model `sparsity-atlas`"),
-    "schema": Command("schema", "write the configuration's schema, for editors and for people"),
+    "export": Command("calibrate.export", "write a calibrated criterion's thresholds for kernels"),
+    "doctor": Command("upkeep.doctor", "compare every file of a results folder with its manifest"),
+    "clean": Command("upkeep.clean", "list or remove what runs left over"),
+    "harness": Command(
+        "evaluation.harness", "lm-eval's own command, with the model `sparsity-atlas`"
+    ),
+    "schema": Command(
+        "config.documents", "write the configuration's schema, for editors and for people"
+    ),
     "zoo train": Command("zoo.train", "train the embedded models"),
     "zoo pairs": Command("zoo.pairs", "write the task of minimal pairs"),
     "zoo cloze": Command("zoo.cloze", "write the cloze task"),

@@ -67,7 +67,8 @@ def test_a_zoo_model_as_from_its_folder(
     # The tag moves; what was measured stays what it is.
     hub.model(NAME).commit({**zoo_files, "notes.txt": b"other"}, "main", "v1")
     requests = len(hub.requests)
-    read = "from sparsity_atlas.models.manifest import from_manifest as f; from pathlib import Path; import sys\n"
+    read = "from sparsity_atlas.models.manifest import from_manifest as f\n"
+    read += "from pathlib import Path; import sys\n"
     read += "print(f(Path(sys.argv[1]))[1].folder.name)"
     again = client.run("-c", read, str(made))
     assert again.stdout.strip() == first, again.stderr

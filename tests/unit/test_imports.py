@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from sparsity_atlas.commands import COMMANDS
+
 # Seconds each, on the machine of the tests; a stage that needs one imports it when it does.
 HEAVY = {"torch", "transformers", "lm_eval", "datasets", "huggingface_hub", "snakemake", "triton"}
 TABLES = {"pandas", "seaborn", "matplotlib", "scipy.stats"}
@@ -24,17 +26,17 @@ def imported(module: str, among: set[str]) -> set[str]:
     ["run_config", "models", "capture", "metrics", "output_error", "search", "evaluate", "curve"],
 )
 def test_stages_that_run_or_read_a_model(stage: str) -> None:
-    assert imported(stage, HEAVY | TABLES) == set()
+    assert imported(COMMANDS[stage].module, HEAVY | TABLES) == set()
 
 
 def test_tables_and_summaries() -> None:
-    assert imported("summarize", HEAVY | TABLES | {"zarr"}) == set()
+    assert imported("tables.summarize", HEAVY | TABLES | {"zarr"}) == set()
 
 
 def test_the_report_draws_but_runs_no_model() -> None:
-    assert imported("report", HEAVY) == set()
+    assert imported("report.report", HEAVY) == set()
 
 
 def test_the_dag() -> None:
     """Every Snakemake process, also the two in each job of a cluster, pays for this."""
-    assert imported("asks", HEAVY | TABLES | {"numpy", "pyarrow", "scipy"}) == set()
+    assert imported("rules.asks", HEAVY | TABLES | {"numpy", "pyarrow", "scipy"}) == set()

@@ -1,6 +1,6 @@
 """What the rules know of the configuration.
 
-The answers are in src/sparsity_atlas/rules/asks.py (which files, or which slice of the configuration) and ask_resources.py.
+The answers are in src/sparsity_atlas/rules/asks.py (which files, or which slice of the configuration) and resources.py.
 
 Path grammar, below results/:
     {model}/model.json                              the model's manifest

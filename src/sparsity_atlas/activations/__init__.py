@@ -1,1 +1,1 @@
-"""Room."""
+"""Captured, stored, looked at. Start with `capture`; `store` is the format."""

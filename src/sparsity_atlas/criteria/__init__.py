@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Criterion",
-    "built_in",
     "check_level",
     "create",
     "declared",
     "level_range",
+    "rule_names",
     "source_file",
 ]
+
+BUILT_IN = Path(__file__).with_name("built_in")
 
 
 def __getattr__(name: str) -> Any:
@@ -38,13 +40,9 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(name)
 
 
-def built_in() -> list[str]:
+def rule_names() -> list[str]:
     """Names of the built-in rules."""
-    return sorted(
-        path.stem
-        for path in Path(__file__).parent.glob("*.py")
-        if path.stem not in ("__init__", "base")
-    )
+    return sorted(path.stem for path in BUILT_IN.glob("*.py") if path.stem != "__init__")
 
 
 def source_file(spec: dict[str, Any]) -> Path:
@@ -61,12 +59,12 @@ def source_file(spec: dict[str, Any]) -> Path:
         if not os.path.isfile(path):
             raise AtlasError(f"criteria: {path}: no such file")
         return path
-    if spec["rule"] not in built_in():
+    if spec["rule"] not in rule_names():
         raise AtlasError(
-            f"criteria: unknown rule '{spec['rule']}'; built in: {', '.join(built_in())}; "
+            f"criteria: unknown rule '{spec['rule']}'; built in: {', '.join(rule_names())}; "
             "a rule of your own is named by `file`"
         )
-    return Path(__file__).with_name(f"{spec['rule']}.py")
+    return BUILT_IN / f"{spec['rule']}.py"
 
 
 def declared(spec: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +140,11 @@ def create(spec: dict[str, Any]) -> Criterion:
     """
     path = source_file(spec)
     constants = declared(spec)
-    module = _import(path) if "file" in spec else importlib.import_module(f"{__name__}.{path.stem}")
+    module = (
+        _import(path)
+        if "file" in spec
+        else importlib.import_module(f"{__name__}.built_in.{path.stem}")
+    )
     from sparsity_atlas.criteria.base import Criterion
 
     classes = [

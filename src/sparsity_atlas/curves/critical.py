@@ -85,7 +85,7 @@ class CriticalRow:
 
 
 def critical(every: Sequence[Estimates], bars: Sequence[float] = BARS) -> list[CriticalRow]:
-    """Critical sparsity of each of `curves.estimate_all` at each bar.
+    """Critical sparsity of each of `points.estimate_all` at each bar.
 
     The average is over tasks of induced sparsity and accuracy at each level, normalised by the
     average dense accuracy afterwards; loss stays out of it.

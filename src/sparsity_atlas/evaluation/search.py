@@ -53,7 +53,7 @@ def damage(
     dense: dict[str, float],
     scores: dict[str, float] | None,
 ) -> float:
-    """Damage in units of what the headline bar allows; see `levels.Point`.
+    """Damage in units of what the headline bar allows; see `next_level.Point`.
 
     With a loss task, its added loss over ln 1.01; otherwise the lost share of the average accuracy
     over 1 %.

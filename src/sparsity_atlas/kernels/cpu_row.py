@@ -230,7 +230,7 @@ def _shared(score, key, mass, few, wide, square, cell, peak, lattice, amount, li
 
 @_compiled
 def _raise_row(score, unit, power, wide, square):
-    """As `threshold.raised`, of score / unit, into `wide`."""
+    """As `definition.raised`, of score / unit, into `wide`."""
     whole = int(power)
     fraction = power - whole
     for j in range(len(score)):
@@ -384,7 +384,7 @@ def _between(key, few, low, high):
 
 @_compiled
 def _share_of(total, limbs):
-    """⌈amount · total⌉ from the digits of `threshold.limbs`: a long multiplication."""
+    """⌈amount · total⌉ from the digits of `definition.limbs`: a long multiplication."""
     mask = (np.int64(1) << LIMB_BITS) - 1
     upper, lower = total >> LIMB_BITS, total & mask
     carry, rest = np.int64(0), np.int64(0)
@@ -399,7 +399,7 @@ def _share_of(total, limbs):
 
 @_compiled
 def _settled(key, few, wide, cell, low, high, limbs, power, scale, unit):
-    """The threshold between `low` and `high`, by the integer masses of `threshold.masses`."""
+    """The threshold between `low` and `high`, by the integer masses of `definition.masses`."""
     total = np.int64(0)
     above = np.int64(0)
     bound = np.int32(high)

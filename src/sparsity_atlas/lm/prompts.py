@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """What a model's entry says of prompts and of generation; see `config.ModelEntry`.
+    """What a model's entry says of prompts and of generation; see `schema.ModelEntry`.
 
     chat_date: the day that a chat template prints, in ISO format.
     """

@@ -1,1 +1,1 @@
-"""Target `plan`: what a configuration will cost, before anything runs."""
+"""Target `plan`: what a configuration will cost, before anything runs. Start with `cost`."""

@@ -30,7 +30,10 @@ HEAVY = {
     "calibrate",
     "sensitivity",
 }
-HEAVY_IMPORTS = "sparsity_atlas.lm.model, sparsity_atlas.sites.find, sparsity_atlas.tasks.load, lm_eval.evaluator"
+HEAVY_IMPORTS = (
+    "sparsity_atlas.lm.model, sparsity_atlas.sites.find, sparsity_atlas.tasks.load, "
+    "lm_eval.evaluator"
+)
 LIGHT_IMPORTS = "sparsity_atlas.curves.curve, sparsity_atlas.tables.summarize"
 EVALUATING = ("dense", "evaluate", "search")
 

@@ -1,1 +1,1 @@
-"""Room."""
+"""What the Snakefile asks: files, slices of the configuration, digests, resources. Start with `asks`."""

@@ -1,1 +1,1 @@
-"""Room."""
+"""Bootstrap, monotone fits and slopes, of any numbers. Start with `bootstrap`."""

@@ -1,1 +1,1 @@
-"""Room."""
+"""lm-eval's tasks: loaded, fingerprinted, their requests built once. Start with `load`."""

@@ -36,7 +36,7 @@ def load_tasks(
     """Build the tasks of a configuration, each by itself: the others and their order change nothing.
 
     Args:
-        entries: entries of the configuration's `tasks` (keys as in `config.TaskEntry`).
+        entries: entries of the configuration's `tasks` (keys as in `schema.TaskEntry`).
         seed: of few-shot draws, and of what a task draws while it is loaded.
         unusable: called with the name of a task whose data cannot be fetched, and why; the task is left
             out. Without it, the first such task is an error.

@@ -87,7 +87,7 @@ def key(lm: AtlasLM, task: LoadedTask, *, seed: int) -> dict[str, Any] | None:
         "prompts": lm.identity(),
         "task": task.identity,
         "seed": seed,
-        "code": code_version("prepared"),
+        "code": code_version("tasks.prepared"),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
     }
 

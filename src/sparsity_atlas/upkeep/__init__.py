@@ -1,1 +1,1 @@
-"""Room."""
+"""A results folder over time: what is left over, and whether all is as it was written."""

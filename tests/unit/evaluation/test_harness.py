@@ -17,7 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from sparsity_atlas.code_version import code_version
-from sparsity_atlas.criteria import built_in, create, source_file
+from sparsity_atlas.criteria import create, rule_names, source_file
 from sparsity_atlas.criteria.calibration_file import read_calibration, write_calibration
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation import harness
@@ -298,5 +298,5 @@ def test_the_cache_of_answers_is_refused(model_folder: Path, tasks: dict, tmp_pa
 
 def test_no_rule_has_a_parameter_of_an_argument_s_name() -> None:
     hidden = {*Arguments.model_fields, *_INSTEAD, *inspect.signature(HFLM).parameters}
-    for rule in built_in():
+    for rule in rule_names():
         assert hidden.isdisjoint(inspect.signature(type(create({"rule": rule}))).parameters)

@@ -161,21 +161,21 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("file", "stages"),
     [
-        ("evaluate.py", {"evaluate", "search"}),
+        ("evaluation/evaluate.py", {"evaluate", "search"}),
         # Imported inside a function, or by another module.
-        ("lm.py", {"evaluate", "search"}),
-        ("sparsify.py", {"evaluate", "search", "output_error"}),
+        ("lm/model.py", {"evaluate", "search"}),
+        ("sparsify/attach.py", {"evaluate", "search", "output_error"}),
         ("kernels/cpu_row.py", {"evaluate", "search", "output_error"}),
         ("kernels/cuda.py", {"evaluate", "search", "output_error"}),
-        ("threshold.py", {"evaluate", "search", "output_error"}),
-        ("levels.py", {"search"}),
-        ("activations.py", {"capture", "metrics", "output_error"}),
-        ("curve.py", {"curve"}),
-        ("critical.py", {"curve"}),
+        ("kernels/definition.py", {"evaluate", "search", "output_error"}),
+        ("evaluation/next_level.py", {"search"}),
+        ("activations/store.py", {"capture", "metrics", "output_error"}),
+        ("curves/curve.py", {"curve"}),
+        ("curves/critical.py", {"curve"}),
         ("criteria/base.py", {"evaluate", "search", "output_error"}),
         # One criterion is the matter of its own nodes; messages are nobody's.
-        ("criteria/topp.py", set()),
-        ("config.py", set()),
+        ("criteria/built_in/topp.py", set()),
+        ("config/schema.py", set()),
         ("cli.py", set()),
     ],
 )
@@ -192,7 +192,7 @@ def test_an_edit_changes_the_stages_it_is_part_of(
 
 
 def test_a_criterion_s_file_is_part_of_its_version(package: Path) -> None:
-    topp, topk = (str(package / "criteria" / f"{name}.py") for name in ("topp", "topk"))
+    topp, topk = (str(package / "criteria/built_in" / f"{name}.py") for name in ("topp", "topk"))
     before = (
         code_version.code_version("evaluate", topp),
         code_version.code_version("evaluate", topk),
