@@ -7,16 +7,16 @@ import logging
 import os
 import signal
 import sys
-from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
 from sparsity_atlas.credentials import HidingStream
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.files.whole import discard_unfinished, read_manifest
 
 logger = logging.getLogger("sparsity_atlas")
+# What a signal has done before it ends the process; `files.whole` adds to it.
+before_stop: list[Callable[[], None]] = []
 
 # httpx notes every URL, and a download's URL may be signed.
 _CHATTY = ("transformers", "datasets", "lm_eval", "lm-eval", "httpx", "httpx2", "huggingface_hub")
@@ -78,7 +78,8 @@ def _stop(number: int, frame: FrameType | None) -> None:
     """
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
-    discard_unfinished()
+    for leave in before_stop:
+        leave()
     name = signal.Signals(number).name
     # Not through sys.stderr, which this signal may have interrupted in the middle of a write.
     os.write(2, f"error: stopped by {name}; the same command goes on from here\n".encode())
@@ -88,26 +89,6 @@ def _stop(number: int, frame: FrameType | None) -> None:
 def optional_path(text: str) -> Path | None:
     """A path, or None for the empty string that an absent input leaves."""
     return Path(text) if text else None
-
-
-def add_levels(parser: ArgumentParser) -> None:
-    """The arguments that say which levels a curve has."""
-    parser.add_argument("--levels", default="", help="comma-separated levels that are listed")
-    parser.add_argument(
-        "--search", type=optional_path, help="search.json whose levels are taken as well"
-    )
-
-
-def levels_of(arguments: Namespace) -> list[str]:
-    """Levels of a curve, each once, from the largest on; see `add_levels`.
-
-    Raises:
-        AtlasError: search.json is missing or damaged.
-    """
-    levels = {level for level in arguments.levels.split(",") if level}
-    if arguments.search:
-        levels |= {one["level"] for one in read_manifest(arguments.search)["levels"]}
-    return sorted(levels, key=float, reverse=True)
 
 
 def folder_of(path: Path) -> Path:

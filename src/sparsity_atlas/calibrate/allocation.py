@@ -22,8 +22,9 @@ from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
 from sparsity_atlas.criteria.base import Criterion
+from sparsity_atlas.criteria.binding import bind_all
 from sparsity_atlas.criteria.level_table import TARGETS
-from sparsity_atlas.criteria.place import Place, bind_all, state_name
+from sparsity_atlas.criteria.place import Place, state_name
 from sparsity_atlas.errors import NumericalFailure
 from sparsity_atlas.sites.block import Block, blocks
 from sparsity_atlas.sparsify.attach import dropping

@@ -16,6 +16,7 @@ from typing import Any
 from sparsity_atlas import cli
 from sparsity_atlas.criteria import check_level, create
 from sparsity_atlas.criteria.calibration_file import read_calibration
+from sparsity_atlas.criteria.level_arguments import add_levels, levels_of
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import (
     canonical,
@@ -33,13 +34,13 @@ def main() -> None:
     parser.add_argument("--criterion", required=True, type=json.loads, help="JSON")
     parser.add_argument("--site", required=True)
     parser.add_argument("--calibration", required=True, type=Path)
-    cli.add_levels(parser)
+    add_levels(parser)
     parser.add_argument("--settings", required=True, type=json.loads, help="JSON: model loading")
     parser.add_argument("--output", required=True, type=Path, help="manifest to write, last")
     arguments = parser.parse_args()
 
     criterion = create(arguments.criterion)
-    levels = cli.levels_of(arguments)
+    levels = levels_of(arguments)
     for level in levels:
         check_level(criterion, level)
     manifest, checkpoint = from_manifest(arguments.model)
@@ -48,7 +49,8 @@ def main() -> None:
 
     from safetensors.torch import save_file
 
-    from sparsity_atlas.criteria.place import bind_all, places, state_name
+    from sparsity_atlas.criteria.binding import bind_all
+    from sparsity_atlas.criteria.place import places, state_name
     from sparsity_atlas.sites.find import bind_ffns
 
     settings = arguments.settings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from sparsity_atlas.terms import TENSORS
 
 if TYPE_CHECKING:
-    from sparsity_atlas.criteria import Criterion
     from sparsity_atlas.sites.ffn import FFN
     from sparsity_atlas.sites.projection import Projection
 
@@ -95,39 +94,6 @@ def places(ffns: list[FFN], site: str) -> Iterator[Place]:
     for ffn in ffns:
         for tensor in TENSORS[site]:
             yield Place(ffn, tensor)
-
-
-def bind_all(
-    criterion: Criterion, ffns: list[FFN], site: str, calibration: Mapping[str, State] | None = None
-) -> dict[tuple[int, str], Criterion]:
-    """A criterion bound to every place of a site, by layer and tensor.
-
-    Args:
-        criterion: the rule.
-        ffns: all FFNs of one model.
-        site: where.
-        calibration: state of each place under its `state_name`; None for a rule without.
-
-    Raises:
-        AtlasError: a rule of the user's own whose masks depend on more than the row.
-    """
-    bound = {
-        (place.layer, place.tensor): criterion.bind(
-            place,
-            {
-                name: value.to(place.device)
-                for name, value in (calibration or {}).get(state_name(place), {}).items()
-            },
-        )
-        for place in places(ffns, site)
-    }
-    if criterion.file is not None and not criterion.tried:
-        from sparsity_atlas.criteria.check import check_masks
-
-        first = next(places(ffns, site))
-        check_masks(bound[first.layer, first.tensor], criterion.file, first.width, first.device)
-        criterion.tried = True
-    return bound
 
 
 def state_name(place: Place) -> str:

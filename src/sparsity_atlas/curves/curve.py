@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sparsity_atlas import cli
+from sparsity_atlas.criteria.level_arguments import add_levels, levels_of
 from sparsity_atlas.curves.critical import critical
 from sparsity_atlas.curves.equal_sparsity import REPLICATES, Of, equal_rows, write_equal
 from sparsity_atlas.curves.points import CurvePoint, curve_points, estimate_all
@@ -290,7 +291,7 @@ def main() -> None:
     """Command line of the stage."""
     parser = argparse.ArgumentParser(prog="sparsity-atlas curve", description=__doc__)
     parser.add_argument("--dense", required=True, type=Path, help="eval.json of the dense baseline")
-    cli.add_levels(parser)
+    add_levels(parser)
     parser.add_argument("--site", required=True)
     parser.add_argument(
         "--settings", required=True, type=json.loads, help="JSON: metrics, bars, bootstrap"
@@ -304,9 +305,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     folder = cli.folder_of(arguments.output)
-    nodes = {
-        level: NodeSamples(folder / level, arguments.site) for level in cli.levels_of(arguments)
-    }
+    nodes = {level: NodeSamples(folder / level, arguments.site) for level in levels_of(arguments)}
     dense = NodeSamples(arguments.dense.parent, arguments.site)
     settings = arguments.settings
     samples = all_samples(dense, nodes, settings)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from sparsity_atlas import cli
 from sparsity_atlas.errors import AtlasError
 
 # Version of every file format of ours; a file with a higher one was written by a newer release.
@@ -77,6 +78,9 @@ def discard_unfinished() -> None:
     """Remove the temporary files that this process is writing, before it ends without going on."""
     for temporary in list(_unfinished):
         temporary.unlink(missing_ok=True)
+
+
+cli.before_stop.append(discard_unfinished)
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

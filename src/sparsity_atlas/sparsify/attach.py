@@ -12,7 +12,7 @@ import torch
 
 from sparsity_atlas import kernels
 from sparsity_atlas.criteria.base import Criterion, SequenceCriterion, declares_threshold
-from sparsity_atlas.criteria.place import bind_all
+from sparsity_atlas.criteria.binding import bind_all
 from sparsity_atlas.errors import AtlasError, NumericalFailure
 from sparsity_atlas.kernels import Masked
 from sparsity_atlas.kernels.definition import Threshold

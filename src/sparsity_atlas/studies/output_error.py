@@ -18,6 +18,7 @@ from sparsity_atlas import cli
 from sparsity_atlas.activations.store import ActivationStore, read_ahead
 from sparsity_atlas.criteria import check_level, create
 from sparsity_atlas.criteria.calibration_file import read_calibration
+from sparsity_atlas.criteria.level_arguments import add_levels, levels_of
 from sparsity_atlas.criteria.reach import mean
 from sparsity_atlas.files.parquet import write_parquet
 from sparsity_atlas.models.manifest import from_manifest, load
@@ -205,7 +206,7 @@ def main() -> None:
     parser.add_argument("--site", required=True)
     parser.add_argument("--store", required=True, type=Path, help="the Zarr store")
     parser.add_argument("--criterion", required=True, type=json.loads, help="JSON")
-    cli.add_levels(parser)
+    add_levels(parser)
     parser.add_argument(
         "--calibration", type=cli.optional_path, help="calibration of the criterion, if it has one"
     )
@@ -219,13 +220,13 @@ def main() -> None:
     arguments = parser.parse_args()
 
     criterion = create(arguments.criterion)
-    levels = cli.levels_of(arguments)
+    levels = levels_of(arguments)
     for level in levels:
         check_level(criterion, level)
     manifest, checkpoint = from_manifest(arguments.model)
     import torch
 
-    from sparsity_atlas.criteria.place import bind_all
+    from sparsity_atlas.criteria.binding import bind_all
     from sparsity_atlas.sites.find import bind_ffns
 
     settings = arguments.settings

@@ -203,7 +203,7 @@ def main() -> None:
     manifest, checkpoint = from_manifest(arguments.model)
     import torch
 
-    from sparsity_atlas.criteria.place import bind_all
+    from sparsity_atlas.criteria.binding import bind_all
     from sparsity_atlas.sites.find import bind_ffns
 
     ids = ActivationStore(arguments.store).ids()

@@ -26,9 +26,10 @@ from sparsity_atlas.calibrate.allocation import (
     spread,
 )
 from sparsity_atlas.criteria import Criterion, create
+from sparsity_atlas.criteria.binding import bind_all
 from sparsity_atlas.criteria.calibration_file import write_calibration
 from sparsity_atlas.criteria.level_table import TARGETS
-from sparsity_atlas.criteria.place import Place, bind_all, state_name
+from sparsity_atlas.criteria.place import Place, state_name
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.figures import layer_by_level
 from sparsity_atlas.sites.block import blocks

@@ -21,13 +21,13 @@ from sparsity_atlas.activations.texts import documents
 from sparsity_atlas.calibrate import calibrate, export
 from sparsity_atlas.config.schema import parse
 from sparsity_atlas.criteria import create
+from sparsity_atlas.criteria.binding import bind_all
 from sparsity_atlas.criteria.calibration_file import (
     Calibration,
     check_disjoint,
     read_calibration,
     write_calibration,
 )
-from sparsity_atlas.criteria.place import bind_all
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation import evaluate, search
 from sparsity_atlas.evaluation.evaluate import Node, evaluate_node

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparsity_atlas.criteria import create
-from sparsity_atlas.criteria.place import bind_all
+from sparsity_atlas.criteria.binding import bind_all
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.sites.find import find_ffns
 from tiny_models import tiny_model

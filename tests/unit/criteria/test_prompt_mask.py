@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsity_atlas.criteria import create
+from sparsity_atlas.criteria.binding import bind_all
 from sparsity_atlas.criteria.error_table import ErrorTable
-from sparsity_atlas.criteria.place import Place, bind_all
+from sparsity_atlas.criteria.place import Place
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation.evaluate import Node, evaluate_node
 from sparsity_atlas.evaluation.samples import read_table

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from sparsity_atlas.activations.store import ActivationStore
 from sparsity_atlas.criteria import create
-from sparsity_atlas.criteria.place import Place, bind_all
+from sparsity_atlas.criteria.binding import bind_all
+from sparsity_atlas.criteria.place import Place
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.sites.find import bind_ffns, find_ffns, observe, transform
 from sparsity_atlas.sparsify.attach import slots_of, sparsified

@@ -20,8 +20,8 @@ from fake_results import make_results, make_tables
 from sparsity_atlas.activations import capture
 from sparsity_atlas.activations.store import ActivationStore
 from sparsity_atlas.criteria import create
+from sparsity_atlas.criteria.binding import bind_all
 from sparsity_atlas.criteria.built_in.topk import TopK
-from sparsity_atlas.criteria.place import bind_all
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.figures import layer_by_level
 from sparsity_atlas.files.journal import whole_lines
