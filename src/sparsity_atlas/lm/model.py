@@ -101,7 +101,7 @@ class AtlasLM(GeneratingLM):
                 "dtype": str(self.model.dtype),
                 "attention": self.model.config._attn_implementation,
                 "device": name,
-                "code": code_version("sharing"),
+                "code": code_version("lm.sharing"),
                 **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
             }
         )
