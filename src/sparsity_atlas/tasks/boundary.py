@@ -25,7 +25,7 @@ from sparsity_atlas.errors import AtlasError, TaskFailure
 if TYPE_CHECKING:
     from sparsity_atlas.tasks.modules import OwnModules
 
-_OURS = Path(__file__).parent
+_OURS = Path(__file__).parents[1]
 # Libraries that run a task for its author; others (NumPy, a tokenizer) work for whoever called them.
 _THEIRS = ("lm_eval", "datasets", "jinja2", "evaluate", "generation")
 _PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOMEM, errno.EMFILE}

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 # Files and folders that the texts of one file of code may stand for.
 MOST = 10_000
 # Calls whose argument names what is read or imported.
