@@ -14,7 +14,7 @@ from typing import Any
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import digest, file_digest, read_json
-from sparsity_atlas.models.folder import check_fetched, files_digest, files_read
+from sparsity_atlas.models.contents import check_fetched, files_digest, files_read
 
 SAFE_FILE = "model.safetensors"
 SAFE_INDEX = "model.safetensors.index.json"

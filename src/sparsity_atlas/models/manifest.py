@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sparsity_atlas import cli
 from sparsity_atlas.errors import AtlasError, NumericalFailure
 from sparsity_atlas.files.whole import file_digest, read_manifest, write_manifest
+from sparsity_atlas.models import contents
 from sparsity_atlas.models.checkpoint import (
     PICKLE_FILE,
     PICKLE_INDEX,
@@ -65,7 +66,7 @@ def resolve(
         wanted = Repository("models", "model", source["hub"], revision)
         commit = wanted.commit(offline=offline)
         repository = replace(wanted, revision=commit)
-        for pair in folder.patterns(code=allowed["trust_remote_code"]):
+        for pair in contents.patterns(code=allowed["trust_remote_code"]):
             folder = repository.fetch(*pair, offline=offline)
         if weights:
             _fetch_weights(repository, folder, allowed["allow_pickle"], offline)

@@ -18,7 +18,7 @@ from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import digest, file_digest
-from sparsity_atlas.models import folder
+from sparsity_atlas.models import contents
 from sparsity_atlas.models.checkpoint import Checkpoint
 from sparsity_atlas.tasks import local_files
 from sparsity_atlas.terms import ALLOCATIONS, TENSORS
@@ -160,7 +160,7 @@ def model_content(config: Config, model: str) -> str:
     entry = config.models[model]
     other = Path(entry.tokenizer) if entry.tokenizer is not None else None
     if entry.path is None and other is not None and other.is_dir():
-        return digest(folder.files_digest(other, code=entry.trust_remote_code))
+        return digest(contents.files_digest(other, code=entry.trust_remote_code))
     if entry.path is None or not os.path.isdir(entry.path):
         return ""
     try:

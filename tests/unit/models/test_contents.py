@@ -10,7 +10,7 @@ import pytest
 from sparsity_atlas.config.schema import parse
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.models.checkpoint import Checkpoint
-from sparsity_atlas.models.folder import patterns, select
+from sparsity_atlas.models.contents import patterns, select
 from sparsity_atlas.rules.inputs import locate, model_content
 from tiny_lm import save_model, tiny_tokenizer
 
