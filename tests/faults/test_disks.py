@@ -228,11 +228,12 @@ def test_a_journal_cut_in_a_record(spoilt: Checkout, whole: Checkout) -> None:
 
 
 def _passes(spoilt: Checkout, whole: Checkout, job: pipeline.Job) -> int:
-    """Forward passes of a job that nothing disturbs."""
-    for path in products(spoilt, job):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    spoilt.forget_forwards()
-    assert pipeline.run(spoilt, job) == 0
+    """Forward passes of a job that nothing disturbs, where the cache knows what the model does right."""
+    for _ in range(2):
+        for path in products(spoilt, job):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        spoilt.forget_forwards()
+        assert pipeline.run(spoilt, job) == 0
     return len(spoilt.forwards())
 
 

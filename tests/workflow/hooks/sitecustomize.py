@@ -84,12 +84,12 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 _words = sys.orig_argv
 if "-m" in _words and ("--output" in _words or "--serve" in _words):
-    stage = _words[_words.index("-m") + 1].removeprefix("sparsity_atlas.")
+    stage = _words[_words.index("-m") + 2]  # behind the package's name
     output = ""  # a worker is told with each request
     if "--output" in _words:
         output = _words[_words.index("--output") + 1].removeprefix("results/")
-        # A job that does the work itself.
-        stage = {"worker": "evaluate"}.get(stage, stage)
+    if stage == "node":  # a worker, or a job that does the work itself
+        stage = "evaluate" if output else "worker"
     sys.meta_path.insert(0, _Finder())
     _victim, _, _number = os.environ.get("KILL_WRITE", "").partition(":")
     if _victim == stage:
