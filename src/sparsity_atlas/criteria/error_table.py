@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 import torch
-from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
 # The mildest target that is met; of a milder one only what costs less than a measured error is dropped.
@@ -18,8 +16,10 @@ LOWEST = 5e-4
 WIDEST = 1.2
 # and so close that the error at the middle of two of them is what was expected, up to this share of it.
 TOLERANCE = 2e-3
-# Errors that are measured at most: some hundred of millions of scores, nearly all of a thousand.
-MOST = 1000
+# How far single scores may let errors between two knots scatter about what is expected, as a share.
+SCATTER = 3e-3
+# Errors that are measured at most: some hundred of millions of scores, nearly all of a few thousand.
+MOST = 5000
 # Where to look first: shares of the scores that are no zeros.
 FIRST = sorted({share for k in range(1, 12) for share in (2.0**-k, 1 - 2.0**-k)})
 
@@ -66,13 +66,16 @@ class ErrorTable:
         low, high = self.threshold[knot : knot + 2]
         if self.gap[knot] or self.error[knot] == target:
             return float(low), float(self.error[knot])
-        return float(np.clip(np.exp(self._between(np.log(target))), low, high)), target
+        return _between(*self.error[knot : knot + 2], low, high, target), target
 
-    @cached_property
-    def _between(self) -> PchipInterpolator:
-        # Both are nearly powers of each other.
-        some = self.error > 0
-        return PchipInterpolator(np.log(self.error[some]), np.log(self.threshold[some]))
+
+def _between(low_error: float, high_error: float, low: float, high: float, target: float) -> float:
+    """The threshold that is expected for a target between two knots: errors are nearly powers of it.
+
+    No other knot counts, so that what was seen to hold of two of them keeps holding.
+    """
+    share = np.log(target / low_error) / np.log(high_error / low_error)
+    return float(np.clip(low * (high / low) ** share, low, high))
 
 
 def tabulate(scores: Tensor, error: Callable[[float], float]) -> ErrorTable:
@@ -161,14 +164,13 @@ class _Search:
                 new.append(self._first_of((after + last) // 2))
                 continue
             middle = float(np.sqrt(low * high))
-            threshold = float(np.exp(table._between(np.log(middle))))
+            threshold = _between(low, high, *table.threshold[k : k + 2], middle)
             place = min(max(int(np.searchsorted(self._ranked, threshold)), after), last)
-            # Where single scores count, there is nothing between them.
-            steps = np.log(high / low) / (pair[1] - pair[0])
-            if high <= WIDEST * low and steps < TOLERANCE:
+            # Where single scores count, the middle says little of what lies beside it.
+            if high <= WIDEST * low and _scatter(low, high, pair[1] - pair[0]) <= SCATTER:
                 self._pairs[place] = (*pair, middle)
             new.append(place)
-        return new
+        return new[: MOST - len(self._measured)]
 
     def table(self) -> ErrorTable:
         """What is known so far."""
@@ -177,6 +179,16 @@ class _Search:
         return ErrorTable(
             errors, np.array([self.threshold(place) for place in places]), np.array([*gap, True])
         )
+
+
+def _scatter(low: float, high: float, scores: int) -> float:
+    """How far errors may lie from the line between two of them: so many scores, drawn at random.
+
+    Of a Brownian bridge, which the line's deviations are, half of √n steps is rarely exceeded by more than
+    a half; to that comes the step in which a threshold lies.
+    """
+    steps = float(np.log(high / low)) / scores
+    return steps * (0.75 * scores**0.5 + 1)
 
 
 def _last_own(own: np.ndarray, index: int) -> int:

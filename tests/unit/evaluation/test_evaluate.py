@@ -280,17 +280,16 @@ def test_a_chat_template_that_is_not_there(manifest: Path, tasks: dict) -> None:
         open_session(manifest, tasks, apply_chat_template=True)
 
 
-def test_a_mask_of_another_kind(manifest: Path, tasks: dict, tmp_path: Path) -> None:
+def test_a_mask_of_another_kind(tmp_path: Path) -> None:
     text = (
         "from sparsity_atlas.criteria.built_in.topk import TopK\n\n\nclass Soft(TopK):\n"
         "    def mask(self, values, level):\n        return values.abs().sigmoid()\n"
     )
     (tmp_path / "soft.py").write_text(text)
-    node = Node.make({"file": str(tmp_path / "soft.py")}, "up", "0.5")
     with pytest.raises(
-        AtlasError, match=r"Soft\.mask: expected torch\.bool .*found torch\.float32"
+        AtlasError, match=r"Soft\.mask at level 0: expected torch\.bool .*found torch\.float32"
     ):
-        evaluate(manifest, {"choice": tasks["choice"]}, tmp_path / "node", node)
+        Node.make({"file": str(tmp_path / "soft.py")}, "up", "0.5")
 
 
 def test_damaged_samples_are_named(manifest: Path, tasks: dict, tmp_path: Path) -> None:
