@@ -192,10 +192,10 @@ def _only_choice(checkout: Checkout, name: str) -> None:
 
 
 def test_a_task_without_documents(odd: tuple[Checkout, str]) -> None:
-    failed = {"status": "failed", "reason": "'nothing' has no documents"}
     for node in ("dense", "topk/input/0.5"):
         tasks = result(odd[0], f"nothing/{node}")["tasks"]
-        assert tasks["nothing"] == failed
+        assert tasks["nothing"]["status"] == "failed"
+        assert tasks["nothing"]["reason"].endswith("has no documents")
         assert tasks["choice"]["status"] == "ok"
     _only_choice(odd[0], "nothing")
 
