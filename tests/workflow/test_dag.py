@@ -96,8 +96,6 @@ def test_one_node_by_its_path(empty: Checkout) -> None:
     planned = empty.plan("results/zoo-small/topk/intermediate/0.9/eval.json")
     assert planned.jobs == {
         "model zoo-small/model.json",
-        # The metrics of a listed node's tasks are looked at before it runs.
-        "dense zoo-small/dense/eval.json",
         "evaluate zoo-small/topk/intermediate/0.9/eval.json",
     }
 

@@ -17,6 +17,8 @@ rule dense:
         "results/benchmarks/{model}/dense/eval.jsonl"
     conda:
         "../../envs/atlas.yaml"
+    # Before listed nodes: it refuses metrics that there are not.
+    priority: 1
     threads: 1
     resources:
         gpu=ask.gpus,
@@ -41,8 +43,6 @@ rule dense:
 rule evaluate:
     input:
         model="results/{model}/model.json",
-        # First, since it refuses metrics that there are not; what it says changes no node.
-        dense=ancient(ask.dense_of_node),
         search=ancient(ask.search_of_node),
         calibration=ask.calibration,
     output:

@@ -154,15 +154,6 @@ class Asks(Resources):
         return [f"results/{curve.folder}/search.json"] if searched else []
 
     @question
-    def dense_of_node(self, wildcards: Wildcards) -> list[str]:
-        """The dense baseline before a node that a run block lists: it knows if a curve can be drawn.
-
-        A search looks at it by itself, and a node that no block names is part of no curve.
-        """
-        listed = wildcards.level in self.curve_of(wildcards).levels
-        return [f"results/{wildcards.model}/dense/eval.json"] if listed else []
-
-    @question
     def model_curves(self, wildcards: Wildcards) -> list[str]:
         """curve.json of every curve of a model."""
         return self._of_model(wildcards, "curve.json")
