@@ -36,10 +36,10 @@ def test_a_clock_that_went_back(spoilt: Checkout, whole: Checkout) -> None:
     """Inputs of tomorrow: Snakemake refuses the job and says why, but what was computed is not lost."""
     manifest = spoilt.results / "tiny/model.json"
     os.utime(manifest, (time.time() + 86_400,) * 2)
-    node = spoilt.results / "tiny/dense"
+    node = spoilt.results / "tiny/topk/intermediate/0.5"
     shutil.rmtree(node)
     config = pipeline.configuration()
-    target = "results/tiny/dense/eval.json"
+    target = "results/tiny/topk/intermediate/0.5/eval.json"
     done = spoilt.run(target, config=config)
     assert done.returncode == 1
     assert "could indicate a clock skew" in done.stdout
