@@ -180,7 +180,7 @@ def _reverse(path: Path) -> None:
 def test_an_error_in_the_worker_is_the_jobs_own(checkout: Checkout, private: str) -> None:
     config = listed()
     config["run"][0]["sites"] = ["intermediate"]
-    config["models"]["zoo-small"]["apply_chat_template"] = True
+    config["models"] = {"zoo-small": {"apply_chat_template": True}}
     done = checkout.run(TARGETS[0], config=config, SPARSITY_ATLAS_WORKER="on", TMPDIR=private)
     assert done.returncode != 0
     log = (checkout.results / "logs" / NODES[0] / "eval.log").read_text()
