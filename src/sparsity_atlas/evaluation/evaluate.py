@@ -194,7 +194,7 @@ def evaluate_node(
         node: None for the dense baseline.
         folder: where the node's files are kept.
         metrics: of tasks, as the configuration names them; looked at here, if given, so that one that
-            cannot be had is known before other nodes run.
+            cannot be had is known from the dense baseline, and not after all nodes.
 
     Returns:
         What was written to `eval.json`. A task that cannot be run, or in which NaN or an infinity came
