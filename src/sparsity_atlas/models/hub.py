@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sparsity_atlas import cli
-from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.errors import AtlasError, TaskFailure
 from sparsity_atlas.files.whole import canonical, file_digest
 from sparsity_atlas.models.contents import select
 
@@ -197,7 +197,11 @@ def with_data(config: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         AtlasError: see `Repository.fetch_data`.
+        TaskFailure: it is neither here nor can it be on the Hub.
     """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     path = config.get("dataset_path")
     options = dict(config.get("dataset_kwargs") or {})
     if not isinstance(path, str) or config.get("custom_dataset") or os.path.exists(path):
@@ -205,6 +209,13 @@ def with_data(config: dict[str, Any]) -> dict[str, Any]:
     # `json`, `csv` and the like are formats, whose files are local or named by a URL.
     if "/" not in path and {"data_files", "data_dir"} & options.keys():
         return config
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        raise TaskFailure(
+            f"dataset_path: '{path}': no such file or folder, beside the task or in the working "
+            "directory, and not the name of a repository of the Hub (`name` or `owner/name`)"
+        ) from None
     # An option of a time when data sets had code; lm-eval drops it, too.
     options.pop("trust_remote_code", None)
     revision = options.pop("revision", None) or "main"

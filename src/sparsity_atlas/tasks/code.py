@@ -2,7 +2,8 @@
 
 Followed are imports anywhere in a file, relative ones and those by a text (`importlib`) among them, and
 every text that names a file: what is opened, what is put on `sys.path`. A name that is computed cannot be
-followed; then the files beside the code count, and the code is named in `Reach.computed`.
+followed; then the files beside the code count, and the code is named in `Reach.computed`. A file may also be
+named by an environment variable.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from sparsity_atlas.tasks import surroundings
 
 PACKAGE = Path(__file__).parents[1]
 # Files and folders that the texts of one file of code may stand for.
@@ -48,10 +51,14 @@ class Reach:
     Attributes:
         files: of the code itself, what it imports, and what it names.
         computed: code that reads or imports by a name that it computes.
+        unsteady: code that asks for the time, the machine or chance.
+        variables: environment variables that code asks for.
     """
 
     files: frozenset[Path]
     computed: frozenset[Path]
+    unsteady: frozenset[Path]
+    variables: frozenset[str]
 
 
 def local(path: Path) -> bool:
@@ -75,6 +82,8 @@ def reach(starts: Iterable[Path], roots: Iterable[Path]) -> Reach:
     roots = list(roots)
     files: set[Path] = set()
     computed: set[Path] = set()
+    unsteady: set[Path] = set()
+    variables: set[str] = set()
     waiting = [path.resolve() for path in starts]
     while waiting:
         path = waiting.pop()
@@ -87,10 +96,13 @@ def reach(starts: Iterable[Path], roots: Iterable[Path]) -> Reach:
         if code is None:
             continue
         waiting += code.found
+        variables |= code.variables
+        if code.unsteady:
+            unsteady.add(path)
         if code.computed:
             computed.add(path)
             waiting += code.beside
-    return Reach(frozenset(files), frozenset(computed))
+    return Reach(*map(frozenset, (files, computed, unsteady, variables)))
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -112,6 +124,8 @@ class _Code:
     found: list[Path]
     computed: bool
     beside: list[Path]
+    unsteady: bool
+    variables: set[str]
 
     @classmethod
     def read(cls, path: Path, roots: list[Path]) -> _Code | None:
@@ -130,15 +144,20 @@ class _Code:
         }
         texts = {text for text in texts if _may_be_a_name(text)}
         folders = _folders(bases, texts)
-        bases += folders
+        variables = surroundings.variables(tree)
+        values = {name: value for name in variables if (value := os.environ.get(name))}
+        # Of a folder that a variable names only what the code names in it: it may be somebody's home.
+        bases += [*folders, *(Path(one) for one in values.values() if os.path.isdir(one))]
         named = {text: _files(bases, text) for text in texts}
+        named |= {name: named.get(name, []) + _files(bases, one) for name, one in values.items()}
         modules = [*_imports(tree, path), *(text for text in texts if _is_dotted(text))]
         found = [file for files in named.values() for file in files]
         found += [file for name in modules for file in module_files(bases, name)]
         below = [file for folder in folders for file in files_below(folder)][:MOST]
         beside = [file for file in path.parent.iterdir() if _plain(file)]
         computes = any(_computes(call, tree, named) for call in _reads(tree))
-        return cls(found, computes, [*beside, *below])
+        unsteady = surroundings.is_unsteady(tree)
+        return cls(found, computes, [*beside, *below], unsteady, variables)
 
 
 def _plain(file: Path) -> bool:
@@ -171,6 +190,7 @@ def _folders(bases: list[Path], texts: set[str]) -> list[Path]:
 
 def _files(bases: list[Path], text: str) -> list[Path]:
     """Files that a text names, seen from some folders; it may begin where an f-string's name ends."""
+    text = os.path.expanduser(os.path.expandvars(text))
     names = {text, text.lstrip("/")}
     found = [base / name for base in bases for name in names if os.path.isfile(base / name)]
     if glob.has_magic(text):

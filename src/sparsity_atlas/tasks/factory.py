@@ -20,6 +20,7 @@ from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Kind
 
 from sparsity_atlas.errors import TaskFailure
+from sparsity_atlas.files.whole import digest, file_digest
 from sparsity_atlas.models.hub import with_data
 from sparsity_atlas.tasks.boundary import RUNS_CODE
 from sparsity_atlas.tasks.reported_metrics import check_metric_list
@@ -120,6 +121,26 @@ def _source(function: Any) -> Path | None:
         function = function.func
     code = getattr(inspect.unwrap(function), "__code__", None)
     return Path(code.co_filename) if code and os.path.isfile(code.co_filename) else None
+
+
+@contextlib.contextmanager
+def kept_by_content(data: Iterable[Path]) -> Iterator[None]:
+    """Have `datasets` keep its tables of local data by the content of the files.
+
+    By itself it knows a file by its name and the time of its last change, which a copy or an archive may
+    have brought along.
+
+    Args:
+        data: the files; if there are none, nothing is changed.
+    """
+    contents = sorted(file_digest(path) for path in data if path.is_file())
+    folder = datasets.config.HF_DATASETS_CACHE
+    if contents:
+        datasets.config.HF_DATASETS_CACHE = Path(folder, "sparsity-atlas", digest(contents)[:16])
+    try:
+        yield
+    finally:
+        datasets.config.HF_DATASETS_CACHE = folder
 
 
 @contextlib.contextmanager

@@ -14,9 +14,9 @@ from lm_eval.tasks._index import TaskIndex
 
 from sparsity_atlas import cli
 from sparsity_atlas.errors import AtlasError, TaskFailure
-from sparsity_atlas.tasks import local_files
+from sparsity_atlas.tasks import local_files, surroundings
 from sparsity_atlas.tasks.boundary import RUNS_CODE, boundary, close
-from sparsity_atlas.tasks.factory import LocalFactory, fresh_transforms
+from sparsity_atlas.tasks.factory import LocalFactory, fresh_transforms, kept_by_content
 from sparsity_atlas.tasks.identity import code_digest, leaf_identity
 from sparsity_atlas.tasks.loaded import LoadedTask, code_allowed
 from sparsity_atlas.tasks.modules import OwnModules
@@ -74,6 +74,7 @@ def _load(name: str, entry: dict[str, Any], seed: int) -> LoadedTask:
     with (
         code_allowed(allow_code),
         boundary(name, "cannot be loaded", modules),
+        kept_by_content(path for path in files.data | files.code if path.suffix != ".py"),
         fresh_transforms(files.code),
     ):
         seed_as_lm_eval(seed)
@@ -99,18 +100,26 @@ def _load(name: str, entry: dict[str, Any], seed: int) -> LoadedTask:
             "Snakemake notices edits of the files beside it only",
             *(name, ", ".join(sorted(path.name for path in files.computed))),
         )
+    if files.unsteady:
+        cli.logger.info(
+            "tasks.%s: %s asks for the time, the machine or chance without a seed: its requests are not "
+            "kept, and another run may have others",
+            *(name, ", ".join(sorted(path.name for path in files.unsteady))),
+        )
+    variables = surroundings.values(files.variables)
     identity = {
         "limit": limit,
         "cluster": cluster,
         "seed": seed,
         "code": code_digest(files.code | modules.files()),
         "leaves": leaves,
+        **({"variables": variables} if variables else {}),
     }
     return LoadedTask(
         *(name, lm_eval_name, contents, limit, cluster, identity),
         modules=modules,
         drawn=drawn,
-        unfollowed=bool(files.computed),
+        unfollowed=bool(files.computed | files.unsteady),
         allow_code=allow_code,
     )
 

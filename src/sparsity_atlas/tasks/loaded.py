@@ -32,7 +32,8 @@ class LoadedTask:
         problem: why it cannot be evaluated on any model, or None.
         modules: of its own code.
         drawn: where random numbers stood when it was loaded; its requests go on from there.
-        unfollowed: its code reads by names that it computes, so that its identity may lack something.
+        unfollowed: its code reads by names that it computes, or asks for what is another at each call, so
+            that its identity may lack something.
         allow_code: whether it may run code that the model writes.
     """
 

@@ -19,6 +19,7 @@ import yaml
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import digest, file_digest
+from sparsity_atlas.tasks import surroundings
 from sparsity_atlas.tasks.code import files_below, import_roots, module_files, reach
 
 # Bytes; lm-eval's largest is a hundredth of it.
@@ -38,12 +39,16 @@ class TaskFiles:
         data: what its documents are read from.
         code: its Python code, what that imports and names, and other files that its YAML names.
         computed: code that reads or imports by names that it computes, so that not all is known.
+        unsteady: code that asks for the time, the machine or chance.
+        variables: environment variables that code asks for.
     """
 
     settings: set[Path] = field(default_factory=set)
     data: set[Path] = field(default_factory=set)
     code: set[Path] = field(default_factory=set)
     computed: set[Path] = field(default_factory=set)
+    unsteady: set[Path] = field(default_factory=set)
+    variables: set[str] = field(default_factory=set)
 
     def all(self) -> set[Path]:
         """Every file."""
@@ -115,7 +120,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def files_digest(include: str | None, name: str, override: dict[str, Any] | None = None) -> str:
-    """Digest of all local files of a task; see `find`.
+    """Digest of all local files of a task, and of the environment variables that it asks for; see `find`.
 
     Returns:
         64 hex digits; an empty string if there are none.
@@ -123,10 +128,27 @@ def files_digest(include: str | None, name: str, override: dict[str, Any] | None
     Raises:
         AtlasError: a YAML file of the folder cannot be read.
     """
-    files = find(include, name, override).all()
+    found = find(include, name, override)
     # By the place beside the YAML: seen from another working directory, the files are the same.
-    places = {os.path.relpath(path, include or os.curdir): _digest(path) for path in files}
-    return digest(places) if places else ""
+    places = {os.path.relpath(path, include or os.curdir): _digest(path) for path in found.all()}
+    variables = surroundings.values(found.variables)
+    return digest([places, variables] if variables else places) if places else ""
+
+
+def variables(entries: dict[str, dict[str, Any]]) -> dict[str, str | None]:
+    """Values of the environment variables that tasks ask for, as `surroundings.values` has them.
+
+    Args:
+        entries: of the configuration's `tasks`.
+
+    Raises:
+        AtlasError: a YAML file of a folder cannot be read.
+    """
+    found = (
+        find(entry.get("include"), entry.get("task", name), entry.get("override"))
+        for name, entry in entries.items()
+    )
+    return surroundings.values({name for one in found for name in one.variables})
 
 
 def _digest(path: Path) -> str:
@@ -162,6 +184,8 @@ def find(include: str | None, name: str, override: dict[str, Any] | None = None)
     reached = reach(starts, [*folders, *([Path(include)] if include else []), *import_roots()])
     found.code |= reached.files
     found.computed |= reached.computed
+    found.unsteady |= reached.unsteady
+    found.variables |= reached.variables
     found.data -= found.code
     return found
 
@@ -243,14 +267,19 @@ def _named(places: Iterable[Path], text: str, *, whole: bool) -> list[Path]:
     """Files that a text names, seen from some folders; with `whole`, folders and patterns as well."""
     # lm-eval's `use_prompt: file.yaml:name`.
     names = [text, text.rpartition(":")[0]] if ".yaml:" in text else [text]
+    if "://" in text:
+        # file:///data/a.jsonl, or zip://a.jsonl::/data/b.zip, of which the archive counts.
+        names = [one.rpartition("://")[2] for one in text.split("::")]
     # os.path, unlike Path.is_file, takes a name that no file can have for that of no file.
     candidates = [place / name for place in places for name in names if name.strip("./ ") or whole]
     found = [path for path in candidates if os.path.isfile(path)]
     if whole and text:
         found += [file for path in candidates if os.path.isdir(path) for file in files_below(path)]
-        if glob.has_magic(text) and "://" not in text and "\0" not in text:
+        for name in names:
+            if not glob.has_magic(name) or "\0" in name:
+                continue
             for place in places:
-                pattern = os.path.join(glob.escape(str(place)), text)
+                pattern = os.path.join(glob.escape(str(place)), name)
                 found += [
                     Path(one) for one in glob.glob(pattern, recursive=True) if os.path.isfile(one)
                 ]

@@ -126,11 +126,13 @@ def test_other_code_or_another_model_has_other_workers(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     folders = {folder_for(Path(m), c) for m in ("a.json", "b.json") for c in ("x", "y")}
     assert len(folders) == 4
+    folders |= {folder_for(Path("a.json"), "x", {"DATA": one}) for one in (None, "1")}
+    assert len(folders) == 6
     names = ("OMP_NUM_THREADS", "SPARSITY_ATLAS_KERNELS", "HF_HUB_OFFLINE", "XDG_CACHE_HOME")
     for name in names:
         monkeypatch.setenv(name, "7")
         folders.add(folder_for(Path("a.json"), "x"))
-    assert len(folders) == 4 + len(names)
+    assert len(folders) == 6 + len(names)
 
 
 @pytest.mark.parametrize(

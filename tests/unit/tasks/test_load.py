@@ -78,6 +78,10 @@ def test_the_name_in_the_configuration_is_the_task_by_default(tmp_path: Path) ->
             r"'letters': cannot be loaded: .*none\.jsonl.*",
         ),
         (
+            {"override": {"dataset_path": "~/data"}},
+            r"dataset_path: '~/data': no such file or folder, .*",
+        ),
+        (
             {"override": {"test_split": "exam"}},
             r"'letters': cannot be loaded: its data have no split 'exam'; they have test",
         ),

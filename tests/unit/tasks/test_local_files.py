@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import datasets
 import pytest
 import yaml
 
+from sparsity_atlas import cli
 from sparsity_atlas.tasks import local_files
 from sparsity_atlas.tasks.load import load_tasks
 from tiny_lm import CHOICE, choice_documents
@@ -204,6 +206,7 @@ DATA = {
     "by_split": Case("d.jsonl"),
     "of_an_override": Case("other.jsonl", override=data({"test": "other.jsonl"}), files=OTHER),
     "absolute": Case("other.jsonl", override=data({"test": "FOLDER/other.jsonl"}), files=OTHER),
+    "a_url": Case("other.jsonl", override=data({"test": "file://FOLDER/other.jsonl"}), files=OTHER),
     "a_list": Case("other.jsonl", override=data({"test": ["d.jsonl", "other.jsonl"]}), files=OTHER),
     "a_pattern": Case(
         "parts/b.jsonl",
@@ -343,6 +346,93 @@ def test_data_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.Mon
     case = Case("../here.jsonl", override=data({"test": "here.jsonl"}))
     (tmp_path / "here.jsonl").write_text(lines(BEFORE))
     both_notice(case, tmp_path / "tasks")
+
+
+def test_data_that_keep_their_time(tmp_path: Path) -> None:
+    """As a copy or an archive has it; `datasets` by itself serves what it had of that time."""
+    path = tmp_path / "d.jsonl"
+    entry = Case("d.jsonl").write(tmp_path)
+    before, state = seen("one", entry), path.stat()
+    path.write_text(lines(AFTER))
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert all(one != other for one, other in zip(before, seen("one", entry), strict=True))
+
+
+OF_A_VARIABLE = {
+    "a_value": ("P = os.environ.get('ATLAS_TEST')\n", "x", "y", None),
+    "a_value_that_is_new": ("P = os.getenv('ATLAS_TEST') or ''\n", None, "y", None),
+    "by_a_computed_name": ("N = 'ATLAS_TEST'\nP = os.environ[N]\n", "x", "y", None),
+    "a_file": ("P = open(os.environ['ATLAS_TEST']).read()\n", "FAR/p.txt", "FAR/p.txt", "p.txt"),
+    "in_a_folder": (
+        "P = open(os.path.join(os.getenv('ATLAS_TEST'), 'p.txt')).read()\n",
+        *("FAR", "FAR", "p.txt"),
+    ),
+    "in_a_text": (
+        "P = open(os.path.expandvars('${ATLAS_TEST}/p.txt')).read()\n",
+        *("FAR", "FAR", "p.txt"),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("code", "before", "after", "edited"), OF_A_VARIABLE.values(), ids=OF_A_VARIABLE
+)
+def test_what_a_variable_of_the_environment_says(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    code: str,
+    before: str | None,
+    after: str,
+    edited: str | None,
+) -> None:
+    far = tmp_path / "far"
+    far.mkdir()
+    (far / "p.txt").write_text("x")
+    if before is not None:
+        monkeypatch.setenv("ATLAS_TEST", before.replace("FAR", str(far)))
+    uses = "import os\n" + code + USES.replace("PREFIX", "P")
+    entry = Case("", functions=TEXT, files={"u.py": uses}).write(tmp_path / "tasks")
+    first, variables = seen("one", entry), local_files.variables({"one": entry})
+    assert local_files.find(entry["include"], "one").computed == set()
+    monkeypatch.setenv("ATLAS_TEST", after.replace("FAR", str(far)))
+    if edited is not None:
+        (far / edited).write_text("y")
+    assert all(one != other for one, other in zip(first, seen("one", entry), strict=True))
+    # A worker that was started before still has the old value.
+    assert (local_files.variables({"one": entry}) != variables) == (before != after)
+
+
+def test_credentials_do_not_count(tmp_path: Path) -> None:
+    code = "import os\nKEY = os.environ.get('SOME_API_KEY')\n" + F
+    entry = Case("", functions=TEXT, files={"u.py": code}).write(tmp_path)
+    assert local_files.find(entry["include"], "one").variables == set()
+
+
+UNSTEADY: dict[str, tuple[str, bool]] = {
+    "the_day": ("import datetime\nP = str(datetime.date.today())\n", True),
+    "the_time": ("import time\nP = str(time.time())\n", True),
+    "the_machine": ("from socket import gethostname\nP = gethostname()\n", True),
+    "the_folder": ("from pathlib import Path\nP = str(Path.cwd())\n", True),
+    "chance": ("import numpy as np\nP = str(np.random.default_rng().random())\n", True),
+    "a_hash_of_text": ("P = str(hash('a'))\n", True),
+    "chance_with_a_seed": ("import random\nP = str(random.Random(3).random())\n", False),
+    "a_given_day": ("import datetime\nP = str(datetime.date(2024, 7, 26))\n", False),
+    "chance_that_lm_eval_seeds": ("import random\nP = str(random.random())\n", False),
+}
+
+
+@pytest.mark.parametrize(("code", "expected"), UNSTEADY.values(), ids=UNSTEADY)
+def test_code_that_asks_for_what_is_another_each_time(
+    tmp_path: Path, code: str, expected: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = {"u.py": code + USES.replace("PREFIX", "P")}
+    entry = Case("", functions=TEXT, files=files).write(tmp_path)
+    local_files._catalogue.cache_clear()
+    with caplog.at_level("INFO", logger=cli.logger.name):
+        task = load_tasks({"one": entry}, 1)["one"]
+    assert task.problem is None
+    assert task.unfollowed == expected  # its requests are not kept, and are part of what it is
+    assert ("asks for the time, the machine or chance" in caplog.text) == expected
 
 
 def test_a_data_set_in_arrow_files(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from sparsity_atlas.code_version import code_version
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation.worker.slots import Slot, folder_for, free_slot, places
 from sparsity_atlas.models.devices import inside_allocation
-from sparsity_atlas.tasks.local_files import files_digest
+from sparsity_atlas.tasks.local_files import files_digest, variables
 
 TRIES = 3
 
@@ -50,7 +50,7 @@ def ask(arguments: list[str], model: Path, settings: dict[str, Any]) -> None:
         AtlasError: what the stage raised in the worker; workers that keep dying.
     """
     request = {"arguments": arguments, "task_files": task_files(settings["tasks"])}
-    folder = folder_for(model, code_version("evaluate"))
+    folder = folder_for(model, code_version("evaluate"), variables(settings["tasks"]))
     for _ in range(TRIES):
         with free_slot(folder, places(settings["device"])) as (slot, connection):
             try:

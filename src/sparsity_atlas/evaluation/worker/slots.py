@@ -69,12 +69,13 @@ class Slot:
             return None
 
 
-def folder_for(model: Path, code: str) -> Path:
+def folder_for(model: Path, code: str, variables: dict[str, str | None] | None = None) -> Path:
     """Folder of the workers for a model.
 
     Args:
         model: its manifest.
         code: version of the code that a worker would run; an edit brings workers of its own.
+        variables: of the environment, that the tasks ask for; see `local_files.variables`.
 
     Raises:
         AtlasError: the folder belongs to somebody else.
@@ -84,6 +85,7 @@ def folder_for(model: Path, code: str) -> Path:
         "python": sys.executable,
         "model": str(model),
         "code": code,
+        "variables": variables or {},
         "environment": {
             name: value
             for name, value in os.environ.items()
