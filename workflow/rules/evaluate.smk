@@ -15,10 +15,10 @@ rule dense:
         "results/logs/{model}/dense/eval.log",
     benchmark:
         "results/benchmarks/{model}/dense/eval.jsonl"
-    conda:
-        "../../envs/atlas.yaml"
     # Before listed nodes: it refuses metrics that there are not.
     priority: 1
+    conda:
+        "../../envs/atlas.yaml"
     threads: 1
     resources:
         gpu=ask.gpus,
