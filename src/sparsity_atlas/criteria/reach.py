@@ -34,18 +34,6 @@ def missed(of: str, target: float, reached: float) -> bool:
     return abs(reached - target) > (POINT if of == "sparsity" else SHARE * target)
 
 
-def mean(reaches: Sequence[Reach | None], widths: Sequence[int]) -> Reach | None:
-    """That of several tensors together, by their entries; None where one has none."""
-    some = [one for one in reaches if one is not None]
-    if not some or len(some) < len(reaches):
-        return None
-    target, reached = (
-        sum(one[k] * width for one, width in zip(some, widths, strict=True)) / sum(widths)
-        for k in (1, 2)
-    )
-    return Reach(some[0].of, target, reached)
-
-
 def misses(
     criterion: Criterion, states: Mapping[str, State], levels: Sequence[str]
 ) -> Iterator[tuple[str, str, Reach]]:

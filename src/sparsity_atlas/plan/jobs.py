@@ -146,7 +146,7 @@ def _curve_jobs(config: Config, curve: Curve, folder: Path) -> Iterator[Job]:
         yield Job("calibrate", curve.model, (folder / "calibration.safetensors").is_file(), node)
     yield from map(evaluate, curve.levels)
     if curve.auto:
-        searched = _searched_levels(folder)
+        searched = searched_levels(folder)
         # A node that a finished search had made, and that was deleted, is made again by itself.
         deleted = [one for one in searched or () if not (folder / one / "eval.json").is_file()]
         yield from map(evaluate, [level for level in deleted if level not in curve.levels])
@@ -159,7 +159,7 @@ def _curve_jobs(config: Config, curve: Curve, folder: Path) -> Iterator[Job]:
         yield Job("sensitivity", curve.model, done, node, passes=passes)
 
 
-def _searched_levels(folder: Path) -> list[str] | None:
+def searched_levels(folder: Path) -> list[str] | None:
     """Levels of a finished search; None if there is none."""
     path = folder / "search.json"
     return [one["level"] for one in read_manifest(path)["levels"]] if path.is_file() else None

@@ -8,15 +8,16 @@ from pathlib import Path
 
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config
-from sparsity_atlas.criteria import create, declared
+from sparsity_atlas.criteria import Criterion, create, declared
 from sparsity_atlas.criteria.calibration_file import read_calibration
 from sparsity_atlas.criteria.reach import misses
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.plan.jobs import searched_levels
 from sparsity_atlas.plan.outlook import Unknowns
 
 
 def missed_targets(config: Config, results: Path, unknowns: Unknowns) -> Iterator[str]:
-    """A line for each curve and listed level of which some layers miss the target.
+    """A line for each curve and level of which some places miss the target.
 
     Args:
         config: the configuration.
@@ -34,10 +35,18 @@ def missed_targets(config: Config, results: Path, unknowns: Unknowns) -> Iterato
             unknowns.note(f"targets of {curve.folder}", error)
             continue
         levels: dict[str, list[str]] = {}
-        for level, place, one in misses(rule, states, curve.levels):
+        for level, place, one in misses(rule, states, _levels(curve, rule, path.parent)):
             what = f"{one.reached:.1%} of {one.target:.1%}"
             if one.of == "cett":
                 what = f"CETT {one.reached:.3g} of {one.target:.3g}"
             levels.setdefault(level, []).append(f"{place} {what}")
         for level, found in levels.items():
             yield f"{curve.folder}/{level}: {', '.join(found)}"
+
+
+def _levels(curve: grid.Curve, rule: Criterion, folder: Path) -> list[str]:
+    """Listed ones, and of a search those that it chose, or will begin with; as `levels_of` sorts them."""
+    levels = {*curve.levels, *curve.sensitivity}
+    if curve.auto:
+        levels |= set(searched_levels(folder) or rule.coarse_levels)
+    return sorted(levels, key=float, reverse=True)

@@ -218,16 +218,15 @@ def numeric_failures(tables: Tables) -> list[dict[str, str]]:
 
 
 def missed_targets(tables: Tables) -> list[dict[str, str]]:
-    """Levels of calibrated criteria that layers did not come near, one row a curve and level."""
-    rows = tables.layers[tables.layers["target"].notna()].drop_duplicates(
-        ["model", "criterion", "site", "level", "layer"]
-    )
+    """Levels of calibrated criteria that places did not come near, one row a curve and level."""
+    rows = tables.layers[tables.layers["target"].notna()]
     found: dict[tuple[str, ...], list[str]] = {}
     for row in rows.itertuples():
         if missed(row.target_of, row.target, row.reached):
             key = (row.model, row.criterion, row.site, row.level, row.target_of)
+            place = str(row.layer) if row.tensor == row.site else f"{row.tensor} {row.layer}"
             found.setdefault(key, []).append(
-                f"{row.layer}: {_told(row.target_of, row.reached)} of {_told(row.target_of, row.target)}"
+                f"{place}: {_told(row.target_of, row.reached)} of {_told(row.target_of, row.target)}"
             )
     names = ("model", "criterion", "site", "level", "of")
     return [

@@ -19,7 +19,6 @@ from sparsity_atlas.activations.store import ActivationStore, read_ahead
 from sparsity_atlas.criteria import check_level, create
 from sparsity_atlas.criteria.calibration_file import read_calibration
 from sparsity_atlas.criteria.level_arguments import add_levels, levels_of
-from sparsity_atlas.criteria.reach import mean
 from sparsity_atlas.files.parquet import write_parquet
 from sparsity_atlas.models.manifest import from_manifest, load
 from sparsity_atlas.terms import TENSORS
@@ -39,10 +38,20 @@ SCHEMA = pa.schema(
         ("layer", pa.int64()),
         ("sparsity", pa.float64()),  # zeros / entries at the site
         ("error", pa.float64()),  # mean over tokens of ‖f(x) − f_sparse(x)‖ / ‖f(x)‖
-        # Of a calibrated criterion: what the level asks of the layer, and what the calibration got.
-        ("target_of", pa.string()),
-        ("target", pa.float64()),
-        ("reached", pa.float64()),
+        # Of a calibrated criterion: what the level asks of each tensor, and what that got in calibration.
+        (
+            "targets",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("tensor", pa.string()),
+                        ("of", pa.string()),
+                        ("target", pa.float64()),
+                        ("reached", pa.float64()),
+                    ]
+                )
+            ),
+        ),
     ]
 )
 _BLOCK_BYTES = 64 * 2**20
@@ -175,18 +184,15 @@ def layer_rows(
     ]
 
 
-def asked(
-    criterion: Criterion, ffn: FFN, site: str, states: Mapping[str, State] | None, level: str
-) -> dict[str, Any]:
-    """What a level asks of a layer, its tensors together, and what it got in calibration; see `SCHEMA`."""
-    names = [f"{tensor}.{ffn.layer}" for tensor in TENSORS[site]]
-    found = mean(
-        [criterion.reach(states[name], float(level)) if states else None for name in names],
-        [ffn.size(tensor) for tensor in TENSORS[site]],
-    )
-    if found is None:
-        return {}
-    return {"target_of": found.of, "target": found.target, "reached": found.reached}
+def targets(
+    criterion: Criterion, layer: int, site: str, states: Mapping[str, State], level: str
+) -> list[dict[str, Any]]:
+    """What a level asks of each tensor of a layer, and what that got in calibration; see `SCHEMA`."""
+    return [
+        {"tensor": tensor, **found._asdict()}
+        for tensor in TENSORS[site]
+        if (found := criterion.reach(states.get(f"{tensor}.{layer}", {}), float(level))) is not None
+    ]
 
 
 def _mean(parts: list[tuple[float, int]]) -> float | None:
@@ -234,7 +240,7 @@ def main() -> None:
     store = ActivationStore(arguments.store)
     for tensor in sorted({source_of(part) for part in parts_of(arguments.site)}):
         store.check(tensor)
-    states = read_calibration(arguments.calibration).states if arguments.calibration else None
+    states = read_calibration(arguments.calibration).states if arguments.calibration else {}
     first = settings.get("calibration_tokens", 0)
     rows = []
     with torch.no_grad():
@@ -242,7 +248,10 @@ def main() -> None:
             bound = bind_all(criterion, [ffn], arguments.site, states)
             rules = {tensor: rule for (_, tensor), rule in bound.items()}
             rows += [
-                {**row, **asked(criterion, ffn, arguments.site, states, row["level"])}
+                {
+                    **row,
+                    "targets": targets(criterion, ffn.layer, arguments.site, states, row["level"]),
+                }
                 for row in layer_rows(ffn, store, arguments.site, rules, levels, first)
             ]
     table = pa.Table.from_pylist(rows, SCHEMA)

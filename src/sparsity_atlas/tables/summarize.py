@@ -103,12 +103,14 @@ def layer_rows(
         for tensor, shares in tensors.items():
             for layer, share in enumerate(shares):
                 beside = stored.get((level, layer), {})
+                asked = {one["tensor"]: one for one in beside.get("targets") or ()}.get(tensor, {})
                 yield {
                     **key,
                     **{"level": level, "tensor": tensor, "layer": layer, "sparsity": share},
                     "captured_sparsity": beside.get("sparsity"),
                     "output_error": beside.get("error"),
-                    **{name: beside.get(name) for name in ("target_of", "target", "reached")},
+                    "target_of": asked.get("of"),
+                    **{name: asked.get(name) for name in ("target", "reached")},
                 }
 
 

@@ -31,7 +31,7 @@ from sparsity_atlas.criteria.calibration_file import (
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation import evaluate, search
 from sparsity_atlas.evaluation.evaluate import Node, evaluate_node
-from sparsity_atlas.files.whole import file_digest, read_manifest
+from sparsity_atlas.files.whole import file_digest, read_manifest, write_manifest
 from sparsity_atlas.plan.outlook import Unknowns
 from sparsity_atlas.plan.targets import missed_targets
 from sparsity_atlas.rules.asks import Asks
@@ -527,11 +527,11 @@ def test_what_a_level_reached_stands_beside_its_output_error(work: Work, tmp_pat
         },
     )
     for row in pq.read_table(tmp_path / "sparsity.parquet").to_pylist():
-        if row["level"] == "0":  # which asks for nothing
-            assert (row["target_of"], row["target"], row["reached"]) == (None, None, None)
-        else:
-            assert (row["target_of"], row["target"]) == ("sparsity", pytest.approx(0.3))
-            assert row["reached"] == pytest.approx(0.3, abs=1e-3)
+        asked = [] if row["level"] == "0" else ["input", "intermediate"]
+        assert [one["tensor"] for one in row["targets"]] == asked
+        for one in row["targets"]:
+            assert (one["of"], one["target"]) == ("sparsity", pytest.approx(0.3))
+            assert one["reached"] == pytest.approx(0.3, abs=1e-3)
     assert found.about["tokens"] == SEEN
 
 
@@ -547,6 +547,14 @@ def test_the_plan_tells_of_targets_that_were_not_reached(
     unknowns = Unknowns()
     told = list(missed_targets(parse(config), results, unknowns))
     assert told == ["tiny/teal/input/0.9: input.0 83.0% of 90.0%"]
+    # Of a search what it begins with, then what it chose; and what single layers are tried at.
+    config["run"][0] |= {"levels": "auto", "sensitivity": [0.95]}
+    states["input.0"]["table"][8000:] = torch.inf
+    write_calibration(results / "tiny/teal/input/calibration.safetensors", states, {})
+    for level in ("0.8", "0.85"):
+        told = [line.split(":")[0] for line in missed_targets(parse(config), results, unknowns)]
+        assert told == [f"tiny/teal/input/{one}" for one in ("0.95", level)]
+        write_manifest(results / "tiny/teal/input/search.json", {"levels": [{"level": "0.85"}]})
     (results / "tiny/teal/input/calibration.safetensors").write_bytes(b"")
     assert not list(missed_targets(parse(config), results, unknowns))
     assert list(unknowns.values()) == [["targets of tiny/teal/input"]]

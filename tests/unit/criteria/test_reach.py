@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsity_atlas.criteria import create
 from sparsity_atlas.criteria.place import Place
-from sparsity_atlas.criteria.reach import Reach, mean, misses
+from sparsity_atlas.criteria.reach import Reach, misses
 from sparsity_atlas.sites.find import find_ffns
 from tiny_models import tiny_model
 
@@ -112,9 +112,6 @@ def test_an_allocation_asks_each_place_for_its_own() -> None:
     )
 
 
-def test_tensors_together() -> None:
-    one, two = Reach("sparsity", 0.5, 0.4), Reach("sparsity", 0.2, 0.2)
-    assert mean([one, two], [1, 3]) == ("sparsity", pytest.approx(0.275), pytest.approx(0.25))
-    assert mean([one, None], [1, 3]) is None
+def test_what_is_worth_telling() -> None:
     assert not Reach("cett", 0.01, 0.01004).missed
     assert Reach("cett", 0.01, 0.0099).missed
