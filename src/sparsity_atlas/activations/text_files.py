@@ -58,7 +58,8 @@ def local_documents(path: Path, column: str) -> Iterator[str]:
         AtlasError: there is no such file, it is not of the kind that its name says, or not text.
     """
     if not os.path.isfile(path):
-        raise AtlasError(f"texts: {path}: no such file")
+        what = "a folder; name one file" if os.path.isdir(path) else "no such file"
+        raise AtlasError(f"texts: {path}: {what}")
     kind, compressed = kind_of(path)
     if kind in _TABLES:
         yield from _table(path, kind, column)
@@ -133,15 +134,18 @@ def _table(path: Path, kind: str, column: str) -> Iterator[str]:
     files = glob.escape(str(path.absolute()))
     try:
         data = load_dataset(module, data_files=files, split="train", streaming=True, **options)
-        if data.column_names and column not in data.column_names:
-            raise AtlasError(
-                f"texts: {path} has no column '{column}'; it has {', '.join(data.column_names)}"
-            )
         for number, row in enumerate(data, 1):
+            # What pandas makes of cells for which the header has no name, shifting all others.
+            if any(name.startswith("__index_level_") for name in row):
+                raise AtlasError(f"texts: {path}: row {number} has more cells than the header")
+            if number == 1 and column not in row:
+                raise AtlasError(f"texts: {path} has no column '{column}'; it has {', '.join(row)}")
             text = row.get(column)
             if not isinstance(text, str):
                 raise AtlasError(f"texts: {path}: row {number} has no text in '{column}'")
             yield _whole(path, f"row {number}", _short(path, number, text))
+    except StopIteration:  # of `datasets`, where a file is empty
+        return
     except (DatasetsError, OSError, ValueError, KeyError, TypeError, EOFError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise AtlasError(f"texts: {path}: cannot be read as {kind[1:]}: {reason}") from None

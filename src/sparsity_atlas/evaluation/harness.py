@@ -79,7 +79,9 @@ class HarnessLM(AtlasLM):
         model = load(checkpoint, dtype=arguments.dtype, device=arguments.device)
         files = _tokenizer_files(arguments) or checkpoint
         tokenizer = load_tokenizer(files, add_bos_token=arguments.add_bos_token)
-        check_tokenizer(tokenizer, files.folder, embedding_rows(model))
+        rows = embedding_rows(model)
+        check_tokenizer(tokenizer, files.folder, rows)
+        _check_prefix(arguments.prefix_token_id, rows)
         super().__init__(
             model,
             tokenizer,
@@ -246,6 +248,13 @@ def _calibration(
                 f"model_args: calibration: {path}: its {key} is {shown}; make it again for this run"
             )
     return calibration
+
+
+def _check_prefix(token: int | None, rows: int | None) -> None:
+    """Refuse a token before requests that the model's embedding does not have."""
+    if token is not None and (token < 0 or (rows is not None and token >= rows)):
+        most = "" if rows is None else f" to {rows - 1}"
+        raise AtlasError(f"model_args: prefix_token_id: expected 0{most}, found {token}")
 
 
 def main() -> None:

@@ -86,6 +86,17 @@ def test_refused(tmp_path: Path, content: bytes, message: str) -> None:
         token_ids({"file": str(tmp_path / "a.jsonl")}, TOKENIZER, 1000, 10, bos=False)
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+def test_an_empty_table_has_no_documents(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(b"", mtime=0) if name.endswith("gz") else b"")
+    assert list(documents({"file": str(tmp_path / name)})) == []
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(AtlasError, match=r"texts: .*: a folder; name one file"):
+        list(documents({"file": str(tmp_path)}))
+
+
 def test_no_such_file(tmp_path: Path) -> None:
     with pytest.raises(AtlasError, match=r"texts: .*none\.txt: no such file"):
         list(documents({"file": str(tmp_path / "none.txt")}))
@@ -176,6 +187,11 @@ def test_blank_lines_and_a_byte_order_mark_are_no_documents(tmp_path: Path) -> N
         ("a.parquet", b"no parquet", r"a\.parquet: cannot be read as parquet: "),
         ("a.arrow", b"no arrow", r"a\.arrow: cannot be read as arrow: "),
         ("a.csv", b"", r"a\.csv: cannot be read as csv: "),
+        ("a.csv", b"text;id\nthe cat;1\n", r"a\.csv has no column 'text'; it has text;id$"),
+        # pandas would take what lies before a comma for the name of the row.
+        ("a.csv", b"text\nthe cat, a bird\nx\n", r"a\.csv: row 1 has more cells than the header"),
+        ("a.tsv", b"id\ttext\n1\ta\tb\n", r"a\.tsv: row 1 has more cells than the header"),
+        ("a.csv", b"id,text\n1,a\n2,b,c\n", r"a\.csv: cannot be read as csv: .*line 3, saw 3"),
     ],
 )
 def test_a_file_that_is_not_read(tmp_path: Path, name: str, content: bytes, message: str) -> None:

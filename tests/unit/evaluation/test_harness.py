@@ -220,6 +220,8 @@ def make(model_folder: Path, **arguments: Any) -> harness.HarnessLM:
         ({"criteria": "topp", "site": "input", "level": 0.5}, "unknown argument 'criteria'; known"),
         ({"foo": "bar"}, "unknown argument 'foo'"),
         ({"power": 2}, "unknown argument 'power'"),
+        ({"prefix_token_id": 99_999}, r"prefix_token_id: expected 0 to \d+, found 99999$"),
+        ({"prefix_token_id": -1}, r"prefix_token_id: expected 0 to \d+, found -1$"),
         ({**WHOLE, "powr": 2}, "topp: unknown parameter 'powr'; it takes power"),
         ({**WHOLE, "power": 0.5}, "topp: power: expected a number of at least 1"),
         ({**WHOLE, "allocation": "greedy"}, "topp: unknown parameter 'allocation'"),
