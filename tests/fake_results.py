@@ -45,6 +45,7 @@ def write_model(folder: Path, parameters: int = 1_000_000, **other: Any) -> None
                 **{"total": 2 * parameters, "non_embedding": parameters},
                 "loaded": 2 * parameters,
             },
+            "memory": {"vocabulary": 1000, "pieces": True, "heads": 0, "cache": 384},
             "layers": LAYERS,
             "hidden": 64,
             "width": 256,

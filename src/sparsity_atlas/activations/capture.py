@@ -34,20 +34,24 @@ from sparsity_atlas.files.whole import digest, locked, write_manifest
 from sparsity_atlas.models.bos import begins_with_bos
 from sparsity_atlas.models.devices import pick_device, pick_dtype
 from sparsity_atlas.models.manifest import check_sites, from_manifest, load, load_tokenizer
+from sparsity_atlas.models.memory import (
+    ITEM_BYTES,
+    MOST_HELD,
+    PENDING,
+    Largest,
+    Sizes,
+    of_a_capture,
+    of_a_pass,
+)
 from sparsity_atlas.terms import STORED, TENSORS
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+    from transformers import PreTrainedModel
 
     from sparsity_atlas.activations.spool import HostCopy
     from sparsity_atlas.models.checkpoint import Checkpoint
-
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-# Bytes of two parts up to which one is captured while the other is written.
-MOST_HELD = 2 * 2**30
-# Tensors that may wait for the disk where only one part is under way.
-PENDING = 8
 
 
 def tensors_of(sites: Iterable[str]) -> list[str]:
@@ -81,11 +85,14 @@ def capture(
     import torch
 
     from sparsity_atlas.activations.spool import HostCopy, Writer, copy_stream
+    from sparsity_atlas.models import head
     from sparsity_atlas.models.positions import check_positions
     from sparsity_atlas.sites.find import bind_ffns, observe
 
     model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
     check_positions(model, ids.shape[1], "capture: sequence_length")
+    # Nobody looks at the logits: those of a batch may be larger than all that is captured of it.
+    headless = head.shown_the_last(model)
     ffns = bind_ffns(model, manifest["ffn"])
     dtype = str(model.dtype).removeprefix("torch.")
     sequences, positions = ids.shape
@@ -98,6 +105,7 @@ def capture(
     # Parts that are captured or written.
     under_way = 2 if chunk >= batch and 2 * chunk * positions * token_bytes <= MOST_HELD else 1
 
+    _check_room(manifest, model, (positions, batch), widths, settings)
     total = ids.size * token_bytes
     journal_path = store_path.with_suffix(".journal")
     if not journal_path.exists():
@@ -129,7 +137,7 @@ def capture(
     recorded: deque[Future] = deque()
     # All of a part and its record.
     pending = PENDING if under_way == 1 else len(missing) * len(ffns) + 1
-    with Writer(pending, threads=min(PENDING, torch.get_num_threads())) as writer:
+    with headless, Writer(pending, threads=min(PENDING, torch.get_num_threads())) as writer:
         for start in range(len(journal.records) * part, sequences, part):
             while len(recorded) >= under_way:
                 recorded.popleft().result()
@@ -183,6 +191,40 @@ def capture(
         store.finish(name, {**record, "blocks": checks})
     store.sweep()
     journal.delete()
+
+
+def _check_room(
+    manifest: dict[str, Any],
+    model: PreTrainedModel,
+    shape: tuple[int, int],
+    widths: dict[str, list[int]],
+    settings: dict[str, Any],
+) -> None:
+    """See that a batch of `shape` (positions, sequences) and what is kept of it fit into memory."""
+    import torch
+
+    from sparsity_atlas.models import room
+
+    positions, batch = shape
+    item, device, sizes = model.dtype.itemsize, model.device, Sizes.of(manifest)
+    layer = [row[0] for row in widths.values()]
+
+    def running(share: float) -> int:
+        tokens = int(batch * positions * share)
+        largest = Largest(tokens, positions, max(int(batch * share), 1))
+        return of_a_pass(sizes, largest, item, device.type, 0)
+
+    def held(share: float) -> int:
+        tokens = int(batch * positions * share)
+        return of_a_capture(layer, sizes.layers, tokens, settings["tokens"], item)
+
+    what = f"capture: batches of {batch} x {positions} tokens"
+    keys = (("batch_size", batch), ("capture.sequence_length", positions))
+    if device.type == "cpu":
+        room.check(device, lambda share: running(share) + held(share), what, keys)
+        return
+    room.check(device, running, what, keys)
+    room.check(torch.device("cpu"), held, what, keys)
 
 
 def _stored(copies: list[HostCopy], layer: int, name: str) -> np.ndarray:

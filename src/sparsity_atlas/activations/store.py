@@ -22,9 +22,8 @@ import zarr
 from zarr.codecs import BloscCodec
 
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.models.memory import CHUNK_BYTES
 
-# Between 8 and 16 MiB reads and writes run at the disk's speed.
-CHUNK_BYTES = 12 * 2**20
 # What Zarr and Blosc raise for metadata or a chunk that is not as it was written. A damaged size of a
 # chunk is a SystemError where it is negative, and a MemoryError where it is huge.
 _DAMAGE = (ValueError, LookupError, TypeError, AttributeError, OSError, RuntimeError)

@@ -105,6 +105,7 @@ class Session:
         manifest, checkpoint = from_manifest(manifest_path)
         from sparsity_atlas.lm.model import AtlasLM
         from sparsity_atlas.lm.prompts import PromptSettings
+        from sparsity_atlas.models.memory import Sizes
         from sparsity_atlas.models.positions import check_positions
         from sparsity_atlas.sites.find import bind_ffns
         from sparsity_atlas.tasks.load import load_tasks
@@ -120,6 +121,7 @@ class Session:
             prompts=PromptSettings.of(settings),
         )
         lm.remember(manifest["digest"])
+        lm.sizes = Sizes.of(manifest)
         check_positions(model, lm.max_length, f"models.{manifest['name']}: max_length")
         identity = {
             "model": manifest["digest"],

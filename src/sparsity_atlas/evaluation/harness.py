@@ -27,8 +27,10 @@ from sparsity_atlas.evaluation.outcome import sparsity
 from sparsity_atlas.lm.model import AtlasLM
 from sparsity_atlas.lm.prompts import PromptSettings
 from sparsity_atlas.lm.usage import Usage
+from sparsity_atlas.models import head
 from sparsity_atlas.models.causality import check_causal
 from sparsity_atlas.models.manifest import check_sites, load, load_tokenizer, resolve
+from sparsity_atlas.models.memory import Sizes
 from sparsity_atlas.models.positions import check_positions
 from sparsity_atlas.models.tokenizer_check import check_tokenizer, embedding_rows
 from sparsity_atlas.sites.find import find_ffns
@@ -93,6 +95,11 @@ class HarnessLM(AtlasLM):
         self.custom_prefix_token_id = arguments.prefix_token_id
         check_causal(model)
         self._ffns = find_ffns(model, arguments.modules)
+        self.sizes = Sizes(
+            sum(one.numel() for one in model.parameters()),
+            *(self._ffns[0].hidden, max(ffn.width for ffn in self._ffns), len(self._ffns)),
+            **head.describe(model),
+        )
         if self._rule is not None:
             check_sites(arguments.pretrained, [arguments.site], list(self._ffns[0].sites()))
         level = None if arguments.level is None else float(arguments.level)

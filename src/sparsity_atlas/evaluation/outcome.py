@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -100,6 +101,7 @@ def task_result(
         "sparsity": sparsity([usage], slots),
         "tokens": {phase: int(tokens.sum()) for phase, tokens in usage.tokens.items()},
         "batches": _batches(prepared.work.abilities),
+        "largest": asdict(prepared.work.largest),
         "cut": {
             "items": int((usage.cut > 0).sum()),
             "tokens": int(usage.cut.sum()),

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from sparsity_atlas.models import head
 from sparsity_atlas.sparsify.attach import NumericalFailure
 
 if TYPE_CHECKING:
@@ -21,10 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sparsity_atlas.lm.forest import Batch
-
-# Numbers that are turned into log-probabilities at a time: what a CPU's caches hold, and what keeps a
-# GPU busy.
-CHUNK = {"cpu": 2**21, "cuda": 2**26}
 
 Call = Callable[..., "Tensor"]
 
@@ -43,7 +37,7 @@ class Abilities:
 
     Attributes:
         branches: rows may branch: it takes a mask of who sees whom, and positions.
-        selects: its head may be shown the scored tokens only.
+        selects: its head may be shown the scored tokens only, a piece at a time.
         follows: what it says of a sequence follows the longest one of a batch or so far, so that batches
             are lm-eval's own; see `longest`.
         masks: how rows that branch are masked.
@@ -64,9 +58,7 @@ def inputs(
     and positions as the model counts them.
     """
     device = model.device
-    options: dict[str, Any] = {}
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        options["use_cache"] = False
+    options = head.without_cache(model)
     if batch.branched:
         options["position_ids"] = torch.from_numpy(batch.depth).to(device)
         options["attention_mask"] = _masks(model, batch, masks)
@@ -134,66 +126,39 @@ def logits(
     *,
     select: bool,
     masks: Masks = Masks.ONE,
-) -> Tensor:
-    """Logits [scored, vocabulary] of the tokens whose successor is predicted.
+) -> Iterator[Tensor]:
+    """Logits of the tokens whose successor is predicted, in pieces [rows, vocabulary].
+
+    The pass is made at once. Whoever keeps no piece needs the memory of one.
 
     Args:
         model: the model.
         call: runs it and returns its logits.
         batch: what to run.
-        select: keep all other tokens from the model's head.
+        select: keep all other tokens from the model's head; if not, it makes the batch's at once.
         masks: how rows that branch are masked.
     """
     where = torch.from_numpy(batch.scored).to(model.device)
     ids, options = inputs(model, batch, masks)
-    with _shown_only(model.get_output_embeddings(), where) if select else contextlib.nullcontext():
-        found = call(ids, **options)
-    if select:
-        return found[0]
-    return found.reshape(-1, found.shape[-1])[where]
+    return head.logits(model, lambda: call(ids, **options), where, select=select)
 
 
-@contextlib.contextmanager
-def _shown_only(head: nn.Module, where: Tensor) -> Iterator[None]:
-    """Let the head see a few tokens, as if they were a batch of one row."""
-
-    def select(module: nn.Module, arguments: tuple) -> tuple:
-        (hidden,) = arguments
-        return (hidden.reshape(-1, hidden.shape[-1])[where][None],)
-
-    handle = head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def scores(found: Tensor, batch: Batch) -> tuple[list[float], list[bool]]:
+def scores(pieces: Iterable[Tensor], batch: Batch) -> tuple[list[float], list[bool]]:
     """Sum of each request's log-probabilities, and whether each of its tokens is the likeliest.
 
     Args:
-        found: logits [scored, vocabulary].
+        pieces: logits [rows, vocabulary] of the tokens `batch.scored`, in order.
         batch: where they come from.
 
     Raises:
         NumericalFailure: a sum is NaN or infinite.
     """
-    rows = max(CHUNK.get(found.device.type, CHUNK["cuda"]) // found.shape[-1], 1)
     order = np.argsort(batch.row, kind="stable")
-    bounds = np.searchsorted(batch.row[order], np.arange(0, len(batch.scored) + rows, rows))
-    row = torch.from_numpy(batch.row[order]).to(found.device)
-    target = torch.from_numpy(batch.targets[order]).to(found.device)
-    values, hits = [], []
-    for chunk, (first, last) in enumerate(pairwise(bounds)):
-        part = found[chunk * rows : (chunk + 1) * rows]
-        likely = F.log_softmax(part, dim=-1, dtype=torch.float32)
-        of = row[first:last] - chunk * rows
-        values.append(likely[of, target[first:last]])
-        hits.append(likely.argmax(-1)[of] == target[first:last])
+    values, hits = head.likelihoods(pieces, batch.row[order], batch.targets[order])
     value = np.empty(len(order))
     hit = np.empty(len(order), dtype=bool)
-    value[order] = torch.cat(values).cpu().numpy()
-    hit[order] = torch.cat(hits).cpu().numpy()
+    value[order] = values.cpu().numpy()
+    hit[order] = hits.cpu().numpy()
     sums = np.add.reduceat(value, batch.firsts)
     if not np.isfinite(sums).all():
         raise NumericalFailure("NaN or infinity in the logits")

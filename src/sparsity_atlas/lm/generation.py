@@ -18,6 +18,7 @@ from transformers import (
 
 from sparsity_atlas.lm.generation_options import CacheWatch, check_options
 from sparsity_atlas.lm.prompts import PromptLM
+from sparsity_atlas.models import head
 from sparsity_atlas.sparsify.attach import NumericalFailure
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ class GeneratingLM(PromptLM):
         stops = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0])
         watch = _FinishWatch(stops, self._end_tokens(), context.shape)
         self._counter.expect(mask, generates=True)
-        with torch.no_grad():
+        # transformers' own classes see to it by themselves.
+        with torch.no_grad(), head.shown_the_last(self.model):
             output = self.model.generate(
                 input_ids=context,
                 max_length=max_length,

@@ -20,6 +20,8 @@ from sparsity_atlas.lm.longest import Lengths
 from sparsity_atlas.lm.sharing import abilities
 from sparsity_atlas.lm.usage import Usage
 from sparsity_atlas.lm.work import Limits, arrange
+from sparsity_atlas.models import head, room
+from sparsity_atlas.models.memory import of_a_pass
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -29,12 +31,13 @@ if TYPE_CHECKING:
     from sparsity_atlas.files.journal import Journal
     from sparsity_atlas.lm.longest import Memory
     from sparsity_atlas.lm.work import Encoding, Work
+    from sparsity_atlas.models.memory import Sizes
     from sparsity_atlas.sparsify.attach import Counter
 
 # What is said, once, of a model that cannot do something.
 SLOWER = {
     "branches": "each answer option reads its whole context, since they cannot share it here",
-    "selects": "logits are computed for every token, since the head cannot be shown a few",
+    "selects": "logits of whole batches are computed at once, since the head cannot be shown a few tokens",
     "follows": "batches are lm-eval's own, since the model's numbers follow the longest sequence",
 }
 
@@ -48,6 +51,7 @@ class AtlasLM(GeneratingLM):
 
     Attributes:
         usage: what each document cost, since `start`.
+        sizes: of the model, by which it is seen before a task whether it fits; None: nobody looks.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class AtlasLM(GeneratingLM):
         self._told: set[str] = set()
         self._lengths = Lengths(model, self.max_length)
         self._known = Answers()
+        self.sizes: Sizes | None = None
 
     def work(
         self,
@@ -73,12 +78,15 @@ class AtlasLM(GeneratingLM):
             encodings: as `encode` gives them.
             share: whether requests may share what they have in common, where the model can.
         """
-        limits = Limits(self.batch_size, self.max_length, self.prefix_token_id)
+        limits = Limits(self.batch_size, self.max_length, self.prefix_token_id, self.max_gen_toks)
         prompts = list(
             zip(
                 requests.get("generate_until", []), encodings.get("generate_until", []), strict=True
             )
         )
+
+        if prompts:
+            head.able(self.model)  # found out before anything is attached
 
         def found(some: list[forest.Request], branching: bool) -> Abilities:
             follows = self._follows(some, prompts)
@@ -143,7 +151,12 @@ class AtlasLM(GeneratingLM):
             self._told.add(name)
 
     def start(self, journal: Journal, counter: Counter, work: Work) -> None:
-        """Begin a task: answer from `journal` what it holds, compute and record the rest."""
+        """Begin a task: answer from `journal` what it holds, compute and record the rest.
+
+        Raises:
+            AtlasError: its batches do not fit into the memory that there is.
+        """
+        self._check_room(work, len(counter.slots))
         self._journal = journal
         self._counter = counter
         self._work = work
@@ -151,6 +164,19 @@ class AtlasLM(GeneratingLM):
         self._state: Memory = {}
         self._lengths.restore(self._state)
         self.usage = Usage(work, len(counter.slots))
+
+    def _check_room(self, work: Work, slots: int) -> None:
+        if self.sizes is None:
+            return
+        sizes, device, largest = self.sizes, self.model.device, work.largest
+        room.check(
+            device,
+            lambda share: of_a_pass(
+                sizes, largest.shrunk(share), self.model.dtype.itemsize, device.type, slots
+            ),
+            f"'{work.documents[0][0]}': batches of {largest.tokens:,} tokens",
+            (("batch_size", self.batch_size), ("max_length", self.max_length)),
+        )
 
     def _batch(self, compute: Callable[[], Any]) -> Any:
         """The next batch's record: from the journal if an earlier run got so far."""

@@ -18,23 +18,19 @@ import torch
 
 from sparsity_atlas.lm.answers import Answers, Proof
 from sparsity_atlas.lm.forest import GROWTH, SMALL_TREE, Batch, Request, pack
-from sparsity_atlas.lm.forward import Abilities, Masks, before_head, inputs, logits
+from sparsity_atlas.lm.forward import Abilities, Masks, before_head, inputs
+from sparsity_atlas.models import head
+from sparsity_atlas.models.head import EXACT, REFUSALS, ROUNDED
 from sparsity_atlas.sites.hypotheses import relative_error
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-# Relative error that rounding explains: in float32, and in 16 bits.
-EXACT, ROUNDED = 1e-5, 0.05
 # So much farther off must a row without its mask be.
 DISTINCT = 8
 # Predictions compared at the end of each request.
 PREDICTIONS = 16
-# Tokens of the two requests that are shown to the head as a whole and in part.
-HEAD_TOKENS = 24
-# How a model says that it does not take an argument, or trips over it.
-REFUSALS = (TypeError, ValueError, IndexError, RuntimeError, AttributeError, KeyError)
 
 
 def abilities(
@@ -66,8 +62,7 @@ def abilities(
     faults = {}
     with torch.no_grad():
         if answers.selects is None:
-            fault = _fault(lambda: _selecting(model, tokens))
-            answers.add_selects(fault)
+            answers.add_selects(head.fault(model))
         if answers.selects:
             faults["selects"] = answers.selects
         masks: Masks | None = None
@@ -167,20 +162,6 @@ def _hidden(model: PreTrainedModel, batch: Batch, masks: Masks = Masks.ONE) -> d
         request: flat[torch.from_numpy(places).to(flat.device)]
         for request, places in zip(batch.requests, parts, strict=True)
     }
-
-
-def _selecting(model: PreTrainedModel, tokens: list[int]) -> str | None:
-    """What is wrong with a head that is shown a few tokens."""
-    first = _stretched(tokens, min(len(tokens), HEAD_TOKENS))
-    requests = [Request(one, max(len(one) // 2, 1), 0) for one in (first, first[::-1])]
-    (batch,) = pack(requests, len(requests), share=False)
-
-    def call(ids: Tensor, **options: Tensor) -> Tensor:
-        # Past the hooks on the model itself: they count an evaluation's passes.
-        return model.forward(ids, **options).logits
-
-    whole, part = (logits(model, call, batch, select=select) for select in (False, True))
-    return _difference(model, [whole], [part])
 
 
 def _sharing(

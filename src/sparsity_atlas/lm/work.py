@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lm_eval import utils
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from sparsity_atlas.errors import TaskFailure
 from sparsity_atlas.lm import collate, forest
 from sparsity_atlas.lm.forward import Abilities
+from sparsity_atlas.models.memory import Largest
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -32,6 +34,7 @@ class Work:
         prompts: batches of generation, as numbers of requests.
         lengths: tokens of each prompt, before it is cut.
         cut: of each document the tokens at the beginning that its longest scored request lost.
+        largest: of all batches.
     """
 
     documents: list[tuple[str, int]] = field(default_factory=list)
@@ -42,6 +45,7 @@ class Work:
     prompts: list[list[int]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     cut: list[int] = field(default_factory=list)
+    largest: Largest = field(default_factory=Largest)
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,11 @@ class Limits:
     batch_size: int
     max_length: int
     prefix_token: int | None  # which the first token of a whole document is predicted from
+    max_gen_toks: int = 256  # generated at most where a task says nothing
+
+    def room(self, request: Instance) -> int:
+        """Tokens that may be generated."""
+        return normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
 
 
 def arrange(
@@ -114,7 +123,22 @@ def arrange(
             work.batches[kind] = forest.arranged(some, batches)
         elif branching and not work.abilities.branches:
             work.batches[kind] = forest.pack(some, limits.batch_size, share=False)
+    work.largest = _largest(work, requests.get("generate_until", []), limits)
     return work
+
+
+def _largest(work: Work, prompts: list[Instance], limits: Limits) -> Largest:
+    found = Largest()
+    for batch in (one for batches in work.batches.values() for one in batches):
+        rows, longest = batch.tokens.shape
+        pairs = rows * longest**2 if batch.branched else 0
+        found |= Largest(rows * longest, longest, len(batch.scored), pairs)
+    for batch in work.prompts:
+        rows, longest = len(batch), min(max(work.lengths[i] for i in batch), limits.max_length)
+        room = max(limits.room(prompts[i]) for i in batch)
+        kept = rows * min(longest + room, limits.max_length)
+        found |= Largest(rows * longest, longest, rows, kept=kept)
+    return found
 
 
 def _windows(tokens: list[int], limits: Limits) -> list[tuple[list[int], list[int]]]:

@@ -29,15 +29,18 @@ def load(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "auto") -
 
     Raises:
         AtlasError: the folder or its weights cannot be used, or the weights are not all of the model's
-            and nothing else.
+            and nothing else; they do not fit into memory.
     """
     config = checkpoint.config()
     import torch
     from transformers import AutoModelForCausalLM
 
+    from sparsity_atlas.models.room import check_weights
     from sparsity_atlas.models.wholeness import check_whole, fill_buffers
 
-    target = own_device(pick_device(device))
+    picked = pick_device(device)
+    check_weights(checkpoint, pick_dtype(dtype, picked))
+    target = own_device(picked)
     with _one_line(checkpoint, f"cannot load model type '{config.get('model_type', 'unknown')}'"):
         loaded = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,

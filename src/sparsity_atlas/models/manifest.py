@@ -98,9 +98,14 @@ def from_manifest(path: Path) -> tuple[dict[str, Any], Checkpoint]:
     """A model's manifest and its files, checked to be what the manifest was written for.
 
     Raises:
-        AtlasError: the files changed since, or are not there any more.
+        AtlasError: the files changed since, or are not there any more; an earlier version's manifest.
     """
     manifest = read_manifest(path)
+    if "memory" not in manifest:
+        raise AtlasError(
+            f"{path}: expected `memory`, which this version needs, found none; delete that file and "
+            "run again"
+        )
     source = manifest["source"]
     try:
         checkpoint, _ = resolve(source, recorded=manifest, offline=True)
@@ -124,6 +129,7 @@ def describe(checkpoint: Checkpoint, modules: dict[str, str] | None) -> dict[str
         AtlasError: it is not a whole, causal model of numbers whose FFNs can be found, or its tokenizer
             does not give texts back.
     """
+    from sparsity_atlas.models import head
     from sparsity_atlas.models.parameters import count_parameters
 
     config = checkpoint.config()
@@ -136,6 +142,7 @@ def describe(checkpoint: Checkpoint, modules: dict[str, str] | None) -> dict[str
         "model_type": config.get("model_type"),
         "dtype": config.get("dtype") or config.get("torch_dtype"),
         "parameters": count_parameters(model),
+        "memory": head.describe(model),
         "tokenizer": tokenizer,
         "layers": len(ffns),
         "hidden": ffns[0].hidden,

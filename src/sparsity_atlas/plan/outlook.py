@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparsity_atlas.activations.capture import ITEM_BYTES
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config
 from sparsity_atlas.errors import AtlasError
@@ -21,6 +20,7 @@ from sparsity_atlas.lm.prompts import PromptSettings
 from sparsity_atlas.models.devices import pick_device, pick_dtype
 from sparsity_atlas.models.loading import blank
 from sparsity_atlas.models.manifest import check_sites, load, load_tokenizer, resolve
+from sparsity_atlas.models.memory import ITEM_BYTES
 from sparsity_atlas.plan.dry_run import DryLM, TaskCost, count
 from sparsity_atlas.plan.rates import TimedLM, free_memory, node_seconds
 from sparsity_atlas.sites.find import find_ffns

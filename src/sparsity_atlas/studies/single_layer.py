@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparsity_atlas.errors import NumericalFailure
+from sparsity_atlas.models import head
 from sparsity_atlas.sparsify.attach import Counter, applied
 
 if TYPE_CHECKING:
@@ -47,11 +47,7 @@ def run(model: PreTrainedModel, ids: Tensor, batch: int, counter: Counter | None
         for rows in ids.to(next(model.parameters()).device).split(batch):
             if counter is not None:
                 counter.expect(torch.ones_like(rows, dtype=torch.bool))
-            logits = model(input_ids=rows, use_cache=False).logits
-            # A sequence at a time: at a vocabulary of 200,000 a batch in float32 fills a GPU.
-            for row, own in zip(rows, logits, strict=True):
-                each = F.cross_entropy(own[:-1].float(), row[1:], reduction="none")
-                nats.append(each.cpu().double().sum())
+            nats += [one.cpu().double().sum() for one in _nats(model, rows)]
             if counter is not None:
                 zeros.append(counter.take()[0].sum((0, 2)).cpu())
     found = Pass(
@@ -61,6 +57,19 @@ def run(model: PreTrainedModel, ids: Tensor, batch: int, counter: Counter | None
     if not np.isfinite(found.nats).all():
         raise NumericalFailure("NaN or infinity in the loss")
     return found
+
+
+def _nats(model: PreTrainedModel, rows: Tensor) -> Tensor:
+    """Negative log-likelihood of each token [sequences, positions - 1] but each sequence's first."""
+
+    def call() -> Tensor:
+        return model(input_ids=rows, use_cache=False).logits
+
+    index = torch.arange(rows.numel(), device=rows.device).view_as(rows)[:, :-1].flatten()
+    pieces = head.logits(model, call, index, select=head.able(model))
+    targets = rows[:, 1:].flatten().cpu().numpy()
+    likely, _ = head.likelihoods(pieces, np.arange(len(targets)), targets)
+    return -likely.view(len(rows), -1)
 
 
 def run_alone(
@@ -87,5 +96,6 @@ def run_alone(
         NumericalFailure: NaN or an infinity at the place, or in the loss.
     """
     model = ffns[0].model
+    head.able(model)  # found out before anything is attached
     with applied(model, ffns, site, {place: rule}, level) as counter:
         return run(model, ids, batch, counter)

@@ -20,6 +20,7 @@ from sparsity_atlas.lm.answers import Answers
 from sparsity_atlas.lm.forest import Request, pack
 from sparsity_atlas.lm.forward import Abilities, Masks
 from sparsity_atlas.lm.sharing import abilities
+from sparsity_atlas.models import head
 from sparsity_atlas.sites.find import find_ffns
 from sparsity_atlas.sparsify.attach import NumericalFailure, counted, sparsified
 from tiny_lm import (
@@ -65,7 +66,7 @@ def run(
         for batch in pack(requests, 3, share=found.branches):
             valid = np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
             counter.expect(torch.from_numpy(valid))
-            logits = forward.logits(
+            pieces = forward.logits(
                 model,
                 lambda ids, **o: model(ids, **o).logits,
                 batch,
@@ -78,7 +79,7 @@ def run(
             ):
                 for owner, counts in zip(batch.documents, part, strict=True):
                     sums[owner] = sums.get(owner, 0) + np.array(counts)
-            for number, *answer in zip(batch.requests, *forward.scores(logits, batch), strict=True):
+            for number, *answer in zip(batch.requests, *forward.scores(pieces, batch), strict=True):
                 answers[number] = tuple(answer)
     return answers, every, once
 
@@ -321,16 +322,20 @@ def test_logits_of_scored_tokens_only(select: bool) -> None:
     model.lm_head.register_forward_hook(lambda head, args, output: shapes.append(output.shape))
     (batch,) = pack(questions(1), 8, share=True)
     with torch.no_grad():
-        found = forward.logits(model, lambda ids, **o: model(ids, **o).logits, batch, select=select)
+        pieces = forward.logits(
+            model, lambda ids, **o: model(ids, **o).logits, batch, select=select
+        )
+        found = torch.cat(list(pieces))
     assert found.shape == (len(batch.scored), VOCABULARY)
     assert shapes == [(1, *found.shape) if select else (*batch.tokens.shape, VOCABULARY)]
     # What the model does behind its head is done all the same.
     assert found.abs().max() < 2
 
 
+@pytest.mark.parametrize("rows", [1, 7, 10**6])
 @pytest.mark.parametrize("chunk", [1, 3 * VOCABULARY, 10**9])
-def test_scores_in_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(forward.CHUNK, "cpu", chunk)
+def test_scores_in_chunks(chunk: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(head.CHUNK, "cpu", chunk)
     requests = questions()
     for batch in pack(requests, 2, share=True):
         generator = torch.Generator().manual_seed(len(batch.scored))
@@ -338,7 +343,7 @@ def test_scores_in_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
         # A tie: the first of the likeliest tokens is the one that greedy decoding takes.
         found[:, 5] = found[:, 4] = found.amax(-1) + 1
         likely = found.log_softmax(-1)
-        sums, greedy = forward.scores(found, batch)
+        sums, greedy = forward.scores(found.split(rows), batch)
         ends = [*batch.firsts[1:], len(batch.row)]
         for i, (first, end) in enumerate(zip(batch.firsts, ends, strict=True)):
             row, target = batch.row[first:end], batch.targets[first:end]
@@ -351,4 +356,4 @@ def test_nan_in_the_logits_is_a_failure() -> None:
     found = torch.zeros(len(batch.scored), VOCABULARY)
     found[3, 7] = float("nan")
     with pytest.raises(NumericalFailure, match="in the logits"):
-        forward.scores(found, batch)
+        forward.scores([found], batch)

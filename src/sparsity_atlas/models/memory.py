@@ -1,0 +1,145 @@
+"""What a job of a model needs in memory, from the model's sizes and the largest batch that it runs.
+
+Counted are the tensors that a pass must have at once; `benchmarks/memory.py` holds the sums against
+measured peaks. Nothing heavy is imported: Snakemake asks for every job.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+MIB = 2**20
+# Bytes of two parts of a capture up to which one is captured while the other is written.
+MOST_HELD = 2 * 2**30
+# Tensors that may wait for the disk where only one part is under way.
+PENDING = 8
+# Of a chunk of a captured array, about: between 8 and 16 MiB reads and writes run at the disk's speed.
+CHUNK_BYTES = 12 * 2**20
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Logits of a piece: 128 MiB in float32. On a GPU, which smaller products would leave idle, twice as many.
+PIECE = {"cpu": 2**25, "cuda": 2**26, "mps": 2**25}
+# Numbers that are turned into log-probabilities at a time: what a CPU's caches hold, and what keeps a
+# GPU busy.
+CHUNK = {"cpu": 2**21, "cuda": 2**26, "mps": 2**26}
+# Tensors of a token's hidden width that a layer has at once (the residual, what is normalised of it, and
+# attention's), and of the FFN's width (both factors, their product, and what is made of one of them).
+HIDDEN_COPIES, WIDTH_COPIES = 6, 5
+# Bytes of a token and counted vector: while the model runs, and when they are added up along requests.
+COUNTED, ADDED_UP = 9, 48
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model.
+
+    Attributes:
+        parameters: all that are in memory.
+        hidden: width of the residual stream.
+        width: of the widest FFN.
+        layers: how many.
+        vocabulary: logits of a token.
+        pieces: whether its logits can be made in pieces; see `head`.
+        heads: of attention that keeps its scores (`eager`); 0: it keeps none.
+        cache: numbers of a token's keys and values in all layers.
+    """
+
+    parameters: int
+    hidden: int
+    width: int
+    layers: int
+    vocabulary: int
+    pieces: bool
+    heads: int
+    cache: int
+
+    @classmethod
+    def of(cls, manifest: dict[str, Any]) -> Sizes:
+        """As a model's manifest states them."""
+        return cls(
+            parameters=manifest["parameters"]["loaded"],
+            hidden=manifest["hidden"],
+            width=manifest["width"],
+            layers=manifest["layers"],
+            **manifest["memory"],
+        )
+
+
+@dataclass(frozen=True)
+class Largest:
+    """The largest batches of some work, in each respect by itself.
+
+    Attributes:
+        tokens: of a batch, padding included.
+        longest: of a row.
+        scored: tokens whose successor is predicted.
+        pairs: of tokens in a batch whose rows branch, which takes a mask: rows × longest².
+        kept: tokens whose keys and values generation keeps.
+    """
+
+    tokens: int = 0
+    longest: int = 0
+    scored: int = 0
+    pairs: int = 0
+    kept: int = 0
+
+    def __or__(self, other: Largest) -> Largest:
+        return Largest(*(max(pair) for pair in zip(self, other, strict=True)))
+
+    def __iter__(self) -> Any:
+        return iter((self.tokens, self.longest, self.scored, self.pairs, self.kept))
+
+    def shrunk(self, share: float) -> Largest:
+        """With rows in this share only."""
+        numbers = {
+            name: int(getattr(self, name) * share) for name in ("tokens", "scored", "pairs", "kept")
+        }
+        return replace(self, **numbers)
+
+
+def of_a_pass(sizes: Sizes, batch: Largest, item: int, device: str, slots: int) -> int:
+    """Bytes beside the weights that a batch takes at most.
+
+    Args:
+        sizes: of the model.
+        batch: the batch.
+        item: bytes of a number in the type of the computation.
+        device: its type.
+        slots: counted vectors of a token, in all layers.
+    """
+    layer = (HIDDEN_COPIES * sizes.hidden + WIDTH_COPIES * sizes.width) * item
+    # Of a mask: who sees whom, what follows of it, and its numbers. Of scores: as they are, their softmax
+    # in float32, and that in the type of the computation.
+    attention = batch.pairs * (2 + item)
+    attention += batch.tokens * batch.longest * sizes.heads * (2 * item + 4)
+    running = batch.tokens * (layer + slots * COUNTED) + attention + batch.kept * sizes.cache * item
+    return max(running, batch.tokens * slots * ADDED_UP + _at_the_head(sizes, batch, item, device))
+
+
+def _at_the_head(sizes: Sizes, batch: Largest, item: int, device: str) -> int:
+    """Bytes of hidden states, of what the head is shown of them, and of logits."""
+    wide = sizes.vocabulary
+    piece = min(batch.scored * wide, max(PIECE.get(device, PIECE["cpu"]), wide))
+    logits = piece if sizes.pieces else piece + batch.tokens * wide
+    chunk = min(piece, max(CHUNK.get(device, CHUNK["cpu"]), wide))
+    hidden = (2 * batch.tokens + batch.scored) * sizes.hidden
+    return (hidden + logits) * item + 4 * chunk
+
+
+def of_a_capture(widths: list[int], layers: int, batch: int, tokens: int, item: int) -> int:
+    """Bytes of captured tensors that wait in host memory to be written.
+
+    Args:
+        widths: of the tensors of a layer that are captured.
+        layers: how many.
+        batch: tokens of a forward pass.
+        tokens: captured in all.
+        item: bytes of a number.
+    """
+    widest = max(widths) * item
+    part = min(max(batch, CHUNK_BYTES // widest), tokens)
+    each = layers * sum(widths) * item
+    if 2 * part * each <= MOST_HELD:
+        # Both parts, and copies of those tensors that are being written.
+        return min(2 * part, tokens) * each + PENDING * part * widest
+    return (PENDING + 4) * batch * widest
