@@ -20,7 +20,8 @@ rule calibrate:
     threads: 1
     resources:
         gpu=ask.gpus,
-        mem_mb=ask.memory,
+        mem_mb=ask.memory("calibrate"),
+        gpu_mb=ask.gpu_memory("calibrate"),
         runtime=ask.error_minutes,
     params:
         settings=ask.store_settings,

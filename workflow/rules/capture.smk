@@ -22,7 +22,8 @@ rule capture:
     resources:
         sites=ask.requested_sites,
         gpu=ask.gpus,
-        mem_mb=ask.capture_memory,
+        mem_mb=ask.memory("capture"),
+        gpu_mb=ask.gpu_memory("capture"),
         runtime=ask.capture_minutes,
     params:
         settings=ask.capture_settings,

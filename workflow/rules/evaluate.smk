@@ -22,7 +22,8 @@ rule dense:
     threads: 1
     resources:
         gpu=ask.gpus,
-        mem_mb=ask.memory,
+        mem_mb=ask.memory("dense"),
+        gpu_mb=ask.gpu_memory("dense"),
         runtime=ask.node_minutes,
     params:
         settings=ask.dense_settings,
@@ -56,7 +57,8 @@ rule evaluate:
     threads: 1
     resources:
         gpu=ask.gpus,
-        mem_mb=ask.memory,
+        mem_mb=ask.memory("evaluate"),
+        gpu_mb=ask.gpu_memory("evaluate"),
         runtime=ask.node_minutes,
     params:
         settings=ask.node_settings,
@@ -93,7 +95,8 @@ rule search:
     threads: 1
     resources:
         gpu=ask.gpus,
-        mem_mb=ask.memory,
+        mem_mb=ask.memory("search"),
+        gpu_mb=ask.gpu_memory("search"),
         runtime=ask.search_minutes,
     params:
         settings=ask.node_settings,

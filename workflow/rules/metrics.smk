@@ -46,7 +46,8 @@ rule output_error:
     threads: 1
     resources:
         gpu=ask.gpus,
-        mem_mb=ask.memory,
+        mem_mb=ask.memory("output_error"),
+        gpu_mb=ask.gpu_memory("output_error"),
         runtime=ask.error_minutes,
     params:
         settings=ask.store_settings,

@@ -38,7 +38,8 @@ rule model:
     # Not in params: a site that is added must not make the manifest anew.
     resources:
         sites=ask.requested_sites,
-        mem_mb=ask.memory,
+        mem_mb=ask.memory("models"),
+        gpu_mb=ask.gpu_memory("models"),
         runtime=ask.capture_minutes,
     params:
         source=ask.model_source,

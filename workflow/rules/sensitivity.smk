@@ -22,7 +22,8 @@ rule sensitivity:
     threads: 1
     resources:
         gpu=ask.gpus,
-        mem_mb=ask.memory,
+        mem_mb=ask.memory("sensitivity"),
+        gpu_mb=ask.gpu_memory("sensitivity"),
         runtime=ask.sensitivity_minutes,
     params:
         settings=ask.sensitivity_settings,

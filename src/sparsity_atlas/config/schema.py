@@ -84,10 +84,12 @@ class ModelEntry(_Strict):
     think_end_token: str | int | None = None
     """Token that ends a generated chain of thought; what comes before it is not part of the answer."""
     max_length: int | None = Field(default=None, gt=1)
-    """Longest sequence in tokens. Unset: the model's own limit."""
+    """Longest sequence in tokens. Unset: the model's own limit. Whole texts are read in windows of this
+    length, whose memory grows with it."""
     batch_size: int = Field(default=16, gt=0)
     """Sequences a forward pass, or as many tokens where a task's are shorter than its longest. Fixed and
-    recorded: in bfloat16 scores depend on it."""
+    recorded: in bfloat16 scores depend on it. Memory grows with it, but for logits, which are made a piece
+    at a time."""
     sites: Annotated[list[Site], AfterValidator(_some)] | None = None
     """Sites for the run blocks that name none."""
     modules: dict[str, str] | None = None

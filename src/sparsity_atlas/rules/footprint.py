@@ -6,28 +6,38 @@ are for scheduling, so they err on the side of too much, and each further attemp
 
 from __future__ import annotations
 
+import functools
+import operator
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config
-from sparsity_atlas.files.whole import read_manifest
+from sparsity_atlas.files.whole import read_json, read_manifest
+from sparsity_atlas.models.memory import ITEM_BYTES, MIB, Largest, Sizes, of_a_capture, of_a_pass
+from sparsity_atlas.terms import STORED, TENSORS
 
-MIB = 2**20
-# Python with torch and the libraries, beside the two Snakemake processes that a cluster's job runs in.
-BASE_MIB = 3000
+# A stage's process without its model, as measured: Python with torch and what else it imports.
+BASE_MIB = {
+    **{"models": 450, "capture": 500, "calibrate": 500, "output_error": 500, "sensitivity": 500},
+    **{"dense": 700, "evaluate": 700, "search": 700},
+}
+# What CUDA adds to a process in host memory, and each process holds on a GPU.
+CUDA_HOST_MIB, CUDA_DEVICE_MIB = 2000, 600
+# The two Snakemake processes that a cluster's job runs in.
+SNAKEMAKE_MIB = 500
+# Peaks lie within this factor of what is expected (benchmarks/memory.py).
+MARGIN = 1.25
 # Of a model of which nothing is known: its manifest is not written and its weights are not here.
 UNKNOWN_WEIGHTS_MIB = 32000
-# Weights are read at the checkpoint's precision and held at the computation's.
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Tokens a sequence, where the configuration sets no limit; longer ones are rare in the usual tasks.
+# Tokens a sequence before a model's dense baseline has run, where the configuration sets no limit; longer
+# ones are rare in the usual tasks.
 USUAL_LENGTH = 2048
-
-# Layers of a batch that a capture holds (`capture.PENDING` tensors and the copies of those being written,
-# in float32 at the most).
-CAPTURE_COPIES = 4
+# Tokens whose logits the proof of a model compares, and copies of them in float32.
+PROVED_TOKENS, PROVED_COPIES = 64, 6
+# Copies of a layer's captured tensor that a calibration makes, and bytes that output errors take.
+CALIBRATED_COPIES, ERROR_BYTES = 4, 512 * MIB
 
 LOOK_AGAIN_SECONDS = 1.0
 
@@ -37,21 +47,6 @@ UNKNOWN_MINUTES = 240
 RATES = {"cpu": 2e10, "gpu": 1e13}
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Of a model.
-
-    Attributes:
-        parameters: all that are in memory.
-        token_bytes: of one token's activations in the FFN that is running.
-        layers: how many.
-    """
-
-    parameters: int
-    token_bytes: int
-    layers: int
-
-
 class Needs:
     """Estimates for one configuration and one results folder."""
 
@@ -59,31 +54,98 @@ class Needs:
         self._config = config
         self._results = Path(results)
         self._sizes: dict[str, Sizes] = {}
-        self._tokens: dict[str, int] = {}
+        self._dense: dict[str, dict[str, Any]] = {}
         self._missing: dict[Path, float] = {}  # when it was last looked for
+        self._sites = functools.cache(functools.partial(grid.model_sites, config))
 
-    def memory(self, model: str) -> int:
-        """Host memory in MiB of a job that loads a model: parameters × type, and activations."""
-        entry = self._config.models[model]
+    def memory(self, stage: str, model: str, site: str | None = None) -> int:
+        """Host memory in MiB to ask for; see `host`."""
+        return round(MARGIN * self.host(stage, model, site)) + SNAKEMAKE_MIB
+
+    def gpu_memory(self, stage: str, model: str, site: str | None = None) -> int:
+        """Memory of a GPU in MiB to ask for; 0 where none is used, or nothing is known yet."""
         sizes = self.sizes(model)
+        if sizes is None or self._config.device == "cpu":
+            return 0
+        item = self._item(model, "bfloat16")
+        work = sizes.parameters * item + self._work(stage, model, sizes, site, "cuda")
+        return round(MARGIN * (CUDA_DEVICE_MIB + work / MIB))
+
+    def host(self, stage: str, model: str, site: str | None = None) -> int:
+        """Host memory in MiB that a stage's process is expected to have at its peak.
+
+        Args:
+            stage: as `BASE_MIB` names it.
+            model: of the catalogue.
+            site: of the stage, if it has one.
+        """
+        entry, device = self._config.models[model], self._config.device
+        sizes = self.sizes(model)
+        base = BASE_MIB[stage] + (CUDA_HOST_MIB if device == "cuda" else 0)
         if sizes is None:
-            return BASE_MIB + _weights_before_manifest(entry.path)
+            return base + _before_manifest(entry.path)
         # `auto` is float32 on the CPU; with `device: cuda` a checkpoint is hardly ever wider than 16 bits.
-        usual = "bfloat16" if self._config.device == "cuda" else "float32"
-        weights = sizes.parameters * ITEM_BYTES[usual if entry.dtype == "auto" else entry.dtype]
-        activations = 0
-        if self._config.device != "cuda":  # else they never leave the GPU
-            length = entry.max_length or USUAL_LENGTH
-            activations = entry.batch_size * length * sizes.token_bytes
-        return BASE_MIB + (weights + activations) // MIB
+        item = self._item(model, "bfloat16" if device == "cuda" else "float32")
+        weights = sizes.parameters * item
+        # Files are mapped while their numbers are copied.
+        loading = weights + sizes.parameters * self._file_item(model)
+        running = weights
+        if stage == "capture":
+            running += self._held(model, sizes, item)
+        if device != "cuda":  # else it never leaves the GPU
+            running += self._work(stage, model, sizes, site, "cpu")
+        return base + max(loading, running) // MIB
 
-    def capture_memory(self, model: str) -> int:
-        """The same of a capture, which copies the activations of a batch to the host."""
-        sizes = self.sizes(model)
-        if sizes is None:
-            return self.memory(model)
-        batch = self._config.models[model].batch_size * self._config.capture.sequence_length
-        return self.memory(model) + batch * sizes.token_bytes * CAPTURE_COPIES // MIB
+    def _work(self, stage: str, model: str, sizes: Sizes, site: str | None, device: str) -> int:
+        """Bytes beside the weights on the device where the model runs."""
+        item = self._item(model, "bfloat16" if device == "cuda" else "float32")
+        capture, entry = self._config.capture, self._config.models[model]
+        length = capture.sequence_length
+        tokens = entry.batch_size * length
+        slots = sizes.layers * len(TENSORS[site] if site else STORED)
+        match stage:
+            case "models":
+                return PROVED_TOKENS * sizes.vocabulary * 4 * PROVED_COPIES
+            case "capture":
+                return of_a_pass(sizes, Largest(tokens, length, entry.batch_size), item, device, 0)
+            case "sensitivity":
+                return of_a_pass(sizes, Largest(tokens, length, tokens), item, device, slots)
+            case "calibrate":
+                captured = grid.calibration_tokens(self._config)
+                return captured * sizes.width * 4 * CALIBRATED_COPIES
+            case "output_error":
+                return ERROR_BYTES
+        return of_a_pass(sizes, self.largest(model), item, device, slots)
+
+    def _held(self, model: str, sizes: Sizes, item: int) -> int:
+        capture, entry = self._config.capture, self._config.models[model]
+        tensors = {"input"}.union(*(TENSORS[site] for site in self._sites(model)))
+        widths = [
+            sizes.width if one in ("up", "gate", "intermediate") else sizes.hidden
+            for one in tensors
+        ]
+        batch = entry.batch_size * capture.sequence_length
+        return of_a_capture(widths, sizes.layers, batch, capture.tokens, item)
+
+    def largest(self, model: str) -> Largest:
+        """A model's largest batch: of all its tasks, once the dense baseline has run."""
+        dense = self._read_dense(model)
+        if dense is not None:
+            found = [task["largest"] for task in dense["tasks"].values() if task["status"] == "ok"]
+            if found:
+                return functools.reduce(operator.or_, (Largest(**one) for one in found))
+        entry = self._config.models[model]
+        length = entry.max_length or USUAL_LENGTH
+        tokens = entry.batch_size * length
+        return Largest(tokens, length, tokens, tokens * length)
+
+    def _item(self, model: str, usual: str) -> int:
+        entry = self._config.models[model]
+        return ITEM_BYTES[usual if entry.dtype == "auto" else entry.dtype]
+
+    def _file_item(self, model: str) -> int:
+        manifest = self._manifest(model, "model.json") or {}
+        return ITEM_BYTES.get(str(manifest.get("dtype")), 4)
 
     def capture_minutes(self, model: str, passes: int = 1) -> int:
         """Minutes of a job that runs the captured tokens through a model, or through its FFNs, so often."""
@@ -100,28 +162,29 @@ class Needs:
         return UNKNOWN_MINUTES * nodes if tokens is None else self._minutes(model, tokens * nodes)
 
     def sizes(self, model: str) -> Sizes | None:
-        """From the model's manifest; None as long as there is none."""
+        """From the model's manifest; None as long as there is none, or an earlier version's."""
         if model not in self._sizes:
             manifest = self._manifest(model, "model.json")
-            if manifest is None:
+            if manifest is None or "memory" not in manifest:
                 return None
-            factors = manifest["hidden"] + 3 * manifest["width"]
-            self._sizes[model] = Sizes(
-                manifest["parameters"]["loaded"], 4 * factors, manifest["layers"]
-            )
+            self._sizes[model] = Sizes.of(manifest)
         return self._sizes[model]
 
     def tokens(self, model: str) -> int | None:
         """Tokens of a model's tasks, as its dense baseline counted them; None before it has run."""
-        if model not in self._tokens:
+        dense = self._read_dense(model)
+        if dense is None:
+            return None
+        tasks = [task for task in dense["tasks"].values() if task["status"] == "ok"]
+        return sum(sum(task["tokens"].values()) for task in tasks)
+
+    def _read_dense(self, model: str) -> dict[str, Any] | None:
+        if model not in self._dense:
             manifest = self._manifest(model, "dense/eval.json")
             if manifest is None:
                 return None
-            tasks = manifest["tasks"].values()
-            self._tokens[model] = sum(
-                sum(task["tokens"].values()) for task in tasks if task["status"] == "ok"
-            )
-        return self._tokens[model]
+            self._dense[model] = manifest
+        return self._dense[model]
 
     def _minutes(self, model: str, tokens: int) -> int:
         sizes = self.sizes(model)
@@ -141,11 +204,17 @@ class Needs:
         return None
 
 
-def _weights_before_manifest(path: str | None) -> int:
-    """MiB that a model will need that has no manifest yet: its files at float32, or a guess."""
+def _before_manifest(path: str | None) -> int:
+    """MiB that a model will need that has no manifest yet: its files at float32, its proof, or a guess."""
     if path is None or not Path(path).is_dir():
         return UNKNOWN_WEIGHTS_MIB
-    return sum(one.stat().st_size for one in Path(path).glob("*.safetensors")) * 2 // MIB
+    files = sum(one.stat().st_size for one in Path(path).glob("*.safetensors"))
+    config = Path(path, "config.json")
+    content = read_json(config) if config.is_file() else {}
+    content = content.get("text_config", content) if isinstance(content, dict) else {}
+    vocabulary = content.get("vocab_size") or 0
+    # In float32 twice as much as in 16 bits, beside the files that are mapped.
+    return (3 * files + PROVED_TOKENS * vocabulary * 4 * PROVED_COPIES) // MIB
 
 
 def levels_of(config: Config, curve: grid.Curve) -> int:

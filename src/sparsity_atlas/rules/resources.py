@@ -5,8 +5,11 @@ Snakemake passes how often a job has been tried, from 1.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from abc import ABC, abstractmethod
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from sparsity_atlas.config.grid import Curve
 from sparsity_atlas.config.schema import Config
@@ -38,15 +41,18 @@ class Resources(ABC):
     def curve_of(self, wildcards: Wildcards) -> Curve:
         """The curve of a path."""
 
-    @question
-    def memory(self, wildcards: Wildcards, attempt: int) -> int:
-        """MiB of a job that loads a model."""
-        return attempt * self._needs.memory(wildcards.model)
+    def memory(self, stage: str) -> Callable[..., int]:
+        """MiB of host memory of a stage that loads a model."""
+        return _scaled(functools.partial(self._asked, self._needs.memory, stage))
 
-    @question
-    def capture_memory(self, wildcards: Wildcards, attempt: int) -> int:
-        """MiB of a capture."""
-        return attempt * self._needs.capture_memory(wildcards.model)
+    def gpu_memory(self, stage: str) -> Callable[..., int]:
+        """MiB of GPU memory of such a stage, to be known where GPUs are chosen by it."""
+        return _scaled(functools.partial(self._asked, self._needs.gpu_memory, stage))
+
+    def _asked(self, need: Callable[..., int], stage: str, wildcards: Wildcards) -> int:
+        # A path has a criterion where its site is one whose tensors are counted.
+        site = wildcards.site if hasattr(wildcards, "criterion") else None
+        return need(stage, wildcards.model, site)
 
     @question
     def capture_minutes(self, wildcards: Wildcards, attempt: int) -> int:
@@ -90,3 +96,13 @@ class Resources(ABC):
         the one that submitted it had none, and must not take more cores than it was given.
         """
         return 4 if self._gpus and not inside_allocation() else 1
+
+
+def _scaled(answer: Callable[[Any], int]) -> Callable[..., int]:
+    """An answer for each attempt, which Snakemake may ask for as for a method."""
+
+    def of_attempt(wildcards: Wildcards, attempt: int) -> int:
+        return attempt * answer(wildcards)
+
+    of_attempt.__signature__ = inspect.signature(of_attempt)
+    return of_attempt

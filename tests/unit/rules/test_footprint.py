@@ -17,6 +17,7 @@ from sparsity_atlas.config.grid import Curve
 from sparsity_atlas.config.schema import Config, parse
 from sparsity_atlas.config.selection import fold, unfold
 from sparsity_atlas.files.whole import write_manifest
+from sparsity_atlas.models.memory import Largest
 from sparsity_atlas.rules import asks, footprint
 from sparsity_atlas.rules.asks import Asks
 from sparsity_atlas.rules.footprint import Needs
@@ -41,32 +42,94 @@ def with_manifest(results: Path) -> None:
     write_model(results / "m", parameters=4 * 10**9, hidden=4096, width=14336)
 
 
+def host(own: Needs, stage: str = "evaluate", site: str | None = "input") -> int:
+    """Of the model, beside what each stage's process has without one."""
+    return own.host(stage, "m", site) - footprint.BASE_MIB[stage]
+
+
 @pytest.mark.parametrize(
     ("device", "dtype", "item"),
-    [("cuda", "auto", 2), ("cuda", "float32", 4), ("cuda", "bfloat16", 2)],
+    [("cuda", "auto", 2), ("cuda", "float32", 4), ("cuda", "bfloat16", 2), ("cpu", "auto", 4)],
 )
-def test_memory_is_parameters_times_type(
+def test_a_model_is_mapped_while_it_is_read(
     tmp_path: Path, device: str, dtype: str, item: int
 ) -> None:
-    with_manifest(tmp_path)
-    found = Needs(config({"hub": "x/y", "dtype": dtype}, device=device), str(tmp_path)).memory("m")
-    assert found == 3000 + 8 * 10**9 * item // 2**20
+    with_manifest(tmp_path)  # whose files hold bfloat16
+    own = Needs(config({"hub": "x/y", "dtype": dtype}, device=device), str(tmp_path))
+    cuda = footprint.CUDA_HOST_MIB if device == "cuda" else 0
+    assert host(own, "output_error") == cuda + 8 * 10**9 * (item + 2) // 2**20
 
 
-def test_on_the_cpu_activations_count_too(tmp_path: Path) -> None:
+def test_what_is_asked_for_is_more_than_what_is_expected(tmp_path: Path) -> None:
     with_manifest(tmp_path)
+    own = Needs(config(device="cpu"), str(tmp_path))
+    expected = own.host("evaluate", "m", "input")
+    assert own.memory("evaluate", "m", "input") == round(1.25 * expected) + 500
+    assert own.gpu_memory("evaluate", "m", "input") == 0
+
+
+def largest(**numbers: int) -> dict[str, int]:
+    empty = {"tokens": 0, "longest": 0, "scored": 0, "pairs": 0, "kept": 0}
+    return {**empty, **numbers}
+
+
+def evaluated(results: Path, **tasks: dict[str, int]) -> None:
+    """A dense baseline with the largest batches of some tasks."""
+    found = {
+        name: {"status": "ok", "tokens": {"prefill": 1}, "largest": one}
+        for name, one in tasks.items()
+    }
+    failed = {"failed": {"status": "failed", "reason": "NaN"}}
+    write_manifest(results / "m/dense/eval.json", {"tasks": {**found, **failed}})
+
+
+def test_the_largest_batch_counts_with_the_vocabulary(tmp_path: Path) -> None:
+    wide = {"vocabulary": 262_144, "pieces": True, "heads": 0, "cache": 0}
+    sizes = {"parameters": 10**6, "hidden": 1024, "width": 4096, "layers": 10}
+    write_model(tmp_path / "m", **sizes, memory=wide)
+    weights = 2 * 10**6 * 4
     entry = {"hub": "x/y", "batch_size": 8, "max_length": 1024}
-    found = Needs(config(entry, device="cpu"), str(tmp_path)).memory("m")
-    activations = 8 * 1024 * 4 * (4096 + 3 * 14336)
-    assert found == 3000 + (8 * 10**9 * 4 + activations) // 2**20
+    own = Needs(config(entry, device="cpu"), str(tmp_path))
+    assert own.largest("m") == Largest(8192, 1024, 8192, 8192 * 1024)
+    before = host(own)
+    evaluated(
+        tmp_path,
+        a=largest(tokens=1000, longest=100, scored=2000, pairs=50),
+        b=largest(tokens=4000, longest=10, scored=2000),
+    )
+    own = Needs(config(entry, device="cpu"), str(tmp_path))
+    assert own.largest("m") == Largest(4000, 100, 2000, 50)
+    # At the head: a piece and a chunk of it, hidden states and those that are shown, sums of zeros.
+    logits = 4 * 2**25 + 4 * 2**21
+    hidden = (2 * 4000 + 2000) * 1024 * 4
+    sums = 4000 * 10 * 48
+    layer = 4000 * ((6 * 1024 + 5 * 4096) * 4 + 10 * 9) + 50 * 6
+    expected = (weights + max(logits + hidden + sums, layer)) // 2**20
+    assert host(own) == expected < before
+    # All logits of a batch at once, where the head cannot be shown a few tokens.
+    write_model(tmp_path / "m", **sizes, memory={**wide, "pieces": False})
+    own = Needs(config(entry, device="cpu"), str(tmp_path))
+    assert host(own) > 4000 * 262_144 * 4 // 2**20
+
+
+def test_gpu_memory_is_weights_and_the_work(tmp_path: Path) -> None:
+    with_manifest(tmp_path)
+    evaluated(tmp_path, a=largest(tokens=10**6, longest=1000, scored=1))
+    own = Needs(config(device="cuda"), str(tmp_path))
+    work = 10**6 * ((6 * 4096 + 5 * 14336) * 2 + 3 * 9)
+    expected = 1.25 * (footprint.CUDA_DEVICE_MIB + (8 * 10**9 * 2 + work) / 2**20)
+    assert own.gpu_memory("evaluate", "m", "input") == round(expected)
+    assert host(own) == footprint.CUDA_HOST_MIB + 8 * 10**9 * 4 // 2**20
 
 
 def test_memory_before_there_is_a_manifest(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(bytes(3 * 2**20))
-    assert Needs(config({"path": str(folder)}), str(tmp_path)).memory("m") == 3000 + 6
-    assert Needs(config(), str(tmp_path)).memory("m") == 35000
+    assert host(Needs(config({"path": str(folder)}), str(tmp_path)), "models") == 9
+    (folder / "config.json").write_text('{"vocab_size": 262144}')
+    assert host(Needs(config({"path": str(folder)}), str(tmp_path)), "models") == 9 + 384
+    assert host(Needs(config(), str(tmp_path)), "models") == 32000
 
 
 def test_a_manifest_that_appears_is_seen_after_a_while(
@@ -87,7 +150,11 @@ def test_minutes_come_from_the_tokens_of_the_dense_baseline(tmp_path: Path) -> N
     assert own.evaluation_minutes("m", 9) == 9 * 240
     with_manifest(tmp_path)
     tasks = {
-        "a": {"status": "ok", "tokens": {"prefill": 2_000_000, "generation": 1_000_000}},
+        "a": {
+            "status": "ok",
+            "largest": largest(),
+            "tokens": {"prefill": 2_000_000, "generation": 1_000_000},
+        },
         "b": {"status": "failed", "reason": "NaN"},
     }
     write_manifest(tmp_path / "m/dense/eval.json", {"tasks": tasks})
@@ -101,10 +168,10 @@ def test_each_attempt_asks_for_more(tmp_path: Path) -> None:
     with_manifest(tmp_path)
     ask = Asks(config(device="cuda"), str(tmp_path))
     node = SimpleNamespace(model="m", criterion="topp", site="input", level="0.9")
-    assert ask.capture_memory(node, attempt=1) > ask.memory(node, attempt=1)
+    assert inspect.signature(ask.memory("evaluate")).parameters.keys() == {"wildcards", "attempt"}
     for question_ in (
-        ask.memory,
-        ask.capture_memory,
+        ask.memory("evaluate"),
+        ask.gpu_memory("evaluate"),
         ask.node_minutes,
         ask.search_minutes,
         ask.error_minutes,
