@@ -235,10 +235,11 @@ class CalibrationSettings(_Strict):
 class SearchSettings(_Strict):
     """How `levels: auto` chooses levels."""
 
-    max_levels: int = Field(default=9, ge=2, le=64)
+    max_levels: int = Field(default=6, ge=2, le=64)
     """Levels evaluated at most, for each model, criterion and site."""
     resolution: float = Field(default=0.01, gt=0, lt=1)
-    """Stop when the induced sparsity at the headline bar is bracketed this closely (0.01: a point)."""
+    """Stop when the induced sparsity at the headline bar is bracketed this closely (0.01: a point); from six
+    levels on, three times as wide a bracket will do."""
 
 
 class Config(_Strict):

@@ -42,7 +42,8 @@ class Criterion(ABC):
     dense_level: ClassVar[float]
     """The level at which nothing changes; sparsity grows with the distance from it."""
     coarse_levels: ClassVar[tuple[str, ...]]
-    """First levels of a search, from mild to harsh, spread over the useful range."""
+    """Where a search begins and what it goes on with until the bar is passed, from mild to harsh, spread
+    over the useful range."""
     sites: ClassVar[tuple[str, ...]] = ()
     """The sites where the rule means something; empty: all of them."""
     calibrated: ClassVar[bool] = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def search(
 def test_levels_are_ordinary_nodes(manifest: Path, tasks: dict, tmp_path: Path) -> None:
     result, calls = search(manifest, tasks, tmp_path)
     levels = [one["level"] for one in result["levels"]]
-    assert levels[:4] == ["0.98", "0.9", "0.75", "0.5"]
+    assert levels[0] == "0.9"
     assert len(levels) == len(set(levels)) <= 6
     assert result["headline"] == "pages"
     assert calls
@@ -125,6 +126,37 @@ def test_damage_of_accuracies_is_the_lost_share_of_their_average() -> None:
     assert stage.damage(metrics, dense, {"a": 0.885, "b": 0.6}) == pytest.approx(1.0)
     assert stage.damage(metrics, dense, {"a": 0.9, "b": 0.615}) == pytest.approx(-1.0)
     assert stage.damage(metrics, dense, None) == float("inf")
+
+
+def test_the_slightest_damage_is_of_the_loss_or_of_the_average_accuracy() -> None:
+    metrics = {"p": ("loss", None), "a": ("accuracy", "acc,none"), "b": ("accuracy", "acc,none")}
+    dense = {"p": 3.0, "a": 0.9, "b": 0.6}
+    # The loss rose by six times what the bar allows; 1.5 % of 1.5 are lost.
+    scores = {"p": 3.0 + 6 * stage.ALLOWED_LOSS, "a": 0.9, "b": 0.5775}
+    assert stage.damage(metrics, dense, scores) == pytest.approx(6)
+    assert stage.slightest(metrics, dense, scores) == pytest.approx(1.5)
+    assert stage.slightest({"p": metrics["p"]}, dense, scores) == pytest.approx(6)
+    # An accuracy of nothing cannot fall.
+    assert stage.slightest(metrics, {**dense, "a": 0.0, "b": 0.0}, scores) == pytest.approx(6)
+    assert stage.slightest(metrics, dense, None) == float("inf")
+
+
+def test_each_level_is_said_as_it_ends(
+    manifest: Path, tasks: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="sparsity_atlas"):
+        result, _ = search(manifest, tasks, tmp_path, max_levels=2)
+    said = [record.message for record in caplog.records if record.message.startswith("level ")]
+    assert [line.split(":")[0] for line in said] == [
+        f"level {one['level']}" for one in result["levels"]
+    ]
+    sparsity = 100 * result["levels"][0]["sparsity"]
+    assert re.fullmatch(
+        rf"level 0.9: {sparsity:.1f} % sparse, pages \d\.\d{{4}} nats \(dense \d\.\d{{4}}\), "
+        r"-?\d+\.\d\d of the damage that the bar allows; took \d+ s, at most 1 more, \d+ s",
+        said[0],
+    )
+    assert said[1].endswith(" s, the last")
 
 
 def test_failed_levels_are_levels(
@@ -202,7 +234,8 @@ def test_command_line(manifest: Path, tasks: dict, tmp_path: Path, monkeypatch: 
     stage.main()
     written = read_manifest(output)
     assert written["stopped"] == "2 levels evaluated"
-    assert [one["level"] for one in written["levels"]] == ["0.98", "0.9"]
+    assert len(written["levels"]) == 2
+    assert written["levels"][0]["level"] == "0.9"
     calls = watch(session)
     evaluate_node(session, Node.make(TOPP, "intermediate", "0.9"), tmp_path / "curve" / "0.9")
     assert calls == []
