@@ -112,6 +112,16 @@ def test_the_largest_batch_counts_with_the_vocabulary(tmp_path: Path) -> None:
     assert host(own) > 4000 * 262_144 * 4 // 2**20
 
 
+def test_results_of_an_earlier_version_are_no_error(tmp_path: Path) -> None:
+    with_manifest(tmp_path)
+    task = {"status": "ok", "tokens": {"prefill": 1}}
+    write_manifest(tmp_path / "m/dense/eval.json", {"tasks": {"a": task}})
+    own = Needs(config(device="cpu"), str(tmp_path))
+    assert own.largest("m") == Largest(16 * 2048, 2048, 16 * 2048, 16 * 2048**2)
+    write_manifest(tmp_path / "m/model.json", {"name": "m", "parameters": {"loaded": 1}})
+    assert Needs(config(device="cpu"), str(tmp_path)).sizes("m") is None
+
+
 def test_gpu_memory_is_weights_and_the_work(tmp_path: Path) -> None:
     with_manifest(tmp_path)
     evaluated(tmp_path, a=largest(tokens=10**6, longest=1000, scored=1))

@@ -1,0 +1,112 @@
+"""What a pass takes of a GPU's memory beside the weights, against what `models/memory.py` expects.
+
+    python benchmarks/passes.py
+
+Random weights and tokens; the peak is torch's own count of bytes that tensors held at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from sparsity_atlas.criteria import create
+from sparsity_atlas.lm import forest, forward
+from sparsity_atlas.models import head
+from sparsity_atlas.models.memory import MIB, Largest, Sizes, of_a_pass
+from sparsity_atlas.sites.find import find_ffns
+from sparsity_atlas.sparsify.attach import counted, sparsified
+
+# Model type, vocabulary, layers, hidden width, FFN width, heads, key-value heads.
+SHAPES = {
+    "wide": ("llama", 262_144, 2, 64, 128, 2, 2),
+    "135m": ("llama", 49_152, 30, 576, 1536, 9, 3),
+    "270m": ("llama", 262_144, 18, 640, 2048, 4, 1),
+    "270m-eager": ("gemma2", 262_144, 18, 640, 2048, 4, 1),
+    "1b": ("llama", 128_256, 16, 2048, 8192, 32, 8),
+}
+# Requests, tokens of each, scored of them, tokens that four of them share.
+TASKS = {"pages": (16, 2048, 2047, 0), "questions": (64, 160, 20, 120)}
+
+
+def of_shape(name: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A model with random weights."""
+    kind, vocabulary, layers, hidden, width, heads, groups = SHAPES[name]
+    config = AutoConfig.for_model(
+        kind,
+        **{"vocab_size": vocabulary, "num_hidden_layers": layers, "hidden_size": hidden},
+        **{"intermediate_size": width, "num_attention_heads": heads},
+        **{"num_key_value_heads": groups, "head_dim": hidden // heads},
+        **{"max_position_embeddings": 8192, "initializer_range": 0.1},
+    )
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def requests(count: int, length: int, scored: int, shared: int) -> list[forest.Request]:
+    """Random tokens; every four requests begin alike."""
+    draw = random.Random(0)
+    begin: list[int] = []
+    found = []
+    for number in range(count):
+        if number % 4 == 0:
+            begin = draw.choices(range(5, 30_000), k=shared)
+        tokens = begin + draw.choices(range(5, 30_000), k=length + 1 - shared)
+        found.append(forest.Request(tokens, scored, number // 4))
+    return found
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="comma-separated")
+    parser.add_argument("--dtype", default="bfloat16")
+    arguments = parser.parse_args()
+    dtype = getattr(torch, arguments.dtype)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {arguments.dtype}")
+    for name in arguments.shapes.split(","):
+        model = of_shape(name, "cuda", dtype)
+        ffns = find_ffns(model)
+        layer = ffns[0]
+        parameters = sum(one.numel() for one in model.parameters())
+        shape = (parameters, layer.hidden, layer.width, len(ffns))
+        sizes = Sizes(*shape, **head.describe(model))
+        for task, numbers in TASKS.items():
+            batch = forest.pack(requests(*numbers), 16, share=True)[0]
+            rows, longest = batch.tokens.shape
+            pairs = rows * longest**2 if batch.branched else 0
+            largest = Largest(rows * longest, longest, len(batch.scored), pairs)
+            for site in (None, "intermediate", "all_inputs"):
+                attached = (
+                    counted(model, ffns)
+                    if site is None
+                    else sparsified(model, ffns, site, create({"rule": "topp"}), 0.9)
+                )
+                with torch.no_grad(), attached as counter:
+                    before = torch.cuda.memory_allocated()
+                    torch.cuda.reset_peak_memory_stats()
+                    valid = np.arange(longest) < batch.lengths[:, None]
+                    counter.expect(torch.from_numpy(valid).cuda())
+                    pieces = forward.logits(
+                        *(model, lambda ids, **o: model(ids, **o).logits, batch),
+                        select=sizes.pieces,
+                    )
+                    forward.zeros_by_document(counter.take()[0], batch)
+                    forward.scores(pieces, batch)
+                    peak = torch.cuda.max_memory_allocated() - before
+                expected = of_a_pass(sizes, largest, dtype.itemsize, "cuda", len(counter.slots))
+                print(
+                    f"{name:<12}{task:<11}{site or 'dense':<13}{largest.tokens:>7,} tokens   "
+                    f"peak {peak // MIB:>7,} MiB   expected {expected // MIB:>7,} ({expected / peak:.2f})",
+                    flush=True,
+                )
+        del model, ffns, layer
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
