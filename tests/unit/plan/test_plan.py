@@ -193,18 +193,21 @@ def test_finished_nodes_are_not_charged(tmp_path: Path) -> None:
 
 
 def test_searches(tmp_path: Path) -> None:
-    config = make_config({"m": {"path": "m"}}, {"a": {}, "b": {}}, block={"sites": ["input", "up"]})
+    block = {"sites": ["input", "up"]}
+    config = make_config(
+        {"m": {"path": "m"}}, {"a": {}, "b": {}}, block=block, search={"max_levels": 9}
+    )
     folder = tmp_path / "m/topp/input"
     (fresh, _) = of_rule(jobs(config, tmp_path), "search")
-    assert fresh.nodes == fresh.evaluations["a"] == Amount(7, 9)
+    assert fresh.nodes == fresh.evaluations["a"] == Amount(6, 9)
 
     # Cut off after two levels, of which the second lacks a task.
     write_eval(folder / "0.9", "a", "b")
     write_eval(folder / "0.5", "a")
     (begun, _) = of_rule(jobs(config, tmp_path), "search")
     assert not begun.done
-    assert begun.nodes == Amount(7, 9)
-    assert begun.evaluations == {"a": Amount(5, 7), "b": Amount(6, 8)}
+    assert begun.nodes == Amount(6, 9)
+    assert begun.evaluations == {"a": Amount(4, 7), "b": Amount(5, 8)}
     assert begun.finished == 1
 
     # Finished since.
