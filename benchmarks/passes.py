@@ -19,7 +19,7 @@ from sparsity_atlas.lm import forest, forward
 from sparsity_atlas.models import head
 from sparsity_atlas.models.memory import MIB, Largest, Sizes, of_a_pass
 from sparsity_atlas.sites.find import find_ffns
-from sparsity_atlas.sparsify.attach import counted, sparsified
+from sparsity_atlas.sparsify.attach import Counter, counted, sparsified
 
 # Model type, vocabulary, layers, hidden width, FFN width, heads, key-value heads.
 SHAPES = {
@@ -60,6 +60,21 @@ def requests(count: int, length: int, scored: int, shared: int) -> list[forest.R
     return found
 
 
+def peak_of(model: PreTrainedModel, counter: Counter, batch: forest.Batch, select: bool) -> int:
+    """Bytes that a scored batch takes at most beside what is there."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    valid = np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
+    with torch.no_grad():
+        counter.expect(torch.from_numpy(valid).cuda())
+        pieces = forward.logits(
+            model, lambda ids, **options: model(ids, **options).logits, batch, select=select
+        )
+        forward.zeros_by_document(counter.take()[0], batch)
+        forward.scores(pieces, batch)
+    return torch.cuda.max_memory_allocated() - before
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -86,18 +101,8 @@ def main() -> None:
                     if site is None
                     else sparsified(model, ffns, site, create({"rule": "topp"}), 0.9)
                 )
-                with torch.no_grad(), attached as counter:
-                    before = torch.cuda.memory_allocated()
-                    torch.cuda.reset_peak_memory_stats()
-                    valid = np.arange(longest) < batch.lengths[:, None]
-                    counter.expect(torch.from_numpy(valid).cuda())
-                    pieces = forward.logits(
-                        *(model, lambda ids, **o: model(ids, **o).logits, batch),
-                        select=sizes.pieces,
-                    )
-                    forward.zeros_by_document(counter.take()[0], batch)
-                    forward.scores(pieces, batch)
-                    peak = torch.cuda.max_memory_allocated() - before
+                with attached as counter:
+                    peak = peak_of(model, counter, batch, sizes.pieces)
                 expected = of_a_pass(sizes, largest, dtype.itemsize, "cuda", len(counter.slots))
                 print(
                     f"{name:<12}{task:<11}{site or 'dense':<13}{largest.tokens:>7,} tokens   "
