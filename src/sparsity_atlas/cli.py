@@ -7,6 +7,8 @@ import logging
 import os
 import signal
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -29,13 +31,19 @@ _DISK = {
     errno.EACCES: "no permission",
     errno.EPERM: "not permitted",
     errno.EIO: "the disk reports an input/output error",
+    errno.EISDIR: "it is a folder, where a file was expected",
+    errno.ENOTDIR: "it lies in what is no folder",
+    errno.ELOOP: "a link that leads to itself",
 }
+_PACKAGE = Path(__file__).parent
+_INSTALLED = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")]
 
 
 def run(stage: Callable[[], None]) -> None:
     """Run a stage's `main`.
 
-    A mistake of the user's, a full disk, SIGINT and SIGTERM end in one line and a code other than 0.
+    A mistake of the user's or of his own code, a full disk, no memory, SIGINT and SIGTERM end in one line
+    and a code other than 0.
     """
     sys.stdout, sys.stderr = HidingStream(sys.stdout), HidingStream(sys.stderr)
     # Progress bars and advice of the libraries would bury our own lines in the log.
@@ -51,7 +59,8 @@ def run(stage: Callable[[], None]) -> None:
         signal.signal(number, _stop)
     try:
         stage()
-    except (AtlasError, OSError) as error:
+    # A user's own code may raise anything, also SystemExit(0), which would pass for success.
+    except BaseException as error:
         mistake = what_can_be_mended(error)
         if mistake is None:
             raise
@@ -59,14 +68,38 @@ def run(stage: Callable[[], None]) -> None:
         raise SystemExit(1) from None
 
 
-def what_can_be_mended(error: AtlasError | OSError) -> AtlasError | None:
+def what_can_be_mended(error: BaseException) -> AtlasError | None:
     """What is told the user in one line; None for an error of our own."""
     if isinstance(error, AtlasError):
         return error
-    if error.errno not in _DISK:
-        return None
-    place = f"{error.filename}: " if error.filename else ""
-    return AtlasError(place + _DISK[error.errno])
+    if isinstance(error, OSError) and error.errno in _DISK:
+        place = f"{error.filename}: " if error.filename else ""
+        return AtlasError(place + _DISK[error.errno])
+    # torch's is no MemoryError, and torch is not imported for it.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return AtlasError(f"not enough memory ({said(error)}); a smaller batch_size needs less")
+    return _of_own_code(error)
+
+
+def _of_own_code(error: BaseException) -> AtlasError | None:
+    """What code of the user's raised (a criterion, a model's own Python); None if it was not such code."""
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        file = Path(frame.f_code.co_filename)
+        if file.is_relative_to(_PACKAGE):
+            return None
+        if file.is_file() and not any(file.is_relative_to(folder) for folder in _INSTALLED):
+            return AtlasError(f"{file}, line {line}: {type(error).__name__}: {said(error)}")
+    return None
+
+
+def said(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return next(filter(None, map(str.strip, text_of(error).splitlines())), "no message")
+
+
+def text_of(error: BaseException) -> str:
+    """All that an error says; that of somebody's code may fail at that, too."""
+    return str(traceback.TracebackException(type(error), error, None))
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

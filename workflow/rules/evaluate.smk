@@ -15,7 +15,7 @@ rule dense:
         "results/logs/{model}/dense/eval.log",
     benchmark:
         "results/benchmarks/{model}/dense/eval.jsonl"
-    # Before listed nodes: it refuses metrics that there are not.
+    # Before listed nodes: it knows whether each document has its metric.
     priority: 1
     conda:
         "../../envs/atlas.yaml"
@@ -55,7 +55,9 @@ rule evaluate:
     conda:
         "../../envs/atlas.yaml"
     threads: 1
+    # Metrics not in params: a node refuses those that there are not, and another one makes it no other.
     resources:
+        metrics=ask.node_metrics,
         gpu=ask.gpus,
         mem_mb=ask.memory("evaluate"),
         gpu_mb=ask.gpu_memory("evaluate"),
@@ -70,6 +72,7 @@ rule evaluate:
         python -m sparsity_atlas node \
             --model {input.model} \
             --settings {params.settings:q} \
+            --metrics {resources.metrics:q} \
             --code {params.code} \
             --criterion {params.criterion:q} \
             --site {wildcards.site} \

@@ -17,7 +17,7 @@ from sparsity_atlas.criteria.level_arguments import add_levels, levels_of
 from sparsity_atlas.curves.critical import critical
 from sparsity_atlas.curves.equal_sparsity import REPLICATES, Of, equal_rows, write_equal
 from sparsity_atlas.curves.points import CurvePoint, curve_points, estimate_all
-from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.errors import AtlasError, TaskFailure
 from sparsity_atlas.evaluation.samples import read_table
 from sparsity_atlas.files.whole import read_manifest, write_manifest
 from sparsity_atlas.statistics.bootstrap import Estimates, TaskSamples
@@ -41,6 +41,10 @@ class NodeSamples:
     def ok(self, task: str) -> bool:
         """Whether the task ran without NaN and infinity."""
         return self.manifest["tasks"][task]["status"] == "ok"
+
+    def fail(self, task: str, reason: str) -> None:
+        """Take a task for failed that ran, where its metric cannot be read."""
+        self.manifest["tasks"][task] = {"status": "failed", "reason": reason}
 
     def rows(self, task: str) -> pa.Table:
         """The task's rows, in the order of leaf and document, without empty documents."""
@@ -121,17 +125,23 @@ def task_samples(
     counts = dense.outputs(task) if of == "parameters" else 1
     values, zeros, entries = [], [], []
     for node in levels:
-        if not node.ok(task):
+        rows = node.rows(task)
+        if node.ok(task) and _identity(rows) != identity:
+            raise AtlasError(
+                f"{node.folder}: samples of '{task}' differ from the dense baseline's; delete both"
+            )
+        try:
+            found = _values(task, rows, kind, key) if node.ok(task) else None
+        except TaskFailure as failure:
+            # The baseline has the metric of each document, and this level has not.
+            node.fail(task, str(failure))
+            found = None
+        if found is None:
             values.append(np.full(len(base), np.nan))
             zeros.append(np.zeros(len(base), dtype=np.int64))
             entries.append(zeros[-1])
             continue
-        rows = node.rows(task)
-        if _identity(rows) != identity:
-            raise AtlasError(
-                f"{node.folder}: samples of '{task}' differ from the dense baseline's; delete both"
-            )
-        values.append(_values(task, rows, kind, key))
+        values.append(found)
         zeros.append(node.zeros(rows, counts))
         entries.append(node.entries(rows, counts))
     clusters = base["cluster"].to_pylist()

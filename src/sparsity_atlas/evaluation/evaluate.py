@@ -196,14 +196,15 @@ def evaluate_node(
         node: None for the dense baseline.
         folder: where the node's files are kept.
         metrics: of tasks, as the configuration names them; looked at here, if given, so that one that
-            cannot be had is known from the dense baseline, and not after all nodes.
+            there will not be is known before the first forward pass.
 
     Returns:
         What was written to `eval.json`. A task that cannot be run, or in which NaN or an infinity came
         up, has the status `failed` and the reason; the others are not affected.
 
     Raises:
-        AtlasError: a metric that a task does not report, or not of each document. Its samples are kept.
+        AtlasError: a metric that a task does not report; of the dense baseline also one that is not there
+            of each document, after the samples are kept.
     """
     from sparsity_atlas.tasks.reported_metrics import check_wanted
 
@@ -235,8 +236,9 @@ def evaluate_node(
                 table.write(path)
             # Only now: a journal may go when its content stands in the table.
             journal_path.unlink(missing_ok=True)
-        for name, metric in (metrics or {}).items():
-            check_measured(name, metric, table)
+        if node is None:
+            for name, metric in (metrics or {}).items():
+                check_measured(name, metric, table)
         manifest = _manifest(session, node, table)
         write_manifest(folder / "eval.json", manifest)
     return manifest

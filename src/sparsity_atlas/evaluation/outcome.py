@@ -64,10 +64,17 @@ def _metrics(by_filter: dict[str, list[dict[str, Any]]]) -> list[list[tuple[str,
             for name, found in zip(by_filter, of_document, strict=True)
             for metric, value in found.items()
             # Weighted metrics (a log-likelihood over its words) are pairs; nats and predicted say more.
-            if isinstance(value, int | float | np.number | np.bool_)
+            if _is_number(value)
         ]
         for of_document in zip(*by_filter.values(), strict=True)
     ]
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a metric is one number; code of a task's own may leave it in a tensor."""
+    return (
+        isinstance(value, int | float | np.number | np.bool_) or getattr(value, "shape", None) == ()
+    )
 
 
 def _lists(values: np.ndarray) -> pa.Array:
@@ -156,7 +163,7 @@ def _numbers(scores: dict[str, Any]) -> dict[str, float | None]:
     """lm-eval's numbers; one that is no finite number is None."""
     numbers = {}
     for key, value in scores.items():
-        if "," in key and isinstance(value, int | float | np.number):
+        if "," in key and _is_number(value):
             numbers[key] = float(value) if np.isfinite(value) else None
     return numbers
 

@@ -17,6 +17,7 @@ from sparsity_atlas import cli
 from sparsity_atlas.config.schema import SearchSettings
 from sparsity_atlas.criteria import create
 from sparsity_atlas.criteria.calibration_file import Calibration, read_calibration
+from sparsity_atlas.errors import TaskFailure
 from sparsity_atlas.evaluation.evaluate import Node, Session, evaluate_node, evaluation_code
 from sparsity_atlas.evaluation.next_level import Point, Range, Stop, next_level
 from sparsity_atlas.evaluation.samples import read_table
@@ -31,16 +32,19 @@ ALLOWED_LOSS = math.log(1.01)
 def read_scores(
     folder: Path, metrics: dict[str, tuple[Kind, str | None]]
 ) -> dict[str, float] | None:
-    """Score of each task of a node; None if one of them failed numerically."""
+    """Score of each task of a node; None if one of them failed, or its metric lacks in a document."""
     manifest = read_manifest(folder / "eval.json")
     if any(manifest["tasks"][task]["status"] != "ok" for task in metrics):
         return None
     _, table = read_table(folder / "samples.parquet")
     rows = table.select(["task", "metrics", "nats", "predicted"]).to_pylist()
-    return {
-        task: pooled_score(task, kind, key, [row for row in rows if row["task"] == task])
-        for task, (kind, key) in metrics.items()
-    }
+    try:
+        return {
+            task: pooled_score(task, kind, key, [row for row in rows if row["task"] == task])
+            for task, (kind, key) in metrics.items()
+        }
+    except TaskFailure:  # the curve's stage says why
+        return None
 
 
 def headline_tasks(metrics: dict[str, tuple[Kind, str | None]]) -> list[str]:

@@ -88,6 +88,8 @@ class GeneratingLM(PromptLM):
         if cold and generation_kwargs.setdefault("do_sample", False) is False:
             # Greedy decoding; transformers warns of a temperature beside it.
             del generation_kwargs["temperature"]
+        # Beside the tokens there would be what nobody reads; a model's own configuration may ask for it.
+        generation_kwargs["return_dict_in_generate"] = False
         stops = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0])
         watch = _FinishWatch(stops, self._end_tokens(), context.shape)
         self._counter.expect(mask, generates=True)

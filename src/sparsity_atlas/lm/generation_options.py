@@ -11,15 +11,29 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from transformers import GenerationConfig
 
-# With these, a row of the batch is no single text that grows token by token.
-_ONE = ("num_beams", "num_beam_groups", "num_return_sequences")
+# With these, a row of the batch is no single text that grows by one token a pass.
+_ONE = ("num_beams", "num_beam_groups", "num_return_sequences", "guidance_scale")
 _NONE = (
     "penalty_alpha",
     "prompt_lookup_num_tokens",
+    "assistant_model",
+    "assistant_early_exit",
     "dola_layers",
     "constraints",
     "force_words_ids",
+    "prefill_chunk_size",
+    "custom_generate",
+    # How long an answer becomes would depend on the machine.
+    "max_time",
 )
+# What the pipeline itself passes to `generate`, and generation's own words for what lm-eval calls otherwise.
+_OURS = {
+    **dict.fromkeys(
+        ("inputs", "input_ids", "attention_mask", "pad_token_id", "use_cache"), "leave it out"
+    ),
+    **dict.fromkeys(("logits_processor", "stopping_criteria", "streamer"), "leave it out"),
+    "stop_strings": "say until",
+}
 
 
 def check_options(
@@ -36,7 +50,8 @@ def check_options(
     Raises:
         TaskFailure: names the key, where it stands, and what would do.
     """
-    for key, right in {**dict.fromkeys(_ONE, 1), **dict.fromkeys(_NONE)}.items():
+    wanted = {**dict.fromkeys(_ONE, 1), **dict.fromkeys(_NONE), "use_mtp": False}
+    for key, right in wanted.items():
         found = options.get(key, getattr(defaults, key, None))
         if found not in (None, right):
             where = "generation_kwargs" if key in options else "the model's generation_config.json"
@@ -44,10 +59,25 @@ def check_options(
                 f"'{request.task_name}': {where}: {key}: {found} found, only {right or 'none'} can be "
                 f"counted; set it in generation_kwargs by the task's `override`"
             )
-    wanted = options["max_gen_toks"]
-    if not 0 < wanted < max_length:
+    for key, advice in _OURS.items():
+        if key in options:
+            raise TaskFailure(
+                f"'{request.task_name}': generation_kwargs: {key}: it cannot be set here; {advice}"
+            )
+    stops = request.args[1].get("until", "")
+    if not all(isinstance(one, str) for one in (stops if isinstance(stops, list) else [stops])):
         raise TaskFailure(
-            f"'{request.task_name}': generation_kwargs: max_gen_toks: {wanted} tokens to generate "
+            f"'{request.task_name}': generation_kwargs: until: expected a text or a list of texts, "
+            f"found {stops!r}"
+        )
+    room = options["max_gen_toks"]
+    if room < 1:
+        raise TaskFailure(
+            f"'{request.task_name}': generation_kwargs: max_gen_toks: expected 1 or more, found {room}"
+        )
+    if room >= max_length:
+        raise TaskFailure(
+            f"'{request.task_name}': generation_kwargs: max_gen_toks: {room} tokens to generate "
             f"(256 where a task says nothing), and the model takes {max_length} with the prompt; set "
             f"fewer by the task's `override`, for instance {{generation_kwargs: {{until: ['\\n'], "
             f"max_gen_toks: {max(1, max_length // 4)}}}}}"

@@ -189,7 +189,7 @@ class PromptLM(HFLM):
             TaskFailure: a request that needs a BOS or EOS token where there is none, or an empty one.
         """
         if kind == "generate_until":
-            return [(self.tok_encode(request.args[0]),) for request in requests]
+            return [(self._prompt(request),) for request in requests]
         if kind == "loglikelihood_rolling":
             return [(self._whole(request),) for request in requests]
         for request in requests:
@@ -202,6 +202,16 @@ class PromptLM(HFLM):
     ) -> list[Encoding]:
         # HFLM ends here with tokenised requests; `encode` wants no more of it.
         return [(context, continuation) for _, context, continuation in requests]
+
+    def _prompt(self, request: Instance) -> list[int]:
+        """What is to be continued; of nothing no token follows."""
+        tokens = self.tok_encode(request.args[0])
+        if not tokens:
+            raise TaskFailure(
+                f"'{request.task_name}', document {request.doc_id}: its prompt is empty, and nothing "
+                "can be generated from it (add_bos_token: true in the model's entry begins it with BOS)"
+            )
+        return tokens
 
     def _whole(self, request: Instance) -> list[int]:
         """A whole text, without a BOS of its own: the prefix token, which is BOS, stands before it."""

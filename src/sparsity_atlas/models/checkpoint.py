@@ -14,7 +14,7 @@ from typing import Any
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import digest, file_digest, read_json
-from sparsity_atlas.models.contents import check_fetched, files_digest, files_read
+from sparsity_atlas.models.contents import check_fetched, check_links, files_digest, files_read
 
 SAFE_FILE = "model.safetensors"
 SAFE_INDEX = "model.safetensors.index.json"
@@ -48,6 +48,7 @@ class Checkpoint:
                 supported: an adapter, or quantised.
         """
         path = self.folder / "config.json"
+        check_links(self.folder)
         self._refuse_adapter(alone=not path.is_file())
         if not path.is_file():
             raise AtlasError(f"{self}: expected a Hugging Face model, found no config.json")
@@ -66,16 +67,42 @@ class Checkpoint:
                 f"{path}: transformers_weights: not supported; name the weights {SAFE_FILE}"
             )
         for key, value in _types(config):
+            if not isinstance(value, str):
+                raise AtlasError(f"{path}: {key}: expected a type as float32, found {value}")
             if value.startswith("torch."):
                 raise AtlasError(
                     f"{path}: {key}: found '{value}', expected '{value.removeprefix('torch.')}'"
                 )
+        self._check_generation()
         check_fetched([*self.weight_files(), *self._small(self.folder)])
         if self.tokenizer is not None:
             if not os.path.isdir(self.tokenizer):
                 raise AtlasError(f"models: tokenizer: {self.tokenizer}: no such folder")
             check_fetched(self._small(self.tokenizer))
         return config
+
+    def declared_types(self) -> list[tuple[str, str]]:
+        """Keys of config.json that name a type, and the names."""
+        return list(_types(read_json(self.folder / "config.json")))
+
+    def settings(self) -> Iterator[tuple[str, Any]]:
+        """Keys of config.json and of its parts, and their values."""
+        return _flat(read_json(self.folder / "config.json"))
+
+    def _check_generation(self) -> None:
+        """Refuse a generation_config.json that transformers passes over, or whose tokens are no ids."""
+        path = self.folder / "generation_config.json"
+        if not path.is_file():
+            return
+        check_fetched([path])
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise AtlasError(f"{path}: expected a JSON object, found {type(content).__name__}")
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = content.get(key)
+            ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
+            if value is not None and not all(type(one) is int for one in ids):
+                raise AtlasError(f"{path}: {key}: expected the id of a token, found {value!r}")
 
     def _refuse_adapter(self, *, alone: bool) -> None:
         path = self.folder / ADAPTER
@@ -162,10 +189,18 @@ class Checkpoint:
         return found.pop() if found else None
 
 
-def _types(config: dict[str, Any], inside: str = "") -> Iterator[tuple[str, str]]:
+def _flat(config: dict[str, Any], inside: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{inside}{key}.")
+        else:
+            yield inside + key, value
+
+
+def _types(config: dict[str, Any], inside: str = "") -> Iterator[tuple[str, Any]]:
     """Keys of a configuration, or of one of its parts, that name a type, and the names."""
     for key, value in config.items():
-        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+        if key in ("dtype", "torch_dtype") and value is not None:
             yield inside + key, value
         elif isinstance(value, dict) and not inside:
             yield from _types(value, f"{key}.")

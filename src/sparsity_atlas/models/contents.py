@@ -7,6 +7,7 @@ fetched from the Hub, and what a model's digest is made of.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
@@ -33,6 +34,9 @@ NOT_READ = (
     *("trainer_state.json", "*/trainer_state.json", "*tfevents*", "checkpoint-*/*", "runs/*"),
     *("wandb/*", "global_step*/*"),
 )
+# Files that hold a JSON object, whoever made them.
+_OBJECTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+_OBJECTS += ("special_tokens_map.json", "added_tokens.json")
 LFS_START = b"version https://git-lfs"
 
 
@@ -91,6 +95,32 @@ def _below(folder: Path) -> Iterable[str]:
 def files_digest(folder: Path, *, code: bool) -> dict[str, str]:
     """Digests of the files that are read, by their paths; see `files_read`."""
     return {name: file_digest(folder / name) for name in files_read(folder, code=code)}
+
+
+def small_fault(folder: Path) -> str | None:
+    """Which of the small files of a model's folder cannot be read as what its name says; None if all can."""
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or path.suffix not in (".json", ".jinja"):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+            content = json.loads(text) if path.suffix == ".json" else {}
+        except (ValueError, RecursionError) as error:
+            return f"{path.name}: {error}"
+        if path.name in _OBJECTS and not isinstance(content, dict):
+            return f"{path.name}: expected a JSON object, found {type(content).__name__}"
+    return None
+
+
+def check_links(folder: Path) -> None:
+    """Refuse a folder with a link to a file that is not there, as a copy of the Hub's cache has them.
+
+    Raises:
+        AtlasError: names the link.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and not path.exists():
+            raise AtlasError(f"{path}: a link to {os.readlink(path)}, which is not there")
 
 
 def check_fetched(paths: Iterable[Path]) -> None:

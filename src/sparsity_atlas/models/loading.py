@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsity_atlas import cli
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import read_json
-from sparsity_atlas.models.checkpoint import Checkpoint
+from sparsity_atlas.models.checkpoint import PICKLE_INDEX, SAFE_INDEX, Checkpoint
+from sparsity_atlas.models.contents import small_fault
 from sparsity_atlas.models.devices import own_device, pick_device, pick_dtype
 
 if TYPE_CHECKING:
@@ -36,8 +39,9 @@ def load(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "auto") -
     from transformers import AutoModelForCausalLM
 
     from sparsity_atlas.models.room import check_weights
-    from sparsity_atlas.models.wholeness import check_whole, fill_buffers
+    from sparsity_atlas.models.wholeness import check_types, check_whole, fill_buffers
 
+    _check_declared_types(checkpoint)
     picked = pick_device(device)
     check_weights(checkpoint, pick_dtype(dtype, picked))
     target = own_device(picked)
@@ -55,12 +59,28 @@ def load(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "auto") -
         raise AtlasError(f"{checkpoint}: its code loads weights and does not report which")
     model, report = loaded
     check_whole(checkpoint, report)
+    check_types(checkpoint, model)
     if model.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise AtlasError(f"{checkpoint}: weights of type {model.dtype} are not supported")
     if model.is_custom_code():
         with _one_line(checkpoint, "cannot make the model without its weights"):
             fill_buffers(model, trust_remote_code=checkpoint.trust_remote_code)
     return model.to(target).eval()
+
+
+def _check_declared_types(checkpoint: Checkpoint) -> None:
+    """Refuse a configuration that names what is no type; where the name is read, it is not told.
+
+    Raises:
+        AtlasError: names the key.
+    """
+    import torch
+
+    for key, value in checkpoint.declared_types():
+        if value != "auto" and not isinstance(getattr(torch, value, None), torch.dtype):
+            raise AtlasError(
+                f"{checkpoint}/config.json: {key}: found '{value}', expected float32, bfloat16 or float16"
+            )
 
 
 def blank(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -160,12 +180,48 @@ def _one_line(checkpoint: Checkpoint, what: str) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise AtlasError(f"{checkpoint}: damaged safetensors file ({error})") from None
-    except Exception as error:  # noqa: BLE001 (a repository's own code may raise anything)
-        raise AtlasError(f"{checkpoint}: {what}: {_reason(error)}") from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 (a repository's own code may raise anything)
+        reason = _of_files(checkpoint, error) or _reason(error)
+        raise AtlasError(f"{checkpoint}: {what}: {reason}") from None
 
 
-def _reason(error: Exception) -> str:
-    text = str(error).strip()
+def _of_files(checkpoint: Checkpoint, error: BaseException) -> str | None:
+    """What is wrong with one of the files that a model or a tokenizer is read from; None if nothing is.
+
+    Whoever reads them says what he found, and not in which file.
+    """
+    if isinstance(error, pickle.UnpicklingError | EOFError):
+        return "its *.bin is damaged, or holds objects that are no tensors, which are not loaded"
+    for folder in (checkpoint.tokenizer, checkpoint.folder):
+        fault = (small_fault(folder) or _no_tokenizer(folder)) if folder is not None else None
+        if fault is not None:
+            return fault
+    for name in (SAFE_INDEX, PICKLE_INDEX):
+        path = checkpoint.folder / name
+        if path.is_file() and not isinstance(read_json(path).get("metadata"), dict):
+            return f"{name}: expected 'metadata', which may be {{}}, beside 'weight_map'"
+    named = error.args[0] if isinstance(error, KeyError) and error.args else None
+    keys = [key for key, value in checkpoint.settings() if value == named] if named else []
+    return f"config.json: {keys[0]}: unknown '{named}'" if keys else None
+
+
+def _no_tokenizer(folder: Path) -> str | None:
+    """Why a folder's tokenizer.json is none; None if it is one, or there is no such file."""
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    try:
+        if path.is_file():
+            Tokenizer.from_file(str(path))
+    except Exception as error:  # noqa: BLE001 (the library raises no other class)
+        return f"{path.name}: not a tokenizer: {error}"
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    text = cli.text_of(error).strip()
     if "trust_remote_code" in text:
         return (
             "it is defined by Python code of its repository, which is not run; read that code, and "
@@ -173,7 +229,11 @@ def _reason(error: Exception) -> str:
         )
     if text.startswith("Couldn't instantiate the backend tokenizer"):
         return "expected tokenizer.json, or the files of its tokenizer_class, found none"
-    first = text.splitlines()[0] if text else ""
+    if text.startswith("Unrecognized configuration class") and "AutoModelForCausalLM" in text:
+        return "it is no causal language model, and only these can be evaluated"
+    lines = [line.strip() for line in text.splitlines()] or [""]
+    # Validators put the key on the first line, and what is wrong with it on the next.
+    first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     # Of these, the texts alone say little: a KeyError's is the key.
     if isinstance(error, OSError | ValueError | RuntimeError | ImportError) and first:
         return first

@@ -133,12 +133,13 @@ def describe(checkpoint: Checkpoint, modules: dict[str, str] | None) -> dict[str
     from sparsity_atlas.models.parameters import count_parameters
 
     config = checkpoint.config()
+    named = config.get("architectures")
     # A probe on meta weights would prove nothing: the real ones are loaded, once, on the CPU.
     model = load(checkpoint, dtype="auto", device="auto")
     ffns = _prove(checkpoint, model, modules)
     tokenizer = _describe_tokenizer(checkpoint, model)
     return {
-        "architecture": (config.get("architectures") or [type(model).__name__])[0],
+        "architecture": named[0] if isinstance(named, list) and named else type(model).__name__,
         "model_type": config.get("model_type"),
         "dtype": config.get("dtype") or config.get("torch_dtype"),
         "parameters": count_parameters(model),
@@ -185,11 +186,13 @@ def _describe_tokenizer(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[
 
     tokenizer = load_tokenizer(checkpoint)
     folder = checkpoint.tokenizer or checkpoint.folder
+    # First: one that fails does so here, in one line.
+    changes = check_tokenizer(tokenizer, folder, embedding_rows(model))
     return {
         "class": type(tokenizer).__name__,
         "tokens": len(tokenizer),
         "begins_with_bos": begins_with_bos(tokenizer, None),
-        "changes": check_tokenizer(tokenizer, folder, embedding_rows(model)),
+        "changes": changes,
     }
 
 

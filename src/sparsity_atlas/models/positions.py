@@ -35,7 +35,7 @@ def positions(model: PreTrainedModel) -> int | None:
 
 
 def check_positions(model: PreTrainedModel, wanted: int, key: str) -> None:
-    """Refuse sequences that are longer than the model's table of positions.
+    """Refuse sequences that are longer than the model's table of positions, or of no length.
 
     Args:
         model: the model.
@@ -45,6 +45,10 @@ def check_positions(model: PreTrainedModel, wanted: int, key: str) -> None:
     Raises:
         AtlasError: names the key, and what the model has.
     """
+    if wanted < 2:
+        raise AtlasError(
+            f"{key}: {wanted} tokens by the model's config.json; set how many it can run"
+        )
     found = positions(model)
     if found is None or wanted <= found or _grows(model, found):
         return

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+# Types of numbers that need no scale, as safetensors names them.
+FLOATING = ("F64", "F32", "F16", "BF16")
 # Names that an error quotes.
 SHOWN = 4
 # What wrapped a model while it was saved, by the name that the wrapper puts into those of its tensors.
@@ -118,6 +120,36 @@ def _constants(checkpoint: Checkpoint, names: set[str]) -> set[str]:
             inside = names & set(file.keys())
             found |= {name for name in inside if is_constant(file.get_tensor(name))}
     return found
+
+
+def check_types(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Refuse weights that are stored as whole numbers or in 8 bits: without their scales they mean nothing.
+
+    transformers takes them for the numbers that they are where config.json says nothing of quantisation.
+
+    Raises:
+        AtlasError: names the first.
+    """
+    from safetensors import safe_open
+
+    parameters = {name for name, value in model.named_parameters() if value.is_floating_point()}
+    for path in checkpoint.weight_files():
+        if path.suffix == ".bin":
+            continue
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dictionary)
+                kind = file.get_slice(name).get_dtype()
+                if kind in FLOATING:
+                    continue
+                # The names in a file may lack the beginning that the model's have, or have one more.
+                if any(
+                    f".{one}".endswith(f".{name}") or f".{name}".endswith(f".{one}")
+                    for one in parameters
+                ):
+                    raise AtlasError(
+                        f"{checkpoint}: {name} is stored as {kind}; expected F32, BF16 or F16: quantised "
+                        "checkpoints are not supported yet"
+                    )
 
 
 def is_constant(tensor: Tensor) -> bool:

@@ -244,6 +244,11 @@ class Asks(Resources):
         return grid.metrics_slice(self._config, self._tasks_of(wildcards.model))
 
     @question
+    def node_metrics(self, wildcards: Wildcards) -> str:
+        """The metrics that a node's curve is drawn from."""
+        return grid.metrics_slice(self._config, self.curve_of(wildcards).tasks)
+
+    @question
     def node_settings(self, wildcards: Wildcards) -> str:
         """How a curve's nodes are run."""
         tasks = self.curve_of(wildcards).tasks

@@ -22,7 +22,7 @@ from lm_eval.tasks._index import Kind
 from sparsity_atlas.errors import TaskFailure
 from sparsity_atlas.files.whole import digest, file_digest
 from sparsity_atlas.models.hub import with_data
-from sparsity_atlas.tasks.boundary import RUNS_CODE
+from sparsity_atlas.tasks.reasons import RUNS_CODE
 from sparsity_atlas.tasks.reported_metrics import check_metric_list
 
 if TYPE_CHECKING:
@@ -48,17 +48,66 @@ class LocalFactory(TaskFactory):
         if not self._allow_code and (entry.cfg or {}).get("unsafe_code"):
             raise TaskFailure(f"'{entry.name}' {RUNS_CODE}")
         config = super()._load_full_config(entry, overrides)
+        if entry.kind is Kind.TASK:
+            check_kinds(config)
         if entry.kind is not Kind.GROUP:
             check_metric_list(config)
         return _prepared(config, Path(entry.yaml_path).parent if entry.yaml_path else None)
+
+
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "dataset_path": (str, "a text"),
+    "target_delimiter": (str, "a text"),
+    "fewshot_delimiter": (str, "a text"),
+    "dataset_kwargs": (dict, "a mapping"),
+    "fewshot_config": (dict, "a mapping"),
+    "generation_kwargs": (dict, "a mapping"),
+    "metric_list": (list, "a list"),
+    "filter_list": (list, "a list"),
+    "num_fewshot": (int, "a whole number"),
+    "repeats": (int, "a whole number"),
+}
+# With one of these the task has data; without a value these are as if they were not there.
+_DATA = ("dataset_path", "custom_dataset")
+_MAY_BE_EMPTY = _KINDS.keys() - {"target_delimiter", "fewshot_delimiter", "repeats"}
+
+
+def check_kinds(config: dict[str, Any]) -> None:
+    """Refuse values of a kind that lm-eval does not expect, and stumbles over without saying where.
+
+    Args:
+        config: a task's whole configuration.
+
+    Raises:
+        TaskFailure: names the key, what was found and what would be right.
+    """
+    if not any(config.get(key) for key in _DATA):
+        raise TaskFailure("dataset_path: expected the name of its data, found nothing")
+    for key, (kind, expected) in _KINDS.items():
+        value = config.get(key)
+        if key not in config or (value is None and key in _MAY_BE_EMPTY):
+            continue
+        if not isinstance(value, kind) or isinstance(value, bool):
+            shown = "nothing" if value is None else f"'{value}'"
+            raise TaskFailure(f"{key}: expected {expected}, found {shown}")
+    if config.get("repeats", 1) < 1:
+        raise TaskFailure(f"repeats: expected 1 or more, found {config['repeats']}")
+    for one in config.get("filter_list") or ():
+        steps = one.get("filter") if isinstance(one, dict) else None
+        whole = isinstance(steps, list) and all(
+            isinstance(step, dict) and "function" in step for step in steps
+        )
+        if not whole or "name" not in one:
+            raise TaskFailure(
+                "filter_list: expected items like {name: first, filter: [{function: take_first}]}, "
+                f"found '{one}'"
+            )
 
 
 def _prepared(config: dict[str, Any], folder: Path | None) -> dict[str, Any]:
     """A configuration whose data are named by absolute paths and commits, with those of its members."""
     config = dict(config)
     options = config.get("dataset_kwargs")
-    if not isinstance(options, dict | None):
-        raise TaskFailure(f"dataset_kwargs: expected a mapping, found {type(options).__name__}")
     if folder is not None:
         if isinstance(options, dict):
             found = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 import lm_eval.tasks
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import TaskIndex
+from lm_eval.tasks._yaml_loader import load_yaml
 
 from sparsity_atlas import cli
 from sparsity_atlas.errors import AtlasError, TaskFailure
 from sparsity_atlas.tasks import local_files, surroundings
-from sparsity_atlas.tasks.boundary import RUNS_CODE, boundary, close
+from sparsity_atlas.tasks.boundary import boundary
 from sparsity_atlas.tasks.factory import LocalFactory, fresh_transforms, kept_by_content
 from sparsity_atlas.tasks.identity import code_digest, leaf_identity
 from sparsity_atlas.tasks.loaded import LoadedTask, code_allowed
 from sparsity_atlas.tasks.modules import OwnModules
+from sparsity_atlas.tasks.reasons import RUNS_CODE, close
 from sparsity_atlas.tasks.reported_metrics import check_found
 from sparsity_atlas.tasks.seeding import RandomState, seed_as_lm_eval
 
@@ -144,8 +147,26 @@ def _index(entry: dict[str, Any], lm_eval_name: str) -> dict[str, Entry]:
         return own
     index = {**_defaults(), **own}
     if lm_eval_name not in index:
+        if include is not None:
+            _check_readable(Path(include), lm_eval_name)
         raise TaskFailure(f"lm-eval has no task '{lm_eval_name}'{close(lm_eval_name, index)}")
     return index
+
+
+def _check_readable(folder: Path, name: str) -> None:
+    """Say why a YAML file that seems to have a task cannot be read; lm-eval passes over it.
+
+    Raises:
+        TaskFailure: names the file.
+    """
+    says = re.compile(rf"^(task|group): *['\"]?{re.escape(name)}['\"]? *(#.*)?$", re.MULTILINE)
+    for path in TaskIndex._iter_yaml_files(folder):
+        if not says.search(path.read_text(encoding="utf-8", errors="replace")):
+            continue
+        try:
+            TaskIndex.process_cfg(load_yaml(path, resolve_func=False), path, {})
+        except Exception as error:  # noqa: BLE001 (lm-eval passes over any)
+            raise TaskFailure(f"{path}: {type(error).__name__}: {error}") from None
 
 
 def _shots(task: Task, wanted: int | None) -> int:

@@ -9,7 +9,7 @@ from lm_eval.api.registry import aggregation_registry, metric_registry
 from lm_eval.api.task import ConfigurableTask
 
 from sparsity_atlas.errors import TaskFailure
-from sparsity_atlas.tasks.boundary import close
+from sparsity_atlas.tasks.reasons import close
 from sparsity_atlas.tasks.score import choose_metric
 
 if TYPE_CHECKING:
@@ -45,10 +45,12 @@ def check_metric_list(config: dict[str, Any]) -> None:
         TaskFailure: names the metric, and close ones.
     """
     entries = config.get("metric_list")
-    for entry in entries if isinstance(entries, list) else ():
+    for entry in entries or ():
         if not isinstance(entry, dict):
             raise TaskFailure(f"metric_list: expected items like {{metric: acc}}, found '{entry}'")
         name, aggregation = entry.get("metric"), entry.get("aggregation")
+        if not (isinstance(name, str) or callable(name)):
+            raise TaskFailure(f"metric_list: expected items like {{metric: acc}}, found '{entry}'")
         if isinstance(aggregation, str) and aggregation not in aggregation_registry:
             near = close(aggregation, aggregation_registry)
             raise TaskFailure(
@@ -105,13 +107,14 @@ def check_wanted(task: LoadedTask, wanted: str | None) -> None:
     """Refuse a metric of the configuration that a task will not report, before it runs.
 
     Args:
-        task: the task; nothing is refused where its own code decides what it reports.
+        task: the task; where its own code decides what it reports, that are metrics of its list at most.
         wanted: as in the configuration.
 
     Raises:
         AtlasError: names the metrics that there will be.
     """
-    reported = {name: _reported(leaf) for name, leaf in task.leaves.items()}
+    with task.code("its metrics cannot be listed"):
+        reported = {name: _reported(leaf) for name, leaf in task.leaves.items()}
     if not reported or None in reported.values():
         return
     choose_metric(
@@ -144,9 +147,10 @@ def scored_by_lm_eval(task: Task) -> bool:
 
 
 def _reported(task: Task) -> set[str] | None:
-    """`metric,filter` of all that a task will report; None where its own code decides."""
+    """`metric,filter` of all that a task may report; None where a function decides that."""
     if not scored_by_lm_eval(task):
-        return None
+        # Of a metric beyond these it is not known whether more of it is better.
+        return {f"{name},{one.name}" for name in task.higher_is_better() for one in task._filters}
     names = set(task._metric_fn_list)
     if task.OUTPUT_TYPE in _COMPUTED:
         names &= _COMPUTED[task.OUTPUT_TYPE]

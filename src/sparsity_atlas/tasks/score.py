@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.errors import AtlasError, TaskFailure
 
 Kind = Literal["accuracy", "loss"]
 
@@ -71,8 +72,8 @@ def sample_values(task: str, key: str, metrics: Iterable[Any]) -> list[float]:
         metrics: the column of the sample table.
 
     Raises:
-        AtlasError: some documents lack it, or all: lm-eval computes it from all samples together (such
-            as a correlation).
+        TaskFailure: some documents lack it, or it is no number there; or all do: lm-eval computes it from
+            all samples together (such as a correlation).
     """
     found = [dict(one).get(key) for one in metrics]
     lacking = found.count(None)
@@ -82,7 +83,12 @@ def sample_values(task: str, key: str, metrics: Iterable[Any]) -> list[float]:
             if lacking == len(found)
             else f"is missing in {lacking} of {len(found)} documents; choose one that all of them have"
         )
-        raise AtlasError(f"tasks.{task}: metric: '{key}' {why}")
+        raise TaskFailure(f"tasks.{task}: metric: '{key}' {why}")
+    wild = sum(not math.isfinite(value) for value in found)
+    if wild:
+        raise TaskFailure(
+            f"tasks.{task}: metric: '{key}' is NaN or infinite in {wild} of {len(found)} documents"
+        )
     return found
 
 
@@ -94,6 +100,9 @@ def pooled_score(task: str, kind: Kind, key: str | None, rows: list[dict[str, An
         kind: as `choose_metric` gives it.
         key: likewise.
         rows: the task's rows of the sample table.
+
+    Raises:
+        TaskFailure: see `sample_values`.
     """
     if kind == "loss":
         return sum(row["nats"] for row in rows) / sum(row["predicted"] for row in rows)

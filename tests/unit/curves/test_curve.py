@@ -225,6 +225,33 @@ def test_samples_that_differ_from_dense(tmp_path: Path) -> None:
         curve.task_samples("group", None, dense, [curve.NodeSamples(node, "intermediate")])
 
 
+def test_a_level_whose_metric_lacks_in_a_document(tmp_path: Path) -> None:
+    """That level failed for the task; the others, and the other task, have their points."""
+    run(tmp_path)
+    node = tmp_path / "small" / "topp" / "intermediate" / "0.8"
+    header, table = curve.read_table(node / "samples.parquet")
+    rows = table.to_pylist()
+    lacking = next(one for one in rows if one["task"] == "group")
+    lacking["metrics"] = []
+    by_task = {name: [one for one in rows if one["task"] == name] for name in header["tasks"]}
+    tables = {name: pa.Table.from_pylist(some, SCHEMA) for name, some in by_task.items()}
+    SampleTable(header["slots"], header["tasks"], tables).write(node / "samples.parquet")
+    dense = curve.NodeSamples(tmp_path / "small" / "dense", "intermediate")
+    nodes = {level: curve.NodeSamples(node.parent / level, "intermediate") for level in LEVELS}
+    estimates = curve.estimate_all(curve.all_samples(dense, nodes, SETTINGS), 100, 1)
+    content = curve.build(dense, nodes, estimates, SETTINGS, "intermediate")
+    assert {
+        **{"level": "0.8", "task": "group"},
+        "reason": f"tasks.group: metric: 'acc,none' is missing in 1 of {ITEMS} documents; choose one that "
+        "all of them have",
+    } in content["failures"]
+    failed = {(one["task"], one["level"]) for one in content["points"] if one["status"] == "failed"}
+    assert failed == {
+        *(("group", "0.8"), ("average", "0.8")),
+        *((task, "0.6") for task in ("group", "pages", "average")),
+    }
+
+
 def test_clusters_are_resampled_together(tmp_path: Path) -> None:
     def clustered(folder: Path) -> None:
         header, table = curve.read_table(folder / "samples.parquet")

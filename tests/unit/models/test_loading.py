@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.models.checkpoint import Checkpoint
@@ -80,6 +81,7 @@ def test_buffers_that_no_checkpoint_holds(dtype: str, tmp_path: Path) -> None:
         "TypeError('an argument')",
         "KeyError('default')",
         "Exception('a')",
+        "SystemExit(0)",
     ],
 )
 @pytest.mark.parametrize("place", ["        self.post_init()", "class Config"])
@@ -106,9 +108,18 @@ def test_code_that_is_not_trusted(tmp_path: Path) -> None:
     ("change", "says"),
     [
         ({"model_type": "nosuch"}, "cannot load model type 'nosuch': "),
-        ({"hidden_size": "many"}, "cannot load model type 'llama': "),
+        ({"hidden_size": "many"}, "'llama': .*for field 'hidden_size': .*expected int.*'many'"),
         ({"num_attention_heads": 0}, "cannot load model type 'llama': ZeroDivisionError"),
-        ({"hidden_act": "nosuch"}, "cannot load model type 'llama': KeyError: .*nosuch"),
+        ({"hidden_act": "nosuch"}, r"'llama': config\.json: hidden_act: unknown 'nosuch'$"),
+        ({"model_type": "t5"}, "'t5': it is no causal language model"),
+        (
+            {"dtype": "nosuch"},
+            r"config\.json: dtype: found 'nosuch', expected float32, bfloat16 or",
+        ),
+        (
+            {"dtype": ["float32"]},
+            r"config\.json: dtype: expected a type as float32, found \['float",
+        ),
         ({"vocab_size": 310}, r"\[300, 24\] in the file, \[310, 24\] by config\.json"),
         ({"intermediate_size": 41}, r"6 tensors have another shape \(model.*\.\.\.\)"),
     ],
@@ -119,6 +130,62 @@ def test_a_configuration_that_does_not_fit(change: dict, says: str, tmp_path: Pa
     (folder / "config.json").write_text(json.dumps({**content, **change}))
     with pytest.raises(AtlasError, match=says):
         load(Checkpoint(folder), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "not JSON"),
+        ("[]", "expected a JSON object, found list"),
+        ('{"eos_token_id": "</s>"}', "eos_token_id: expected the id of a token, found '</s>'"),
+        (
+            '{"eos_token_id": [2, null]}',
+            r"eos_token_id: expected the id of a token, found \[2, None\]",
+        ),
+    ],
+)
+def test_settings_of_generation_that_are_none(content: str, says: str, tmp_path: Path) -> None:
+    """transformers passes over a file that it cannot read, and would generate otherwise."""
+    folder = save_model(tmp_path / "m")
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(AtlasError, match=rf"generation_config\.json: {says}"):
+        load(Checkpoint(folder), device="cpu")
+
+
+@pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps(Path("x"))])
+def test_pickles_that_are_no_weights(content: bytes, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(
+        AtlasError, match=r"its \*\.bin is damaged, or holds objects that are no tens"
+    ):
+        load(Checkpoint(folder, allow_pickle=True), device="cpu")
+
+
+def test_an_index_without_metadata(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "m")
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    names = dict.fromkeys(load_file(folder / "a.safetensors"), "a.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(
+        AtlasError, match=r"index\.json: expected 'metadata', which may be {}, besi"
+    ):
+        load(Checkpoint(folder), device="cpu")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    load(Checkpoint(folder), device="cpu")
+
+
+def test_links_to_nothing(tmp_path: Path) -> None:
+    """As in a copy of the Hub's cache without its blobs."""
+    folder = save_model(tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("../blobs/abc")
+    with pytest.raises(
+        AtlasError, match=r"model\.safetensors: a link to \.\./blobs/abc, which is n"
+    ):
+        Checkpoint(folder).config()
 
 
 def test_a_damaged_file(tmp_path: Path) -> None:

@@ -282,20 +282,28 @@ def test_no_tokenizer(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "says"),
     [
-        ("tokenizer.json", "{}"),
-        ("tokenizer.json", "not json"),
-        ("tokenizer.json", '{"model": {"type": "BPE"}}'),
-        ("tokenizer_config.json", "[]"),
-        ("tokenizer_config.json", '{"tokenizer_class": "T5Tokenizer"}'),
-        ("tokenizer_config.json", '{"added_tokens_decoder": {"1": 3}}'),
+        ("tokenizer.json", "{}", "tokenizer.json: not a tokenizer: "),
+        ("tokenizer.json", "not json", "tokenizer.json: Expecting value"),
+        ("tokenizer.json", '{"model": {"type": "BPE"}}', "tokenizer.json: not a tokenizer: "),
+        (
+            "tokenizer_config.json",
+            "[]",
+            "tokenizer_config.json: expected a JSON object, found list",
+        ),
+        ("tokenizer_config.json", '{"tokenizer_class": "T5Tokenizer"}', "TypeError: "),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"1": 3}}', "TypeError: "),
+        ("special_tokens_map.json", "[]", "special_tokens_map.json: expected a JSON object"),
+        ("added_tokens.json", "{", "added_tokens.json: Expecting property name"),
+        ("chat_template.jinja", "\udcff", "chat_template.jinja: 'utf-8' codec can't decode"),
     ],
 )
-def test_a_damaged_tokenizer(name: str, content: str, tmp_path: Path) -> None:
+def test_a_damaged_tokenizer(name: str, content: str, says: str, tmp_path: Path) -> None:
+    """Whoever reads a file says what he found, and not where."""
     tiny_tokenizer().save_pretrained(folder_with(tmp_path))
-    (tmp_path / name).write_text(content)
-    with pytest.raises(AtlasError, match="cannot load the tokenizer: "):
+    (tmp_path / name).write_text(content, errors="surrogateescape")
+    with pytest.raises(AtlasError, match=f"cannot load the tokenizer: {says}"):
         load_tokenizer(Checkpoint(tmp_path))
 
 
@@ -305,6 +313,17 @@ def test_a_class_that_cannot_encode(tmp_path: Path) -> None:
     byte_level().save(str(folder / "tokenizer.json"))
     with pytest.raises(AtlasError, match=r"tokenizer \(BertTokenizer\): it fails: .*UNK"):
         check_tokenizer(load_tokenizer(Checkpoint(folder)), folder, 10_000)
+
+
+@pytest.mark.parametrize(
+    "change", [{"model_max_length": "x"}, {"tokenizer_class": "BertTokenizer"}]
+)
+def test_the_manifest_is_not_written_with_it(change: dict, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "m")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(AtlasError, match=r"tokenizer \(\w+\): it fails: "):
+        describe(Checkpoint(folder), None)
 
 
 def test_another_folders_tokenizer_is_used(tmp_path: Path) -> None:

@@ -81,6 +81,18 @@ def test_what_is_not_the_model(
     assert len(str(caught.value)) < 1000
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.float8_e4m3fn])
+def test_weights_without_their_scales(dtype: torch.dtype, tmp_path: Path) -> None:
+    """transformers takes them for the numbers that they are."""
+
+    def rounded(weights: Weights) -> Weights:
+        return {**weights, "lm_head.weight": (100 * weights["lm_head.weight"]).to(dtype)}
+
+    checkpoint = changed(save_model(tmp_path / "m"), rounded)
+    with pytest.raises(AtlasError, match=r"lm_head\.weight is stored as [IF]\w+; expected F32, "):
+        load(checkpoint, device="cpu")
+
+
 def test_no_process_draws_weights(tmp_path: Path) -> None:
     """The same refusal in every stage, since all load by one function."""
     folder = save_model(tmp_path / "m")

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.evaluation.evaluate import Session, evaluate_node
+from sparsity_atlas.evaluation.evaluate import Node, Session, evaluate_node
 from sparsity_atlas.tasks import load as loading
 from sparsity_atlas.tasks.load import load_tasks
 from tiny_lm import (
@@ -61,6 +61,7 @@ def documents(**changed: Any) -> list[dict[str, Any]]:
 
 NO_OPTIONS = {key: value for key, value in GENERATION.items() if key != "generation_kwargs"}
 METRIC = [{"metric": "exact_mach", "aggregation": "mean", "higher_is_better": True}]
+REGEX = {"function": "regex", "regex_pattern": "("}
 BAD = {
     "template": choice(
         r"'template', document 0: cannot be loaded: template: 'nosuch' is undefined; "
@@ -77,7 +78,8 @@ BAD = {
         doc_to_text="{{context.strip()}}",
     ),
     "no_choices": choice(
-        r"'no_choices', document 3: its requests cannot be built: TypeError: .*",
+        r"'no_choices', document 3: its requests cannot be built: TypeError: .*; the document has nothing "
+        r"in choices",
         documents(choices=None),
     ),
     "labels": choice(
@@ -90,7 +92,7 @@ BAD = {
     ),
     "shots": choice(
         r"'shots', document 0: its requests cannot be built: num_fewshot: 20 examples are wanted, and "
-        r"there are 8",
+        r"there are 8, the document itself among them",
         fewshot_split="test",
         num_fewshot=20,
     ),
@@ -108,7 +110,8 @@ BAD = {
         metric_list=[{"metric": "acc", "aggregation": "meen"}],
     ),
     "filter": choice(
-        r"'filter': cannot be loaded: lm-eval has no filter 'take_frist'; close names: take_first.*",
+        r"'filter': cannot be loaded: filter_list: lm-eval has no filter 'take_frist'; close names: "
+        r"take_first.*",
         filter_list=[{"name": "x", "filter": [{"function": "take_frist"}]}],
     ),
     "output_type": choice(
@@ -120,7 +123,46 @@ BAD = {
         r"close names: doc_to_text.*",
         doc_to_txt="{{context}}",
     ),
-    "data_as_text": choice(r"dataset_kwargs: expected a mapping, found str", dataset_kwargs="test"),
+    "data_as_text": choice(
+        r"dataset_kwargs: expected a mapping, found 'test'", dataset_kwargs="test"
+    ),
+    "data_as_number": choice(r"dataset_path: expected a text, found '3'", dataset_path=3),
+    "no_data": choice(
+        r"dataset_path: expected the name of its data, found nothing", dataset_path=None
+    ),
+    "delimiter": choice(r"target_delimiter: expected a text, found nothing", target_delimiter=None),
+    "shots_as_text": choice(
+        r"num_fewshot: expected a whole number, found 'two'", num_fewshot="two"
+    ),
+    "shots_as_list": choice(
+        r"fewshot_config: expected a mapping, found '\['a'\]'", fewshot_config=["a"]
+    ),
+    "repeats_as_text": choice(r"repeats: expected a whole number, found 'two'", repeats="two"),
+    "no_repeats": choice(r"repeats: expected 1 or more, found 0", repeats=0),
+    "filter_as_name": choice(
+        r"filter_list: expected items like .*, found 'take_first'", filter_list=["take_first"]
+    ),
+    "filter_without_function": choice(
+        r"filter_list: expected items like .*", filter_list=[{"name": "x", "filter": ["a"]}]
+    ),
+    "text_as_list": choice(
+        r"'text_as_list', document 0: cannot be loaded: doc_to_text: expected a template, a field or "
+        r"a function, found list",
+        doc_to_text=["a"],
+    ),
+    "options_as_text": choice(
+        r"'options_as_text', document 0: cannot be loaded: doc_to_choice: expected a template that "
+        r"gives a list, found '{{context}}'",
+        doc_to_choice="{{context}}",
+    ),
+    "options_as_numbers": choice(
+        r"'options_as_numbers', document 0: cannot be loaded: doc_to_choice: expected texts, found .*",
+        doc_to_choice=[1, 2, 3, 4],
+    ),
+    "empty_option": choice(
+        r"'empty_option', document 0: cannot be loaded: doc_to_choice: an option is empty",
+        doc_to_choice=["A", "", "C", "D"],
+    ),
     "syntax": helped(
         r"cannot be loaded: SyntaxError: [a-z ]+ \(syntax_u\.py, line 1\)",
         "doc_to_text",
@@ -140,6 +182,36 @@ BAD = {
         r"'exits', document 0: cannot be loaded: RuntimeError: no message \(exits_u\.py, line 2\)",
         "doc_to_text",
         "def f(d):\n    raise RuntimeError\n",
+    ),
+    "leaves": helped(
+        r"'leaves', document 0: cannot be loaded: SystemExit: 0 \(leaves_u\.py, line 3\)",
+        "doc_to_text",
+        "import sys\ndef f(d):\n    sys.exit(0)\n",
+    ),
+    "leaves_late": helped(
+        r"'leaves_late', document 0: cannot be evaluated: SystemExit: no message .*line 2\)",
+        "process_results",
+        "def f(d, results):\n    raise SystemExit\n",
+    ),
+    "leaves_at_once": helped(
+        r"cannot be loaded: SystemExit: bye \(leaves_at_once_u\.py, line 1\)",
+        "doc_to_text",
+        "raise SystemExit('bye')\n",
+    ),
+    "no_exception": helped(
+        r"'no_exception', document 0: cannot be loaded: Odd: x \(no_exception_u\.py, line 3\)",
+        "doc_to_text",
+        "class Odd(BaseException): pass\ndef f(d):\n    raise Odd('x')\n",
+    ),
+    "speechless": helped(
+        r"'speechless', document 0: cannot be loaded: Mute: .*failed.* \(speechless_u\.py, line 4\)",
+        "doc_to_text",
+        "class Mute(Exception):\n    def __str__(self): raise ValueError\ndef f(d):\n    raise Mute\n",
+    ),
+    "forever": helped(
+        r"'forever', document 0: cannot be loaded: RecursionError: .* \(forever_u\.py, line 2\)",
+        "doc_to_text",
+        "def f(d):\n    return f(d)\n",
     ),
     "a_field": helped(
         r"'a_field', document 0: cannot be loaded: the document has no field 'text'; it has context, "
@@ -179,6 +251,49 @@ BAD = {
         r"'temperature': cannot be evaluated: ValueError: .*temperature.*",
         do_sample=True,
         temperature=-1.0,
+    ),
+    "until": generated(
+        r"'until': generation_kwargs: until: expected a text or a list of texts, found 3", until=3
+    ),
+    "nothing_to_do": generated(
+        r"'nothing_to_do': generation_kwargs: max_gen_toks: expected 1 or more, found 0",
+        max_gen_toks=0,
+    ),
+    "cache": generated(
+        r"'cache': generation_kwargs: use_cache: it cannot be set here; leave it out",
+        use_cache=False,
+    ),
+    "guidance": generated(
+        r"'guidance': generation_kwargs: guidance_scale: 3.0 found, only 1 can be counted; .*",
+        guidance_scale=3.0,
+    ),
+    "clock": generated(
+        r"'clock': generation_kwargs: max_time: 60 found, only none can be counted; .*",
+        max_time=60,
+    ),
+    "no_prompt": (
+        r"'no_prompt', document 0: its prompt is empty, and nothing can be generated from it .*",
+        rolling_documents(3),
+        {**GENERATION, "doc_to_text": ""},
+        "",
+    ),
+    "pattern": (
+        r"'pattern': cannot be evaluated: filter_list: error: missing \), .*",
+        rolling_documents(3),
+        {**GENERATION, "filter_list": [{"name": "x", "filter": [REGEX]}]},
+        "",
+    ),
+    "argument": (
+        r"'argument', document 0: cannot be evaluated: TypeError: .*unexpected keyword argument 'nosuch'",
+        rolling_documents(3),
+        {**GENERATION, "metric_list": [{**GENERATION["metric_list"][0], "nosuch": 3}]},
+        "",
+    ),
+    "kind_of_metric": (
+        r"'kind_of_metric': cannot be evaluated: metric_list: the aggregation of 'acc': TypeError: .*",
+        rolling_documents(3),
+        {**GENERATION, "metric_list": [{"metric": "acc"}]},
+        "",
     ),
     "whole_context": generated(
         r"'whole_context': generation_kwargs: max_gen_toks: 48 tokens to generate .*takes 48 .*",
@@ -222,13 +337,16 @@ def outcome(
     last = write_task(folder / "good", "last", rolling_documents(4), **LAST_WORD)
     (folder / "malformed").mkdir()
     malformed = write(folder / "malformed", "malformed", choice(""))
+    included = write(folder / "included", "included", choice(""))
+    with (folder / "included" / "included.yaml").open("a") as file:
+        file.write("include: gone.yaml\n")
     with (folder / "malformed" / "malformed.jsonl").open("a") as file:
         file.write("{not json\n")
     entries = {name: write(folder / name, name, case) for name, case in BAD.items()}
     session = open_session(
         manifest,
         {
-            **{"good": good, **entries, "malformed": malformed, "last": last},
+            **{"good": good, **entries, "malformed": malformed, "included": included, "last": last},
             **{"clustered": {**good, "cluster": "kind"}, "unknown": {**good, "task": "goood"}},
             "elsewhere": {**good, "include": str(folder / "nowhere")},
         },
@@ -263,6 +381,7 @@ def test_a_bad_task_says_what_is_wrong(outcome: tuple, name: str) -> None:
             "clustered",
             r"cluster: documents have no field 'kind'; they have context, choices, label",
         ),
+        ("included", r".*included\.yaml: FileNotFoundError: .*gone\.yaml.*"),
         ("unknown", r"lm-eval has no task 'goood'; close names: good"),
         ("elsewhere", r"include: .*nowhere: no such folder"),
     ],
@@ -396,37 +515,54 @@ def test_code_runs_where_it_is_allowed(manifest: Path, tmp_path: Path, marked: b
 
 OWN = """
 def some(document, results):
-    return {"acc": 1.0, **({"rare": 1.0} if document["label"] == 0 else {})}
+    rare = {"rare": 1.0} if document["label"] == 0 else {}
+    return {"acc": 1.0, "wild": float("nan") if rare else 1.0, **rare}
 """
 
 
 @pytest.mark.parametrize(
-    ("metric", "before", "message"),
+    ("task", "metric", "before", "message"),
     [
         (
-            "accc",
+            *("plain", "accc"),
             True,
             r"tasks\.plain: metric: no 'accc' among its metrics: acc,none, acc_norm,none",
         ),
         (
-            "acc,strict",
+            *("plain", "acc,strict"),
             True,
             r"tasks\.plain: metric: no 'acc,strict' among its metrics: acc,none.*",
         ),
-        ("rair", False, r"tasks\.own: metric: no 'rair' among its metrics: acc,none, rare,none"),
-        ("rare", False, r"tasks\.own: metric: 'rare,none' is missing in \d of 8 documents; .*"),
+        (
+            "own",
+            "rair",
+            True,
+            r"tasks\.own: metric: no 'rair' among .*: acc,none, rare,none, wild,none",
+        ),
+        (
+            "own",
+            "rare",
+            False,
+            r"tasks\.own: metric: 'rare,none' is missing in \d of 8 documents; .*",
+        ),
+        (
+            "own",
+            "wild",
+            False,
+            r"tasks\.own: metric: 'wild,none' is NaN or infinite in \d of 8 documents",
+        ),
     ],
 )
 def test_a_metric_that_there_is_not(
-    manifest: Path, tmp_path: Path, metric: str, before: bool, message: str
+    manifest: Path, tmp_path: Path, task: str, metric: str, before: bool, message: str
 ) -> None:
-    """Known with the dense baseline: before it runs, or, of a task with its own scores, after its samples."""
+    """Known before any node's first forward pass, or, where a document lacks it, from the dense baseline."""
     plain = write_task(tmp_path / "tasks", "plain", choice_documents(8), **CHOICE)
     config = {
         **CHOICE,
         "metric_list": [
             {"metric": name, "aggregation": "mean", "higher_is_better": True}
-            for name in ("acc", "rare")
+            for name in ("acc", "rare", "wild")
         ],
     }
     own = write_task(tmp_path / "tasks", "own", choice_documents(8), **config)
@@ -434,7 +570,12 @@ def test_a_metric_that_there_is_not(
     with (tmp_path / "tasks" / "own.yaml").open("a") as file:
         file.write("process_results: !function own_u.some\n")
     session = open_session(manifest, {"plain": plain, "own": own})
-    wanted = {"plain": metric if before else "acc", "own": "acc" if before else metric}
+    wanted = {"plain": "acc", "own": "acc", task: metric}
+    if before:
+        node = Node.make({"rule": "topk"}, "input", "0.5")
+        with pytest.raises(AtlasError, match=message):
+            evaluate_node(session, node, tmp_path / "node", wanted)
+        assert not (tmp_path / "node" / "samples.parquet").exists()
     folder = tmp_path / "dense"
     with pytest.raises(AtlasError, match=message):
         evaluate_node(session, None, folder, wanted)

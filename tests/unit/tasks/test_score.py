@@ -76,5 +76,10 @@ def test_pooled() -> None:
     ]
     assert pooled_score("t", "accuracy", "acc,none", rows) == 0.5
     assert pooled_score("t", "loss", None, rows) == 2.0
+    wild = [{**rows[0], "metrics": [("acc,none", float("nan"))]}, rows[1]]
+    with pytest.raises(
+        AtlasError, match=r"tasks\.t: metric: 'acc,none' is NaN or infinite in 1 of 2"
+    ):
+        pooled_score("t", "accuracy", "acc,none", wild)
     with pytest.raises(AtlasError, match=r"tasks\.t: metric: 'mcc,none' is no mean over samples"):
         pooled_score("t", "accuracy", "mcc,none", rows)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from sparsity_atlas import cli
-from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation.worker.slots import Slot
 from sparsity_atlas.models.devices import others_wait
 
@@ -82,16 +81,15 @@ def answer(connection: Connection, models: Models) -> None:
     cli.logger.addHandler(lines)
     try:
         evaluate.main(request["arguments"], open_session)
-    except Exception as error:  # noqa: BLE001 (the client ends with it, this process goes on)
+    except BaseException as error:  # noqa: BLE001 (the client ends with it, this process goes on)
         finished.set()
-        mended = isinstance(error, AtlasError | OSError) and cli.what_can_be_mended(error)
+        mended = cli.what_can_be_mended(error)
         if mended:
             _send(connection, "error", str(mended))
+        elif isinstance(error, SystemExit):  # of argparse
+            _send(connection, "error", f"exit code {error.code}; why is in the worker's log")
         else:
             _send(connection, "crash", traceback.format_exc())
-    except SystemExit as error:  # of argparse
-        finished.set()
-        _send(connection, "error", f"exit code {error.code}; why is in the worker's log")
     else:
         finished.set()
         _send(connection, "done")
