@@ -28,6 +28,8 @@ _WHY = "it must look at one {0} at a time, or results depend on batch size and p
 def check_masks(criterion: Criterion, file: str, width: int, device: torch.device) -> None:
     """Try a criterion at its own levels on rows of every kind, together, alone and in another order.
 
+    In float32, and in bfloat16 where it takes that: it may go another way there.
+
     Args:
         criterion: as it is bound to a tensor, where it needs that.
         file: that it stands in.
@@ -40,10 +42,14 @@ def check_masks(criterion: Criterion, file: str, width: int, device: torch.devic
     """
     trial = _Trial(criterion, file)
     for level in _levels(criterion):
+        rows = _rows(width, device)
         if isinstance(criterion, SequenceCriterion):
-            _check_sequences(trial, level, width, device)
+            _check_sequences(trial, level, rows)
         else:
-            _check_rows(trial, level, width, device)
+            trial.replaced(rows, _check_rows(trial, level, rows), level)
+        if trial.takes(level, rows.bfloat16()):
+            check = _check_sequences if isinstance(criterion, SequenceCriterion) else _check_rows
+            check(trial, level, rows.bfloat16())
 
 
 def _levels(criterion: Criterion) -> list[float]:
@@ -88,6 +94,18 @@ class _Trial:
             raise self.wrong(method, level, "it changes the values that it is given")
         return mask
 
+    def takes(self, level: float, values: Tensor) -> bool:
+        """Whether a criterion can be asked for values of their type: many a function knows float32 alone."""
+        try:
+            if isinstance(self.criterion, SequenceCriterion):
+                valid = torch.ones(1, len(values), dtype=torch.bool, device=values.device)
+                self.criterion.mask_sequences(values[None], valid, "scoring", level)
+            else:
+                self.criterion.mask(values.clone(), level)
+        except _RAISED:
+            return False
+        return True
+
     def replaced(self, values: Tensor, mask: Tensor, level: float) -> None:
         """What takes the place of dropped entries is as many numbers of the same type."""
         try:
@@ -104,10 +122,9 @@ class _Trial:
             raise self.wrong("replace", level, "NaN or infinity in place of dropped entries")
 
 
-def _check_rows(trial: _Trial, level: float, width: int, device: torch.device) -> None:
-    rows = _rows(width, device)
+def _check_rows(trial: _Trial, level: float, rows: Tensor) -> Tensor:
+    """The mask of some rows, which is theirs in any company."""
     whole = trial.ask("mask", level, rows)
-    trial.replaced(rows, whole, level)
     if not torch.equal(trial.ask("mask", level, rows), whole):
         raise trial.wrong("mask", level, "the same rows have another mask the second time")
     for what, some, wanted in _others(rows, whole):
@@ -120,6 +137,7 @@ def _check_rows(trial: _Trial, level: float, width: int, device: torch.device) -
                 f"{what}, {count} of {wanted.numel()} entries are decided otherwise; "
                 + _WHY.format("row"),
             )
+    return whole
 
 
 def _others(rows: Tensor, whole: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -128,15 +146,19 @@ def _others(rows: Tensor, whole: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]
         yield "for a row by itself", rows[row : row + 1], whole[row : row + 1]
     yield "for two rows of six", rows[:2], whole[:2]
     yield "for the rows in reverse", rows.flip(0), whole.flip(0)
+    yield (
+        "among forty others",
+        torch.cat([rows, *(rows.roll(k, 0) * k for k in range(2, 9))]),
+        whole,
+    )
     yield "with rows of padding behind", torch.cat([rows, 0 * rows[:2]]), whole
 
 
-def _check_sequences(trial: _Trial, level: float, width: int, device: torch.device) -> None:
+def _check_sequences(trial: _Trial, level: float, rows: Tensor) -> None:
     """Across sequences only: along one a mask may follow from what came before."""
-    rows = _rows(width, device)
     # Three sequences of six tokens.
     batch = torch.stack([rows, rows.flip(0), rows.roll(2, 0) * 3])
-    valid = torch.ones(batch.shape[:2], dtype=torch.bool, device=device)
+    valid = torch.ones(batch.shape[:2], dtype=torch.bool, device=rows.device)
     passes: dict[str, Callable[[Tensor, Tensor], list[Tensor]]] = {
         "scoring": lambda values, valid: [_pass(trial, level, values, valid, "scoring")],
         "generation": lambda values, valid: [

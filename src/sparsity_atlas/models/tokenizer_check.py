@@ -56,7 +56,11 @@ class Changes:
 
 def embedding_rows(model: PreTrainedModel) -> int | None:
     """How many tokens a model's embedding has; None where it cannot be told."""
-    weight = getattr(model.get_input_embeddings(), "weight", None)
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:  # a model of its own code, under names of its own
+        return None
+    weight = getattr(embedding, "weight", None)
     return None if weight is None else weight.shape[0]
 
 

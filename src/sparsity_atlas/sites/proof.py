@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -112,11 +113,17 @@ def _check(ffn: FFN, values: dict[str, Tensor], output: Tensor) -> None:
 
 def _hold(ffn: FFN, equation: str, expected: Tensor, found: Tensor, allowed: float) -> None:
     error = relative_error(expected, found)
-    # Written so that NaN fails.
+    where = f"layer {ffn.layer} ({ffn.down.path})"
+    if not math.isfinite(error):
+        kind = str(found.dtype).removeprefix("torch.")
+        raise AtlasError(
+            f"{where}: NaN or infinity comes up where its FFN is tried: {equation}; its weights are too "
+            f"large for {kind}"
+        )
     if not error <= allowed:
         raise AtlasError(
-            f"layer {ffn.layer} ({ffn.down.path}): {equation} does not hold on the model's own "
-            f"numbers: relative error {error:.2g}, allowed {allowed:.2g}"
+            f"{where}: {equation} does not hold on the model's own numbers: relative error {error:.2g}, "
+            f"allowed {allowed:.2g}"
         )
 
 

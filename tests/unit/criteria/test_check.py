@@ -42,13 +42,22 @@ ACROSS = [
     "values.abs() >= level * values[-1].abs().mean()",
     "values.abs() >= level * len(values) / 10",
     "(values != 0) | (level < 1) | (values == 0).all(-1).any()",
+    "values.abs().cumsum(0) >= level",
+    "values.abs().cummax(0).values * level <= values.abs()",
+    "values.abs().argsort(0).argsort(0) >= level",
+    "(values - values.mean(0)).abs() >= level",
+    "values.abs() >= level * values.abs().flatten().sort().values[values.numel() // 2]",
+    "values.abs() >= level * values.abs().mean((-2, -1)) if len(values) > 8 else values.abs() >= level",
+    "values.abs() >= level * (values.abs().mean() if values.dtype == torch.bfloat16 else 1)",
+    "values.abs() >= level * values.abs().amax(0 if values.element_size() < 4 else -1, keepdim=True)",
+    "torch.rand(values.shape, generator=torch.Generator().manual_seed(0)) >= level / 4",
 ]
 
 
 @pytest.mark.parametrize("rule", ACROSS)
 def test_a_rule_that_looks_across_the_batch(tmp_path: Path, rule: str) -> None:
     with pytest.raises(
-        AtlasError, match=r"mine\.py: Mine\.mask at level .*: (for|with) "
+        AtlasError, match=r"mine\.py: Mine\.mask at level .*: (for|with|among) "
     ) as caught:
         create(mine(tmp_path, HEAD + MASK + f"        return {rule}\n"))
     assert "one row at a time" in str(caught.value)
@@ -131,6 +140,10 @@ SEQUENCES = "\n    def mask_sequences(self, values, valid, phase, level):\n"
             "one sequence at a time",
         ),
         ("values.abs() >= level * values.abs()[:, :1]", None),
+        (
+            "values.abs() >= level * (values.abs().mean() if values.dtype == torch.bfloat16 else 1)",
+            "one sequence at a time",
+        ),
     ],
 )
 def test_a_rule_over_sequences(tmp_path: Path, rule: str, message: str | None) -> None:

@@ -252,6 +252,16 @@ def test_what_only_looks_like_an_ffn_fails_on_the_models_own_numbers(
         find_ffns(model)
 
 
+def test_numbers_that_overflow_are_called_so() -> None:
+    model = Strange("gated")
+    with torch.no_grad():
+        model.yy[0]["k3"].qov.weight *= 1e30
+    with pytest.raises(
+        AtlasError, match=r"layer 0 .*: NaN or infinity comes up .* large for float32"
+    ):
+        find_ffns(model)
+
+
 def test_the_layer_without_an_ffn_is_the_one_that_is_shown() -> None:
     model = Strange("gated", layers=3)
     model.yy[1]["k3"] = Layouts("clamped").eval()
