@@ -94,9 +94,11 @@ def misplaced(words: list[str]) -> str | None:
     Snakemake takes every word up to the next option for a configuration. With `=` it takes one.
     """
     for number, word in enumerate(words):
-        if word not in ("--configfile", "--configfiles"):
+        option, _, single = word.partition("=")
+        if option not in ("--configfile", "--configfiles"):
             continue
-        given = list(itertools.takewhile(lambda one: not one.startswith("-"), words[number + 1 :]))
+        behind = itertools.takewhile(lambda one: not one.startswith("-"), words[number + 1 :])
+        given = [single] if single else list(behind)
         for one in given[1:]:
             path = Path(one)
             if path.suffix not in (".yaml", ".yml", ".json") or path.parts[0] == "results":
@@ -104,6 +106,9 @@ def misplaced(words: list[str]) -> str | None:
                     f"--configfile: '{one}' is no configuration; write --configfile={given[0]}, since "
                     "every word behind the plain option is taken for a file"
                 )
+        missing = next((one for one in given if not Path(one).is_file()), None)
+        if missing is not None:
+            return f"--configfile: {missing}: no such file"
     return None
 
 

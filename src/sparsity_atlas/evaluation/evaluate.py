@@ -236,9 +236,8 @@ def evaluate_node(
                 table.write(path)
             # Only now: a journal may go when its content stands in the table.
             journal_path.unlink(missing_ok=True)
-        if node is None:
-            for name, metric in (metrics or {}).items():
-                check_measured(name, metric, table)
+        for name, metric in (metrics or {}).items() if node is None else ():
+            check_measured(name, metric, table)
         manifest = _manifest(session, node, table)
         write_manifest(folder / "eval.json", manifest)
     return manifest

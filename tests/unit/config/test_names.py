@@ -133,8 +133,18 @@ def test_text_criterion_and_include_by_home(
         ("--configfile mine.yaml -- plan", None),
     ],
 )
-def test_a_target_behind_a_configuration(words: str, found: str | None) -> None:
+def test_a_target_behind_a_configuration(
+    words: str, found: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine.yaml", "a.yaml", "b.yml", "c.json"):
+        Path(name).touch()
     mistake = misplaced(["snakemake", *words.split()])
     assert (mistake is None) == (found is None)
     if found is not None:
         assert f"'{found}' is no configuration; write --configfile=" in mistake
+
+
+@pytest.mark.parametrize("words", ["--configfile none.yaml", "--configfile=none.yaml plan"])
+def test_a_configuration_that_is_not_there(words: str) -> None:
+    assert misplaced(["snakemake", *words.split()]) == "--configfile: none.yaml: no such file"
