@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import sys
+import threading
 import time
-from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,9 @@ from typing import Any
 from snakemake.logging import ColorizingTextHandler, DefaultFilter, DefaultFormatter, get_event
 from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
+
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.plan.time_left import Key, TimeLeft
 
 # Scheduler's chatter, said by the lines below in fewer words.
 NOISE = (
@@ -31,44 +36,40 @@ NOISE = (
 ECHO = "RuleException:\nCalledProcessError"
 
 
+# What a search says of each level as it ends (`sparsity_atlas.evaluation.search`), and in it what is left.
+LEVEL = re.compile(r"level \S+: .*? (?:at most (?P<more>\d+) more.*|the last)$")
+POLL = 1.0
+
+# What the Snakefile expects of its jobs: called once, when the jobs of a run are known.
+_expected: Callable[[], list[tuple[Key, float]]] | None = None
+
+
+def expect(jobs: Callable[[], list[tuple[Key, float]]]) -> None:
+    """Say what the jobs of this process's workflow are expected to take.
+
+    Args:
+        jobs: gives seconds by job, as `sparsity_atlas.plan.expect.expected`.
+    """
+    global _expected
+    _expected = jobs
+
+
+def _forecast() -> list[tuple[Key, float]]:
+    """What is expected of the jobs; nothing where files stand in the way, of which a job will say more."""
+    try:
+        return _expected() if _expected else []
+    except (AtlasError, OSError):
+        return []
+
+
 @dataclass
 class _Job:
     rule: str
     what: str
     began: float
-
-
-class Forecast:
-    """Estimates the time left from the times of the jobs that have finished.
-
-    Jobs of a rule take what that rule's finished jobs took on average. A rule of which none has
-    finished takes what all finished jobs took on average.
-    """
-
-    def __init__(self, counts: dict[str, int], now: float) -> None:
-        self.left = Counter(counts)
-        self.began = now
-        self.spent: Counter[str] = Counter()
-        self.finished: Counter[str] = Counter()
-
-    def finish(self, rule: str, seconds: float) -> None:
-        """A job of `rule` took so long."""
-        self.left[rule] -= 1
-        self.spent[rule] += seconds
-        self.finished[rule] += 1
-
-    def seconds_left(self, now: float) -> float | None:
-        """Expected wall time until all is done; None before the first job has finished."""
-        jobs = self.finished.total()
-        if jobs == 0 or now <= self.began:
-            return None
-        average = self.spent.total() / jobs
-        work = sum(
-            count * (self.spent[rule] / self.finished[rule] if self.finished[rule] else average)
-            for rule, count in self.left.items()
-        )
-        # Jobs that ran at once, on average.
-        return work / max(self.spent.total() / (now - self.began), 1e-9)
+    log: Path | None
+    said: int = 0  # bytes of the log that were looked at
+    levels: int = 0
 
 
 def duration(seconds: float) -> str:
@@ -86,6 +87,11 @@ def _stated_error(logs: list[str]) -> str | None:
     lines = path.read_text(errors="replace").split("\n") if path and path.is_file() else []
     last = next((line for line in reversed(lines) if line.strip()), "")
     return last.removeprefix("error: ") if last.startswith("error: ") else None
+
+
+def _size(path: Path | None) -> int:
+    """Bytes of a file; 0 where there is none."""
+    return path.stat().st_size if path is not None and path.is_file() else 0
 
 
 def misplaced(words: list[str]) -> str | None:
@@ -136,8 +142,11 @@ class LogHandler(LogHandlerBase):
         )
         self._jobs: dict[int, _Job] = {}
         self._counts: dict[str, int] = {}
-        self._forecast: Forecast | None = None
+        self._time: TimeLeft | None = None
         self._done = 0
+        # Records come from Snakemake's thread, levels from one of our own.
+        self._state = threading.RLock()
+        self._closed = threading.Event()
 
     writes_to_stream = True
     writes_to_file = False
@@ -172,28 +181,76 @@ class LogHandler(LogHandlerBase):
         ) and not (event is None and str(record.msg).startswith(NOISE)):
             self._default.handle(record)
 
+    def close(self) -> None:
+        """Stop looking at logs."""
+        self._closed.set()
+        super().close()
+
     def _begin(self, job: dict[str, Any]) -> None:
         now = time.monotonic()
-        self._forecast = self._forecast or Forecast(self._counts, now)
-        what = " ".join(str(value) for value in job["wildcards"].values())
-        self._jobs[job["jobid"]] = _Job(job["rule_name"], what, now)
-        if job["rule_name"] != "all":
-            self._say(f"{'':>11} {job['rule_name']} {what} …")
+        rule, wildcards = job["rule_name"], dict(job["wildcards"].items())
+        log = Path(job["log"][0]) if rule == "search" and job["log"] else None
+        with self._state:
+            if self._time is None:
+                self._time = TimeLeft(self._counts, _forecast())
+                threading.Thread(target=self._watch, daemon=True).start()
+            what = " ".join(str(value) for value in wildcards.values())
+            # What an earlier try left in the log is none of this one's.
+            self._jobs[job["jobid"]] = _Job(rule, what, now, log, _size(log))
+            names = ("model", "criterion", "site")
+            self._time.begin(
+                job["jobid"], Key(rule, **{n: wildcards.get(n, "") for n in names}), now
+            )
+            if rule != "all":
+                self._say(f"{'':>11} {rule} {what} …")
 
     def _finish(self, jobid: int) -> None:
-        job = self._jobs.pop(jobid, None)
-        if job is None or self._forecast is None:
+        with self._state:
+            self._look(jobid)
+            job = self._jobs.pop(jobid, None)
+            if job is None or self._time is None:
+                return
+            now = time.monotonic()
+            self._time.finish(jobid, now)
+            self._done += 1
+            total = sum(self._counts.values())
+            rest = "" if self._done == total else self._rest(now)
+            self._say(
+                f"{f'[{self._done}/{total}]':>11} {job.rule} {job.what} done in "
+                f"{duration(now - job.began)}{rest}"
+            )
+
+    def _rest(self, now: float) -> str:
+        left = self._time.seconds_left(now) if self._time else None
+        return "" if left is None else f", about {duration(left)} left"
+
+    def _watch(self) -> None:
+        """Say what searches do while they run: a job's own output goes into its log."""
+        while not self._closed.wait(POLL):
+            with self._state:
+                for jobid in list(self._jobs):
+                    self._look(jobid)
+
+    def _look(self, jobid: int) -> None:
+        """Say the levels that a search has ended since the last look."""
+        job = self._jobs.get(jobid)
+        if job is None or job.log is None or self._time is None:
             return
-        now = time.monotonic()
-        self._forecast.finish(job.rule, now - job.began)
-        self._done += 1
-        total = sum(self._counts.values())
-        left = self._forecast.seconds_left(now)
-        rest = "" if left is None or self._done == total else f", about {duration(left)} left"
-        self._say(
-            f"{f'[{self._done}/{total}]':>11} {job.rule} {job.what} done in "
-            f"{duration(now - job.began)}{rest}"
-        )
+        if _size(job.log) < job.said:
+            job.said = 0  # begun anew
+        if _size(job.log) == job.said:
+            return
+        with job.log.open("rb") as file:
+            file.seek(job.said)
+            text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        job.said += len(whole)
+        for line in whole.decode(errors="replace").splitlines():
+            if found := LEVEL.match(line):
+                now = time.monotonic()
+                job.levels += 1
+                self._time.reach(jobid, job.levels / (job.levels + int(found["more"] or 0)), now)
+                self._say(f"{'':>11} {job.rule} {job.what}: {line}{self._rest(now)}")
 
     def _say(self, text: str) -> None:
         self._default.stream.write(text + "\n")

@@ -41,6 +41,8 @@ if ROOT:
 elif find_spec("sparsity_atlas") is None:
     raise SystemExit(f"error: rules of {HERE} need the package of the same release: pip install it")
 
+from snakemake_logger_plugin_atlas import expect
+from sparsity_atlas.plan.expect import expected
 from sparsity_atlas.rules.asks import Asks
 from sparsity_atlas.code_version import code_version
 from sparsity_atlas.config.schema import parse as parse_config
@@ -56,6 +58,8 @@ try:
     ATLAS = parse_config(locate(config, ROOT) if ROOT else config)
     check_inputs(ATLAS)
     ask = Asks(ATLAS, RESULTS)
+    # For the time that is left, which the logger says; of an outer workflow's own jobs it knows nothing.
+    expect(lambda: expected(ATLAS, Path(RESULTS)))
 except AtlasError as error:
     # Snakemake would add to any other exception where in this file it was raised.
     raise SystemExit(f"error: {error}") from None

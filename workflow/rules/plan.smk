@@ -1,7 +1,7 @@
 """What the configuration will cost, before anything runs.
 
 In:  the configuration, and whatever stands in results/ already.
-Out: a table on the terminal; no file.
+Out: a table on the terminal, and results/logs/plan.json, from which a run takes what it expects of its jobs.
 """
 
 

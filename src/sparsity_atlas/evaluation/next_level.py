@@ -194,13 +194,13 @@ def _target(known: Sequence[Point], below: int, resolution: float) -> float:
 
 
 def _power(mild: Point, harsh: Point, beyond: Sequence[Point]) -> float:
-    """Power of sparsity by which damage grows beyond `mild`; 3 where only one level tells."""
+    """Power of sparsity by which damage grows beyond `mild`; 3.5 where only one level tells."""
     for point in beyond:
         if harsh.damage < point.damage < math.inf and point.sparsity > harsh.sparsity:
             stretch = (point.sparsity - mild.sparsity) / (harsh.sparsity - mild.sparsity)
             # Between a straight line and a step: a noisy score may say anything.
             return min(max(math.log(point.damage / harsh.damage) / math.log(stretch), 1.0), 8.0)
-    return 3.0
+    return 3.5
 
 
 def _level_near(

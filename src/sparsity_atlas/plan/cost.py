@@ -52,8 +52,11 @@ def main() -> None:
 
     config = parse(arguments.config)
     go_offline_if_unreachable(config)
+    from sparsity_atlas.plan.expect import save
     from sparsity_atlas.plan.forecast import forecast, parallel_jobs
     from sparsity_atlas.plan.text import text
 
     parallel = parallel_jobs(config, arguments.cores)
-    sys.stdout.write(text(config, forecast(config, arguments.results), parallel))
+    found = forecast(config, arguments.results)
+    save(arguments.results, config, found.jobs, found.seconds)
+    sys.stdout.write(text(config, found, parallel))

@@ -1,0 +1,121 @@
+"""What a run's jobs are expected to take before any has ended: as `plan` said, else by their kind.
+
+Light enough for Snakemake's own process: no model is loaded and no task.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparsity_atlas.config.schema import Config
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.files.whole import digest, read_manifest, write_manifest
+from sparsity_atlas.plan.jobs import Job, jobs
+from sparsity_atlas.plan.time_left import Key
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sparsity_atlas.plan.jobs import Amount
+
+FILE = "logs/plan.json"
+# Seconds of a small model's jobs on two cores, without its evaluations: what they are worth beside each
+# other is what counts, since the first jobs of a run say how fast it is.
+SECONDS = {
+    **{"run_config": 1.5, "model": 4.0, "capture": 4.0, "metrics": 1.5, "calibrate": 5.0},
+    **{"dense": 5.0, "evaluate": 1.0, "search": 4.0, "output_error": 7.0, "sensitivity": 12.0},
+    **{"curve": 1.5, "model_summary": 1.5, "tables": 3.0, "figures": 10.0, "page": 4.0},
+}
+EVALUATION = 2.5
+
+
+def key_of(job: Job) -> Key:
+    """What a job is found by."""
+    criterion, site = job.node or ("", job.site)
+    return Key(job.rule, job.model, criterion, site)
+
+
+def save(results: Path, config: Config, every: Sequence[Job], seconds: Sequence[Amount]) -> None:
+    """Keep a forecast, for the run that follows it.
+
+    Args:
+        results: folder of the results.
+        config: the forecast's.
+        every: its jobs.
+        seconds: of each.
+    """
+    path = results / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = [
+        {**vars(key_of(job)), "seconds": amount.expected}
+        for job, amount in zip(every, seconds, strict=True)
+        if not job.done and amount.complete
+    ]
+    write_manifest(path, {"config": _digest(config), "jobs": known})
+
+
+def expected(config: Config, results: Path) -> list[tuple[Key, float]]:
+    """Seconds of each job that is still to be done.
+
+    Args:
+        config: of the run.
+        results: its folder.
+
+    Raises:
+        AtlasError: a damaged manifest among the results.
+    """
+    planned = _planned(results / FILE, config)
+    sizes = {name: _bytes(entry.path) for name, entry in config.models.items()}
+    left = [job for job in jobs(config, results) if not job.done]
+    usual = [_usual_seconds(job, sizes) for job in left]
+    # What was not planned is put on the scale of what was.
+    both: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for job, seconds in zip(left, usual, strict=True):
+        if (key := key_of(job)) in planned:
+            for rule in (job.rule, ""):
+                both[rule][0] += planned[key]
+                both[rule][1] += seconds
+
+    def on_scale(job: Job, seconds: float) -> float:
+        found, own = both.get(job.rule) or both.get("") or (1.0, 1.0)
+        return planned.get(key_of(job), seconds * found / own)
+
+    return [(key_of(job), on_scale(job, own)) for job, own in zip(left, usual, strict=True)]
+
+
+def _digest(config: Config) -> str:
+    return digest(json.loads(config.model_dump_json()))
+
+
+def _planned(path: Path, config: Config) -> dict[Key, float]:
+    """The forecast that `plan` left, by job; nothing if it was of another configuration."""
+    try:
+        content = read_manifest(path) if path.is_file() else {}
+    except AtlasError:
+        return {}  # of an interrupted disk or another release: a run does not end for it
+    if content.get("config") != _digest(config):
+        return {}
+    return {
+        Key(one["rule"], one["model"], one["criterion"], one["site"]): one["seconds"]
+        for one in content["jobs"]
+    }
+
+
+def _bytes(path: str | None) -> int:
+    """Of a local model's weights; 0 where they are not known."""
+    if path is None:
+        return 0
+    return sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+
+
+def _usual_seconds(job: Job, sizes: dict[str, int]) -> float:
+    """By rule, evaluations, and the model's size beside the others'."""
+    known = [size for size in sizes.values() if size]
+    mean = sum(known) / len(known) if known else 0
+    size = (sizes.get(job.model) or mean) / mean if mean else 1.0
+    evaluations = max((amount.expected for amount in job.evaluations.values()), default=0.0)
+    # Half of an evaluation of a small model is the same for all of them.
+    return SECONDS.get(job.rule, 1.0) + EVALUATION * evaluations * (0.5 + 0.5 * size)

@@ -1,0 +1,192 @@
+"""How long a run goes on: what was forecast of each job, corrected by the jobs that were seen.
+
+Nothing here reads a clock or a file; whoever shows it says what began and ended, and when.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+# Rules in the order in which one model's jobs wait for each other, and what their time goes by.
+STAGES = (
+    ("model",),
+    ("capture", "dense"),
+    ("calibrate", "metrics"),
+    ("search", "evaluate", "sensitivity"),
+    ("output_error", "curve", "export_curve"),
+    ("model_summary",),
+)
+EVALUATING = {"dense", "search", "evaluate", "sensitivity"}
+LIGHT = {"run_config", "metrics", "curve", "model_summary", "tables", "figures", "page", "all"}
+# How much a seen job says of another one: of the same rule, of a like one, of any; more for one model.
+SAME_RULE, LIKE, OTHER = 1.0, 0.2, 0.02
+ANOTHER_MODEL = 0.3
+# What the forecast itself counts beside what was seen, in jobs that say as much as any other.
+FORECAST = 0.05
+# A job that takes longer than was expected is taken to be so far.
+OVERDUE = 0.8
+
+
+@dataclass(frozen=True)
+class Key:
+    """What distinguishes a job in a forecast: rule, and of its wildcards those that it has."""
+
+    rule: str
+    model: str = ""
+    criterion: str = ""
+    site: str = ""
+
+
+@dataclass
+class _Running:
+    key: Key
+    began: float
+    forecast: float
+    share: float = 0.0
+    shared_at: float = 0.0
+
+
+@dataclass
+class TimeLeft:
+    """The state of a run.
+
+    Attributes:
+        counts: jobs of each rule.
+        forecast: seconds of each job, of all that may come: `counts` says how many do.
+    """
+
+    counts: dict[str, int]
+    forecast: Iterable[tuple[Key, float]]
+    _waiting: dict[str, list[tuple[Key, float]]] = field(init=False)
+    _running: dict[int, _Running] = field(init=False, default_factory=dict)
+    _begun: dict[str, int] = field(init=False)
+    _seen: dict[Key, tuple[float, float]] = field(init=False)
+    _usual: dict[str, float] = field(init=False)
+    _at_once: int = field(init=False, default=1)
+
+    def __post_init__(self) -> None:
+        self._waiting, self._begun = defaultdict(list), defaultdict(int)
+        self._seen = {}
+        for key, seconds in self.forecast:
+            self._waiting[key.rule].append((key, seconds))
+        self._usual = {
+            rule: sum(seconds for _, seconds in jobs) / len(jobs)
+            for rule, jobs in self._waiting.items()
+        }
+
+    def begin(self, job: int, key: Key, now: float) -> None:
+        """A job was started."""
+        forecast = self._usual.get(key.rule, 0.0)
+        for place, (one, seconds) in enumerate(self._waiting[key.rule]):
+            if one == key:
+                forecast = seconds
+                del self._waiting[key.rule][place]
+                break
+        self._begun[key.rule] += 1
+        self._running[job] = _Running(key, now, forecast)
+        self._at_once = max(self._at_once, len(self._running))
+
+    def reach(self, job: int, share: float, now: float) -> None:
+        """A running job has done a share of its work."""
+        if job in self._running:
+            self._running[job].share, self._running[job].shared_at = share, now
+
+    def finish(self, job: int, now: float) -> None:
+        """A job has ended."""
+        done = self._running.pop(job, None)
+        if done is not None:
+            seen, forecast = self._seen.get(done.key, (0.0, 0.0))
+            self._seen[done.key] = (seen + now - done.began, forecast + done.forecast)
+
+    def seconds_left(self, now: float) -> float | None:
+        """Expected wall time until all is done; None before anything was seen."""
+        seen = [(key, *one) for key, one in self._seen.items()]
+        seen += [_partly(one, now) for one in self._running.values() if _tells(one, now)]
+        if not seen:
+            return None
+        ratios: dict[tuple[str, str], float] = {}
+
+        def expected(key: Key, forecast: float) -> float:
+            kind = (key.rule, key.model)
+            if kind not in ratios:
+                ratios[kind] = _ratio(key, seen)
+            return forecast * ratios[kind]
+
+        stages: dict[tuple[str, int], float] = defaultdict(float)
+        work = last = 0.0
+
+        def add(key: Key, seconds: float) -> None:
+            nonlocal work, last
+            if key.rule in ("tables", "figures", "page"):
+                last += seconds  # one after the other, when all else is done
+                return
+            work += seconds
+            stage = next((i for i, rules in enumerate(STAGES) if key.rule in rules), 0)
+            stages[key.model, stage] = max(stages[key.model, stage], seconds)
+
+        for one in self._running.values():
+            add(one.key, _rest(one, expected(one.key, one.forecast), now))
+        for rule, count in self.counts.items():
+            count -= self._begun[rule]
+            jobs = self._waiting[rule]
+            whole = len(jobs) == count
+            for key, seconds in jobs if whole else ():
+                add(key, expected(key, seconds))
+            if not whole and count > 0:
+                # Which of the forecast's jobs these are is not known.
+                each = [expected(key, seconds) for key, seconds in jobs]
+                usual = sum(each) / len(each) if each else self._usual.get(rule, 0.0)
+                work += count * usual
+        chains: dict[str, float] = defaultdict(float)
+        for (model, _), seconds in stages.items():
+            chains[model] += seconds
+        return max(work / self._at_once, *chains.values(), 0.0) + last
+
+
+def _tells(one: _Running, now: float) -> bool:
+    """Whether a job that runs says something of how long others will take."""
+    return one.share > 0 or now - one.began > one.forecast > 0
+
+
+def _partly(one: _Running, now: float) -> tuple[Key, float, float]:
+    """What a job that runs has shown so far: its key, seconds, and the forecast of these."""
+    if one.share > 0:
+        return one.key, one.shared_at - one.began, one.share * one.forecast
+    return one.key, now - one.began, OVERDUE * one.forecast
+
+
+def _rest(one: _Running, expected: float, now: float) -> float:
+    """Seconds that a running job still takes."""
+    if one.share > 0:
+        whole = (one.shared_at - one.began) / one.share
+        return max(one.began + whole - now, 0.0)
+    past = now - one.began
+    return max(expected - past, (1 - OVERDUE) / OVERDUE * min(past, expected))
+
+
+def _ratio(key: Key, seen: Iterable[tuple[Key, float, float]]) -> float:
+    """What jobs like this one took over what was forecast of them."""
+    took = forecast = total = weight = 0.0
+    for other, seconds, expected in seen:
+        if expected <= 0:
+            continue
+        near = _nearness(key, other)
+        took += near * seconds
+        forecast += near * expected
+        total += OTHER * expected
+        weight += OTHER
+    if not weight:
+        return 1.0
+    # The forecast itself, as one more job of the mean size.
+    prior = FORECAST * total / weight
+    return (took + prior * OTHER) / (forecast + prior * OTHER)
+
+
+def _nearness(key: Key, other: Key) -> float:
+    kinds = [rule in EVALUATING for rule in (key.rule, other.rule)]
+    light = [rule in LIGHT for rule in (key.rule, other.rule)]
+    like = kinds[0] == kinds[1] and light[0] == light[1]
+    near = SAME_RULE if key.rule == other.rule else LIKE if like else OTHER
+    return near if key.model == other.model else ANOTHER_MODEL * near

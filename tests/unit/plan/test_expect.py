@@ -1,0 +1,72 @@
+"""What a run expects of its jobs before any has ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsity_atlas.config.schema import Config, parse
+from sparsity_atlas.files.whole import write_manifest
+from sparsity_atlas.plan.expect import FILE, expected, key_of, save
+from sparsity_atlas.plan.jobs import UNKNOWN, Amount, jobs
+from sparsity_atlas.plan.time_left import Key
+
+
+def config_of(folder: Path, **changes: Any) -> Config:
+    """Two models, the second with four times the bytes."""
+    for name, size in (("small", 1000), ("large", 4000)):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "model.safetensors").write_bytes(bytes(size))
+    return parse(
+        {
+            "models": {name: {"path": str(folder / name)} for name in ("small", "large")},
+            "criteria": {"topp": {}},
+            "texts": {"prose": {"file": "prose.jsonl"}},
+            "tasks": {"pairs": {}},
+            "run": [{"models": ["small", "large"], "sites": ["input"]}],
+            **changes,
+        }
+    )
+
+
+def test_searches_are_long_and_those_of_large_models_longer(tmp_path: Path) -> None:
+    found = dict(expected(config_of(tmp_path), tmp_path / "results"))
+    small, large = (found[Key("search", model, "topp", "input")] for model in ("small", "large"))
+    assert small > 2 * found[Key("dense", "small")] > 2 * found[Key("model", "small")]
+    assert large > 1.5 * small
+    assert found[Key("page")] > 0
+
+
+def test_what_is_done_is_not_expected(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    config = config_of(tmp_path)
+    write_manifest(results / "small" / "model.json", {})
+    assert Key("model", "small") not in dict(expected(config, results))
+
+
+def test_what_plan_has_said_goes_first(tmp_path: Path) -> None:
+    config, results = config_of(tmp_path), tmp_path / "results"
+    every = jobs(config, results)
+    curve = Key("search", "large", "topp", "input")
+    before = dict(expected(config, results))
+    said = {key_of(job): Amount(600.0, 900.0) for job in every if job.rule == "search"}
+    said[Key("dense", "small")] = UNKNOWN
+    save(results, config, every, [said.get(key_of(job), Amount.exactly(30.0)) for job in every])
+    found = dict(expected(config, results))
+    assert found[curve] == 600.0
+    assert found[Key("model", "small")] == 30.0
+    # What plan did not know is as much longer than usual as the job of its rule that it knew.
+    ratio = found[Key("dense", "large")] / before[Key("dense", "large")]
+    assert found[Key("dense", "small")] == pytest.approx(ratio * before[Key("dense", "small")])
+
+
+def test_a_forecast_of_another_configuration_or_a_damaged_one_is_not_used(tmp_path: Path) -> None:
+    config, results = config_of(tmp_path), tmp_path / "results"
+    every = jobs(config, results)
+    usual = expected(config, results)
+    save(results, config, every, [Amount.exactly(600.0)] * len(every))
+    assert expected(config_of(tmp_path, seed=5), results) == usual
+    (results / FILE).write_text("{", encoding="utf-8")
+    assert expected(config, results) == usual

@@ -1,0 +1,179 @@
+"""The time that is left: forecasts of jobs, corrected by jobs that were seen."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sparsity_atlas.config.schema import parse
+from sparsity_atlas.plan.expect import expected
+from sparsity_atlas.plan.time_left import Key, TimeLeft
+
+ROOT = Path(__file__).parents[3]
+SEARCHES = [Key("search", model, "topp", "input") for model in ("a", "b", "c")]
+
+
+def test_nothing_is_said_before_anything_was_seen() -> None:
+    time = TimeLeft({"model": 1}, [(Key("model", "a"), 4.0)])
+    time.begin(0, Key("model", "a"), 0.0)
+    assert time.seconds_left(1.0) is None
+
+
+def test_jobs_of_another_rule_do_not_get_the_mean_of_all() -> None:
+    """A search is forty times a manifest: by the mean of what has finished, this run were over soon."""
+    models = [Key("model", model) for model in "abc"]
+    forecast = [*((key, 4.0) for key in models), *((key, 160.0) for key in SEARCHES)]
+    time = TimeLeft({"model": 3, "search": 3}, forecast)
+    for number, key in enumerate(models):
+        time.begin(number, key, 4.0 * number)
+        time.finish(number, 4.0 * (number + 1))
+    assert time.seconds_left(12.0) == pytest.approx(480.0)
+
+
+def test_the_ratio_of_seen_to_forecast_corrects_what_is_left() -> None:
+    forecast = [(key, 100.0) for key in SEARCHES]
+    time = TimeLeft({"search": 3}, forecast)
+    time.begin(0, SEARCHES[0], 0.0)
+    time.finish(0, 300.0)
+    assert time.seconds_left(300.0) == pytest.approx(600.0, rel=0.1)
+
+
+def test_a_rule_is_corrected_by_its_own_jobs_before_others() -> None:
+    pages = [Key("curve", "a", "topp", site) for site in ("input", "up")]
+    searches = [Key("search", "a", "topp", site) for site in ("input", "up")]
+    time = TimeLeft(
+        {"curve": 2, "search": 2},
+        [*((key, 2.0) for key in pages), *((key, 100.0) for key in searches)],
+    )
+    for number, (key, seconds) in enumerate([(pages[0], 20.0), (searches[0], 110.0)]):
+        time.begin(number, key, 0.0)
+        time.finish(number, seconds)
+    assert time.seconds_left(130.0) == pytest.approx(110 + 20, rel=0.1)
+
+
+def test_levels_of_a_search_count_before_it_ends() -> None:
+    time = TimeLeft({"model": 1, "search": 1}, [(Key("model", "a"), 4.0), (SEARCHES[0], 60.0)])
+    time.begin(0, Key("model", "a"), 0.0)
+    time.finish(0, 4.0)
+    time.begin(1, SEARCHES[0], 4.0)
+    time.reach(1, 1 / 6, 604.0)
+    assert time.seconds_left(604.0) == pytest.approx(3000.0)
+    time.reach(1, 5 / 6, 3004.0)
+    assert time.seconds_left(3304.0) == pytest.approx(300.0)
+
+
+def test_a_job_that_is_overdue_is_seen_before_it_ends() -> None:
+    dense = [Key("dense", model) for model in "abcd"]
+    time = TimeLeft(
+        {"model": 1, "dense": 4}, [(Key("model", "a"), 4.0), *((one, 40.0) for one in dense)]
+    )
+    time.begin(0, Key("model", "a"), 0.0)
+    time.finish(0, 4.0)
+    time.begin(1, dense[0], 4.0)
+    assert time.seconds_left(4.0) == pytest.approx(160.0)
+    assert time.seconds_left(154.0) > 3 * 150
+
+
+def test_jobs_that_run_at_once_share_the_time_and_the_last_ones_do_not() -> None:
+    last = [(Key(rule), 10.0) for rule in ("tables", "figures", "page")]
+    forecast = [*((key, 100.0) for key in SEARCHES), *last]
+    time = TimeLeft({"search": 3, "tables": 1, "figures": 1, "page": 1}, forecast)
+    time.begin(0, SEARCHES[0], 0.0)
+    time.begin(1, SEARCHES[1], 0.0)
+    time.finish(0, 100.0)
+    time.finish(1, 100.0)
+    # One search is left, which no second core can share.
+    assert time.seconds_left(100.0) == pytest.approx(130.0, rel=0.05)
+
+
+def test_a_part_of_the_grid_is_not_charged_for_the_rest() -> None:
+    time = TimeLeft({"search": 1}, [(key, 100.0) for key in SEARCHES])
+    time.begin(0, Key("search", "a", "topp", "input"), 0.0)
+    time.reach(0, 0.5, 50.0)
+    assert time.seconds_left(50.0) == pytest.approx(50.0)
+
+
+def test_rules_that_were_not_forecast_take_nothing() -> None:
+    time = TimeLeft({"theirs": 5, "model": 1}, [(Key("model", "a"), 4.0)])
+    time.begin(0, Key("model", "a"), 0.0)
+    time.finish(0, 4.0)
+    time.begin(1, Key("theirs"), 4.0)
+    time.finish(1, 5.0)
+    assert time.seconds_left(5.0) == pytest.approx(0.0)
+
+
+def needs(key: Key, jobs: list[Key]) -> set[int]:
+    """The jobs that one waits for, roughly."""
+    before = {
+        **dict.fromkeys(("capture", "dense"), ("model",)),
+        **{"metrics": ("capture",), "search": ("dense",), "sensitivity": ("capture",)},
+        **{"curve": ("search",), "output_error": ("search", "capture")},
+        **{
+            "model_summary": ("curve", "output_error"),
+            "figures": ("tables",),
+            "page": ("figures",),
+        },
+    }
+    if key.rule == "tables":
+        return {i for i, one in enumerate(jobs) if one.rule not in ("tables", "figures", "page")}
+    same = [i for i, one in enumerate(jobs) if one.rule in before.get(key.rule, ())]
+    return {
+        i
+        for i in same
+        if jobs[i].model == key.model and (not key.site or jobs[i].site in ("", key.site))
+    }
+
+
+def run(
+    jobs: list[Key], forecast: list[tuple[Key, float]], seconds: list[float], cores: int
+) -> list[tuple[float, float]]:
+    """Go through a run: (share of it that was past, forecast left over what was left), often."""
+    time = TimeLeft(dict(Counter(key.rule for key in jobs)), forecast)
+    waits = [needs(key, jobs) for key in jobs]
+    waiting, done, running, now, said = set(range(len(jobs))), set(), [], 0.0, []
+    while waiting or running:
+        for job in sorted(job for job in waiting if waits[job] <= done):
+            if len(running) < cores:
+                waiting.discard(job)
+                time.begin(job, jobs[job], now)
+                heapq.heappush(running, (now + seconds[job], job))
+        ends, job = heapq.heappop(running)
+        for step in range(1, 5):
+            at = now + (ends - now) * step / 5
+            said.append((at, time.seconds_left(at)))
+        now = ends
+        done.add(job)
+        time.finish(job, now)
+    return [(at / now, left / (now - at)) for at, left in said if left is not None]
+
+
+@pytest.mark.parametrize("slow", [0.3, 1, 8])
+@pytest.mark.parametrize("cores", [1, 2])
+def test_the_default_run_is_foretold_from_a_tenth_on(slow: float, cores: int) -> None:
+    """Seconds as the default run's benchmark has them, each job a little off."""
+    config = parse(yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8")))
+    forecast = expected(config, ROOT / "none")
+    evaluation = {"zoo-small": 1.6, "zoo-medium": 2.5, "zoo-large": 4.4, "zoo-medium-relu": 2.5}
+    draw = random.Random(cores)
+    jobs = [key for key, _ in forecast]
+    draw.shuffle(jobs)
+
+    def seconds(key: Key) -> float:
+        one = evaluation.get(key.model, 0.0)
+        own = {
+            **{"run_config": 1.0, "model": 4.0, "capture": 3.7, "metrics": 1.3, "curve": 1.3},
+            **{"dense": 4 + 1.7 * one, "search": 4 + draw.choice([5, 6, 6]) * one},
+            **{"output_error": 5 + one, "sensitivity": 6 + 4 * one, "model_summary": 1.0},
+            **{"tables": 2.0, "figures": 8.0, "page": 3.0},
+        }
+        return slow * own[key.rule] * draw.lognormvariate(0, 0.15)
+
+    shown = run(jobs, forecast, [seconds(key) for key in jobs], cores)
+    late = [ratio for past, ratio in shown if 0.1 <= past <= 0.97]
+    assert min(late) > 1 / 1.5
+    assert max(late) < 1.5
