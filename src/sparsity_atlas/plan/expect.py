@@ -39,7 +39,7 @@ def key_of(job: Job) -> Key:
 
 
 def save(results: Path, config: Config, every: Sequence[Job], seconds: Sequence[Amount]) -> None:
-    """Keep a forecast, for the run that follows it.
+    """Keep a forecast among the workflow's logs, for the run that follows it.
 
     Args:
         results: folder of the results.
@@ -48,7 +48,8 @@ def save(results: Path, config: Config, every: Sequence[Job], seconds: Sequence[
         seconds: of each.
     """
     path = results / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.is_dir():
+        return  # asked for outside of a workflow, which leaves nothing behind
     known = [
         {**vars(key_of(job)), "seconds": amount.expected}
         for job, amount in zip(every, seconds, strict=True)

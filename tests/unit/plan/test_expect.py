@@ -48,6 +48,7 @@ def test_what_is_done_is_not_expected(tmp_path: Path) -> None:
 
 def test_what_plan_has_said_goes_first(tmp_path: Path) -> None:
     config, results = config_of(tmp_path), tmp_path / "results"
+    (results / "logs").mkdir(parents=True)
     every = jobs(config, results)
     curve = Key("search", "large", "topp", "input")
     before = dict(expected(config, results))
@@ -64,6 +65,7 @@ def test_what_plan_has_said_goes_first(tmp_path: Path) -> None:
 
 def test_a_forecast_of_another_configuration_or_a_damaged_one_is_not_used(tmp_path: Path) -> None:
     config, results = config_of(tmp_path), tmp_path / "results"
+    (results / "logs").mkdir(parents=True)
     every = jobs(config, results)
     usual = expected(config, results)
     save(results, config, every, [Amount.exactly(600.0)] * len(every))
