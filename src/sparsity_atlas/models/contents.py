@@ -1,14 +1,15 @@
 """Which files of a model's folder are read when it is loaded, at any depth.
 
 A tokenizer or a repository's own code may read a file of any name, so these are all but what is known not
-to be read: other formats of weights, documents, a training's state. The same patterns say what is
-fetched from the Hub, and what a model's digest is made of.
+to be read: other formats of weights, documents, a training's state, unless that code names one. The same
+patterns say what is fetched from the Hub, and what a model's digest is made of.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -37,6 +38,12 @@ NOT_READ = (
 # Files that hold a JSON object, whoever made them.
 _OBJECTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 _OBJECTS += ("special_tokens_map.json", "added_tokens.json")
+# Of those, weights by the names that transformers gives them: code that speaks of them does not read them.
+WEIGHTS = (
+    *("*model*.safetensors", "*model*.bin", "tf_model.h5", "flax_model.msgpack", "consolidated.*"),
+    *("adapter_model.*", "*.index.json"),
+)
+_TEXT = re.compile(r"[\"']([^\"'\n]+)[\"']")
 LFS_START = b"version https://git-lfs"
 
 
@@ -63,7 +70,20 @@ def _matches(path: str, patterns: Sequence[str]) -> bool:
 def files_read(folder: Path, *, code: bool) -> list[str]:
     """Paths below `folder` of the files that are read beside the weights; see `patterns`."""
     paths = list(_below(folder) if code else _beside(folder))
-    return sorted({one for pair in patterns(code=code) for one in select(paths, *pair)})
+    found = {one for pair in patterns(code=code) for one in select(paths, *pair)}
+    if code:
+        named = named_by_code(folder)
+        found |= {one for one in paths if os.path.basename(one) in named}
+    return sorted(found)
+
+
+def named_by_code(folder: Path) -> set[str]:
+    """Names in a folder's Python of files that are not read as a rule, such as a table in `words.npz`."""
+    code = [path for path in _below(folder) if path.endswith(".py")]
+    sources = ((folder / path).read_text(encoding="utf-8", errors="replace") for path in code)
+    texts = {os.path.basename(text) for source in sources for text in _TEXT.findall(source)}
+    names = (text for text in texts if "." in text.strip(".") and not set("*?[") & set(text))
+    return {one for one in select(names, NOT_READ, WEIGHTS) if not one.startswith(".")}
 
 
 def _beside(folder: Path) -> list[str]:

@@ -68,6 +68,9 @@ def resolve(
         repository = replace(wanted, revision=commit)
         for pair in contents.patterns(code=allowed["trust_remote_code"]):
             folder = repository.fetch(*pair, offline=offline)
+        if allowed["trust_remote_code"] and (named := contents.named_by_code(folder)):
+            wanted_too = [pattern for name in sorted(named) for pattern in (name, f"*/{name}")]
+            repository.fetch(wanted_too, exceptions=(), offline=offline)
         if weights:
             _fetch_weights(repository, folder, allowed["allow_pickle"], offline)
     tokenizer = Path(source["tokenizer"]) if "tokenizer" in source else None

@@ -61,14 +61,19 @@ class Row:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Digest of all that a tokenizer does; None if it does not say."""
+    """Digest of all that a tokenizer does; None if it does not say, as where code of its own does it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
+    own = any(one.__module__.startswith("transformers_modules") for one in type(tokenizer).__mro__)
+    if backend is None or own:
         return None
     content = json.loads(backend.to_str())
     # What a call set, not what the tokenizer is.
     content["padding"] = content["truncation"] = None
-    return digest([type(tokenizer).__name__, tokenizer.special_tokens_map, content])
+    # What is done before the backend is asked, such as `split_special_tokens`.
+    switches = {
+        key: value for key, value in tokenizer.init_kwargs.items() if isinstance(value, bool | int)
+    }
+    return digest([type(tokenizer).__name__, tokenizer.special_tokens_map, content, switches])
 
 
 def key(lm: AtlasLM, task: LoadedTask, *, seed: int) -> dict[str, Any] | None:

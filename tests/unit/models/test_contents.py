@@ -73,6 +73,16 @@ def test_code_and_what_it_may_read(name: str, model: Path) -> None:
     assert len(set(edited(model, name, False))) == 1
 
 
+@pytest.mark.parametrize("name", ["table.npz", "parts/extra.pt", "words.csv", "checkpoint-9/a.md"])
+def test_what_code_names_it_may_read(name: str, model: Path) -> None:
+    code = model / "modeling_named.py"
+    code.write_text(f"FILE = 'data/{Path(name).name}'\nWEIGHTS = 'pytorch_model.bin'\n")
+    found = [edited(model, one, True) for one in (name, "pytorch_model.bin")]
+    untrusted = edited(model, name, False)
+    code.unlink()
+    assert [len(set(digests)) for digests in (*found, untrusted)] == [3, 1, 1]
+
+
 @pytest.mark.parametrize("name", NOT_READ)
 @pytest.mark.parametrize("trust", [False, True])
 def test_what_is_not_read_is_not(name: str, trust: bool, model: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from lm_eval.api.task import Task
 
 from sparsity_atlas.evaluation.evaluate import Session, evaluate_node
+from sparsity_atlas.models.checkpoint import Checkpoint
+from sparsity_atlas.models.loading import load_tokenizer
 from sparsity_atlas.tasks import request_cache
 from tiny_lm import (
     CHOICE,
@@ -117,6 +120,16 @@ def other_tokenizer(tasks: dict, folder: Path) -> tuple[dict, dict, Path | None]
     return tasks, {}, write_model_manifest(model, folder / "model.json")
 
 
+def tokenizer_says(**changes: Any) -> Any:
+    def change(tasks: dict, folder: Path) -> tuple[dict, dict, Path | None]:
+        model = save_model(folder / "model")
+        path = model / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+        return tasks, {}, write_model_manifest(model, folder / "model.json")
+
+    return change
+
+
 def edited_data(tasks: dict, folder: Path) -> tuple[dict, dict, Path | None]:
     documents = choice_documents()
     documents[0]["choices"][0] += " bird"
@@ -144,6 +157,7 @@ def other_settings(**changes: Any) -> Any:
     "change",
     [
         other_tokenizer,
+        tokenizer_says(split_special_tokens=True),
         edited_data,
         edited_task,
         fewer,
@@ -169,6 +183,26 @@ def test_the_chat_template_counts(tasks: dict, built: list[str], tmp_path: Path)
     for chat in (False, True):
         open_session(path, tasks, apply_chat_template=chat).prepared("choice")
     assert built == ["choice"] * 2
+
+
+CODE = """
+from transformers import PreTrainedTokenizerFast
+class Mine(PreTrainedTokenizerFast):
+    def _encode_plus(self, text, *arguments, **options):
+        return super()._encode_plus("SIGN" + text, *arguments, **options)
+"""
+
+
+def test_a_tokenizer_with_code_of_its_own(tmp_path: Path) -> None:
+    """What its code does nobody knows; an edit of it must not find the requests of before."""
+    folder = save_model(tmp_path / "model")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": [None, "mine.Mine"]}, "tokenizer_class": "Mine"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "mine.py").write_text(CODE)
+    tokenizer = load_tokenizer(Checkpoint(folder, trust_remote_code=True))
+    assert type(tokenizer).__name__ == "Mine"
+    assert request_cache.tokenizer_digest(tokenizer) is None
 
 
 def cut_short(path: Path) -> None:
