@@ -93,10 +93,10 @@ def save_model(
     return folder
 
 
-def write_model_manifest(folder: Path, path: Path) -> Path:
+def write_model_manifest(folder: Path, path: Path, **allowed: bool) -> Path:
     """The manifest that stage `models` writes for a local folder."""
-    source = {"name": folder.name, "source": {"path": str(folder)}, "revision": None}
-    checkpoint = Checkpoint(folder)
+    source = {"name": folder.name, "source": {"path": str(folder), **allowed}, "revision": None}
+    checkpoint = Checkpoint(folder, **allowed)
     write_manifest(path, {**source, "digest": checkpoint.digest(), **describe(checkpoint, None)})
     return path
 

@@ -97,7 +97,12 @@ def _mask(ends: Tensor, depth: Tensor, window: int | None, dtype: torch.dtype) -
 
 
 def before_head(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
-    """Hidden states [rows, longest, hidden] that a model's head would get, which is not run."""
+    """Hidden states [rows, longest, hidden] that a model's head would get, which is not run.
+
+    Of a model of which no module is the head, its logits.
+    """
+    if model.get_output_embeddings() is None:
+        return model.forward(ids, **options).logits
     seen: list[Tensor] = []
 
     def stop(module: nn.Module, arguments: tuple) -> None:

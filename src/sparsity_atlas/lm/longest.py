@@ -5,6 +5,9 @@ in the Phi-3 family, takes one of two sets; dynamic NTK grows them, and keeps wh
 pass comes. What such a model says of a request depends on its batch and on the batches before it, which
 are therefore those of lm-eval (`collate`), each beginning in the state that lm-eval's would find.
 
+A configuration declares the lengths at which that happens; what code of a repository does at which length
+nobody knows, so that it is tried at every length that comes up.
+
 That state stands in tensors and numbers of modules beside the parameters. It is read after every batch
 and kept with the batch's answers, so that a run that goes on from a journal goes on in it.
 """
@@ -53,21 +56,24 @@ class Lengths:
 
     Attributes:
         declared: lengths that its configuration names, and requests may exceed.
+        watched: whether there is any length that may matter.
     """
 
     def __init__(self, model: PreTrainedModel, max_length: int) -> None:
         """Look at a model that has run nothing yet, which may be asked for up to `max_length` tokens."""
         self._model = model
         self.declared = {n for n in declared_lengths(model.config.to_dict()) if n < max_length}
+        self._own_code = model.is_custom_code()
+        self.watched = bool(self.declared) or self._own_code
         # Only where it may be needed: some models keep large tables there.
-        self._fresh = _memory(dict(model.named_modules())) if self.declared else {}
+        self._fresh = _memory(dict(model.named_modules())) if self.watched else {}
         self._remembering: dict[str, nn.Module] = {}
         self._steady = 0  # longest sequence that was seen to change nothing
         self._follows = False
 
     def crossed(self, reach: int) -> bool:
-        """Whether sequences of up to `reach` tokens exceed any length that is declared."""
-        return any(reach > length for length in self.declared)
+        """Whether sequences of up to `reach` tokens exceed any length that may matter."""
+        return self._own_code or any(reach > length for length in self.declared)
 
     def followed(self, tokens: list[int], reach: int) -> bool:
         """Whether what the model says of a sequence depends on others of up to `reach` tokens.
@@ -91,13 +97,18 @@ class Lengths:
         return self._follows
 
     def _prove(self, long: list[int]) -> bool:
-        allowed = min(self.declared)
-        few = min(FEW, allowed // 2)
-        short = long[:few]
+        declared = [length for length in self.declared if length < len(long)]
+        few = min([FEW, *(length // 2 for length in declared)])
+        if not declared:
+            few = max(1, min(few, len(long) // 4))
+        # Exceeds no length that is known.
+        allowed = min(declared, default=few + 1)
+        short, half = long[:few], long[: len(long) // 2 + 1]
         modules = dict(self._model.named_modules())
         alone = self._hidden(short, few)
-        # No length is exceeded by this one: how far rounding alone goes.
+        # How far rounding alone goes.
         within = self._hidden(long[:allowed], few)
+        halfway = [] if declared else [self._hidden(half, few)]
         before = _memory(modules)
         try:
             beyond = self._hidden(long, few)
@@ -116,6 +127,7 @@ class Lengths:
             if not _same(values, before.get(name, {}))
         }
         self._remembering = {name: modules[name] for name in sorted(changed)}
+        halfway += [] if declared else [self._hidden(half, few)]
         self.restore({})
         again = relative_error(alone, self._hidden(short, few))
         self.restore({})
@@ -124,13 +136,19 @@ class Lengths:
         rounding = EXACT
         if self._model.dtype != torch.float32:
             rounding = max(EXACT, SUSPICIOUS * relative_error(alone, within))
+            if not declared:
+                # The shapes are nearly the same.
+                rounding = max(rounding, SUSPICIOUS * torch.finfo(self._model.dtype).eps)
         if not again <= rounding:
+            most = f": max_length: at most {allowed} can be evaluated" if declared else ""
             raise AtlasError(
                 "the model remembers the longest sequence that it has seen, where its state cannot be "
-                f"found: max_length: at most {allowed} can be evaluated"
+                f"found{most}"
             )
         # Written so that NaN follows: lm-eval's batches are right for any model.
-        return bool(changed) or not relative_error(alone, beyond) <= rounding
+        same = all(relative_error(alone, one) <= rounding for one in (beyond, *halfway))
+        # Code of its own often keeps tables that only grow, which was tried: halfway, before and after.
+        return not same or (bool(changed) and bool(declared))
 
     def _hidden(self, ids: list[int], few: int) -> Tensor:
         """What the head gets for the first few of some tokens, [few, hidden]."""

@@ -118,7 +118,7 @@ class AtlasLM(GeneratingLM):
         self, requests: list[forest.Request], prompts: list[tuple[Instance, Encoding]]
     ) -> bool:
         """Whether the model's numbers of these follow the longest of them."""
-        if not self._lengths.declared:
+        if not self._lengths.watched:
             return False
         sequences = [request.run for request in requests]
         reach = max(map(len, sequences), default=0)

@@ -28,6 +28,7 @@ from tiny_lm import (
     letter_documents,
     open_session,
     rolling_documents,
+    save_model,
     sentences,
     tiny_tokenizer,
     write_model_manifest,
@@ -203,6 +204,59 @@ def test_a_trace_that_no_module_keeps_is_seen(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(rotary, "forward", following)
     assert _with_declared(model, 32).followed(list(range(5, 40)), 60)
+
+
+OWN = """
+import torch
+from transformers import LlamaForCausalLM
+
+class Own(LlamaForCausalLM):
+    def forward(self, input_ids=None, **options):
+        before = options.get("past_key_values")
+        length = input_ids.shape[1] + (before.get_seq_length() if before is not None else 0)
+        rotary = self.model.rotary_emb
+        RULE
+        return super().forward(input_ids, **options)
+"""
+# What a repository's code may do with lengths that no configuration names, and whether it matters.
+OWN_RULES = {
+    "by_the_pass": (
+        "rotary.inv_freq = rotary.original_inv_freq / (3 if length > 40 else 1)",
+        True,
+    ),
+    "by_the_longest_so_far": (
+        "self.longest = max(length, getattr(self, 'longest', 0)); "
+        "rotary.inv_freq = rotary.original_inv_freq / (1 + self.longest // 40)",
+        True,
+    ),
+    "a_table_that_grows": (
+        "self.table = torch.arange(max(length, len(getattr(self, 'table', []))))",
+        False,
+    ),
+    "none": ("pass", False),
+}
+
+
+@pytest.mark.parametrize(("rule", "follows"), OWN_RULES.values(), ids=OWN_RULES)
+def test_lengths_that_only_code_knows(
+    tmp_path: Path, catalogue: dict, monkeypatch: pytest.MonkeyPatch, rule: str, follows: bool
+) -> None:
+    folder = save_model(tmp_path / "own", max_position_embeddings=LONGEST)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_own.py").write_text(OWN.replace("RULE", rule))
+    manifest = write_model_manifest(folder, tmp_path / "own.json", trust_remote_code=True)
+    session = open_session(manifest, {"choice": catalogue["choice"]})
+    outcomes = through_atlas(session, None, tmp_path / "dense", monkeypatch)
+    lm = HFLM(str(folder), trust_remote_code=True, dtype="float32", device="cpu", batch_size=4)
+    manager = TaskManager(include_path=catalogue["choice"]["include"], include_defaults=False)
+    plain = evaluator.simple_evaluate(
+        model=lm, tasks=["choice"], task_manager=manager, bootstrap_iters=0
+    )
+    assert_same(outcomes["choice"], plain)
+    result = json.loads((tmp_path / "dense" / "eval.json").read_text())["tasks"]["choice"]
+    assert (result["batches"] == "lm_eval") == follows
 
 
 def test_a_state_that_cannot_be_found_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
