@@ -36,11 +36,18 @@ def begins_with_bos(tokenizer: PreTrainedTokenizerBase, wanted: bool | None) -> 
     return puts
 
 
-def _puts_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer puts its BOS token before what a text comes to."""
-    bos = tokenizer.bos_token_id
-    if bos is None:
-        return False
+def put_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The tokens that a tokenizer puts before a text, and those behind it."""
     bare = tokenizer.encode(_TEXT, add_special_tokens=False)
-    # The text's own first token may be the same: in GPT-2 BOS also stands for what is unknown.
-    return tokenizer.encode(_TEXT)[: len(bare) + 1] == [bos, *bare]
+    whole = tokenizer.encode(_TEXT)
+    # The last place: the text's own first token may be BOS, too. In GPT-2 it also stands for what is unknown.
+    for place in range(len(whole) - len(bare), -1, -1):
+        if whole[place : place + len(bare)] == bare:
+            return whole[:place], whole[place + len(bare) :]
+    return [], []
+
+
+def _puts_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts its BOS token, and no other, before what a text comes to."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and put_around(tokenizer)[0] == [bos]

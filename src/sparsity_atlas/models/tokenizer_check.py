@@ -8,6 +8,7 @@ what it adds to a text is a fault, and makes every score meaningless.
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections import Counter
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.models.bos import put_around
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,16 +85,18 @@ def check_tokenizer(
     where = f"{folder}: tokenizer ({type(tokenizer).__name__})"
     try:
         vocabulary = {_text(token): number for token, number in tokenizer.get_vocab().items()}
+        unknown = _unknown(tokenizer)
         found = _changes(
             lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
             lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False),
             vocabulary,
-            tokenizer.unk_token,
+            unknown,
         )
+        found.notes += _around(tokenizer)
     except Exception as error:  # noqa: BLE001 (a tokenizer's own code may raise anything)
         raise AtlasError(f"{where}: it fails: {type(error).__name__}: {error}") from None
     beyond = _check_ids(where, tokenizer, vocabulary, found.ids, rows)
-    file = _of_file(folder / "tokenizer.json", vocabulary, tokenizer.unk_token)
+    file = _of_file(folder / "tokenizer.json", vocabulary, unknown)
     differs = file is not None and file.ids != found.ids
     if found.faults:
         others = (
@@ -110,6 +114,31 @@ def check_tokenizer(
     elif file is None and _differs_from_pieces(folder / "tokenizer.model", tokenizer, found.ids):
         found.notes.append(OTHER_TOKENS.format("tokenizer.model"))
     return [*found.notes, *beyond]
+
+
+def _unknown(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The token for what is unknown; it may stand in tokenizer.json alone."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if tokenizer.unk_token is not None or backend is None:
+        return tokenizer.unk_token
+    model = json.loads(backend.to_str())["model"]
+    if model.get("unk_id") is not None:
+        return model["vocab"][model["unk_id"]][0]
+    return model.get("unk_token")
+
+
+def _around(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What a tokenizer puts around a text beside one BOS, which an evaluation and a capture know."""
+    before, behind = put_around(tokenizer)
+    shown = [_quoted(tokenizer.convert_ids_to_tokens(one)) for one in (before, behind)]
+    notes = []
+    if before not in ([], [tokenizer.bos_token_id]):
+        notes.append(f"{shown[0]} before a text; captured texts begin without")
+    if behind:
+        notes.append(
+            f"{shown[1]} behind a text, and so behind the context of a request, as in lm-eval"
+        )
+    return notes
 
 
 def _differs_from_pieces(

@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from sparsity_atlas.errors import AtlasError
@@ -81,6 +89,7 @@ def checked(backend: Tokenizer, folder: Path, **options: Any) -> list[str]:
 
 FOLDS, AROUND = "spaces that follow each other", "spaces around punctuation"
 UNKNOWN = "characters that its vocabulary has not"
+BEHIND = "behind a text, and so behind the context of a request, as in lm-eval"
 NO_SPACES = "spaces or ends of lines that its vocabulary has not"
 
 
@@ -91,6 +100,7 @@ NO_SPACES = "spaces or ends of lines that its vocabulary has not"
         (lambda: word_piece(True), {"unk_token": "[UNK]"}, ["lower case", FOLDS, AROUND]),
         (lambda: word_piece(False), {"unk_token": "[UNK]"}, [FOLDS, AROUND]),
         (words, {"unk_token": "[UNK]"}, [UNKNOWN, NO_SPACES]),
+        (words, {}, [UNKNOWN, NO_SPACES]),
         (lambda: letters("ACGT"), {}, [UNKNOWN, NO_SPACES]),
         (lambda: letters("abcdefghijklmnopqrstuvwxyz '"), {}, [UNKNOWN, NO_SPACES]),
     ],
@@ -161,7 +171,7 @@ def test_a_vocabulary_of_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     tokenizer = ByT5Tokenizer()
     own = {bytes([byte]): byte + 3 for byte in range(256)}
     monkeypatch.setattr(tokenizer, "get_vocab", lambda: own)
-    assert check_tokenizer(tokenizer, tmp_path, 300) == []
+    assert check_tokenizer(tokenizer, tmp_path, 300) == [f"'</s>' {BEHIND}"]
 
 
 # Tokens and rows of the embedding
@@ -233,7 +243,8 @@ def test_sentencepiece_alone(kind: str, name: str | None, notes: set[str], tmp_p
 @pytest.mark.parametrize("name", ["ByT5Tokenizer", "CanineTokenizer"])
 def test_a_tokenizer_without_files(name: str, tmp_path: Path) -> None:
     folder = folder_with(tmp_path, tokenizer_class=name)
-    assert check_tokenizer(load_tokenizer(Checkpoint(folder)), folder, 2_000_000) == []
+    (note,) = check_tokenizer(load_tokenizer(Checkpoint(folder)), folder, 2_000_000)
+    assert note.endswith(BEHIND)
 
 
 def test_tiktoken_is_read_anew(tmp_path: Path) -> None:
@@ -305,6 +316,24 @@ def test_a_damaged_tokenizer(name: str, content: str, says: str, tmp_path: Path)
     (tmp_path / name).write_text(content, errors="surrogateescape")
     with pytest.raises(AtlasError, match=f"cannot load the tokenizer: {says}"):
         load_tokenizer(Checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("template", "notes"),
+    [
+        ("<s> $A", []),
+        ("<s> <s> $A", ["'<s>', '<s>' before a text; captured texts begin without"]),
+        ("<mask> <bos> $A", ["'<mask>', '<bos>' before a text; captured texts begin without"]),
+        ("<s> $A </s>", [f"'</s>' {BEHIND}"]),
+    ],
+)
+def test_what_is_put_around_a_text(template: str, notes: list[str], tmp_path: Path) -> None:
+    backend = byte_level()
+    signs = set(template.split()) - {"$A"}
+    backend.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[(sign, backend.token_to_id(sign)) for sign in signs]
+    )
+    assert checked(backend, tmp_path, bos_token="<s>", eos_token="</s>") == notes
 
 
 def test_a_class_that_cannot_encode(tmp_path: Path) -> None:
