@@ -38,7 +38,7 @@ NOT_READ = (
 # Files that hold a JSON object, whoever made them.
 _OBJECTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 _OBJECTS += ("special_tokens_map.json", "added_tokens.json")
-# Of those, weights by the names that transformers gives them: code that speaks of them does not read them.
+# Weights by the names that transformers gives them: code that speaks of them does not read them.
 WEIGHTS = (
     *("*model*.safetensors", "*model*.bin", "tf_model.h5", "flax_model.msgpack", "consolidated.*"),
     *("adapter_model.*", "*.index.json"),
