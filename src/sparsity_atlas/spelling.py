@@ -10,8 +10,10 @@ from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
 
 # Folders of results/ and results/{model}/ that a catalogue name would collide with, and endings of files.
 RESERVED = {"figures", "logs", "benchmarks", "dense", "capture", "metrics", "partial"}
-ENDINGS = (".json", ".jsonl", ".csv", ".yaml", ".html", ".zarr", ".parquet")
-ENDINGS += (".lock", ".journal", ".log", ".tmp", ".partial")
+ENDINGS = (
+    *(".json", ".jsonl", ".csv", ".yaml", ".html", ".zarr", ".parquet"),
+    *(".lock", ".journal", ".log", ".tmp", ".partial"),
+)
 # What tables say themselves, and what those who read them (pandas, R) take for no value or for a truth.
 WORDS = {"average", "na", "nan", "n.a", "null", "none", "true", "false", "inf", "infinity"}
 # A folder's name may have 255 bytes, and a temporary file's is longer than its own.
@@ -75,9 +77,9 @@ def canonical_level(value: Any) -> str:
     # A ValueError: an integer of more digits than Python writes out.
     except (ArithmeticError, ValueError):
         raise ValueError("a level is a number, such as 0.9") from None
-    if not number.is_finite():
-        raise ValueError("a level is a finite number")
     exponent = number.as_tuple().exponent
+    if not isinstance(exponent, int):  # a letter: NaN or an infinity
+        raise ValueError("a level is a finite number")
     if number.adjusted() > _LARGEST_EXPONENT or exponent < -_MOST_DECIMALS:
         raise ValueError("a level has at most 40 digits before the point and 60 after it")
     text = format(number.normalize(), "f")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 # FFN(x) = W_d (u ⊙ g), u = W_u x, g = σ(W_g x).
-FFN_SITES = ("input", "up", "gate", "intermediate", "all_inputs")
+FFNSite = Literal["input", "up", "gate", "intermediate", "all_inputs"]
 # What the query, key and value maps read; what the output map of the attention reads; all linear maps.
-ATTENTION_SITES = ("qkv_input", "o_input", "all_linear_inputs")
-SITES = (*FFN_SITES, *ATTENTION_SITES)
+AttentionSite = Literal["qkv_input", "o_input", "all_linear_inputs"]
+Site = Literal[FFNSite, AttentionSite]
+FFN_SITES: tuple[str, ...] = get_args(FFNSite)
+ATTENTION_SITES: tuple[str, ...] = get_args(AttentionSite)
+SITES: tuple[str, ...] = get_args(Site)
 
 # The tensors that a site concerns, in the order in which a forward pass makes them.
 TENSORS = {

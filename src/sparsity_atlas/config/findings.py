@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 
-def explain(item: dict[str, Any]) -> str:
+def explain(item: ErrorDetails) -> str:
     """One clause for one finding of Pydantic."""
     # Pydantic names the branch of a union in `loc`; the user's key path has no such parts.
     path = ".".join(

@@ -26,19 +26,17 @@ from sparsity_atlas.config.findings import explain
 from sparsity_atlas.credentials import places
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.spelling import Level, Name, Repository, Revision
-from sparsity_atlas.terms import SITES
-
-Site = Literal[SITES]
+from sparsity_atlas.terms import Site
 
 
-def _unique(values: list) -> list:
+def _unique(values: list[Any]) -> list[Any]:
     doubles = sorted({str(value) for value in values if values.count(value) > 1})
     if doubles:
         raise ValueError(f"given twice: {', '.join(doubles)}")
     return values
 
 
-def _some(values: list) -> list:
+def _some(values: list[Any]) -> list[Any]:
     if not values:
         raise ValueError("the list is empty")
     return _unique(values)
@@ -322,7 +320,7 @@ class Config(_Strict):
             )
 
 
-def _unknown(key: str, name: str, catalogue: dict) -> str:
+def _unknown(key: str, name: str, catalogue: dict[str, Any]) -> str:
     return f"{key}: unknown '{name}'; known: {', '.join(catalogue) or 'none'}"
 
 

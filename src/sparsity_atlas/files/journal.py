@@ -11,7 +11,7 @@ import json
 import os
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sparsity_atlas.files.whole import canonical
 
@@ -25,6 +25,7 @@ class Journal:
 
     def __init__(self, path: Path, fingerprint: dict[str, Any]) -> None:
         self.path = path
+        self._file: BinaryIO
         path.parent.mkdir(parents=True, exist_ok=True)
         header = json.loads(canonical(fingerprint))
         lines = whole_lines(path)

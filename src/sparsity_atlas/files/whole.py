@@ -83,7 +83,7 @@ def discard_unfinished() -> None:
 cli.before_stop.append(discard_unfinished)
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary neighbour of `path`, then rename it into place.
 
     A reader sees the old file or the new one, and a killed writer leaves the old one.
@@ -188,7 +188,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         reason = str(error).removeprefix(f"{path}: ")
         raise AtlasError(f"{path}: damaged manifest ({reason}); delete it and run again") from None
     written = content.get("format") if isinstance(content, dict) else None
-    if not isinstance(written, int):
+    if not isinstance(content, dict) or not isinstance(written, int):
         raise AtlasError(f"{path}: not a manifest of Sparsity Atlas; delete it and run again")
     if written > FORMAT:
         raise AtlasError(

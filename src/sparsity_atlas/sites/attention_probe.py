@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -93,21 +93,27 @@ def _hook(
     """Note a module's calls, None for one that is not of one tensor by token, and put numbers out."""
     generator = torch.Generator().manual_seed(len(path) + sum(path.encode()))
 
-    def replace(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    def replace(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
         given = next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
         if given is not None and not given.is_floating_point():
             return None  # an embedding
         tokens = shape[0] * shape[1]
-        for one in (given, output):
-            if not isinstance(one, Tensor) or one.numel() != tokens * one.shape[-1]:
-                calls.append(None)
-                return None
+        if not _by_token(given, tokens) or not _by_token(output, tokens):
+            calls.append(None)
+            return None
         made = _numbered(shape, output.shape[-1], generator).to(output.dtype)
         read = given.reshape(*shape, -1).float().clone()
         calls.append(_Call(path, module, read, made.float()))
         return made.reshape(output.shape).to(output.device)
 
     stack.callback(module.register_forward_hook(replace, with_kwargs=True).remove)
+
+
+def _by_token(value: object, tokens: int) -> TypeGuard[Tensor]:
+    """Whether this is a tensor of one row a token."""
+    return isinstance(value, Tensor) and value.numel() == tokens * value.shape[-1]
 
 
 def _numbered(shape: tuple[int, int], width: int, generator: torch.Generator) -> Tensor:

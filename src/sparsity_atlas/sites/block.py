@@ -21,7 +21,7 @@ class Block:
 
     ffn: FFN
     module: nn.Module
-    args: tuple
+    args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def output(self, drops: Mapping[str, Callable[[Tensor], Tensor]]) -> Tensor:
@@ -41,8 +41,8 @@ class Block:
         return result if isinstance(result, Tensor) else result[0]
 
 
-def _replacing(drop: Callable[[Tensor], Tensor], path: str) -> Callable[..., tuple]:
-    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
+def _replacing(drop: Callable[[Tensor], Tensor], path: str) -> Callable[..., tuple[Any, ...]]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         where = find_tensor(args, kwargs, path)
         tensor = args[where] if isinstance(where, int) else kwargs[where]
         return replace_tensor(args, kwargs, where, drop(tensor))
@@ -61,7 +61,7 @@ def blocks(ffns: Sequence[FFN], ids: Tensor) -> list[Block]:
         AtlasError: a layer has no module of its own, or it did not run once.
     """
     model = ffns[0].model
-    calls: dict[int, list[tuple[tuple, dict[str, Any]]]] = {ffn.layer: [] for ffn in ffns}
+    calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {ffn.layer: [] for ffn in ffns}
     modules = {}
     with torch.no_grad(), ExitStack() as stack:
         for ffn in ffns:
@@ -69,7 +69,10 @@ def blocks(ffns: Sequence[FFN], ids: Tensor) -> list[Block]:
             modules[ffn.layer] = model.get_submodule(path)
 
             def note(
-                module: nn.Module, args: tuple, kwargs: dict[str, Any], layer: int = ffn.layer
+                module: nn.Module,
+                args: tuple[Any, ...],
+                kwargs: dict[str, Any],
+                layer: int = ffn.layer,
             ) -> None:
                 calls[layer].append((args, kwargs))
 

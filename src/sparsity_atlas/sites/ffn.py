@@ -157,9 +157,11 @@ def activation_function(name: str) -> Callable[[Tensor], Tensor]:
         AtlasError: no such function.
     """
     if name in ACT2FN and name not in WITH_WEIGHTS:
-        return ACT2FN[name]
+        function: Callable[[Tensor], Tensor] = ACT2FN[name]
+        return function
     if name in ACTIVATIONS:
-        return getattr(F, name)
+        function = getattr(F, name)
+        return function
     known = sorted({*ACT2FN, *ACTIVATIONS} - {*WITH_WEIGHTS})
     raise AtlasError(
         f"modules: activation: '{name}' is neither a module of the model nor a known function; "

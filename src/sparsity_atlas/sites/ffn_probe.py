@@ -113,14 +113,14 @@ class Search:
                 self._hook(stack, path, module, after)
 
     def _hook(self, stack: ExitStack, path: str, module: nn.Module, after: Any) -> None:
-        def before_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        def before_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             self.inputs.pop(path, None)
             if len(tensors) >= 1 and self._fits(tensors[0]):
                 # A copy: the model may go on to compute in place.
                 self.inputs[path] = tensors[0].flatten(0, -2).clone()
 
-        def after_call(module: nn.Module, args: tuple, output: Any) -> Any:
+        def after_call(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             self.findings.calls[path] += 1
             given = self.inputs.pop(path, None)
             if given is None or not isinstance(output, Tensor) or not self._fits(output):

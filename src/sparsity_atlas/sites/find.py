@@ -53,7 +53,7 @@ def find_ffns(model: nn.Module, modules: dict[str, str] | None = None) -> list[F
     Raises:
         AtlasError: an FFN that is not found or not proved; mixtures of experts.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     layers = getattr(text, "num_hidden_layers", None)
     _refuse(model, text)
@@ -143,7 +143,7 @@ def _refuse(model: nn.Module, text: Any) -> None:
 
 def random_ids(model: nn.Module, shape: tuple[int, int]) -> torch.Tensor:
     """Token ids [batch, tokens], the same at each call, without those that the config reserves."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
     size = getattr(text, "vocab_size", None) or (embedding.num_embeddings if embedding else None)

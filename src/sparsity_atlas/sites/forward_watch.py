@@ -25,7 +25,7 @@ class ForwardWatch:
         ):
             stack.callback(handle.remove)
 
-    def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = next(
             (
                 value
@@ -39,7 +39,7 @@ class ForwardWatch:
         self.kept.clear()
         self.running = True
 
-    def _end(self, model: nn.Module, args: tuple, output: Any) -> None:
+    def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.running = False
         self.kept.clear()
         for (layer, tensor, path), count in self.counts.items():
@@ -64,7 +64,8 @@ class ForwardWatch:
         if self.batch is None or tensor.shape[:-1] == self.batch:
             return tensor
         if tensor.shape[:-1] == (self.batch[0] * self.batch[1],):
-            return tensor.unflatten(0, self.batch)
+            by_token: Tensor = tensor.unflatten(0, self.batch)
+            return by_token
         raise AtlasError(
             f"{place}: found a tensor of shape {list(tensor.shape)} where {self.batch[0]} × "
             f"{self.batch[1]} tokens went in; packed or transposed batches are not supported"

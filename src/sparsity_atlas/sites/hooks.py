@@ -35,15 +35,18 @@ def _tensors(ffns: Sequence[FFN], sites: Iterable[str]) -> set[str]:
     return names
 
 
-def find_tensor(args: tuple, kwargs: dict[str, Any], place: str) -> int | str:
+def find_tensor(args: tuple[Any, ...], kwargs: dict[str, Any], place: str) -> int | str:
     """Where a module's one input tensor stands: position or keyword."""
-    for key, value in (*enumerate(args), *kwargs.items()):
+    given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for key, value in given:
         if isinstance(value, Tensor):
             return key
     raise AtlasError(f"{place}: called without a tensor")
 
 
-def replace_tensor(args: tuple, kwargs: dict[str, Any], key: int | str, value: Tensor) -> tuple:
+def replace_tensor(
+    args: tuple[Any, ...], kwargs: dict[str, Any], key: int | str, value: Tensor
+) -> tuple[Any, ...]:
     if isinstance(key, str):
         return args, kwargs | {key: value}
     return (*args[:key], value, *args[key + 1 :]), kwargs
@@ -65,7 +68,9 @@ def _on_input(
     keys = {place.path: (ffn.layer, name, place.path) for place in read_by}
     forwards.counts.update(dict.fromkeys(keys.values(), 0))
 
-    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], *, path: str) -> tuple | None:
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, path: str
+    ) -> tuple[Any, ...] | None:
         first = not any(forwards.counts[key] for key in keys.values())
         forwards.fired(keys[path])
         where = find_tensor(args, kwargs, path)
@@ -112,7 +117,7 @@ def _on_factor(
     key = (ffn.layer, name, path)
     forwards.counts[key] = 0
 
-    def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         forwards.fired(key)
         act(forwards.by_token(output if value is None else value(output), path))
 

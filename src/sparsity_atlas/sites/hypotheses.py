@@ -25,7 +25,7 @@ def relative_error(expected: Tensor, found: Tensor) -> float:
     """‖found − expected‖ / ‖expected‖ over all entries, in float32; 0 where both are zero."""
     difference = torch.linalg.vector_norm(found.float() - expected.float())
     norm = torch.linalg.vector_norm(expected.float())
-    return (difference / norm.clamp_min(torch.finfo(torch.float32).tiny)).item()
+    return float(difference / norm.clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def equal(a: Tensor, b: Tensor) -> bool:

@@ -93,7 +93,14 @@ def _fill(modules: dict[str, str], layer: int, paths: dict[str, nn.Module]) -> N
                 f"modules: {key}: the model has no module '{path}'; "
                 f"{parent or 'the model'} is {tree(paths[parent])}"
             )
-    return NamedFFN(**{key: filled.get(key) for key in KEYS})
+    return NamedFFN(
+        down=filled["down"],
+        up=filled.get("up"),
+        gate=filled.get("gate"),
+        gate_up=filled.get("gate_up"),
+        order=filled.get("order"),
+        activation=filled.get("activation"),
+    )
 
 
 def tree(module: nn.Module, limit: int = TREE_LIMIT) -> str:

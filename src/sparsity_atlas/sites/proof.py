@@ -51,7 +51,7 @@ def prove(ffns: list[FFN], run: Callable[[], Any]) -> list[FFN]:
         ):
             overwritten.add(layer)
 
-    def finish(layer: int, module: nn.Module, args: tuple, output: Tensor) -> None:
+    def finish(layer: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         values = {name: copy for name, (_, copy) in seen[layer].items()}
         # Freed layer by layer: a large model's activations are not kept to the end.
         seen[layer].clear()
