@@ -89,14 +89,14 @@ def declared(spec: dict[str, Any]) -> dict[str, Any]:
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     for node in (statement for one in classes for statement in one.body):
         if isinstance(node, ast.Assign):
-            targets = node.targets
+            targets, value = node.targets, node.value
         elif isinstance(node, ast.AnnAssign) and node.value is not None:
-            targets = [node.target]
+            targets, value = [node.target], node.value
         else:
             continue
         for target in targets:
             if isinstance(target, ast.Name) and target.id in found:
-                found[target.id] = _literal(path, target.id, node.value)
+                found[target.id] = _literal(path, target.id, value)
     return found
 
 
@@ -174,16 +174,16 @@ def create(spec: dict[str, Any]) -> Criterion:
         criterion.file = str(path)
         # What is bound to a place first is tried there, see `place.bind_all`.
         if type(criterion).bind is Criterion.bind and not criterion.calibrated:
-            _try(criterion)
+            _try(criterion, path)
     return criterion
 
 
-def _try(criterion: Criterion) -> None:
+def _try(criterion: Criterion, path: Path) -> None:
     import torch
 
     from sparsity_atlas.criteria.check import WIDTH, check_masks
 
-    check_masks(criterion, criterion.file, WIDTH, torch.device("cpu"))
+    check_masks(criterion, str(path), WIDTH, torch.device("cpu"))
 
 
 def _check_parameters(name: Any, kind: type[Criterion], given: dict[str, Any]) -> None:

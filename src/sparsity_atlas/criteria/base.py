@@ -170,6 +170,8 @@ class ColumnWeighted(Criterion):
     Stands before the rule itself among a criterion's bases.
     """
 
+    _weights: Tensor
+
     def bind(self, place: Place, state: dict[str, Tensor]) -> Self:
         """See `Criterion.bind`."""
         from sparsity_atlas.criteria.place import relative

@@ -94,7 +94,9 @@ def read_calibration(path: Path, framework: str = "pt") -> Calibration:
     return Calibration(dict(states), about, file_digest(path))
 
 
-def check_disjoint(calibration: Calibration, task: str, documents: Iterable[dict]) -> None:
+def check_disjoint(
+    calibration: Calibration, task: str, documents: Iterable[dict[str, Any]]
+) -> None:
     """Refuse a task that evaluates what the calibration has seen.
 
     Args:

@@ -14,14 +14,9 @@ from sparsity_atlas.errors import AtlasError
 WIDTH = 24
 # What somebody's code may raise that is no interruption and no fault of the machine.
 _RAISED = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NameError,
-    NotImplementedError,
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, NameError),
+    *(NotImplementedError, RuntimeError, TypeError, ValueError),
 )
-_RAISED += (RuntimeError, TypeError, ValueError)
 _WHY = "it must look at one {0} at a time, or results depend on batch size and padding"
 
 
@@ -180,8 +175,8 @@ def _check_sequences(trial: _Trial, level: float, rows: Tensor) -> None:
                 )
     padded = torch.cat([batch, 0 * batch[:, :2]], 1)
     counted = torch.cat([valid, ~valid[:, :2]], 1)
-    found = _pass(trial, level, padded, counted, "scoring")[:, : batch.shape[1]]
-    if not torch.equal(found, _pass(trial, level, batch, valid, "scoring")):
+    before = _pass(trial, level, padded, counted, "scoring")[:, : batch.shape[1]]
+    if not torch.equal(before, _pass(trial, level, batch, valid, "scoring")):
         raise trial.wrong(
             "mask_sequences", level, "with padding behind, scoring differs; padding must not count"
         )

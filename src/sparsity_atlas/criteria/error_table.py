@@ -63,10 +63,12 @@ class ErrorTable:
         if target >= min(self.error[-1], 1):
             return float("inf"), float(self.error[-1])
         knot = int(np.searchsorted(self.error, target, side="right")) - 1
-        low, high = self.threshold[knot : knot + 2]
+        (low, high), (low_error, high_error) = (
+            one[knot : knot + 2] for one in (self.threshold, self.error)
+        )
         if self.gap[knot] or self.error[knot] == target:
             return float(low), float(self.error[knot])
-        return _between(*self.error[knot : knot + 2], low, high, target), target
+        return _between(low_error, high_error, low, high, target), target
 
 
 def _between(low_error: float, high_error: float, low: float, high: float, target: float) -> float:
@@ -118,9 +120,9 @@ class _Search:
     def threshold(self, place: int) -> float:
         """Between two scores, so that no rounding moves it beyond either."""
         if place == 0:
-            return 0.5 * self._ranked[0]
+            return float(0.5 * self._ranked[0])
         if place == len(self._ranked):
-            return 1.0001 * self._ranked[-1]
+            return float(1.0001 * self._ranked[-1])
         return float(np.sqrt(self._ranked[place - 1] * self._ranked[place]))
 
     def measure(self, place: int) -> None:
@@ -140,7 +142,7 @@ class _Search:
         last = np.append(np.diff(errors) > 0, True)
         # Where the error falls again, the place that reached it first.
         own = np.array([self._measured[place] for place in places]) == errors
-        last = np.array([_last_own(own, i) for i in np.flatnonzero(last)])
+        last = np.array([_last_own(own, int(i)) for i in np.flatnonzero(last)])
         return places[last], errors[last]
 
     def wanted(self) -> list[int]:
@@ -164,7 +166,7 @@ class _Search:
                 new.append(self._first_of((after + last) // 2))
                 continue
             middle = float(np.sqrt(low * high))
-            threshold = _between(low, high, *table.threshold[k : k + 2], middle)
+            threshold = _between(low, high, table.threshold[k], table.threshold[k + 1], middle)
             place = min(max(int(np.searchsorted(self._ranked, threshold)), after), last)
             # Where single scores count, the middle says little of what lies beside it.
             if high <= WIDEST * low and _scatter(low, high, pair[1] - pair[0]) <= SCATTER:
@@ -188,7 +190,7 @@ def _scatter(low: float, high: float, scores: int) -> float:
     a half; to that comes the step in which a threshold lies.
     """
     steps = float(np.log(high / low)) / scores
-    return steps * (0.75 * scores**0.5 + 1)
+    return float(steps * (0.75 * scores**0.5 + 1))
 
 
 def _last_own(own: np.ndarray, index: int) -> int:

@@ -61,7 +61,8 @@ class Place:
 
     def column_norms(self) -> Tensor:
         """‖W[:, j]‖₂ of the readers' weight for each entry: float32 [width]."""
-        return self.weight.norm(dim=0)
+        norms: Tensor = self.weight.norm(dim=0)
+        return norms
 
 
 def matrix(projection: Projection, width: int) -> Tensor:

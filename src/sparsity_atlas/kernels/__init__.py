@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     from sparsity_atlas.kernels.definition import Threshold
 
+    # Rule, values and onto to out, zeros and finite.
+    _Kernel = Callable[[Threshold, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
 VARIABLE = "SPARSITY_ATLAS_KERNELS"
 CHOICES = ("auto", "reference", "compiled")
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -96,7 +99,7 @@ def _choice() -> str:
 
 
 @functools.cache
-def _path(device: str, dtype: torch.dtype, narrow: bool, choice: str) -> Callable[..., tuple]:
+def _path(device: str, dtype: torch.dtype, narrow: bool, choice: str) -> _Kernel:
     """The path for a kind of device and type; it is logged when it is chosen, which is once."""
     libraries = {"cuda": "triton", "cpu": "numba"}
     missing = f"none for {dtype} on {device}"
@@ -118,7 +121,7 @@ def _path(device: str, dtype: torch.dtype, narrow: bool, choice: str) -> Callabl
     return reference
 
 
-def _compiled(device: str) -> Callable[..., tuple]:
+def _compiled(device: str) -> _Kernel:
     if device == "cuda":
         from sparsity_atlas.kernels import cuda
 

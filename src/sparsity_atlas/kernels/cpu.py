@@ -35,7 +35,9 @@ def masked(rule: Threshold, values: Tensor, onto: Tensor) -> tuple[Tensor, Tenso
     finite = np.empty(rows, dtype=np.bool_)
     nothing = np.empty(0, dtype=np.float32)
     arguments = (
-        *(_bits(one) for one in (values, onto, out)),
+        _bits(values),
+        _bits(onto),
+        _bits(out),
         zeros,
         finite,
         nothing if rule.weights is None else rule.weights.numpy(),

@@ -112,16 +112,17 @@ def _plan(
     elif kind == "rank" and rule.amount == 0:
         kind, constants = "fixed", torch.tensor([math.inf], device=device)
     numbers = _numbers(rule, width, device)
-    tensors = tuple(numbers if one is None else one for one in (rule.weights, constants))
+    weights = numbers if rule.weights is None else rule.weights
+    bounds = numbers if constants is None else constants
     block = max(GROUP.value, triton.next_power_of_2(width))
     variant = variant_of(rule, kind, dtype, width)
     options = variant | {"SAME": same, "BLOCK": block}
-    constants = tuple(options[name] for name in _mask.arg_names if name in options)
+    compiled_in = tuple(options[name] for name in _mask.arg_names if name in options)
     many = variant["WEIGHTED"] or variant["DIGITS"] or variant["UNIT_IS_PEAK"]
     warps, registers = launch(block, many=bool(many))
     options |= {"num_warps": warps, "maxnreg": registers}
     rank = int(rule.amount) if kind == "rank" else 0
-    return _Plan((*tensors, numbers), rank, options, constants, {})
+    return _Plan((weights, bounds, numbers), rank, options, compiled_in, {})
 
 
 def launch(block: int, *, many: bool) -> tuple[int, int]:

@@ -140,7 +140,7 @@ def not_above(amount: float) -> float:
 
 def limbs(amount: float) -> list[int]:
     """The first LIMBS digits of a decimal below 1 in base 2^LIMB_BITS, the largest first; see `LIMBS`."""
-    whole = math.floor(max(decimal(amount), 0) * (1 << LIMBS * LIMB_BITS))
+    whole = math.floor(max(decimal(amount), Fraction(0)) * (1 << LIMBS * LIMB_BITS))
     return [
         whole >> LIMB_BITS * (LIMBS - 1 - place) & (1 << LIMB_BITS) - 1 for place in range(LIMBS)
     ]
@@ -150,7 +150,9 @@ def _share_of(total: Tensor, amount: float) -> Tensor:
     """⌈amount · total⌉, int64 like `total`: a long multiplication of `limbs`, which reads no value."""
     low = (1 << LIMB_BITS) - 1
     upper, lower = total >> LIMB_BITS, total & low
-    carry, rest, following = 0, 0, 0
+    carry: Tensor | int = 0
+    rest: Tensor | int = 0
+    following = 0
     for limb in reversed(limbs(amount)):
         column = limb * lower + following * upper + carry
         rest = column & low | rest

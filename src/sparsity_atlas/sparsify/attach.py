@@ -21,8 +21,7 @@ from sparsity_atlas.sites.find import STORED, TENSORS, intercept, observe
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor
-    from transformers import PreTrainedModel
+    from torch import Tensor, nn
 
     from sparsity_atlas.criteria.base import Phase
     from sparsity_atlas.criteria.place import State
@@ -123,8 +122,9 @@ class Counter:
             NumericalFailure: a vector that counts held NaN or an infinity.
         """
         valid, self._valid = self._valid, None
-        zeros = [torch.stack(one).long() for one in self._zeros]  # each [slots, batch, tokens]
-        finite = [torch.stack(one) for one in self._finite]
+        assert valid is not None, "a batch is announced before it is run"
+        zeros = [_stack(one).long() for one in self._zeros]  # each [slots, batch, tokens]
+        finite = [_stack(one) for one in self._finite]
         zeros[0] = zeros[0] * valid
         finite[0] = finite[0] | ~valid
         whole = torch.stack([one.flatten(1).all(-1) for one in finite]).all(0)
@@ -134,6 +134,13 @@ class Counter:
         first, *later = zeros
         rest = torch.stack(later).squeeze(-1) if later else first.new_zeros(0, *first.shape[:2])
         return first, rest
+
+
+def _stack(counted: list[Tensor | None]) -> Tensor:
+    """What the slots counted in one pass, which ran through all of them."""
+    some = [one for one in counted if one is not None]
+    assert len(some) == len(counted), "a pass runs through all slots"
+    return torch.stack(some)
 
 
 def scored(values: Tensor) -> tuple[Tensor, Phase]:
@@ -198,7 +205,7 @@ def slots_of(ffns: list[FFN], site: str | None) -> list[Slot]:
 
 
 @contextlib.contextmanager
-def counted(model: PreTrainedModel, ffns: list[FFN]) -> Iterator[Counter]:
+def counted(model: nn.Module, ffns: list[FFN]) -> Iterator[Counter]:
     """Count exact zeros at every site of an untouched model."""
     counter = Counter(slots_of(ffns, None))
     # A threshold that drops nothing counts in one pass.
@@ -218,7 +225,7 @@ def counted(model: PreTrainedModel, ffns: list[FFN]) -> Iterator[Counter]:
 
 @contextlib.contextmanager
 def sparsified(
-    model: PreTrainedModel,
+    model: nn.Module,
     ffns: list[FFN],
     site: str,
     criterion: Criterion,
@@ -236,7 +243,7 @@ def sparsified(
 
 @contextlib.contextmanager
 def applied(
-    model: PreTrainedModel,
+    model: nn.Module,
     ffns: list[FFN],
     site: str,
     bound: Mapping[tuple[int, str], Criterion],
@@ -268,7 +275,7 @@ def applied(
 
 
 @contextlib.contextmanager
-def _passes(model: PreTrainedModel, counter: Counter) -> Iterator[None]:
+def _passes(model: nn.Module, counter: Counter) -> Iterator[None]:
     handle = model.register_forward_pre_hook(counter.begin_pass)
     try:
         yield

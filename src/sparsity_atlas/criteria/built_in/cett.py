@@ -31,6 +31,8 @@ class Cett(Quantile):
     sites = ("intermediate",)
     calibrated = True
     coarse_levels = ("0.05", "0.1", "0.2", "0.4")
+    _table: ErrorTable
+    _norms: Tensor
 
     def __init__(self) -> None:
         # Its layers have their own sparsities as it is.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 
@@ -26,7 +26,7 @@ class PromptMask(SequenceCriterion):
     kept share after the prompt, so that induced sparsity, counted over all tokens, is lower.
     """
 
-    sites = ("up", "gate", "intermediate")
+    sites: ClassVar[tuple[str, ...]] = ("up", "gate", "intermediate")
     dense_level = 1.0
     coarse_levels = ("0.8", "0.6", "0.4", "0.2")
 

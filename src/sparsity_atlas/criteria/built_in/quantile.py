@@ -34,6 +34,8 @@ class Quantile(Criterion):
     coarse_levels = ("0.2", "0.4", "0.6", "0.8")
     calibrated = True
     allocated = True
+    _state: dict[str, Tensor]
+    _share: np.ndarray | None
 
     def __init__(self, allocation: str = "uniform") -> None:
         if allocation not in ALLOCATIONS:

@@ -32,6 +32,7 @@ class ShiftedRelu(Quantile):
     sites = ("gate",)
     calibrated = True
     coarse_levels = ("0.5", "0.7", "0.9", "0.97")
+    _function: Callable[[Tensor], Tensor]
 
     def __init__(self) -> None:
         super().__init__()

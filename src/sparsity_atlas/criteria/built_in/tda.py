@@ -29,6 +29,7 @@ class Tda(PromptMask):
     calibrated = True
     dense_level = 0.0
     coarse_levels = ("0.05", "0.1", "0.2", "0.4")
+    _cett: Cett
 
     def calibrate(self, place: Place, sample: Sample) -> dict[str, Tensor]:
         """See `Criterion.calibrate`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from sparsity_atlas.criteria.base import ColumnWeighted
 from sparsity_atlas.criteria.built_in.topk import TopK
 
@@ -13,4 +15,11 @@ class Wina(ColumnWeighted, TopK):
     the other where several maps do. The level is the kept share, the same in every layer.
     """
 
-    sites = ("input", "intermediate", "all_inputs", "qkv_input", "o_input", "all_linear_inputs")
+    sites: ClassVar[tuple[str, ...]] = (
+        "input",
+        "intermediate",
+        "all_inputs",
+        "qkv_input",
+        "o_input",
+        "all_linear_inputs",
+    )
