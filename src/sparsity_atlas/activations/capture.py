@@ -33,7 +33,8 @@ from sparsity_atlas.files.journal import Journal
 from sparsity_atlas.files.whole import digest, locked, write_manifest
 from sparsity_atlas.models.bos import begins_with_bos
 from sparsity_atlas.models.devices import pick_device, pick_dtype
-from sparsity_atlas.models.manifest import check_sites, from_manifest, load, load_tokenizer
+from sparsity_atlas.models.loading import load, load_tokenizer
+from sparsity_atlas.models.manifest import check_sites, from_manifest
 from sparsity_atlas.models.memory import (
     ITEM_BYTES,
     MOST_HELD,
@@ -134,7 +135,7 @@ def capture(
 
     sites = [name for name in missing if name in ffns[0].sites()]
     stream = copy_stream(model.device)
-    recorded: deque[Future] = deque()
+    recorded: deque[Future[None]] = deque()
     # All of a part and its record.
     pending = PENDING if under_way == 1 else len(missing) * len(ffns) + 1
     with headless, Writer(pending, threads=min(PENDING, torch.get_num_threads())) as writer:
@@ -156,9 +157,9 @@ def capture(
                 name: str,
                 values: Tensor,
                 count: int = len(batches),
-                arrived: dict = arrived,
-                written: dict = written,
-                write: Callable = write,
+                arrived: dict[tuple[str, int], list[HostCopy]] = arrived,
+                written: dict[tuple[str, int], Future[int]] = written,
+                write: Callable[[int, str, list[HostCopy]], int] = write,
             ) -> None:
                 arrived[name, layer].append(HostCopy(values, stream))
                 # As soon as it is whole: a large model's part is one batch of one layer.
@@ -167,7 +168,9 @@ def capture(
                     written[name, layer] = writer.submit(write, layer, name, copies)
 
             def record(
-                before: list[Future], written: dict = written, end: int = start + len(rows)
+                before: list[Future[None]],
+                written: dict[tuple[str, int], Future[int]] = written,
+                end: int = start + len(rows),
             ) -> None:
                 # In order, also if more parts than these were under way.
                 for one in before:
@@ -187,8 +190,8 @@ def capture(
 
     for name in missing:
         checks = [record[name] for record in journal.records]
-        record = {"fingerprint": fingerprint, "dtype": dtype, "rows": part * positions}
-        store.finish(name, {**record, "blocks": checks})
+        about = {"fingerprint": fingerprint, "dtype": dtype, "rows": part * positions}
+        store.finish(name, {**about, "blocks": checks})
     store.sweep()
     journal.delete()
 

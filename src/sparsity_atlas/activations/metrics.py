@@ -84,9 +84,9 @@ def gini(magnitude: np.ndarray) -> np.ndarray:
     width = magnitude.shape[1]
     rank = 2 * np.arange(1, width + 1) - width - 1
     total = ordered.sum(1)
-    return np.divide(
-        ordered @ rank, width * total, out=np.full(len(total), np.nan), where=total > 0
-    )
+    found = np.full(len(total), np.nan)
+    np.divide(ordered @ rank, width * total, out=found, where=total > 0)
+    return found
 
 
 def hoyer(magnitude: np.ndarray) -> np.ndarray:
@@ -98,8 +98,10 @@ def hoyer(magnitude: np.ndarray) -> np.ndarray:
     wide = magnitude.astype(np.float64)
     l1, l2 = wide.sum(1), np.sqrt((wide**2).sum(1))
     root = np.sqrt(magnitude.shape[1])
-    ratio = np.divide(l1, l2, out=np.full(len(l1), np.nan), where=l2 > 0)
-    return (root - ratio) / (root - 1)
+    ratio = np.full(len(l1), np.nan)
+    np.divide(l1, l2, out=ratio, where=l2 > 0)
+    sparsity: np.ndarray = (root - ratio) / (root - 1)
+    return sparsity
 
 
 def layer_metrics(values: np.ndarray | Rows) -> dict[str, Any]:

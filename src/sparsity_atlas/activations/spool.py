@@ -68,10 +68,10 @@ class Writer:
 
     def __init__(self, pending: int, threads: int = 1) -> None:
         self._pending = pending
-        self._tasks: deque[Future] = deque()
+        self._tasks: deque[Future[Any]] = deque()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="writer")
 
-    def submit(self, task: Callable[..., Any], *arguments: Any) -> Future:
+    def submit(self, task: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Hand over a task; its result comes by the future."""
         while self._tasks and (self._tasks[0].done() or len(self._tasks) >= self._pending):
             self._tasks.popleft().result()

@@ -26,8 +26,10 @@ from sparsity_atlas.models.memory import CHUNK_BYTES
 
 # What Zarr and Blosc raise for metadata or a chunk that is not as it was written. A damaged size of a
 # chunk is a SystemError where it is negative, and a MemoryError where it is huge.
-_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, OSError, RuntimeError)
-_DAMAGE += (SystemError, MemoryError)
+_DAMAGE = (
+    *(ValueError, LookupError, TypeError, AttributeError, OSError, RuntimeError),
+    *(SystemError, MemoryError),
+)
 
 
 def layer_name(layer: int) -> str:
@@ -87,10 +89,11 @@ class Rows:
         chunk: rows that are stored together; reading multiples of it reads nothing twice.
     """
 
-    def __init__(self, array: zarr.Array) -> None:
+    def __init__(self, array: zarr.Array[Any]) -> None:
         self._array = array
-        self._dtype = array.attrs["dtype"]
-        self.shape: tuple[int, int] = array.shape
+        self._dtype = str(array.attrs["dtype"])
+        tokens, channels = array.shape
+        self.shape = (tokens, channels)
         self.chunk: int = array.chunks[0]
 
     def __getitem__(self, rows: slice) -> np.ndarray:
@@ -117,9 +120,12 @@ class ActivationStore:
     def complete(self, tensor: str) -> dict[str, Any] | None:
         """What `finish` recorded for a tensor; None if it is not complete."""
         try:
-            return dict(self.root[tensor].attrs).get("complete") if tensor in self.root else None
+            attributes: dict[str, Any] = (
+                dict(self.root[tensor].attrs) if tensor in self.root else {}
+            )
         except _DAMAGE as error:
             raise self._damaged(error) from None
+        return attributes.get("complete")
 
     def create(self, tensor: str, widths: list[int], tokens: int, chunk: int, dtype: str) -> None:
         """Make a tensor's arrays, without content, in place of any older ones.
@@ -169,7 +175,7 @@ class ActivationStore:
         """Layer, first row and soundness of each block."""
         rows = record["rows"]
         for layer in range(len(record["blocks"][0])):
-            array = self.root[tensor][layer_name(layer)]
+            array = self._array(tensor, layer)
             starts = range(0, array.shape[0], rows)
             for start, checksums in zip(starts, record["blocks"], strict=True):
                 values = np.ascontiguousarray(array[start : start + rows])
@@ -184,13 +190,13 @@ class ActivationStore:
     def put(self, tensor: str, layer: int, start: int, values: np.ndarray) -> int:
         """Write whole chunks of rows from `start` on; returns their CRC-32."""
         # What `create` chose is no part of an array's metadata. Looking for chunks of zeros takes time.
-        array = self.root[tensor][layer_name(layer)].with_config({"write_empty_chunks": True})
+        array = self._array(tensor, layer).with_config({"write_empty_chunks": True})
         array[start : start + len(values)] = values
         return zlib.crc32(np.ascontiguousarray(values).data)
 
     def put_ids(self, ids: np.ndarray) -> None:
         """Keep the token ids that the activations belong to; those that are there already stay."""
-        if "text/ids" in self.root and np.array_equal(self.root["text/ids"], ids):
+        if "text/ids" in self.root and np.array_equal(np.asarray(self.root["text/ids"]), ids):
             return  # another job may be reading them
         self.root.create_array(
             "text/ids",
@@ -219,9 +225,21 @@ class ActivationStore:
         """Declare a tensor complete."""
         self.root[tensor].attrs["complete"] = record
 
+    def _group(self, tensor: str) -> zarr.Group:
+        found = self.root[tensor]
+        if not isinstance(found, zarr.Group):
+            raise TypeError(f"'{tensor}' is an array, where its layers should be")
+        return found
+
+    def _array(self, tensor: str, layer: int) -> zarr.Array[Any]:
+        found = self._group(tensor)[layer_name(layer)]
+        if not isinstance(found, zarr.Array):
+            raise TypeError(f"'{tensor}', layer {layer}, is a group, where an array should be")
+        return found
+
     def layers(self, tensor: str) -> int:
         """Number of layers of a tensor."""
-        return len(list(self.root[tensor].array_keys()))
+        return len(list(self._group(tensor).array_keys()))
 
     def read(self, tensor: str, layer: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows of a layer as float32 (exact for every stored type), [rows, channel]."""
@@ -229,11 +247,11 @@ class ActivationStore:
 
     def rows(self, tensor: str, layer: int) -> Rows:
         """A layer's rows, without reading any."""
-        return Rows(self.root[tensor][layer_name(layer)])
+        return Rows(self._array(tensor, layer))
 
     def shape(self, tensor: str, layer: int) -> tuple[int, int]:
         """(tokens, channels) of a layer."""
-        return self.root[tensor][layer_name(layer)].shape
+        return self.rows(tensor, layer).shape
 
     def sweep(self) -> None:
         """Remove what a killed writer left of unfinished chunk files."""

@@ -78,18 +78,19 @@ def local_documents(path: Path, column: str) -> Iterator[str]:
                     yield _field(path, number, _short(path, number, line), column)
     except UnicodeDecodeError as error:
         raise AtlasError(f"texts: {path}: not UTF-8 ({error.reason})") from None
-    except (EOFError, OSError, *_own_errors(module)) as error:
+    except _unpacking_errors(module) as error:
         if module is None:
             raise
         raise AtlasError(f"texts: {path}: cannot be unpacked ({error})") from None
 
 
-def _own_errors(module: Any) -> tuple[type[Exception], ...]:
-    """What a module of `_COMPRESSED` raises beside Python's own errors."""
+def _unpacking_errors(module: Any) -> tuple[type[Exception], ...]:
+    """What reading raises by a module of `_COMPRESSED`: Python's own errors, and some of the module's."""
     import zlib
 
     names = ("LZMAError", "ZstdError")
-    return (zlib.error, *(getattr(module, name) for name in names if hasattr(module, name)))
+    own = (getattr(module, name) for name in names if hasattr(module, name))
+    return (EOFError, OSError, zlib.error, *own)
 
 
 def _short(path: Path, number: int, text: str) -> str:

@@ -14,6 +14,7 @@ of greedy the mean over the parameters that the entries meet, in each block by i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,7 +28,7 @@ from sparsity_atlas.criteria.level_table import TARGETS
 from sparsity_atlas.criteria.place import Place, state_name
 from sparsity_atlas.errors import NumericalFailure
 from sparsity_atlas.sites.block import Block, blocks
-from sparsity_atlas.sparsify.attach import dropping
+from sparsity_atlas.sparsify.attach import Drop, dropping
 from sparsity_atlas.studies.output_error import (
     dense_output,
     parts_of,
@@ -184,18 +185,17 @@ def single_losses(
     return found / ids[:, 1:].numel()
 
 
+def _without(drop: Drop, values: Tensor) -> Tensor:
+    return drop(values, values).out
+
+
 def block_error(block: Block, rules: Mapping[str, Criterion]) -> LayerError:
     """Mean over tokens of the relative error of a whole block's output, by each tensor's level."""
     dense = block.output({})
 
     def error(levels: Mapping[str, float]) -> float:
         drops = {name: dropping(_Fixed(rule, levels[name]), 0.0) for name, rule in rules.items()}
-        output = block.output(
-            {
-                name: lambda values, drop=drop: drop(values, values).out
-                for name, drop in drops.items()
-            }
-        )
+        output = block.output({name: partial(_without, drop) for name, drop in drops.items()})
         total, count = relative(dense.flatten(0, 1), output.flatten(0, 1))
         return total / count if count else 0.0
 

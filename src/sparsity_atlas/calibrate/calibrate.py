@@ -19,7 +19,8 @@ from sparsity_atlas.criteria import create, source_file
 from sparsity_atlas.criteria.calibration_file import write_calibration
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import read_manifest
-from sparsity_atlas.models.manifest import check_sites, from_manifest, load, load_tokenizer
+from sparsity_atlas.models.loading import load, load_tokenizer
+from sparsity_atlas.models.manifest import check_sites, from_manifest
 from sparsity_atlas.terms import TENSORS
 
 if TYPE_CHECKING:
@@ -56,10 +57,12 @@ class StoreSample:
             u, g = ffn.factors(x)
             if tensor == "intermediate":
                 values = ffn.intermediate(x)
-            elif tensor == "gate" and g is None:
+            elif tensor == "up":
+                values = u
+            elif g is None:
                 raise AtlasError(f"layer {ffn.layer}: this FFN has no gate")
             else:
-                values = u if tensor == "up" else g
+                values = g
         return values.float().to(self._place.device)
 
 
@@ -113,6 +116,7 @@ def seen_text(checkpoint: Checkpoint, store: ActivationStore, tokens: int) -> tu
     tokenizer = load_tokenizer(checkpoint)
     # As one text: a row's first word may begin with a space that decoding it alone would drop.
     content = tokenizer.decode(rows.flatten(), skip_special_tokens=True)
+    assert isinstance(content, str), "a list comes of several texts"
     return content, hashlib.sha256(rows.tobytes()).hexdigest()
 
 

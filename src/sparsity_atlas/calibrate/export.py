@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from sparsity_atlas.files.whole import (
     write_atomically,
     write_manifest,
 )
-from sparsity_atlas.models.manifest import check_sites, from_manifest, load
+from sparsity_atlas.models.loading import load
+from sparsity_atlas.models.manifest import check_sites, from_manifest
 
 
 def main() -> None:
@@ -78,7 +80,7 @@ def main() -> None:
             raise AtlasError(f"criteria: {type(criterion).__name__} has no thresholds to export")
         path = cli.folder_of(arguments.output) / level / "thresholds.safetensors"
         metadata = {"about": canonical({**about, "level": level})}
-        write_atomically(path, lambda file, t=tensors, m=metadata: save_file(t, file, m))
+        write_atomically(path, partial(save_file, tensors, metadata=metadata))
         shapes = {name: list(value.shape) for name, value in tensors.items()}
         write_manifest(path.with_suffix(".json"), {**about, "level": level, "tensors": shapes})
         written[level] = {"file": f"{level}/{path.name}", "sha256": file_digest(path)}

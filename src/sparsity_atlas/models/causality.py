@@ -34,7 +34,7 @@ def check_causal(model: nn.Module) -> None:
         AtlasError: it is not causal, or it cannot be run.
         NumericalFailure: its logits are not numbers, so that nothing can be told.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     known = [getattr(text, name, None) for name in POSITIONS]
     length = min([TOKENS, *(size for size in known if isinstance(size, int) and size > 1)])

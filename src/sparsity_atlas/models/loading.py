@@ -17,6 +17,7 @@ from sparsity_atlas.models.contents import small_fault
 from sparsity_atlas.models.devices import own_device, pick_device, pick_dtype
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -65,7 +66,16 @@ def load(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "auto") -
     if model.is_custom_code():
         with _one_line(checkpoint, "cannot make the model without its weights"):
             fill_buffers(model, trust_remote_code=checkpoint.trust_remote_code)
-    return model.to(target).eval()
+    ready: PreTrainedModel = model.to(target).eval()
+    return ready
+
+
+def moved(model: PreTrainedModel, *where: torch.device | torch.dtype | str) -> PreTrainedModel:
+    """The model itself, after `model.to(*where)`."""
+    # transformers wraps `to` so that type checkers take it for a function that wants the model.
+    to: Any = model.to
+    to(*where)
+    return model
 
 
 def _check_declared_types(checkpoint: Checkpoint) -> None:
@@ -93,9 +103,10 @@ def blank(checkpoint: Checkpoint) -> PreTrainedModel:
 
     with _one_line(checkpoint, "cannot make the model without its weights"):
         config = AutoConfig.from_pretrained(checkpoint.folder, **_options(checkpoint))
-        return AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, trust_remote_code=checkpoint.trust_remote_code
         )
+    return model
 
 
 def load_tokenizer(

@@ -26,7 +26,8 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     everything = {id(one): one for one in model.parameters()}
     used = {id(one) for one in _reached(model)}
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    ask = getattr(model, "get_output_embeddings", None)
+    head = None if ask is None else ask()
     tables.add(id(getattr(head, "weight", None)))
     sizes = {key: one.numel() for key, one in everything.items() if key in used}
     return {

@@ -87,7 +87,11 @@ class _Lookups(TorchDispatchMode):
         self.found: list[int] = []
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         for rows, index in _looked_up(func.overloadpacket.__name__, args):
             first = _first_of_consecutive(index)
@@ -97,7 +101,7 @@ class _Lookups(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _looked_up(name: str, args: tuple) -> Iterator[tuple[int, Tensor]]:
+def _looked_up(name: str, args: tuple[Any, ...]) -> Iterator[tuple[int, Tensor]]:
     """Tables of an operation, as their number of rows and what is looked up in them."""
     match name:
         case "embedding":

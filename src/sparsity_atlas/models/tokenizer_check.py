@@ -88,7 +88,7 @@ def check_tokenizer(
         unknown = _unknown(tokenizer)
         found = _changes(
             lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
-            lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False),
+            lambda ids: str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)),
             vocabulary,
             unknown,
         )
@@ -103,7 +103,7 @@ def check_tokenizer(
             f", and breaks {len(found.faults) - 1} other texts" if len(found.faults) > 1 else ""
         )
         advice = "; a folder with one that works can be named by `tokenizer` in the model's entry"
-        if differs and not file.faults:
+        if file is not None and differs and not file.faults:
             advice = (
                 "; tokenizer.json by itself does not: transformers replaces a part of it, unless "
                 "tokenizer_config.json says tokenizer_class: TokenizersBackend"
@@ -191,7 +191,7 @@ def _changes(
         found.ids.append(ids)
         back = decode(ids)
         has_unknown = unknown is not None and vocabulary.get(unknown) in ids
-        if has_unknown:
+        if unknown is not None and has_unknown:
             back = back.replace(unknown, "")
         if back != text:
             _compare(text, back, alphabet, has_unknown, found)

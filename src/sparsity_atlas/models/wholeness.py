@@ -173,7 +173,7 @@ def is_constant(tensor: Tensor) -> bool:
     # base ** (-2 i / width), in the 16 bits of an old file at worst.
     ratios = row[1:] / row[:-1]
     falling = bool((row > 0).all() and (ratios < 1).all())
-    return falling and row[0] == 1 and bool(((ratios / ratios[0] - 1).abs() < 0.02).all())
+    return falling and bool(row[0] == 1) and bool(((ratios / ratios[0] - 1).abs() < 0.02).all())
 
 
 def not_finite(model: PreTrainedModel) -> str | None:

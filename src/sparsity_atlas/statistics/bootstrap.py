@@ -79,12 +79,13 @@ class TaskSamples:
     @property
     def failed(self) -> np.ndarray:
         """[L] bool: the level has a NaN or inf."""
-        return ~np.isfinite(self.value).all(axis=1)
+        failed: np.ndarray = ~np.isfinite(self.value).all(axis=1)
+        return failed
 
     @property
     def items(self) -> int:
         """Number of samples."""
-        return self.value.shape[1]
+        return int(self.value.shape[1])
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ class Estimates:
         """
         dense = self.dense_value[:, None]
         if self.kind == "loss":
-            return self.value - dense
+            added: np.ndarray = self.value - dense
+            return added
         ratio = np.ones_like(self.value)
         np.divide(self.value, dense, out=ratio, where=dense != 0)
         return ratio
@@ -188,7 +190,8 @@ def average(tasks: list[Estimates]) -> Estimates:
     rows = min(len(task.value) for task in tasks)
 
     def mean(name: str) -> np.ndarray:
-        return np.mean([getattr(task, name)[:rows] for task in tasks], axis=0)
+        found: np.ndarray = np.mean([getattr(task, name)[:rows] for task in tasks], axis=0)
+        return found
 
     return Estimates(
         task=AVERAGE,
@@ -237,8 +240,8 @@ def interval(value: float, replicates: np.ndarray) -> tuple[float, float]:
         return math.nan, math.nan
     low, high = percentile_interval(ordered)
     return (
-        _round_down(min(low, value), _spread(ordered, 0.025)),
-        -_round_down(-max(high, value), _spread(ordered, 0.975)),
+        _round_down(min(float(low), value), _spread(ordered, 0.025)),
+        -_round_down(-max(float(high), value), _spread(ordered, 0.975)),
     )
 
 

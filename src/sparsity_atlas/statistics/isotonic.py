@@ -21,7 +21,8 @@ def pool_ties(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     starts[:, 1:] = x[:, 1:] != x[:, :-1]
     group = np.cumsum(starts.ravel()) - 1
     means = np.bincount(group, weights=y.ravel()) / np.bincount(group)
-    return means[group].reshape(rows, width)
+    fitted: np.ndarray = means[group].reshape(rows, width)
+    return fitted
 
 
 def nonincreasing_fit(y: np.ndarray) -> np.ndarray:

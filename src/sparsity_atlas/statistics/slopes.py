@@ -88,7 +88,7 @@ def _propagated(points: Sequence[SizePoint], weight: np.ndarray) -> float:
     """Half-width that the points' intervals give; points without one add nothing."""
     halves = [
         0.0
-        if point.low is None or point.high is None
+        if point.value is None or point.low is None or point.high is None
         else max(point.value - point.low, point.high - point.value)
         for point in points
     ]
@@ -111,7 +111,7 @@ class Scaling:
     def __init__(self, families: dict[str, str]) -> None:
         """Begin without points; `families` are by model."""
         self._families = families
-        self._groups: dict[tuple, list[SizePoint]] = {}
+        self._groups: dict[tuple[Any, ...], list[SizePoint]] = {}
 
     def add(self, row: dict[str, Any]) -> None:
         """Take one row of critical_sparsity.csv."""

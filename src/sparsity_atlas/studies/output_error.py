@@ -20,7 +20,8 @@ from sparsity_atlas.criteria import check_level, create
 from sparsity_atlas.criteria.calibration_file import read_calibration
 from sparsity_atlas.criteria.level_arguments import add_levels, levels_of
 from sparsity_atlas.files.parquet import write_parquet
-from sparsity_atlas.models.manifest import from_manifest, load
+from sparsity_atlas.models.loading import load
+from sparsity_atlas.models.manifest import from_manifest
 from sparsity_atlas.terms import TENSORS
 
 if TYPE_CHECKING:
@@ -121,13 +122,14 @@ def sparse_output(
         return dense_output(ffn, drop(part, x, x), part), zeros, entries
     if part in ("input", "all_inputs"):
         x = drop("input", x, x)
-    u, g = ffn.factors(x) if part in ("up", "gate") else (None, None)
     i = ffn.intermediate(x)
     # Dropping an entry of a factor drops the same entry of the product.
     match part:
         case "up":
-            i = drop(part, u, i)
+            i = drop(part, ffn.factors(x)[0], i)
         case "gate":
+            _, g = ffn.factors(x)
+            assert g is not None, "a site of gated FFNs alone"
             i = drop(part, g, i)
         case "intermediate" | "all_inputs":
             i = drop("intermediate", i, i)

@@ -25,7 +25,8 @@ from sparsity_atlas.errors import AtlasError, NumericalFailure
 from sparsity_atlas.files.journal import Journal
 from sparsity_atlas.files.parquet import write_parquet
 from sparsity_atlas.files.whole import digest, file_digest
-from sparsity_atlas.models.manifest import from_manifest, load
+from sparsity_atlas.models.loading import load
+from sparsity_atlas.models.manifest import from_manifest
 from sparsity_atlas.statistics.bootstrap import TaskSamples, estimate, interval
 from sparsity_atlas.terms import TENSORS
 
@@ -72,9 +73,9 @@ def numbers(
         replicates: of the bootstrap.
         seed: of the bootstrap.
     """
-    whole = [one for one in passes if one is not None and dense is not None]
+    whole = [one for one in passes if one is not None]
     found: Iterator[tuple[float, ...]] = iter(())
-    if whole:
+    if whole and dense is not None:
         nats, zeros = (np.array(column) for column in zip(*whole, strict=True))
         weight = np.full(nats.shape[1], positions - 1)
         entries = np.full(nats.shape, positions * width)
@@ -136,7 +137,7 @@ def passes(
     return [_pass(record) for record in journal.records]
 
 
-def _pass(record: dict[str, list] | None) -> Pass | None:
+def _pass(record: dict[str, list[Any]] | None) -> Pass | None:
     from sparsity_atlas.studies.single_layer import Pass
 
     if record is None:

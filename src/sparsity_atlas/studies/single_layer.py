@@ -6,15 +6,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsity_atlas.errors import NumericalFailure
 from sparsity_atlas.models import head
 from sparsity_atlas.sparsify.attach import Counter, applied
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from sparsity_atlas.criteria.base import Criterion
     from sparsity_atlas.sites.find import FFN
 
@@ -30,7 +28,7 @@ class Pass(NamedTuple):
     zeros: np.ndarray
 
 
-def run(model: PreTrainedModel, ids: Tensor, batch: int, counter: Counter | None = None) -> Pass:
+def run(model: nn.Module, ids: Tensor, batch: int, counter: Counter | None = None) -> Pass:
     """Run sequences through a model as it is.
 
     Args:
