@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +25,12 @@ from sparsity_atlas.evaluation.outcome import check_measured, headline, sample_r
 from sparsity_atlas.evaluation.samples import SCHEMA, SampleTable, read_samples
 from sparsity_atlas.files.journal import Journal
 from sparsity_atlas.files.whole import canonical, digest, locked, write_manifest
-from sparsity_atlas.models.manifest import check_sites, from_manifest, load, load_tokenizer
+from sparsity_atlas.models.loading import load, load_tokenizer
+from sparsity_atlas.models.manifest import check_sites, from_manifest
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from lm_eval.api.task import Task
 
     from sparsity_atlas.criteria import Criterion
     from sparsity_atlas.lm.model import AtlasLM
@@ -220,7 +223,7 @@ def evaluate_node(
         for name, task in session.tasks.items():
             fingerprint = {
                 **identity,
-                "task": task.identity_with(lambda name=name: session.prepared(name).leaves),
+                "task": task.identity_with(partial(_leaves, session, name)),
             }
             key = digest(fingerprint)
             journal_path = folder / f"{name}.journal"
@@ -254,6 +257,10 @@ def _manifest(session: Session, node: Node | None, table: SampleTable) -> dict[s
         "tasks": results,
         **({"data": data} if data else {}),
     }
+
+
+def _leaves(session: Session, name: str) -> Mapping[str, Task]:
+    return session.prepared(name).leaves
 
 
 def _run(

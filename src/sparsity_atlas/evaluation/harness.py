@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
@@ -29,7 +29,8 @@ from sparsity_atlas.lm.prompts import PromptSettings
 from sparsity_atlas.lm.usage import Usage
 from sparsity_atlas.models import head
 from sparsity_atlas.models.causality import check_causal
-from sparsity_atlas.models.manifest import check_sites, load, load_tokenizer, resolve
+from sparsity_atlas.models.loading import load, load_tokenizer
+from sparsity_atlas.models.manifest import check_sites, resolve
 from sparsity_atlas.models.memory import Sizes
 from sparsity_atlas.models.positions import check_positions
 from sparsity_atlas.models.tokenizer_check import check_tokenizer, embedding_rows
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
     from sparsity_atlas.criteria import Criterion
     from sparsity_atlas.models.checkpoint import Checkpoint
     from sparsity_atlas.sparsify.attach import Counter
+
+
+Answer = TypeVar("Answer")
 
 
 class _Memory:
@@ -130,9 +134,11 @@ class HarnessLM(AtlasLM):
         states = self._calibration.states if self._calibration else None
         return sparsified(self.model, self._ffns, site, self._rule, level, states)
 
-    def _run(self, kind: str, requests: list[Instance], answer: Callable) -> Any:
+    def _run(
+        self, kind: str, requests: list[Instance], answer: Callable[[list[Instance]], list[Answer]]
+    ) -> list[Answer]:
         if self._calibration is not None:
-            documents: dict[str, list[dict]] = {}
+            documents: dict[str, list[dict[str, Any]]] = {}
             for request in requests:
                 documents.setdefault(request.task_name, []).append(request.doc)
             for task, own in documents.items():
@@ -211,6 +217,7 @@ def _rule(arguments: Arguments, spec: dict[str, Any]) -> Criterion:
         AtlasError: it is not.
     """
     rule = create(spec)
+    assert arguments.level is not None, "`Arguments` wants one beside a criterion"
     check_level(rule, arguments.level)
     name, site = arguments.criterion, arguments.site
     if rule.sites and site not in rule.sites:

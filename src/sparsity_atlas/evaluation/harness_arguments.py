@@ -14,9 +14,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, Valida
 from pydantic import model_validator as check_model
 
 from sparsity_atlas.config.findings import explain
-from sparsity_atlas.config.schema import Site
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.spelling import Level, Revision
+from sparsity_atlas.terms import Site
 
 _QUANTISED = "quantised checkpoints are not supported"
 _ONE_DEVICE = "the model runs on one device; choose it by CUDA_VISIBLE_DEVICES"

@@ -135,6 +135,7 @@ def search(
         for task in usable
     }
     dense = read_scores(dense_folder, metrics)
+    assert dense is not None, "of tasks that did not fail"
     if not any(kind == "loss" for kind, _ in metrics.values()) and not sum(dense.values()):
         return _nothing("the dense model scores 0 on every task")
     rule = create(criterion)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 from unittest.mock import patch
 
 import jinja2
@@ -45,12 +45,11 @@ def asks_for_date(template: str) -> bool:
 @contextmanager
 def on(date: str) -> Iterator[None]:
     """While it lasts, templates take `date` (ISO, at midnight) for now."""
-    moment = datetime.datetime.fromisoformat(date)
 
     class Standing(datetime.datetime):
         @classmethod
-        def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:
-            return moment
+        def now(cls, tz: datetime.tzinfo | None = None) -> Self:
+            return cls.fromisoformat(date)
 
     # transformers gives templates its own clock, and no argument can replace it.
     with patch.object(chat_template_utils, "datetime", Standing):

@@ -33,8 +33,8 @@ def lm_eval_batches(pairs: list[Pair], batch_size: int, *, rolling: bool) -> lis
     for start in range(0, len(pairs), step):
         requests = [(number, *pairs[number]) for number in range(len(pairs))[start : start + step]]
         rows: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for number, *pair in requests:
-            rows[run_tokens(pair)].append(number)
+        for number, context, continuation in requests:
+            rows[run_tokens((context, continuation))].append(number)
         collator = Collator(
             requests,
             sort_fn=lambda request: (-len(request[1] + request[2]), (*request[1], *request[2])),

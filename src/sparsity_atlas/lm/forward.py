@@ -105,7 +105,7 @@ def before_head(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
         return model.forward(ids, **options).logits
     seen: list[Tensor] = []
 
-    def stop(module: nn.Module, arguments: tuple) -> None:
+    def stop(module: nn.Module, arguments: tuple[Any, ...]) -> None:
         seen.append(arguments[0])
         raise _Enough
 

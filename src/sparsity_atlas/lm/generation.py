@@ -95,7 +95,7 @@ class GeneratingLM(PromptLM):
         self._counter.expect(mask, generates=True)
         # transformers' own classes see to it by themselves.
         with torch.no_grad(), head.shown_the_last(self.model):
-            output = self.model.generate(
+            output: Tensor = self.model.generate(
                 input_ids=context,
                 max_length=max_length,
                 stopping_criteria=StoppingCriteriaList([*stops, watch]),

@@ -94,7 +94,9 @@ class CacheWatch:
         self._task = task
         self._prompt = True
 
-    def __call__(self, model: torch.nn.Module, arguments: tuple, options: dict[str, Any]) -> None:
+    def __call__(
+        self, model: torch.nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
         """Look at what the model is fed.
 
         Raises:

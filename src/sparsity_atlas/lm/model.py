@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from sparsity_atlas.files.journal import Journal
     from sparsity_atlas.lm.longest import Memory
     from sparsity_atlas.lm.work import Encoding, Work
     from sparsity_atlas.models.memory import Sizes
@@ -40,6 +40,15 @@ SLOWER = {
     "selects": "logits of whole batches are computed at once, since the head cannot be shown a few tokens",
     "follows": "batches are lm-eval's own, since the model's numbers follow the longest sequence",
 }
+
+
+class Records(Protocol):
+    """What finished batches left, in order: a `Journal`, or what lasts as long as the process."""
+
+    records: list[Any]
+
+    def append(self, record: Any) -> None:
+        """Add what a batch left."""
 
 
 class AtlasLM(GeneratingLM):
@@ -150,7 +159,7 @@ class AtlasLM(GeneratingLM):
             cli.logger.info("%s: %s", SLOWER[name], why)
             self._told.add(name)
 
-    def start(self, journal: Journal, counter: Counter, work: Work) -> None:
+    def start(self, journal: Records, counter: Counter, work: Work) -> None:
         """Begin a task: answer from `journal` what it holds, compute and record the rest.
 
         Raises:
@@ -215,7 +224,7 @@ class AtlasLM(GeneratingLM):
     def _answers(self, kind: str, count: int) -> list[tuple[float, bool]]:
         answers: list[tuple[float, bool]] = [(0.0, False)] * count
         for batch in self._work.batches[kind]:
-            record = self._batch(lambda batch=batch: self._score(batch))
+            record = self._batch(partial(self._score, batch))
             self.usage.add_scored(batch, record)
             found = zip(record["scores"], record["greedy"], strict=True)
             for number, answer in zip(batch.requests, found, strict=True):
@@ -241,7 +250,8 @@ class AtlasLM(GeneratingLM):
 
     def _model_call(self, inps: Tensor, *_: Any, **options: Any) -> Tensor:
         with torch.no_grad():
-            return self.model(inps, **options).logits
+            logits: Tensor = self.model(inps, **options).logits
+        return logits
 
     # Generation
 
@@ -253,7 +263,7 @@ class AtlasLM(GeneratingLM):
             batch = [requests[index] for index in prompts]
             # Sampling must not depend on where an earlier run was cut.
             seed = self._replayed
-            record = self._batch(lambda batch=batch, seed=seed: self.generate(batch, seed))
+            record = self._batch(partial(self.generate, batch, seed))
             lengths = [self._work.lengths[index] for index in prompts]
             self.usage.add_generated([owners[index] for index in prompts], lengths, record)
             for index, text in zip(prompts, record["texts"], strict=True):

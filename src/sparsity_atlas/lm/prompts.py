@@ -144,7 +144,8 @@ class PromptLM(HFLM):
     def padding_id(self) -> int:
         """What stands where a batch's row has no token; the tokenizer's, unless it has none."""
         if not self._lacks_padding:
-            return self.tokenizer.pad_token_id
+            padding: int = self.tokenizer.pad_token_id
+            return padding
         # What follows an end token is cut with it; where there is none, rows end at a stop string.
         return self.eot_token_id or 0
 
@@ -169,7 +170,10 @@ class PromptLM(HFLM):
         if add_special_tokens is None and super().prefix_token_id is None:
             # There is no BOS that the text could begin with.
             add_special_tokens = self.add_bos_token is not False
-        return super().tok_encode(string, add_special_tokens, left_truncate_len, **options)
+        tokens: list[int] = super().tok_encode(
+            string, add_special_tokens, left_truncate_len, **options
+        )
+        return tokens
 
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str | None:
         """The text of token ids; see `HFLM.tok_decode`. None for no token: there is no end token."""
@@ -195,7 +199,8 @@ class PromptLM(HFLM):
         for request in requests:
             if request.args[0] == "":
                 self._check_alone(request)
-        return super().loglikelihood(requests, disable_tqdm=True)
+        pairs: list[Encoding] = super().loglikelihood(requests, disable_tqdm=True)
+        return pairs
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
@@ -259,6 +264,7 @@ class PromptLM(HFLM):
             self._no_system = None  # said once
         try:
             with chat.on(self.prompts.chat_date):
-                return super().apply_chat_template(chat_history, add_generation_prompt)
+                prompt: str = super().apply_chat_template(chat_history, add_generation_prompt)
         except chat.REFUSALS as error:
             raise chat.refused(error) from None
+        return prompt

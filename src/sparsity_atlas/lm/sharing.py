@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -115,7 +116,7 @@ def _prove(model: PreTrainedModel, tokens: list[int]) -> Proof:
         expected = [one for batch in plain for one in _hidden(model, batch).items()]
         wanted = {ends[number]: states for number, states in expected}
         for masks in _ways(model, length):
-            tried = _fault(lambda masks=masks: _sharing(model, shared, wanted, masks))
+            tried = _fault(partial(_sharing, model, shared, wanted, masks))
             if tried is None:
                 return Proof(length, masks)
             fault = tried

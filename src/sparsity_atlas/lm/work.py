@@ -101,7 +101,10 @@ def arrange(
             pieces = [(i, *window) for i, windows in enumerate(parts) for window in windows]
             counted = [True] * len(pieces)
         else:
-            pieces = [(i, *pair) for i, pair in enumerate(encodings[kind])]
+            pieces = [
+                (i, context, continuation)
+                for i, (context, continuation) in enumerate(encodings[kind])
+            ]
             counted = _first_of_equals(encodings[kind])
             for owner, (context, continuation) in zip(owners, encodings[kind], strict=True):
                 lost = len(context) + len(continuation) - (limits.max_length + 1)

@@ -247,7 +247,11 @@ def _computes(call: ast.Call, tree: ast.AST, named: dict[str, list[Path]]) -> bo
     texts, names = _parts(call)
     if isinstance(call.func, ast.Name):
         names.discard(call.func.id)
-    elif isinstance(call.func.value, ast.Name) and call.func.value.id in _imported(tree):
+    elif (
+        isinstance(call.func, ast.Attribute)
+        and isinstance(call.func.value, ast.Name)
+        and call.func.value.id in _imported(tree)
+    ):
         names.discard(call.func.value.id)  # a module's function
     seen: set[str] = set()
     while names - seen:

@@ -97,7 +97,8 @@ def _describe(value: Any, inside: tuple[int, ...]) -> Any:
         return ["function", _mark(value), inner(around), inner(defaults)]
     if inspect.isclass(value) or inspect.isbuiltin(value):
         return ["code", _mark(value)]
-    if type(value).__repr__ is object.__repr__ or is_dataclass(value):
+    shown: object = type(value).__repr__
+    if shown is object.__repr__ or is_dataclass(value):
         return ["object", _mark(type(value)), inner(getattr(value, "__dict__", None))]
     return ["other", type(value).__qualname__, _ADDRESS.sub("", repr(value))]
 

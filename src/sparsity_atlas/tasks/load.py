@@ -130,7 +130,8 @@ def _load(name: str, entry: dict[str, Any], seed: int) -> LoadedTask:
 @functools.cache
 def _defaults() -> dict[str, Entry]:
     """lm-eval's own tasks. Eight seconds: it reads every YAML. Only for runs that use one of them."""
-    return TaskIndex.build([Path(lm_eval.tasks.__file__).parent])
+    index: dict[str, Entry] = TaskIndex.build([Path(lm_eval.tasks.__file__).parent])
+    return index
 
 
 def _index(entry: dict[str, Any], lm_eval_name: str) -> dict[str, Entry]:
@@ -142,9 +143,11 @@ def _index(entry: dict[str, Any], lm_eval_name: str) -> dict[str, Entry]:
     include = entry.get("include")
     if include is not None and not os.path.isdir(include):
         raise TaskFailure(f"include: {include}: no such folder")
-    own = TaskIndex.build([Path(include)]) if include is not None else {}
-    if lm_eval_name in own and local_files.members(include, lm_eval_name) <= own.keys():
-        return own
+    own: dict[str, Entry] = {}
+    if include is not None:
+        own = TaskIndex.build([Path(include)])
+        if lm_eval_name in own and local_files.members(include, lm_eval_name) <= own.keys():
+            return own
     index = {**_defaults(), **own}
     if lm_eval_name not in index:
         if include is not None:

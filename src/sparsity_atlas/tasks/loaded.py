@@ -52,7 +52,8 @@ class LoadedTask:
     @property
     def leaves(self) -> dict[str, Task]:
         """lm-eval's tasks by name; one unless this is a group."""
-        return self.contents["tasks"]
+        leaves: dict[str, Task] = self.contents["tasks"]
+        return leaves
 
     @property
     def data(self) -> dict[str, str]:

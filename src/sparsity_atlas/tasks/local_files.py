@@ -224,7 +224,9 @@ def _named_members(members: Any, *, written_out: bool = True) -> list[str]:
         members: the value of its key `task`.
         written_out: whether those count that the list gives all settings of.
     """
-    found, seen, waiting = [], set(), [members] if isinstance(members, list) else []
+    found: list[str] = []
+    seen: set[int] = set()
+    waiting: list[Any] = [members] if isinstance(members, list) else []
     while waiting:
         one = waiting.pop()
         if isinstance(one, str):

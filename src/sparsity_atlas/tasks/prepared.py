@@ -73,12 +73,12 @@ class PreparedTask:
 
     def process_results(self, document: dict[str, Any], results: Any) -> dict[str, Any]:
         """A document's metrics, which are kept."""
-        found = self._task.process_results(document, results)
+        found: dict[str, Any] = self._task.process_results(document, results)
         next(reversed(self.metrics.values())).append(found)
         return found
 
 
-def _remembered(method: Callable, documents: list[dict[str, Any]]) -> Callable:
+def _remembered(method: Callable[..., Any], documents: list[dict[str, Any]]) -> Callable[..., Any]:
     """A task's reading of its documents, each done once: a template is compiled every time."""
     known: dict[int, Any] = {}
     ours = {id(document) for document in documents}
@@ -116,7 +116,8 @@ class Prepared:
     @property
     def leaves(self) -> dict[str, PreparedTask]:
         """lm-eval's tasks by name."""
-        return self.contents["tasks"]
+        leaves: dict[str, PreparedTask] = self.contents["tasks"]
+        return leaves
 
 
 def prepare(lm: AtlasLM, task: LoadedTask, *, seed: int, share: bool = True) -> Prepared:
@@ -201,9 +202,9 @@ def _with(gen_kwargs: dict[str, Any], request: Instance) -> Instance:
 
 def _hash(document: dict[str, Any]) -> str:
     """The hash of a document that lm-eval logs."""
-    return hash_string(
-        json.dumps(document, indent=2, default=handle_non_serializable, ensure_ascii=False)
-    )
+    text = json.dumps(document, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    digest: str = hash_string(text)
+    return digest
 
 
 def _cluster(task: LoadedTask, document: dict[str, Any]) -> str | None:

@@ -56,7 +56,7 @@ class Row:
     doc_id: int
     idx: int
     repeats: int
-    arguments: tuple
+    arguments: tuple[Any, ...]
     encoding: tuple[list[int], ...]
 
 
@@ -117,8 +117,8 @@ def read(made_of: dict[str, Any]) -> list[Row] | None:
         return None
     columns = [table[name].to_pylist() for name in SCHEMA.names]
     return [
-        Row(*plain, tuple(json.loads(arguments)), tuple(encoding))
-        for *plain, arguments, encoding in zip(*columns, strict=True)
+        Row(leaf, kind, doc_id, idx, repeats, tuple(json.loads(arguments)), tuple(encoding))
+        for leaf, kind, doc_id, idx, repeats, arguments, encoding in zip(*columns, strict=True)
     ]
 
 

@@ -63,25 +63,26 @@ def _prefer(available: list[str]) -> str | None:
     return next((key for name in PREFERRED if (key := _find(name, available))), None)
 
 
-def sample_values(task: str, key: str, metrics: Iterable[Any]) -> list[float]:
+def sample_values(task: str, key: str | None, metrics: Iterable[Any]) -> list[float]:
     """A metric of each sample.
 
     Args:
         task: name in the configuration.
-        key: `metric,filter`.
+        key: `metric,filter`, which every accuracy has.
         metrics: the column of the sample table.
 
     Raises:
         TaskFailure: some documents lack it, or it is no number there; or all do: lm-eval computes it from
             all samples together (such as a correlation).
     """
-    found = [dict(one).get(key) for one in metrics]
-    lacking = found.count(None)
+    values = [dict(one).get(key) for one in metrics]
+    found = [one for one in values if one is not None]
+    lacking = len(values) - len(found)
     if lacking:
         why = (
             "is no mean over samples; choose one that is, such as acc"
-            if lacking == len(found)
-            else f"is missing in {lacking} of {len(found)} documents; choose one that all of them have"
+            if not found
+            else f"is missing in {lacking} of {len(values)} documents; choose one that all of them have"
         )
         raise TaskFailure(f"tasks.{task}: metric: '{key}' {why}")
     wild = sum(not math.isfinite(value) for value in found)
@@ -105,5 +106,7 @@ def pooled_score(task: str, kind: Kind, key: str | None, rows: list[dict[str, An
         TaskFailure: see `sample_values`.
     """
     if kind == "loss":
-        return sum(row["nats"] for row in rows) / sum(row["predicted"] for row in rows)
+        nats: float = sum(row["nats"] for row in rows)
+        predicted: int = sum(row["predicted"] for row in rows)
+        return nats / predicted
     return sum(sample_values(task, key, (row["metrics"] for row in rows))) / len(rows)
