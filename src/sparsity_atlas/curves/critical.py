@@ -149,13 +149,13 @@ def _has_value(estimates: Estimates) -> bool:
     if estimates.kind == "loss":
         return True
     if estimates.chance is None or len(dense) == 1:
-        return dense[0] > (estimates.chance or 0.0)
-    return percentile_interval(dense[1:])[0] > estimates.chance
+        return bool(dense[0] > (estimates.chance or 0.0))
+    return bool(percentile_interval(dense[1:])[0] > estimates.chance)
 
 
 def _row(estimates: Estimates, scores: Scores | None, bar: float) -> CriticalRow:
     dense_value = float(estimates.dense_value[0])
-    common = dict(
+    common: dict[str, Any] = dict(
         task=estimates.task,
         kind=estimates.kind,
         bar=bar,
@@ -189,7 +189,7 @@ def _row(estimates: Estimates, scores: Scores | None, bar: float) -> CriticalRow
         relation = ">=" if crossing[0] > 0 else "<"
     above = scores.raw[0] >= threshold - TOLERANCE
     first, _ = first_crossing(scores.x[:1], scores.raw[:1], threshold)
-    found = {
+    found: dict[str, Any] = {
         **{"value": value, "relation": relation},
         **_interval(crossing, value, smallest, largest),
     }

@@ -40,7 +40,7 @@ class NodeSamples:
 
     def ok(self, task: str) -> bool:
         """Whether the task ran without NaN and infinity."""
-        return self.manifest["tasks"][task]["status"] == "ok"
+        return bool(self.manifest["tasks"][task]["status"] == "ok")
 
     def fail(self, task: str, reason: str) -> None:
         """Take a task for failed that ran, where its metric cannot be read."""
@@ -69,7 +69,8 @@ class NodeSamples:
         Raises:
             AtlasError: the manifest is of a release that did not say.
         """
-        return self._said(self.manifest["tasks"][task], "cut")
+        cut: dict[str, int] = self._said(self.manifest["tasks"][task], "cut")
+        return cut
 
     def _said(self, content: dict[str, Any], key: str) -> Any:
         if key not in content:
@@ -93,8 +94,11 @@ class NodeSamples:
 
     def entries(self, rows: pa.Table, counts: np.ndarray | int = 1) -> np.ndarray:
         """Entries of each sample at the site, int64 [rows]; `counts` as in `zeros`."""
-        tokens = rows["prefill_tokens"].to_numpy() + rows["generation_tokens"].to_numpy()
-        return tokens * int((self._widths * counts).sum())
+        tokens: np.ndarray = (
+            rows["prefill_tokens"].to_numpy() + rows["generation_tokens"].to_numpy()
+        )
+        entries: np.ndarray = tokens * int((self._widths * counts).sum())
+        return entries
 
 
 def task_samples(
@@ -161,7 +165,7 @@ def task_samples(
     )
 
 
-def _identity(rows: pa.Table) -> list[tuple]:
+def _identity(rows: pa.Table) -> list[tuple[Any, ...]]:
     return list(
         zip(*(rows[name].to_pylist() for name in ("leaf", "doc_id", "doc_hash")), strict=True)
     )
@@ -169,7 +173,8 @@ def _identity(rows: pa.Table) -> list[tuple]:
 
 def _values(task: str, rows: pa.Table, kind: Kind, key: str | None) -> np.ndarray:
     if kind == "loss":
-        return rows["nats"].to_numpy()
+        nats: np.ndarray = rows["nats"].to_numpy()
+        return nats
     return np.array(sample_values(task, key, rows["metrics"].to_pylist()))
 
 

@@ -10,7 +10,7 @@ draw the same samples in the same replicate (`bootstrap.estimate`), so that thei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,7 +46,8 @@ SCHEMA = pa.schema(
 )
 
 
-_SCALES = {
+_Scale = Callable[[np.ndarray], np.ndarray]
+_SCALES: dict[str, tuple[_Scale, _Scale]] = {
     "accuracy": (lambda fit: fit, lambda value: value),
     # The fit of a loss is the negative added loss.
     "loss": (
@@ -71,12 +72,12 @@ def read_between(x: np.ndarray, y: np.ndarray, at: Sequence[float]) -> np.ndarra
     usable &= np.logical_and.accumulate(usable)
     x, first = np.unique(x[usable], return_index=True)
     y = y[usable][first]
-    at = np.asarray(at, dtype=np.float64)
+    places = np.asarray(at, dtype=np.float64)
     if len(x) < 2:
-        return np.where(np.isin(at, x), y[0] if len(y) else np.nan, np.nan)
-    found = PchipInterpolator(x, y, extrapolate=False)(at)
-    after = np.clip(np.searchsorted(x, at), 1, len(x) - 1)
-    near = np.abs(at[:, None] - x).min(axis=1) <= CLOSE
+        return np.where(np.isin(places, x), y[0] if len(y) else np.nan, np.nan)
+    found = PchipInterpolator(x, y, extrapolate=False)(places)
+    after = np.clip(np.searchsorted(x, places), 1, len(x) - 1)
+    near = np.abs(places[:, None] - x).min(axis=1) <= CLOSE
     gap = (x[after] - x[after - 1] > WIDEST_GAP + 1e-9) & ~near
     return np.where(gap, np.nan, found)
 

@@ -58,7 +58,7 @@ def layer_sparsity(tables: Tables) -> Figure:
     return figure
 
 
-def _whole_models(found: list[tuple]) -> tuple[list[tuple], str]:
+def _whole_models(found: list[tuple[str, ...]]) -> tuple[list[tuple[str, ...]], str]:
     """Where not all panels fit: the first criterion, and of its models as many as do."""
     if len(found) <= PANELS:
         return found, ""

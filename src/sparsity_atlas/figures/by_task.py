@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -98,7 +99,9 @@ def _finish(figure: Figure, panels: list[Axes], note: str = "") -> None:
     label(figure, "without colour: not resolved   –: no value", note=note)
 
 
-def _panel(ax: Axes, rows: pd.DataFrame, keys: list[tuple], names: list[str]) -> None:
+def _panel(
+    ax: Axes, rows: pd.DataFrame, keys: list[tuple[str, str, str]], names: list[str]
+) -> None:
     """One heatmap, curves by tasks.
 
     Only what is resolved has a colour, so that noise does not look like a pattern.
@@ -108,7 +111,8 @@ def _panel(ax: Axes, rows: pd.DataFrame, keys: list[tuple], names: list[str]) ->
     for i, key in enumerate(keys):
         for j, name in enumerate(names):
             if (*key, name) in rows.index:
-                row = rows.loc[(*key, name)]
+                # A whole key gives one row, which the stubs of pandas cannot tell.
+                row = cast("pd.Series[Any]", rows.loc[(*key, name), :])
                 text[i, j] = _cell(row, len(names) <= FEW_TASKS)
                 values[i, j] = 100 * row["value"] if row["resolved"] else np.nan
     sns.heatmap(

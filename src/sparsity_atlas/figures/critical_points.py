@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -10,7 +12,7 @@ from matplotlib.markers import CARETLEFT, CARETRIGHT
 
 from sparsity_atlas.figures.panels import empty, label, percent_axis, select_pairs
 from sparsity_atlas.figures.style import GREY, WIDE, Mark, marks, shorten
-from sparsity_atlas.tables.read import Tables, in_order
+from sparsity_atlas.tables.read import Tables, in_order, records
 from sparsity_atlas.terms import AVERAGE
 
 ROWS = 40
@@ -45,7 +47,7 @@ def _points(tables: Tables, rows: pd.DataFrame, x_label: str) -> Figure:
         ax.set_title(site)
         for place, (criterion, model) in enumerate(keys):
             chosen = (rows["criterion"] == criterion) & (rows["model"] == model)
-            for row in rows[chosen & (rows["site"] == site)].itertuples():
+            for row in records(rows[chosen & (rows["site"] == site)]):
                 _point(ax, place, row, mark)
         percent_axis(ax.xaxis, 4)
         ax.tick_params(axis="y", length=0)
@@ -56,7 +58,7 @@ def _points(tables: Tables, rows: pd.DataFrame, x_label: str) -> Figure:
     return figure
 
 
-def _point(ax: Axes, place: int, row, mark: Mark) -> None:
+def _point(ax: Axes, place: int, row: Any, mark: Mark) -> None:
     if row.relation == "none":
         middle = ax.get_yaxis_transform()
         ax.text(0.5, place, "no value", ha="center", va="center", color=GREY, transform=middle)
@@ -81,8 +83,8 @@ def _point(ax: Axes, place: int, row, mark: Mark) -> None:
 def _legend(figure: Figure, rows: pd.DataFrame) -> None:
     """Explain the marks that occur."""
 
-    def sample(marker: str, name: str, **more) -> Line2D:
-        style = {"color": "k", "linestyle": "none", "markersize": 5, **more}
+    def sample(marker: str, name: str, **more: Any) -> Line2D:
+        style: dict[str, Any] = {"color": "k", "linestyle": "none", "markersize": 5, **more}
         return Line2D([], [], marker=marker, label=name, **style)
 
     relations, unresolved = set(rows["relation"]), ~rows["resolved"].all()

@@ -6,7 +6,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from sparsity_atlas.figures.panels import empty, grid, label, legend, percent_axis, rule, select
+from sparsity_atlas.figures.panels import (
+    empty,
+    grid,
+    label,
+    legend,
+    percent_axis,
+    repeated,
+    rule,
+    select,
+)
 from sparsity_atlas.figures.score_curves import ALLOWED_LOSS, PANELS
 from sparsity_atlas.figures.style import GREY, Mark, heading, marks
 from sparsity_atlas.tables.read import SITE_ORDER, Tables
@@ -90,8 +99,7 @@ def output_errors(tables: Tables) -> Figure:
 
 def _keys(tables: Tables, rows: pd.DataFrame) -> tuple[list[tuple[str, str]], str]:
     """Models and sites with several criteria, the smallest model first."""
-    counts = rows.groupby(["model", "site"], sort=False)["criterion"].nunique()
-    found = [key for key, count in counts.items() if count > 1]
+    found = repeated(rows, ["model", "site"], "criterion")
     sizes = tables.by_size()
     found.sort(key=lambda key: (sizes.index(key[0]), SITE_ORDER.index(key[1])))
     return select(found, PANELS)

@@ -14,11 +14,12 @@ from sparsity_atlas.figures.panels import (
     label,
     legend,
     percent_axis,
+    repeated,
     select,
     size_text,
 )
 from sparsity_atlas.figures.style import GREY, Mark, heading, marks, wrap
-from sparsity_atlas.tables.read import HEADLINE_BAR, Tables, in_order
+from sparsity_atlas.tables.read import HEADLINE_BAR, Tables, in_order, records
 from sparsity_atlas.terms import AVERAGE
 
 GROUPS = 6
@@ -31,7 +32,7 @@ def scaling(tables: Tables) -> Figure:
     rows = rows[rows["bar"] == HEADLINE_BAR]
     tasks = [task for task in (tables.loss_task(), AVERAGE) if (rows["task"] == task).any()]
     counts = rows.groupby(["criterion", "family"], sort=False)["model"].nunique()
-    groups = [key for key, count in counts.items() if count > 1]
+    groups = repeated(rows, ["criterion", "family"], "model")
     if not groups:
         return empty("No family with two models or more in this run: nothing to compare by size.")
     keys, note = select(groups, GROUPS)
@@ -73,7 +74,7 @@ def _panel(ax: Axes, rows: pd.DataFrame, lines: pd.DataFrame, styles: dict[str, 
         x = points["non_embedding_parameters"] * 1.04 ** (place - middle)
         ax.vlines(x, points["interval_low"], points["interval_high"], color=mark.color, linewidth=1)
         ax.plot(x, points["value"], color=mark.color, marker=mark.marker, linestyle="none")
-        for row, at in zip(points.itertuples(), x, strict=True):
+        for row, at in zip(records(points), x, strict=True):
             if row.relation != "=":
                 ax.annotate(
                     {">=": "≥", "<": "<"}[row.relation], (at, row.value), (-3, 0), ha="right",

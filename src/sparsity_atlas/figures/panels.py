@@ -9,11 +9,12 @@ from typing import TypeVar
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from sparsity_atlas.figures.style import GREY, NARROW, TALL, WIDE, Mark
+from sparsity_atlas.figures.style import GREY, NARROW, TALL, WIDE, Dashes, Mark
 from sparsity_atlas.tables.read import Tables
 
 Key = TypeVar("Key")
@@ -34,7 +35,16 @@ def measured_pairs(tables: Tables, rows: pd.DataFrame) -> list[tuple[str, str]]:
     return [pair for pair in wanted if pair in there]
 
 
-def select_pairs(tables: Tables, rows: pd.DataFrame, limit: int) -> tuple[list[tuple], str]:
+def repeated(rows: pd.DataFrame, by: list[str], what: str) -> list[tuple[str, str]]:
+    """The keys `by`, two columns, under which there are several of `what`, in the table's order."""
+    counts = rows.groupby(by, sort=False)[what].nunique()
+    keys: list[tuple[str, str]] = counts[counts > 1].index.to_list()
+    return keys
+
+
+def select_pairs(
+    tables: Tables, rows: pd.DataFrame, limit: int
+) -> tuple[list[tuple[str, str]], str]:
     """At most `limit` (criterion, model) pairs: where not all fit, those of the first criterion."""
     pairs = measured_pairs(tables, rows)
     if len(pairs) <= limit:
@@ -117,12 +127,12 @@ def legend(figure: Figure, marks: Mapping[str, Mark], *others: Line2D) -> None:
     )
 
 
-def rule(name: str, dashes: str | tuple = (0, (4, 2))) -> Line2D:
+def rule(name: str, dashes: Dashes = (0, (4, 2))) -> Line2D:
     """A legend's entry for a bar drawn with `ax.axhline`."""
     return Line2D([], [], color=GREY, linewidth=0.8, linestyle=dashes, label=name)
 
 
-def percent_axis(axis, ticks: int = 5) -> None:
+def percent_axis(axis: Axis, ticks: int = 5) -> None:
     """Ticks of a share (0 to 1) as percent without a sign; the label names the unit."""
     axis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10]))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.6g}"))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -19,6 +21,7 @@ from sparsity_atlas.figures.panels import (
     left_out,
     legend,
     percent_axis,
+    repeated,
     rule,
     select,
     select_pairs,
@@ -69,8 +72,7 @@ def criteria(tables: Tables) -> Figure:
     """Criteria at equal sparsity, one panel a model and site where there are several of them."""
     task = tables.loss_task() or AVERAGE
     rows = tables.curves[tables.curves["task"] == task]
-    counts = rows.groupby(["model", "site"], sort=False)["criterion"].nunique()
-    several = [key for key, count in counts.items() if count > 1]
+    several = repeated(rows, ["model", "site"], "criterion")
     if not several:
         return empty("One criterion a model and site in this run: nothing to compare.")
     order = {model: place for place, model in enumerate(tables.by_size())}
@@ -147,7 +149,7 @@ def _lines(ax: Axes, rows: pd.DataFrame, by: str, styles: dict[str, Mark]) -> No
         ax.fill_between(x, low, high, color=mark.color, alpha=0.15, linewidth=0)
         ax.plot(x, good["fitted"], color=mark.color, linestyle=mark.dashes)
         ax.plot(x, good[score.column], color=mark.color, marker=mark.marker, linestyle="none")
-        failed = line[line["status"] == "failed"]["sparsity"]
+        failed = line[line["status"] == "failed"]["sparsity"].tolist()
         _on_edge(ax, failed, 0.97, color=mark.color, marker="x")
 
 
@@ -194,13 +196,13 @@ def _mark_cut(ax: Axes, line: Line2D, low: float, high: float) -> None:
     """Points beyond the ends appear on the edges as open triangles."""
     if line.get_marker() in ("None", "x"):
         return
-    points = list(zip(*line.get_data(), strict=True))
-    look = {"color": line.get_color(), "fillstyle": "none"}
+    points = list(zip(*(np.asarray(one, dtype=float) for one in line.get_data()), strict=True))
+    look: dict[str, Any] = {"color": line.get_color(), "fillstyle": "none"}
     _on_edge(ax, [x for x, y in points if y < low], 0.02, marker="v", **look)
     _on_edge(ax, [x for x, y in points if y > high], 0.98, marker="^", **look)
 
 
-def _on_edge(ax: Axes, places: Sequence[float], height: float, **style) -> None:
+def _on_edge(ax: Axes, places: Sequence[float], height: float, **style: Any) -> None:
     """Marks at some sparsities and a share of the panel's height."""
     transform = ax.get_xaxis_transform()
     ax.plot(places, [height] * len(places), linestyle="none", transform=transform, **style)

@@ -8,10 +8,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import matplotlib
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.typing import RcKeyType
 from PIL import Image
 
 from sparsity_atlas.files.whole import write_atomically
@@ -22,7 +24,7 @@ GREY = "0.35"
 SUFFIXES = ("svg", "png")
 SCREEN_DPI, SCREEN_COLORS = 110, 64
 
-RC = {
+RC: dict[RcKeyType, Any] = {
     "font.family": "DejaVu Sans",  # comes with Matplotlib, so that figures are the same everywhere
     "font.size": 7.5,
     "axes.titlesize": 7.5,
@@ -49,18 +51,29 @@ RC = {
 }
 
 
+Dashes = Literal["-", "--", "-.", ":"] | tuple[float, tuple[float, ...]]
+
+
 @dataclass(frozen=True)
 class Mark:
     """Colour, marker and dashes of one line."""
 
     color: tuple[float, float, float]
     marker: str
-    dashes: str | tuple
+    dashes: Dashes
 
 
 _COLORS = sns.color_palette("colorblind")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
-_DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (7, 2)))
+_DASHES: tuple[Dashes, ...] = (
+    "-",
+    "--",
+    "-.",
+    ":",
+    (0, (5, 1, 1, 1, 1, 1)),
+    (0, (1, 1)),
+    (0, (7, 2)),
+)
 
 
 def _mark(index: int) -> Mark:

@@ -20,7 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from sparsity_atlas.evaluation.evaluate import Node, Session, evaluate_node
 from sparsity_atlas.lm import forest
 from sparsity_atlas.lm.forward import Abilities
-from sparsity_atlas.lm.model import AtlasLM
+from sparsity_atlas.lm.model import AtlasLM, Records
 from sparsity_atlas.sparsify.attach import Counter, Slot
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from sparsity_atlas.files.journal import Journal
     from sparsity_atlas.lm.work import Work
     from sparsity_atlas.tasks.loaded import LoadedTask
 
@@ -89,12 +88,12 @@ class DryLM(AtlasLM):
         super().__init__(model, tokenizer, **options)
         self._device = torch.device("cpu")  # the model may have no weights, and so no device
 
-    def start(self, journal: Journal, counter: Counter, work: Work) -> None:
+    def start(self, journal: Records, counter: Counter, work: Work) -> None:
         """Begin a task; see `AtlasLM.start`."""
         super().start(journal, counter, work)
         self.batches: list[Batch] = []
 
-    def _follows(self, requests: list[forest.Request], prompts: list) -> bool:
+    def _follows(self, requests: list[forest.Request], prompts: list[Any]) -> bool:
         return False
 
     def _abilities(self, requests: list[forest.Request], branching: bool) -> Abilities:

@@ -132,9 +132,10 @@ def loadable_tasks(config: Config, unknowns: Unknowns) -> dict[str, LoadedTask]:
     loaded = load_tasks(
         entries, config.seed, lambda name, reason: unknowns.note(f"task {name}", reason)
     )
-    for name in [name for name, task in loaded.items() if task.problem]:
-        unknowns.note(f"task {name}", loaded.pop(name).problem)
-    return loaded
+    problems = {name: task.problem for name, task in loaded.items() if task.problem}
+    for name, problem in problems.items():
+        unknowns.note(f"task {name}", problem)
+    return {name: task for name, task in loaded.items() if name not in problems}
 
 
 def _nodes(config: Config, left: list[Job]) -> dict[NodeKey, Node | None]:

@@ -18,8 +18,8 @@ from sparsity_atlas.evaluation.evaluate import Node, Session
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.lm.prompts import PromptSettings
 from sparsity_atlas.models.devices import pick_device, pick_dtype
-from sparsity_atlas.models.loading import blank
-from sparsity_atlas.models.manifest import check_sites, load, load_tokenizer, resolve
+from sparsity_atlas.models.loading import blank, load, load_tokenizer, moved
+from sparsity_atlas.models.manifest import check_sites, resolve
 from sparsity_atlas.models.memory import ITEM_BYTES
 from sparsity_atlas.plan.dry_run import DryLM, TaskCost, count
 from sparsity_atlas.plan.rates import TimedLM, free_memory, node_seconds
@@ -197,7 +197,7 @@ def measure(config: Config, name: str, outlook: Outlook, nodes: dict[NodeKey, No
     began = time.perf_counter()
     checkpoint, _ = resolve(source, offline=True)
     # On the CPU first: a job waits for a GPU of its own, a plan shares one.
-    model = load(checkpoint, dtype=outlook.dtype, device="cpu").to(device)
+    model = moved(load(checkpoint, dtype=outlook.dtype, device="cpu"), device)
     ffns = find_ffns(model, source.get("modules"))
     check_sites(name, grid.model_sites(config, name), list(ffns[0].sites()))
     outlook.ready = time.perf_counter() - began

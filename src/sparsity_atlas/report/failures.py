@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +74,7 @@ def take_stock(results: Path, config: Config) -> Remains:
         search = (folder / "search.json",) if curve.auto else ()
         dense = folders[curve.model] / "dense" / "eval.json"
         nodes = _nodes(folder, curve)
-        captured = captures[curve.model, curve.site]
+        captured: tuple[Path, ...] = captures[curve.model, curve.site]
         if declared(json.loads(grid.criterion_slice(config, curve.criterion)))["calibrated"]:
             calibrations.append((*captured, folder / "calibration.safetensors"))
             captured = calibrations[-1]
@@ -148,7 +148,7 @@ def _log(output: Path, results: Path) -> Path:
     return (results / "logs" / output.relative_to(results)).with_suffix(".log")
 
 
-def _whole(chains: Sequence[tuple[Path, ...]], damaged: dict[str, Failure]) -> list[Path]:
+def _whole(chains: Iterable[tuple[Path, ...]], damaged: dict[str, Failure]) -> list[Path]:
     return [
         chain[-1]
         for chain in chains

@@ -10,7 +10,7 @@ import pandas as pd
 
 from sparsity_atlas.criteria.reach import missed
 from sparsity_atlas.report.published import PUBLISHED, Published
-from sparsity_atlas.tables.read import HEADLINE_BAR, SITE_ORDER, Tables
+from sparsity_atlas.tables.read import HEADLINE_BAR, SITE_ORDER, Tables, records
 from sparsity_atlas.terms import AVERAGE
 
 NOTHING = "–"
@@ -147,7 +147,7 @@ def headline_records(groups: list[HeadlineGroup]) -> Iterator[dict[str, Any]]:
 
 
 def _by_curve(rows: pd.DataFrame) -> dict[tuple[str, str, str], Any]:
-    return {(row.criterion, row.model, row.site): row for row in rows.itertuples()}
+    return {(row.criterion, row.model, row.site): row for row in records(rows)}
 
 
 @dataclass(frozen=True)
@@ -164,9 +164,9 @@ def task_table(tables: Tables) -> TaskTable:
     rows = tables.critical_sparsity
     rows = rows[rows["bar"] == HEADLINE_BAR]
     tasks = list(dict.fromkeys(rows["task"]))
-    cells = {(row.criterion, row.site, row.task): row for row in rows.itertuples()}
-    first = {row.task: row for row in rows.itertuples()}
-    curves = list(dict.fromkeys((row.criterion, row.site) for row in rows.itertuples()))
+    cells = {(row.criterion, row.site, row.task): row for row in records(rows)}
+    first = {row.task: row for row in records(rows)}
+    curves = list(dict.fromkeys((row.criterion, row.site) for row in records(rows)))
     curves.sort(key=lambda key: (tables.criteria().index(key[0]), SITE_ORDER.index(key[1])))
     return TaskTable(
         tasks=tasks,
@@ -192,7 +192,7 @@ def _dense(row: Any) -> str:
 
 def items(tables: Tables) -> list[str]:
     """Samples of each task in the order of `task_table`, and how many the context has cut."""
-    return [_items(row) for row in tables.critical_sparsity.drop_duplicates("task").itertuples()]
+    return [_items(row) for row in records(tables.critical_sparsity.drop_duplicates("task"))]
 
 
 def _items(row: Any) -> str:
@@ -209,7 +209,7 @@ def numeric_failures(tables: Tables) -> list[dict[str, str]]:
     keys = ["model", "criterion", "site", "reason"]
     return [
         {
-            **dict(zip(keys, key, strict=True)),
+            **dict(zip(keys, map(str, key), strict=True)),
             "levels": ", ".join(dict.fromkeys(rows["level"])),
             "tasks": ", ".join(dict.fromkeys(rows["task"])),
         }
@@ -221,7 +221,7 @@ def missed_targets(tables: Tables) -> list[dict[str, str]]:
     """Levels of calibrated criteria that places did not come near, one row a curve and level."""
     rows = tables.layers[tables.layers["target"].notna()]
     found: dict[tuple[str, ...], list[str]] = {}
-    for row in rows.itertuples():
+    for row in records(rows):
         if missed(row.target_of, row.target, row.reached):
             key = (row.model, row.criterion, row.site, row.level, row.target_of)
             place = str(row.layer) if row.tensor == row.site else f"{row.tensor} {row.layer}"

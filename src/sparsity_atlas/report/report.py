@@ -22,6 +22,7 @@ import yaml
 from sparsity_atlas import cli
 from sparsity_atlas.config.record import render
 from sparsity_atlas.config.schema import parse
+from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.figures import FIGURES, by_layer, score_curves
 from sparsity_atlas.figures.draw import draw_all
 from sparsity_atlas.figures.style import arrange, fewer_colors, styled, to_screen, to_svg
@@ -74,12 +75,15 @@ def run_images(figures: Sequence[Path]) -> Iterator[Image]:
     for name, entry in FIGURES.items():
         path = given[name]
         content = path.read_bytes()
-        wide = float(_SVG_WIDTH.search(content)[1]) > PHONE * 72
+        width = _SVG_WIDTH.search(content)
+        if width is None:
+            raise AtlasError(f"{path}: not a figure of ours; delete it and run again")
         if len(content) > share:
             path = path.with_suffix(".png")
             content = fewer_colors(path.read_bytes())
         numbers = ", ".join(f"{table}.csv" for table in entry.tables)
         uri = data_uri(content, path.suffix.removeprefix("."))
+        wide = float(width[1]) > PHONE * 72
         yield Image(name, entry.title, uri, wide, entry.caption, numbers)
 
 

@@ -47,7 +47,7 @@ class Asks(Resources):
         self._config_text = json.dumps(config.model_dump(mode="json", exclude_none=True))
         self.curves = grid.curves(config)
         self._by_key = {(curve.model, curve.criterion, curve.site): curve for curve in self.curves}
-        self._by_model = {model: [] for model in config.models}
+        self._by_model: dict[str, list[grid.Curve]] = {model: [] for model in config.models}
         for curve in self.curves:
             self._by_model[curve.model].append(curve)
         self.models = tuple(model for model, own in self._by_model.items() if own)
@@ -285,11 +285,12 @@ class Asks(Resources):
         def version(wildcards: Wildcards) -> str:
             return of(wildcards.criterion)
 
-        version.__signature__ = inspect.signature(version)
+        # Asked for once a job, and slow to make.
+        vars(version)["__signature__"] = inspect.signature(version)
         return version
 
     def _is_calibrated(self, criterion: str) -> bool:
-        return criteria.declared(json.loads(self._criterion_slice(criterion)))["calibrated"]
+        return bool(criteria.declared(json.loads(self._criterion_slice(criterion)))["calibrated"])
 
     def _united_tasks(self, model: str) -> tuple[str, ...]:
         """Tasks of a model's curves, in the order of the catalogue; all tasks, if it has no curve."""

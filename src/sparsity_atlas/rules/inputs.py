@@ -131,7 +131,9 @@ def _check_calibration(config: Config, curve: grid.Curve) -> None:
         )
     text = config.texts[config.capture.text]
     first, end = text.documents or (0, None)
-    for task in curve.tasks if text.file is not None else ():
+    if text.file is None:
+        return
+    for task in curve.tasks:
         entry = config.tasks[task]
         files = local_files.find(entry.include, entry.task or task, entry.override).all()
         if Path(text.file).resolve() not in {path.resolve() for path in files}:

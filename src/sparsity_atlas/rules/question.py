@@ -26,7 +26,7 @@ class question(Generic[Answer]):
 
     def __get__(self, instance: Any, owner: type | None = None) -> Callable[..., Answer]:
         answer = functools.partial(self._method, instance)
-        answer.__signature__ = inspect.signature(self._method.__get__(instance))
+        vars(answer)["__signature__"] = inspect.signature(self._method.__get__(instance))
         # Found before this descriptor from now on.
         instance.__dict__[self._name] = answer
         return answer

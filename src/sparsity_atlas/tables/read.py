@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from sparsity_atlas.errors import AtlasError
 
 # In figures and tables: the FFN's most tolerant site first, several at once last.
-SITE_ORDER = ("intermediate", "input", "gate", "up", "all_inputs")
-SITE_ORDER += ("qkv_input", "o_input", "all_linear_inputs")
+SITE_ORDER = (
+    *("intermediate", "input", "gate", "up", "all_inputs"),
+    *("qkv_input", "o_input", "all_linear_inputs"),
+)
 HEADLINE_BAR = 0.99
 _TEXT = {"model", "criterion", "site", "level", "tensor", "task", "kind", "status", "relation"}
 _TEXT |= {"bar_label", "family", "reason", "source", "revision", "architecture", "activation"}
@@ -64,6 +67,11 @@ class Tables:
         """Rows of critical_sparsity.csv of a task at the headline bar."""
         rows = self.critical_sparsity
         return rows[(rows["task"] == task) & (rows["bar"] == HEADLINE_BAR)]
+
+
+def records(rows: pd.DataFrame) -> Iterator[Any]:
+    """The rows, with a cell for an attribute: pandas does not say what a column holds."""
+    return iter(rows.itertuples())
 
 
 def in_order(found: Iterable[str]) -> list[str]:

@@ -119,14 +119,15 @@ def _captured(path: Path) -> list[dict[str, Any]]:
     # The stages' own modules bring zarr, which a model's summary does not need; here and below.
     from sparsity_atlas.studies.output_error import SCHEMA
 
-    return read_parquet(path, SCHEMA).to_pylist()
+    rows: list[dict[str, Any]] = read_parquet(path, SCHEMA).to_pylist()
+    return rows
 
 
 def metric_rows(metrics: list[Path]) -> list[dict[str, Any]]:
     """Rows of metrics.csv and the histograms; `all_inputs` repeats other sites' tensors."""
     from sparsity_atlas.activations.metrics import SCHEMA
 
-    rows = {}
+    rows: dict[tuple[str, str, int], dict[str, Any]] = {}
     for path in metrics:
         for row in read_parquet(path, SCHEMA).to_pylist():
             rows.setdefault((path.parts[-3], row["tensor"], row["layer"]), row)
@@ -179,7 +180,7 @@ def allocation_rows(curves: list[Path]) -> Iterator[dict[str, Any]]:
                 continue
             tensor, _, layer = place.rpartition(".")
             targets = np.linspace(0, 1, len(state["share"]))
-            own = np.interp(state["grid"], targets, state["share"])
+            own = np.atleast_1d(np.interp(state["grid"], targets, state["share"]))
             for level, damage, share in zip(state["grid"], state["damage"], own, strict=True):
                 yield {
                     **_key(path),

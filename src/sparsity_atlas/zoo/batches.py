@@ -65,7 +65,7 @@ def encode_cached(tokenizer: Tokenizer, texts: Sequence[str], folder: Path | Non
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
     """UTF-8 bytes that each token stands for, (V,); the special token stands for none."""
     # In a byte-level vocabulary one character spells one byte.
-    lengths = [len(tokenizer.id_to_token(i)) for i in range(tokenizer.get_vocab_size())]
+    lengths = [len(tokenizer.id_to_token(i) or "") for i in range(tokenizer.get_vocab_size())]
     lengths[END_OF_TEXT_ID] = 0
     return np.array(lengths, dtype=np.int64)
 

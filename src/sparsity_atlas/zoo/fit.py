@@ -11,6 +11,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.models.loading import moved
 from sparsity_atlas.zoo import batches, recipe
 from sparsity_atlas.zoo.tokenizer import END_OF_TEXT_ID
 
@@ -98,7 +99,7 @@ def fit(
     loss is no longer finite.
     """
     on_gpu = device.type == "cuda"
-    model.to(device).train()
+    moved(model, device).train()
     optimizer = optimizer_for(model, peak, training, device)
     step_loss = torch.compile(batch_loss, dynamic=False) if on_gpu else batch_loss
     source = batches.training_batches(tokens, training.context, training.sequences, training.seed)

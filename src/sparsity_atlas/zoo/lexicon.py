@@ -44,7 +44,10 @@ class Lexicon:
 
 def read_yaml(name: str) -> dict[str, Any]:
     """A data file that lies beside this module."""
-    return yaml.safe_load((Path(__file__).parent / name).read_text(encoding="utf-8"))
+    content: dict[str, Any] = yaml.safe_load(
+        (Path(__file__).parent / name).read_text(encoding="utf-8")
+    )
+    return content
 
 
 @cache

@@ -34,8 +34,8 @@ def contrast(frame: str, switch: int) -> tuple[str, str]:
         raise AtlasError(f"frame '{frame}': {len(found)} contrasts [a|b] or [a/b], must be 1")
     first, kind, second = found[0]
     good, bad = (second, first) if kind == "/" and switch else (first, second)
-    both = [CONTRAST.sub(lambda _, side=side: side, frame) for side in (good, bad)]
-    return apply_switch(both[0], switch), apply_switch(both[1], switch)
+    before, *_, after = CONTRAST.split(frame)
+    return apply_switch(before + good + after, switch), apply_switch(before + bad + after, switch)
 
 
 def generate(

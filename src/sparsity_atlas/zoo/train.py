@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.models.loading import moved
 from sparsity_atlas.zoo import batches, card, corpus, loss, recipe
 from sparsity_atlas.zoo.fit import build_model, fit
 from sparsity_atlas.zoo.tokenizer import as_pretrained, load_tokenizer, train_tokenizer
@@ -50,9 +51,9 @@ def train_model(
         raise AtlasError(f"--out: cannot make the folder {folder} ({error.strerror})") from error
     model = build_model(shape, training)
     curve = fit(model, texts.train, shape.learning_rate, training, device)
-    model.to("cpu", torch.bfloat16).save_pretrained(folder)
+    moved(model, "cpu", torch.bfloat16).save_pretrained(folder)
     as_pretrained(texts.tokenizer, training.context).save_pretrained(folder)
-    saved = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    saved = moved(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), device)
     sizes = batches.token_bytes(texts.tokenizer)
     valid = batches.evaluation_blocks(texts.valid.ids, training.context)
     # About as much of the training text as there is validation text, from all over it.
