@@ -102,7 +102,9 @@ def reach(starts: Iterable[Path], roots: Iterable[Path]) -> Reach:
         if code.computed:
             computed.add(path)
             waiting += code.beside
-    return Reach(*map(frozenset, (files, computed, unsteady, variables)))
+    return Reach(
+        frozenset(files), frozenset(computed), frozenset(unsteady), frozenset(variables)
+    )
 
 
 def files_below(folder: Path) -> list[Path]:

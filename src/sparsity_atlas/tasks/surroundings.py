@@ -43,8 +43,8 @@ def variables(tree: ast.AST) -> set[str]:
         texts = (_text(node) for node in ast.walk(tree))
         found |= {text for text in texts if text and _VARIABLE.fullmatch(text)}
     if any(_name(node).endswith("expandvars") for node in ast.walk(tree)):
-        texts = (_text(node) or "" for node in ast.walk(tree))
-        found |= {one or other for text in texts for one, other in _IN_TEXT.findall(text)}
+        whole = (_text(node) or "" for node in ast.walk(tree))
+        found |= {one or other for text in whole for one, other in _IN_TEXT.findall(text)}
     return {name for name in found if not _SECRET.search(name)}
 
 
@@ -60,6 +60,8 @@ def values(names: Iterable[str]) -> dict[str, str | None]:
 def is_unsteady(tree: ast.AST) -> bool:
     """Whether code asks for what is another at each call."""
     for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
         name = _name(node)
         last = name.rpartition(".")[2]
         if last in _UNSTEADY or name in _OF_MODULES or name == "hash":
