@@ -36,7 +36,7 @@ from sparsity_atlas.studies.output_error import (
     source_of,
     sparse_output,
 )
-from sparsity_atlas.studies.single_layer import run, run_alone
+from sparsity_atlas.studies.single_layer import model_of, run, run_alone
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -176,7 +176,7 @@ def single_losses(
     Raises:
         NumericalFailure: NaN or an infinity came up.
     """
-    dense = run(ffns[0].model, ids, batch).nats.sum()
+    dense = run(model_of(ffns), ids, batch).nats.sum()
     found = np.zeros((len(bound), len(grid)))
     for row, (place, rule) in enumerate(bound.items()):
         for column in np.flatnonzero(grid):  # at 0 nothing changes

@@ -59,7 +59,8 @@ class Limits:
 
     def room(self, request: Instance) -> int:
         """Tokens that may be generated."""
-        return normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
+        room: int = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
+        return room
 
 
 def arrange(
@@ -136,9 +137,9 @@ def _largest(work: Work, prompts: list[Instance], limits: Limits) -> Largest:
         rows, longest = batch.tokens.shape
         pairs = rows * longest**2 if batch.branched else 0
         found |= Largest(rows * longest, longest, len(batch.scored), pairs)
-    for batch in work.prompts:
-        rows, longest = len(batch), min(max(work.lengths[i] for i in batch), limits.max_length)
-        room = max(limits.room(prompts[i]) for i in batch)
+    for own in work.prompts:
+        rows, longest = len(own), min(max(work.lengths[i] for i in own), limits.max_length)
+        room = max(limits.room(prompts[i]) for i in own)
         kept = rows * min(longest + room, limits.max_length)
         found |= Largest(rows * longest, longest, rows, kept=kept)
     return found

@@ -85,14 +85,14 @@ def pieces(
     rest: list[Tensor] = []
     outputs: dict[nn.Module, Any] = {}
 
-    def select(module: nn.Module, arguments: tuple) -> tuple:
+    def select(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         (hidden,) = arguments
         flat = hidden.reshape(-1, hidden.shape[-1])
         if others:
             rest.append(flat[torch.cat(others)])
         return (flat[first][None],)
 
-    def keep(module: nn.Module, arguments: tuple, output: Any) -> None:
+    def keep(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         outputs[module] = _of_one_token(output)
 
     decoders = _decoders(model) if others else []
@@ -133,7 +133,8 @@ def _behind(model: PreTrainedModel, decoder: nn.Module, output: Any, hidden: Ten
     try:
         with torch.no_grad():
             # Past the hooks on the model itself, which count an evaluation's passes.
-            return model.forward(ids, **without_cache(model)).logits[0]
+            made: Tensor = model.forward(ids, **without_cache(model)).logits[0]
+            return made
     finally:
         handle.remove()
         del decoder.forward
@@ -205,7 +206,7 @@ def _of_one_token(output: Any) -> Any:
 def shown_the_last(model: PreTrainedModel) -> Iterator[None]:
     """Let the head see the last token of each sequence only, in every pass, where it is able to."""
 
-    def select(module: nn.Module, arguments: tuple) -> tuple:
+    def select(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         (hidden,) = arguments
         return (hidden[:, -1:],)
 
@@ -245,7 +246,8 @@ def fault(model: PreTrainedModel) -> str | None:
 
     def call() -> Tensor:
         # Past the hooks on the model itself, which count an evaluation's passes.
-        return model.forward(ids, **options).logits
+        made: Tensor = model.forward(ids, **options).logits
+        return made
 
     try:
         with torch.no_grad():

@@ -104,5 +104,5 @@ def _scaled(answer: Callable[[Any], int]) -> Callable[..., int]:
     def of_attempt(wildcards: Wildcards, attempt: int) -> int:
         return attempt * answer(wildcards)
 
-    of_attempt.__signature__ = inspect.signature(of_attempt)
+    vars(of_attempt)["__signature__"] = inspect.signature(of_attempt)
     return of_attempt

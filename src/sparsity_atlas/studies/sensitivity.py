@@ -119,13 +119,13 @@ def passes(
     Returns:
         [1 + places × levels]; None where NaN or an infinity came up.
     """
-    from sparsity_atlas.studies.single_layer import run, run_alone
+    from sparsity_atlas.studies.single_layer import model_of, run, run_alone
 
     tries = [None, *((place, level) for place in bound for level in levels)]
     for one in tries[len(journal.records) :]:
         try:
             if one is None:
-                made = run(ffns[0].model, ids, batch)
+                made = run(model_of(ffns), ids, batch)
             else:
                 place, level = one
                 made = run_alone(ffns, site, place, bound[place], float(level), ids, batch)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsity_atlas.errors import NumericalFailure
 from sparsity_atlas.models import head
 from sparsity_atlas.sparsify.attach import Counter, applied
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from sparsity_atlas.criteria.base import Criterion
     from sparsity_atlas.sites.find import FFN
 
@@ -28,7 +30,12 @@ class Pass(NamedTuple):
     zeros: np.ndarray
 
 
-def run(model: nn.Module, ids: Tensor, batch: int, counter: Counter | None = None) -> Pass:
+def model_of(ffns: list[FFN]) -> PreTrainedModel:
+    """The model whose FFNs these are: sites are found in any module, and studied in what was loaded."""
+    return cast("PreTrainedModel", ffns[0].model)
+
+
+def run(model: PreTrainedModel, ids: Tensor, batch: int, counter: Counter | None = None) -> Pass:
     """Run sequences through a model as it is.
 
     Args:
@@ -61,7 +68,8 @@ def _nats(model: PreTrainedModel, rows: Tensor) -> Tensor:
     """Negative log-likelihood of each token [sequences, positions - 1] but each sequence's first."""
 
     def call() -> Tensor:
-        return model(input_ids=rows, use_cache=False).logits
+        found: Tensor = model(input_ids=rows, use_cache=False).logits
+        return found
 
     index = torch.arange(rows.numel(), device=rows.device).view_as(rows)[:, :-1].flatten()
     pieces = head.logits(model, call, index, select=head.able(model))
@@ -93,7 +101,7 @@ def run_alone(
     Raises:
         NumericalFailure: NaN or an infinity at the place, or in the loss.
     """
-    model = ffns[0].model
+    model = model_of(ffns)
     head.able(model)  # found out before anything is attached
     with applied(model, ffns, site, {place: rule}, level) as counter:
         return run(model, ids, batch, counter)

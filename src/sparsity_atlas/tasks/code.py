@@ -102,9 +102,7 @@ def reach(starts: Iterable[Path], roots: Iterable[Path]) -> Reach:
         if code.computed:
             computed.add(path)
             waiting += code.beside
-    return Reach(
-        frozenset(files), frozenset(computed), frozenset(unsteady), frozenset(variables)
-    )
+    return Reach(frozenset(files), frozenset(computed), frozenset(unsteady), frozenset(variables))
 
 
 def files_below(folder: Path) -> list[Path]:
