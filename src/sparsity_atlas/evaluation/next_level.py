@@ -105,8 +105,9 @@ def next_level(
     width = harsh.sparsity - mild.sparsity if harsh.level in tried else math.inf
     before = early and _level_near(known, known[0], _first(known), early, levels)
     beyond = _wider(known[-1], levels, len(points))
-    if width <= NEARLY * resolution and len(points) < max_levels and (before or beyond):
-        return before or beyond
+    more = before or beyond
+    if width <= NEARLY * resolution and len(points) < max_levels and more:
+        return more
     near_enough = resolution if len(points) < ENOUGH_LEVELS else NEARLY * resolution
     if width <= near_enough:
         return Stop(f"bracketed within {100 * near_enough:g} points of induced sparsity")
@@ -180,13 +181,13 @@ def _target(known: Sequence[Point], below: int, resolution: float) -> float:
         # Damage grows like a power of the sparsity added: straight on logarithmic scales.
         share = math.log(mild.damage) / (math.log(mild.damage) - math.log(harsh.damage))
         added = (harsh.sparsity - dense) / (mild.sparsity - dense)
-        crossing = dense + (mild.sparsity - dense) * added**share
+        crossing = dense + (mild.sparsity - dense) * float(added**share)
     else:
         wanted = BEFORE if below == 1 else 1.0
         if below > 1:
             margin = 1 / 3  # no damage at all tells nothing of where it begins
         power = _power(mild, harsh, known[below + 1 :])
-        crossing = mild.sparsity + width * (wanted / harsh.damage) ** (1 / power)
+        crossing = mild.sparsity + width * float((wanted / harsh.damage) ** (1 / power))
     crossing += offset if crossing - mild.sparsity < width / 2 else -offset
     # Never so near an end that a bad guess gains nothing.
     inside = max(margin * width, min(offset, width / 2))
