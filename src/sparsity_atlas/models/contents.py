@@ -36,8 +36,10 @@ NOT_READ = (
     *("wandb/*", "global_step*/*"),
 )
 # Files that hold a JSON object, whoever made them.
-_OBJECTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
-_OBJECTS += ("special_tokens_map.json", "added_tokens.json")
+_OBJECTS = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
 # Weights by the names that transformers gives them: code that speaks of them does not read them.
 WEIGHTS = (
     *("*model*.safetensors", "*model*.bin", "tf_model.h5", "flax_model.msgpack", "consolidated.*"),
