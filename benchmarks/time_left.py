@@ -19,7 +19,7 @@ SECONDS = {"s": 1, "min": 60, "h": 3600}
 
 
 def watch(words: list[str]) -> tuple[list[tuple[float, float]], float]:
-    """Run Snakemake: of each such line (seconds since its start, seconds left as it said); how long it took."""
+    """Run Snakemake: of each such line (seconds since the start, seconds left as it said); what it took."""
     began, said = time.monotonic(), []
     command = [sys.executable, "-m", "snakemake", "--nocolor", *words]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:

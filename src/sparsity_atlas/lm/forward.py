@@ -102,7 +102,8 @@ def before_head(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
     Of a model of which no module is the head, its logits.
     """
     if model.get_output_embeddings() is None:
-        return model.forward(ids, **options).logits
+        logits: Tensor = model.forward(ids, **options).logits
+        return logits
     seen: list[Tensor] = []
 
     def stop(module: nn.Module, arguments: tuple[Any, ...]) -> None:

@@ -119,18 +119,24 @@ def check_tokenizer(
 def _unknown(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The token for what is unknown; it may stand in tokenizer.json alone."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if tokenizer.unk_token is not None or backend is None:
-        return tokenizer.unk_token
+    own: str | None = tokenizer.unk_token
+    if own is not None or backend is None:
+        return own
     model = json.loads(backend.to_str())["model"]
     if model.get("unk_id") is not None:
-        return model["vocab"][model["unk_id"]][0]
-    return model.get("unk_token")
+        own = model["vocab"][model["unk_id"]][0]
+    else:
+        own = model.get("unk_token")
+    return own
 
 
 def _around(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What a tokenizer puts around a text beside one BOS, which an evaluation and a capture know."""
     before, behind = put_around(tokenizer)
-    shown = [_quoted(tokenizer.convert_ids_to_tokens(one)) for one in (before, behind)]
+    shown = [
+        _quoted([str(tokenizer.convert_ids_to_tokens(number)) for number in one])
+        for one in (before, behind)
+    ]
     notes = []
     if before not in ([], [tokenizer.bos_token_id]):
         notes.append(f"{shown[0]} before a text; captured texts begin without")
