@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 from collections.abc import Callable
@@ -29,6 +30,10 @@ from sparsity_atlas.tasks.seeding import RandomState, seed_as_lm_eval
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from lm_eval.tasks._index import Entry
+
+
+# Keys of a YAML that say where it stands among others: lm-eval has read them before anything is replaced.
+_PLACING = ("include", "task", "group", "tag", "task_list", "class")
 
 
 def load_tasks(
@@ -69,6 +74,7 @@ def load_tasks(
 
 def _load(name: str, entry: dict[str, Any], seed: int) -> LoadedTask:
     lm_eval_name = entry.get("task", name)
+    _check_override(entry.get("override") or {})
     index = _index(entry, lm_eval_name)
     files = local_files.find(entry.get("include"), lm_eval_name, entry.get("override"))
     modules = OwnModules(files.code)
@@ -170,6 +176,25 @@ def _check_readable(folder: Path, name: str) -> None:
             TaskIndex.process_cfg(load_yaml(path, resolve_func=False), path, {})
         except Exception as error:  # noqa: BLE001 (lm-eval passes over any)
             raise TaskFailure(f"{path}: {type(error).__name__}: {error}") from None
+
+
+def _check_override(override: dict[str, Any]) -> None:
+    """Refuse what would have no effect, or another one than in a YAML of lm-eval.
+
+    Raises:
+        TaskFailure: names the key.
+    """
+    instead = (
+        "write a YAML of your own for that, which may `include` the task's, and name its folder"
+    )
+    for key in _PLACING:
+        if key in override:
+            raise TaskFailure(f"override: {key}: it cannot be replaced; {instead} by `include`")
+    for key, value in override.items():
+        if "!function " in json.dumps(value, default=str):
+            raise TaskFailure(
+                f"override: {key}: `!function` is plain text in a configuration; {instead} by `include`"
+            )
 
 
 def _shots(task: Task, wanted: int | None) -> int:

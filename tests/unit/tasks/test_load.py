@@ -77,6 +77,12 @@ def test_the_name_in_the_configuration_is_the_task_by_default(tmp_path: Path) ->
             {"override": {"dataset_kwargs": {"data_files": {"test": "none.jsonl"}}}},
             r"'letters': cannot be loaded: .*none\.jsonl.*",
         ),
+        ({"override": {"tag": "all"}}, r"override: tag: it cannot be replaced; write a YAML.*"),
+        ({"override": {"include": "a.yaml"}}, r"override: include: it cannot be replaced; .*"),
+        (
+            {"override": {"doc_to_text": "!function u.f"}},
+            r"override: doc_to_text: `!function` is plain text in a configuration; .*",
+        ),
         (
             {"override": {"dataset_path": "~/data"}},
             r"dataset_path: '~/data': no such file or folder, .*",
