@@ -146,7 +146,7 @@ class LogHandler(LogHandlerBase):
         self._done = 0
         # Records come from Snakemake's thread, levels from one of our own.
         self._state = threading.RLock()
-        self._closed = threading.Event()
+        self._stopped = threading.Event()
 
     writes_to_stream = True
     writes_to_file = False
@@ -183,7 +183,7 @@ class LogHandler(LogHandlerBase):
 
     def close(self) -> None:
         """Stop looking at logs."""
-        self._closed.set()
+        self._stopped.set()
         super().close()
 
     def _begin(self, job: dict[str, Any]) -> None:
@@ -226,7 +226,7 @@ class LogHandler(LogHandlerBase):
 
     def _watch(self) -> None:
         """Say what searches do while they run: a job's own output goes into its log."""
-        while not self._closed.wait(POLL):
+        while not self._stopped.wait(POLL):
             with self._state:
                 for jobid in list(self._jobs):
                     self._look(jobid)

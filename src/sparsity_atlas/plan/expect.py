@@ -25,9 +25,9 @@ FILE = "logs/plan.json"
 # Seconds of a small model's jobs on two cores, without its evaluations: what they are worth beside each
 # other is what counts, since the first jobs of a run say how fast it is.
 SECONDS = {
-    **{"run_config": 1.5, "model": 4.0, "capture": 4.0, "metrics": 1.5, "calibrate": 5.0},
+    **{"run_config": 1.0, "model": 4.0, "capture": 4.0, "metrics": 1.0, "calibrate": 5.0},
     **{"dense": 5.0, "evaluate": 1.0, "search": 4.0, "output_error": 7.0, "sensitivity": 12.0},
-    **{"curve": 1.5, "model_summary": 1.5, "tables": 3.0, "figures": 10.0, "page": 4.0},
+    **{"curve": 1.2, "model_summary": 1.0, "tables": 2.0, "figures": 6.0, "page": 4.0},
 }
 EVALUATION = 2.5
 

@@ -24,7 +24,12 @@ LIGHT = {"run_config", "metrics", "curve", "model_summary", "tables", "figures",
 SAME_RULE, LIKE, OTHER = 1.0, 0.2, 0.02
 ANOTHER_MODEL = 0.3
 # What the forecast itself counts beside what was seen, in jobs that say as much as any other.
-FORECAST = 0.05
+FORECAST = 0.02
+# What was seen counts half once such a share of the time so far has passed since, but never less than a
+# fifth: machines get busier, or less.
+HALF_LIFE, OLDEST = 0.15, 0.2
+# Seconds that a job needs, at the least, before it begins what it counts its progress by.
+START = 4.0
 # A job that takes longer than was expected is taken to be so far.
 OVERDUE = 0.8
 
@@ -48,6 +53,15 @@ class _Running:
     shared_at: float = 0.0
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What jobs of a rule and a model took, what was forecast of it, and when the last one ended."""
+
+    took: float = 0.0
+    forecast: float = 0.0
+    at: float = 0.0
+
+
 @dataclass
 class TimeLeft:
     """The state of a run.
@@ -62,7 +76,8 @@ class TimeLeft:
     _waiting: dict[str, list[tuple[Key, float]]] = field(init=False)
     _running: dict[int, _Running] = field(init=False, default_factory=dict)
     _begun: dict[str, int] = field(init=False)
-    _seen: dict[Key, tuple[float, float]] = field(init=False)
+    _seen: dict[Key, _Seen] = field(init=False)
+    _start: float | None = field(init=False, default=None)
     _usual: dict[str, float] = field(init=False)
     _at_once: int = field(init=False, default=1)
 
@@ -78,6 +93,7 @@ class TimeLeft:
 
     def begin(self, job: int, key: Key, now: float) -> None:
         """A job was started."""
+        self._start = now if self._start is None else self._start
         forecast = self._usual.get(key.rule, 0.0)
         for place, (one, seconds) in enumerate(self._waiting[key.rule]):
             if one == key:
@@ -89,21 +105,46 @@ class TimeLeft:
         self._at_once = max(self._at_once, len(self._running))
 
     def reach(self, job: int, share: float, now: float) -> None:
-        """A running job has done a share of its work."""
+        """A running job has done a share of what it does once it has started."""
         if job in self._running:
-            self._running[job].share, self._running[job].shared_at = share, now
+            one = self._running[job]
+            start = min(START, one.forecast / 2) / one.forecast if one.forecast else 0.0
+            one.share, one.shared_at = start + (1 - start) * share, now
 
     def finish(self, job: int, now: float) -> None:
         """A job has ended."""
         done = self._running.pop(job, None)
         if done is not None:
-            seen, forecast = self._seen.get(done.key, (0.0, 0.0))
-            self._seen[done.key] = (seen + now - done.began, forecast + done.forecast)
+            kind = Key(done.key.rule, done.key.model)
+            before = self._seen.get(kind, _Seen(at=now))
+            kept = self._freshness(before.at, now)
+            self._seen[kind] = _Seen(
+                kept * before.took + now - done.began, kept * before.forecast + done.forecast, now
+            )
+
+    def _freshness(self, at: float, now: float) -> float:
+        """How much something counts that was seen before."""
+        past = now - (now if self._start is None else self._start)
+        return max(0.5 ** ((now - at) / (HALF_LIFE * past)), OLDEST) if past > 0 else 1.0
 
     def seconds_left(self, now: float) -> float | None:
         """Expected wall time until all is done; None before anything was seen."""
-        seen = [(key, *one) for key, one in self._seen.items()]
-        seen += [_partly(one, now) for one in self._running.values() if _tells(one, now)]
+        seen = [
+            (key, fresh * one.took, fresh * one.forecast)
+            for key, one in self._seen.items()
+            for fresh in (self._freshness(one.at, now),)
+        ]
+        seen += [
+            (one.key, one.shared_at - one.began, one.share * one.forecast)
+            for one in self._running.values()
+            if one.share > 0
+        ]
+        # A job that has not ended says something once it takes longer than those that have.
+        seen += [
+            (one.key, now - one.began, OVERDUE * one.forecast)
+            for one in self._running.values()
+            if not one.share and now - one.began > one.forecast * _ratio(one.key, seen) > 0
+        ]
         if not seen:
             return None
         ratios: dict[tuple[str, str], float] = {}
@@ -143,18 +184,6 @@ class TimeLeft:
         for (model, _), seconds in stages.items():
             chains[model] += seconds
         return max(work / self._at_once, *chains.values(), 0.0) + last
-
-
-def _tells(one: _Running, now: float) -> bool:
-    """Whether a job that runs says something of how long others will take."""
-    return one.share > 0 or now - one.began > one.forecast > 0
-
-
-def _partly(one: _Running, now: float) -> tuple[Key, float, float]:
-    """What a job that runs has shown so far: its key, seconds, and the forecast of these."""
-    if one.share > 0:
-        return one.key, one.shared_at - one.began, one.share * one.forecast
-    return one.key, now - one.began, OVERDUE * one.forecast
 
 
 def _rest(one: _Running, expected: float, now: float) -> float:
