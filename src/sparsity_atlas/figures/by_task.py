@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 
 from sparsity_atlas.figures.panels import empty, label, select_pairs
 from sparsity_atlas.figures.style import GREY, TALL, WIDE, shorten
+from sparsity_atlas.statistics.bootstrap import in_percent
 from sparsity_atlas.tables.read import HEADLINE_BAR, SITE_ORDER, Tables, in_order
 from sparsity_atlas.terms import AVERAGE
 
@@ -140,6 +141,10 @@ def _cell(row: pd.Series, interval: bool) -> str:
     value = {"=": "", ">=": "≥", "<": "<"}[row["relation"]]
     if not interval:
         return f"{value}{100 * row['value']:.0f}"
-    ends = f"{100 * row['interval_low']:.0f}–{100 * row['interval_high']:.0f}"
-    known = pd.notna(row["interval_low"])
-    return f"{value}{100 * row['value']:.1f}" + (f"\n{ends}" if known else "")
+    shown = f"{value}{100 * row['value']:.1f}"
+    if pd.isna(row["interval_low"]):
+        return shown
+    opened = (row["low_open"], row["high_open"])
+    return f"{shown}\n" + "–".join(
+        in_percent(row["interval_low"], row["interval_high"], 0, opened=opened)
+    )

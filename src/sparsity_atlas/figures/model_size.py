@@ -19,6 +19,7 @@ from sparsity_atlas.figures.panels import (
     size_text,
 )
 from sparsity_atlas.figures.style import GREY, Mark, heading, marks, wrap
+from sparsity_atlas.statistics.bootstrap import in_percent
 from sparsity_atlas.tables.read import HEADLINE_BAR, Tables, in_order, records
 from sparsity_atlas.terms import AVERAGE
 
@@ -98,8 +99,8 @@ def _words(rows: pd.DataFrame, lines: pd.DataFrame, width: int) -> str:
     """How many models, which slopes are resolved, and which are not."""
     said = []
     for site, line in lines[lines["resolved"]].iterrows():
-        low, high = 100 * line["low"], 100 * line["high"]
-        said.append(f"{site} {100 * line['slope']:+.1f} [{low:.1f}, {high:.1f}]")
+        low, high = in_percent(line["low"], line["high"], 1)
+        said.append(f"{site} {100 * line['slope']:+.1f} [{low}, {high}]")
     text = [f"{rows['model'].nunique()} models"]
     if said:
         text.append(f"points per tenfold: {'; '.join(said)}")

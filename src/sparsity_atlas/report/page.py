@@ -10,6 +10,7 @@ import pandas as pd
 
 from sparsity_atlas.criteria.reach import missed
 from sparsity_atlas.report.published import PUBLISHED, Published
+from sparsity_atlas.statistics.bootstrap import in_percent
 from sparsity_atlas.tables.read import HEADLINE_BAR, SITE_ORDER, Tables, records
 from sparsity_atlas.terms import AVERAGE
 
@@ -54,11 +55,6 @@ def percent(share: float | None) -> str:
     return NOTHING if share is None or pd.isna(share) else f"{100 * share:.1f}"
 
 
-def end(share: float) -> str:
-    """An end of an interval: as `percent`, without a digit that it does not have."""
-    return f"{round(100 * share, 1):g}"
-
-
 def cell(row: Any) -> Cell:
     """The text of a row of critical_sparsity.csv."""
     if row.relation == "none":
@@ -71,9 +67,8 @@ def cell(row: Any) -> Cell:
         flags.append("non-monotone")
     interval = ""
     if pd.notna(row.interval_low):
-        low = ("<" if row.low_open else "") + end(row.interval_low)
-        high = (">" if row.high_open else "") + end(row.interval_high)
-        interval = f"{low} to {high}"
+        opened = (row.low_open, row.high_open)
+        interval = " to ".join(in_percent(row.interval_low, row.interval_high, 1, opened=opened))
     return Cell(f"{sign}{percent(row.value)}", interval, tuple(flags))
 
 

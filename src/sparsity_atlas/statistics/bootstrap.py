@@ -245,6 +245,27 @@ def interval(value: float, replicates: np.ndarray) -> tuple[float, float]:
     )
 
 
+def rounded_outwards(low: float, high: float, spread: float) -> tuple[float, float]:
+    """Ends of an interval, rounded outwards to the place of the first digit of `spread`."""
+    return _round_down(low, spread), -_round_down(-high, spread)
+
+
+def in_percent(
+    low: float, high: float, places: int, *, opened: tuple[bool, bool] = (False, False)
+) -> tuple[str, str]:
+    """Ends of an interval as people read them: percent, of no more decimals than `places`, outwards.
+
+    Args:
+        low: end.
+        high: end.
+        places: decimals.
+        opened: whether the ends lie beyond what was measured, which < and > say.
+    """
+    ends = rounded_outwards(100 * low, 100 * high, 10.0**-places)
+    signs = ("<" if opened[0] else "", ">" if opened[1] else "")
+    return f"{signs[0]}{ends[0] + 0.0:g}", f"{signs[1]}{ends[1] + 0.0:g}"
+
+
 def _spread(ordered: np.ndarray, share: float) -> float:
     """The distance between the replicates that a quantile may lie at, given others."""
     count = len(ordered)

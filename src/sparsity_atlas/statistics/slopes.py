@@ -3,7 +3,8 @@
 A line joins models of one family (architecture and activation) only. Its slope is the ordinary
 least-squares one. Its 95 % interval is the wider of two: the points' own intervals propagated
 through the fit, and Student's t on the scatter about the line. The second alone would trust three
-points that happen to lie on a line, the first alone would call any two models a trend.
+points that happen to lie on a line, the first alone would call any two models a trend. Its ends are
+rounded outwards to two digits of its half-width, which comes from ends of no more.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit
+
+from sparsity_atlas.statistics.bootstrap import rounded_outwards
 
 # Below three points the scatter about a line is unknown.
 FEWEST_MODELS = 3
@@ -75,7 +78,7 @@ def fit_slope(points: Sequence[SizePoint]) -> Slope:
     half = max(_propagated(points, weight), _scatter(y - intercept - slope * x, spread))
     if not np.isfinite(half):
         return Slope(count, slope, intercept, None, None, "an interval is open")
-    low, high = slope - half, slope + half
+    low, high = rounded_outwards(slope - half, slope + half, half / 10)
     reason = "its interval spans zero" if low <= 0 <= high else ""
     return Slope(count, slope, intercept, low, high, reason)
 

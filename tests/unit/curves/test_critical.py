@@ -18,6 +18,7 @@ from sparsity_atlas.statistics.bootstrap import (
     TaskSamples,
     average,
     estimate,
+    in_percent,
     interval,
     percentile_interval,
 )
@@ -343,6 +344,24 @@ def test_digits_of_an_interval_are_those_that_replicates_support() -> None:
     assert 4.5e-5 < low == round(low, 8) < 4.61e-5
     assert interval(0.123456789, np.full(200, 0.123456789)) == (0.123456789, 0.123456789)
     assert np.isnan(interval(0.5, np.array([0.4, np.nan]))).all()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "places", "shown"),
+    [
+        (0.4446, 0.5041, 1, ("44.4", "50.5")),
+        (0.4446, 0.5041, 0, ("44", "51")),
+        (0.47, 0.47, 1, ("47", "47")),
+        (0.29, 0.57, 0, ("29", "57")),
+        (-0.00012, 1, 1, ("-0.1", "100")),
+    ],
+)
+def test_ends_are_shown_rounded_outwards(
+    low: float, high: float, places: int, shown: tuple[str, str]
+) -> None:
+    assert in_percent(low, high, places) == shown
+    opened = in_percent(low, high, places, opened=(True, True))
+    assert opened == (f"<{shown[0]}", f">{shown[1]}")
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 500), st.floats(-3, 3))

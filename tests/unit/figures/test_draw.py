@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +181,15 @@ def test_a_task_at_chance_has_no_value_in_the_heatmap(bad):
     order = [label.get_text() for label in figure.axes[0].get_xticklabels()]
     assert cells[order.index("guess")] == "–"
     assert cells[order.index("easy")].startswith("≥")
+
+
+def test_cells_of_the_heatmap_have_intervals_that_hold_their_values(bad):
+    rows = bad.critical_sparsity.assign(
+        value=0.4446, relation="=", interval_low=0.4446, interval_high=0.5041, high_open=True
+    )
+    with style.styled():
+        figure = by_task.tasks(replace(bad, critical_sparsity=rows))
+    assert {text.get_text() for text in figure.axes[0].texts} == {"44.5\n44–>51"}
 
 
 def test_only_what_is_resolved_is_coloured(bad):

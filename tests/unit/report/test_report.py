@@ -164,6 +164,8 @@ def row(**other):
         ({"relation": ">=", "high_open": True}, page.Cell("≥ 45.7", "40 to >50")),
         ({"relation": "<", "low_open": True}, page.Cell("< 45.7", "<40 to 50")),
         ({"interval_low": 0.447}, page.Cell("45.7", "44.7 to 50")),
+        # Outwards, as the ends themselves are.
+        ({"interval_low": 0.4448, "interval_high": 0.5001}, page.Cell("45.7", "44.4 to 50.1")),
         ({"interval_low": float("nan")}, page.Cell("45.7")),
         (
             {"resolved": False, "non_monotone": True},
