@@ -123,10 +123,8 @@ def _unknown(tokenizer: PreTrainedTokenizerBase) -> str | None:
     if own is not None or backend is None:
         return own
     model = json.loads(backend.to_str())["model"]
-    if model.get("unk_id") is not None:
-        own = model["vocab"][model["unk_id"]][0]
-    else:
-        own = model.get("unk_token")
+    number = model.get("unk_id")
+    own = model.get("unk_token") if number is None else model["vocab"][number][0]
     return own
 
 
