@@ -32,7 +32,8 @@ from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from sparsity_atlas.evaluation.evaluate import Node, Session, evaluate_node
+from sparsity_atlas.evaluation.evaluate import Session, evaluate_node
+from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.lm.model import AtlasLM
 from sparsity_atlas.models.checkpoint import Checkpoint, load, load_tokenizer
 from sparsity_atlas.sites.find import find_ffns

@@ -10,7 +10,8 @@ from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from sparsity_atlas.evaluation.evaluate import Node, Session, evaluate_node
+from sparsity_atlas.evaluation.evaluate import Session, evaluate_node
+from sparsity_atlas.evaluation.node import Node
 
 
 def through_atlas(

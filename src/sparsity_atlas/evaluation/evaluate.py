@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from sparsity_atlas import cli
 from sparsity_atlas.code_version import code_version
-from sparsity_atlas.criteria import check_level, create, source_file
+from sparsity_atlas.criteria import source_file
 from sparsity_atlas.criteria.calibration_file import Calibration, check_disjoint, read_calibration
-from sparsity_atlas.errors import AtlasError, NumericalFailure, TaskFailure
+from sparsity_atlas.errors import NumericalFailure, TaskFailure
+from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.outcome import check_measured, headline, sample_rows, task_result
 from sparsity_atlas.evaluation.samples import SCHEMA, SampleTable, read_samples
 from sparsity_atlas.files.journal import Journal
@@ -32,49 +33,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from lm_eval.api.task import Task
 
-    from sparsity_atlas.criteria import Criterion
     from sparsity_atlas.lm.model import AtlasLM
     from sparsity_atlas.sites.find import FFN
     from sparsity_atlas.sparsify.attach import Counter, Slot
     from sparsity_atlas.tasks.loaded import LoadedTask
     from sparsity_atlas.tasks.prepared import Prepared
-
-
-@dataclass(frozen=True)
-class Node:
-    """A criterion at a site at a level."""
-
-    criterion: dict[str, Any]  # its configuration, as `criteria.create` takes it
-    site: str
-    level: str
-    rule: Criterion = field(compare=False)
-    calibration: Calibration | None = field(default=None, compare=False)
-
-    @classmethod
-    def make(
-        cls,
-        criterion: dict[str, Any],
-        site: str,
-        level: str,
-        calibration: Calibration | None = None,
-    ) -> Node:
-        """Make a node.
-
-        Raises:
-            AtlasError: unusable criterion, a level outside its range, or no calibration where it
-                needs one.
-        """
-        rule = create(criterion)
-        check_level(rule, level)
-        if rule.calibrated and calibration is None:
-            raise AtlasError(f"criteria: {type(rule).__name__} needs a calibration; found none")
-        return cls(criterion, site, level, rule, calibration)
-
-    def identity(self) -> dict[str, Any]:
-        """What distinguishes the node; a criterion's own file counts by its code, not its path."""
-        criterion = {key: value for key, value in self.criterion.items() if key != "file"}
-        calibration = {"calibration": self.calibration.identity()} if self.calibration else {}
-        return {"criterion": criterion, "site": self.site, "level": self.level, **calibration}
 
 
 @dataclass

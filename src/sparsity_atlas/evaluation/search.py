@@ -18,8 +18,9 @@ from sparsity_atlas.config.schema import SearchSettings
 from sparsity_atlas.criteria import create
 from sparsity_atlas.criteria.calibration_file import Calibration, read_calibration
 from sparsity_atlas.errors import TaskFailure
-from sparsity_atlas.evaluation.evaluate import Node, Session, evaluate_node, evaluation_code
+from sparsity_atlas.evaluation.evaluate import Session, evaluate_node, evaluation_code
 from sparsity_atlas.evaluation.next_level import Point, Range, Stop, next_level
+from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.samples import read_table
 from sparsity_atlas.files.whole import read_manifest, write_manifest
 from sparsity_atlas.tasks.score import Kind, choose_metric, pooled_score

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from sparsity_atlas.evaluation.evaluate import Node, Session, evaluate_node
+from sparsity_atlas.evaluation.evaluate import Session, evaluate_node
+from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.lm import forest
 from sparsity_atlas.lm.forward import Abilities
 from sparsity_atlas.lm.model import AtlasLM, Records

@@ -11,7 +11,7 @@ from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config
 from sparsity_atlas.criteria import create, declared
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.evaluation.evaluate import Node
+from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.plan.jobs import UNKNOWN, Amount, Job, jobs
 from sparsity_atlas.plan.outlook import NodeKey, Outlook, Unknowns, look, measure
 from sparsity_atlas.plan.rates import import_seconds, recorded

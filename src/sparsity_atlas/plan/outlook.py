@@ -14,7 +14,8 @@ import torch
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.evaluation.evaluate import Node, Session
+from sparsity_atlas.evaluation.evaluate import Session
+from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.lm.prompts import PromptSettings
 from sparsity_atlas.models.devices import pick_device, pick_dtype

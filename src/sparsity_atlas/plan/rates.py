@@ -11,7 +11,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparsity_atlas.evaluation.evaluate import Node, Session
+from sparsity_atlas.evaluation.evaluate import Session
+from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.files.journal import Journal
 from sparsity_atlas.lm import forest
 from sparsity_atlas.lm.model import AtlasLM

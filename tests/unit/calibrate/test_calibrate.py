@@ -30,7 +30,8 @@ from sparsity_atlas.criteria.calibration_file import (
 )
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation import evaluate, search
-from sparsity_atlas.evaluation.evaluate import Node, evaluate_node
+from sparsity_atlas.evaluation.evaluate import evaluate_node
+from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.files.whole import file_digest, read_manifest, write_manifest
 from sparsity_atlas.plan.outlook import Unknowns
 from sparsity_atlas.plan.targets import missed_targets

@@ -18,7 +18,8 @@ from sparsity_atlas.criteria.binding import bind_all
 from sparsity_atlas.criteria.error_table import ErrorTable
 from sparsity_atlas.criteria.place import Place
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.evaluation.evaluate import Node, evaluate_node
+from sparsity_atlas.evaluation.evaluate import evaluate_node
+from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.samples import read_table
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.lm.forward import Abilities

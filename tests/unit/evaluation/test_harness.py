@@ -21,8 +21,9 @@ from sparsity_atlas.criteria import create, rule_names, source_file
 from sparsity_atlas.criteria.calibration_file import read_calibration, write_calibration
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation import harness
-from sparsity_atlas.evaluation.evaluate import Node, evaluate_node
+from sparsity_atlas.evaluation.evaluate import evaluate_node
 from sparsity_atlas.evaluation.harness_arguments import _INSTEAD, Arguments
+from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.models.checkpoint import Checkpoint
 from tiny_lm import (
     CHOICE,

@@ -13,7 +13,8 @@ import torch
 from interruptions import Interrupted, products, watch
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation import search as stage
-from sparsity_atlas.evaluation.evaluate import Node, evaluate_node
+from sparsity_atlas.evaluation.evaluate import evaluate_node
+from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.samples import read_table
 from sparsity_atlas.files.whole import read_manifest
 from tiny_lm import (

@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from interruptions import Interrupted, products, watch
 from plain_lm import assert_same, through_atlas
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.evaluation.evaluate import Node, evaluate_node
+from sparsity_atlas.evaluation.evaluate import evaluate_node
+from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.lm.longest import Lengths, declared_lengths
 from tiny_lm import (
     CHOICE,

@@ -13,7 +13,8 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from plain_lm import answers, assert_same, flat, plainly, through_atlas
-from sparsity_atlas.evaluation.evaluate import Node, Session, evaluate_node
+from sparsity_atlas.evaluation.evaluate import Session, evaluate_node
+from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.samples import read_table
 from tiny_lm import (
     CHOICE,

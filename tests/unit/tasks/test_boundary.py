@@ -13,7 +13,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.evaluation.evaluate import Node, Session, evaluate_node
+from sparsity_atlas.evaluation.evaluate import Session, evaluate_node
+from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.tasks import load as loading
 from sparsity_atlas.tasks.load import load_tasks
 from tiny_lm import (
