@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,34 @@ def test_yaml_blocks_are_yaml(page: Path) -> None:
     for token in _tokens(page):
         if token.type == "fence" and token.info == "yaml":
             yaml.safe_load(token.content)
+
+
+def test_the_map_shows_all_rooms_in_the_order_of_imports() -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = page.partition("## Map")[2].split("```")[1].splitlines()
+    inside = [line.split() for line in lines if line.startswith("  ")]
+    shown = [
+        word.rstrip("/,")
+        for words in inside
+        for word in itertools.takewhile(lambda word: word.endswith(("/", "/,")), words)
+    ]
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        contract = tomllib.load(file)["tool"]["importlinter"]["contracts"][0]
+    package = ROOT / "src/sparsity_atlas"
+    rooms = [layer for layer in reversed(contract["layers"]) if (package / layer).is_dir()]
+    assert shown == rooms
+    outside = [line.split("  ")[0] for line in lines if line and not line.startswith(" ")]
+    names = [name for line in outside for name in line.split(", ")]
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+def test_what_contributing_says_of_additions_is_there() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| a")]
+    named = {path for row in rows for path in re.findall(r"`([\w/.]+)`", row)}
+    places = (ROOT, ROOT / "src/sparsity_atlas")
+    assert len(rows) >= 9
+    assert [one for one in named if not any((place / one).exists() for place in places)] == []
 
 
 def test_the_criterion_of_contributing_is_the_file_that_it_names() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import tomllib
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,9 @@ ROOMS = sorted(path.parent for path in PACKAGE.glob("*/**/__init__.py"))
 # A folder of like files, found by name.
 REGISTRY = PACKAGE / "criteria" / "built_in"
 MOST_FILES = 15
+MOST_LINES = 350
+# What Numba compiles stays in one file, whose edits it would not notice in another.
+LONG = {PACKAGE / "kernels" / "cpu_row.py"}
 
 
 def test_rooms_import_downwards_and_not_in_circles() -> None:
@@ -44,8 +48,15 @@ def test_a_room_says_what_lives_there_and_is_not_crowded(room: Path) -> None:
     said = ast.get_docstring(ast.parse((room / "__init__.py").read_text(encoding="utf-8")))
     assert said, "no docstring"
     assert len(said.split("\n\n")[0].splitlines()) <= 2
+    named = {PACKAGE / room / f"{name}.py" for name in re.findall(r"`(\w+)`", said)}
+    assert any(path.exists() for path in named), "no file to start reading at"
     if room != REGISTRY:
         assert len(list(room.glob("*.py"))) - 1 <= MOST_FILES
+
+
+def test_no_file_is_too_long_to_be_read_at_once() -> None:
+    long = {path for path in PACKAGE.rglob("*.py") if len(path.open().readlines()) > MOST_LINES}
+    assert long == LONG
 
 
 def test_no_two_files_bear_the_same_name() -> None:

@@ -1,4 +1,7 @@
-"""The criteria: one small file each, found by name; a user's own file joins in the same way."""
+"""The criteria: one small file each, found by name; a user's own file joins in the same way.
+
+Start with `base`, which says what a criterion is, and a rule in `built_in`.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Figures: the run's tables in, figures out. Nothing here knows of models or of Snakemake.
 
 This is the catalogue of what is drawn, light enough for every start of Snakemake to import;
-`draw` holds the functions.
+start with `draw`, which holds the functions.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Fast paths of the thresholds: one read, one write, zeros counted on the way, no wait for the device.
 
-Which path is taken is decided by what there is: Triton for CUDA, Numba for the CPU, else the definition
-in torch. All give the same bits. `SPARSITY_ATLAS_KERNELS` in the environment forces one: `auto`, `reference`
-(the definition) or `compiled` (fail if there is no kernel).
+Start with `definition`, which every path gives bit for bit. Which path is taken is decided by what there
+is: Triton for CUDA, Numba for the CPU, else the definition in torch. `SPARSITY_ATLAS_KERNELS` in the
+environment forces one: `auto`, `reference` (the definition) or `compiled` (fail if there is no kernel).
 """
 
 from __future__ import annotations

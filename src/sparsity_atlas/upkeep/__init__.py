@@ -1,1 +1,4 @@
-"""A results folder over time: what is left over, and whether all is as it was written."""
+"""A results folder over time: what is left over, and whether all is as it was written.
+
+Start with `doctor`.
+"""
