@@ -66,6 +66,7 @@ class Counter:
         self._generates = False
         self._zeros: list[list[Tensor | None]] = []  # [passes][slots], each [batch, tokens]
         self._finite: list[list[Tensor | None]] = []
+        self._block: tuple[Tensor, Tensor] | None = None  # counts of the pass in hand
 
     def expect(self, valid: Tensor, *, generates: bool = False) -> None:
         """Announce a batch: bool [batch, tokens], True where a token is no padding.
@@ -84,6 +85,7 @@ class Counter:
         """A forward pass of the model begins (a hook calls this)."""
         self._zeros.append([None] * len(self.slots))
         self._finite.append([None] * len(self.slots))
+        self._block = None
 
     def sequences(self, values: Tensor) -> tuple[Tensor, Phase]:
         """What a pass is: its valid tokens, bool [batch, tokens], and its phase.
@@ -108,6 +110,14 @@ class Counter:
         if self._valid is None:  # a forward pass that nobody evaluates, such as a warm-up
             return
         slot = self._index[tensor_name, layer]
+        if zeros.device.type == "cpu":
+            # In one block for all slots: kept by itself, each would lie where the pass had a large tensor,
+            # which malloc then could not give again, so that memory grew by one for each slot.
+            if self._block is None:
+                shape = (len(self.slots), *zeros.shape)
+                self._block = zeros.new_empty(shape), finite.new_empty(shape)
+            kept = self._block[0][slot], self._block[1][slot]
+            zeros, finite = kept[0].copy_(zeros), kept[1].copy_(finite)
         self._zeros[-1][slot] = zeros
         self._finite[-1][slot] = finite
 

@@ -16,6 +16,7 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation.evaluate import evaluate_node
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.samples import read_table
+from sparsity_atlas.models import room
 from tiny_lm import (
     CHOICE,
     GENERATION,
@@ -70,6 +71,28 @@ def test_interrupted_and_resumed(manifest: Path, tasks: dict, tmp_path: Path) ->
         assert evaluate(manifest, tasks, folder) == whole[stop:]
         assert products(folder) == products(tmp_path / "whole")
     assert sorted(products(tmp_path / "whole")) == [".lock", "eval.json", "samples.parquet"]
+
+
+def test_what_does_not_fit_leaves_no_result(
+    manifest: Path, tasks: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, folder = open_session(manifest, tasks), tmp_path / "node"
+    limit = [2**20]
+    monkeypatch.setattr(room, "host_limit", lambda: (limit[0], "this job was given"))
+    with pytest.raises(
+        AtlasError, match=r"'choice': batches of \d+ tokens: needs about .*; no batch_size"
+    ):
+        evaluate_node(session, NODE, folder)
+    assert not (folder / "eval.json").exists()
+    limit[0] = 2**40
+    found = evaluate_node(session, NODE, folder)
+    assert found["status"] == "ok"
+    largest = {name: task["largest"] for name, task in found["tasks"].items()}
+    # Four windows of the model's whole length, all of which is scored; no mask.
+    assert largest["pages"] == {"tokens": 192, "longest": 48, "scored": 192, "pairs": 0, "kept": 0}
+    assert largest["choice"]["pairs"] > largest["choice"]["tokens"] > largest["choice"]["scored"]
+    assert largest["words"]["scored"] == 4
+    assert largest["words"]["tokens"] < largest["words"]["kept"] <= 4 * 48
 
 
 def test_interrupted_in_a_record(manifest: Path, tasks: dict, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from sparsity_atlas.errors import AtlasError, NumericalFailure
 from sparsity_atlas.kernels.definition import Threshold
 from sparsity_atlas.sites.ffn import FFN
 from sparsity_atlas.sites.find import SITES, TENSORS, find_ffns
-from sparsity_atlas.sparsify.attach import Counter, Slot, sparsified
+from sparsity_atlas.sparsify.attach import Counter, Slot, counted, sparsified
 from tiny_models import LAYERS, tiny_model, token_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,6 +37,16 @@ def run(ffns: list[FFN], site: str, criterion: Criterion, level: float) -> tuple
         counter.expect(valid)
         logits = ffns[0].model(ids).logits
         return logits, counter.take()[0].sum(-1).tolist()
+
+
+def test_counts_lie_in_one_block(ffns: list[FFN]) -> None:
+    """Each by itself would stand where malloc could give a large tensor again."""
+    ids = token_ids()
+    with torch.no_grad(), counted(ffns[0].model, ffns) as counter:
+        counter.expect(torch.ones_like(ids, dtype=torch.bool))
+        ffns[0].model(ids)
+        for kept in (counter._zeros, counter._finite):
+            assert len({one.untyped_storage().data_ptr() for one in kept[0]}) == 1
 
 
 class Masks(Criterion):
