@@ -239,7 +239,7 @@ def _run(
     from lm_eval import evaluator
 
     from sparsity_atlas.criteria.base import SequenceCriterion
-    from sparsity_atlas.tasks.seeding import seed_as_lm_eval
+    from sparsity_atlas.tasks.loaded import seed_as_lm_eval
 
     task = session.tasks[name]
     # Before anything is attached: it tries the untouched model.

@@ -1,21 +1,59 @@
-"""An entry of the configuration's tasks, loaded: what lm-eval takes of it, and what it is known by."""
+"""An entry of the configuration's tasks, loaded: what lm-eval takes of it, and what it is known by.
+
+Random numbers stand where lm-eval has them, which seeds once, loads the tasks, and builds their requests.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
 from sparsity_atlas.errors import TaskFailure
 from sparsity_atlas.files.whole import digest
 from sparsity_atlas.tasks.boundary import boundary
 from sparsity_atlas.tasks.modules import OwnModules
-from sparsity_atlas.tasks.seeding import RandomState
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """Where the three generators are."""
+
+    python: Any
+    numpy: Any
+    torch: Any
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """As they are."""
+        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state())
+
+    def restore(self) -> None:
+        """Go on from there."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.torch)
+
+
+def seed_as_lm_eval(seed: int) -> None:
+    """Seed Python, NumPy and torch as `lm_eval.simple_evaluate` does before it loads tasks.
+
+    lm-eval's own seeds are 1234, but 0 for Python; another `seed` is that of all, as after `--seed`.
+    """
+    random.seed(DEFAULT_RANDOM_SEED if seed == DEFAULT_OTHER_SEED else seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 @dataclass(frozen=True)
@@ -80,7 +118,11 @@ class LoadedTask:
     @contextlib.contextmanager
     def code(self, doing: str) -> Iterator[None]:
         """Where code of the task's own may run; see `task_failures.boundary`."""
-        with code_allowed(self.allow_code), boundary(self.name, doing, self.modules):
+        with (
+            code_allowed(self.allow_code),
+            boundary(self.name, doing, self.modules),
+            compiled_once(),
+        ):
             yield
 
 
@@ -96,3 +138,16 @@ def code_allowed(allow: bool) -> Iterator[None]:
         if allow:
             os.environ.pop(name)
             os.environ.update({name: before} if before is not None else {})
+
+
+@contextlib.contextmanager
+def compiled_once() -> Iterator[None]:
+    """Let lm-eval compile a template once, which it does for each document anew."""
+    from lm_eval.utils import env
+
+    before = env.from_string
+    env.from_string = functools.cache(before)
+    try:
+        yield
+    finally:
+        env.from_string = before

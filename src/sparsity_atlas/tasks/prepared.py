@@ -15,6 +15,7 @@ from lm_eval.utils import handle_non_serializable, hash_string
 
 from sparsity_atlas.errors import TaskFailure
 from sparsity_atlas.tasks import request_cache
+from sparsity_atlas.tasks.choices import Choices, can_score
 from sparsity_atlas.tasks.reported_metrics import mislabelled
 from sparsity_atlas.tasks.request_cache import Row
 
@@ -48,12 +49,16 @@ class PreparedTask:
         ]
         task._instances = self.instances
         self.metrics: dict[str, list[dict[str, Any]]] = {}
+        self._choices: Choices | None = None
+        self._scored: list[dict[str, float] | None] = []
         # Code of the task's own may change the document that it is given.
         built_in = type(task).process_results is ConfigurableTask.process_results
         self._copies = not built_in or callable(task.config.process_results)
         if not self._copies:
             for name in ("doc_to_text", "doc_to_choice", "doc_to_target"):
                 setattr(task, name, _remembered(getattr(task, name), documents))
+            if can_score(task):
+                self._choices = Choices(task, documents, self.instances)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._task, name)
@@ -69,12 +74,17 @@ class PreparedTask:
         """The documents with their numbers; called once for each filter."""
         name = list(self.instances[0].filtered_resps)[len(self.metrics)]
         self.metrics[name] = []
+        self._scored = self._choices.score(name) if self._choices is not None else []
         return enumerate(copy.deepcopy(self.documents) if self._copies else self.documents)
 
     def process_results(self, document: dict[str, Any], results: Any) -> dict[str, Any]:
         """A document's metrics, which are kept."""
-        found: dict[str, Any] = self._task.process_results(document, results)
-        next(reversed(self.metrics.values())).append(found)
+        kept = next(reversed(self.metrics.values()))
+        known = self._scored[len(kept)] if self._scored else None
+        found: dict[str, Any] = (
+            self._task.process_results(document, results) if known is None else known
+        )
+        kept.append(found)
         return found
 
 

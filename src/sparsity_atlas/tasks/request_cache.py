@@ -7,6 +7,7 @@ and of its own bytes at its start; what does not match is built again.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -60,15 +61,25 @@ class Row:
     encoding: tuple[list[int], ...]
 
 
+# Of one session's: a large vocabulary is read once, and not for each task.
+@functools.lru_cache(maxsize=1)
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Digest of all that a tokenizer does; None if it does not say, as where code of its own does it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     own = any(one.__module__.startswith("transformers_modules") for one in type(tokenizer).__mro__)
     if backend is None or own:
         return None
-    content = json.loads(backend.to_str())
     # What a call set, not what the tokenizer is.
-    content["padding"] = content["truncation"] = None
+    padding, truncation = backend.padding, backend.truncation
+    backend.no_padding()
+    backend.no_truncation()
+    try:
+        content = hashlib.sha256(backend.to_str().encode()).hexdigest()
+    finally:
+        if padding is not None:
+            backend.enable_padding(**padding)
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
     # What is done before the backend is asked, such as `split_special_tokens`.
     switches = {
         key: value for key, value in tokenizer.init_kwargs.items() if isinstance(value, bool | int)
@@ -93,8 +104,13 @@ def key(lm: AtlasLM, task: LoadedTask, *, seed: int) -> dict[str, Any] | None:
         "task": task.identity,
         "seed": seed,
         "code": code_version("tasks.prepared"),
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        **_versions(),
     }
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def _path(made_of: dict[str, Any]) -> Path:

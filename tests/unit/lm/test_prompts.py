@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers.utils import chat_template_utils
 
@@ -63,6 +65,44 @@ class Place:
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Place]:
     """The same model with a tokenizer that puts no BOS token by itself, and with one that does."""
     return {own: Place(tmp_path_factory.mktemp("models"), bos=own) for own in (False, True)}
+
+
+PAIRS = [
+    *(("the old cat", " sees a bird"), ("the old cat", " hides"), ("the old cat  ", "sees")),
+    *(("<s>the old cat", " sees"), ("", "the old bird")),
+]
+TEXTS = {
+    "loglikelihood": PAIRS,
+    "loglikelihood_rolling": [(context + answer,) for context, answer in PAIRS],
+    "generate_until": [(context + answer, {}) for context, answer in PAIRS],
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+@pytest.mark.parametrize("bos", BOS)
+@pytest.mark.parametrize("own", [False, True])
+def test_texts_are_tokenised_together_as_one_by_one(
+    places: dict[bool, Place],
+    own: bool,
+    bos: bool | None,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lm = places[own].session({}, add_bos_token=bos).lm
+    requests = [Instance(kind, {}, one, 0, metadata=("texts", 0, 1)) for one in TEXTS[kind]]
+    alone: list[str] = []
+    original = type(lm.tokenizer).encode
+
+    def encode(self: Any, text: str, **options: Any) -> list[int]:
+        alone.append(text)
+        return original(self, text, **options)
+
+    monkeypatch.setattr(type(lm.tokenizer), "encode", encode)
+    together = lm.encode(kind, requests)
+    # Those whose BOS is written are read in another way; so is an answer without context.
+    assert all(text.startswith("<s>") or text == "the old bird" for text in alone)
+    monkeypatch.setattr(type(lm), "_tokenised", lambda *_: contextlib.nullcontext())
+    assert together == lm.encode(kind, requests)
 
 
 @pytest.mark.parametrize("bos", BOS)
