@@ -94,6 +94,7 @@ class Session:
             "dtype": str(model.dtype).removeprefix("torch."),
             "batch_size": settings["batch_size"],
             "max_length": lm.max_length,
+            **({"batched_as": lm.shortest} if lm.shortest else {}),
             **lm.identity(),
             "code": code,
         }

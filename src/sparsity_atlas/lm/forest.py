@@ -63,21 +63,20 @@ class Leaf:
 
 @dataclass
 class Tree:
-    """Requests with a common beginning; nodes are numbered depth-first."""
+    """Requests with a common beginning; nodes are numbered depth-first.
+
+    Attributes:
+        tokens: of the nodes.
+        depth: of the nodes, the root's 0.
+        closed: for some nodes the number behind their last descendant's; it is behind the last node's for
+            the others, those of the latest request among them.
+        leaves: the requests.
+    """
 
     tokens: list[int] = field(default_factory=list)
     depth: list[int] = field(default_factory=list)
+    closed: dict[int, int] = field(default_factory=dict)
     leaves: list[Leaf] = field(default_factory=list)
-
-    def ends(self) -> list[int]:
-        """For each node the number behind its last descendant's."""
-        ends = [len(self.tokens)] * len(self.tokens)
-        open_nodes: list[int] = []
-        for node, depth in enumerate(self.depth):
-            while open_nodes and self.depth[open_nodes[-1]] >= depth:
-                ends[open_nodes.pop()] = node
-            open_nodes.append(node)
-        return ends
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,9 @@ class Batch:
     firsts: np.ndarray
 
 
-def pack(requests: list[Request], batch_size: int, *, share: bool) -> list[Batch]:
+def pack(
+    requests: list[Request], batch_size: int, *, share: bool, shortest: int = 0
+) -> list[Batch]:
     """Arrange requests in batches, longest row first, as the requests and the arguments alone say.
 
     A batch holds as many tokens, padding included, as `batch_size` of the longest request.
@@ -132,10 +133,11 @@ def pack(requests: list[Request], batch_size: int, *, share: bool) -> list[Batch
         requests: in any order.
         batch_size: sequences of the longest batch.
         share: whether rows may branch; if not, only requests that run the same tokens share a row.
+        shortest: tokens for which the longest request is taken, if it is shorter.
     """
     if not requests:
         return []
-    budget = batch_size * max(len(request.run) for request in requests)
+    budget = batch_size * max(shortest, *(len(request.run) for request in requests))
     trees = _plant(requests, budget, share)
     # Longest first: running out of memory shows at once.
     trees.sort(key=lambda tree: (-len(tree.tokens), tree.tokens, tree.leaves[0].request))
@@ -154,7 +156,7 @@ def arranged(requests: list[Request], batches: list[list[list[int]]]) -> list[Ba
         requests: in any order.
         batches: [batch][row][request], the longest row first; a row's requests run the same tokens.
     """
-    known = _known(requests)
+    known = _known(requests, _in_order(requests))
     found = []
     for batch in batches:
         trees = []
@@ -162,24 +164,25 @@ def arranged(requests: list[Request], batches: list[list[list[int]]]) -> list[Ba
             tokens = requests[row[0]].run
             path = list(range(len(tokens)))
             leaves = [_leaf(one, requests[one], path, known[one]) for one in row]
-            trees.append(Tree(tokens, path, leaves))
+            trees.append(Tree(tokens, path, leaves=leaves))
         found.append(_batch(trees, requests))
     return found
 
 
-def _in_order(requests: list[Request]) -> list[int]:
-    return sorted(range(len(requests)), key=lambda i: requests[i].run)
+def _in_order(requests: list[Request]) -> list[tuple[int, list[int]]]:
+    """The requests' numbers and what they run, in the order of these tokens."""
+    return sorted(((i, one.run) for i, one in enumerate(requests)), key=lambda pair: pair[1])
 
 
-def _known(requests: list[Request]) -> list[int]:
+def _known(requests: list[Request], order: list[tuple[int, list[int]]]) -> list[int]:
     """How many tokens of each request its document has brought before."""
     known = [0] * len(requests)
     brought: dict[int, list[int]] = {}  # the last request of each document
-    for number in _in_order(requests):
-        request = requests[number]
+    for number, tokens in order:
+        owner = requests[number].owner
         # In this order no earlier request of the document has more in common than the one before.
-        known[number] = _common(brought.get(request.owner, []), request.run)
-        brought[request.owner] = request.run
+        known[number] = _common(brought.get(owner, []), tokens)
+        brought[owner] = tokens
     return known
 
 
@@ -200,10 +203,9 @@ def _plant(requests: list[Request], budget: int, share: bool) -> list[Tree]:
     limit = 0
     before: list[int] = []
     path: list[int] = []  # nodes of the request before, root first
-    known = _known(requests)
-    for number in _in_order(requests):
-        request = requests[number]
-        tokens = request.run
+    order = _in_order(requests)
+    known = _known(requests, order)
+    for number, tokens in order:
         shared = _common(before, tokens)
         same = shared == len(tokens) == len(before)
         grown = len(trees[-1].tokens) + len(tokens) - shared if trees else 0
@@ -211,24 +213,29 @@ def _plant(requests: list[Request], budget: int, share: bool) -> list[Tree]:
         if not same and not worthwhile:
             trees.append(Tree())
             limit = min(max(GROWTH * len(tokens), SMALL_TREE), budget)
-            shared = 0
+            shared, path = 0, []
         tree = trees[-1]
-        path = path[:shared]
-        for depth in range(shared, len(tokens)):
-            path.append(len(tree.tokens))
-            tree.tokens.append(tokens[depth])
-            tree.depth.append(depth)
-        tree.leaves.append(_leaf(number, request, path, known[number]))
+        next_node = len(tree.tokens)
+        tree.closed.update(dict.fromkeys(path[shared:], next_node))
+        path = [*path[:shared], *range(next_node, next_node + len(tokens) - shared)]
+        tree.tokens += tokens[shared:]
+        tree.depth += range(shared, len(tokens))
+        tree.leaves.append(_leaf(number, requests[number], path, known[number]))
         before = tokens
     return trees
 
 
 def _common(one: list[int], other: list[int]) -> int:
     """How many tokens two sequences begin with alike."""
-    shorter = min(len(one), len(other))
-    if one[:shorter] == other[:shorter]:
-        return shorter
-    return next(i for i in range(shorter) if one[i] != other[i])
+    alike, beyond = 0, min(len(one), len(other)) + 1
+    # Halving, by comparisons of slices: most pairs are long and differ near their end.
+    while beyond - alike > 1:
+        middle = (alike + beyond) // 2
+        if one[alike:middle] == other[alike:middle]:
+            alike = middle
+        else:
+            beyond = middle
+    return alike
 
 
 def _batch(trees: list[Tree], requests: list[Request]) -> Batch:
@@ -242,7 +249,8 @@ def _batch(trees: list[Tree], requests: list[Request]) -> Batch:
         length = len(tree.tokens)
         tokens[row, :length] = tree.tokens
         depth[row, :length] = tree.depth
-        ends[row, :length] = tree.ends()
+        ends[row, :length] = length
+        ends[row, list(tree.closed)] = list(tree.closed.values())
         leaves += [(row * longest, leaf) for leaf in tree.leaves]
     predictions = np.concatenate([start + np.array(leaf.scored) for start, leaf in leaves])
     scored, row_of = np.unique(predictions, return_inverse=True)

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from sparsity_atlas.models.memory import Sizes
     from sparsity_atlas.sparsify.attach import Counter
 
+# Short requests are batched as if they had so many tokens: a GPU that is handed a few at a time waits for
+# the host, which takes as long to start a pass of a small model over a thousand tokens as over ten thousand.
+SHORTEST = {"cuda": 1024}
+
 # What is said, once, of a model that cannot do something.
 SLOWER = {
     "branches": "each answer option reads its whole context, since they cannot share it here",
@@ -49,6 +53,16 @@ class Records(Protocol):
 
     def append(self, record: Any) -> None:
         """Add what a batch left."""
+
+
+def shortest(device: str, max_length: int) -> int:
+    """Tokens that the requests of a batch are taken to have at least.
+
+    Args:
+        device: its kind.
+        max_length: longest sequence of the model in tokens.
+    """
+    return min(SHORTEST.get(device, 0), max_length)
 
 
 class AtlasLM(GeneratingLM):
@@ -73,6 +87,11 @@ class AtlasLM(GeneratingLM):
         self._known = Answers()
         self.sizes: Sizes | None = None
 
+    @property
+    def shortest(self) -> int:
+        """Tokens that the requests of a batch are taken to have at least; see `forest.pack`."""
+        return shortest(self.device.type, self.max_length)
+
     def work(
         self,
         requests: dict[str, list[Instance]],
@@ -87,7 +106,13 @@ class AtlasLM(GeneratingLM):
             encodings: as `encode` gives them.
             share: whether requests may share what they have in common, where the model can.
         """
-        limits = Limits(self.batch_size, self.max_length, self.prefix_token_id, self.max_gen_toks)
+        limits = Limits(
+            self.batch_size,
+            self.max_length,
+            self.prefix_token_id,
+            self.max_gen_toks,
+            self.shortest,
+        )
         prompts = list(
             zip(
                 requests.get("generate_until", []), encodings.get("generate_until", []), strict=True

@@ -50,12 +50,21 @@ class Work:
 
 @dataclass(frozen=True)
 class Limits:
-    """Settings of a model that batches depend on."""
+    """Settings of a model that batches depend on.
+
+    Attributes:
+        batch_size: sequences of a batch.
+        max_length: longest sequence in tokens.
+        prefix_token: which the first token of a whole document is predicted from.
+        max_gen_toks: generated at most where a task says nothing.
+        shortest: see `forest.pack`.
+    """
 
     batch_size: int
     max_length: int
-    prefix_token: int | None  # which the first token of a whole document is predicted from
-    max_gen_toks: int = 256  # generated at most where a task says nothing
+    prefix_token: int | None
+    max_gen_toks: int = 256
+    shortest: int = 0
 
     def room(self, request: Instance) -> int:
         """Tokens that may be generated."""
@@ -115,9 +124,11 @@ def arrange(
             _request(some[i], context, continuation, owners[i], limits.max_length, counts)
             for (i, context, continuation), counts in zip(pieces, counted, strict=True)
         ]
-    work.batches = {
-        kind: forest.pack(some, limits.batch_size, share=share) for kind, some in scored.items()
-    }
+
+    def pack(some: list[forest.Request], *, share: bool) -> list[forest.Batch]:
+        return forest.pack(some, limits.batch_size, share=share, shortest=limits.shortest)
+
+    work.batches = {kind: pack(some, share=share) for kind, some in scored.items()}
     branching = any(batch.branched for batches in work.batches.values() for batch in batches)
     work.abilities = abilities([one for some in scored.values() for one in some], branching)
     for kind, some in scored.items():
@@ -126,7 +137,7 @@ def arrange(
             batches = collate.lm_eval_batches(pairs[kind], limits.batch_size, rolling=rolling)
             work.batches[kind] = forest.arranged(some, batches)
         elif branching and not work.abilities.branches:
-            work.batches[kind] = forest.pack(some, limits.batch_size, share=False)
+            work.batches[kind] = pack(some, share=False)
     work.largest = _largest(work, requests.get("generate_until", []), limits)
     return work
 

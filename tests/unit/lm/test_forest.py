@@ -78,6 +78,13 @@ def test_each_token_of_a_document_is_new_once(sequences: list[tuple[list[int], i
             assert count == len({run[:n] for run in mine for n in range(1, len(run) + 1)})
 
 
+def test_short_requests_fill_a_batch_as_longer_ones_would() -> None:
+    requests = [Request([number, 1, 2], 1, 0) for number in range(40)]
+    assert len(pack(requests, 4, share=False)) == 10
+    assert len(pack(requests, 4, share=False, shortest=2)) == 10
+    assert len(pack(requests, 4, share=False, shortest=16)) == 2
+
+
 def question(options: int, context: int = 20, length: int = 4) -> list[Request]:
     """A context, and options that differ from their first token on."""
     shared = list(range(100, 100 + context))
