@@ -21,7 +21,7 @@ from sparsity_atlas.evaluation.evaluate import Session, evaluate_node
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.lm import forest
 from sparsity_atlas.lm.forward import Abilities
-from sparsity_atlas.lm.model import AtlasLM, Records
+from sparsity_atlas.lm.model import AtlasLM, Records, shortest
 from sparsity_atlas.sparsify.attach import Counter, Slot
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ class TaskCost:
         positions: computed in all passes over requests; what requests share once, padding included.
         steps: passes of generation, at most.
         sample: the batch in the middle of the positions.
-        overhead: seconds for all but the forward passes.
+        building: seconds until a process has the task's requests, which lie in the cache.
+        overhead: seconds of an evaluation for all but the forward passes, with the requests at hand.
     """
 
     documents: int
@@ -73,6 +74,7 @@ class TaskCost:
     positions: int
     steps: int
     sample: Batch
+    building: float
     overhead: float
 
 
@@ -81,13 +83,25 @@ class DryLM(AtlasLM):
 
     Attributes:
         batches: the forward passes that it was spared, since `start`.
+        kind: of the device that the passes are meant for.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **options: Any
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        kind: str = "cpu",
+        **options: Any,
     ) -> None:
         super().__init__(model, tokenizer, **options)
+        self.kind = kind
         self._device = torch.device("cpu")  # the model may have no weights, and so no device
+
+    @property
+    def shortest(self) -> int:
+        """See `AtlasLM.shortest`."""
+        return shortest(self.kind, self.max_length)
 
     def start(self, journal: Records, counter: Counter, work: Work) -> None:
         """Begin a task; see `AtlasLM.start`."""
@@ -157,10 +171,14 @@ def count(lm: DryLM, task: LoadedTask, *, seed: int, folder: Path) -> TaskCost:
         seed: of few-shot draws.
         folder: for files that nobody needs afterwards.
     """
-    began = time.perf_counter()
+    # The first builds the requests, as only the first job does that needs them.
+    _DrySession(lm, [], {task.name: task}, seed, {}).prepared(task.name)
     session = _DrySession(lm, [], {task.name: task}, seed, {})
+    began = time.perf_counter()
+    session.prepared(task.name)
+    built = time.perf_counter()
     result = evaluate_node(session, None, folder / task.name)["tasks"][task.name]
-    overhead = time.perf_counter() - began
+    overhead = time.perf_counter() - built
     ends = list(accumulate(batch.positions for batch in lm.batches))
     middle = int(np.searchsorted(ends, ends[-1] / 2))
     return TaskCost(
@@ -170,5 +188,6 @@ def count(lm: DryLM, task: LoadedTask, *, seed: int, folder: Path) -> TaskCost:
         positions=ends[-1],
         steps=sum(batch.steps for batch in lm.batches),
         sample=lm.batches[middle],
+        building=built - began,
         overhead=overhead,
     )

@@ -12,9 +12,9 @@ from sparsity_atlas.config.schema import Config
 from sparsity_atlas.criteria import create, declared
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation.node import Node
-from sparsity_atlas.plan.jobs import UNKNOWN, Amount, Job, jobs
+from sparsity_atlas.plan.jobs import UNKNOWN, USUAL_LEVELS, Amount, Job, jobs
 from sparsity_atlas.plan.outlook import NodeKey, Outlook, Unknowns, look, measure
-from sparsity_atlas.plan.rates import import_seconds, recorded
+from sparsity_atlas.plan.rates import curve_seconds, import_seconds, recorded
 from sparsity_atlas.plan.targets import missed_targets
 from sparsity_atlas.tasks.load import load_tasks
 from sparsity_atlas.tasks.loaded import LoadedTask
@@ -97,20 +97,33 @@ def forecast(config: Config, results: Path) -> Forecast:
     if left:
         start.light, start.heavy = import_seconds(LIGHT_IMPORTS), import_seconds(HEAVY_IMPORTS)
     once = {model: _pass_seconds(config, outlook) for model, outlook in outlooks.items()}
+    curves = {job.model for job in left if job.rule == "curve"}
+    statistics = {model: _statistics_seconds(config, outlooks[model]) for model in curves}
     captured: set[str] = set()
     seconds = []
     for job in every:
         took = Amount() if job.done else _seconds(job, outlooks.get(job.model), start)
         if job.rule == "capture" and not job.done and job.model not in captured:
             # The first of a model's captures loads and runs the model for all of them.
-            took += Amount.exactly(outlooks[job.model].ready) + once[job.model]
+            took += Amount.exactly(start.heavy + outlooks[job.model].ready) + once[job.model]
             captured.add(job.model)
+        if job.rule == "curve" and not job.done and job.rule not in start.recorded:
+            took += statistics[job.model]
         if job.rule == "sensitivity" and not job.done:
             layers = len(outlooks[job.model].shapes)
             took += once[job.model] * (1 + layers * job.passes) if layers else UNKNOWN
+        if job.rule == "output_error" and not job.done and job.rule not in start.recorded:
+            share = outlooks[job.model].ffn_share
+            levels = sum((one.nodes for one in every if _same_curve(one, job)), Amount.exactly(1))
+            known = share is not None and once[job.model].complete
+            took += levels * (share * once[job.model].expected) if known else UNKNOWN
         seconds.append(took)
     targets = list(missed_targets(config, results, unknowns))
     return Forecast(every, seconds, outlooks, unknowns, targets)
+
+
+def _same_curve(one: Job, other: Job) -> bool:
+    return (one.model, one.node) == (other.model, other.node)
 
 
 def parallel_jobs(config: Config, cores: int) -> int:
@@ -164,27 +177,46 @@ def _pass_seconds(config: Config, outlook: Outlook) -> Amount:
     return Amount.exactly(config.capture.tokens * sum(dense.values()) / positions)
 
 
+def _statistics_seconds(config: Config, outlook: Outlook) -> Amount:
+    """Seconds of the bootstrap and the fits of one of the model's curves, all its tasks together."""
+    documents = [cost.documents for cost in outlook.costs.values()]
+    if not documents:
+        return UNKNOWN
+    mean = max(sum(documents) // len(documents), 1)
+    one = curve_seconds(config.replicates, mean, USUAL_LEVELS)
+    return Amount.exactly(one * (len(documents) + 1))  # of the average as well
+
+
 def _seconds(job: Job, outlook: Outlook | None, start: Start) -> Amount:
     """Seconds of one job, without a capture's and a study's passes over the captured text."""
     if job.rule in EVALUATING:
-        return _evaluation_seconds(job, outlook or Outlook(), start)
+        return evaluation_seconds(job, outlook or Outlook(), start)
     if job.rule not in HEAVY:
         return Amount.exactly(start.recorded.get(job.rule, start.light))
     if job.rule == "capture":
         # The record of another model's captures says little: they are as long as it is large.
-        return Amount.exactly(start.heavy)
+        return Amount.exactly(start.light)
     alone = start.heavy + (outlook or Outlook()).ready
     if job.rule == "sensitivity":
         return Amount.exactly(alone)
     return Amount.exactly(start.recorded.get(job.rule, alone))
 
 
-def _evaluation_seconds(job: Job, outlook: Outlook, start: Start) -> Amount:
+def evaluation_seconds(job: Job, outlook: Outlook, start: Start) -> Amount:
+    """Seconds of a job that evaluates nodes.
+
+    Args:
+        job: the job.
+        outlook: of its model.
+        start: what every job spends.
+    """
     times = outlook.seconds.get(job.node, {})
     total = Amount.exactly(start.heavy + start.tasks + outlook.ready)
     for task, evaluations in job.evaluations.items():
         if task in times:
-            total += evaluations * (times[task] + outlook.costs[task].overhead)
+            cost = outlook.costs[task]
+            total += Amount.exactly(cost.building)
+            total += evaluations * (times[task] + cost.overhead)
         else:
             total += UNKNOWN
     return total

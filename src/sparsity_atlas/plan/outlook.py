@@ -68,6 +68,15 @@ class Outlook:
     ready: float = 0.0
     seconds: dict[NodeKey, dict[str, float]] = field(default_factory=dict)
 
+    @property
+    def ffn_share(self) -> float | None:
+        """Share of the parameters, and so about of a pass's time, that are FFNs'; None if not known."""
+        if not self.parameters or not self.shapes:
+            return None
+        # Three maps where the factors have a gate; two of them are most of it without.
+        weights = sum(3 * one["input"] * one["intermediate"] for one in self.shapes)
+        return min(weights / self.parameters, 1.0)
+
     def store_bytes(self, tokens: int, tensors: Sequence[str]) -> int:
         """Bytes of some tensors' activations before compression."""
         width = sum(shape.get(tensor, 0) for tensor in tensors for shape in self.shapes)
@@ -121,6 +130,7 @@ def look(
             load_tokenizer(checkpoint, add_bos_token=settings["add_bos_token"]),
             **{key: settings[key] for key in ("batch_size", "max_length")},
             prompts=PromptSettings.of(settings),
+            kind=_device(settings).type,
         )
     except (AtlasError, OSError, ValueError, KeyError) as error:
         unknowns.note(name, error)
@@ -139,12 +149,15 @@ def look(
     return outlook
 
 
+def _device(settings: dict[str, Any]) -> torch.device:
+    """Device that a model will run on, whether it is here or not."""
+    device = settings["device"]
+    return pick_device(device) if device == "auto" else torch.device(device)
+
+
 def _dtype(settings: dict[str, Any], model: PreTrainedModel) -> str:
     """Type that the model will compute in, also where its device is not here."""
-    device = settings["device"]
-    dtype = pick_dtype(
-        settings["dtype"], pick_device(device) if device == "auto" else torch.device(device)
-    )
+    dtype = pick_dtype(settings["dtype"], _device(settings))
     own = str(model.config.get_text_config().dtype or torch.float32)
     return own.removeprefix("torch.") if dtype == "auto" else dtype
 

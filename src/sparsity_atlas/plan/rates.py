@@ -11,6 +11,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from sparsity_atlas.curves.critical import critical
+from sparsity_atlas.curves.equal_sparsity import equal_rows
+from sparsity_atlas.curves.points import curve_points, estimate_all
 from sparsity_atlas.evaluation.evaluate import Session
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.files.journal import Journal
@@ -18,6 +23,7 @@ from sparsity_atlas.lm import forest
 from sparsity_atlas.lm.model import AtlasLM
 from sparsity_atlas.lm.work import Work
 from sparsity_atlas.plan.dry_run import Batch, TaskCost
+from sparsity_atlas.statistics.bootstrap import TaskSamples
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +31,7 @@ if TYPE_CHECKING:
 # A timing need not be longer; a whole batch of a large model on a CPU takes minutes.
 ENOUGH_SECONDS = 0.4
 SMALLEST = (1, 32)  # rows, tokens
+FEW_REPLICATES = 1000  # of the bootstrap, to time it
 
 
 class TimedLM(AtlasLM):
@@ -123,6 +130,35 @@ def import_seconds(modules: str) -> float:
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", f"import {modules}"], check=True, capture_output=True)
     return time.perf_counter() - began
+
+
+def curve_seconds(replicates: int, documents: int, levels: int) -> float:
+    """Seconds of one task's statistics in a curve, from a part of its replicates.
+
+    Args:
+        replicates: of the bootstrap.
+        documents: of the task.
+        levels: of the curve.
+    """
+    draw = np.random.default_rng(0)
+    few = min(replicates, FEW_REPLICATES)
+    shape = (levels, documents)
+    samples = TaskSamples(
+        task="timed",
+        kind="accuracy",
+        value=(draw.random(shape) < np.linspace(0.9, 0.4, levels)[:, None]).astype(float),
+        weight=np.ones(documents),
+        dense=np.ones(documents),
+        zeros=np.cumsum(draw.integers(1, 100, shape), axis=0),
+        entries=np.full(shape, 100 * (levels + 1)),
+    )
+    began = time.perf_counter()
+    estimates = estimate_all([samples], few, 0)
+    curve_points(estimates, [str(level) for level in range(levels)])
+    critical(estimates)
+    equal_rows(estimates)
+    # Of the task and of the average, which is of as many.
+    return (time.perf_counter() - began) / 2 * replicates / few
 
 
 def recorded(benchmarks: Path) -> dict[str, float]:

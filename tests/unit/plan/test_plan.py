@@ -17,12 +17,13 @@ from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config, parse
 from sparsity_atlas.evaluation.evaluate import evaluate_node
 from sparsity_atlas.files.whole import read_manifest, write_manifest
+from sparsity_atlas.lm.model import shortest
 from sparsity_atlas.plan import rates
 from sparsity_atlas.plan.cost import go_offline_if_unreachable
-from sparsity_atlas.plan.dry_run import Batch
-from sparsity_atlas.plan.forecast import forecast
+from sparsity_atlas.plan.dry_run import Batch, TaskCost
+from sparsity_atlas.plan.forecast import Start, evaluation_seconds, forecast
 from sparsity_atlas.plan.jobs import UNKNOWN, Amount, Job, jobs
-from sparsity_atlas.plan.outlook import Unknowns, captured_tokens, look
+from sparsity_atlas.plan.outlook import Outlook, Unknowns, captured_tokens, look
 from sparsity_atlas.plan.text import duration, show, size, text
 from sparsity_atlas.tasks.load import load_tasks
 from tiny_lm import (
@@ -414,5 +415,33 @@ def test_a_study_of_single_layers(model_folder: Path, tmp_path: Path) -> None:
     dense = outlook.seconds[None]
     once = config.capture.tokens * sum(dense.values())
     once /= sum(outlook.costs[task].positions for task in dense)
-    passes = took["sensitivity"].expected - took["output_error"].expected
-    assert passes == pytest.approx((1 + 2 * 6) * once)
+    passes = {rule: took[rule].expected - took["model"].expected for rule in took}
+    assert passes["sensitivity"] == pytest.approx((1 + 2 * 6) * once)
+    # The FFNs alone, dense and at one level.
+    ffns = sum(3 * shape["input"] * shape["intermediate"] for shape in outlook.shapes)
+    assert passes["output_error"] == pytest.approx(2 * once * ffns / outlook.parameters)
+
+
+def test_a_job_builds_its_requests_once() -> None:
+    cost = TaskCost(
+        documents=10,
+        prefill=100,
+        generation=0,
+        positions=100,
+        steps=0,
+        sample=Batch([[1, 2]], [1]),
+        building=40.0,
+        overhead=3.0,
+    )
+    node = ("topp", "input")
+    job = Job("search", "m", False, node, evaluations={"choice": Amount(7, 9)})
+    outlook = Outlook(costs={"choice": cost}, ready=1000.0, seconds={node: {"choice": 2.0}})
+    start = Start(light=0.0, heavy=100.0, tasks=10.0, recorded={})
+    took = evaluation_seconds(job, outlook, start)
+    assert (took.expected, took.most) == (1150 + 7 * 5, 1150 + 9 * 5)
+
+
+def test_short_requests_are_batched_as_on_the_device_that_they_are_meant_for() -> None:
+    assert shortest("cpu", 4096) == 0
+    assert shortest("cuda", 4096) == 1024
+    assert shortest("cuda", 300) == 300
