@@ -115,8 +115,11 @@ def forecast(config: Config, results: Path) -> Forecast:
         if job.rule == "output_error" and not job.done and job.rule not in start.recorded:
             share = outlooks[job.model].ffn_share
             levels = sum((one.nodes for one in every if _same_curve(one, job)), Amount.exactly(1))
-            known = share is not None and once[job.model].complete
-            took += levels * (share * once[job.model].expected) if known else UNKNOWN
+            whole = once[job.model]
+            if share is None or not whole.complete:
+                took += UNKNOWN
+            else:
+                took += levels * (share * whole.expected)
         seconds.append(took)
     targets = list(missed_targets(config, results, unknowns))
     return Forecast(every, seconds, outlooks, unknowns, targets)
