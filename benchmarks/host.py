@@ -178,6 +178,19 @@ def report(title: str, phases: dict[str, float], passes: float | None) -> None:
             print(f"    {name:<24} {seconds:8.2f} s {share}", flush=True)
 
 
+def report_sizes(works: list[Any]) -> None:
+    """Print what the tasks come to."""
+    batches = [one for work in works for some in work.batches.values() for one in some]
+    asked = sum(int((one.run * one.counted).sum()) for one in batches)
+    run = sum(int(one.lengths.sum()) for one in batches)
+    padded = sum(one.tokens.size for one in batches)
+    print(
+        f"{sum(len(work.documents) for work in works):,} documents, {asked:,} tokens as lm-eval "
+        f"runs them, {run:,} run, {padded:,} with padding, in {len(batches):,} batches",
+        flush=True,
+    )
+
+
 def settings_of(arguments: argparse.Namespace, tasks: dict[str, Any]) -> dict[str, Any]:
     """As `grid.evaluation_slice` gives them."""
     return {
@@ -277,7 +290,6 @@ def main() -> None:
             with torch.no_grad(), session.attach(node):
                 session.lm.model(torch.zeros(2, 8, dtype=torch.long, device=session.lm.device))
         phases.take()
-        took = {}
         for name, node in nodes.items():
             with part(phases, arguments.profile, f"{name}-{seed}"):
                 evaluate_node(session, node, place / name)
@@ -285,19 +297,10 @@ def main() -> None:
                     results = read_manifest(place / "dense/eval.json")["tasks"]
                     metrics = {task: choose_metric(task, None, results[task]) for task in tasks}
                     read_scores(place / name, metrics)
-            took[name] = phases.take()
-        if not seed:
-            read = [session.prepared(task).work for task in tasks]
-            batches = [one for work in read for some in work.batches.values() for one in some]
-            asked = sum(int((one.run * one.counted).sum()) for one in batches)
-            run = sum(int(one.lengths.sum()) for one in batches)
-            padded = sum(one.tokens.size for one in batches)
-            print(
-                f"{sum(len(work.documents) for work in read):,} documents, {asked:,} tokens as lm-eval "
-                f"runs them, {run:,} run, {padded:,} with padding, in {len(batches):,} batches"
-            )
-        for name, node in nodes.items():
-            report(f"model {seed}: {name}", took[name], alone(session, node, clock))
+            took = phases.take()
+            if node is None:
+                report_sizes([session.prepared(task).work for task in tasks])
+            report(f"model {seed}: {name}", took, alone(session, node, clock))
             phases.take()
         if not seed:
             with part(phases, arguments.profile, "curve"), phases.during("bootstrap and curve"):
