@@ -244,7 +244,8 @@ def main() -> None:
     phases = Phases(clock)
     levels = arguments.levels.split(",")
 
-    from sparsity_atlas.evaluation.evaluate import Node, Session, evaluate_node
+    from sparsity_atlas.evaluation.evaluate import Session, evaluate_node
+    from sparsity_atlas.evaluation.node import Node
     from sparsity_atlas.evaluation.search import read_scores
     from sparsity_atlas.files.whole import read_manifest, write_manifest
     from sparsity_atlas.models.checkpoint import Checkpoint
