@@ -48,6 +48,7 @@ from sparsity_atlas.code_version import code_version
 from sparsity_atlas.config.schema import parse as parse_config
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.figures import FIGURES
+from sparsity_atlas.figures.wanted import wanted
 from sparsity_atlas.rules.inputs import check_inputs, locate
 from sparsity_atlas.terms import SITES
 
@@ -73,9 +74,9 @@ wildcard_constraints:
 
 
 def figure_files(suffix):
-    """Every figure of a run in one format, with its place in Snakemake's own report."""
+    """The figures of a run in one format, with their places in Snakemake's own report."""
     files = []
-    for name, figure in FIGURES.items():
+    for name, figure in ((name, FIGURES[name]) for name in wanted(ATLAS)):
         labels = {"figure": figure.title, "format": suffix.upper()}
         place = dict(caption=f"../report/{name}.rst", category=figure.category, labels=labels)
         files += [report(f"results/figures/{name}.{suffix}", **place)]

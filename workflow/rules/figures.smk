@@ -20,12 +20,14 @@ rule figures:
         "../../envs/atlas.yaml"
     params:
         folder=lambda wildcards, output: Path(output[0]).parent,
+        names=wanted(ATLAS),
         captions={name: figure.caption for name, figure in FIGURES.items()},
         code=code_version("figures"),
     shell:
         """
         python -m sparsity_atlas figures \
             --tables {input.tables:q} \
+            --names {params.names:q} \
             --output {params.folder} >{log} 2>&1
         """
 

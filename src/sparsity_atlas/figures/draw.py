@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -41,11 +41,11 @@ DRAW: dict[str, Callable[[Tables], Figure]] = {
 }
 
 
-def draw_all(tables: Tables, folder: Path) -> None:
-    """Write every figure into a folder."""
+def draw_all(tables: Tables, folder: Path, names: Iterable[str] = tuple(DRAW)) -> None:
+    """Write figures into a folder, by default all of them."""
     with styled():
-        for name, draw in DRAW.items():
-            figure = draw(tables)
+        for name in names:
+            figure = DRAW[name](tables)
             arrange(figure)
             for suffix in SUFFIXES:
                 save(figure, folder / f"{name}.{suffix}")
@@ -56,5 +56,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="sparsity-atlas figures", description=__doc__)
     parser.add_argument("--tables", required=True, nargs="+", type=Path, help="the run's CSV files")
     parser.add_argument("--output", required=True, type=Path, help="folder for the figures")
+    parser.add_argument(
+        "--names", nargs="+", choices=DRAW, default=list(DRAW), help="of the figures; unset: all"
+    )
     arguments = parser.parse_args()
-    draw_all(read_tables(arguments.tables), arguments.output)
+    # Of an earlier run that had more to show.
+    for name in set(DRAW) - set(arguments.names):
+        for suffix in SUFFIXES:
+            (arguments.output / f"{name}.{suffix}").unlink(missing_ok=True)
+    draw_all(read_tables(arguments.tables), arguments.output, arguments.names)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from sparsity_atlas.figures.style import GREY, NARROW, TALL, WIDE, Dashes, Mark
+from sparsity_atlas.figures.style import GREY, NARROW, TALL, WIDE, Dashes, Mark, NothingToShow
 from sparsity_atlas.tables.read import Tables
 
 Key = TypeVar("Key")
@@ -96,7 +96,7 @@ def grid(
 
 def empty(message: str) -> Figure:
     """A figure for what the run did not measure."""
-    figure = Figure((NARROW, 1.2), layout="constrained")
+    figure = NothingToShow((NARROW, 1.2), layout="constrained")
     figure.text(0.5, 0.5, message, ha="center", va="center", color=GREY, wrap=True)
     return figure
 

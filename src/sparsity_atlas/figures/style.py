@@ -132,7 +132,18 @@ def wrap(text: str, width: int) -> str:
 
 
 # Nothing in a file that another day or another release of Matplotlib would write differently.
+# How the SVG of a figure for what a run did not measure says so, for the report to leave it out.
+NOTHING = "nothing to show"
 _METADATA = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
+
+
+class NothingToShow(Figure):
+    """A figure for what the run did not measure: it only says why."""
+
+
+def shows_nothing(svg: bytes) -> bool:
+    """Whether a saved figure is a `NothingToShow`."""
+    return f"<dc:description>{NOTHING}</dc:description>".encode() in svg
 
 
 def arrange(figure: Figure) -> None:
@@ -146,7 +157,9 @@ def arrange(figure: Figure) -> None:
 def save(figure: Figure, path: Path) -> None:
     """Write a figure in the format of the path's suffix; the same figure gives the same bytes."""
     suffix = path.suffix.removeprefix(".")
-    metadata = _METADATA[suffix]
+    metadata = dict(_METADATA[suffix])
+    if isinstance(figure, NothingToShow):
+        metadata["Description"] = NOTHING
     write_atomically(path, lambda file: figure.savefig(file, format=suffix, metadata=metadata))
 
 

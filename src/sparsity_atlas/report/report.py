@@ -25,7 +25,14 @@ from sparsity_atlas.config.schema import parse
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.figures import FIGURES, by_layer, score_curves
 from sparsity_atlas.figures.draw import draw_all
-from sparsity_atlas.figures.style import arrange, fewer_colors, styled, to_screen, to_svg
+from sparsity_atlas.figures.style import (
+    arrange,
+    fewer_colors,
+    shows_nothing,
+    styled,
+    to_screen,
+    to_svg,
+)
 from sparsity_atlas.files.csv import write_csv
 from sparsity_atlas.files.whole import write_text
 from sparsity_atlas.report import page
@@ -69,12 +76,17 @@ def data_uri(content: bytes, suffix: str) -> str:
 
 
 def run_images(figures: Sequence[Path]) -> Iterator[Image]:
-    """The run's figures, in the order of `FIGURES`; a large SVG gives way to the PNG beside it."""
+    """The run's figures that show something, in the order of `FIGURES`.
+
+    A large SVG gives way to the PNG beside it.
+    """
     given = {path.stem: path for path in figures}
     share = BUDGET / 2 / len(FIGURES)
     for name, entry in FIGURES.items():
-        path = given[name]
-        content = path.read_bytes()
+        path = given.get(name)
+        content = path.read_bytes() if path else b""
+        if path is None or shows_nothing(content):
+            continue
         width = _SVG_WIDTH.search(content)
         if width is None:
             raise AtlasError(f"{path}: not a figure of ours; delete it and run again")
@@ -130,6 +142,8 @@ def build(
                     "images": list(model_images(own, share)),
                 }
             )
+    images = list(run_images(figures))
+    shown = {image.name for image in images}
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -137,7 +151,8 @@ def build(
         loss_task=tables.loss_task(),
         groups=groups,
         sources=page.sources(groups),
-        images=list(run_images(figures)),
+        images=images,
+        left_out=[entry.title for name, entry in FIGURES.items() if name not in shown],
         sections=sections,
         remains=remains,
         numeric=page.numeric_failures(tables),

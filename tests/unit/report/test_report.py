@@ -14,6 +14,7 @@ from fake_results import make_results, make_tables
 from sparsity_atlas.config.schema import parse
 from sparsity_atlas.figures import FIGURES
 from sparsity_atlas.figures.draw import draw_all
+from sparsity_atlas.figures.style import shows_nothing
 from sparsity_atlas.report import page, report
 from sparsity_atlas.report.failures import last_error, take_stock
 from sparsity_atlas.report.published import PUBLISHED
@@ -126,13 +127,26 @@ def test_links_lead_somewhere_and_what_is_shown_is_named(text):
 
 
 def test_every_figure_and_every_model_is_there(finished, text):
-    tables, _ = finished
+    tables, figures = finished
     parsed = Page(text)
-    expected = len(FIGURES) + len(report.MODEL_FIGURES) * len(tables.models)
+    empty = ["allocation_damage", "allocation"]  # every criterion of this run is uniform
+    assert {path.stem for path in figures if shows_nothing(path.read_bytes())} == set(empty)
+    shown = [figure["id"] for figure in parsed.all("h3") if figure["id"].startswith("figure-")]
+    assert shown == [f"figure-{name}" for name in FIGURES if name not in empty]
+    expected = len(shown) + len(report.MODEL_FIGURES) * len(tables.models)
     assert len(parsed.all("img")) == expected
-    for figure in FIGURES.values():
-        assert figure.title in parsed.text
+    titles = "; ".join(FIGURES[name].title for name in empty)
+    said = f"Left out, since this run has nothing to show in them: {titles}."
+    assert parsed.text.count(said) == 1
     assert "revision c0ffee" in parsed.text
+
+
+def test_figures_that_were_not_drawn_are_left_out(finished):
+    tables, figures = finished
+    kept = [path for path in figures if path.stem != "criteria"]
+    parsed = Page(report.build(tables, kept, SETTINGS, None))
+    assert "figure-criteria" not in [figure["id"] for figure in parsed.all("h3") if "id" in figure]
+    assert f"show in them: {FIGURES['criteria'].title}; " in parsed.text
 
 
 def test_headline_numbers_are_those_of_the_table(finished, text):

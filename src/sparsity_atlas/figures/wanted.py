@@ -1,0 +1,34 @@
+"""Which figures a configuration can fill; light, since every start of Snakemake asks."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+from sparsity_atlas.config import grid
+from sparsity_atlas.config.schema import Config
+from sparsity_atlas.figures import FIGURES
+
+
+def wanted(config: Config) -> list[str]:
+    """Names of the figures of a run, without those that have nothing to compare or to show.
+
+    Whether tasks have a loss or an accuracy is not known before they ran: such a figure is drawn in
+    any case, and the report leaves it out.
+    """
+    curves = grid.curves(config)
+    places = Counter((curve.model, curve.site) for curve in curves)
+    specs = {curve.criterion: grid.criterion_slice(config, curve.criterion) for curve in curves}
+    there = {
+        **dict.fromkeys(("criteria", "comparison", "comparison_error"), max(places.values()) > 1),
+        "scaling": len(grid.models(config)) > 1,
+        "sensitivity": any(curve.sensitivity for curve in curves),
+        **dict.fromkeys(
+            ("allocation", "allocation_damage"),
+            any(
+                json.loads(spec).get("allocation", "uniform") != "uniform"
+                for spec in specs.values()
+            ),
+        ),
+    }
+    return [name for name in FIGURES if there.get(name, True)]

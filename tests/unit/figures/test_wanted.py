@@ -1,0 +1,68 @@
+"""Figures that a configuration cannot fill are not made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fake_results import make_results, make_tables
+from sparsity_atlas.config.schema import Config, parse
+from sparsity_atlas.figures import FIGURES, draw
+from sparsity_atlas.figures.style import shows_nothing
+from sparsity_atlas.figures.wanted import wanted
+from sparsity_atlas.tables.read import Tables
+
+COMPARED = {"criteria", "comparison", "comparison_error"}
+ALLOCATED = {"allocation", "allocation_damage"}
+ONE = {"models": ["a"], "criteria": ["topp"], "sites": ["input", "up"]}
+
+
+def config_of(*blocks: dict[str, Any]) -> Config:
+    return parse(
+        {
+            "models": {name: {"path": name} for name in ("a", "b")},
+            "criteria": {"topp": {}, "topk": {}, "teal": {"allocation": "greedy"}},
+            "texts": {"prose": {"file": "prose.jsonl"}},
+            "tasks": {"prose": {}},
+            "calibration": {"tokens": 256},
+            "run": list(blocks),
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("blocks", "absent"),
+    [
+        ([ONE], {"scaling", "sensitivity", *COMPARED, *ALLOCATED}),
+        ([{**ONE, "models": ["a", "b"]}], {"sensitivity", *COMPARED, *ALLOCATED}),
+        ([{**ONE, "sensitivity": [0.9]}], {"scaling", *COMPARED, *ALLOCATED}),
+        ([{**ONE, "criteria": ["topp", "topk"]}], {"scaling", "sensitivity", *ALLOCATED}),
+        # Two criteria, but nowhere at the same site.
+        (
+            [ONE, {**ONE, "criteria": ["topk"], "sites": ["gate"]}],
+            {"scaling", "sensitivity", *COMPARED, *ALLOCATED},
+        ),
+        ([{**ONE, "criteria": ["teal"]}], {"scaling", "sensitivity", *COMPARED}),
+    ],
+)
+def test_what_a_run_can_fill(blocks: list[dict[str, Any]], absent: set[str]) -> None:
+    assert set(FIGURES) - set(wanted(config_of(*blocks))) == absent
+
+
+def test_a_run_of_one_model_has_no_empty_frame_and_those_of_before_go(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = make_results(tmp_path / "results", models={"a": {}}, sites=("input", "up"))
+    make_tables(results)
+    names, folder = wanted(config_of(ONE)), tmp_path / "figures"
+    folder.mkdir()
+    (folder / "scaling.svg").write_text("of a run with two models")
+    tables = [
+        str(path) for path in results.glob("*.csv") if path.stem in Tables.__dataclass_fields__
+    ]
+    command = ["x", "--tables", *tables, "--output", str(folder), "--names", *names]
+    monkeypatch.setattr("sys.argv", command)
+    draw.main()
+    assert sorted(path.stem for path in folder.glob("*.svg")) == sorted(names)
+    assert not [path.stem for path in folder.glob("*.svg") if shows_nothing(path.read_bytes())]
