@@ -24,6 +24,8 @@ def explain(item: ErrorDetails) -> str:
     if item["type"] == "missing":
         return f"{path}: missing"
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] in ("dict_type", "model_type"):
+        message = "a mapping is wanted"
     if item["type"] == "list_type" and path.endswith(".levels"):
         message = "'auto' or a list of levels is wanted"
     message = message[0].lower() + message[1:]

@@ -23,30 +23,14 @@ from pydantic import (
 )
 
 from sparsity_atlas.config.findings import explain
+from sparsity_atlas.config.strict import Strict, some
 from sparsity_atlas.credentials import places
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.spelling import Level, Name, Repository, Revision
 from sparsity_atlas.terms import Site
 
 
-def _unique(values: list[Any]) -> list[Any]:
-    doubles = sorted({str(value) for value in values if values.count(value) > 1})
-    if doubles:
-        raise ValueError(f"given twice: {', '.join(doubles)}")
-    return values
-
-
-def _some(values: list[Any]) -> list[Any]:
-    if not values:
-        raise ValueError("the list is empty")
-    return _unique(values)
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class ModelEntry(_Strict):
+class ModelEntry(Strict):
     """A causal language model: a local folder or a Hub repository, in Hugging Face format."""
 
     path: str | None = None
@@ -88,7 +72,7 @@ class ModelEntry(_Strict):
     """Sequences a forward pass, or as many tokens where a task's are shorter than its longest; on a GPU than
     1,024 tokens. Fixed and recorded: in bfloat16 scores depend on it. Memory grows with it, but for logits,
     which are made a piece at a time."""
-    sites: Annotated[list[Site], AfterValidator(_some)] | None = None
+    sites: Annotated[list[Site], AfterValidator(some)] | None = None
     """Sites for the run blocks that name none."""
     modules: dict[str, str] | None = None
     """Module paths of the FFN (`up`, `gate`, `down`, or `gate_up` with `order`), if they are not found."""
@@ -140,7 +124,7 @@ class CriterionEntry(BaseModel):
         return self
 
 
-class TextEntry(_Strict):
+class TextEntry(Strict):
     """Running text: a local file or a Hub data set."""
 
     file: str | None = None
@@ -168,7 +152,7 @@ class TextEntry(_Strict):
         return self
 
 
-class TaskEntry(_Strict):
+class TaskEntry(Strict):
     """An lm-eval task or group."""
 
     task: str | None = None
@@ -190,28 +174,28 @@ class TaskEntry(_Strict):
     """Keys of the task's own YAML to replace, for instance `dataset_path` and `dataset_kwargs`."""
 
 
-class RunBlock(_Strict):
+class RunBlock(Strict):
     """A part of the grid: every combination of what it lists. Blocks may overlap."""
 
-    models: Annotated[list[str], AfterValidator(_some)]
-    criteria: Annotated[list[str], AfterValidator(_some)] = ["topp"]
-    sites: Annotated[list[Site], AfterValidator(_some)] | None = None
+    models: Annotated[list[str], AfterValidator(some)]
+    criteria: Annotated[list[str], AfterValidator(some)] = Field(default=["topp"])
+    sites: Annotated[list[Site], AfterValidator(some)] | None = None
     """Unset: the model's own `sites`, else intermediate and input, which every FFN has."""
     levels: Annotated[
         Annotated[Literal["auto"], Tag("literal[auto]")]
-        | Annotated[list[Level], AfterValidator(_some), Tag("list[levels]")],
+        | Annotated[list[Level], AfterValidator(some), Tag("list[levels]")],
         # One branch, so that one mistake is told once.
         Discriminator(lambda value: "literal[auto]" if value == "auto" else "list[levels]"),
     ] = "auto"
     """`auto`: searched for; a list: exactly these."""
-    sensitivity: Annotated[list[Level], AfterValidator(_some)] | None = None
+    sensitivity: Annotated[list[Level], AfterValidator(some)] | None = None
     """Levels at which one layer at a time is sparsified too, to see what each adds to the loss. `levels`
     are the curve's own all the same."""
-    tasks: Annotated[list[str], AfterValidator(_some)] | None = None
+    tasks: Annotated[list[str], AfterValidator(some)] | None = None
     """Unset: all of the catalogue."""
 
 
-class CaptureSettings(_Strict):
+class CaptureSettings(Strict):
     """How activations are captured."""
 
     text: str = "prose"
@@ -222,7 +206,7 @@ class CaptureSettings(_Strict):
     """Tokens a sequence."""
 
 
-class CalibrationSettings(_Strict):
+class CalibrationSettings(Strict):
     """What calibrated criteria may look at: the beginning of the captured text."""
 
     tokens: int = Field(gt=0)
@@ -230,7 +214,7 @@ class CalibrationSettings(_Strict):
     others. No task may evaluate this text."""
 
 
-class SearchSettings(_Strict):
+class SearchSettings(Strict):
     """How `levels: auto` chooses levels."""
 
     max_levels: int = Field(default=6, ge=2, le=64)
@@ -240,7 +224,7 @@ class SearchSettings(_Strict):
     levels on, three times as wide a bracket will do."""
 
 
-class Config(_Strict):
+class Config(Strict):
     """The whole configuration of a run."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -254,7 +238,7 @@ class Config(_Strict):
     replicates: int = Field(default=10_000, ge=100)
     """Bootstrap replicates. Another seed moves an interval's end by 1 to 2 % of its distance from the value
     (1,000: 4 to 6 %); ends are rounded to the digits that this leaves."""
-    bars: Annotated[list[float], AfterValidator(_some)] = [0.995, 0.99, 0.98, 0.95]
+    bars: Annotated[list[float], AfterValidator(some)] = Field(default=[0.995, 0.99, 0.98, 0.95])
     """Retained accuracy at which critical sparsity is read; 0.99 is the headline. A loss task's bar is
     the matching rise in perplexity: 0.99 stands for PPL + 1 %."""
     capture: CaptureSettings = CaptureSettings()
@@ -265,7 +249,7 @@ class Config(_Strict):
     criteria: dict[Name, CriterionEntry]
     texts: dict[Name, TextEntry]
     tasks: dict[Name, TaskEntry]
-    run: Annotated[list[RunBlock], AfterValidator(_some)]
+    run: Annotated[list[RunBlock], AfterValidator(some)]
 
     @model_validator(mode="before")
     @classmethod

@@ -175,18 +175,22 @@ def create(spec: dict[str, Any]) -> Criterion:
             )
     if "file" in spec:
         criterion.file = str(path)
-        # What is bound to a place first is tried there, see `place.bind_all`.
-        if type(criterion).bind is Criterion.bind and not criterion.calibrated:
-            _try(criterion, path)
+        # What is bound to a place first is tried there, see `binding.bind_all`.
+        _try(criterion)
     return criterion
 
 
-def _try(criterion: Criterion, path: Path) -> None:
+def _try(criterion: Criterion, levels: tuple[float, ...] | None = None) -> None:
+    """Try a user's rule, unless it is bound first: then that is done there."""
+    from sparsity_atlas.criteria.base import Criterion
+
+    if criterion.file is None or type(criterion).bind is not Criterion.bind or criterion.calibrated:
+        return
     import torch
 
     from sparsity_atlas.criteria.check import WIDTH, check_masks
 
-    check_masks(criterion, str(path), WIDTH, torch.device("cpu"))
+    check_masks(criterion, criterion.file, WIDTH, torch.device("cpu"), levels)
 
 
 def _check_parameters(name: Any, kind: type[Criterion], given: dict[str, Any]) -> None:
@@ -249,7 +253,7 @@ def check_level(criterion: Criterion, level: str) -> float:
     """The level as a number.
 
     Raises:
-        AtlasError: it lies outside the criterion's range.
+        AtlasError: it lies outside the criterion's range, or a user's own rule looks beyond a row there.
     """
     number = float(level)
     if not criterion.lowest <= number <= criterion.highest:
@@ -257,4 +261,5 @@ def check_level(criterion: Criterion, level: str) -> float:
             f"levels: {level} is out of range for {type(criterion).__name__} "
             f"({criterion.lowest:g} to {criterion.highest:g})"
         )
+    _try(criterion, (number,))
     return number

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from sparsity_atlas.criteria.base import Criterion
 from sparsity_atlas.criteria.place import places, state_name
+from sparsity_atlas.errors import AtlasError
 
 if TYPE_CHECKING:
-    from sparsity_atlas.criteria.base import Criterion
     from sparsity_atlas.criteria.place import State
     from sparsity_atlas.sites.ffn import FFN
 
@@ -25,7 +26,8 @@ def bind_all(
         calibration: state of each place under its `state_name`; None for a rule without.
 
     Raises:
-        AtlasError: a rule of the user's own whose masks depend on more than the row.
+        AtlasError: a rule of the user's own whose masks depend on more than the row, or whose `bind` gives
+            no rule.
     """
     bound = {
         (place.layer, place.tensor): criterion.bind(
@@ -37,6 +39,12 @@ def bind_all(
         )
         for place in places(ffns, site)
     }
+    for place, rule in bound.items():
+        if not isinstance(rule, Criterion):
+            raise AtlasError(
+                f"{criterion.file}: {type(criterion).__name__}.bind: expected the criterion for layer "
+                f"{place[0]}, '{place[1]}', found {rule!r}"
+            )
     if criterion.file is not None and not criterion.tried:
         from sparsity_atlas.criteria.check import check_masks
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,8 +20,14 @@ _RAISED = (
 _WHY = "it must look at one {0} at a time, or results depend on batch size and padding"
 
 
-def check_masks(criterion: Criterion, file: str, width: int, device: torch.device) -> None:
-    """Try a criterion at its own levels on rows of every kind, together, alone and in another order.
+def check_masks(
+    criterion: Criterion,
+    file: str,
+    width: int,
+    device: torch.device,
+    levels: Sequence[float] | None = None,
+) -> None:
+    """Try a criterion on rows of every kind, together, alone and in another order.
 
     In float32, and in bfloat16 where it takes that: it may go another way there.
 
@@ -30,13 +36,14 @@ def check_masks(criterion: Criterion, file: str, width: int, device: torch.devic
         file: that it stands in.
         width: entries of a row.
         device: where masks are made.
+        levels: to try it at; unset: those that it names itself.
 
     Raises:
         AtlasError: it raises an error, its mask is no bool of the shape of the values, it changes these, puts
             something in their place that is no number, or decides about a row by others.
     """
     trial = _Trial(criterion, file)
-    for level in _levels(criterion):
+    for level in _levels(criterion) if levels is None else levels:
         rows = _rows(width, device)
         if isinstance(criterion, SequenceCriterion):
             _check_sequences(trial, level, rows)

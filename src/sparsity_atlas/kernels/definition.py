@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ LARGEST_EXACT_POWER = 8
 # Digits of the base 2^LIMB_BITS that tell ⌈amount · total⌉ of any amount and of a total below 2^62: of a
 # decimal that is a float64, either less than one is asked for, or the last place lies above 10^-36.
 LIMBS, LIMB_BITS = 6, 31
+
+
+Kind = Literal["share", "rank", "peak", "fixed"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,13 +55,15 @@ class Threshold:
         constants: float32, [width] or [1], not negative, perhaps infinite; only for `fixed`.
     """
 
-    kind: Literal["share", "rank", "peak", "fixed"]
+    kind: Kind
     amount: float = 0.0
     power: float = 1.0
     weights: Tensor | None = None
     constants: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"kind: expected {', '.join(get_args(Kind))}, found '{self.kind}'")
         if (self.constants is not None) != (self.kind == "fixed"):
             raise ValueError(f"constants: they belong to `fixed` alone, found kind '{self.kind}'")
         for name, allowed in (("weights", torch.isfinite), ("constants", lambda one: one == one)):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsity_atlas.criteria import create
+from sparsity_atlas.criteria import check_level, create
 from sparsity_atlas.criteria.binding import bind_all
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.sites.find import find_ffns
@@ -62,6 +62,34 @@ def test_a_rule_that_looks_across_the_batch(tmp_path: Path, rule: str) -> None:
         create(mine(tmp_path, HEAD + MASK + f"        return {rule}\n"))
     assert "one row at a time" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_rule_that_does_so_at_one_level(tmp_path: Path) -> None:
+    """Which it does not name itself."""
+    rule = "values.abs() >= (values.abs().mean() if level == 0.7 else level)"
+    criterion = create(mine(tmp_path, HEAD + MASK + f"        return {rule}\n"))
+    assert check_level(criterion, "0.6") == 0.6
+    with pytest.raises(AtlasError, match=r"mine\.py: Mine\.mask at level 0\.7: for .*one row at a"):
+        check_level(criterion, "0.7")
+
+
+def test_a_threshold_of_no_kind(tmp_path: Path) -> None:
+    text = (
+        HEAD + "\n    def threshold(self, level, width):\n        return Threshold('mass', level)\n"
+    )
+    with pytest.raises(AtlasError, match="kind: expected share, rank, peak, fixed, found 'mass'"):
+        create(mine(tmp_path, text))
+
+
+def test_a_rule_that_binds_to_nothing(tmp_path: Path) -> None:
+    body = (
+        "        return values.abs() >= level\n\n    def bind(self, place, state):\n        pass\n"
+    )
+    criterion = create(mine(tmp_path, HEAD + MASK + body))
+    with pytest.raises(
+        AtlasError, match=r"Mine\.bind: expected the criterion for layer 0, .* None"
+    ):
+        bind_all(criterion, find_ffns(tiny_model("llama")), "intermediate")
 
 
 @pytest.mark.parametrize(

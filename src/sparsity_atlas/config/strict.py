@@ -1,0 +1,39 @@
+"""What every part of the configuration keeps to."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+
+
+def _unique(values: list[Any]) -> list[Any]:
+    doubles = sorted({str(value) for value in values if values.count(value) > 1})
+    if doubles:
+        raise ValueError(f"given twice: {', '.join(doubles)}")
+    return values
+
+
+def some(values: list[Any]) -> list[Any]:
+    """A list that is neither empty nor names anything twice.
+
+    Raises:
+        ValueError: it is, or does.
+    """
+    if not values:
+        raise ValueError("the list is empty")
+    return _unique(values)
+
+
+class Strict(BaseModel):
+    """A part of the configuration: no key but its own, and no `true` where a number belongs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, about: ValidationInfo) -> Any:
+        kind = cls.model_fields[about.field_name or ""].annotation
+        if isinstance(value, bool) and {int, float} & {kind, *get_args(kind)}:
+            raise ValueError("a number is wanted")
+        return value
