@@ -22,6 +22,10 @@ class NumericalFailure(AtlasError):
     """NaN or an infinity where a model computes; the message names the layer."""
 
 
+class UnknownTokens(AtlasError):
+    """A forward pass in which it cannot be told which row of a tensor belongs to which token."""
+
+
 class TaskFailure(AtlasError):
     """A task that cannot be run, at all or on one model: its result, which the other tasks do not share."""
 

@@ -16,8 +16,11 @@ from sparsity_atlas.errors import AtlasError, TaskFailure
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# How transformers and a template say that they cannot render some messages.
-REFUSALS = (jinja2.TemplateError, ValueError, TypeError)
+# How transformers and a template say that they cannot render some messages; a template is a program, too.
+REFUSALS = (
+    *(jinja2.TemplateError, ValueError, TypeError),
+    *(ArithmeticError, AttributeError, LookupError, RuntimeError),
+)
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> str:

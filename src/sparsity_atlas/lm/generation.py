@@ -16,6 +16,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from sparsity_atlas.errors import TaskFailure, UnknownTokens
 from sparsity_atlas.lm.generation_options import CacheWatch, check_options
 from sparsity_atlas.lm.prompts import PromptLM
 from sparsity_atlas.models import head
@@ -57,6 +58,9 @@ class GeneratingLM(PromptLM):
         watching = self.model.register_forward_pre_hook(cache, with_kwargs=True)
         try:
             texts = HFLM.generate_until(self, batch, disable_tqdm=True)
+        except UnknownTokens as error:
+            # What is scored by this model may be counted all the same.
+            raise TaskFailure(f"'{batch[0].task_name}': it generates, and {error}") from None
         except RuntimeError:
             # Nothing can be drawn from NaN; what follows says where it came from.
             if not self._logits.broken:

@@ -95,6 +95,12 @@ class PromptLM(HFLM):
             think_end_token=self.prompts.think_end_token,
         )
         self._together: dict[str, list[int]] = {}  # texts whose tokens were found in one go
+        ends = self.prompts.think_end_token
+        if isinstance(ends, int) and not 0 <= ends < len(tokenizer):
+            raise AtlasError(
+                f"{tokenizer.name_or_path}: think_end_token: {ends} found, and its tokens are 0 to "
+                f"{len(tokenizer) - 1}"
+            )
         self._template: str | None = None
         self._no_system: str | None = None  # why a system message is left out
         if self.prompts.apply_chat_template:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.errors import AtlasError, UnknownTokens
 
 
 class ForwardWatch:
@@ -66,7 +66,7 @@ class ForwardWatch:
         if tensor.shape[:-1] == (self.batch[0] * self.batch[1],):
             by_token: Tensor = tensor.unflatten(0, self.batch)
             return by_token
-        raise AtlasError(
+        raise UnknownTokens(
             f"{place}: found a tensor of shape {list(tensor.shape)} where {self.batch[0]} × "
             f"{self.batch[1]} tokens went in; packed or transposed batches are not supported"
         )

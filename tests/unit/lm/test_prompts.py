@@ -260,13 +260,30 @@ def test_a_template_without_system_messages(
     place.session(described, system_instruction="Be brief.").prepared("last")
 
 
-def test_a_template_that_cannot_be_applied_fails_the_task(tasks: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ raise_exception('say it otherwise') }}", "say it otherwise"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth"),
+    ],
+)
+def test_a_template_that_cannot_be_applied_fails_the_task(
+    tasks: dict, tmp_path: Path, template: str, says: str
+) -> None:
     place = Place(tmp_path)
-    (place.folder / "chat_template.jinja").write_text("{{ raise_exception('say it otherwise') }}")
+    (place.folder / "chat_template.jinja").write_text(template)
     place.describe()
     session = place.session({"choice": tasks["choice"]}, apply_chat_template=True)
-    with pytest.raises(TaskFailure, match="chat template cannot be applied: say it otherwise"):
+    with pytest.raises(TaskFailure, match=f"chat template cannot be applied: {says}"):
         session.prepared("choice")
+
+
+def test_an_end_of_thinking_that_is_no_token(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    place.describe()
+    with pytest.raises(AtlasError, match="think_end_token: 300 found, and its tokens are 0 to 299"):
+        place.session({}, think_end_token=300)
 
 
 def lacking(folder: Path, *tokens: str, model: bool = False) -> None:

@@ -479,6 +479,26 @@ def test_a_model_without_a_cache(tmp_path: Path) -> None:
     assert "keeps no keys and values from token to token" in found["reason"]
 
 
+def test_a_model_whose_steps_mix_the_rows_of_a_batch(tmp_path: Path) -> None:
+    """transformers' RWKV adds the state of each row to each row's new token."""
+    config = AutoConfig.for_model(
+        "rwkv",
+        vocab_size=300,
+        hidden_size=24,
+        attention_hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+    )
+    torch.manual_seed(0)
+    folder = tmp_path / "model"
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    found = words_of(folder, tmp_path / "model.json", tmp_path)
+    assert re.match(
+        r"'words': it generates, and rwkv\..*: found a tensor of shape", found["reason"]
+    )
+
+
 # Code that the model writes
 
 RUNS = """
