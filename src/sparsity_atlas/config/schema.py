@@ -160,7 +160,8 @@ class TaskEntry(Strict):
     include: str | None = None
     """Folder with the YAML of tasks that are not part of lm-eval; it is searched first."""
     metric: str | None = None
-    """Metric of the curves, `name` or `name,filter`. Unset: acc, else exact_match, else the loss."""
+    """Metric of the curves, `name` or `name,filter`. Unset: acc, else exact_match, em, f1 or pass@1, else
+    the loss."""
     num_fewshot: int | None = Field(default=None, ge=0)
     """Solved examples in the prompt. Unset: as the task says."""
     limit: int | None = Field(default=None, gt=0)

@@ -10,8 +10,8 @@ from sparsity_atlas.errors import AtlasError, TaskFailure
 
 Kind = Literal["accuracy", "loss"]
 
-# In this order, where the configuration names no metric.
-PREFERRED = ("acc", "exact_match", "em", "f1")
+# In this order, where the configuration names no metric; the last two are HumanEval's and MBPP's.
+PREFERRED = ("acc", "exact_match", "em", "f1", "pass@1", "pass_at_1")
 # lm-eval's perplexities; for whole documents all of them stand for nats a token.
 PERPLEXITIES = ("word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity", "loss")
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.errors import AtlasError, TaskFailure
 from sparsity_atlas.evaluation.evaluate import Session, evaluate_node
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.tasks import load as loading
@@ -433,6 +433,17 @@ def test_what_is_nobodys_fault_ends_the_node(
     monkeypatch.setattr("datasets.load_dataset", load)
     with pytest.raises(type(end)):
         load_tasks({"good": entry}, 1)
+
+
+def test_a_metric_that_the_hub_does_not_give_ends_the_node(tmp_path: Path) -> None:
+    """The next run may get it: no result of the task's."""
+    case = helped("", "doc_to_text", "import evaluate\nevaluate.load('no/such-metric')\n")
+    entry = write(tmp_path, "fetches", case)
+    with pytest.raises(
+        AtlasError, match=r"tasks\.fetches: cannot be loaded: .*no/such-metric"
+    ) as found:
+        load_tasks({"fetches": entry}, 1)
+    assert not isinstance(found.value, TaskFailure)
 
 
 def test_mislabelled_documents_are_counted(manifest: Path, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ GROUP = result({"a": ["acc,none", "acc_norm,none"], "b": ["acc_norm,none", "exac
         ("exact_match,strict", FILTERED, ("accuracy", "exact_match,strict")),
         (None, ROLLING, ("loss", None)),
         ("word_perplexity", ROLLING, ("loss", None)),
+        (None, result({"a": ["pass@1,create_test"]}), ("accuracy", "pass@1,create_test")),
         ("acc_norm", GROUP, ("accuracy", "acc_norm,none")),
     ],
 )
