@@ -142,7 +142,7 @@ class _Search:
         last = np.append(np.diff(errors) > 0, True)
         # Where the error falls again, the place that reached it first.
         own = np.array([self._measured[place] for place in places]) == errors
-        last = np.array([_last_own(own, int(i)) for i in np.flatnonzero(last)])
+        last = np.maximum.accumulate(np.where(own, np.arange(len(own)), 0))[last]
         return places[last], errors[last]
 
     def wanted(self) -> list[int]:
@@ -151,13 +151,15 @@ class _Search:
             return []
         places, errors = self._knots()
         table = self.table()
+        # What was measured between two knots costs no more than the lower one.
+        measured = np.array(sorted(self._measured))
+        furthest = measured[np.searchsorted(measured, places[1:]) - 1]
         new = []
         for k in range(len(places) - 1):
             pair, low, high = (places[k], places[k + 1]), errors[k], errors[k + 1]
             if pair in self._good or high <= LOWEST:
                 continue
-            # What was measured between two knots costs no more than the lower one.
-            inside = max(p for p in self._measured if places[k] <= p < places[k + 1])
+            inside = furthest[k]
             after = int(np.searchsorted(self._ranked, self._ranked[inside], side="right"))
             if after >= pair[1]:
                 continue
@@ -191,7 +193,3 @@ def _scatter(low: float, high: float, scores: int) -> float:
     """
     steps = float(np.log(high / low)) / scores
     return float(steps * (0.75 * scores**0.5 + 1))
-
-
-def _last_own(own: np.ndarray, index: int) -> int:
-    return index - int(np.argmax(own[index::-1]))
