@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from sparsity_atlas.commands import COMMANDS
@@ -43,12 +44,16 @@ def code_version(stage: str, criterion_file: str | None = None) -> str:
     if criterion_file is not None:
         used = used.union(*(_closure(name) for name in _imports(Path(criterion_file))))
     for name in sorted(used):
-        source = _module_file(name)
-        for path in sorted(source.parent.glob(f"{source.stem}.*")):
-            content.update(path.read_bytes())
+        content.update(_content(name))
     if criterion_file is not None:
         content.update(Path(criterion_file).read_bytes())
     return content.hexdigest()[:16]
+
+
+@functools.cache
+def _content(name: str) -> bytes:
+    source = _module_file(name)
+    return b"".join(one.read_bytes() for one in sorted(source.parent.glob(f"{source.stem}.*")))
 
 
 @functools.cache
@@ -68,7 +73,7 @@ def _closure(stage: str) -> frozenset[str]:
 def _imports(path: Path) -> list[str]:
     """Modules of this package that a source file imports, anywhere in it."""
     names = []
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    for node in _statements(ast.parse(path.read_bytes())):
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):
@@ -77,9 +82,24 @@ def _imports(path: Path) -> list[str]:
             continue
         for module in modules:
             package, _, name = module.partition(".")
-            if package == PACKAGE.name and name and _module_file(name).exists():
+            if package == PACKAGE.name and name and name not in names and _is_module(name):
                 names.append(name)
     return names
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """Every statement, those inside others too. To visit every expression takes ten times as long."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        for part in ("body", "orelse", "finalbody", "handlers", "cases"):
+            waiting += getattr(node, part, ())
+
+
+@functools.cache
+def _is_module(name: str) -> bool:
+    return _module_file(name).exists()
 
 
 def _module_file(name: str) -> Path:

@@ -143,8 +143,9 @@ def test_damaged_tables(tmp_path: Path, end: int) -> None:
 
 def forget() -> None:
     """What a process remembers of the sources."""
-    for function in (code_version.code_version, code_version._closure, code_version._imports):
-        function.cache_clear()
+    for function in vars(code_version).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
 
 
 @pytest.fixture
