@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tiny_lm import save_model, write_model_manifest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_inventory() -> Iterator[None]:
+    """After each evaluation lm-eval asks pip and compilers for seconds what is installed: not here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+        yield
 
 
 @pytest.fixture(scope="session")
