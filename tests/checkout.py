@@ -1,7 +1,7 @@
 """A working copy of the project in a temporary folder, where Snakemake runs as a user runs it.
 
-Dry runs are forked from a server that has imported Snakemake and nothing of this project, so that each
-sees the working copy's own source files and costs no start. Real runs are processes of their own.
+Snakemake and its jobs are forked from a server that has imported the libraries and nothing of this project
+(`hooks/fork_server.py`): each sees the working copy's own source files and costs no start.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import contextlib
 import copy
 import functools
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,14 +24,23 @@ from typing import Any
 
 import numpy as np
 import yaml
+from filelock import FileLock
+
+import forks
+from hooks.forking import Forked
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("Snakefile", "config.yaml", "workflow", "profiles", "src", "envs")
-HOOKS = Path(__file__).parent / "workflow" / "hooks"
+HOOKS = Path(__file__).parent / "hooks"
 ZOO = Path("workflow/resources/zoo")
 
-_servers = multiprocessing.get_context("forkserver")
-_servers.set_forkserver_preload(["snakemake.cli", "pandas"])
+# What Snakemake and the stages import, but for this project.
+LIBRARIES = (
+    *("snakemake.cli", "pandas", "pydantic", "pyarrow.parquet", "zarr", "scipy.stats", "seaborn"),
+    *("jinja2", "torch", "numba", "safetensors.torch", "datasets", "lm_eval.tasks"),
+    *("lm_eval.api.model", "lm_eval.evaluator_utils", "transformers.models.auto.modeling_auto"),
+    *("transformers.models.auto.tokenization_auto", "transformers.models.llama.modeling_llama"),
+)
 
 # Of a run's files, those that say when and how it ran.
 _NO_RESULTS = re.compile(r"(logs|benchmarks)/.*|.*\.lock")
@@ -73,16 +82,21 @@ def _planned_jobs(text: str) -> frozenset[str]:
     return frozenset(jobs)
 
 
-def _snakemake(arguments: list[str], folder: str, log: str) -> None:
-    """Body of a forked dry run."""
-    output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.chdir(folder)
-    sys.path.insert(0, f"{folder}/src")
-    from snakemake.cli import main
+@functools.cache
+def fork_server() -> forks.Server:
+    """The server of this process. No model is to be had where its forks look for one."""
+    return forks.Server(
+        Path(tempfile.mkdtemp(dir=os.environ["XDG_CACHE_HOME"])), LIBRARIES, _offline()
+    )
 
-    main(arguments)
+
+def _offline() -> dict[str, str]:
+    """Environment of all that is run: one thread, no network, a cache of these tests' own."""
+    home = str(Path(os.environ["XDG_CACHE_HOME"], "huggingface"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": home}
+    # Many processes compile the same files.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    return environment
 
 
 class Checkout:
@@ -98,9 +112,11 @@ class Checkout:
         path.mkdir(parents=True)
 
         def ignore(folder: str, names: list[str]) -> set[str]:
-            skipped = {
-                name for name in names if name == "__pycache__" or name.endswith(".egg-info")
-            }
+            # What is compiled comes along, but for what somebody is just writing.
+            compiled = (".pyc", ".nbi", ".nbc")
+            skipped = {name for name in names if name.endswith(".egg-info")}
+            if Path(folder).name == "__pycache__":
+                skipped |= {name for name in names if not name.endswith(compiled)}
             if Path(folder) == source / ZOO:
                 skipped |= set(names) - {"small"}
             return skipped
@@ -136,29 +152,35 @@ class Checkout:
 
     def dry_run(self, *arguments: str) -> Planned:
         """Dry run with these arguments alone."""
-        log = self.path / "plan.log"
-        given = ["--dry-run", "--nocolor", *arguments]
-        process = _servers.Process(target=_snakemake, args=(given, str(self.path), str(log)))
-        process.start()
-        process.join()
-        text = log.read_text()
-        return Planned(process.exitcode or 0, text, _planned_jobs(text))
+        done = self._python("-m", "snakemake", "--dry-run", "--nocolor", *arguments)
+        return Planned(done.returncode, done.stdout, _planned_jobs(done.stdout))
 
     def run(
         self, *arguments: str, config: dict[str, Any] | None = None, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         """Run Snakemake on the smoke configuration, or on another one, in a session of its own."""
-        command = ["snakemake", "--cores", "2", "--nocolor"]
-        return subprocess.run(
-            [sys.executable, "-m", *command, *self._arguments(config, arguments)],
-            cwd=self.path,
-            env=self.environment(**environment),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-            timeout=600,
-        )
+        command = ["-m", "snakemake", "--cores", "2", "--nocolor"]
+        return self._python(*command, *self._arguments(config, arguments), **environment)
+
+    def stage(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run the one command, its output apart from its errors."""
+        return self._python("-m", "sparsity_atlas", *arguments, merged=False)
+
+    def _python(
+        self, *arguments: str, merged: bool = True, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        return forks.run(*arguments, merged=merged, **self.forked(**environment))
+
+    def start(self, *arguments: str, log: Path = Path(os.devnull), **environment: str) -> Forked:
+        """Start Python with these arguments, as the head of a process group of its own."""
+        with open(os.devnull) as nothing, log.open("w") as file:
+            streams = nothing.fileno(), file.fileno(), file.fileno()
+            return Forked(arguments=arguments, streams=streams, **self.forked(**environment))
+
+    def forked(self, **environment: str) -> dict[str, Any]:
+        """What `Forked` needs to know of processes in this copy."""
+        env = self.environment(**environment)
+        return {"server": fork_server().address, "cwd": self.path, "env": env}
 
     def run_well(self, *arguments: str, config: dict[str, Any] | None = None) -> list[str]:
         """Run, insist on success, and return the forward passes that it took."""
@@ -168,16 +190,18 @@ class Checkout:
         return self.forwards()
 
     def environment(self, **more: str) -> dict[str, str]:
-        """Environment of a run: this copy's source, no network, caches of its own."""
-        caches = self.path / "caches"
+        """Environment of a run: this copy's source, no network.
+
+        With FORK_SERVER="" its stages are processes of their own, children of Snakemake's.
+        """
         return {
-            **os.environ,
+            **_offline(),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": f"{self.path / 'src'}{os.pathsep}{HOOKS}",
-            "HF_HUB_OFFLINE": "1",
+            # This package, as if installed, where a copy has none.
+            "PYTHONPATH": os.pathsep.join(map(str, (self.path / "src", HOOKS, ROOT / "src"))),
+            "FORK_SERVER": fork_server().address,
             # A worker would outlive a test; those of test_shared_model.py turn it on.
             "SPARSITY_ATLAS_WORKER": "off",
-            "HF_HOME": str(caches),
             "FORWARD_LOG": str(self.path / "forwards.log"),
             **more,
         }
@@ -262,10 +286,11 @@ def _smoke() -> dict[str, Any]:
     return yaml.safe_load((ROOT / "workflow/config/smoke.yaml").read_text(encoding="utf-8"))
 
 
-@functools.cache
-def smoke_run(folder: Path) -> Checkout:
-    """The smoke configuration, run once a session from an empty folder. Leave it as it is."""
-    checkout = Checkout.make(folder / "smoke" / "atlas")
-    done = checkout.run()
-    assert done.returncode == 0, done.stdout
-    return checkout
+def shared(folder: Path, make: Callable[[Path], None]) -> Checkout:
+    """A run below `folder` that the first who asks for it makes. Others wait; nobody may change it."""
+    with FileLock(f"{folder}.lock"):
+        checkout = Checkout(folder / "atlas")
+        if not (folder / "made").exists():
+            make(checkout.path)
+            (folder / "made").touch()
+        return checkout

@@ -7,28 +7,76 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+
+from checkout import Checkout, shared, smoke_config
 
 # Before transformers is imported: no test may look for a model outside.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 # Nor may it find there, or leave there, what another run made of a data file or a task.
-_CACHE = tempfile.mkdtemp(prefix="sparsity-atlas-tests-")
-os.environ["HF_DATASETS_CACHE"] = _CACHE
-os.environ["XDG_CACHE_HOME"] = _CACHE
-atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have those of the process that started them
+    _CACHE = tempfile.mkdtemp(prefix="sparsity-atlas-tests-")
+    os.environ["HF_DATASETS_CACHE"] = _CACHE
+    os.environ["XDG_CACHE_HOME"] = _CACHE
+    atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 # Before Triton is imported: its interpreter runs the CUDA kernels on the CPU.
 os.environ["TRITON_INTERPRET"] = "1"
+# Before torch is imported: for tiny tensors, waiting for a second thread takes most of the time.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+# Files whose tests take longest, which begin first so that the workers end together.
+LONGEST = ("cluster/test_slurm.py", "faults/test_kills.py", "workflow/test_rerun.py")
+LONGEST += ("workflow/test_shared_model.py", "workflow/test_kill.py", "faults/test_disks.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that look at the same run stay in one process, as do those of one file."""
+    """Tests of one file stay in one process."""
     for item in items:
-        folder, name = item.path.parts[-2:]
-        shares = "smoke" in getattr(item, "fixturenames", ())
-        group = "smoke" if shares else folder if folder == "faults" else f"{folder}/{name}"
-        item.add_marker(pytest.mark.xdist_group(group))
+        item.add_marker(pytest.mark.xdist_group(_file(item)))
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(_file(item), len(ranks)))
+
+
+def _file(item: pytest.Item) -> str:
+    return "/".join(item.path.parts[-2:])
+
+
+@pytest.fixture(scope="session")
+def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of these tests have in common."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def smoke(common: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """A finished run of the smoke configuration, from an empty folder. Leave it as it is."""
+    made = shared(common / "smoke", run_smoke)
+    own = made.copy(tmp_path_factory.mktemp("smoke") / "atlas")
+    shutil.copy2(made.path / "forwards.log", own.path)
+    return own
+
+
+def run_smoke(folder: Path) -> None:
+    """Make it."""
+    done = Checkout.make(folder).run()
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.fixture(scope="session")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """A working copy in which nothing has run. For dry runs only."""
+    return Checkout.make(tmp_path_factory.mktemp("empty") / "atlas")
+
+
+@pytest.fixture
+def config() -> dict[str, Any]:
+    """The smoke configuration, to be changed."""
+    return smoke_config()
 
 
 @pytest.fixture

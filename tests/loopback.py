@@ -48,7 +48,7 @@ class Slurm:
     def start(
         self, checkout: Checkout, *arguments: str, **environment: str
     ) -> subprocess.Popen[str]:
-        """Start such a run, in a session of its own."""
+        """Start such a run, in a session of its own; without FORK_SERVER its jobs are real ones."""
         command = [sys.executable, "-m", "snakemake", "--nocolor"]
         command += ["--workflow-profile", "profiles/slurm", *LOCAL]
         command += [] if self.accounting else NO_ACCOUNTING
@@ -58,7 +58,7 @@ class Slurm:
         return subprocess.Popen(
             command,
             cwd=checkout.path,
-            env=checkout.environment(PYTHONPATH=path, **environment),
+            env=checkout.environment(PYTHONPATH=path, **{"FORK_SERVER": "", **environment}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

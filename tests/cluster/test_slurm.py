@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from checkout import Checkout, smoke_run
+from checkout import Checkout, fork_server
 from loopback import call, loopback, need_root, resources, start_cluster, stop_cluster
 from sparsity_atlas.config.schema import parse
 from sparsity_atlas.rules.footprint import Needs
@@ -23,17 +23,11 @@ from sparsity_atlas.rules.footprint import Needs
 NODE = "zoo-small/topk/intermediate/0.9"
 
 
-@pytest.fixture(scope="session")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """The smoke configuration, run on this machine without Slurm. Leave it as it is."""
-    return smoke_run(tmp_path_factory.getbasetemp())
-
-
 def test_the_smoke_configuration_without_accounting(smoke: Checkout, tmp_path: Path) -> None:
     checkout = Checkout.make(tmp_path / "atlas")
     with loopback(tmp_path) as slurm:
         # As many threads as there: sums differ in their last bits.
-        slurm.run(checkout, "--set-threads", "metrics=1")
+        slurm.run(checkout, "--set-threads", "metrics=1", FORK_SERVER=fork_server().address)
         jobs = slurm.jobs("tres-per-job", "MinMemory", "State")
     assert checkout.contents() == smoke.contents()
     assert {job["State"] for job in jobs} == {"COMPLETED"}

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from checkout import ROOT, Checkout
+from checkout import ROOT, Checkout, shared
 from faults import pipeline
 from hub_server import HubServer
 
@@ -125,18 +125,13 @@ def zoo_files() -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="session")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """A working copy in which nothing has run. For dry runs only."""
-    return Checkout.make(tmp_path_factory.mktemp("empty") / "atlas")
-
-
-@pytest.fixture(scope="session")
 def undisturbed(
-    tmp_path_factory: pytest.TempPathFactory,
+    common: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Checkout, dict[pipeline.Job, float]]:
     """A finished run of every stage on the tiny model, and the seconds that each job took."""
-    checkout = pipeline.make(tmp_path_factory.mktemp("whole") / "atlas")
-    return checkout, pipeline.run_all(checkout)
+    made = shared(common / "whole", pipeline.run_all)
+    own = pipeline.copy(made, tmp_path_factory.mktemp("whole") / "atlas")
+    return own, pipeline.seconds(own)
 
 
 @pytest.fixture(scope="session")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
-import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 from checkout import Checkout
+from hooks.forking import Forked
 from tiny_lm import CHOICE, choice_documents, save_model, sentences, write_task
 
 
@@ -82,37 +83,31 @@ def _in_order(found: list[Job]) -> list[Job]:
     return sorted(found, key=lambda job: order.index(job.rule))
 
 
-def start(checkout: Checkout, job: Job, **environment: str) -> subprocess.Popen:
+def start(checkout: Checkout, job: Job, **environment: str) -> Forked:
     """Start a job as Snakemake does, as the head of a process group of its own."""
     for output in job.outputs:
         (checkout.path / output).parent.mkdir(parents=True, exist_ok=True)
-    log = re.search(r">\s*(results/logs/\S+)", job.command)
-    if log:
-        (checkout.path / log[1]).parent.mkdir(parents=True, exist_ok=True)
-    return subprocess.Popen(
-        # `exec`, so that a signal reaches the stage itself.
-        ["bash", "-c", f"exec {job.command}"],
-        cwd=checkout.path,
-        env={**checkout.environment(OMP_NUM_THREADS="1", **environment)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    python, *arguments = shlex.split(job.command.split(">")[0].replace("\\\n", " "))
+    assert python == "python"
+    log = log_file(checkout, job)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    return checkout.start(*arguments, log=log, **environment)
 
 
 def run(checkout: Checkout, job: Job, **environment: str) -> int:
     """Run a job; its exit code."""
-    process = start(checkout, job, **environment)
-    process.communicate(timeout=300)
-    return process.returncode
+    return start(checkout, job, **environment).wait(timeout=300)
+
+
+def log_file(checkout: Checkout, job: Job) -> Path:
+    """Where a job's shell sends what it says."""
+    log = re.search(r">\s*(results/logs/\S+) 2>&1$", job.command)
+    return checkout.path / log[1]
 
 
 def log_of(checkout: Checkout, job: Job) -> str:
     """What a job's log says."""
-    log = re.search(r">\s*(results/logs/\S+)", job.command)
-    return (checkout.path / log[1]).read_text(errors="replace")
+    return log_file(checkout, job).read_text(errors="replace")
 
 
 def error_of(checkout: Checkout, job: Job) -> str:
@@ -128,14 +123,21 @@ def error_of(checkout: Checkout, job: Job) -> str:
 SLOW = "0.03"
 
 
-def run_all(checkout: Checkout) -> dict[Job, float]:
-    """Run every job once, in order; all of them, with the seconds that each took."""
-    seconds = {}
+def run_all(path: Path) -> None:
+    """Run every job once, in order."""
+    checkout = make(path)
+    took = []
     for job in jobs(checkout):
         began = time.monotonic()
         assert run(checkout, job, SLOW=SLOW) == 0, log_of(checkout, job)
-        seconds[job] = time.monotonic() - began
-    return seconds
+        took.append((astuple(job), time.monotonic() - began))
+    (path / "seconds.json").write_text(json.dumps(took))
+
+
+def seconds(checkout: Checkout) -> dict[Job, float]:
+    """The jobs of `run_all`, in order, and the seconds that each took."""
+    took = json.loads((checkout.path / "seconds.json").read_text())
+    return {Job(rule, tuple(outputs), command): time for (rule, outputs, command), time in took}
 
 
 def copy(checkout: Checkout, path: Path) -> Checkout:
@@ -144,7 +146,7 @@ def copy(checkout: Checkout, path: Path) -> Checkout:
     for entry in checkout.path.iterdir():
         if entry.name in ("results", ".snakemake"):
             shutil.copytree(entry, path / entry.name)
-        elif entry.is_dir() and entry.name != "caches":
+        elif entry.is_dir():
             os.symlink(entry, path / entry.name)
         elif entry.is_file():
             shutil.copy2(entry, path / entry.name)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,17 +24,7 @@ def clean(
     """Run it; the paths below results/ that it lists, and all that it says."""
     config = config or pipeline.configuration()
     full = {"criteria": {"topp": {}, "topk": {}}, **config}
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "sparsity_atlas", "clean", "--results", "results"),
-            *("--config", json.dumps(full), *arguments),
-        ],
-        cwd=checkout.path,
-        env=checkout.environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = checkout.stage("clean", "--results", "results", "--config", json.dumps(full), *arguments)
     assert done.returncode == 0, done.stderr
     listed = [line.split("MiB  ")[1] for line in done.stdout.splitlines() if "MiB  " in line]
     return {line.split(": ")[0].removeprefix("results/") for line in listed}, done.stdout

@@ -117,8 +117,7 @@ def test_a_disk_that_fills_up_during_a_capture(
         assert process.poll() is None
         time.sleep(0.02)
     with disk.leaving(1):
-        process.communicate(timeout=300)
-        assert process.returncode == 1
+        assert process.wait(timeout=300) == 1
     assert "no space is left on the disk" in pipeline.error_of(checkout, job)
     assert pipeline.run(checkout, job) == 0
     assert checkout.contents() == whole.contents()

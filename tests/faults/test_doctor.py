@@ -21,14 +21,7 @@ NODE = "tiny/topk/intermediate/0.5"
 
 def doctor(checkout: Checkout, code: int) -> list[str]:
     """The lines of a report, which must end with this code."""
-    done = subprocess.run(
-        [sys.executable, "-m", "sparsity_atlas", "doctor", "--results", "results"],
-        cwd=checkout.path,
-        env=checkout.environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = checkout.stage("doctor", "--results", "results")
     assert done.returncode == code, done.stdout + done.stderr
     assert done.stderr == ""
     return done.stdout.splitlines()

@@ -44,7 +44,7 @@ class Bench:
         process = pipeline.start(self.checkout, job, SLOW=pipeline.SLOW)
         time.sleep(moment * self.jobs[job])
         os.killpg(process.pid, number)
-        process.communicate(timeout=300)
+        process.wait(timeout=300)
         left = set(self.checkout.results.rglob(".*.tmp")) - temporary
         self._look_at_what_is_left(job, process.returncode, number, left)
 
@@ -201,16 +201,11 @@ def test_snakemake_killed(
     assert {job.split()[0] for job in spoilt.plan(*targets, config=config).jobs} == set(rules)
     log = spoilt.results / "logs/tiny/topp/intermediate/search.log"
     log.unlink()
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "snakemake", "--cores", "2", *targets),
-            *("--configfile", "variant.yaml"),
-        ],
-        cwd=spoilt.path,
-        env=spoilt.environment(SLOW=pipeline.SLOW, OMP_NUM_THREADS="1"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
+    # Jobs in Snakemake's own group, as at a terminal.
+    process = spoilt.start(
+        *("-m", "snakemake", "--cores", "2", *targets, "--configfile", "variant.yaml"),
+        SLOW=pipeline.SLOW,
+        FORK_SERVER="",
     )
     # Snakemake takes seconds to begin; what is of interest begins with its first job.
     while not log.is_file() and process.poll() is None:
@@ -220,13 +215,12 @@ def test_snakemake_killed(
     os.killpg(process.pid, number)
     try:
         process.wait(timeout=100)
-    except subprocess.TimeoutExpired:
+    except TimeoutError:
         # Snakemake 9.27's handler takes a lock (JobScheduler._lock) that its main thread, which it
         # interrupts, may hold: then it waits for ever. No job of ours does.
         jobs_left = psutil.Process(process.pid).children(recursive=True)
         assert [one for one in jobs_left if one.status() != psutil.STATUS_ZOMBIE] == []
-        process.kill()
-        process.wait()
+        process.end()
     assert [one for one in examine(spoilt.results) if one.problem and one.delete] == []
     assert spoilt.run("--unlock", config=config).returncode == 0
     done = spoilt.run(*targets, config=config)

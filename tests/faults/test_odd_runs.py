@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -59,16 +57,8 @@ def test_two_runs_at_once(spoilt: Checkout, whole: Checkout) -> None:
     target = "results/tiny/topk/intermediate/0.5/eval.json"
     spoilt.plan(target, config=config)  # writes variant.yaml
     spoilt.forget_forwards()
-    first = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "snakemake", "--cores", "1", target),
-            *("--configfile", "variant.yaml"),
-        ],
-        cwd=spoilt.path,
-        env=spoilt.environment(SLOW="1"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
+    first = spoilt.start(
+        *("-m", "snakemake", "--cores", "1", target, "--configfile", "variant.yaml"), SLOW="1"
     )
     try:
         while not spoilt.forwards():

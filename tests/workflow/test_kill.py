@@ -6,8 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 
 from checkout import Checkout, smoke_config
+from hooks.forking import Forked
 
 NODE = "zoo-small/topk/intermediate/0.9"
 SEARCH = "zoo-small/topp/input"
@@ -112,7 +111,7 @@ def test_stages_killed_in_their_middle(
 def test_everything_killed(smoke: Checkout, undisturbed: Checkout, unfinished: Checkout) -> None:
     whole = passes(smoke)["evaluate"]
     target = TARGETS[0]
-    killed = unfinished.run(target, config=long_capture(), KILL="evaluate:2:all")
+    killed = unfinished.run(target, config=long_capture(), KILL="evaluate:2:all", FORK_SERVER="")
     assert killed.returncode == -signal.SIGKILL
     locked = unfinished.run(target, config=long_capture())
     assert locked.returncode != 0
@@ -128,24 +127,11 @@ def test_snakemake_killed_alone(
 ) -> None:
     """Its job lives on; the same command, given again at once, waits for it and repeats nothing."""
     whole = passes(smoke)["evaluate"]
-    command = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "--cores",
-        "2",
-        TARGETS[0],
-        "--configfile",
-        "variant.yaml",
-    ]
     unfinished.plan(config=long_capture())  # writes variant.yaml
-    first = subprocess.Popen(
-        command,
-        cwd=unfinished.path,
-        env=unfinished.environment(SLOW="1"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
+    first = unfinished.start(
+        *("-m", "snakemake", "--cores", "2", TARGETS[0], "--configfile", "variant.yaml"),
+        SLOW="1",
+        FORK_SERVER="",
     )
     try:
         wait_for(lambda: unfinished.forwards(), first)
@@ -161,7 +147,7 @@ def test_snakemake_killed_alone(
             os.killpg(first.pid, signal.SIGKILL)
 
 
-def wait_for(happened: Any, process: subprocess.Popen, seconds: float = 300) -> None:
+def wait_for(happened: Any, process: Forked, seconds: float = 300) -> None:
     """Wait until `happened()`, as long as the process lives."""
     end = time.monotonic() + seconds
     while not happened():
@@ -184,7 +170,9 @@ def test_killed_over_and_over(
     runs = 0
     killed = True
     while killed and runs <= passes(smoke)[stage]:
-        done = unfinished.run(target, config=long_capture(), KILL=f"{stage}:{limit}{whom}")
+        done = unfinished.run(
+            target, config=long_capture(), KILL=f"{stage}:{limit}{whom}", FORK_SERVER=""
+        )
         killed = done.returncode != 0
         runs += 1
         if killed and whom:

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -124,17 +122,11 @@ def test_a_worker_killed_inside_a_batch_is_replaced(
 def test_a_worker_ends_with_the_client_that_was_killed(
     checkout: Checkout, alone: Checkout, private: str
 ) -> None:
-    command = ["snakemake", "--cores", "1", *TARGETS, "--configfile", "variant.yaml"]
     checkout.plan(config=listed())  # writes variant.yaml
     checkout.forget_forwards()
-    environment = checkout.environment(SPARSITY_ATLAS_WORKER="on", TMPDIR=private, SLOW="1")
-    first = subprocess.Popen(
-        [sys.executable, "-m", *command],
-        cwd=checkout.path,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
+    first = checkout.start(
+        *("-m", "snakemake", "--cores", "1", *TARGETS, "--configfile", "variant.yaml"),
+        **{"SPARSITY_ATLAS_WORKER": "on", "TMPDIR": private, "SLOW": "1", "FORK_SERVER": ""},
     )
     while not checkout.forwards():
         assert first.poll() is None

@@ -1,0 +1,191 @@
+"""A server that has imported the libraries, and processes that are forked from it.
+
+Importing torch and its kin takes a stage longer than its work on a tiny model. The server imports them
+once, and nothing of this project, so that each process has the source files of its own working copy. It
+is otherwise a process like any other: of its own session, with the directory, environment and streams
+that it is given, ended by signals and the exit code that it would have.
+
+    python fork_server.py LISTENER LIFELINE MODULE...    a listening socket, a pipe that closes with who
+                                                         wants the server, and what to import
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import importlib.util
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+# Read when a library is imported: a process that has them otherwise must import it itself.
+READ_AT_IMPORT = ("HF_", "HUGGING", "TRANSFORMERS_", "TOKENIZERS_", "TQDM_", "TORCH", "NUMBA_")
+READ_AT_IMPORT += ("TRITON_", "CUDA_", "OMP_", "XDG_CACHE_HOME")
+# What the one command sets before it imports any of them.
+SET_BY_THE_COMMAND = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
+}
+
+
+def _read_at_import(environment: Mapping[str, str]) -> dict[str, str]:
+    found = {key: environment[key] for key in environment if key.startswith(READ_AT_IMPORT)}
+    return {**SET_BY_THE_COMMAND, **found}
+
+
+def _await_request(
+    listener: socket.socket, lifeline: int, before: Mapping[str, str]
+) -> dict[str, Any] | None:
+    """Fork for each request. Returns in the forked processes, and in the server at its end (None)."""
+    while True:
+        ready, _, _ = select.select([listener, lifeline], [], [])
+        while _reap():
+            pass
+        if lifeline in ready:
+            return None
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            os.close(lifeline)
+            return _attend(connection, before)
+        connection.close()
+
+
+def _reap() -> bool:
+    try:
+        return os.waitpid(-1, os.WNOHANG)[0] > 0
+    except ChildProcessError:
+        return False
+
+
+def _attend(connection: socket.socket, before: Mapping[str, str]) -> dict[str, Any]:
+    """Be the parent of one process: answer with its id and its end. Returns in that process.
+
+    `before` is the environment in which the libraries were imported.
+    """
+    _, streams, _, _ = socket.recv_fds(connection, 1, 3)
+    request = json.loads(connection.makefile().readline())
+    # Libraries set some when they are imported, here and in the process that asks.
+    imported = {key: os.environ[key] for key in os.environ.keys() - before.keys()}
+    environment = {**imported, **request["env"]}
+    same = _read_at_import(environment) == _read_at_import({**imported, **before})
+    # Snakemake itself has no use for them.
+    if not same and request["arguments"][:2] != ["-m", "snakemake"]:
+        connection.sendall(b'{"refused": "another environment"}\n')
+        os._exit(0)
+    pid = os.fork()
+    if pid == 0:
+        connection.close()
+        return {**request, "streams": streams, "env": environment}
+    for stream in streams:
+        os.close(stream)
+    connection.sendall(json.dumps({"pid": pid}).encode() + b"\n")
+    ended = os.pidfd_open(pid)
+    ready, _, _ = select.select([ended, connection], [], [])
+    if ended not in ready:  # who asked is gone
+        os.kill(pid, signal.SIGKILL)
+    else:
+        end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        code = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(json.dumps({"code": code}).encode() + b"\n")
+            connection.recv(1)  # as long as nobody has asked for its end, its id is its own
+    os.waitpid(pid, 0)
+    os._exit(0)
+
+
+def _become(request: dict[str, Any]) -> None:
+    """Do as a new Python process with these arguments does."""
+    os.setsid()
+    # As at a terminal, wherever the server was started.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, stream in enumerate(request["streams"]):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.chdir(request["cwd"])
+    tempfile.tempdir = None  # as TMPDIR says
+    environment = request["env"]
+    os.environ.clear()
+    os.environ.update(environment)
+    folders = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    flag, what, *rest = request["arguments"]
+    sys.path[:] = [request["cwd"] if flag == "-m" else "", *folders, *sys.path[1:]]
+    sys.orig_argv[1:] = request["arguments"]
+    sys.argv[:] = [flag, *rest]
+    importlib.invalidate_caches()
+    if importlib.util.find_spec("watch"):
+        importlib.import_module("watch")
+    if what == "snakemake":
+        # It looks for its plugins when it is imported; there may be more on this path.
+        registry = importlib.import_module("snakemake_interface_executor_plugins.registry")
+        registry.ExecutorPluginRegistry().collect_plugins()
+    with _ending_at_once():
+        if flag == "-m":
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
+        else:
+            exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+
+
+@contextlib.contextmanager
+def _ending_at_once() -> Iterator[None]:
+    """Have the process end when it has done what Python does at an end, but for taking itself apart.
+
+    That takes time, and libraries that were imported for nothing complain then.
+    """
+    code = 0
+    _last_words.append(lambda: code)
+    try:
+        yield
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
+    except KeyboardInterrupt:
+        code = -signal.SIGINT
+        raise
+    except BaseException:
+        code = 1
+        raise
+
+
+_last_words: list[Callable[[], int]] = []
+
+
+def _end() -> None:
+    if not _last_words:
+        return
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    code = _last_words[0]()
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+def main() -> None:
+    """The server."""
+    listener, lifeline = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
+    before = dict(os.environ)
+    atexit.register(_end)  # before any library's: it comes last
+    for name in sys.argv[3:]:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+    request = _await_request(listener, lifeline, before)
+    if request is None:
+        os._exit(0)
+    _become(request)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+"""Runs in every Python process of a run under test, before its own code."""
+
+import forking
+
+forking.hand_over()
+
+import watch  # noqa: E402, F401
