@@ -112,6 +112,7 @@ def hand_over() -> None:
         signal.signal(number, lambda number, frame: os.kill(forked.pid, number))
     code = forked.wait()
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
+        if -code in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)

@@ -70,6 +70,7 @@ def run(checkout: Checkout, folder: str, *arguments: str, **environment: str) ->
         SPARSITY_ATLAS_WORKER="on",
         TMPDIR=folder,
         LOAD_LOG=f"{folder}/loads",
+        FORK_SERVER="",  # workers are killed, and outlive their jobs
         **environment,
     )
     assert done.returncode == 0, done.stdout
@@ -173,7 +174,11 @@ def test_an_error_in_the_worker_is_the_jobs_own(checkout: Checkout, private: str
     config = listed()
     config["run"][0]["sites"] = ["intermediate"]
     config["models"] = {"zoo-small": {"apply_chat_template": True}}
-    done = checkout.run(TARGETS[0], config=config, SPARSITY_ATLAS_WORKER="on", TMPDIR=private)
+    done = checkout.run(
+        TARGETS[0],
+        config=config,
+        **{"SPARSITY_ATLAS_WORKER": "on", "TMPDIR": private, "FORK_SERVER": ""},
+    )
     assert done.returncode != 0
     log = (checkout.results / "logs" / NODES[0] / "eval.log").read_text()
     (line,) = [one for one in log.splitlines() if one.startswith("error: ")]
