@@ -157,7 +157,7 @@ def arrange(figure: Figure) -> None:
 def save(figure: Figure, path: Path) -> None:
     """Write a figure in the format of the path's suffix; the same figure gives the same bytes."""
     suffix = path.suffix.removeprefix(".")
-    metadata = dict(_METADATA[suffix])
+    metadata: dict[str, str | None] = {**_METADATA[suffix]}
     if isinstance(figure, NothingToShow):
         metadata["Description"] = NOTHING
     write_atomically(path, lambda file: figure.savefig(file, format=suffix, metadata=metadata))
