@@ -34,15 +34,9 @@ LONGEST += ("workflow/test_shared_model.py", "workflow/test_kill.py", "faults/te
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one file stay in one process."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_file(item)))
+    """The longest files first; that a file's tests stay in one process is pytest-xdist's `loadfile`."""
     ranks = {name: rank for rank, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: ranks.get(_file(item), len(ranks)))
-
-
-def _file(item: pytest.Item) -> str:
-    return "/".join(item.path.parts[-2:])
+    items.sort(key=lambda item: ranks.get("/".join(item.path.parts[-2:]), len(ranks)))
 
 
 @pytest.fixture(scope="session")

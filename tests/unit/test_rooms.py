@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import logging
 import re
 import tomllib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,16 @@ MOST_FILES = 15
 MOST_LINES = 350
 # What Numba compiles stays in one file, whose edits it would not notice in another.
 LONG = {PACKAGE / "kernels" / "cpu_row.py"}
+
+
+@pytest.fixture(autouse=True)
+def _loggers() -> Iterator[None]:
+    """import-linter configures logging, which silences every logger that is there."""
+    loggers = [one for one in logging.root.manager.loggerDict.values() if hasattr(one, "disabled")]
+    before = [one.disabled for one in loggers]
+    yield
+    for one, disabled in zip(loggers, before, strict=True):
+        one.disabled = disabled
 
 
 def test_rooms_import_downwards_and_not_in_circles() -> None:
