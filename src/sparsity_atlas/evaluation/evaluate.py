@@ -55,6 +55,7 @@ class Session:
     identity: dict[str, Any]
     _prepared: dict[tuple[str, bool], Prepared] = field(default_factory=dict)
     _disjoint: set[str] = field(default_factory=set)  # digests of calibration texts
+    _metrics: set[tuple[str, str | None]] = field(default_factory=set)  # that were looked at
 
     @classmethod
     def open(cls, manifest_path: Path, settings: dict[str, Any], code: str) -> Session:
@@ -136,6 +137,18 @@ class Session:
         level = float(node.level)
         return sparsified(self.lm.model, self.ffns, node.site, node.rule, level, states)
 
+    def check_metric(self, name: str, wanted: str | None) -> None:
+        """Refuse a metric that a task will not report of each document; looked at once.
+
+        Raises:
+            AtlasError: see `check_wanted`.
+        """
+        from sparsity_atlas.tasks.reported_metrics import check_wanted
+
+        if (name, wanted) not in self._metrics:
+            check_wanted(self.tasks[name], wanted)
+            self._metrics.add((name, wanted))
+
     def check_disjoint(self, calibration: Calibration) -> None:
         """Refuse tasks that evaluate what a criterion was calibrated on; looked at once a text.
 
@@ -173,10 +186,8 @@ def evaluate_node(
         AtlasError: a metric that a task does not report; of the dense baseline also one that is not there
             of each document, after the samples are kept.
     """
-    from sparsity_atlas.tasks.reported_metrics import check_wanted
-
     for name, metric in (metrics or {}).items():
-        check_wanted(session.tasks[name], metric)
+        session.check_metric(name, metric)
     identity = {**session.identity, **(node.identity() if node else {"criterion": None})}
     path = folder / "samples.parquet"
     if node is not None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import lm_eval.api.metrics  # noqa: F401 (registers them)
 from lm_eval.api.registry import aggregation_registry, metric_registry
 from lm_eval.api.task import ConfigurableTask
 
-from sparsity_atlas.errors import TaskFailure
+from sparsity_atlas.errors import AtlasError, TaskFailure
+from sparsity_atlas.tasks.loaded import RandomState
 from sparsity_atlas.tasks.reasons import close
 from sparsity_atlas.tasks.score import choose_metric
 
@@ -111,13 +113,13 @@ def check_wanted(task: LoadedTask, wanted: str | None) -> None:
         wanted: as in the configuration.
 
     Raises:
-        AtlasError: names the metrics that there will be.
+        AtlasError: names the metrics that there will be, or says that some documents will lack it.
     """
     with task.code("its metrics cannot be listed"):
         reported = {name: _reported(leaf) for name, leaf in task.leaves.items()}
     if not reported or None in reported.values():
         return
-    choose_metric(
+    _, key = choose_metric(
         task.name,
         wanted,
         {
@@ -129,6 +131,53 @@ def check_wanted(task: LoadedTask, wanted: str | None) -> None:
             },
         },
     )
+    if key is not None and not task.allow_code:
+        _check_each_document(task, key)
+
+
+def _check_each_document(task: LoadedTask, key: str) -> None:
+    """Refuse a metric that the task's own code does not give for some document, whatever is answered."""
+    documents = [
+        (leaf, document)
+        for leaf in task.leaves.values()
+        if not scored_by_lm_eval(leaf)
+        for document in islice(leaf.eval_docs, task.limit)
+    ]
+    drawn = RandomState.now()
+    lacking = sum(_lacks(task, *one, key.split(",")[0]) for one in documents)
+    drawn.restore()
+    if lacking:
+        raise AtlasError(
+            f"tasks.{task.name}: metric: '{key}' is missing in {lacking} of {len(documents)} documents; "
+            "choose one that all of them have"
+        )
+
+
+def _lacks(task: LoadedTask, leaf: Task, document: dict[str, Any], name: str) -> bool:
+    """Whether a metric is not among the results of a document, of any answer that its code can take."""
+    tried = False
+    for right in (True, False):
+        try:
+            with task.code("an answer that was made up"):
+                if name in leaf.process_results(document, _made_up(leaf, document, right=right)):
+                    return False
+        except TaskFailure:
+            continue  # no answer of this form: what the model's own will do is seen when it runs
+        tried = True
+    return tried
+
+
+def _made_up(leaf: Task, document: dict[str, Any], *, right: bool) -> list[Any]:
+    """What lm-eval would hand on of a document's requests, if the model's answer were right or wrong."""
+    if leaf.OUTPUT_TYPE == "multiple_choice":
+        rest = [(-9.0, False)] * (len(leaf.doc_to_choice(document)) - 1)
+        return [(-1.0, True), *rest] if right else [*rest, (-1.0, True)]
+    if leaf.OUTPUT_TYPE == "loglikelihood":
+        return [(-1.0, right)]
+    if leaf.OUTPUT_TYPE == "loglikelihood_rolling":
+        return [-9.0]
+    target = leaf.doc_to_target(document) if right else ""
+    return [str(target[0] if isinstance(target, list) and target else target)]
 
 
 def _label(task: Task, document: dict[str, Any]) -> Any:
