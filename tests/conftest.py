@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have those of the process
 os.environ["TRITON_INTERPRET"] = "1"
 # Before torch is imported: for tiny tensors, waiting for a second thread takes most of the time.
 os.environ["OMP_NUM_THREADS"] = "1"
+# A shell starts its background jobs deaf to Ctrl-C, and what they start; some tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files whose tests take longest, which begin first so that the workers end together.
 LONGEST = ("cluster/test_slurm.py", "faults/test_kills.py", "workflow/test_rerun.py")

@@ -17,9 +17,6 @@ from checkout import HOOKS, ROOT
 from hooks.forking import Forked
 
 DIE = "import os; os.kill(os.getpid(), {})"
-# A shell's background jobs, of which a test run may be one, are started deaf to it.
-INTERRUPTED = "import signal, time; signal.signal(2, signal.default_int_handler); "
-INTERRUPTED += DIE.format(2) + "; time.sleep(9)"
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +37,7 @@ def server() -> Iterator[forks.Server]:
         ("1 / 0", 1, "ZeroDivisionError: division by zero"),
         ("import atexit; atexit.register(print, 'bye')", 0, ""),
         *((DIE.format(number), -number, "") for number in (signal.SIGKILL, signal.SIGTERM)),
-        (INTERRUPTED, -2, "KeyboardInterrupt"),
+        (DIE.format(int(signal.SIGINT)) + "; import time; time.sleep(9)", -2, "KeyboardInterrupt"),
     ],
     ids=str,
 )
