@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.models.head import without_cache
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +73,7 @@ def _run(model: PreTrainedModel, count: int) -> None:
     ids = torch.tensor([3, 5], device=model.device).repeat(count // 2 + 1)[None, :count]
     with torch.no_grad():
         # Past the hooks on the model itself, which count an evaluation's passes.
-        model.forward(ids)
+        model.forward(ids, **without_cache(model))
 
 
 class _Lookups(TorchDispatchMode):

@@ -72,6 +72,14 @@ def write_model(folder: Path, kind: str, **settings: Any) -> Path:
     return write_model_manifest(folder, folder.with_suffix(".json"))
 
 
+def test_a_model_without_attention_keeps_no_keys_to_ask_for_their_number() -> None:
+    """Layers of a Jamba before its first attention; a cache of theirs has no length."""
+    settings = {**COMMON, "attn_layer_period": 8, "attn_layer_offset": 7, "mamba_dt_rank": 4}
+    settings |= {"num_experts": 1, "num_experts_per_tok": 1, "mamba_d_state": 8}
+    config = AutoConfig.for_model("jamba", **settings)
+    assert positions(AutoModelForCausalLM.from_config(config).eval()) is None
+
+
 def test_more_than_the_model_has_is_refused_before_anything_runs(tmp_path: Path) -> None:
     manifest = write_model(
         tmp_path / "learned", "gpt2", n_positions=32, n_embd=24, n_layer=2, n_head=2
