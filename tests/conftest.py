@@ -24,6 +24,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have those of the process
     os.environ["HF_DATASETS_CACHE"] = _CACHE
     os.environ["XDG_CACHE_HOME"] = _CACHE
     atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+# What models bring as code is copied there and imported, once a process: a folder for each.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="sparsity-atlas-modules-")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 # Before Triton is imported: its interpreter runs the CUDA kernels on the CPU.
 os.environ["TRITON_INTERPRET"] = "1"
 # Before torch is imported: for tiny tensors, waiting for a second thread takes most of the time.

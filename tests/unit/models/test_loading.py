@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,17 +38,6 @@ class Model(PreTrainedModel, GenerationMixin):
     def forward(self, input_ids, **options):
         return CausalLMOutput(logits=self.head(self.emb(input_ids) * self.table))
 """
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Where transformers copies code to that it runs."""
-    from transformers import dynamic_module_utils
-
-    with pytest.MonkeyPatch.context() as patch:
-        folder = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", folder)
-        yield
 
 
 def own_model(folder: Path, code: str = CODE, name: str = "own") -> Checkpoint:

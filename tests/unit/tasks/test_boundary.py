@@ -574,7 +574,7 @@ def some(document, results):
         (
             "own",
             "rare",
-            False,
+            True,
             r"tasks\.own: metric: 'rare,none' is missing in \d of 8 documents; .*",
         ),
         (
@@ -588,7 +588,7 @@ def some(document, results):
 def test_a_metric_that_there_is_not(
     manifest: Path, tmp_path: Path, task: str, metric: str, before: bool, message: str
 ) -> None:
-    """Known before any node's first forward pass, or, where a document lacks it, from the dense baseline."""
+    """Known before any node's first forward pass, or, where it is no number, from the dense baseline."""
     plain = write_task(tmp_path / "tasks", "plain", choice_documents(8), **CHOICE)
     config = {
         **CHOICE,
