@@ -1,8 +1,8 @@
 """The tasks, with and without a criterion.
 
 In:  a model's manifest; tasks, criterion, site and level from the configuration.
-Out: eval.json of the dense baseline and of every listed node; search.json where levels are searched
-     for. Samples and journals lie beside eval.json and are no outputs: a killed job goes on with them.
+Out: eval.json of the dense baseline and of every listed node. Samples and journals lie beside it and
+     are no outputs: a killed job goes on with them.
 """
 
 
@@ -77,47 +77,6 @@ rule evaluate:
             --criterion {params.criterion:q} \
             --site {wildcards.site} \
             --level {wildcards.level} \
-            --calibration={input.calibration:q} \
-            --output {output} >{log} 2>&1
-        """
-
-
-rule search:
-    input:
-        model="results/{model}/model.json",
-        dense="results/{model}/dense/eval.json",
-        calibration=ask.calibration,
-    output:
-        "results/{model}/{criterion}/{site}/search.json",
-    log:
-        "results/logs/{model}/{criterion}/{site}/search.log",
-    benchmark:
-        "results/benchmarks/{model}/{criterion}/{site}/search.jsonl"
-    conda:
-        "../../envs/atlas.yaml"
-    threads: 1
-    resources:
-        gpu=ask.gpus,
-        mem_mb=ask.memory("search"),
-        gpu_mb=ask.gpu_memory("search"),
-        runtime=ask.search_minutes,
-    params:
-        settings=ask.node_settings,
-        search=ask.search_settings,
-        criterion=ask.criterion,
-        tasks=ask.node_tasks,
-        code=ask.criterion_code("evaluate"),
-        search_code=code_version("search"),
-    shell:
-        """
-        python -m sparsity_atlas search \
-            --model {input.model} \
-            --dense {input.dense} \
-            --settings {params.settings:q} \
-            --search {params.search:q} \
-            --code {params.code} \
-            --criterion {params.criterion:q} \
-            --site {wildcards.site} \
             --calibration={input.calibration:q} \
             --output {output} >{log} 2>&1
         """
