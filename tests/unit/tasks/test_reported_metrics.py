@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +49,21 @@ def test_a_metric_that_some_documents_lack_is_refused_before_anything_runs(tmp_p
 @pytest.mark.parametrize(
     "body",
     [
-        "return {'acc': 1.0}",
+        "return {'acc': __import__('random').random()}",
         "return {'acc': 1.0} if results[0] == 'yes' else {}",  # of the right answer
         "return {} if results[0] == 'yes' else {'acc': 0.0}",  # of a wrong one
         "raise ValueError(results)",  # takes no answer of this form
+        "return None",
+        "return {} if results[0] else 1 / 0",
         "return {'acc': float(results[0][0][0] == 'x')} if results[0] else {'acc': 0.0}",
     ],
 )
 def test_what_follows_from_the_answer_is_left_to_the_run(tmp_path: Path, body: str) -> None:
     code = f"def score(document, results):\n    {body}\n"
-    check_wanted(load(tmp_path, code, doc_to_choice=None, **GENERATES), "acc")
+    task = load(tmp_path, code, doc_to_choice=None, **GENERATES)
+    before = random.getstate()
+    check_wanted(task, "acc")
+    assert random.getstate() == before
 
 
 @pytest.mark.parametrize("kind", ["multiple_choice", "loglikelihood", "loglikelihood_rolling"])
