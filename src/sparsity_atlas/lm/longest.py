@@ -23,7 +23,7 @@ from torch import nn
 
 from sparsity_atlas.errors import AtlasError, TaskFailure
 from sparsity_atlas.lm.forward import before_head
-from sparsity_atlas.sites.hypotheses import relative_error
+from sparsity_atlas.sites.probe.hypotheses import relative_error
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -22,7 +22,7 @@ from sparsity_atlas.lm.forest import GROWTH, SMALL_TREE, Batch, Request, pack
 from sparsity_atlas.lm.forward import Abilities, Masks, before_head, inputs
 from sparsity_atlas.models import head
 from sparsity_atlas.models.head import EXACT, REFUSALS, ROUNDED
-from sparsity_atlas.sites.hypotheses import relative_error
+from sparsity_atlas.sites.probe.hypotheses import relative_error
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sparsity_atlas.models.memory import CHUNK, PIECE
 from sparsity_atlas.sites.find import random_ids
-from sparsity_atlas.sites.hypotheses import relative_error
+from sparsity_atlas.sites.probe.hypotheses import relative_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.sites.attention_probe import find_attention
 from sparsity_atlas.sites.ffn import ACTIVATIONS, FFN, Activation, bind_ffns
-from sparsity_atlas.sites.ffn_probe import Search
 from sparsity_atlas.sites.hooks import intercept, observe, transform
-from sparsity_atlas.sites.hypotheses import Hypothesis
-from sparsity_atlas.sites.layers import as_named, check_run_once, one_a_layer
-from sparsity_atlas.sites.naming import expand
-from sparsity_atlas.sites.proof import prove, proves_attention
+from sparsity_atlas.sites.probe.attention_probe import find_attention
+from sparsity_atlas.sites.probe.ffn_probe import Search
+from sparsity_atlas.sites.probe.hypotheses import Hypothesis
+from sparsity_atlas.sites.probe.layers import as_named, check_run_once, one_a_layer
+from sparsity_atlas.sites.probe.naming import expand
+from sparsity_atlas.sites.probe.proof import prove, proves_attention
 from sparsity_atlas.terms import SITES, STORED, TENSORS
 
 __all__ = [

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from sparsity_atlas.sites.attention import Attention
 from sparsity_atlas.sites.ffn import FFN, layer_path
-from sparsity_atlas.sites.ffn_probe import linear_like
+from sparsity_atlas.sites.probe.ffn_probe import linear_like
 from sparsity_atlas.sites.projection import Projection
 
 # ±(1 + k/128), k from 0 to 127: exact in bfloat16.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsity_atlas.sites.ffn import ACTIVATIONS, Activation, activation_function
-from sparsity_atlas.sites.hypotheses import (
+from sparsity_atlas.sites.probe.hypotheses import (
     QUICK_COLUMNS,
     Call,
     Factor,
@@ -31,7 +31,7 @@ from sparsity_atlas.sites.hypotheses import (
     relative_error,
     tolerance,
 )
-from sparsity_atlas.sites.naming import NamedFFN
+from sparsity_atlas.sites.probe.naming import NamedFFN
 from sparsity_atlas.sites.projection import Projection
 
 # Linear maps between an FFN's up and down projection, with room for attention in parallel.

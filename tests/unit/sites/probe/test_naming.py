@@ -10,7 +10,7 @@ from torch import nn
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.sites.find import find_ffns, observe
-from sparsity_atlas.sites.naming import expand, tree
+from sparsity_atlas.sites.probe.naming import expand, tree
 from tiny_models import Strange, tiny_model, token_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.sites.ffn import FFN
 from sparsity_atlas.sites.hooks import observe
-from sparsity_atlas.sites.hypotheses import relative_error, tolerance
+from sparsity_atlas.sites.probe.hypotheses import relative_error, tolerance
 from sparsity_atlas.sites.projection import Projection
 
 # Loose: reduced-precision products (TF32) must pass, and what is not affine misses by far more.

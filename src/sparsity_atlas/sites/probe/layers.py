@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.sites.hypotheses import Findings, Hypothesis
-from sparsity_atlas.sites.naming import NamedFFN, tree
+from sparsity_atlas.sites.probe.hypotheses import Findings, Hypothesis
+from sparsity_atlas.sites.probe.naming import NamedFFN, tree
 
 # A worse fit than this says nothing about what went wrong.
 NEAR = 0.5
