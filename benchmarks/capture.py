@@ -22,7 +22,7 @@ from measure import machine
 from sparsity_atlas.activations.capture import capture
 from sparsity_atlas.activations.store import ActivationStore
 from sparsity_atlas.models.checkpoint import Checkpoint, load
-from sparsity_atlas.sites.find import bind_ffns, find_ffns, observe
+from sparsity_atlas.sites.find import bind_parts, describe_parts, find_parts, observe
 
 TENSORS = ["gate", "input", "intermediate", "up"]
 
@@ -44,7 +44,7 @@ def save(folder: Path, layers: int, hidden: int) -> dict[str, Any]:
     model.save_pretrained(folder)
     # Loading asks for one; nothing is tokenised here.
     (folder / "tokenizer.json").write_text("{}")
-    return {"ffn": [ffn.describe() for ffn in find_ffns(model)]}
+    return {"ffn": describe_parts(find_parts(model))}
 
 
 def forward_alone(
@@ -53,8 +53,8 @@ def forward_alone(
     """Seconds of the same passes, with hooks that keep nothing."""
     model = load(Checkpoint(folder), dtype=settings["dtype"], device=settings["device"])
     batch = settings["batch_size"]
-    ffns = bind_ffns(model, manifest["ffn"])
-    with torch.no_grad(), observe(ffns, TENSORS, lambda *_: None):
+    parts = bind_parts(model, manifest["ffn"])
+    with torch.no_grad(), observe(parts, TENSORS, lambda _: None):
         for warm in (True, False):
             start = time.perf_counter()
             for first in range(0, batch if warm else len(ids), batch):

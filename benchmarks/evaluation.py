@@ -36,7 +36,7 @@ from sparsity_atlas.evaluation.evaluate import Session, evaluate_node
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.lm.model import AtlasLM
 from sparsity_atlas.models.checkpoint import Checkpoint, load, load_tokenizer
-from sparsity_atlas.sites.find import find_ffns
+from sparsity_atlas.sites.find import find_parts
 from sparsity_atlas.sparsify.attach import sparsified
 from sparsity_atlas.tasks.load import load_tasks
 
@@ -142,10 +142,10 @@ def main() -> None:
         else load(Checkpoint(arguments.model), dtype=dtype, device=device)
     )
     tokenizer = load_tokenizer(Checkpoint(arguments.model))
-    ffns = find_ffns(model)
+    parts = find_parts(model)
     size = arguments.batch_size
     lm = AtlasLM(model, tokenizer, batch_size=size, max_length=2048 if arguments.shape else None)
-    session = Session(lm, ffns, ours, 0, False, {})
+    session = Session(lm, parts, ours, 0, False, {})
     plain = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=size)
     nodes = {
         "dense": None,
@@ -157,7 +157,7 @@ def main() -> None:
 
     def run_theirs(node: Node | None) -> dict[str, Any]:
         attached = (
-            sparsified(model, ffns, node.site, node.rule, float(node.level))
+            sparsified(model, parts, node.site, node.rule, float(node.level))
             if node
             else contextlib.nullcontext()
         )

@@ -24,8 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from measure import machine, official, seconds
 from sparsity_atlas import kernels
 from sparsity_atlas.criteria.built_in.topp import TopP
-from sparsity_atlas.sites.ffn import FFN, bind_ffns
-from sparsity_atlas.sites.find import intercept
+from sparsity_atlas.sites.find import Part, Vectors, bind_parts, intercept
 from sparsity_atlas.sparsify.attach import sparsified
 
 # Layers, hidden width, FFN width, heads, key-value heads, width of a head, vocabulary, activation.
@@ -39,7 +38,7 @@ SITES = ("intermediate", "input")
 PASSES = 5  # timed in a row
 
 
-def make(name: str, device: str) -> tuple[nn.Module, list[FFN]]:
+def make(name: str, device: str) -> tuple[nn.Module, list[Part]]:
     """A model of a shape, with its FFNs."""
     kind, layers, hidden, width, heads, groups, head, vocabulary, activation = SHAPES[name]
     config = AutoConfig.for_model(
@@ -64,7 +63,7 @@ def make(name: str, device: str) -> tuple[nn.Module, list[FFN]]:
             normal = torch.randn(linear.weight.shape, device=device) / linear.in_features**0.5
             linear.weight.data.copy_(normal * scale)
     place = "model.layers.{}.mlp.{}".format
-    return model, bind_ffns(
+    return model, bind_parts(
         model,
         [
             {
@@ -85,7 +84,7 @@ def make(name: str, device: str) -> tuple[nn.Module, list[FFN]]:
 
 def measure(name: str, device: str, level: float, batch: int, tokens: int, rounds: int) -> None:
     """Print one model's table."""
-    model, ffns = make(name, device)
+    model, parts = make(name, device)
     ids = torch.randint(model.config.vocab_size, (batch, tokens), device=device)
     valid = torch.ones_like(ids, dtype=torch.bool)
 
@@ -107,12 +106,12 @@ def measure(name: str, device: str, level: float, batch: int, tokens: int, round
 
             return seconds(once, device, times)
 
-    def theirs(layer: int, tensor: str, values: Tensor, onto: Tensor) -> Tensor:
-        return official(values, level)[0]
+    def theirs(vectors: Vectors, onto: Tensor) -> Tensor:
+        return official(vectors.values, level)[0]
 
-    print(f"{name}: {len(ffns)} layers, dense {timed(contextlib.nullcontext) * 1e3:.1f} ms")
+    print(f"{name}: {len(parts)} layers, dense {timed(contextlib.nullcontext) * 1e3:.1f} ms")
     for site in SITES:
-        with torch.no_grad(), sparsified(model, ffns, site, TopP(), level) as counter:
+        with torch.no_grad(), sparsified(model, parts, site, TopP(), level) as counter:
             counter.expect(valid)
             model(input_ids=ids, use_cache=False)
             entries = valid.numel() * sum(slot.width for slot in counter.slots)
@@ -121,13 +120,13 @@ def measure(name: str, device: str, level: float, batch: int, tokens: int, round
         pairs = [
             (
                 timed(contextlib.nullcontext),
-                timed(partial(sparsified, model, ffns, site, TopP(), level)),
+                timed(partial(sparsified, model, parts, site, TopP(), level)),
             )
             for _ in range(rounds)
         ]
         ratios = sorted(ours / dense for dense, ours in pairs)
-        added = statistics.median(ours - dense for dense, ours in pairs) / len(ffns)
-        paper = timed(partial(intercept, ffns, site, theirs), 3) / pairs[-1][0]
+        added = statistics.median(ours - dense for dense, ours in pairs) / len(parts)
+        paper = timed(partial(intercept, parts, site, theirs), 3) / pairs[-1][0]
         print(
             f"  {site:<12} {sparsity:4.0%} sparse | ours {statistics.median(ratios):.3f} "
             f"({ratios[0]:.3f} to {ratios[-1]:.3f}) × dense, {1e3 * added:.3f} ms a layer | "

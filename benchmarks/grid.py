@@ -69,7 +69,7 @@ def official_job(model: Path, level: float, settings: dict[str, Any]) -> None:
 
     from measure import official
     from sparsity_atlas.models.manifest import from_manifest, load, load_tokenizer
-    from sparsity_atlas.sites.find import bind_ffns, intercept
+    from sparsity_atlas.sites.find import Vectors, bind_parts, intercept
     from sparsity_atlas.tasks.load import load_tasks
 
     manifest, checkpoint = from_manifest(model)
@@ -78,12 +78,12 @@ def official_job(model: Path, level: float, settings: dict[str, Any]) -> None:
     (task,) = load_tasks(settings["tasks"], settings["seed"]).values()
     counts: list[list[int]] = []
 
-    def rewrite(layer: int, name: str, values: torch.Tensor, onto: torch.Tensor) -> torch.Tensor:
-        masked, zeros = official(values, level)
+    def rewrite(vectors: Vectors, onto: torch.Tensor) -> torch.Tensor:
+        masked, zeros = official(vectors.values, level)
         counts.append(zeros)
         return masked
 
-    with torch.no_grad(), intercept(bind_ffns(loaded, manifest["ffn"]), SITE, rewrite):
+    with torch.no_grad(), intercept(bind_parts(loaded, manifest["ffn"]), SITE, rewrite):
         evaluator.evaluate(lm, task.contents, limit=task.limit, bootstrap_iters=0)
 
 

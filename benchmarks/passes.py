@@ -18,7 +18,8 @@ from sparsity_atlas.criteria import create
 from sparsity_atlas.lm import forest, forward
 from sparsity_atlas.models import head
 from sparsity_atlas.models.memory import MIB, Largest, Sizes, of_a_pass
-from sparsity_atlas.sites.find import find_ffns
+from sparsity_atlas.sites.find import find_parts
+from sparsity_atlas.sites.part import measure
 from sparsity_atlas.sparsify.attach import Counter, counted, sparsified
 
 # Model type, vocabulary, layers, hidden width, FFN width, heads, key-value heads.
@@ -85,11 +86,9 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {arguments.dtype}")
     for name in arguments.shapes.split(","):
         model = of_shape(name, "cuda", dtype)
-        ffns = find_ffns(model)
-        layer = ffns[0]
+        parts = find_parts(model)
         parameters = sum(one.numel() for one in model.parameters())
-        shape = (parameters, layer.hidden, layer.width, len(ffns))
-        sizes = Sizes(*shape, **head.describe(model))
+        sizes = Sizes(parameters=parameters, **measure(parts), **head.describe(model))
         for task, numbers in TASKS.items():
             batch = forest.pack(requests(*numbers), 16, share=True)[0]
             rows, longest = batch.tokens.shape
@@ -97,9 +96,9 @@ def main() -> None:
             largest = Largest(rows * longest, longest, len(batch.scored), pairs)
             for site in (None, "intermediate", "all_inputs"):
                 attached = (
-                    counted(model, ffns)
+                    counted(model, parts)
                     if site is None
-                    else sparsified(model, ffns, site, create({"rule": "topp"}), 0.9)
+                    else sparsified(model, parts, site, create({"rule": "topp"}), 0.9)
                 )
                 with attached as counter:
                     peak = peak_of(model, counter, batch, sizes.pieces)
@@ -109,7 +108,7 @@ def main() -> None:
                     f"peak {peak // MIB:>7,} MiB   expected {expected // MIB:>7,} ({expected / peak:.2f})",
                     flush=True,
                 )
-        del model, ffns, layer
+        del model, parts
         torch.cuda.empty_cache()
 
 

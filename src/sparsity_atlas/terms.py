@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 # FFN(x) = W_d (u ⊙ g), u = W_u x, g = σ(W_g x).
 FFNSite = Literal["input", "up", "gate", "intermediate", "all_inputs"]
@@ -26,8 +26,24 @@ TENSORS = {
 }
 # All of them, in that order.
 STORED = ("qkv_input", "o_input", "input", "up", "gate", "intermediate")
+# Those of the attention; the others are of the parts beside it.
+ATTENTION_TENSORS = ("qkv_input", "o_input")
 # Inputs of linear maps; `up` and `gate` are outputs.
 LINEAR_INPUTS = TENSORS["all_linear_inputs"]
+# What a decoder's layer may hold.
+ATTENTION = "attention"
+FFN = "ffn"
+PARTS = (ATTENTION, FFN)
+
+
+class PlaceKey(NamedTuple):
+    """One tensor of one part of one layer."""
+
+    layer: int
+    part: str
+    tensor: str
+
+
 # How a criterion's level is spread over layers.
 ALLOCATIONS = ("uniform", "equal_cett", "sensitivity", "greedy")
 # The row of a table that stands for all tasks of a kind together.

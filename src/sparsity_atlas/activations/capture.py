@@ -48,11 +48,11 @@ from sparsity_atlas.terms import STORED, TENSORS
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from sparsity_atlas.activations.spool import HostCopy
     from sparsity_atlas.models.checkpoint import Checkpoint
+    from sparsity_atlas.sites.find import Vectors
 
 
 def tensors_of(sites: Iterable[str]) -> list[str]:
@@ -88,17 +88,17 @@ def capture(
     from sparsity_atlas.activations.spool import HostCopy, Writer, copy_stream
     from sparsity_atlas.models import head
     from sparsity_atlas.models.positions import check_positions
-    from sparsity_atlas.sites.find import bind_ffns, observe
+    from sparsity_atlas.sites.find import bind_parts, having, observe, sites_of
 
     model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
     check_positions(model, ids.shape[1], "capture: sequence_length")
     # Nobody looks at the logits: those of a batch may be larger than all that is captured of it.
     headless = head.shown_the_last(model)
-    ffns = bind_ffns(model, manifest["ffn"])
+    parts = bind_parts(model, manifest["ffn"])
     dtype = str(model.dtype).removeprefix("torch.")
     sequences, positions = ids.shape
     batch = settings["batch_size"]
-    widths = {name: [ffn.size(name) for ffn in ffns] for name in missing}
+    widths = {name: [part.size(name) for part in having(parts, name)] for name in missing}
     widest = max(max(row) for row in widths.values())
     chunk = chunk_sequences(widest * positions * ITEM_BYTES[dtype], batch, sequences)
     part = max(chunk, batch)  # sequences between two records of the journal
@@ -133,11 +133,11 @@ def capture(
         for name in missing:
             store.create(name, widths[name], ids.size, chunk * positions, dtype)
 
-    sites = [name for name in missing if name in ffns[0].sites()]
+    sites = [name for name in missing if name in sites_of(parts)]
     stream = copy_stream(model.device)
     recorded: deque[Future[None]] = deque()
     # All of a part and its record.
-    pending = PENDING if under_way == 1 else len(missing) * len(ffns) + 1
+    pending = PENDING if under_way == 1 else sum(len(row) for row in widths.values()) + 1
     with headless, Writer(pending, threads=min(PENDING, torch.get_num_threads())) as writer:
         for start in range(len(journal.records) * part, sequences, part):
             while len(recorded) >= under_way:
@@ -153,15 +153,14 @@ def capture(
                 return store.put(name, layer, row, _stored(copies, layer, name))
 
             def keep(
-                layer: int,
-                name: str,
-                values: Tensor,
+                vectors: Vectors,
                 count: int = len(batches),
                 arrived: dict[tuple[str, int], list[HostCopy]] = arrived,
                 written: dict[tuple[str, int], Future[int]] = written,
                 write: Callable[[int, str, list[HostCopy]], int] = write,
             ) -> None:
-                arrived[name, layer].append(HostCopy(values, stream))
+                layer, name = vectors.part.layer, vectors.tensor
+                arrived[name, layer].append(HostCopy(vectors.values, stream))
                 # As soon as it is whole: a large model's part is one batch of one layer.
                 if len(arrived[name, layer]) == count:
                     copies = arrived.pop((name, layer))
@@ -176,13 +175,13 @@ def capture(
                 for one in before:
                     one.result()
                 checksums = {
-                    name: [written[name, ffn].result() for ffn in range(len(ffns))]
-                    for name in missing
+                    name: [written[name, layer].result() for layer in range(len(row))]
+                    for name, row in widths.items()
                 }
                 journal.append(checksums)
                 cli.logger.info("captured %d of %d sequences", end, sequences)
 
-            with torch.no_grad(), observe(ffns, sites, keep):
+            with torch.no_grad(), observe(parts, sites, keep):
                 for one in batches:
                     model(input_ids=torch.from_numpy(one).to(model.device), use_cache=False)
             recorded.append(writer.submit(record, list(recorded)))

@@ -25,24 +25,20 @@ from torch import Tensor
 from sparsity_atlas.criteria.base import Criterion
 from sparsity_atlas.criteria.binding import bind_all
 from sparsity_atlas.criteria.level_table import TARGETS
-from sparsity_atlas.criteria.place import Place, state_name
+from sparsity_atlas.criteria.place import places, state_name
 from sparsity_atlas.errors import NumericalFailure
 from sparsity_atlas.sites.block import Block, blocks
+from sparsity_atlas.sites.part import by_layer
 from sparsity_atlas.sparsify.attach import Drop, dropping
-from sparsity_atlas.studies.output_error import (
-    dense_output,
-    parts_of,
-    relative,
-    source_of,
-    sparse_output,
-)
+from sparsity_atlas.studies.output_error import outputs_at, relative, sparse_output
 from sparsity_atlas.studies.single_layer import model_of, run, run_alone
+from sparsity_atlas.terms import PlaceKey
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from sparsity_atlas.criteria.place import State
-    from sparsity_atlas.sites.find import FFN
+    from sparsity_atlas.sites.find import Part
 
 # Sparsities at which a place is tried alone: a layer's error is cheap, a loss takes a forward pass.
 ERROR_GRID = np.linspace(0, 1, 21)
@@ -54,8 +50,8 @@ STEP = 0.05
 BATCH = 16
 # Tokens that errors are measured on.
 ERROR_TOKENS = 1024
-Inputs = Callable[[int, str], Tensor]
-LayerError = Callable[["Mapping[str, float]"], float]
+Inputs = Callable[[PlaceKey], Tensor]
+LayerError = Callable[["Mapping[PlaceKey, float]"], float]
 """Relative error of a layer's output, by the sparsity of each of its tensors."""
 
 
@@ -107,7 +103,7 @@ def spread(damage: np.ndarray, grid: np.ndarray, weights: np.ndarray) -> np.ndar
     return np.maximum.accumulate(table, axis=1)
 
 
-def layer_errors(error: LayerError, names: Sequence[str], grid: np.ndarray) -> np.ndarray:
+def layer_errors(error: LayerError, names: Sequence[PlaceKey], grid: np.ndarray) -> np.ndarray:
     """Error of one layer with its tensors sparsified one at a time: [tensors, grid].
 
     Args:
@@ -120,17 +116,19 @@ def layer_errors(error: LayerError, names: Sequence[str], grid: np.ndarray) -> n
     )
 
 
-def error_of(ffn: FFN, inputs: Inputs, site: str, rules: Mapping[str, Criterion]) -> LayerError:
-    """Mean over tokens (and parts of the layer) of the relative error, by each tensor's level."""
-    given = {part: inputs(ffn.layer, source_of(part)) for part in parts_of(site)}
-    dense = {part: dense_output(ffn, x, part) for part, x in given.items()}
+def error_of(
+    parts: Sequence[Part], inputs: Inputs, site: str, rules: Mapping[PlaceKey, Criterion]
+) -> LayerError:
+    """Mean over tokens (and outputs of a layer) of the relative error, by each tensor's level."""
+    given = {output: inputs(output.source) for output in outputs_at(parts, site)}
+    dense = {output: output.part.run(x, output.site) for output, x in given.items()}
 
-    def error(levels: Mapping[str, float]) -> float:
+    def error(levels: Mapping[PlaceKey, float]) -> float:
         fixed = {name: _Fixed(rule, float(levels[name])) for name, rule in rules.items()}
         means = []
-        for part, x in given.items():
-            output, _, _ = sparse_output(ffn, x, part, fixed, 0.0)
-            total, count = relative(dense[part], output)
+        for output, x in given.items():
+            made, _, _ = sparse_output(output, x, fixed, 0.0)
+            total, count = relative(dense[output], made)
             means.append(total / count if count else 0.0)
         return sum(means) / len(means)
 
@@ -153,9 +151,9 @@ class _Fixed(Criterion):
 
 
 def single_losses(
-    ffns: list[FFN],
+    parts: Sequence[Part],
     site: str,
-    bound: Mapping[tuple[int, str], Criterion],
+    bound: Mapping[PlaceKey, Criterion],
     ids: Tensor,
     grid: np.ndarray,
     batch: int = BATCH,
@@ -163,7 +161,7 @@ def single_losses(
     """Loss that each place adds where it alone is sparsified: the single-layer sensitivity.
 
     Args:
-        ffns: all FFNs of one model.
+        parts: all of one model.
         site: where.
         bound: the criterion at every place.
         ids: int64 [sequences, positions].
@@ -176,11 +174,11 @@ def single_losses(
     Raises:
         NumericalFailure: NaN or an infinity came up.
     """
-    dense = run(model_of(ffns), ids, batch).nats.sum()
+    dense = run(model_of(parts), ids, batch).nats.sum()
     found = np.zeros((len(bound), len(grid)))
     for row, (place, rule) in enumerate(bound.items()):
         for column in np.flatnonzero(grid):  # at 0 nothing changes
-            alone = run_alone(ffns, site, place, rule, float(grid[column]), ids, batch)
+            alone = run_alone(parts, site, place, rule, float(grid[column]), ids, batch)
             found[row, column] = alone.nats.sum() - dense
     return found / ids[:, 1:].numel()
 
@@ -189,11 +187,11 @@ def _without(drop: Drop, values: Tensor) -> Tensor:
     return drop(values, values).out
 
 
-def block_error(block: Block, rules: Mapping[str, Criterion]) -> LayerError:
+def block_error(block: Block, rules: Mapping[PlaceKey, Criterion]) -> LayerError:
     """Mean over tokens of the relative error of a whole block's output, by each tensor's level."""
     dense = block.output({})
 
-    def error(levels: Mapping[str, float]) -> float:
+    def error(levels: Mapping[PlaceKey, float]) -> float:
         drops = {name: dropping(_Fixed(rule, levels[name]), 0.0) for name, rule in rules.items()}
         output = block.output({name: partial(_without, drop) for name, drop in drops.items()})
         total, count = relative(dense.flatten(0, 1), output.flatten(0, 1))
@@ -202,7 +200,7 @@ def block_error(block: Block, rules: Mapping[str, Criterion]) -> LayerError:
     return error
 
 
-def greedy(error: LayerError, names: Sequence[str], parameters: np.ndarray) -> np.ndarray:
+def greedy(error: LayerError, names: Sequence[PlaceKey], parameters: np.ndarray) -> np.ndarray:
     """TEAL's block-wise greedy allocation for one layer: [tensors, TARGETS].
 
     Steps drop the same number of parameters, whichever tensor they are taken in. The maps that read one
@@ -232,7 +230,7 @@ def greedy(error: LayerError, names: Sequence[str], parameters: np.ndarray) -> n
 
 def allocate(
     criterion: Criterion,
-    ffns: list[FFN],
+    parts: Sequence[Part],
     site: str,
     states: Mapping[str, State],
     inputs: Inputs,
@@ -242,50 +240,56 @@ def allocate(
 
     Args:
         criterion: names the allocation.
-        ffns: all FFNs of one model.
+        parts: all of one model.
         site: where.
         states: what the criterion found at each place.
-        inputs: a layer's captured tensor by its name, [tokens, width], on the model's device and in
+        inputs: the captured tensor of a place, [tokens, width], on the model's device and in
             its type.
         ids: int64 [sequences, positions] of the calibration.
     """
-    bound = bind_all(criterion, ffns, site, states)
-    places = {key: Place(ffns[key[0]], key[1]) for key in bound}
-    by_layer = {
-        ffn.layer: {name: rule for (layer, name), rule in bound.items() if layer == ffn.layer}
-        for ffn in ffns
-    }
+    bound = bind_all(criterion, parts, site, states)
+    there = list(places(parts, site))
+    layers = list(by_layer(parts).values())
+    rules = [
+        {key: rule for key, rule in bound.items() if key.layer == own[0].layer} for own in layers
+    ]
     with torch.no_grad():
         if criterion.allocation == "sensitivity":
             grid = LOSS_GRID
-            damage = single_losses(ffns, site, bound, torch.from_numpy(ids), grid)
+            damage = single_losses(parts, site, bound, torch.from_numpy(ids), grid)
         else:
             grid = ERROR_GRID
             if criterion.allocation == "greedy" and site == "all_linear_inputs":
                 few = torch.from_numpy(ids[: max(1, ERROR_TOKENS // ids.shape[1])])
-                whole = blocks(ffns, few.to(next(ffns[0].model.parameters()).device))
-                errors = [block_error(block, by_layer[block.ffn.layer]) for block in whole]
+                whole = blocks(parts, few.to(next(parts[0].model.parameters()).device))
+                errors = [block_error(*one) for one in zip(whole, rules, strict=True)]
             else:
-                errors = [error_of(ffn, inputs, site, by_layer[ffn.layer]) for ffn in ffns]
-            layers = list(zip(ffns, errors, strict=True))
+                errors = [
+                    error_of(own, inputs, site, known)
+                    for own, known in zip(layers, rules, strict=True)
+                ]
             damage = np.concatenate(
-                [layer_errors(error, list(by_layer[ffn.layer]), grid) for ffn, error in layers]
+                [
+                    layer_errors(error, list(known), grid)
+                    for error, known in zip(errors, rules, strict=True)
+                ]
             )
         if criterion.allocation == "greedy":
-            tables = []
-            for ffn, error in layers:
-                names = list(by_layer[ffn.layer])
-                met = [ffn.size(name) * ffn.outputs(name) for name in names]
-                tables.append(greedy(error, names, np.array(met, dtype=np.float64)))
-            share = np.concatenate(tables)
+            met = {place.key: place.width * place.part.outputs(place.tensor) for place in there}
+            share = np.concatenate(
+                [
+                    greedy(error, list(known), np.array([met[key] for key in known], np.float64))
+                    for error, known in zip(errors, rules, strict=True)
+                ]
+            )
         else:
-            weights = np.array([place.width for place in places.values()], dtype=np.float64)
+            weights = np.array([place.width for place in there], dtype=np.float64)
             share = spread(damage, grid, weights)
     return {
-        state_name(place): {
+        state_name(place.key): {
             "share": torch.from_numpy(share[row]),
             "damage": torch.from_numpy(damage[row]),
             "grid": torch.from_numpy(grid),
         }
-        for row, place in enumerate(places.values())
+        for row, place in enumerate(there)
     }

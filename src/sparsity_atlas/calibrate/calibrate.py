@@ -21,21 +21,23 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.models.loading import load, load_tokenizer
 from sparsity_atlas.models.manifest import check_sites, from_manifest
-from sparsity_atlas.terms import TENSORS
+from sparsity_atlas.terms import TENSORS, PlaceKey
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from sparsity_atlas.criteria import Criterion
     from sparsity_atlas.criteria.place import Place, State
     from sparsity_atlas.models.checkpoint import Checkpoint
-    from sparsity_atlas.sites.find import FFN
+    from sparsity_atlas.sites.find import Part
 
 
 class StoreSample:
     """A `place.Sample`: the first tokens of the store.
 
-    The site's own tensors are what was captured; the FFN's others follow from its captured input.
+    The site's own tensors are what was captured; the part's others follow from its captured input.
     """
 
     def __init__(self, store: ActivationStore, place: Place, site: str, tokens: int) -> None:
@@ -45,35 +47,29 @@ class StoreSample:
         self._tokens = tokens
 
     def read(self, tensor: str) -> Tensor:
-        """One tensor of the layer: float32 [tokens, width] on the place's device."""
+        """One tensor of the part: float32 [tokens, width] on the place's device."""
         import torch
 
-        ffn = self._place.ffn
+        place = self._place
         if tensor in self._captured:
-            values = torch.from_numpy(self._store.read(tensor, ffn.layer, 0, self._tokens))
+            values = torch.from_numpy(self._store.read(tensor, place.layer, 0, self._tokens))
+        elif tensor not in place.part.tensors:
+            raise AtlasError(f"layer {place.layer}: {place.part.name}: has no tensor '{tensor}'")
         else:
-            parameter = next(ffn.down.module.parameters())
+            parameter = next(place.readers()[0].module.parameters())
             x = self.read("input").to(parameter.device, parameter.dtype)
-            u, g = ffn.factors(x)
-            if tensor == "intermediate":
-                values = ffn.intermediate(x)
-            elif tensor == "up":
-                values = u
-            elif g is None:
-                raise AtlasError(f"layer {ffn.layer}: this FFN has no gate")
-            else:
-                values = g
+            values = place.part.recompute(x, tensor)
         return values.float().to(self._place.device)
 
 
 def calibrate(
-    criterion: Criterion, ffns: list[FFN], site: str, store: ActivationStore, tokens: int
+    criterion: Criterion, parts: Sequence[Part], site: str, store: ActivationStore, tokens: int
 ) -> dict[str, State]:
     """Calibrate a criterion at every place of a site.
 
     Args:
         criterion: one that is calibrated.
-        ffns: all FFNs of one model.
+        parts: all of one model.
         site: where.
         store: that model's activations.
         tokens: of the store, from its beginning.
@@ -87,22 +83,22 @@ def calibrate(
 
     states = {}
     with torch.no_grad():
-        for place in places(ffns, site):
+        for place in places(parts, site):
             state = criterion.calibrate(place, StoreSample(store, place, site, tokens))
-            states[state_name(place)] = {key: value.float() for key, value in state.items()}
+            states[state_name(place.key)] = {key: value.float() for key, value in state.items()}
     if criterion.allocation == "uniform":
         return states
 
     from sparsity_atlas.calibrate.allocation import ERROR_TOKENS, allocate
 
-    like = next(ffns[0].model.parameters())
+    like = next(parts[0].model.parameters())
     ids = store.ids()
 
-    def inputs(layer: int, tensor: str) -> Tensor:
-        values = store.read(tensor, layer, 0, min(tokens, ERROR_TOKENS))
+    def inputs(source: PlaceKey) -> Tensor:
+        values = store.read(source.tensor, source.layer, 0, min(tokens, ERROR_TOKENS))
         return torch.from_numpy(values).to(like.device, like.dtype)
 
-    shares = allocate(criterion, ffns, site, states, inputs, ids[: tokens // ids.shape[1]])
+    shares = allocate(criterion, parts, site, states, inputs, ids[: tokens // ids.shape[1]])
     return {
         name: {**state, **{key: value.float() for key, value in shares[name].items()}}
         for name, state in states.items()
@@ -149,15 +145,15 @@ def main() -> None:
     manifest, checkpoint = from_manifest(arguments.model)
     check_sites(manifest["name"], [arguments.site], manifest["sites"])
 
-    from sparsity_atlas.sites.find import bind_ffns
+    from sparsity_atlas.sites.find import bind_parts
 
     model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
     store = ActivationStore(arguments.store)
     for tensor in captured["tensors"]:
         store.check(tensor)
-    ffns = bind_ffns(model, manifest["ffn"])
+    parts = bind_parts(model, manifest["ffn"])
     content, text = seen_text(checkpoint, store, tokens)
-    states = calibrate(criterion, ffns, arguments.site, store, tokens)
+    states = calibrate(criterion, parts, arguments.site, store, tokens)
     about: dict[str, Any] = {
         "model": manifest["digest"],
         "site": arguments.site,

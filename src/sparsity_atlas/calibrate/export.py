@@ -53,27 +53,27 @@ def main() -> None:
 
     from sparsity_atlas.criteria.binding import bind_all
     from sparsity_atlas.criteria.place import places, state_name
-    from sparsity_atlas.sites.find import bind_ffns
+    from sparsity_atlas.sites.find import bind_parts
 
     settings = arguments.settings
     model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
-    ffns = bind_ffns(model, manifest["ffn"])
-    bound = bind_all(criterion, ffns, arguments.site, calibration.states)
+    parts = bind_parts(model, manifest["ffn"])
+    bound = bind_all(criterion, parts, arguments.site, calibration.states)
     about: dict[str, Any] = {
         "model": {key: manifest[key] for key in ("name", "source", "revision", "digest")},
         "criterion": {key: value for key, value in arguments.criterion.items() if key != "file"},
         "site": arguments.site,
         "calibration": calibration.identity(),
         "readers": {
-            state_name(place): [reader.path for reader in place.readers()]
-            for place in places(ffns, arguments.site)
+            state_name(place.key): [reader.path for reader in place.readers()]
+            for place in places(parts, arguments.site)
         },
     }
     written = {}
     for level in levels:
         tensors = {
-            f"{tensor}.{layer}.{name}": value.cpu().contiguous()
-            for (layer, tensor), rule in bound.items()
+            f"{state_name(key)}.{name}": value.cpu().contiguous()
+            for key, rule in bound.items()
             for name, value in rule.export(float(level)).items()
         }
         if not tensors:

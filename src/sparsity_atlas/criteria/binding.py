@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from sparsity_atlas.criteria.base import Criterion
@@ -11,17 +11,21 @@ from sparsity_atlas.errors import AtlasError
 
 if TYPE_CHECKING:
     from sparsity_atlas.criteria.place import State
-    from sparsity_atlas.sites.ffn import FFN
+    from sparsity_atlas.sites.part import Part
+    from sparsity_atlas.terms import PlaceKey
 
 
 def bind_all(
-    criterion: Criterion, ffns: list[FFN], site: str, calibration: Mapping[str, State] | None = None
-) -> dict[tuple[int, str], Criterion]:
-    """A criterion bound to every place of a site, by layer and tensor.
+    criterion: Criterion,
+    parts: Sequence[Part],
+    site: str,
+    calibration: Mapping[str, State] | None = None,
+) -> dict[PlaceKey, Criterion]:
+    """A criterion bound to every place of a site.
 
     Args:
         criterion: the rule.
-        ffns: all FFNs of one model.
+        parts: of one model.
         site: where.
         calibration: state of each place under its `state_name`; None for a rule without.
 
@@ -30,25 +34,25 @@ def bind_all(
             no rule.
     """
     bound = {
-        (place.layer, place.tensor): criterion.bind(
+        place.key: criterion.bind(
             place,
             {
                 name: value.to(place.device)
-                for name, value in (calibration or {}).get(state_name(place), {}).items()
+                for name, value in (calibration or {}).get(state_name(place.key), {}).items()
             },
         )
-        for place in places(ffns, site)
+        for place in places(parts, site)
     }
-    for place, rule in bound.items():
+    for key, rule in bound.items():
         if not isinstance(rule, Criterion):
             raise AtlasError(
                 f"{criterion.file}: {type(criterion).__name__}.bind: expected the criterion for layer "
-                f"{place[0]}, '{place[1]}', found {rule!r}"
+                f"{key.layer}, '{key.tensor}', found {rule!r}"
             )
     if criterion.file is not None and not criterion.tried:
         from sparsity_atlas.criteria.check import check_masks
 
-        first = next(places(ffns, site))
-        check_masks(bound[first.layer, first.tensor], criterion.file, first.width, first.device)
+        first = next(places(parts, site))
+        check_masks(bound[first.key], criterion.file, first.width, first.device)
         criterion.tried = True
     return bound

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from sparsity_atlas.terms import TENSORS
+from sparsity_atlas.terms import ATTENTION, FFN, TENSORS, PlaceKey
 
 if TYPE_CHECKING:
-    from sparsity_atlas.sites.ffn import FFN
+    from sparsity_atlas.sites.part import Part
     from sparsity_atlas.sites.projection import Projection
 
 # Unit vectors that go through a map at once, where its weight is no plain matrix.
@@ -23,30 +23,35 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """One tensor of one layer."""
+    """One tensor of one part of a layer."""
 
-    ffn: FFN
+    part: Part
     tensor: str
+
+    @property
+    def key(self) -> PlaceKey:
+        """Which it is."""
+        return PlaceKey(self.part.layer, self.part.name, self.tensor)
 
     @property
     def layer(self) -> int:
         """Index of the layer."""
-        return self.ffn.layer
+        return self.part.layer
 
     @property
     def width(self) -> int:
         """Entries of the vector."""
-        return self.ffn.size(self.tensor)
+        return self.part.size(self.tensor)
 
     @property
     def device(self) -> torch.device:
         """Where masks are made: with the model, on the CPU where it has no float64 (Apple's MPS)."""
-        device = next(self.ffn.down.module.parameters()).device
+        device = next(self.readers()[0].module.parameters()).device
         return torch.device("cpu") if device.type == "mps" else device
 
     def readers(self) -> tuple[Projection, ...]:
         """The maps that a dropped entry saves work in: W_u and W_g of x, W_d of u, g and u ⊙ g."""
-        return self.ffn.readers(self.tensor)
+        return self.part.readers(self.tensor)
 
     @cached_property
     def weight(self) -> Tensor:
@@ -90,20 +95,23 @@ def relative(norms: Tensor) -> Tensor:
     return norms / torch.where(largest > 0, largest, 1.0)
 
 
-def places(ffns: list[FFN], site: str) -> Iterator[Place]:
+def places(parts: Sequence[Part], site: str) -> Iterator[Place]:
     """The places of a site, layer by layer in the order of a forward pass."""
-    for ffn in ffns:
+    for part in parts:
         for tensor in TENSORS[site]:
-            yield Place(ffn, tensor)
+            if tensor in part.tensors:
+                yield Place(part, tensor)
 
 
-def state_name(place: Place) -> str:
+def state_name(key: PlaceKey) -> str:
     """A place's name in a calibration."""
-    return f"{place.tensor}.{place.layer}"
+    # Of what a dense layer holds, the tensor's name tells the part.
+    part = "" if key.part in (ATTENTION, FFN) else f".{key.part}"
+    return f"{key.tensor}.{key.layer}{part}"
 
 
 class Sample(Protocol):
-    """The captured activations of one layer."""
+    """The captured activations of one part."""
 
     def read(self, tensor: str) -> Tensor:
-        """One tensor of the layer: float32 [tokens, width] on the place's device."""
+        """One tensor of the part: float32 [tokens, width] on the place's device."""

@@ -33,7 +33,7 @@ class NodeSamples:
         self.manifest = read_manifest(folder / "eval.json")
         header, self._table = read_table(folder / "samples.parquet")
         slots = header["slots"]
-        self._slots = [i for i, (tensor, _, _) in enumerate(slots) if tensor in TENSORS[site]]
+        self._slots = [i for i, (tensor, *_) in enumerate(slots) if tensor in TENSORS[site]]
         self._tensors = [slots[i][0] for i in self._slots]
         self._widths = np.array([slots[i][2] for i in self._slots])
         self._count = len(slots)

@@ -28,13 +28,14 @@ from sparsity_atlas.files.journal import Journal
 from sparsity_atlas.files.whole import canonical, digest, locked, write_manifest
 from sparsity_atlas.models.loading import load, load_tokenizer
 from sparsity_atlas.models.manifest import check_sites, from_manifest
+from sparsity_atlas.sites.part import sites_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from lm_eval.api.task import Task
 
     from sparsity_atlas.lm.model import AtlasLM
-    from sparsity_atlas.sites.find import FFN
+    from sparsity_atlas.sites.find import Part
     from sparsity_atlas.sparsify.attach import Counter, Slot
     from sparsity_atlas.tasks.loaded import LoadedTask
     from sparsity_atlas.tasks.prepared import Prepared
@@ -49,7 +50,7 @@ class Session:
     """
 
     lm: AtlasLM
-    ffns: list[FFN]
+    parts: list[Part]
     tasks: dict[str, LoadedTask]
     seed: int
     identity: dict[str, Any]
@@ -74,7 +75,7 @@ class Session:
         from sparsity_atlas.lm.prompts import PromptSettings
         from sparsity_atlas.models.memory import Sizes
         from sparsity_atlas.models.positions import check_positions
-        from sparsity_atlas.sites.find import bind_ffns
+        from sparsity_atlas.sites.find import bind_parts
         from sparsity_atlas.tasks.load import load_tasks
 
         tasks = load_tasks(settings["tasks"], settings["seed"])
@@ -99,7 +100,7 @@ class Session:
             **lm.identity(),
             "code": code,
         }
-        return cls(lm, bind_ffns(model, manifest["ffn"]), tasks, settings["seed"], identity)
+        return cls(lm, bind_parts(model, manifest["ffn"]), tasks, settings["seed"], identity)
 
     def with_code(self, code: str) -> Session:
         """The same model and tasks, for results of another code version: another criterion's."""
@@ -125,17 +126,17 @@ class Session:
         """What is counted."""
         from sparsity_atlas.sparsify.attach import slots_of
 
-        return slots_of(self.ffns, node.site if node else None)
+        return slots_of(self.parts, node.site if node else None)
 
     def attach(self, node: Node | None) -> contextlib.AbstractContextManager[Counter]:
         """Sparsify the model as the node says; None counts exact zeros of the dense model."""
         from sparsity_atlas.sparsify.attach import counted, sparsified
 
         if node is None:
-            return counted(self.lm.model, self.ffns)
+            return counted(self.lm.model, self.parts)
         states = node.calibration.states if node.calibration else None
         level = float(node.level)
-        return sparsified(self.lm.model, self.ffns, node.site, node.rule, level, states)
+        return sparsified(self.lm.model, self.parts, node.site, node.rule, level, states)
 
     def check_metric(self, name: str, wanted: str | None) -> None:
         """Refuse a metric that a task will not report of each document; looked at once.
@@ -191,10 +192,10 @@ def evaluate_node(
     identity = {**session.identity, **(node.identity() if node else {"criterion": None})}
     path = folder / "samples.parquet"
     if node is not None:
-        check_sites("of this run", [node.site], list(session.ffns[0].sites()))
+        check_sites("of this run", [node.site], list(sites_of(session.parts)))
     with locked(folder / ".lock"):
         slots = session.slots(node)
-        table = read_samples(path, [[slot.tensor, slot.layer, slot.width] for slot in slots])
+        table = read_samples(path, [slot.columns() for slot in slots])
         for name, task in session.tasks.items():
             fingerprint = {
                 **identity,

@@ -34,7 +34,8 @@ from sparsity_atlas.models.manifest import check_sites, resolve
 from sparsity_atlas.models.memory import Sizes
 from sparsity_atlas.models.positions import check_positions
 from sparsity_atlas.models.tokenizer_check import check_tokenizer, embedding_rows
-from sparsity_atlas.sites.find import find_ffns
+from sparsity_atlas.sites.find import find_parts, sites_of
+from sparsity_atlas.sites.part import measure
 from sparsity_atlas.sparsify.attach import counted, slots_of, sparsified
 
 if TYPE_CHECKING:
@@ -98,14 +99,14 @@ class HarnessLM(AtlasLM):
         check_positions(model, self.max_length, "max_length")
         self.custom_prefix_token_id = arguments.prefix_token_id
         check_causal(model)
-        self._ffns = find_ffns(model, arguments.modules)
+        self._parts = find_parts(model, arguments.modules)
         self.sizes = Sizes(
-            sum(one.numel() for one in model.parameters()),
-            *(self._ffns[0].hidden, max(ffn.width for ffn in self._ffns), len(self._ffns)),
+            parameters=sum(one.numel() for one in model.parameters()),
+            **measure(self._parts),
             **head.describe(model),
         )
         if self._rule is not None:
-            check_sites(arguments.pretrained, [arguments.site], list(self._ffns[0].sites()))
+            check_sites(arguments.pretrained, [arguments.site], list(sites_of(self._parts)))
         level = None if arguments.level is None else float(arguments.level)
         self._node = {
             **{"criterion": arguments.criterion, "site": arguments.site, "level": level},
@@ -129,10 +130,10 @@ class HarnessLM(AtlasLM):
 
     def _attached(self) -> contextlib.AbstractContextManager[Counter]:
         if self._rule is None:
-            return counted(self.model, self._ffns)
+            return counted(self.model, self._parts)
         site, level = self._node["site"], self._node["level"]
         states = self._calibration.states if self._calibration else None
-        return sparsified(self.model, self._ffns, site, self._rule, level, states)
+        return sparsified(self.model, self._parts, site, self._rule, level, states)
 
     def _run(
         self, kind: str, requests: list[Instance], answer: Callable[[list[Instance]], list[Answer]]
@@ -179,7 +180,7 @@ class HarnessLM(AtlasLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes of the model beside its results: the node, and its induced sparsity."""
-        slots = slots_of(self._ffns, self._node["site"] if self._rule else None)
+        slots = slots_of(self._parts, self._node["site"] if self._rule else None)
         return {
             **super().get_model_info(),
             **self._node,

@@ -179,8 +179,8 @@ def sparsity(usages: list[Usage], slots: list[Slot]) -> dict[str, Any]:
     tokens = {phase: sum(int(usage.tokens[phase].sum()) for usage in usages) for phase in PHASES}
     run = tokens["prefill"] + tokens["generation"]
     summary: dict[str, Any] = {}
-    for tensor in dict.fromkeys(slot.tensor for slot in slots):
-        index = [i for i, slot in enumerate(slots) if slot.tensor == tensor]
+    for tensor in dict.fromkeys(slot.key.tensor for slot in slots):
+        index = [i for i, slot in enumerate(slots) if slot.key.tensor == tensor]
         widths = np.array([slots[i].width for i in index])
         outputs = np.array([slots[i].outputs for i in index])
         every = (zeros["prefill"] + zeros["generation"])[index]

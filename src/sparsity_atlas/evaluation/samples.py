@@ -42,7 +42,7 @@ class SampleTable:
     """Contents of `samples.parquet`.
 
     Attributes:
-        slots: `[tensor, layer, width]` of each entry of the zeros.
+        slots: `Slot.columns` of each entry of the zeros.
         tasks: for each task `{"fingerprint": digest, "result": what eval.json says of it}`.
         rows: for each task its samples, of `SCHEMA`.
     """
@@ -86,9 +86,10 @@ def _check_header(header: dict[str, Any]) -> None:
     Raises:
         KeyError, TypeError, ValueError: it has not.
     """
-    for tensor, layer, width in header["slots"]:
-        if not (isinstance(tensor, str) and isinstance(layer, int) and isinstance(width, int)):
-            raise TypeError("slots are [tensor, layer, width]")
+    for tensor, layer, width, *part in header["slots"]:
+        named = len(part) < 2 and all(isinstance(one, str) for one in (tensor, *part))
+        if not (named and isinstance(layer, int) and isinstance(width, int)):
+            raise TypeError("slots are [tensor, layer, width], and the part's name")
     for one in header["tasks"].values():
         if not (isinstance(one["fingerprint"], str) and isinstance(one["result"]["status"], str)):
             raise TypeError("tasks have a fingerprint and a result")

@@ -96,7 +96,7 @@ class GeneratingLM(PromptLM):
         generation_kwargs["return_dict_in_generate"] = False
         stops = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0])
         watch = _FinishWatch(stops, self._end_tokens(), context.shape)
-        self._counter.expect(mask, generates=True)
+        self._counter.expect(mask, "prompt")
         # transformers' own classes see to it by themselves.
         with torch.no_grad(), head.shown_the_last(self.model):
             output: Tensor = self.model.generate(

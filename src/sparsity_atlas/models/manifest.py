@@ -31,7 +31,7 @@ from sparsity_atlas.models.loading import load, load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from sparsity_atlas.sites.ffn import FFN, Activation
+    from sparsity_atlas.sites.part import Part
 
 
 def resolve(
@@ -134,12 +134,14 @@ def describe(checkpoint: Checkpoint, modules: dict[str, str] | None) -> dict[str
     """
     from sparsity_atlas.models import head
     from sparsity_atlas.models.parameters import count_parameters
+    from sparsity_atlas.sites.find import describe_parts, sites_of
+    from sparsity_atlas.sites.part import measure
 
     config = checkpoint.config()
     named = config.get("architectures")
     # A probe on meta weights would prove nothing: the real ones are loaded, once, on the CPU.
     model = load(checkpoint, dtype="auto", device="auto")
-    ffns = _prove(checkpoint, model, modules)
+    parts = _prove(checkpoint, model, modules)
     tokenizer = _describe_tokenizer(checkpoint, model)
     return {
         "architecture": named[0] if isinstance(named, list) and named else type(model).__name__,
@@ -148,22 +150,20 @@ def describe(checkpoint: Checkpoint, modules: dict[str, str] | None) -> dict[str
         "parameters": count_parameters(model),
         "memory": head.describe(model),
         "tokenizer": tokenizer,
-        "layers": len(ffns),
-        "hidden": ffns[0].hidden,
-        "width": max(ffn.width for ffn in ffns),
-        "sites": list(ffns[0].sites()),
-        "activation": _activation(model, ffns[0].activation),
-        "ffn": [ffn.describe() for ffn in ffns],
+        **measure(parts),
+        "sites": list(sites_of(parts)),
+        "activation": _activation(model, parts),
+        "ffn": describe_parts(parts),
     }
 
 
 def _prove(
     checkpoint: Checkpoint, model: PreTrainedModel, modules: dict[str, str] | None
-) -> list[FFN]:
-    """The FFNs of a model that is proved to be causal."""
+) -> list[Part]:
+    """The parts of a model that is proved to be causal."""
     from sparsity_atlas.models.causality import check_causal
     from sparsity_atlas.models.wholeness import not_finite
-    from sparsity_atlas.sites.find import find_ffns
+    from sparsity_atlas.sites.find import find_parts
 
     spoilt = not_finite(model)
     try:
@@ -173,14 +173,14 @@ def _prove(
         if spoilt is None:
             raise
     try:
-        ffns = find_ffns(model, modules)
+        parts = find_parts(model, modules)
     except AtlasError:
         if spoilt is None:
             raise
         raise AtlasError(f"{checkpoint}: {spoilt}") from None
     if spoilt:
         cli.logger.warning("%s: %s", checkpoint, spoilt)
-    return ffns
+    return parts
 
 
 def _describe_tokenizer(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
@@ -199,8 +199,9 @@ def _describe_tokenizer(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[
     }
 
 
-def _activation(model: PreTrainedModel, activation: Activation) -> str:
-    """What the nonlinearity is, by its function or its module's class: silu, relu, ..."""
+def _activation(model: PreTrainedModel, parts: list[Part]) -> str:
+    """What the first nonlinearity is, by its function or its module's class: silu, relu, ..."""
+    activation = next(part.activation for part in parts if part.activation is not None)
     if activation.path is None:
         return activation.name.lower()
     kind = type(model.get_submodule(activation.path)).__name__

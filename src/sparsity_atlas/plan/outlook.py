@@ -24,8 +24,8 @@ from sparsity_atlas.models.manifest import check_sites, resolve
 from sparsity_atlas.models.memory import ITEM_BYTES
 from sparsity_atlas.plan.dry_run import DryLM, TaskCost, count
 from sparsity_atlas.plan.rates import TimedLM, free_memory, node_seconds
-from sparsity_atlas.sites.find import find_ffns
-from sparsity_atlas.terms import STORED
+from sparsity_atlas.sites.find import find_parts, sites_of
+from sparsity_atlas.sites.part import by_layer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -212,13 +212,16 @@ def measure(config: Config, name: str, outlook: Outlook, nodes: dict[NodeKey, No
     checkpoint, _ = resolve(source, offline=True)
     # On the CPU first: a job waits for a GPU of its own, a plan shares one.
     model = moved(load(checkpoint, dtype=outlook.dtype, device="cpu"), device)
-    ffns = find_ffns(model, source.get("modules"))
-    check_sites(name, grid.model_sites(config, name), list(ffns[0].sites()))
+    parts = find_parts(model, source.get("modules"))
+    check_sites(name, grid.model_sites(config, name), list(sites_of(parts)))
     outlook.ready = time.perf_counter() - began
-    outlook.shapes = [{tensor: ffn.size(tensor) for tensor in STORED} for ffn in ffns]
+    outlook.shapes = [
+        {tensor: part.size(tensor) for part in own for tensor in part.tensors}
+        for own in by_layer(parts).values()
+    ]
     lm = TimedLM(
         model, load_tokenizer(checkpoint), batch_size=settings["batch_size"], max_length=None
     )
-    session = Session(lm, ffns, {}, config.seed, {})
+    session = Session(lm, parts, {}, config.seed, {})
     times = node_seconds(session, list(nodes.values()), outlook.costs)
     outlook.seconds = dict(zip(nodes, times, strict=True))

@@ -1,60 +1,138 @@
-"""One layer's attention: the linear maps beside those of the FFN, and what they read."""
+"""One layer's attention: the linear maps beside those of the other parts, and what they read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.sites.forward_watch import ForwardWatch
+from sparsity_atlas.sites.module_hooks import on_input
+from sparsity_atlas.sites.part import Observer, Rewriter, Vectors
 from sparsity_atlas.sites.projection import Projection
+from sparsity_atlas.terms import ATTENTION, ATTENTION_TENSORS, PlaceKey
 
 
 @dataclass(frozen=True, eq=False)
 class Attention:
     """The maps that make queries, keys and values of one tensor, and the map of what comes of them.
 
+    A `Part`.
+
     Attributes:
+        layer: index of the decoder's layer.
         qkv: those that read the layer's input: one, two or three modules.
         o: the output map.
         hidden: entries that `qkv` read.
         width: entries that `o` reads.
-        outputs: entries that `qkv` make together.
+        made: entries that `qkv` make together.
         hidden_out: entries that `o` makes.
+        model: whose layer it is.
     """
 
+    layer: int
     qkv: tuple[Projection, ...]
     o: Projection
     hidden: int
     width: int
-    outputs: int
+    made: int
     hidden_out: int
+    model: nn.Module = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """See `Part`."""
+        return ATTENTION
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """See `Part.tensors`."""
+        return ATTENTION_TENSORS
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """See `Part.paths`."""
+        return tuple(dict.fromkeys(place.path for place in (*self.qkv, self.o)))
+
+    @property
+    def activation(self) -> None:
+        """See `Part.activation`."""
+
+    def readers(self, tensor: str) -> tuple[Projection, ...]:
+        """See `Part.readers`."""
+        return self.qkv if tensor == "qkv_input" else (self.o,)
+
+    def size(self, tensor: str) -> int:
+        """See `Part.size`."""
+        return self.hidden if tensor == "qkv_input" else self.width
+
+    def outputs(self, tensor: str) -> int:
+        """See `Part.outputs`."""
+        return self.made if tensor == "qkv_input" else self.hidden_out
+
+    def recompute(self, x: Tensor, tensor: str) -> Tensor:
+        """See `Part.recompute`.
+
+        Raises:
+            AtlasError: always: what it reads follows from more than one token.
+        """
+        raise AtlasError(f"layer {self.layer}: {tensor} does not follow from the FFN's input")
+
+    def within(self, site: str) -> tuple[str, ...]:
+        """See `Part.within`: each tensor has maps of its own."""
+        if site == "all_linear_inputs":
+            return ATTENTION_TENSORS
+        return (site,) if site in ATTENTION_TENSORS else ()
+
+    def source(self, site: str) -> str:
+        """See `Part.source`."""
+        return site
+
+    def run(self, x: Tensor, site: str, rewrite: Rewriter | None = None) -> Tensor:
+        """See `Part.run`."""
+        if rewrite is not None:
+            changed = rewrite(Vectors(self, site, x), x)
+            x = x if changed is None else changed
+        return torch.cat([projection(x) for projection in self.readers(site)], dim=-1)
+
+    def observe(self, stack: ExitStack, forwards: ForwardWatch, tensor: str, act: Observer) -> None:
+        """See `Part.observe`."""
+
+        def show(values: Tensor) -> None:
+            act(Vectors(self, tensor, values))
+
+        self._hook(stack, forwards, tensor, show)
+
+    def rewrite(self, stack: ExitStack, forwards: ForwardWatch, tensor: str, act: Rewriter) -> None:
+        """See `Part.rewrite`."""
+
+        def change(values: Tensor) -> Tensor | None:
+            return act(Vectors(self, tensor, values), values)
+
+        self._hook(stack, forwards, tensor, change)
+
+    def _hook(
+        self,
+        stack: ExitStack,
+        forwards: ForwardWatch,
+        tensor: str,
+        act: Callable[[Tensor], Tensor | None],
+    ) -> None:
+        key = PlaceKey(self.layer, self.name, tensor)
+        on_input(stack, forwards, key, self.readers(tensor), act)
 
     def describe(self) -> dict[str, Any]:
-        """What `bind_attention` needs to find this attention again, as JSON."""
+        """See `Part.describe`."""
         return {
             "qkv": [projection.path for projection in self.qkv],
             "o": self.o.path,
             "hidden": self.hidden,
             "width": self.width,
-            "outputs": self.outputs,
+            "outputs": self.made,
             "hidden_out": self.hidden_out,
         }
-
-
-def bind_attention(entry: dict[str, Any], find: Callable[[str], nn.Module]) -> Attention:
-    """Bind a described attention to a model's modules.
-
-    Args:
-        entry: `Attention.describe()`.
-        find: gives the module of a path.
-    """
-    return Attention(
-        qkv=tuple(Projection(path, find(path)) for path in entry["qkv"]),
-        o=Projection(entry["o"], find(entry["o"])),
-        hidden=entry["hidden"],
-        width=entry["width"],
-        outputs=entry["outputs"],
-        hidden_out=entry["hidden_out"],
-    )

@@ -11,28 +11,31 @@ import torch
 from torch import Tensor, nn
 
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.sites.ffn import FFN, layer_path
-from sparsity_atlas.sites.hooks import find_tensor, replace_tensor
+from sparsity_atlas.sites.module_hooks import find_tensor, replace_tensor
+from sparsity_atlas.sites.part import Part, by_layer, layer_path
+from sparsity_atlas.terms import PlaceKey
 
 
 @dataclass(frozen=True)
 class Block:
     """A layer's module, and what the model called it with: its input, masks, positions."""
 
-    ffn: FFN
+    parts: Sequence[Part]
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def output(self, drops: Mapping[str, Callable[[Tensor], Tensor]]) -> Tensor:
+    def output(self, drops: Mapping[PlaceKey, Callable[[Tensor], Tensor]]) -> Tensor:
         """The block's output [batch, tokens, hidden].
 
         Args:
-            drops: by tensor, what becomes of it [batch, tokens, width]; all its readers get the result.
+            drops: by place, what becomes of it [batch, tokens, width]; all its readers get the result.
         """
+        named = {part.name: part for part in self.parts}
         with ExitStack() as stack:
-            for tensor, drop in drops.items():
-                for reader in {one.path: one for one in self.ffn.readers(tensor)}.values():
+            for place, drop in drops.items():
+                readers = named[place.part].readers(place.tensor)
+                for reader in {one.path: one for one in readers}.values():
                     handle = reader.module.register_forward_pre_hook(
                         _replacing(drop, reader.path), with_kwargs=True
                     )
@@ -50,36 +53,35 @@ def _replacing(drop: Callable[[Tensor], Tensor], path: str) -> Callable[..., tup
     return hook
 
 
-def blocks(ffns: Sequence[FFN], ids: Tensor) -> list[Block]:
-    """The block of every FFN, as one forward pass of the model calls it.
+def blocks(parts: Sequence[Part], ids: Tensor) -> list[Block]:
+    """The block of every layer, as one forward pass of the model calls it.
 
     Args:
-        ffns: all FFNs of one model.
+        parts: all of one model.
         ids: int64 [sequences, positions], on the model's device.
 
     Raises:
         AtlasError: a layer has no module of its own, or it did not run once.
     """
-    model = ffns[0].model
-    calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {ffn.layer: [] for ffn in ffns}
-    modules = {}
+    model = parts[0].model
+    layers = by_layer(parts)
+    calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {layer: [] for layer in layers}
+    modules = {layer: model.get_submodule(layer_path(layer, parts)) for layer in layers}
     with torch.no_grad(), ExitStack() as stack:
-        for ffn in ffns:
-            path = layer_path(ffn, ffns)
-            modules[ffn.layer] = model.get_submodule(path)
+        for own, module in modules.items():
 
             def note(
                 module: nn.Module,
                 args: tuple[Any, ...],
                 kwargs: dict[str, Any],
-                layer: int = ffn.layer,
+                layer: int = own,
             ) -> None:
                 calls[layer].append((args, kwargs))
 
-            handle = modules[ffn.layer].register_forward_pre_hook(note, with_kwargs=True)
+            handle = module.register_forward_pre_hook(note, with_kwargs=True)
             stack.callback(handle.remove)
         model(input_ids=ids, use_cache=False)
     for layer, made in calls.items():
         if len(made) != 1:
             raise AtlasError(f"layer {layer}: its module ran {len(made)} times in a forward pass")
-    return [Block(ffn, modules[ffn.layer], *calls[ffn.layer][0]) for ffn in ffns]
+    return [Block(layers[layer], modules[layer], *made[0]) for layer, made in calls.items()]

@@ -2,43 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
-from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.sites.attention import Attention, bind_attention
+from sparsity_atlas.sites.activation import Activation
+from sparsity_atlas.sites.forward_watch import ForwardWatch
+from sparsity_atlas.sites.module_hooks import on_input, on_output
+from sparsity_atlas.sites.part import Observer, Rewriter, Vectors
 from sparsity_atlas.sites.projection import Projection
-from sparsity_atlas.terms import ATTENTION_SITES, FFN_SITES
-
-# Those that the search tries, commonest first: of several names of one function only one.
-ACTIVATIONS = (
-    *("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "relu2", "quick_gelu", "sigmoid"),
-    *("gelu_fast", "tanh", "mish", "relu6", "leaky_relu", "hardswish", "gelu_10", "laplace"),
-    *("sqrtsoftplus", "elu", "selu", "softplus", "softsign", "hardsigmoid"),
-)
-# Of transformers' table: functions with weights, which no name alone can give.
-WITH_WEIGHTS = ("prelu", "xielu")
-
-
-@dataclass(frozen=True)
-class Activation:
-    """The nonlinearity σ: a module of the model (`path`), or a function of `ACTIVATIONS`."""
-
-    name: str
-    function: Callable[[Tensor], Tensor]
-    path: str | None = None
-    module: nn.Module | None = None
-    """The module whose output is g: none for a function, or where several layers share it."""
+from sparsity_atlas.terms import ATTENTION_TENSORS, FFN_SITES, STORED, TENSORS, PlaceKey
+from sparsity_atlas.terms import FFN as DENSE
 
 
 @dataclass(frozen=True, eq=False)
 class FFN:
-    """One layer's FFN(x) = W_d(u ⊙ g) with u = W_u x, g = σ(W_g x); ungated: W_d σ(W_u x)."""
+    """One layer's FFN(x) = W_d(u ⊙ g) with u = W_u x, g = σ(W_g x); ungated: W_d σ(W_u x). A `Part`."""
 
     layer: int
     hidden: int
@@ -50,40 +32,38 @@ class FFN:
     model: nn.Module = field(repr=False)
     overwritten: bool = False
     """The model computes in place: u or g are gone when the down projection runs."""
-    attention: Attention | None = None
-    """The layer's other linear maps, if they are an attention's."""
+    name: str = DENSE
 
     @property
     def gated(self) -> bool:
         """Whether there are two factors."""
         return self.gate is not None
 
-    def sites(self) -> tuple[str, ...]:
-        """The sites that this FFN, and its layer, has."""
-        own = FFN_SITES if self.gated else ("input", "intermediate", "all_inputs")
-        return own if self.attention is None else (*own, *ATTENTION_SITES)
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """See `Part.tensors`."""
+        if not self.gated:
+            return ("input", "intermediate")
+        return tuple(name for name in STORED if name not in ATTENTION_TENSORS)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """See `Part.paths`."""
+        maps = (self.down, self.up, *(() if self.gate is None else (self.gate,)))
+        return tuple(dict.fromkeys(place.path for place in maps))
 
     def readers(self, tensor: str) -> tuple[Projection, ...]:
-        """The maps that read a tensor, or, of `up` and `gate`, what is made of it: W_d."""
-        if self.attention is not None and tensor == "qkv_input":
-            return self.attention.qkv
-        if self.attention is not None and tensor == "o_input":
-            return (self.attention.o,)
+        """See `Part.readers`."""
         if tensor != "input":
             return (self.down,)
         return (self.up,) if self.gate is None else (self.up, self.gate)
 
     def size(self, tensor: str) -> int:
-        """Entries of a tensor."""
-        if self.attention is not None and tensor in ("qkv_input", "o_input"):
-            return self.attention.hidden if tensor == "qkv_input" else self.attention.width
+        """See `Part.size`."""
         return self.hidden if tensor == "input" else self.width
 
     def outputs(self, tensor: str) -> int:
-        """Entries that the readers make: the weights that each entry of the tensor meets."""
-        if self.attention is not None and tensor in ("qkv_input", "o_input"):
-            made = self.attention
-            return made.outputs if tensor == "qkv_input" else made.hidden_out
+        """See `Part.outputs`."""
         if tensor != "input":
             return self.hidden
         return 2 * self.width if self.gated else self.width
@@ -108,15 +88,105 @@ class FFN:
 
     def intermediate(self, x: Tensor) -> Tensor:
         """The input [..., d_ff] of the down projection, recomputed from x [..., d]."""
-        u, g = self.factors(x)
+        return self._product(*self.factors(x))
+
+    def _product(self, u: Tensor, g: Tensor | None) -> Tensor:
         return self.activation.function(u) if g is None else u * g
 
-    def output(self, i: Tensor) -> Tensor:
-        """The down projection's output [..., d] for its input i [..., d_ff]."""
-        return self.down(i)
+    def recompute(self, x: Tensor, tensor: str) -> Tensor:
+        """See `Part.recompute`."""
+        if tensor == "input":
+            return x
+        u, g = self.factors(x)
+        if tensor == "gate" and g is not None:
+            return g
+        return u if tensor == "up" else self._product(u, g)
+
+    def within(self, site: str) -> tuple[str, ...]:
+        """See `Part.within`: whatever is dropped changes the one output."""
+        if site == "all_linear_inputs":
+            return ("all_inputs",)
+        return (site,) if site in FFN_SITES else ()
+
+    def source(self, site: str) -> str:
+        """See `Part.source`."""
+        return "input"
+
+    def run(self, x: Tensor, site: str, rewrite: Rewriter | None = None) -> Tensor:
+        """See `Part.run`."""
+        if rewrite is None:
+            return self.down(self.intermediate(x))
+
+        def changed(name: str, read: Tensor, write: Tensor) -> Tensor:
+            if name not in TENSORS[site]:
+                return write
+            found = rewrite(Vectors(self, name, read), write)
+            return write if found is None else found
+
+        u, g = self.factors(changed("input", x, x))
+        # Dropping an entry of a factor drops the same entry of the product.
+        i = changed("up", u, self._product(u, g))
+        if g is not None:
+            i = changed("gate", g, i)
+        return self.down(changed("intermediate", i, i))
+
+    def observe(self, stack: ExitStack, forwards: ForwardWatch, tensor: str, act: Observer) -> None:
+        """See `Part.observe`."""
+
+        def show(values: Tensor) -> None:
+            act(Vectors(self, tensor, values))
+
+        if tensor in ("input", "intermediate"):
+            on_input(stack, forwards, self._key(tensor), self.readers(tensor), show)
+        else:
+            self._on_factor(stack, forwards, tensor, show)
+
+    def rewrite(self, stack: ExitStack, forwards: ForwardWatch, tensor: str, act: Rewriter) -> None:
+        """See `Part.rewrite`; of u and g, the entries of u ⊙ g are replaced."""
+        key = self._key(tensor)
+
+        def change(values: Tensor) -> Tensor | None:
+            return act(Vectors(self, tensor, values), values)
+
+        if tensor in ("input", "intermediate"):
+            on_input(stack, forwards, key, self.readers(tensor), change)
+            return
+
+        def keep(factor: Tensor) -> None:
+            forwards.kept[key] = factor.clone() if self.overwritten else factor
+
+        def write(i: Tensor) -> Tensor | None:
+            factor = forwards.kept.pop(key, None)
+            # A missing factor is reported, by name, at the end of the pass.
+            return None if factor is None else act(Vectors(self, tensor, factor), i)
+
+        self._on_factor(stack, forwards, tensor, keep)
+        on_input(stack, forwards, self._key("intermediate"), (self.down,), write)
+
+    def _on_factor(
+        self, stack: ExitStack, forwards: ForwardWatch, tensor: str, act: Callable[[Tensor], None]
+    ) -> None:
+        """Hook where a factor is made: `act` sees u, or g after the nonlinearity, by token."""
+        activation, key = self.activation, self._key(tensor)
+        if tensor == "up":
+            on_output(stack, forwards, key, self.up, self.up.columns, act)
+        elif activation.module is not None:
+            made = Projection(str(activation.path), activation.module)
+            on_output(stack, forwards, key, made, made.columns, act)
+        else:
+            gate = self.gate
+            assert gate is not None
+
+            def value(output: Tensor) -> Tensor:
+                return activation.function(gate.columns(output))
+
+            on_output(stack, forwards, key, gate, value, act)
+
+    def _key(self, tensor: str) -> PlaceKey:
+        return PlaceKey(self.layer, self.name, tensor)
 
     def describe(self) -> dict[str, Any]:
-        """What `bind_ffns` needs to find this FFN again, as JSON."""
+        """See `Part.describe`."""
 
         def place(projection: Projection) -> dict[str, Any]:
             return {"module": projection.path, "half": projection.half}
@@ -135,86 +205,4 @@ class FFN:
             },
             "down": place(self.down),
             "overwritten": self.overwritten,
-            "attention": self.attention.describe() if self.attention is not None else None,
         }
-
-
-def layer_path(ffn: FFN, ffns: Sequence[FFN]) -> str:
-    """The largest module around an FFN that holds no other: its layer. Empty if there is none."""
-    parts = ffn.down.path.split(".")
-    for count in range(1, len(parts)):
-        place = ".".join(parts[:count])
-        inside = (other.down.path.startswith(f"{place}.") for other in ffns if other is not ffn)
-        if not any(inside):
-            return place
-    return ""
-
-
-def activation_function(name: str) -> Callable[[Tensor], Tensor]:
-    """The function of this name: of transformers' table, or of `ACTIVATIONS` in torch.
-
-    Raises:
-        AtlasError: no such function.
-    """
-    if name in ACT2FN and name not in WITH_WEIGHTS:
-        function: Callable[[Tensor], Tensor] = ACT2FN[name]
-        return function
-    if name in ACTIVATIONS:
-        function = getattr(F, name)
-        return function
-    known = sorted({*ACT2FN, *ACTIVATIONS} - {*WITH_WEIGHTS})
-    raise AtlasError(
-        f"modules: activation: '{name}' is neither a module of the model nor a known function; "
-        f"known: {', '.join(known)}"
-    )
-
-
-def bind_ffns(model: nn.Module, descriptions: list[dict[str, Any]]) -> list[FFN]:
-    """Bind described FFNs to a model's modules, without a probe.
-
-    Args:
-        model: the model that `find_ffns` looked at, perhaps loaded again.
-        descriptions: `FFN.describe()` of each layer, as stored in model.json.
-
-    Raises:
-        AtlasError: the model has no module of that name.
-    """
-
-    def find(path: str) -> nn.Module:
-        try:
-            return model.get_submodule(path)
-        except AttributeError as error:
-            raise AtlasError(
-                f"model.json: ffn: {path}: {type(model).__name__} has no such module; "
-                "delete model.json to have the model described again"
-            ) from error
-
-    def projection(place: dict[str, Any]) -> Projection:
-        return Projection(place["module"], find(place["module"]), place["half"])
-
-    def activation(entry: dict[str, Any]) -> Activation:
-        if entry["module"] is None:
-            return Activation(entry["name"], activation_function(entry["name"]))
-        module = find(entry["module"])
-        own = None if entry["shared"] else module
-        return Activation(entry["name"], module.forward, entry["module"], own)
-
-    def attention(entry: dict[str, Any] | None) -> Attention | None:
-        # A manifest of an earlier release has none.
-        return None if entry is None else bind_attention(entry, find)
-
-    return [
-        FFN(
-            layer=entry["layer"],
-            hidden=entry["hidden"],
-            width=entry["width"],
-            up=projection(entry["up"]),
-            gate=projection(entry["gate"]) if entry["gate"] is not None else None,
-            activation=activation(entry["activation"]),
-            down=projection(entry["down"]),
-            model=model,
-            overwritten=entry["overwritten"],
-            attention=attention(entry.get("attention")),
-        )
-        for entry in descriptions
-    ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -13,8 +12,11 @@ import torch
 from torch import nn
 
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.sites.ffn import ACTIVATIONS, FFN, Activation, bind_ffns
+from sparsity_atlas.sites.activation import ACTIVATIONS, Activation
+from sparsity_atlas.sites.descriptions import bind_parts, describe_parts
+from sparsity_atlas.sites.ffn import FFN
 from sparsity_atlas.sites.hooks import intercept, observe, transform
+from sparsity_atlas.sites.part import Part, Vectors, having, sites_of
 from sparsity_atlas.sites.probe.attention_probe import find_attention
 from sparsity_atlas.sites.probe.ffn_probe import Search
 from sparsity_atlas.sites.probe.hypotheses import Hypothesis
@@ -24,14 +26,18 @@ from sparsity_atlas.sites.probe.proof import prove, proves_attention
 from sparsity_atlas.terms import SITES, STORED, TENSORS
 
 __all__ = [
-    "FFN",
     "SITES",
     "STORED",
     "TENSORS",
-    "bind_ffns",
-    "find_ffns",
+    "Part",
+    "Vectors",
+    "bind_parts",
+    "describe_parts",
+    "find_parts",
+    "having",
     "intercept",
     "observe",
+    "sites_of",
     "transform",
 ]
 
@@ -39,7 +45,7 @@ __all__ = [
 PROBE_BATCH, PROBE_TOKENS = 2, 8
 
 
-def find_ffns(model: nn.Module, modules: dict[str, str] | None = None) -> list[FFN]:
+def find_parts(model: nn.Module, modules: dict[str, str] | None = None) -> list[Part]:
     """Find and prove the FFN of every layer, and its attention: a few passes over a few random tokens.
 
     Args:
@@ -48,7 +54,7 @@ def find_ffns(model: nn.Module, modules: dict[str, str] | None = None) -> list[F
             `gate_up` with `order`; `activation`. Module paths, {layer} for the layer's number.
 
     Returns:
-        One FFN a layer, in the order of execution, with the attention where every layer shows one.
+        Layer by layer, in the order of execution: the attention, where every layer shows one, and the FFN.
 
     Raises:
         AtlasError: an FFN that is not found or not proved; mixtures of experts.
@@ -73,11 +79,9 @@ def find_ffns(model: nn.Module, modules: dict[str, str] | None = None) -> list[F
         ffns = [_bind(model, layer, search, entry) for layer, entry in enumerate(found)]
         ffns = prove(ffns, run)
         attention = find_attention(model, ffns, run, (PROBE_BATCH, PROBE_TOKENS))
-        if attention is None:
-            return ffns
-        pairs = zip(ffns, attention, strict=True)
-        whole = [replace(ffn, attention=own) for ffn, own in pairs]
-        return whole if proves_attention(whole, run) else ffns
+        if attention is None or not proves_attention(attention, run):
+            return [*ffns]
+        return [part for pair in zip(attention, ffns, strict=True) for part in pair]
 
 
 def forward_of(model: nn.Module, ids: torch.Tensor) -> Callable[[], Any]:

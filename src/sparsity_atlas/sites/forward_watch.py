@@ -8,17 +8,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsity_atlas.errors import AtlasError, UnknownTokens
+from sparsity_atlas.terms import PlaceKey
 
 
 class ForwardWatch:
     """Watches the model's own forward passes: the batch's shape, and how often each hook fired."""
 
     def __init__(self, model: nn.Module, stack: ExitStack) -> None:
-        self.counts: dict[tuple[int, str, str], int] = {}
+        self.counts: dict[tuple[PlaceKey, str], int] = {}
         self.batch: tuple[int, int] | None = None
         self.running = False
-        self.kept: dict[Any, Tensor] = {}
-        """Tensors that a later hook of the same pass and layer needs."""
+        self.kept: dict[PlaceKey, Tensor] = {}
+        """Tensors that a later hook of the same pass and part needs."""
         for handle in (
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end),
@@ -42,19 +43,20 @@ class ForwardWatch:
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.running = False
         self.kept.clear()
-        for (layer, tensor, path), count in self.counts.items():
+        for (place, path), count in self.counts.items():
             if count != 1:
                 raise AtlasError(
-                    f"layer {layer}: {tensor} (at {path}) passed {count} times in one forward pass "
-                    "of the model, expected once: layers that run more than once, or not at all, "
-                    "are not supported"
+                    f"layer {place.layer}: {place.tensor} (at {path}) passed {count} times in one "
+                    "forward pass of the model, expected once: layers that run more than once, or not at "
+                    "all, are not supported"
                 )
 
-    def fired(self, key: tuple[int, str, str]) -> None:
-        """Count one firing of a hook."""
+    def fired(self, key: tuple[PlaceKey, str]) -> None:
+        """Count one firing of the hook on a module's path for a place."""
         if not self.running:
+            place, path = key
             raise AtlasError(
-                f"layer {key[0]}: {key[1]} (at {key[2]}) ran outside a forward pass of the model "
+                f"layer {place.layer}: {place.tensor} (at {path}) ran outside a forward pass of the model "
                 "itself: call the model, not one of its parts"
             )
         self.counts[key] += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -16,7 +16,8 @@ from sparsity_atlas.criteria.binding import bind_all
 from sparsity_atlas.errors import AtlasError, NumericalFailure
 from sparsity_atlas.kernels import Masked
 from sparsity_atlas.kernels.definition import Threshold
-from sparsity_atlas.sites.find import STORED, TENSORS, intercept, observe
+from sparsity_atlas.sites.find import STORED, TENSORS, intercept, observe, sites_of
+from sparsity_atlas.terms import ATTENTION, FFN, PlaceKey
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from sparsity_atlas.criteria.base import Phase
     from sparsity_atlas.criteria.place import State
-    from sparsity_atlas.sites.find import FFN
+    from sparsity_atlas.sites.find import Part, Vectors
 
 __all__ = ["Counter", "Drop", "NumericalFailure", "Slot", "applied", "counted", "dropping"]
 __all__ += ["sparsified"]
@@ -37,19 +38,23 @@ Sequences = Callable[["Tensor"], "tuple[Tensor, Phase]"]
 
 @dataclass(frozen=True)
 class Slot:
-    """One counted vector: a tensor of one layer.
+    """One counted vector: a tensor of one part of a layer.
 
     Attributes:
-        tensor: its name.
-        layer: index of the layer.
+        key: where it is.
         width: its entries.
         outputs: weights that each of them meets.
     """
 
-    tensor: str
-    layer: int
+    key: PlaceKey
     width: int
     outputs: int
+
+    def columns(self) -> list[str | int]:
+        """What stands of it in the header of a sample table: tensor, layer, width; the part if it has to."""
+        # Of what a dense layer holds, the tensor's name tells the part.
+        part = [] if self.key.part in (ATTENTION, FFN) else [self.key.part]
+        return [self.key.tensor, self.key.layer, self.width, *part]
 
 
 class Counter:
@@ -61,24 +66,24 @@ class Counter:
 
     def __init__(self, slots: list[Slot]) -> None:
         self.slots = slots
-        self._index = {(slot.tensor, slot.layer): i for i, slot in enumerate(slots)}
+        self._index = {slot.key: i for i, slot in enumerate(slots)}
         self._valid: Tensor | None = None
-        self._generates = False
+        self._phase: Phase = "scoring"
         self._zeros: list[list[Tensor | None]] = []  # [passes][slots], each [batch, tokens]
         self._finite: list[list[Tensor | None]] = []
         self._block: tuple[Tensor, Tensor] | None = None  # counts of the pass in hand
 
-    def expect(self, valid: Tensor, *, generates: bool = False) -> None:
-        """Announce a batch: bool [batch, tokens], True where a token is no padding.
+    def expect(self, valid: Tensor, phase: Phase = "scoring") -> None:
+        """Announce a batch and what its first pass is for.
 
-        Later passes of the same batch (generation) bring one token for each row, which all count.
+        Later passes of the same batch are generation: they bring one token for each row, which all count.
 
         Args:
-            valid: of the first pass.
-            generates: whether later passes follow.
+            valid: of the first pass, bool [batch, tokens], True where a token is no padding.
+            phase: of the first pass.
         """
         self._valid = valid
-        self._generates = generates
+        self._phase = phase
         self._zeros, self._finite = [], []
 
     def begin_pass(self, *_: object) -> None:
@@ -94,22 +99,22 @@ class Counter:
             values: [batch, tokens, width], of the pass.
         """
         if len(self._zeros) == 1 and self._valid is not None:
-            return self._valid, "prompt" if self._generates else "scoring"
+            return self._valid, self._phase
         valid = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
         return valid, "scoring" if self._valid is None else "generation"
 
-    def add(self, tensor_name: str, layer: int, zeros: Tensor, finite: Tensor) -> None:
+    def add(self, vectors: Vectors, zeros: Tensor, finite: Tensor) -> None:
         """Count a slot's zeros.
 
         Args:
-            tensor_name: which tensor of the layer.
-            layer: index of the layer.
-            zeros: integer [batch, tokens], after masking.
-            finite: bool [batch, tokens], whether a token's vector is free of NaN and infinities.
+            vectors: what they were counted in.
+            zeros: integer, one for each of the vectors, after masking.
+            finite: bool, of the same shape, whether a vector is free of NaN and infinities.
         """
         if self._valid is None:  # a forward pass that nobody evaluates, such as a warm-up
             return
-        slot = self._index[tensor_name, layer]
+        slot = self._index[vectors.key]
+        zeros, finite = vectors.of_tokens(zeros), vectors.of_tokens(finite)
         if zeros.device.type == "cpu":
             # In one block for all slots: kept by itself, each would lie where the pass had a large tensor,
             # which malloc then could not give again, so that memory grew by one for each slot.
@@ -140,7 +145,9 @@ class Counter:
         whole = torch.stack([one.flatten(1).all(-1) for one in finite]).all(0)
         for slot, good in zip(self.slots, whole.tolist(), strict=True):
             if not good:
-                raise NumericalFailure(f"NaN or infinity in '{slot.tensor}' of layer {slot.layer}")
+                raise NumericalFailure(
+                    f"NaN or infinity in '{slot.key.tensor}' of layer {slot.key.layer}"
+                )
         first, *later = zeros
         rest = torch.stack(later).squeeze(-1) if later else first.new_zeros(0, *first.shape[:2])
         return first, rest
@@ -204,20 +211,22 @@ def _by_mask(
     return masked if replaced is None else masked._replace(out=replaced.to(device).view(shape))
 
 
-def slots_of(ffns: list[FFN], site: str | None) -> list[Slot]:
+def slots_of(parts: Sequence[Part], site: str | None) -> list[Slot]:
     """What is counted at a site (None: at every site), in the order of a forward pass."""
-    sites = ffns[0].sites() if site is None else [site]
+    sites = sites_of(parts) if site is None else [site]
     tensors = {name for one in sites for name in TENSORS[one]}
-    order = [name for name in STORED if name in tensors]
     return [
-        Slot(name, ffn.layer, ffn.size(name), ffn.outputs(name)) for ffn in ffns for name in order
+        Slot(PlaceKey(part.layer, part.name, name), part.size(name), part.outputs(name))
+        for part in parts
+        for name in STORED
+        if name in tensors and name in part.tensors
     ]
 
 
 @contextlib.contextmanager
-def counted(model: nn.Module, ffns: list[FFN]) -> Iterator[Counter]:
+def counted(model: nn.Module, parts: Sequence[Part]) -> Iterator[Counter]:
     """Count exact zeros at every site of an untouched model."""
-    counter = Counter(slots_of(ffns, None))
+    counter = Counter(slots_of(parts, None))
     # A threshold that drops nothing counts in one pass.
     everything = Threshold("fixed", constants=torch.zeros(1))
 
@@ -225,18 +234,19 @@ def counted(model: nn.Module, ffns: list[FFN]) -> Iterator[Counter]:
     def rule(device: torch.device) -> Threshold:
         return everything.to(device)
 
-    def count(layer: int, name: str, values: Tensor) -> None:
+    def count(vectors: Vectors) -> None:
+        values = vectors.values
         _, zeros, finite = kernels.masked(rule(values.device), values, values)
-        counter.add(name, layer, zeros, finite)
+        counter.add(vectors, zeros, finite)
 
-    with _passes(model, counter), observe(ffns, ffns[0].sites(), count):
+    with _passes(model, counter), observe(parts, sites_of(parts), count):
         yield counter
 
 
 @contextlib.contextmanager
 def sparsified(
     model: nn.Module,
-    ffns: list[FFN],
+    parts: Sequence[Part],
     site: str,
     criterion: Criterion,
     level: float,
@@ -246,41 +256,41 @@ def sparsified(
 
     A dropped entry counts as a zero also where the criterion puts something in its place.
     """
-    bound = bind_all(criterion, ffns, site, calibration)
-    with applied(model, ffns, site, bound, level) as counter:
+    bound = bind_all(criterion, parts, site, calibration)
+    with applied(model, parts, site, bound, level) as counter:
         yield counter
 
 
 @contextlib.contextmanager
 def applied(
     model: nn.Module,
-    ffns: list[FFN],
+    parts: Sequence[Part],
     site: str,
-    bound: Mapping[tuple[int, str], Criterion],
+    bound: Mapping[PlaceKey, Criterion],
     level: float,
 ) -> Iterator[Counter]:
     """Drop what bound criteria drop at their places of a site, and count zeros there.
 
     Args:
         model: the model.
-        ffns: all of its FFNs.
+        parts: all of its own.
         site: where.
-        bound: a criterion by layer and tensor; a place of the site that is not among them stays dense.
+        bound: a criterion by place; a place of the site that is not among them stays dense.
         level: of all of them.
     """
-    slots = [slot for slot in slots_of(ffns, site) if (slot.layer, slot.tensor) in bound]
+    slots = [slot for slot in slots_of(parts, site) if slot.key in bound]
     counter = Counter(slots)
     drops = {place: dropping(rule, level, counter.sequences) for place, rule in bound.items()}
 
-    def rewrite(layer: int, name: str, values: Tensor, onto: Tensor) -> Tensor | None:
-        drop = drops.get((layer, name))
+    def rewrite(vectors: Vectors, onto: Tensor) -> Tensor | None:
+        drop = drops.get(vectors.key)
         if drop is None:
             return None
-        out, zeros, finite = drop(values, onto)
-        counter.add(name, layer, zeros, finite)
+        out, zeros, finite = drop(vectors.values, onto)
+        counter.add(vectors, zeros, finite)
         return out
 
-    with _passes(model, counter), intercept(ffns, site, rewrite):
+    with _passes(model, counter), intercept(parts, site, rewrite):
         yield counter
 
 

@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
@@ -19,19 +19,20 @@ from sparsity_atlas.activations.store import ActivationStore, read_ahead
 from sparsity_atlas.criteria import check_level, create
 from sparsity_atlas.criteria.calibration_file import read_calibration
 from sparsity_atlas.criteria.level_arguments import add_levels, levels_of
+from sparsity_atlas.criteria.place import state_name
 from sparsity_atlas.files.parquet import write_parquet
 from sparsity_atlas.models.loading import load
 from sparsity_atlas.models.manifest import from_manifest
-from sparsity_atlas.terms import TENSORS
+from sparsity_atlas.terms import PlaceKey
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
     from sparsity_atlas.criteria import Criterion
-    from sparsity_atlas.criteria.place import State
-    from sparsity_atlas.sites.find import FFN
+    from sparsity_atlas.criteria.place import Place, State
+    from sparsity_atlas.sites.find import Part, Vectors
 
 SCHEMA = pa.schema(
     [
@@ -58,48 +59,32 @@ SCHEMA = pa.schema(
 _BLOCK_BYTES = 64 * 2**20
 
 
-# Sites whose error is the mean of those of several parts of a layer.
-_PARTS = {"all_linear_inputs": ("qkv_input", "o_input", "all_inputs")}
+class Output(NamedTuple):
+    """An output of a layer that a site changes: the part's, and what the site is to it."""
+
+    part: Part
+    site: str
+
+    @property
+    def source(self) -> PlaceKey:
+        """The captured tensor that it follows from."""
+        return PlaceKey(self.part.layer, self.part.name, self.part.source(self.site))
 
 
-def parts_of(site: str) -> tuple[str, ...]:
-    """The parts of a layer that a site concerns: attention's maps each for themselves, and the FFN."""
-    return _PARTS.get(site, (site,))
-
-
-def source_of(part: str) -> str:
-    """The captured tensor that a part's output follows from."""
-    return part if part in ("qkv_input", "o_input") else "input"
-
-
-def dense_output(ffn: FFN, x: Tensor, part: str) -> Tensor:
-    """What a part of a layer makes of its input.
-
-    Args:
-        ffn: the layer's FFN.
-        x: [tokens, width], the tensor `source_of(part)`.
-        part: of the layer.
-
-    Returns:
-        The FFN's output [tokens, hidden], or the outputs of the maps that read x, side by side.
-    """
-    import torch
-
-    if source_of(part) == "input":
-        return ffn.output(ffn.intermediate(x))
-    return torch.cat([projection(x) for projection in ffn.readers(part)], dim=-1)
+def outputs_at(parts: Iterable[Part], site: str) -> list[Output]:
+    """The outputs that a site changes: of attention each tensor's maps for themselves, of an FFN its own."""
+    return [Output(part, own) for part in parts for own in part.within(site)]
 
 
 def sparse_output(
-    ffn: FFN, x: Tensor, part: str, rules: Mapping[str, Criterion], level: float, length: int = 1
+    output: Output, x: Tensor, rules: Mapping[PlaceKey, Criterion], level: float, length: int = 1
 ) -> tuple[Tensor, int, int]:
-    """`dense_output` with a criterion at the part's site.
+    """`Part.run` with a criterion at the output's site.
 
     Args:
-        ffn: the layer's FFN.
-        x: [tokens, width], the tensor `source_of(part)`.
-        part: of the layer, and the site there.
-        rules: the criterion as it is bound to each tensor of the site in this layer.
+        output: of a layer.
+        x: [tokens, width], the tensor `output.source`.
+        rules: the criterion as it is bound to each place.
         level: its number.
         length: tokens of a sequence; whole sequences stand one after the other in x.
 
@@ -110,30 +95,16 @@ def sparse_output(
 
     zeros = entries = 0
 
-    def drop(name: str, values: Tensor, onto: Tensor) -> Tensor:
+    def drop(vectors: Vectors, onto: Tensor) -> Tensor:
         nonlocal zeros, entries
+        values = vectors.values
         shape = (-1, length, values.shape[-1])
-        masked = dropping(rules[name], level)(values.view(shape), onto.view(shape))
+        masked = dropping(rules[vectors.key], level)(values.view(shape), onto.view(shape))
         zeros += int(masked.zeros.sum())
         entries += values.numel()
         return masked.out.view(values.shape)
 
-    if source_of(part) != "input":
-        return dense_output(ffn, drop(part, x, x), part), zeros, entries
-    if part in ("input", "all_inputs"):
-        x = drop("input", x, x)
-    i = ffn.intermediate(x)
-    # Dropping an entry of a factor drops the same entry of the product.
-    match part:
-        case "up":
-            i = drop(part, ffn.factors(x)[0], i)
-        case "gate":
-            _, g = ffn.factors(x)
-            assert g is not None, "a site of gated FFNs alone"
-            i = drop(part, g, i)
-        case "intermediate" | "all_inputs":
-            i = drop("intermediate", i, i)
-    return ffn.output(i), zeros, entries
+    return output.part.run(x, output.site, drop), zeros, entries
 
 
 def relative(dense: Tensor, sparse: Tensor) -> tuple[float, int]:
@@ -145,66 +116,70 @@ def relative(dense: Tensor, sparse: Tensor) -> tuple[float, int]:
 
 
 def layer_rows(
-    ffn: FFN,
+    parts: Sequence[Part],
     store: ActivationStore,
     site: str,
-    rules: Mapping[str, Criterion],
+    rules: Mapping[PlaceKey, Criterion],
     levels: list[str],
     first: int = 0,
 ) -> list[dict[str, Any]]:
-    """Rows of `SCHEMA` for one layer, a block of tokens at a time, from the token `first` on."""
+    """Rows of `SCHEMA` for the parts of one layer, a block of tokens at a time, from the token `first` on."""
     import torch
 
-    tokens = store.shape("input", ffn.layer)[0]
+    layer = parts[0].layer
+    tokens = store.shape("input", layer)[0]
     length = store.ids().shape[1]
-    step = max(1, _BLOCK_BYTES // (4 * ffn.width * length)) * length
-    parts = parts_of(site)
+    widest = max(part.size(tensor) for part in parts for tensor in part.tensors)
+    step = max(1, _BLOCK_BYTES // (4 * widest * length)) * length
+    changed = outputs_at(parts, site)
     zeros, entries = dict.fromkeys(levels, 0), dict.fromkeys(levels, 0)
-    sums = {(level, part): 0.0 for level in levels for part in parts}
+    sums = {(level, output): 0.0 for level in levels for output in changed}
     counted = dict.fromkeys(sums, 0)
-    parameter = next(ffn.down.module.parameters())
-    for part in parts:
+    parameter = next(parts[-1].readers("intermediate")[0].module.parameters())
+    for output in changed:
         places = [slice(start, start + step) for start in range(first, tokens, step)]
-        for _, block in read_ahead(store.rows(source_of(part), ffn.layer).__getitem__, places):
+        rows = store.rows(output.source.tensor, layer)
+        for _, block in read_ahead(rows.__getitem__, places):
             x = torch.from_numpy(block).to(parameter.device, parameter.dtype)
-            dense = dense_output(ffn, x, part)
+            dense = output.part.run(x, output.site)
             for level in levels:
-                output, gone, all_of_them = sparse_output(ffn, x, part, rules, float(level), length)
-                error, count = relative(dense, output)
+                made, gone, all_of_them = sparse_output(output, x, rules, float(level), length)
+                error, count = relative(dense, made)
                 zeros[level] += gone
                 entries[level] += all_of_them
-                sums[level, part] += error
-                counted[level, part] += count
+                sums[level, output] += error
+                counted[level, output] += count
     return [
         {
             "level": level,
-            "layer": ffn.layer,
+            "layer": layer,
             "sparsity": zeros[level] / entries[level],
-            "error": _mean([(sums[level, part], counted[level, part]) for part in parts]),
+            "error": _mean([(sums[level, one], counted[level, one]) for one in changed]),
         }
         for level in levels
     ]
 
 
 def targets(
-    criterion: Criterion, layer: int, site: str, states: Mapping[str, State], level: str
+    criterion: Criterion, places: Sequence[Place], states: Mapping[str, State], level: str
 ) -> list[dict[str, Any]]:
     """What a level asks of each tensor of a layer, and what that got in calibration; see `SCHEMA`."""
     return [
-        {"tensor": tensor, **found._asdict()}
-        for tensor in TENSORS[site]
-        if (found := criterion.reach(states.get(f"{tensor}.{layer}", {}), float(level))) is not None
+        {"tensor": place.tensor, **found._asdict()}
+        for place in places
+        if (found := criterion.reach(states.get(state_name(place.key), {}), float(level)))
+        is not None
     ]
 
 
-def _mean(parts: list[tuple[float, int]]) -> float | None:
-    """Mean over the parts of a layer of their mean errors.
+def _mean(outputs: list[tuple[float, int]]) -> float | None:
+    """Mean over the outputs of a layer of their mean errors.
 
     None where an output is infinite, or there is none: that level fails in the evaluation, too.
     """
-    if not all(count and math.isfinite(error) for error, count in parts):
+    if not all(count and math.isfinite(error) for error, count in outputs):
         return None
-    return sum(error / count for error, count in parts) / len(parts)
+    return sum(error / count for error, count in outputs) / len(outputs)
 
 
 def main() -> None:
@@ -235,26 +210,26 @@ def main() -> None:
     import torch
 
     from sparsity_atlas.criteria.binding import bind_all
-    from sparsity_atlas.sites.find import bind_ffns
+    from sparsity_atlas.criteria.place import places
+    from sparsity_atlas.sites.find import bind_parts
+    from sparsity_atlas.sites.part import by_layer
 
     settings = arguments.settings
     model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
     store = ActivationStore(arguments.store)
-    for tensor in sorted({source_of(part) for part in parts_of(arguments.site)}):
-        store.check(tensor)
     states = read_calibration(arguments.calibration).states if arguments.calibration else {}
     first = settings.get("calibration_tokens", 0)
     rows = []
+    parts = bind_parts(model, manifest["ffn"])
+    for tensor in sorted({one.source.tensor for one in outputs_at(parts, arguments.site)}):
+        store.check(tensor)
     with torch.no_grad():
-        for ffn in bind_ffns(model, manifest["ffn"]):
-            bound = bind_all(criterion, [ffn], arguments.site, states)
-            rules = {tensor: rule for (_, tensor), rule in bound.items()}
+        for layer in by_layer(parts).values():
+            rules = bind_all(criterion, layer, arguments.site, states)
+            there = list(places(layer, arguments.site))
             rows += [
-                {
-                    **row,
-                    "targets": targets(criterion, ffn.layer, arguments.site, states, row["level"]),
-                }
-                for row in layer_rows(ffn, store, arguments.site, rules, levels, first)
+                {**row, "targets": targets(criterion, there, states, row["level"])}
+                for row in layer_rows(layer, store, arguments.site, rules, levels, first)
             ]
     table = pa.Table.from_pylist(rows, SCHEMA)
     write_parquet(arguments.output, table)

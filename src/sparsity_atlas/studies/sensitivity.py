@@ -28,7 +28,6 @@ from sparsity_atlas.files.whole import digest, file_digest
 from sparsity_atlas.models.loading import load
 from sparsity_atlas.models.manifest import from_manifest
 from sparsity_atlas.statistics.bootstrap import TaskSamples, estimate, interval
-from sparsity_atlas.terms import TENSORS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,8 +35,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparsity_atlas.criteria import Criterion
-    from sparsity_atlas.sites.find import FFN
+    from sparsity_atlas.sites.find import Part
     from sparsity_atlas.studies.single_layer import Pass
+    from sparsity_atlas.terms import PlaceKey
 
 SCHEMA = pa.schema(
     [
@@ -97,9 +97,9 @@ def numbers(
 
 
 def passes(
-    ffns: list[FFN],
+    parts: Sequence[Part],
     site: str,
-    bound: Mapping[tuple[int, str], Criterion],
+    bound: Mapping[PlaceKey, Criterion],
     levels: Sequence[str],
     ids: Tensor,
     batch: int,
@@ -108,9 +108,9 @@ def passes(
     """The dense pass, then each place at each level, going on from what a journal holds.
 
     Args:
-        ffns: all FFNs of one model.
+        parts: all of one model.
         site: where.
-        bound: the criterion at every place, by layer and tensor.
+        bound: the criterion at every place.
         levels: of the criterion, as spelled in paths.
         ids: int64 [sequences, positions].
         batch: sequences a forward pass.
@@ -125,10 +125,10 @@ def passes(
     for one in tries[len(journal.records) :]:
         try:
             if one is None:
-                made = run(model_of(ffns), ids, batch)
+                made = run(model_of(parts), ids, batch)
             else:
                 place, level = one
-                made = run_alone(ffns, site, place, bound[place], float(level), ids, batch)
+                made = run_alone(parts, site, place, bound[place], float(level), ids, batch)
         except NumericalFailure:
             journal.append(None)
         else:
@@ -146,7 +146,7 @@ def _pass(record: dict[str, list[Any]] | None) -> Pass | None:
 
 
 def rows(
-    ffns: list[FFN],
+    parts: Sequence[Part],
     site: str,
     levels: Sequence[str],
     made: list[Pass | None],
@@ -157,7 +157,7 @@ def rows(
     """Rows of `SCHEMA`, from what `passes` returned.
 
     Args:
-        ffns: all FFNs of one model.
+        parts: all of one model.
         site: where.
         levels: of the criterion, as spelled in paths.
         made: the passes.
@@ -165,13 +165,14 @@ def rows(
         replicates: of the bootstrap.
         seed: of the bootstrap.
     """
+    from sparsity_atlas.criteria.place import places
+
     dense, *rest = made
-    places = [(ffn, tensor) for ffn in ffns for tensor in TENSORS[site]]
-    for number, (ffn, tensor) in enumerate(places):
+    for number, place in enumerate(places(parts, site)):
         own = rest[number * len(levels) : (number + 1) * len(levels)]
-        found = numbers(own, dense, positions, ffn.size(tensor), replicates, seed)
+        found = numbers(own, dense, positions, place.width, replicates, seed)
         for level, row in zip(levels, found, strict=True):
-            yield {"level": level, "tensor": tensor, "layer": ffn.layer, **row}
+            yield {"level": level, "tensor": place.tensor, "layer": place.layer, **row}
 
 
 def main() -> None:
@@ -205,13 +206,13 @@ def main() -> None:
     import torch
 
     from sparsity_atlas.criteria.binding import bind_all
-    from sparsity_atlas.sites.find import bind_ffns
+    from sparsity_atlas.sites.find import bind_parts
 
     ids = ActivationStore(arguments.store).ids()
     ids = ids[settings["calibration_tokens"] // ids.shape[1] :]
     calibration = arguments.calibration
     model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
-    ffns = bind_ffns(model, manifest["ffn"])
+    parts = bind_parts(model, manifest["ffn"])
     fingerprint = {
         **{"model": manifest["digest"], "criterion": spec, "site": site, "levels": levels},
         **{"ids": digest(ids.tolist()), "batch_size": settings["batch_size"]},
@@ -223,11 +224,11 @@ def main() -> None:
     try:
         states = read_calibration(calibration).states if calibration else None
         with torch.no_grad():
-            bound = bind_all(criterion, ffns, site, states)
+            bound = bind_all(criterion, parts, site, states)
         tensor = torch.from_numpy(ids).long()
-        made = passes(ffns, site, bound, levels, tensor, settings["batch_size"], journal)
+        made = passes(parts, site, bound, levels, tensor, settings["batch_size"], journal)
     finally:
         journal.close()
-    found = rows(ffns, site, levels, made, ids.shape[1], settings["replicates"], settings["seed"])
+    found = rows(parts, site, levels, made, ids.shape[1], settings["replicates"], settings["seed"])
     write_parquet(arguments.output, pa.Table.from_pylist(list(found), SCHEMA))
     journal.delete()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sparsity_atlas.criteria.base import Criterion
-    from sparsity_atlas.sites.find import FFN
+    from sparsity_atlas.sites.find import Part
+    from sparsity_atlas.terms import PlaceKey
 
 
 class Pass(NamedTuple):
@@ -30,9 +32,9 @@ class Pass(NamedTuple):
     zeros: np.ndarray
 
 
-def model_of(ffns: list[FFN]) -> PreTrainedModel:
-    """The model whose FFNs these are: sites are found in any module, and studied in what was loaded."""
-    return cast("PreTrainedModel", ffns[0].model)
+def model_of(parts: Sequence[Part]) -> PreTrainedModel:
+    """The model whose parts these are: sites are found in any module, and studied in what was loaded."""
+    return cast("PreTrainedModel", parts[0].model)
 
 
 def run(model: PreTrainedModel, ids: Tensor, batch: int, counter: Counter | None = None) -> Pass:
@@ -79,9 +81,9 @@ def _nats(model: PreTrainedModel, rows: Tensor) -> Tensor:
 
 
 def run_alone(
-    ffns: list[FFN],
+    parts: Sequence[Part],
     site: str,
-    place: tuple[int, str],
+    place: PlaceKey,
     rule: Criterion,
     level: float,
     ids: Tensor,
@@ -90,9 +92,9 @@ def run_alone(
     """Run sequences with one place sparsified.
 
     Args:
-        ffns: all FFNs of one model.
+        parts: all of one model.
         site: that has the place.
-        place: layer and tensor.
+        place: which it is.
         rule: the criterion as it is bound there.
         level: of the criterion.
         ids: int64 [sequences, positions].
@@ -101,7 +103,7 @@ def run_alone(
     Raises:
         NumericalFailure: NaN or an infinity at the place, or in the loss.
     """
-    model = model_of(ffns)
+    model = model_of(parts)
     head.able(model)  # found out before anything is attached
-    with applied(model, ffns, site, {place: rule}, level) as counter:
+    with applied(model, parts, site, {place: rule}, level) as counter:
         return run(model, ids, batch, counter)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fake_results import make_results, make_tables
+from model_parts import by_tensor, ffns_of, find_ffns, shown
 from sparsity_atlas.calibrate.allocation import (
     ERROR_GRID,
     LOSS_GRID,
@@ -29,13 +30,13 @@ from sparsity_atlas.criteria import Criterion, create
 from sparsity_atlas.criteria.binding import bind_all
 from sparsity_atlas.criteria.calibration_file import write_calibration
 from sparsity_atlas.criteria.level_table import TARGETS
-from sparsity_atlas.criteria.place import Place, state_name
+from sparsity_atlas.criteria.place import Place, places, state_name
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.figures import layer_by_level
 from sparsity_atlas.sites.block import blocks
-from sparsity_atlas.sites.ffn import FFN
-from sparsity_atlas.sites.find import find_ffns, intercept, observe
+from sparsity_atlas.sites.find import Part, find_parts, intercept, observe
 from sparsity_atlas.tables.read import Tables
+from sparsity_atlas.terms import TENSORS, PlaceKey
 from tiny_models import tiny_model, token_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -95,14 +96,14 @@ def model() -> torch.nn.Module:
 IDS = token_ids(batch=6, tokens=24, seed=3)
 
 
-def activations(ffns: list[FFN], model: torch.nn.Module) -> dict[tuple[int, str], Tensor]:
+def activations(parts: list[Part], model: torch.nn.Module) -> dict[tuple[int, str], Tensor]:
     found: dict[tuple[int, str], Tensor] = {}
     with (
         torch.no_grad(),
         observe(
-            ffns,
+            parts,
             ["all_linear_inputs", "gate", "up"],
-            lambda layer, name, v: found.update({(layer, name): v.flatten(0, 1).clone()}),
+            shown(lambda layer, name, v: found.update({(layer, name): v.flatten(0, 1).clone()})),
         ),
     ):
         model(IDS)
@@ -121,19 +122,19 @@ class Given:
 
 def allocated(
     model: torch.nn.Module, rule: str, site: str, allocation: str
-) -> tuple[list[FFN], dict, dict[tuple[int, str], Criterion], dict]:
-    ffns = find_ffns(model)
-    found = activations(ffns, model)
+) -> tuple[list[Part], dict, dict[tuple[int, str], Criterion], dict]:
+    parts = find_parts(model)
+    found = activations(parts, model)
     criterion = create({"rule": rule, "allocation": allocation})
-    places = [
-        Place(ffns[layer], name) for layer, name in bind_all(create({"rule": "topk"}), ffns, site)
-    ]
-    states = {state_name(p): criterion.calibrate(p, Given(found, p.layer)) for p in places}
+    states = {
+        state_name(place.key): criterion.calibrate(place, Given(found, place.layer))
+        for place in places(parts, site)
+    }
     shares = allocate(
-        criterion, ffns, site, states, lambda layer, name: found[layer, name], IDS.numpy()
+        criterion, parts, site, states, lambda at: found[at.layer, at.tensor], IDS.numpy()
     )
     states = {name: {**states[name], **shares[name]} for name in states}
-    return ffns, found, bind_all(criterion, ffns, site, states), shares
+    return parts, found, by_tensor(bind_all(criterion, parts, site, states)), shares
 
 
 @pytest.mark.parametrize(
@@ -159,14 +160,14 @@ def test_induced_sparsity_is_the_level(
 
 
 def test_equal_cett_has_equal_errors(model: torch.nn.Module) -> None:
-    ffns, found, bound, _ = allocated(model, "quantile", "intermediate", "equal_cett")
+    parts, found, bound, _ = allocated(model, "quantile", "intermediate", "equal_cett")
     for level in (0.3, 0.6):
         errors = []
-        for ffn in ffns:
+        for ffn in ffns_of(parts):
             x, i = found[ffn.layer, "input"], found[ffn.layer, "intermediate"]
             with torch.no_grad():
-                dense = ffn.output(i)
-                sparse = ffn.output(i * bound[ffn.layer, "intermediate"].mask(i, level))
+                dense = ffn.down(i)
+                sparse = ffn.down(i * bound[ffn.layer, "intermediate"].mask(i, level))
             errors.append(float(((sparse - dense).norm(dim=-1) / dense.norm(dim=-1)).mean()))
             assert len(x) == len(i)
         assert max(errors) == pytest.approx(min(errors), rel=0.1)
@@ -175,12 +176,11 @@ def test_equal_cett_has_equal_errors(model: torch.nn.Module) -> None:
 def test_errors_of_a_layer_by_hand(model: torch.nn.Module) -> None:
     ffn = find_ffns(model)[0]
     bound = bind_all(create({"rule": "random"}), [ffn], "all_inputs")
-    rules = {name: rule for (_, name), rule in bound.items()}
     x = torch.randn(50, ffn.hidden)
     with torch.no_grad():
         # Of `random` the level is what is kept: 0 drops all of one tensor, and all of the other.
-        error = error_of(ffn, lambda *_: x, "all_inputs", rules)
-        found = layer_errors(error, list(rules), np.array([0.0]))
+        error = error_of([ffn], lambda _: x, "all_inputs", bound)
+        found = layer_errors(error, list(bound), np.array([0.0]))
         assert found.shape == (2, 1)
         assert found == pytest.approx(1.0, abs=1e-6)
 
@@ -197,7 +197,7 @@ def test_sensitivity_is_the_loss_of_one_layer_alone(model: torch.nn.Module) -> N
 
         dense = loss()
         for ffn, row in zip(ffns, found, strict=True):
-            rule = bound[ffn.layer, "intermediate"]
+            rule = bound[PlaceKey(ffn.layer, "ffn", "intermediate")]
             handle = ffn.down.module.register_forward_pre_hook(
                 lambda _, args, rule=rule: (
                     args[0] * rule.mask(args[0].flatten(0, 1), 0.25).view_as(args[0])
@@ -215,8 +215,9 @@ def test_greedy_takes_the_cheapest_step(model: torch.nn.Module) -> None:
         rule._share = None
     parameters = np.array([Place(ffn, name).weight.numel() for name in rules], float)
     with torch.no_grad():
-        error_there = error_of(ffn, lambda _, name: found[0, name], "all_inputs", rules)
-        table = greedy(error_there, list(rules), parameters)
+        there = {PlaceKey(0, "ffn", name): rule for name, rule in rules.items()}
+        error_there = error_of([ffn], lambda at: found[0, at.tensor], "all_inputs", there)
+        table = greedy(error_there, list(there), parameters)
     share = parameters / parameters.sum()
     assert share == pytest.approx([2 / 3, 1 / 3])  # W_u and W_g read x
     assert share @ table == pytest.approx(TARGETS, abs=1e-6)
@@ -229,8 +230,8 @@ def test_greedy_takes_the_cheapest_step(model: torch.nn.Module) -> None:
             kept = torch.where(rules["input"].mask(x, float(levels[0])), x, 0)
             i = ffn.intermediate(kept)
             kept = torch.where(rules["intermediate"].mask(i, float(levels[1])), i, 0)
-            dense = ffn.output(ffn.intermediate(x))
-            return float(((ffn.output(kept) - dense).norm(dim=-1) / dense.norm(dim=-1)).mean())
+            dense = ffn.down(ffn.intermediate(x))
+            return float(((ffn.down(kept) - dense).norm(dim=-1) / dense.norm(dim=-1)).mean())
 
     errors = [error(column) for column in table.T]
     assert all(later >= before - 1e-3 for before, later in pairwise(errors[:80]))
@@ -240,28 +241,30 @@ def test_greedy_takes_the_cheapest_step(model: torch.nn.Module) -> None:
 
 def test_greedy_steps_by_equal_parameters() -> None:
     """A step of the smaller tensor is twice as long: its entries are cheaper, its parameters are not."""
-    table = greedy(lambda at: at["x"] + 0.6 * at["i"], ["x", "i"], np.array([2.0, 1.0]))
+    x, i = (PlaceKey(0, "ffn", name) for name in ("input", "intermediate"))
+    table = greedy(lambda at: at[x] + 0.6 * at[i], [x, i], np.array([2.0, 1.0]))
     assert table[:, 50] == pytest.approx([0.75, 0], abs=1e-6)
     assert table[:, 80] == pytest.approx([1, 0.4], abs=0.02)
 
 
 def test_greedy_steps_are_those_of_teal() -> None:
     """0.05 of the tensor that meets the fewest parameters; of the others as many parameters."""
-    tried: dict[str, set[float]] = {"qkv": set(), "o": set(), "x": set()}
+    qkv, o, x = (PlaceKey(0, "any", name) for name in ("qkv_input", "o_input", "input"))
+    tried: dict[PlaceKey, set[float]] = {qkv: set(), o: set(), x: set()}
 
-    def error(at: dict[str, float]) -> float:
+    def error(at: dict[PlaceKey, float]) -> float:
         for name, level in at.items():
             tried[name].add(round(level, 6))
         return sum(at.values())
 
     greedy(error, list(tried), np.array([1.5, 1.0, 7.0]))
     assert [sorted(levels)[1] for levels in tried.values()] == [0.033333, 0.05, 0.007143]
-    assert sorted(tried["o"]) == pytest.approx(np.linspace(0, 1, 21))
+    assert sorted(tried[o]) == pytest.approx(np.linspace(0, 1, 21))
 
 
 def test_greedy_at_all_linear_inputs_goes_by_the_whole_block(model: torch.nn.Module) -> None:
     """The block's output with its tensors dropped is what the model itself makes of it there."""
-    ffns, _, bound, shares = allocated(model, "teal", "all_linear_inputs", "greedy")
+    parts, _, bound, shares = allocated(model, "teal", "all_linear_inputs", "greedy")
     for state in shares.values():
         assert (np.diff(state["share"].numpy()) >= 0).all()
     seen: list[Tensor] = []
@@ -278,13 +281,19 @@ def test_greedy_at_all_linear_inputs_goes_by_the_whole_block(model: torch.nn.Mod
 
     with torch.no_grad():
         model(IDS)
-        with intercept(ffns, "all_linear_inputs", rewrite):
+        with intercept(parts, "all_linear_inputs", shown(rewrite)):
             model(IDS)
         handle.remove()
         dense, sparse = (one.flatten(0, 1) for one in seen)
         by_hand = float(((sparse - dense).norm(dim=-1) / dense.norm(dim=-1)).mean())
-        rules = {name: rule for (at, name), rule in bound.items() if at == 0}
-        error = block_error(blocks(ffns, IDS)[0], rules)
+        names = {part.name: part.tensors for part in parts if part.layer == 0}
+        rules = {
+            PlaceKey(0, part, tensor): bound[0, tensor]
+            for part, tensors in names.items()
+            for tensor in TENSORS["all_linear_inputs"]
+            if tensor in tensors
+        }
+        error = block_error(blocks(parts, IDS)[0], rules)
         assert error(dict.fromkeys(rules, 0.5)) == pytest.approx(by_hand, rel=1e-5)
         assert error(dict.fromkeys(rules, 0.0)) == 0
     assert by_hand > 0.01

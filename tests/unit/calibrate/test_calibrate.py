@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from model_parts import by_tensor
 from sparsity_atlas.activations import capture
 from sparsity_atlas.activations.store import ActivationStore
 from sparsity_atlas.activations.texts import documents
@@ -455,7 +456,7 @@ def test_exported_thresholds_are_the_masks(
         assert about["calibration"] == made.identity()
         tensors = load_file(tmp_path / one["file"])
         assert {name: list(t.shape) for name, t in tensors.items()} == about["tensors"]
-        bound = bind_all(create({"rule": rule}), session.ffns, tensor, made.states)
+        bound = by_tensor(bind_all(create({"rule": rule}), session.parts, tensor, made.states))
         for layer in (0, 1):
             values = torch.from_numpy(store.read(tensor, layer))
             threshold = tensors[f"{tensor}.{layer}.threshold"]
@@ -499,7 +500,7 @@ def test_what_takes_the_place_of_dropped_entries_reaches_the_logits(
     with torch.no_grad():
         dense = model(input_ids=ids).logits
         states = made.states
-        with sparsified(model, session.ffns, tensor, criterion, float(level), states) as counter:
+        with sparsified(model, session.parts, tensor, criterion, float(level), states) as counter:
             counter.expect(ones)
             found = model(input_ids=ids).logits
             counter.take()

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from drawn_rows import rows
+from model_parts import find_ffns, shown
 from sparsity_atlas import kernels
 from sparsity_atlas.activations.texts import token_ids
 from sparsity_atlas.criteria import Criterion, create
@@ -24,7 +25,7 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.models.checkpoint import Checkpoint
 from sparsity_atlas.models.loading import load, load_tokenizer
 from sparsity_atlas.sites.ffn import FFN
-from sparsity_atlas.sites.find import find_ffns, observe
+from sparsity_atlas.sites.find import observe
 from sparsity_atlas.sparsify.attach import dropping
 from tiny_models import HIDDEN, Strange, tiny_model
 
@@ -208,7 +209,7 @@ def cett(ffn: FFN, i: Tensor, mask: Tensor) -> float:
     """Its definition, in float64."""
     weight = Place(ffn, "intermediate").weight.double()
     with torch.no_grad():
-        whole = ffn.output(i).double()
+        whole = ffn.down(i).double()
     dropped = torch.where(mask, 0, i.double()) @ weight.T
     return float((dropped.norm(dim=-1) / whole.norm(dim=-1)).mean())
 
@@ -219,7 +220,7 @@ def biased() -> FFN:
     torch.manual_seed(1)
     with torch.no_grad():
         i = sample(ffn)["intermediate"]
-        ffn.down.module.bias.normal_(std=float(ffn.output(i).std()))
+        ffn.down.module.bias.normal_(std=float(ffn.down(i).std()))
     return ffn
 
 
@@ -538,7 +539,7 @@ def trained(name: str, parts: list[list[int]], tokens: int) -> tuple[list[FFN], 
         def keep(layer: int, name: str, values: Tensor, layers: list[Given] = layers) -> None:
             layers[layer][name] = values.flatten(0, 1).clone()
 
-        with torch.no_grad(), observe(ffns, ["all_inputs", "up", "gate"], keep):
+        with torch.no_grad(), observe(ffns, ["all_inputs", "up", "gate"], shown(keep)):
             model(torch.from_numpy(ids))
         halves.append(layers)
     return ffns, halves

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from drawn_rows import LEVEL, TYPES, rows, smallest_supports
+from model_parts import find_ffns
 from sparsity_atlas import kernels
 from sparsity_atlas.criteria import create
 from sparsity_atlas.criteria.binding import bind_all
 from sparsity_atlas.criteria.place import Place, matrix
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.sites.find import find_ffns
 from sparsity_atlas.sparsify.attach import dropping, sparsified
 from tiny_models import HIDDEN, WIDTH, Strange, tiny_model, token_ids
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from model_parts import find_ffns
 from sparsity_atlas.criteria import check_level, create
 from sparsity_atlas.criteria.binding import bind_all
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.sites.find import find_ffns
 from tiny_models import tiny_model
 
 HEAD = """

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from model_parts import find_ffns
 from sparsity_atlas.criteria import create
 from sparsity_atlas.criteria.binding import bind_all
 from sparsity_atlas.criteria.error_table import ErrorTable
@@ -23,9 +24,8 @@ from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.samples import read_table
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.lm.forward import Abilities
-from sparsity_atlas.sites.find import find_ffns
 from sparsity_atlas.sparsify.attach import sparsified
-from sparsity_atlas.studies.output_error import sparse_output
+from sparsity_atlas.studies.output_error import Output, sparse_output
 from tiny_lm import (
     CHOICE,
     GENERATION,
@@ -243,13 +243,13 @@ def test_options_of_a_question_do_not_share_their_row(
 
 def test_the_output_error_sees_whole_sequences() -> None:
     ffn = find_ffns(tiny_model("llama"))[0]
-    rules = {t: r for (_, t), r in bind_all(create({"rule": "prompt_mask"}), [ffn], "gate").items()}
+    rules = bind_all(create({"rule": "prompt_mask"}), [ffn], "gate")
     x = torch.randn(3 * 4, ffn.hidden)
     with torch.no_grad():
-        output, zeros, entries = sparse_output(ffn, x, "gate", rules, 0.25, 4)
+        output, zeros, entries = sparse_output(Output(ffn, "gate"), x, rules, 0.25, 4)
         u, g = ffn.factors(x)
         keep = mask(g.view(3, 4, WIDTH), 0.25).view(12, WIDTH)
-        wanted = ffn.output(torch.where(keep, u * g, 0))
+        wanted = ffn.down(torch.where(keep, u * g, 0))
     torch.testing.assert_close(output, wanted)
     assert (zeros, entries) == (3 * 2 * (WIDTH - WIDTH // 4), 12 * WIDTH)
     assert Place(ffn, "gate").width == WIDTH

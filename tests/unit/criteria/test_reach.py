@@ -7,10 +7,10 @@ import torch
 from test_built_in_calibrated import Columns, Given, calibrated, sample
 from torch import Tensor
 
+from model_parts import find_ffns
 from sparsity_atlas.criteria import create
 from sparsity_atlas.criteria.place import Place
 from sparsity_atlas.criteria.reach import Reach, misses
-from sparsity_atlas.sites.find import find_ffns
 from tiny_models import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -21,7 +21,7 @@ from sparsity_atlas.lm.forest import Request, pack
 from sparsity_atlas.lm.forward import Abilities, Masks
 from sparsity_atlas.lm.sharing import abilities
 from sparsity_atlas.models import head
-from sparsity_atlas.sites.find import find_ffns
+from sparsity_atlas.sites.find import find_parts, sites_of
 from sparsity_atlas.sparsify.attach import NumericalFailure, counted, sparsified
 from tiny_lm import (
     CHOICE,
@@ -95,12 +95,12 @@ def test_which_models_can(name: str) -> None:
 def test_scores_and_counts_are_those_of_each_request_by_itself(name: str) -> None:
     model = tiny_model(name)
     requests = questions()
-    ffns = find_ffns(model)
-    ways = {"dense": lambda: counted(model, ffns)}
-    for site in ffns[0].sites():
+    parts = find_parts(model)
+    ways = {"dense": lambda: counted(model, parts)}
+    for site in sites_of(parts):
         for rule, level in (("topp", 0.7), ("topk", 0.4), ("maxp", 0.2)):
             ways[f"{rule} {site}"] = lambda site=site, rule=rule, level=level: sparsified(
-                model, ffns, site, create({"rule": rule}), level
+                model, parts, site, create({"rule": rule}), level
             )
     for attach in ways.values():
         plain = run(model, requests, Abilities(), attach)
@@ -147,10 +147,10 @@ def test_a_window_of_attention(name: str, window: int, dtype: torch.dtype) -> No
     found, faults = abilities(model, requests)
     expected = masks if window == 6 else Masks.ONE
     assert found == Abilities(branches=True, selects=True, masks=expected), faults
-    ffns = find_ffns(model)
+    parts = find_parts(model)
     if dtype == torch.float32:
         plain, shared = (
-            run(model, requests, able, lambda: counted(model, ffns))
+            run(model, requests, able, lambda: counted(model, parts))
             for able in (Abilities(), found)
         )
         for (one, greedy), (other, likewise) in zip(plain[0], shared[0], strict=True):

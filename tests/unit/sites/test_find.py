@@ -11,9 +11,19 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from model_parts import attentions_of, ffns_of, find_ffns, shown
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.sites.ffn import ACTIVATIONS, FFN
-from sparsity_atlas.sites.find import TENSORS, bind_ffns, find_ffns, observe
+from sparsity_atlas.sites.activation import ACTIVATIONS
+from sparsity_atlas.sites.ffn import FFN
+from sparsity_atlas.sites.find import (
+    TENSORS,
+    Part,
+    bind_parts,
+    describe_parts,
+    find_parts,
+    observe,
+)
+from sparsity_atlas.sites.part import sites_of
 from sparsity_atlas.terms import ATTENTION_SITES, FFN_SITES
 from tiny_models import (
     ARCHITECTURES,
@@ -85,8 +95,9 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
-def assert_proved(model: nn.Module, ffns: list[FFN]) -> None:
+def assert_proved(model: nn.Module, parts: list[Part]) -> None:
     """Check the FFNs in a forward pass over other tokens than the probe's, with hooks of our own."""
+    ffns = ffns_of(parts)
     ids = token_ids()
     with torch.no_grad():
         untouched = model(ids)
@@ -109,8 +120,8 @@ def assert_proved(model: nn.Module, ffns: list[FFN]) -> None:
         assert (layer, name) not in seen
         seen[layer, name] = tensor.clone()
 
-    sites = ffns[0].sites()
-    with torch.no_grad(), observe(ffns, sites, keep):
+    sites = sites_of(parts)
+    with torch.no_grad(), observe(parts, sites, shown(keep)):
         watched = model(ids)
     for handle in handles:
         handle.remove()
@@ -127,7 +138,7 @@ def assert_proved(model: nn.Module, ffns: list[FFN]) -> None:
         with torch.no_grad():
             u, g = ffn.factors(x)
             assert relative(ffn.intermediate(x), i) < 1e-5
-            output = ffn.output(ffn.intermediate(x))
+            output = ffn.down(ffn.intermediate(x))
         assert relative(output, outputs[ffn.layer].view_as(output)) < 1e-5
         if g is None:
             assert u.shape == i.shape
@@ -139,12 +150,13 @@ def assert_proved(model: nn.Module, ffns: list[FFN]) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_is_found_and_proved(name: str) -> None:
     model = tiny_model(name)
-    ffns = find_ffns(model)
+    parts = find_parts(model)
+    ffns = ffns_of(parts)
     assert [ffn.layer for ffn in ffns] == list(range(model.config.num_hidden_layers))
     assert {ffn.hidden for ffn in ffns} == {HIDDEN}
     own = FFN_SITES if ffns[0].gated else UNGATED_SITES
-    assert ffns[0].sites() in (own, (*own, *ATTENTION_SITES))
-    assert_proved(model, ffns)
+    assert sites_of(parts) in (own, (*own, *ATTENTION_SITES))
+    assert_proved(model, parts)
 
 
 @pytest.mark.parametrize("name", ROLES)
@@ -193,7 +205,7 @@ def test_names_that_say_nothing(layout: str) -> None:
 def test_functional_activations_are_told_apart(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparsity_atlas.sites.ffn import activation_function
+    from sparsity_atlas.sites.activation import activation_function
 
     function = activation_function(name)
     monkeypatch.setattr(
@@ -406,30 +418,30 @@ def assert_no_hooks(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "opt", "lfm2"])
 def test_a_description_binds_without_a_probe(name: str) -> None:
-    found = find_ffns(tiny_model(name))
-    stored = json.loads(json.dumps([ffn.describe() for ffn in found]))
+    stored = json.loads(json.dumps(describe_parts(find_parts(tiny_model(name)))))
     model = tiny_model(name)
-    bound = bind_ffns(model, stored)
-    assert [ffn.describe() for ffn in bound] == stored
-    assert len(bound) == LAYERS or name == "lfm2"
+    bound = bind_parts(model, stored)
+    assert describe_parts(bound) == stored
+    assert len(ffns_of(bound)) == LAYERS or name == "lfm2"
     assert_proved(model, bound)
 
 
 def test_a_description_from_before_attention_was_looked_for_binds() -> None:
-    stored = [ffn.describe() for ffn in find_ffns(tiny_model("llama"))]
+    stored = describe_parts(find_parts(tiny_model("llama")))
     for entry in stored:
         del entry["attention"]
-    assert [ffn.attention for ffn in bind_ffns(tiny_model("llama"), stored)] == [None] * LAYERS
+    bound = bind_parts(tiny_model("llama"), stored)
+    assert (len(ffns_of(bound)), attentions_of(bound)) == (LAYERS, [])
 
 
 def test_a_shared_activation_binds_as_shared() -> None:
     model = Strange("gated-shared")
-    bound = bind_ffns(model, [ffn.describe() for ffn in find_ffns(model)])
-    assert [ffn.activation.module for ffn in bound] == [None, None]
+    bound = bind_parts(model, describe_parts(find_parts(model)))
+    assert [ffn.activation.module for ffn in ffns_of(bound)] == [None, None]
     assert_proved(model, bound)
 
 
 def test_a_description_of_another_model_is_refused() -> None:
-    stored = [ffn.describe() for ffn in find_ffns(tiny_model("llama"))]
+    stored = describe_parts(find_parts(tiny_model("llama")))
     with pytest.raises(AtlasError, match=r"model\.layers\.0\.mlp\.up_proj: .* no such module"):
-        bind_ffns(tiny_model("gpt2"), stored)
+        bind_parts(tiny_model("gpt2"), stored)

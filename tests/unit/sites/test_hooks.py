@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model_parts import find_ffns, shown
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.sites.ffn import FFN
-from sparsity_atlas.sites.find import TENSORS, find_ffns, observe, transform
+from sparsity_atlas.sites.find import TENSORS, Part, find_parts, observe, transform
+from sparsity_atlas.sites.part import by_layer, sites_of
 from sparsity_atlas.terms import FFN_SITES
 from tiny_models import HIDDEN, LAYERS, WIDTH, Strange, tiny_model, token_ids
 
@@ -209,23 +210,23 @@ class ByHand:
             ffn.forward = MethodType(forward, ffn)
 
 
-def sites_of(name: str) -> tuple[str, ...]:
+def named_sites(name: str) -> tuple[str, ...]:
     ungated = name in ("gpt2", "opt", "gpt_neox", "falcon")
     return ("input", "intermediate", "all_inputs") if ungated else FFN_SITES
 
 
-CASES = [(name, site) for name in (*MODELS, *LAYOUTS) for site in sites_of(name)]
+CASES = [(name, site) for name in (*MODELS, *LAYOUTS) for site in named_sites(name)]
 
 
 @pytest.fixture(scope="module")
-def found() -> Callable[[str], list[FFN]]:
-    """FFNs of a model or layout, found once."""
-    known: dict[str, list[FFN]] = {}
+def found() -> Callable[[str], list[Part]]:
+    """Parts of a model or layout, found once."""
+    known: dict[str, list[Part]] = {}
 
-    def find(name: str) -> list[FFN]:
+    def find(name: str) -> list[Part]:
         if name not in known:
             model = Strange(name) if name in LAYOUTS else tiny_model(name, initializer_range=0.3)
-            known[name] = find_ffns(model)
+            known[name] = find_parts(model)
         return known[name]
 
     return find
@@ -234,12 +235,12 @@ def found() -> Callable[[str], list[FFN]]:
 @pytest.mark.parametrize("mask_of", [by_value, at_random])
 @pytest.mark.parametrize(("name", "site"), CASES)
 def test_masks_equal_a_forward_pass_by_hand(
-    name: str, site: str, mask_of: MaskOf, found: Callable[[str], list[FFN]]
+    name: str, site: str, mask_of: MaskOf, found: Callable[[str], list[Part]]
 ) -> None:
     ffns = found(name)
     ids = token_ids()
     untouched = logits_of(ffns[0].model, ids)
-    with transform(ffns, site, mask_of):
+    with transform(ffns, site, shown(mask_of)):
         masked = logits_of(ffns[0].model, ids)
 
     by_hand = ByHand(site, mask_of)
@@ -259,35 +260,37 @@ def test_masks_equal_a_forward_pass_by_hand(
 @pytest.mark.parametrize("name", MODELS)
 def test_keeping_everything_changes_no_bit(name: str, dtype: torch.dtype) -> None:
     model = tiny_model(name, dtype)
-    ffns = find_ffns(model)
+    ffns = find_parts(model)
     ids = token_ids()
     untouched = logits_of(model, ids)
-    for site in ffns[0].sites():
+    for site in sites_of(ffns):
         for mask_of in (lambda *_: None, lambda _layer, _name, t: torch.ones_like(t).bool()):
-            with transform(ffns, site, mask_of):
+            with transform(ffns, site, shown(mask_of)):
                 assert torch.equal(logits_of(model, ids), untouched)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gated-in-place", "gated-shared"])
-def test_all_tensors_come_by_in_order(name: str, found: Callable[[str], list[FFN]]) -> None:
+def test_all_tensors_come_by_in_order(name: str, found: Callable[[str], list[Part]]) -> None:
     ffns = found(name)
     order: list[tuple[int, str]] = []
-    with observe(ffns, ffns[0].sites(), lambda layer, tensor, _: order.append((layer, tensor))):
+    with observe(
+        ffns, sites_of(ffns), shown(lambda layer, tensor, _: order.append((layer, tensor)))
+    ):
         logits_of(ffns[0].model, token_ids())
-    per_layer = [[tensor for layer, tensor in order if layer == ffn.layer] for ffn in ffns]
+    per_layer = [[tensor for layer, tensor in order if layer == own] for own in by_layer(ffns)]
     assert [layer for layer, _ in order] == sorted(layer for layer, _ in order)
     for tensors in per_layer:
-        assert tensors[0] == ("input" if ffns[0].attention is None else "qkv_input")
+        assert tensors[0] == ("qkv_input" if "qkv_input" in sites_of(ffns) else "input")
         assert tensors[-1] == "intermediate"
         assert sorted(tensors) == sorted(
-            {name for site in ffns[0].sites() for name in TENSORS[site]}
+            {name for site in sites_of(ffns) for name in TENSORS[site]}
         )
 
 
 def test_one_site_may_be_named_without_a_list() -> None:
     ffns = find_ffns(tiny_model("llama"))
     seen: list[str] = []
-    with observe(ffns, "up", lambda _, name, __: seen.append(name)):
+    with observe(ffns, "up", shown(lambda _, name, __: seen.append(name))):
         logits_of(ffns[0].model, token_ids())
     assert seen == ["up"] * LAYERS
 
@@ -299,8 +302,8 @@ def test_entries_masked_out_become_zero_whatever_they_are() -> None:
     with torch.no_grad():
         broken.weight[3] = torch.nan
         broken.weight[5] = torch.inf
-    shown: list[Tensor] = []
-    handle = ffns[0].down.module.register_forward_hook(lambda _, args, __: shown.append(args[0]))
+    reached: list[Tensor] = []
+    handle = ffns[0].down.module.register_forward_hook(lambda _, args, __: reached.append(args[0]))
 
     def mask_of(layer: int, name: str, tensor: Tensor) -> Tensor:
         mask = torch.ones_like(tensor).bool()
@@ -309,9 +312,9 @@ def test_entries_masked_out_become_zero_whatever_they_are() -> None:
 
     # Registered after ours, so the hook sees what the down projection gets.
     for site in ("up", "gate", "intermediate"):
-        with transform(ffns, site, mask_of):
+        with transform(ffns, site, shown(mask_of)):
             assert logits_of(model, token_ids()).isfinite().all()
-        assert (shown[-1][..., [3, 5, 7]] == 0).all()
+        assert (reached[-1][..., [3, 5, 7]] == 0).all()
     handle.remove()
 
 
@@ -325,7 +328,7 @@ def test_input_masks_leave_other_readers_of_the_same_tensor_alone() -> None:
         block.self_attn.q_proj.register_forward_hook(lambda *a: seen["attention"].append(a[1][0])),
         block.mlp.up_proj.register_forward_hook(lambda *a: seen["ffn"].append(a[1][0])),
     ]
-    with transform(ffns, "input", lambda _, __, t: torch.zeros_like(t).bool()):
+    with transform(ffns, "input", shown(lambda _, __, t: torch.zeros_like(t).bool())):
         logits_of(model, token_ids())
     for handle in handles:
         handle.remove()
@@ -341,7 +344,7 @@ def test_the_mask_of_the_input_is_asked_for_once() -> None:
         asked[layer, name] += 1
         return at_random(layer, name, tensor)
 
-    with transform(ffns, "all_inputs", mask_of):
+    with transform(ffns, "all_inputs", shown(mask_of)):
         logits_of(ffns[0].model, token_ids())
     names = ("input", "intermediate")
     assert asked == {(layer, name): 1 for layer in range(LAYERS) for name in names}
@@ -353,7 +356,7 @@ def test_generation_with_a_cache_shows_each_new_token(name: str) -> None:
     ffns = find_ffns(model)
     shapes: list[tuple[int, ...]] = []
     sites = ("all_inputs",)
-    with observe(ffns, sites, lambda layer, name, t: shapes.append(tuple(t.shape))):
+    with observe(ffns, sites, shown(lambda layer, name, t: shapes.append(tuple(t.shape)))):
         model.generate(
             token_ids(2, 5), max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0
         )
@@ -372,10 +375,10 @@ def test_an_ffn_that_does_not_run_exactly_once_is_an_error(site: str, calls: int
     pattern = (
         rf"layer 0: (intermediate|{site}) \(at yy\.0.*\) passed {calls} times .* expected once"
     )
-    with observe(ffns, [site], lambda *_: None), pytest.raises(AtlasError, match=pattern):
+    with observe(ffns, [site], shown(lambda *_: None)), pytest.raises(AtlasError, match=pattern):
         logits_of(model, token_ids())
     with (
-        transform(ffns, site, lambda *_: None),
+        transform(ffns, site, shown(lambda *_: None)),
         pytest.raises(AtlasError, match=pattern),
     ):
         logits_of(model, token_ids())
@@ -394,7 +397,7 @@ def test_a_failed_forward_pass_does_not_spoil_the_next() -> None:
             raise MemoryError
         seen.append((layer, name))
 
-    with observe(ffns, ["intermediate"], callback):
+    with observe(ffns, ["intermediate"], shown(callback)):
         with pytest.raises(MemoryError):
             logits_of(model, token_ids())
         fails.append(False)
@@ -407,7 +410,7 @@ def test_calling_a_part_of_the_model_is_an_error() -> None:
     model = tiny_model("llama")
     ffns = find_ffns(model)
     with (
-        observe(ffns, ["input"], lambda *_: None),
+        observe(ffns, ["input"], shown(lambda *_: None)),
         pytest.raises(AtlasError, match="outside a forward pass"),
         torch.no_grad(),
     ):
@@ -419,9 +422,9 @@ def test_the_ffn_can_be_computed_inside_a_callback() -> None:
     outputs: list[Tensor] = []
 
     def callback(layer: int, name: str, x: Tensor) -> None:
-        outputs.append(ffns[layer].output(ffns[layer].intermediate(x)))
+        outputs.append(ffns[layer].down(ffns[layer].intermediate(x)))
 
-    with observe(ffns, ["input"], callback):
+    with observe(ffns, ["input"], shown(callback)):
         logits_of(ffns[0].model, token_ids())
     assert len(outputs) == LAYERS
 
@@ -432,8 +435,8 @@ def test_hooks_go_with_the_context_even_after_an_error() -> None:
 
     def fail() -> None:
         with (
-            transform(ffns, "all_inputs", lambda *_: None),
-            observe(ffns, FFN_SITES, lambda *_: None),
+            transform(ffns, "all_inputs", shown(lambda *_: None)),
+            observe(ffns, FFN_SITES, shown(lambda *_: None)),
         ):
             assert any(module._forward_pre_hooks for module in model.modules())
             raise KeyError
@@ -457,7 +460,7 @@ def test_a_mask_of_another_type_or_shape_is_an_error(
 ) -> None:
     ffns = find_ffns(tiny_model("llama"))
     with (
-        transform(ffns, "up", lambda _, __, t: mask(t)),
+        transform(ffns, "up", shown(lambda _, __, t: mask(t))),
         pytest.raises(AtlasError, match=f"layer 0: up: found a mask of .*{found}"),
     ):
         logits_of(ffns[0].model, token_ids())
@@ -470,11 +473,11 @@ def test_sites_that_are_not_there_are_errors() -> None:
             pytest.raises(
                 AtlasError, match=f"site '{site}': layer 0 has none; its sites are input"
             ),
-            transform(ffns, site, lambda *_: None),
+            transform(ffns, site, shown(lambda *_: None)),
         ):
             pass
     with (
         pytest.raises(AtlasError, match="unknown site 'attention'; known: input, up"),
-        observe(ffns, ["attention"], lambda *_: None),
+        observe(ffns, ["attention"], shown(lambda *_: None)),
     ):
         pass

@@ -15,8 +15,8 @@ from sparsity_atlas.criteria.built_in.topk import TopK
 from sparsity_atlas.criteria.place import Place
 from sparsity_atlas.errors import AtlasError, NumericalFailure
 from sparsity_atlas.kernels.definition import Threshold
-from sparsity_atlas.sites.ffn import FFN
-from sparsity_atlas.sites.find import SITES, TENSORS, find_ffns
+from sparsity_atlas.sites.find import SITES, TENSORS, Part, Vectors, find_parts
+from sparsity_atlas.sites.part import measure
 from sparsity_atlas.sparsify.attach import Counter, Slot, counted, sparsified
 from tiny_models import LAYERS, tiny_model, token_ids
 
@@ -24,27 +24,27 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def ffns() -> list[FFN]:
-    return find_ffns(tiny_model("llama", initializer_range=0.3))
+def parts() -> list[Part]:
+    return find_parts(tiny_model("llama", initializer_range=0.3))
 
 
-def run(ffns: list[FFN], site: str, criterion: Criterion, level: float) -> tuple[Tensor, list]:
+def run(parts: list[Part], site: str, criterion: Criterion, level: float) -> tuple[Tensor, list]:
     """Logits and counts [slots][batch] of a batch that has one token of padding."""
     ids = token_ids()
     valid = torch.ones_like(ids, dtype=torch.bool)
     valid[0, -1] = False
-    with torch.no_grad(), sparsified(ffns[0].model, ffns, site, criterion, level) as counter:
+    with torch.no_grad(), sparsified(parts[0].model, parts, site, criterion, level) as counter:
         counter.expect(valid)
-        logits = ffns[0].model(ids).logits
+        logits = parts[0].model(ids).logits
         return logits, counter.take()[0].sum(-1).tolist()
 
 
-def test_counts_lie_in_one_block(ffns: list[FFN]) -> None:
+def test_counts_lie_in_one_block(parts: list[Part]) -> None:
     """Each by itself would stand where malloc could give a large tensor again."""
     ids = token_ids()
-    with torch.no_grad(), counted(ffns[0].model, ffns) as counter:
+    with torch.no_grad(), counted(parts[0].model, parts) as counter:
         counter.expect(torch.ones_like(ids, dtype=torch.bool))
-        ffns[0].model(ids)
+        parts[0].model(ids)
         for kept in (counter._zeros, counter._finite):
             assert len({one.untyped_storage().data_ptr() for one in kept[0]}) == 1
 
@@ -65,25 +65,25 @@ class Masks(Criterion):
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("rule", ["topp", "topk", "maxp"])
 def test_all_paths_give_the_same_bits(
-    ffns: list[FFN], site: str, rule: str, monkeypatch: pytest.MonkeyPatch
+    parts: list[Part], site: str, rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     criterion = create({"rule": rule})
-    logits, counts = run(ffns, site, criterion, 0.4)
+    logits, counts = run(parts, site, criterion, 0.4)
     monkeypatch.setenv(kernels.VARIABLE, "reference")
     for other in (criterion, Masks(criterion)):
-        again = run(ffns, site, other, 0.4)
+        again = run(parts, site, other, 0.4)
         assert torch.equal(again[0], logits)
         assert again[1] == counts
     assert len(counts) == LAYERS * len(TENSORS[site])
 
 
-def test_what_overrides_a_mask_is_asked_for_it(ffns: list[FFN]) -> None:
+def test_what_overrides_a_mask_is_asked_for_it(parts: list[Part]) -> None:
     class Nothing(TopK):
         def mask(self, values: Tensor, level: float) -> Tensor:
             return torch.zeros_like(values, dtype=torch.bool)
 
-    _, counts = run(ffns, "intermediate", Nothing(), 1.0)
-    width, batch = ffns[0].width, token_ids()
+    _, counts = run(parts, "intermediate", Nothing(), 1.0)
+    width, batch = measure(parts)["width"], token_ids()
     assert counts == [[(batch.shape[1] - (row == 0)) * width for row in range(len(batch))]] * LAYERS
 
 
@@ -104,13 +104,13 @@ class Layered(Criterion):
         return Threshold("fixed", constants=torch.tensor([self.constant]))
 
 
-def test_each_layer_and_tensor_has_its_own_rule(ffns: list[FFN]) -> None:
-    _, (first, first_i, second, second_i, *_) = run(ffns, "all_inputs", Layered(), 1.0)
+def test_each_layer_and_tensor_has_its_own_rule(parts: list[Part]) -> None:
+    _, (first, first_i, second, second_i, *_) = run(parts, "all_inputs", Layered(), 1.0)
     assert sum(first) == sum(first_i) == 0
     tokens = token_ids().numel() - 1
     # Without an input there is no intermediate either: exact zeros count.
-    assert sum(second) == tokens * ffns[0].hidden
-    assert sum(second_i) == tokens * ffns[0].width
+    assert sum(second) == tokens * measure(parts)["hidden"]
+    assert sum(second_i) == tokens * measure(parts)["width"]
 
 
 def test_a_criterion_says_one_thing_or_the_other(tmp_path) -> None:
@@ -126,15 +126,15 @@ def test_a_criterion_says_one_thing_or_the_other(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("padding", [True, False])
-def test_padding_neither_counts_nor_breaks(padding: bool) -> None:
-    counter = Counter([Slot("input", 0, 8, 16), Slot("up", 0, 8, 8)])
+def test_padding_neither_counts_nor_breaks(parts: list[Part], padding: bool) -> None:
+    part = parts[1]
+    x, u = (Vectors(part, name, torch.zeros(2, 2, 8)) for name in ("input", "up"))
+    counter = Counter([Slot(x.key, 8, 16), Slot(u.key, 8, 8)])
     counter.expect(torch.tensor([[True, not padding], [True, True]]))
     counter.begin_pass()
     fine = torch.ones(2, 2, dtype=torch.bool)
-    counter.add("input", 0, torch.tensor([[1, 2], [3, 4]]), fine)
-    counter.add(
-        "up", 0, torch.tensor([[5, 6], [7, 8]]), torch.tensor([[True, False], [True, True]])
-    )
+    counter.add(x, torch.tensor([[1, 2], [3, 4]]), fine)
+    counter.add(u, torch.tensor([[5, 6], [7, 8]]), torch.tensor([[True, False], [True, True]]))
     if padding:
         assert counter.take()[0].tolist() == [[[1, 0], [3, 4]], [[5, 0], [7, 8]]]
     else:

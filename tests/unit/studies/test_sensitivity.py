@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fake_results import make_results, make_tables
+from model_parts import by_tensor, find_ffns
 from sparsity_atlas.activations import capture
 from sparsity_atlas.activations.store import ActivationStore
 from sparsity_atlas.criteria import create
@@ -25,10 +26,10 @@ from sparsity_atlas.criteria.built_in.topk import TopK
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.figures import layer_by_level
 from sparsity_atlas.files.journal import whole_lines
-from sparsity_atlas.sites.find import find_ffns
 from sparsity_atlas.studies import sensitivity
 from sparsity_atlas.studies.sensitivity import numbers, passes, rows
 from sparsity_atlas.studies.single_layer import Pass, run, run_alone
+from sparsity_atlas.terms import PlaceKey
 from tiny_lm import run_stage, sentences
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -111,9 +112,9 @@ def test_one_place_is_sparsified_and_all_else_dense(model: LlamaForCausalLM, sit
     ffns = find_ffns(model)
     bound = bind_all(create({"rule": "topk"}), ffns, site)
     found = measure(ffns, site, bound, ["1", "0.25"])
-    assert [(row["layer"], row["tensor"]) for row in found[::2]] == list(bound)
+    assert [(row["layer"], row["tensor"]) for row in found[::2]] == list(by_tensor(bound))
     dense = nats(model)
-    for (layer, tensor), unchanged, sparse in zip(bound, found[::2], found[1::2], strict=True):
+    for (layer, _, tensor), unchanged, sparse in zip(bound, found[::2], found[1::2], strict=True):
         mlp = model.model.layers[layer].mlp
 
         def forward(x: torch.Tensor, mlp: Any = mlp, tensor: str = tensor) -> torch.Tensor:
@@ -161,7 +162,7 @@ def test_what_is_no_number_at_one_place_fails_there_alone(model: LlamaForCausalL
 
     ffns = find_ffns(model)
     bound = bind_all(TopK(), ffns, "intermediate")
-    bound[0, "intermediate"] = Breaks()
+    bound[PlaceKey(0, "ffn", "intermediate")] = Breaks()
     first, second = measure(ffns, "intermediate", bound, ["0.5"])
     assert first["added_loss"] is None
     assert second["added_loss"] is not None

@@ -44,7 +44,9 @@ class ShiftedRelu(Quantile):
     def bind(self, place: Place, state: dict[str, Tensor]) -> Self:
         """See `Criterion.bind`."""
         bound = super().bind(place, state)
-        bound._function = place.ffn.activation.function
+        activation = place.part.activation
+        assert activation is not None, "what has a gate has a nonlinearity"
+        bound._function = activation.function
         return bound
 
     def mask(self, values: Tensor, level: float) -> Tensor:

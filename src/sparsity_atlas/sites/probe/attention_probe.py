@@ -15,7 +15,7 @@ linear map.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsity_atlas.sites.attention import Attention
-from sparsity_atlas.sites.ffn import FFN, layer_path
+from sparsity_atlas.sites.part import Part, by_layer, layer_path
 from sparsity_atlas.sites.probe.ffn_probe import linear_like
 from sparsity_atlas.sites.projection import Projection
 
@@ -49,37 +49,41 @@ class _Call:
 
 
 def find_attention(
-    model: nn.Module, ffns: list[FFN], run: Callable[[], Any], shape: tuple[int, int]
+    model: nn.Module, parts: Sequence[Part], run: Callable[[], Any], shape: tuple[int, int]
 ) -> list[Attention] | None:
     """The attention of every layer.
 
     Args:
         model: in evaluation mode.
-        ffns: all its FFNs.
+        parts: all that its layers hold beside attention.
         run: one forward pass, of two sequences or more.
         shape: sequences and tokens of that pass.
 
     Returns:
-        One for each FFN; None if a layer has none that the experiment shows.
+        One for each layer; None if a layer has none that the experiment shows.
     """
     maps = linear_like(model)
-    layers = []
-    for ffn in ffns:
-        place = layer_path(ffn, ffns)
-        own = {one.path for one in (ffn.up, ffn.gate, ffn.down) if one is not None}
-        beside = {
+    layers = {}
+    for layer, held in by_layer(parts).items():
+        place = layer_path(layer, parts)
+        own = {path for part in held for path in part.paths}
+        layers[layer] = {
             path: module
             for path, module in maps.items()
             if place and path.startswith(f"{place}.") and path not in own
         }
-        layers.append(beside)
-    calls: dict[str, list[_Call | None]] = {path: [] for beside in layers for path in beside}
+    calls: dict[str, list[_Call | None]] = {
+        path: [] for beside in layers.values() for path in beside
+    }
     with ExitStack() as stack:
-        for beside in layers:
+        for beside in layers.values():
             for path, module in beside.items():
                 _hook(stack, path, module, shape, calls[path])
         run()
-    found = [_attention([call for path in beside for call in calls[path]]) for beside in layers]
+    found = [
+        _attention(model, layer, [call for path in beside for call in calls[path]])
+        for layer, beside in layers.items()
+    ]
     return [one for one in found if one] if all(found) else None
 
 
@@ -125,7 +129,7 @@ def _numbered(shape: tuple[int, int], width: int, generator: torch.Generator) ->
     return made
 
 
-def _attention(noted: list[_Call | None]) -> Attention | None:
+def _attention(model: nn.Module, layer: int, noted: list[_Call | None]) -> Attention | None:
     """The attention of one layer whose maps ran like this."""
     calls = [call for call in noted if call is not None]
     if len(calls) < len(noted) or len({call.path for call in calls}) < len(calls):
@@ -138,12 +142,14 @@ def _attention(noted: list[_Call | None]) -> Attention | None:
     if len(qkv) + 1 != len(calls):
         return None
     return Attention(
+        layer=layer,
         qkv=tuple(Projection(call.path, call.module) for call in qkv),
         o=Projection(o.path, o.module),
         hidden=v.input.shape[-1],
         width=o.input.shape[-1],
-        outputs=sum(call.output.shape[-1] for call in qkv),
+        made=sum(call.output.shape[-1] for call in qkv),
         hidden_out=o.output.shape[-1],
+        model=model,
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsity_atlas.sites.ffn import ACTIVATIONS, Activation, activation_function
+from sparsity_atlas.sites.activation import ACTIVATIONS, Activation, activation_function
 from sparsity_atlas.sites.probe.hypotheses import (
     QUICK_COLUMNS,
     Call,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from sparsity_atlas.sites.ffn import Activation
+from sparsity_atlas.sites.activation import Activation
 from sparsity_atlas.sites.projection import Projection
 
 # Columns that are looked at first: few are enough to refute.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.sites.attention import Attention
 from sparsity_atlas.sites.ffn import FFN
 from sparsity_atlas.sites.hooks import observe
+from sparsity_atlas.sites.part import Vectors
 from sparsity_atlas.sites.probe.hypotheses import relative_error, tolerance
 from sparsity_atlas.sites.projection import Projection
+from sparsity_atlas.terms import ATTENTION_TENSORS
 
 # Loose: reduced-precision products (TF32) must pass, and what is not affine misses by far more.
 AFFINE = 0.03
@@ -42,7 +45,8 @@ def prove(ffns: list[FFN], run: Callable[[], Any]) -> list[FFN]:
     overwritten: set[int] = set()
     by_layer = {ffn.layer: ffn for ffn in ffns}
 
-    def keep(layer: int, name: str, tensor: Tensor) -> None:
+    def keep(vectors: Vectors) -> None:
+        layer, name, tensor = vectors.part.layer, vectors.tensor, vectors.values
         seen[layer][name] = (tensor, tensor.clone())
         if name == "intermediate" and any(
             not torch.equal(seen[layer][factor][0], seen[layer][factor][1])
@@ -74,15 +78,15 @@ def prove(ffns: list[FFN], run: Callable[[], Any]) -> list[FFN]:
     return [replace(ffn, overwritten=ffn.layer in overwritten) for ffn in ffns]
 
 
-def proves_attention(ffns: list[FFN], run: Callable[[], Any]) -> bool:
+def proves_attention(found: Sequence[Attention], run: Callable[[], Any]) -> bool:
     """Whether all maps of every attention are affine, seen in an ordinary forward pass."""
     errors: list[float] = []
 
-    def check(layer: int, name: str, tensor: Tensor) -> None:
-        for projection in ffns[layer].readers(name):
-            errors.append(relative_error(*_affine(projection, tensor)))
+    def check(vectors: Vectors) -> None:
+        for projection in vectors.part.readers(vectors.tensor):
+            errors.append(relative_error(*_affine(projection, vectors.values)))
 
-    with observe(ffns, ("qkv_input", "o_input"), check):
+    with observe(found, ATTENTION_TENSORS, check):
         run()
     # Written so that NaN fails.
     return all(error <= AFFINE for error in errors)
@@ -95,8 +99,8 @@ def _check(ffn: FFN, values: dict[str, Tensor], output: Tensor) -> None:
     limit = tolerance(x.dtype)
     equations = {
         "intermediate(x) = input of the down projection": (i, again, limit),
-        "down(i) = the FFN's output": (output, ffn.output(i), limit),
-        "FFN(x) = the FFN's output": (output, ffn.output(again), 2 * limit),
+        "down(i) = the FFN's output": (output, ffn.down(i), limit),
+        "FFN(x) = the FFN's output": (output, ffn.down(again), 2 * limit),
         "up is affine": (*_affine(ffn.up, x), AFFINE),
         "down is affine": (*_affine(ffn.down, i), AFFINE),
     }

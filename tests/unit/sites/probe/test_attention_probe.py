@@ -9,15 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from model_parts import attentions_of, by_tensor, ffns_of, shown
 from sparsity_atlas.activations.store import ActivationStore
 from sparsity_atlas.criteria import create
 from sparsity_atlas.criteria.binding import bind_all
-from sparsity_atlas.criteria.place import Place
+from sparsity_atlas.criteria.place import Place, places
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.sites.find import bind_ffns, find_ffns, observe, transform
+from sparsity_atlas.sites.find import bind_parts, describe_parts, find_parts, observe, transform
+from sparsity_atlas.sites.part import by_layer, sites_of
 from sparsity_atlas.sparsify.attach import slots_of, sparsified
 from sparsity_atlas.studies.output_error import layer_rows
-from sparsity_atlas.terms import ATTENTION_SITES, LINEAR_INPUTS, TENSORS
+from sparsity_atlas.terms import ATTENTION_SITES, LINEAR_INPUTS
 from tiny_models import ARCHITECTURES, HIDDEN, LAYERS, VOCABULARY, tiny_model, token_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,25 +60,24 @@ def leaf(path: str) -> str:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_layer_s_maps_are_found(name: str, dtype: torch.dtype) -> None:
-    ffns = find_ffns(tiny_model(name, dtype))
+    parts = find_parts(tiny_model(name, dtype))
     expected = ROLES.get(name, SPLIT)
-    for ffn in ffns:
-        found = ffn.attention
-        if expected is None:
-            assert found is None
-            assert not set(ffn.sites()) & set(ATTENTION_SITES)
-            continue
-        assert found is not None
+    attentions = attentions_of(parts)
+    if expected is None:
+        assert not attentions
+        assert not set(sites_of(parts)) & set(ATTENTION_SITES)
+        return
+    assert [one.layer for one in attentions] == [one.layer for one in ffns_of(parts)]
+    assert set(ATTENTION_SITES) < set(sites_of(parts))
+    for found in attentions:
         assert ({leaf(one.path) for one in found.qkv}, leaf(found.o.path)) == expected
         for tensor in ("qkv_input", "o_input"):
             made = sum(
-                one(torch.zeros(1, ffn.size(tensor), dtype=dtype)).shape[-1]
-                for one in ffn.readers(tensor)
+                one(torch.zeros(1, found.size(tensor), dtype=dtype)).shape[-1]
+                for one in found.readers(tensor)
             )
-            assert made == ffn.outputs(tensor)
-    assert len({ffn.attention and ffn.attention.o.path for ffn in ffns}) == (
-        1 if expected is None else len(ffns)
-    )
+            assert made == found.outputs(tensor)
+    assert len({found.o.path for found in attentions}) == len(attentions)
 
 
 def weights(module: nn.Module, entries: int) -> Tensor:
@@ -92,7 +93,7 @@ def weights(module: nn.Module, entries: int) -> Tensor:
 def test_dropping_an_entry_is_dropping_its_columns(name: str, site: str) -> None:
     """Entries that are dropped for every token leave the model as if nothing read them."""
     model = tiny_model(name, initializer_range=0.3)
-    ffns = find_ffns(model)
+    parts = find_parts(model)
     ids = token_ids()
 
     def mask_of(layer: int, tensor: str, values: Tensor) -> Tensor:
@@ -102,13 +103,12 @@ def test_dropping_an_entry_is_dropping_its_columns(name: str, site: str) -> None
 
     with torch.no_grad():
         untouched = model(ids).logits
-        with transform(ffns, site, mask_of):
+        with transform(parts, site, shown(mask_of)):
             masked = model(ids).logits
         assert torch.equal(model(ids).logits, untouched)
-        for ffn in ffns:
-            for tensor in TENSORS[site]:
-                for reader in ffn.readers(tensor):
-                    weights(reader.module, ffn.size(tensor))[:, ffn.layer :: 3] = 0
+        for place in places(parts, site):
+            for reader in place.readers():
+                weights(reader.module, place.width)[:, place.layer :: 3] = 0
         by_hand = model(ids).logits
     torch.testing.assert_close(masked, by_hand, rtol=1e-5, atol=1e-5)
     assert (masked - untouched).abs().max() > 1e-3
@@ -117,12 +117,15 @@ def test_dropping_an_entry_is_dropping_its_columns(name: str, site: str) -> None
 def test_the_ffn_of_a_parallel_block_reads_its_own_copy() -> None:
     """In such a block attention and FFN read one tensor, and each site is its own readers'."""
     model = tiny_model("cohere")
-    ffns = find_ffns(model)
+    parts = find_parts(model)
     seen: dict[str, Tensor] = {}
     block = model.model.layers[0]
     for name, module in (("attention", block.self_attn.q_proj), ("ffn", block.mlp.up_proj)):
         module.register_forward_hook(lambda _, args, __, name=name: seen.update({name: args[0]}))
-    with torch.no_grad(), transform(ffns, "qkv_input", lambda *a: torch.zeros_like(a[2]).bool()):
+    with (
+        torch.no_grad(),
+        transform(parts, "qkv_input", shown(lambda *a: torch.zeros_like(a[2]).bool())),
+    ):
         model(token_ids())
     assert (seen["attention"] == 0).all()
     assert seen["ffn"].abs().min() > 0
@@ -130,17 +133,18 @@ def test_the_ffn_of_a_parallel_block_reads_its_own_copy() -> None:
 
 def test_described_and_bound_again() -> None:
     model = tiny_model("gemma3")
-    ffns = find_ffns(model)
-    again = bind_ffns(model, [ffn.describe() for ffn in ffns])
-    assert [one.describe() for one in again] == [one.describe() for one in ffns]
-    assert [one.attention.qkv for one in again] == [one.attention.qkv for one in ffns]
+    parts = find_parts(model)
+    again = bind_parts(model, describe_parts(parts))
+    assert [one.describe() for one in again] == [one.describe() for one in parts]
+    before, after = attentions_of(parts), attentions_of(again)
+    assert [one.qkv for one in after] == [one.qkv for one in before] != []
 
 
 def test_a_model_without_them_says_so() -> None:
-    ffns = find_ffns(tiny_model("rwkv"))
+    parts = find_parts(tiny_model("rwkv"))
     with (
         pytest.raises(AtlasError, match="site 'o_input': layer 0 has none; its sites are input"),
-        observe(ffns, ["o_input"], lambda *_: None),
+        observe(parts, ["o_input"], shown(lambda *_: None)),
     ):
         pass
 
@@ -211,8 +215,8 @@ class Decoder(nn.Module):
 
 
 def test_a_plain_decoder_of_ours_has_them() -> None:
-    ffns = find_ffns(Decoder("plain"))
-    assert all(ffn.attention is not None and len(ffn.attention.qkv) == 3 for ffn in ffns)
+    attentions = attentions_of(find_parts(Decoder("plain")))
+    assert [len(one.qkv) for one in attentions] == [3] * LAYERS
 
 
 @pytest.mark.parametrize(
@@ -220,30 +224,29 @@ def test_a_plain_decoder_of_ours_has_them() -> None:
 )
 def test_what_is_no_such_attention_is_not_taken_for_one(kind: str) -> None:
     """Another map, another reader, or values that are not simply averaged: FFN sites, and no others."""
-    ffns = find_ffns(Decoder(kind))
-    assert all(ffn.attention is None for ffn in ffns)
-    assert ffns[0].sites() == ("input", "intermediate", "all_inputs")
+    parts = find_parts(Decoder(kind))
+    assert not attentions_of(parts)
+    assert sites_of(parts) == ("input", "intermediate", "all_inputs")
 
 
 def test_a_model_of_one_layer() -> None:
     """Its layer is all of the decoder; the embedding there is no map of attention's."""
-    (ffn,) = find_ffns(tiny_model("llama", num_hidden_layers=1))
-    assert ffn.attention is not None
-    assert ffn.attention.o.path == "model.layers.0.self_attn.o_proj"
+    (found,) = attentions_of(find_parts(tiny_model("llama", num_hidden_layers=1)))
+    assert found.o.path == "model.layers.0.self_attn.o_proj"
 
 
 def test_one_odd_layer_is_enough() -> None:
     model = Decoder("plain")
     model.blocks[1].kind = "normalised"
-    assert all(ffn.attention is None for ffn in find_ffns(model))
+    assert not attentions_of(find_parts(model))
 
 
 def test_slots_know_the_weights_that_their_entries_meet() -> None:
-    ffns = find_ffns(tiny_model("gemma3", head_dim=12, num_key_value_heads=1))
+    parts = find_parts(tiny_model("gemma3", head_dim=12, num_key_value_heads=1))
     found = {
-        slot.tensor: (slot.width, slot.outputs) for slot in slots_of(ffns, "all_linear_inputs")
+        slot.key.tensor: (slot.width, slot.outputs) for slot in slots_of(parts, "all_linear_inputs")
     }
-    heads, width = 2 * 12, ffns[0].width
+    heads, width = 2 * 12, ffns_of(parts)[0].width
     assert list(found) == list(LINEAR_INPUTS)
     assert found["qkv_input"] == (HIDDEN, heads + 2 * 12)
     assert found["o_input"] == (heads, HIDDEN)
@@ -255,9 +258,9 @@ def test_slots_know_the_weights_that_their_entries_meet() -> None:
 def test_a_criterion_at_all_linear_inputs(rule: str) -> None:
     """Counts are those of the masks, tensor by tensor, in the order of a forward pass."""
     model = tiny_model("llama", initializer_range=0.3)
-    ffns = find_ffns(model)
+    parts = find_parts(model)
     criterion, ids = create({"rule": rule}), token_ids()
-    bound = bind_all(criterion, ffns, "all_linear_inputs")
+    bound = by_tensor(bind_all(criterion, parts, "all_linear_inputs"))
     by_hand: dict[tuple[int, str], Tensor] = {}
 
     def mask_of(layer: int, name: str, values: Tensor) -> Tensor:
@@ -266,30 +269,28 @@ def test_a_criterion_at_all_linear_inputs(rule: str) -> None:
         return mask
 
     with torch.no_grad():
-        with transform(ffns, "all_linear_inputs", mask_of):
+        with transform(parts, "all_linear_inputs", shown(mask_of)):
             expected = model(ids).logits
-        with sparsified(model, ffns, "all_linear_inputs", criterion, 0.5) as counter:
+        with sparsified(model, parts, "all_linear_inputs", criterion, 0.5) as counter:
             counter.expect(torch.ones_like(ids, dtype=torch.bool))
             found = model(ids).logits
             zeros, _ = counter.take()
     torch.testing.assert_close(found, expected)
     assert len(counter.slots) == 4 * LAYERS
     for slot, counts in zip(counter.slots, zeros, strict=True):
-        assert torch.equal(counts, by_hand[slot.layer, slot.tensor].long())
+        assert torch.equal(counts, by_hand[slot.key.layer, slot.key.tensor].long())
 
 
 def test_wina_weighs_by_all_maps_that_read() -> None:
-    ffns = find_ffns(tiny_model("llama"))
-    attention = ffns[0].attention
-    assert attention is not None
+    attention = attentions_of(find_parts(tiny_model("llama")))[0]
     stacked = torch.cat([one.module.weight for one in attention.qkv])
-    norms = Place(ffns[0], "qkv_input").column_norms()
+    norms = Place(attention, "qkv_input").column_norms()
     torch.testing.assert_close(norms, stacked.detach().norm(dim=0))
 
 
 def test_output_error_is_the_mean_of_the_parts(tmp_path: Path) -> None:
     """Of the maps that read a tensor, and of the FFN: by hand, from the captured tensors."""
-    ffns = find_ffns(tiny_model("llama", initializer_range=0.3))
+    parts = find_parts(tiny_model("llama", initializer_range=0.3))
     ids = token_ids(batch=2, tokens=6)
     seen: dict[str, Tensor] = {}
 
@@ -298,14 +299,15 @@ def test_output_error_is_the_mean_of_the_parts(tmp_path: Path) -> None:
             seen[name] = values.flatten(0, 1).clone()
 
     store = ActivationStore(tmp_path / "activations.zarr", writable=True)
-    with torch.no_grad(), observe(ffns, ["all_linear_inputs"], keep):
-        ffns[0].model(ids)
+    with torch.no_grad(), observe(parts, ["all_linear_inputs"], shown(keep)):
+        parts[0].model(ids)
     store.put_ids(ids.numpy())
     for name, values in seen.items():
         store.create(name, [values.shape[1]], len(values), len(values), "float32")
         store.put(name, 0, 0, values.numpy())
-    bound = bind_all(create({"rule": "topk"}), ffns[:1], "all_linear_inputs")
-    rules = {name: rule for (_, name), rule in bound.items()}
+    layer = by_layer(parts)[0]
+    bound = bind_all(create({"rule": "topk"}), layer, "all_linear_inputs")
+    rules = {key.tensor: rule for key, rule in bound.items()}
 
     def kept(name: str, values: Tensor) -> Tensor:
         return torch.where(rules[name].mask(values, 0.5), values, 0)
@@ -313,7 +315,7 @@ def test_output_error_is_the_mean_of_the_parts(tmp_path: Path) -> None:
     def error(dense: Tensor, sparse: Tensor) -> float:
         return float(((sparse - dense).norm(dim=-1) / dense.norm(dim=-1)).mean())
 
-    block = ffns[0].model.model.layers[0]
+    block = parts[0].model.model.layers[0]
     attention, ffn = block.self_attn, block.mlp
     with torch.no_grad():
         x, o = seen["qkv_input"], seen["o_input"]
@@ -331,7 +333,7 @@ def test_output_error_is_the_mean_of_the_parts(tmp_path: Path) -> None:
             "all_linear_inputs": (qkv + out + whole) / 3,
         }
         for site, value in expected.items():
-            (row,) = layer_rows(ffns[0], store, site, rules, ["0.5"])
+            (row,) = layer_rows(layer, store, site, bound, ["0.5"])
             assert row["error"] == pytest.approx(value, rel=1e-5), site
         # A search may have chosen no level.
-        assert layer_rows(ffns[0], store, "all_linear_inputs", rules, []) == []
+        assert layer_rows(layer, store, "all_linear_inputs", bound, []) == []

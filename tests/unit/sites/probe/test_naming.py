@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from model_parts import find_ffns, shown
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.sites.find import find_ffns, observe
+from sparsity_atlas.sites.find import observe
 from sparsity_atlas.sites.probe.naming import expand, tree
 from tiny_models import Strange, tiny_model, token_ids
 
@@ -50,7 +51,10 @@ def test_what_the_search_cannot_tell_apart_is_taken_as_named() -> None:
         ffns = find_ffns(model, naming)
         assert [ffn.gate.path for ffn in ffns] == [f"yy.{layer}.k3.{gate}" for layer in (0, 1)]
         seen: dict[str, torch.Tensor] = {}
-        with torch.no_grad(), observe(ffns, ["gate"], lambda i, _, t, s=seen: s.update({i: t})):
+        with (
+            torch.no_grad(),
+            observe(ffns, ["gate"], shown(lambda i, _, t, s=seen: s.update({i: t}))),
+        ):
             model(token_ids())
         assert seen[1].shape == (2, 6, 40)
 

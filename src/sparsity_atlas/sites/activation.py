@@ -1,0 +1,51 @@
+"""The nonlinearity of a part: what it is called, and where the model has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from sparsity_atlas.errors import AtlasError
+
+# Those that the search tries, commonest first: of several names of one function only one.
+ACTIVATIONS = (
+    *("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "relu2", "quick_gelu", "sigmoid"),
+    *("gelu_fast", "tanh", "mish", "relu6", "leaky_relu", "hardswish", "gelu_10", "laplace"),
+    *("sqrtsoftplus", "elu", "selu", "softplus", "softsign", "hardsigmoid"),
+)
+# Of transformers' table: functions with weights, which no name alone can give.
+WITH_WEIGHTS = ("prelu", "xielu")
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The nonlinearity σ: a module of the model (`path`), or a function of `ACTIVATIONS`."""
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+    path: str | None = None
+    module: nn.Module | None = None
+    """The module whose output is g: none for a function, or where several layers share it."""
+
+
+def activation_function(name: str) -> Callable[[Tensor], Tensor]:
+    """The function of this name: of transformers' table, or of `ACTIVATIONS` in torch.
+
+    Raises:
+        AtlasError: no such function.
+    """
+    if name in ACT2FN and name not in WITH_WEIGHTS:
+        function: Callable[[Tensor], Tensor] = ACT2FN[name]
+        return function
+    if name in ACTIVATIONS:
+        function = getattr(F, name)
+        return function
+    known = sorted({*ACT2FN, *ACTIVATIONS} - {*WITH_WEIGHTS})
+    raise AtlasError(
+        f"modules: activation: '{name}' is neither a module of the model nor a known function; "
+        f"known: {', '.join(known)}"
+    )

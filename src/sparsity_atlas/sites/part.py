@@ -1,0 +1,173 @@
+"""What a decoder's layer holds: its attention, a dense FFN, a shared expert, routed experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol, TypedDict
+
+from torch import Tensor, nn
+
+from sparsity_atlas.sites.activation import Activation
+from sparsity_atlas.sites.forward_watch import ForwardWatch
+from sparsity_atlas.sites.projection import Projection
+from sparsity_atlas.terms import ATTENTION, ATTENTION_TENSORS, SITES, TENSORS, PlaceKey
+
+
+@dataclass(frozen=True, eq=False)
+class Vectors:
+    """What one part has as one tensor in a forward pass, row by row.
+
+    Attributes:
+        part: whose it is.
+        tensor: its name, one of `terms.STORED`.
+        values: [batch, tokens, width]; the model's own: copy what is to be kept, change nothing.
+    """
+
+    part: Part
+    tensor: str
+    values: Tensor
+
+    @property
+    def key(self) -> PlaceKey:
+        """Where they are."""
+        return PlaceKey(self.part.layer, self.part.name, self.tensor)
+
+    def of_tokens(self, counts: Tensor) -> Tensor:
+        """What was counted of each row, by token: [batch, tokens]."""
+        return counts
+
+
+Observer = Callable[[Vectors], None]
+Rewriter = Callable[[Vectors, Tensor], "Tensor | None"]
+"""Takes the vectors that a site means and the tensor to write, of the same shape; gives what to put there."""
+
+
+class Part(Protocol):
+    """One thing that a layer computes, with the tensors in which entries can be dropped.
+
+    Attributes:
+        layer: index of the decoder's layer.
+        name: which of the layer's parts, one of `terms.PARTS`.
+        model: the model that it belongs to.
+    """
+
+    @property
+    def layer(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the tensors that it has, in the order in which a forward pass makes them."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The modules that hold its weights."""
+
+    @property
+    def activation(self) -> Activation | None:
+        """Its nonlinearity, if it has one."""
+
+    def readers(self, tensor: str) -> tuple[Projection, ...]:
+        """The maps that read a tensor, or, of `up` and `gate`, what is made of it: W_d."""
+
+    def size(self, tensor: str) -> int:
+        """Entries of a tensor."""
+
+    def outputs(self, tensor: str) -> int:
+        """Entries that the readers make: the weights that each entry of the tensor meets."""
+
+    def recompute(self, x: Tensor, tensor: str) -> Tensor:
+        """One of its tensors [..., width] from its `input` x [..., d], past all hooks."""
+
+    def within(self, site: str) -> tuple[str, ...]:
+        """What a site is to this part: sites of its own, each with an output that it changes."""
+
+    def source(self, site: str) -> str:
+        """The tensor from which the output that a site of its own changes can be computed."""
+
+    def run(self, x: Tensor, site: str, rewrite: Rewriter | None = None) -> Tensor:
+        """Compute an output past all hooks.
+
+        Args:
+            x: [..., width], the tensor `source(site)`.
+            site: one of its own, as `within` gives it.
+            rewrite: what becomes of the site's tensors; None changes nothing.
+
+        Returns:
+            The part's output [..., hidden], or those of the maps that read x, side by side.
+        """
+
+    def observe(self, stack: ExitStack, forwards: ForwardWatch, tensor: str, act: Observer) -> None:
+        """Show a tensor to `act` in each forward pass of the model, until the stack is closed."""
+
+    def rewrite(self, stack: ExitStack, forwards: ForwardWatch, tensor: str, act: Rewriter) -> None:
+        """Have `act` replace a tensor, or what follows from it, in each forward pass of the model."""
+
+    def describe(self) -> dict[str, Any]:
+        """What binds the part to the model's modules again, as JSON."""
+
+
+def by_layer(parts: Iterable[Part]) -> dict[int, list[Part]]:
+    """The parts of each layer."""
+    layers: dict[int, list[Part]] = {}
+    for part in parts:
+        layers.setdefault(part.layer, []).append(part)
+    return layers
+
+
+def layer_sites(parts: Sequence[Part]) -> tuple[str, ...]:
+    """The sites that all parts of one layer have."""
+    return tuple(site for site in SITES if all(_have(parts, name) for name in TENSORS[site]))
+
+
+def _have(parts: Sequence[Part], tensor: str) -> bool:
+    concerned = [one for one in parts if (one.name == ATTENTION) == (tensor in ATTENTION_TENSORS)]
+    return bool(concerned) and all(tensor in one.tensors for one in concerned)
+
+
+def sites_of(parts: Iterable[Part]) -> tuple[str, ...]:
+    """The sites that every layer has."""
+    layers = [layer_sites(own) for own in by_layer(parts).values()]
+    return tuple(site for site in SITES if all(site in own for own in layers))
+
+
+def having(parts: Iterable[Part], tensor: str) -> list[Part]:
+    """Those that have a tensor."""
+    return [part for part in parts if tensor in part.tensors]
+
+
+class Measures(TypedDict):
+    """A model's sizes: its layers, the entries of its residual stream and of its widest FFN."""
+
+    layers: int
+    hidden: int
+    width: int
+
+
+def measure(parts: Sequence[Part]) -> Measures:
+    """The sizes of the model whose parts these are."""
+    beside = [part for part in parts if part.name != ATTENTION]
+    return {
+        "layers": len(by_layer(parts)),
+        "hidden": beside[0].size("input"),
+        "width": max(part.size("intermediate") for part in beside),
+    }
+
+
+def layer_path(layer: int, parts: Iterable[Part]) -> str:
+    """The largest module around a layer's parts that holds no other's. Empty if there is none."""
+    own: list[str] = []
+    others: list[str] = []
+    for part in parts:
+        (own if part.layer == layer else others).extend(part.paths)
+    steps = own[0].split(".")
+    for count in range(1, len(steps)):
+        place = ".".join(steps[:count])
+        if not any(path.startswith(f"{place}.") for path in others):
+            return place
+    return ""
