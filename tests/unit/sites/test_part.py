@@ -1,0 +1,110 @@
+"""What the parts of a layer have in common: sites, sizes, the module around them, outputs past the hooks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from model_parts import attentions_of, ffns_of
+from sparsity_atlas.sites.find import Part, Vectors, find_parts
+from sparsity_atlas.sites.part import having, layer_path, layer_sites, measure, sites_of
+from sparsity_atlas.terms import ATTENTION_SITES, FFN_SITES, SITES, PlaceKey
+from tiny_models import HIDDEN, LAYERS, WIDTH, tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def parts() -> list[Part]:
+    return find_parts(tiny_model("llama", initializer_range=0.3))
+
+
+def test_parts_stand_in_the_order_of_a_forward_pass(parts: list[Part]) -> None:
+    names = [(part.layer, part.name) for part in parts]
+    assert names == [(layer, name) for layer in range(LAYERS) for name in ("attention", "ffn")]
+
+
+def test_a_site_is_there_where_every_layer_has_it(parts: list[Part]) -> None:
+    assert sites_of(parts) == SITES
+    assert sites_of(ffns_of(parts)) == FFN_SITES
+    without = [part for part in parts if (part.layer, part.name) != (1, "attention")]
+    assert sites_of(without) == FFN_SITES
+    assert layer_sites(attentions_of(parts)[:1]) == ("qkv_input", "o_input")
+    assert sites_of(find_parts(tiny_model("gpt2"))) == (
+        *("input", "intermediate", "all_inputs"),
+        *ATTENTION_SITES,
+    )
+
+
+def test_of_two_parts_beside_attention_both_must_have_it(parts: list[Part]) -> None:
+    """A site is sparsified in all of a layer, or it is not that layer's."""
+    ungated = replace(ffns_of(parts)[0], gate=None, name="shared")
+    assert layer_sites([*parts[:2], ungated]) == (
+        *("input", "intermediate", "all_inputs"),
+        *ATTENTION_SITES,
+    )
+    assert [part.name for part in having([*parts[:2], ungated], "up")] == ["ffn"]
+    assert [part.name for part in having([*parts[:2], ungated], "input")] == ["ffn", "shared"]
+
+
+def test_sizes(parts: list[Part]) -> None:
+    wider = replace(ffns_of(parts)[1], width=2 * WIDTH)
+    assert measure(parts) == {"layers": LAYERS, "hidden": HIDDEN, "width": WIDTH}
+    assert measure([*parts[:2], wider])["width"] == 2 * WIDTH
+
+
+def test_the_module_around_a_layer(parts: list[Part]) -> None:
+    """Found of any of its parts, and of several; nothing is around the only layer of a model but itself."""
+    for layer in range(LAYERS):
+        assert layer_path(layer, parts) == f"model.layers.{layer}"
+        assert layer_path(layer, ffns_of(parts)) == f"model.layers.{layer}"
+
+
+@pytest.mark.parametrize(
+    ("site", "tensors"),
+    [
+        *(("input", ["input"]), ("up", ["up"]), ("gate", ["gate"])),
+        *(("intermediate", ["intermediate"]), ("all_inputs", ["input", "intermediate"])),
+    ],
+)
+def test_an_ffn_computes_its_output_with_a_site_changed(
+    parts: list[Part], site: str, tensors: list[str]
+) -> None:
+    """What is dropped of a factor is dropped of the product; None leaves everything."""
+    ffn = ffns_of(parts)[0]
+    x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
+    seen: list[PlaceKey] = []
+
+    def drop(vectors: Vectors, onto: Tensor) -> Tensor:
+        seen.append(vectors.key)
+        return torch.where(vectors.values > 0, onto, 0)
+
+    with torch.no_grad():
+        found = ffn.run(x, site, drop)
+        kept = torch.where(x > 0, x, 0) if "input" in tensors else x
+        u, g = ffn.factors(kept)
+        assert g is not None
+        mask = {"up": u > 0, "gate": g > 0, "intermediate": u * g > 0}
+        i = u * g
+        for name in tensors:
+            i = torch.where(mask[name], i, 0) if name in mask else i
+        torch.testing.assert_close(found, ffn.down(i))
+        assert torch.equal(ffn.run(x, site, lambda *_: None), ffn.run(x, site))
+    assert seen == [PlaceKey(0, "ffn", name) for name in tensors]
+    assert (ffn.within(site), ffn.source(site)) == ((site,), "input")
+
+
+def test_attention_has_an_output_for_each_of_its_tensors(parts: list[Part]) -> None:
+    attention = attentions_of(parts)[0]
+    assert attention.within("all_linear_inputs") == ("qkv_input", "o_input")
+    assert attention.within("all_inputs") == ()
+    assert ffns_of(parts)[0].within("all_linear_inputs") == ("all_inputs",)
+    x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        half = torch.where(x > 0, x, 0)
+        maps = [one.module.weight for one in attention.qkv]
+        found = attention.run(x, "qkv_input", lambda _, onto: torch.where(x > 0, onto, 0))
+        torch.testing.assert_close(found, torch.cat([half @ weight.T for weight in maps], -1))
