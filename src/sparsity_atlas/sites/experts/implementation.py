@@ -1,0 +1,181 @@
+"""The forward pass of routed experts with taps, given to models by transformers' experts interface.
+
+y(n) = Σ_k r(n, k) · E_e(x(n)), e = index(n, k), E_e(x) = W_d,e (u ⊙ g): pairs of token and expert are
+sorted by expert, so that each expert's rows lie together and one grouped product serves all experts. Nobody
+sees or changes anything while no tap is attached: the arithmetic is then that of transformers' `grouped_mm`,
+its default, to the bit.
+
+https://huggingface.co/docs/transformers/experts_interface
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.torch_version import TorchVersion
+from transformers.integrations.moe import ExpertsInterface
+
+from sparsity_atlas.sites.experts.grouping import Grouping, group
+
+NAME = "sparsity_atlas"
+_Grouped = Callable[..., Tensor]
+Act = Callable[[Grouping, Tensor, Tensor], "Tensor | None"]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Somebody who looks at a tensor of the experts, or changes it.
+
+    Attributes:
+        tensor: `input` [N, d], before it is handed to the experts; `up`, `gate`, `intermediate`, grouped
+            rows [S, w].
+        act: called with the pass's grouping, the tensor, and the tensor to write, of the same shape (for
+            `up` and `gate` it is `intermediate`); returns what to put there, None for no change.
+        factor: makes `up` or `gate` of what the first projection made [S, 2w].
+    """
+
+    tensor: str
+    act: Act
+    factor: Callable[[Tensor], Tensor] | None = None
+
+
+_TAPS: WeakKeyDictionary[nn.Module, list[Tap]] = WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def installed(model: Any) -> Iterator[None]:
+    """Have all experts of a model run this implementation; what they ran before comes back.
+
+    Args:
+        model: a model of transformers that has experts.
+    """
+    with chosen(model, NAME):
+        yield
+
+
+@contextlib.contextmanager
+def chosen(model: Any, name: str) -> Iterator[None]:
+    """Have all experts of a model run a named implementation; what they ran before comes back."""
+    ExpertsInterface.register(NAME, forward)
+    before = model.get_experts_implementation()
+    if set(before.values()) == {name}:
+        yield
+        return
+    model.set_experts_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+@contextlib.contextmanager
+def tapped(module: nn.Module, tap: Tap) -> Iterator[None]:
+    """Attach a tap to one experts module, whose model has `installed` this implementation."""
+    taps = _TAPS.setdefault(module, [])
+    taps.append(tap)
+    try:
+        yield
+    finally:
+        taps.remove(tap)
+
+
+def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What an experts module computes; the names are those of the interface.
+
+    Args:
+        self: the experts module.
+        hidden_states: [N, d], tokens of all sequences, one behind the other.
+        top_k_index: int [N, K], the experts of each token.
+        top_k_weights: [N, K], how much each of them counts.
+
+    Returns:
+        [N, d].
+    """
+    grouping = group(top_k_index, self.num_experts)
+    x = _through(self, "input", grouping, hidden_states, hidden_states)[grouping.tokens]
+    z = _linear(self, "gate_up_proj" if self.has_gate else "up_proj", x, grouping)
+    # Before the product is made: nothing promises that making it leaves z as it is.
+    factors = [
+        (tap, tap.factor(z))
+        for name in ("up", "gate")
+        for tap in _TAPS.get(self, ())
+        if tap.factor is not None and tap.tensor == name
+    ]
+    i = self._apply_gate(z) if self.has_gate else self.act_fn(z)
+    for tap, factor in factors:
+        changed = tap.act(grouping, factor, i)
+        i = i if changed is None else changed
+    i = _through(self, "intermediate", grouping, i, i)
+    y = _linear(self, "down_proj", i, grouping)
+    if self.has_post_expert_norm:
+        y = self.post_expert_norm(y)
+    y = y * top_k_weights.reshape(-1)[grouping.order].unsqueeze(-1)
+    return grouping.ungrouped(y).sum(dim=1).to(hidden_states.dtype)
+
+
+def _through(self: nn.Module, tensor: str, grouping: Grouping, read: Tensor, out: Tensor) -> Tensor:
+    """A tensor past its taps."""
+    for tap in _TAPS.get(self, ()):
+        if tap.tensor == tensor:
+            changed = tap.act(grouping, out, out)
+            out = out if changed is None else changed
+    return out
+
+
+def _linear(self: Any, name: str, x: Tensor, grouping: Grouping) -> Tensor:
+    """Each expert's projection of its rows: [S, in] to [S, out]."""
+    weight = getattr(self, name)
+    if not self.is_transposed:
+        weight = weight.transpose(-2, -1)  # [E, in, out]
+    product = grouped_product(x.to(weight.dtype), weight, grouping.offsets)
+    if self.has_bias:
+        product.add_(getattr(self, f"{name}_bias")[grouping.experts])
+    return product
+
+
+def grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """rows @ weight[e] for the rows of each expert e.
+
+    Args:
+        rows: [S, in], sorted by expert.
+        weight: [E, in, out].
+        offsets: int32 [E], where each expert's rows end.
+
+    Returns:
+        [S, out], by one grouped product where torch has it for these numbers, else expert by expert.
+    """
+    if _has_grouped_product(rows, weight):
+        grouped: _Grouped = F.grouped_mm
+        return grouped(rows, weight, offs=offsets)
+    out = rows.new_zeros(rows.shape[0], weight.shape[-1])
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        if start < end:
+            torch.mm(rows[start:end], weight[expert], out=out[start:end])
+        start = end
+    return out
+
+
+def _has_grouped_product(rows: Tensor, weight: Tensor) -> bool:
+    """Whether `F.grouped_mm` takes these: new torch, a short float type, strides of whole 16 bytes."""
+    if not hasattr(F, "grouped_mm"):
+        return False
+    if rows.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    if rows.device.type == "cuda":
+        if torch.cuda.get_device_capability(rows.device) < (8, 0):
+            return False
+    elif rows.device.type != "cpu":
+        return False
+    elif torch.__version__ < TorchVersion("2.11") and (rows.data_ptr() | weight.data_ptr()) % 16:
+        # Older ones also want addresses aligned, which those of mapped files are not.
+        return False
+    steps = [step for one in (rows, weight) for step in one.stride() if step != 1]
+    return all(step * rows.element_size() % 16 == 0 for step in steps)

@@ -1,0 +1,100 @@
+"""Routed experts of one layer, bound to the module that holds them all."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsity_atlas.sites.experts.gating import Gating, bind_gating
+from sparsity_atlas.sites.experts.grouping import Grouping
+from sparsity_atlas.sites.experts.implementation import Act, Tap, tapped
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedExperts:
+    """E experts of which each token meets K: E_e(x) = W_d,e (u ⊙ g); ungated: W_d,e σ(W_u,e x).
+
+    Attributes:
+        path: of the module.
+        module: holds the weights of all experts.
+        count: E.
+        each: K.
+        hidden: d, entries of x.
+        width: w, entries of u, g and u ⊙ g of one expert.
+        gating: how u and g come of the first projection; None without a gate.
+    """
+
+    path: str
+    module: nn.Module = field(repr=False)
+    count: int
+    each: int
+    hidden: int
+    width: int
+    gating: Gating | None
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The tensors that they have, in the order in which a forward pass makes them."""
+        return ("input", "intermediate") if self.gating is None else _GATED
+
+    def size(self, tensor: str) -> int:
+        """Entries of a tensor for one token, those of its K experts together."""
+        return self.hidden if tensor == "input" else self.each * self.width
+
+    def outputs(self, tensor: str) -> int:
+        """Weights that each entry meets: of x, those of all K experts of the token."""
+        if tensor != "input":
+            return self.hidden
+        return self.each * (self.width if self.gating is None else 2 * self.width)
+
+    def tap(self, stack: ExitStack, tensor: str, act: Act) -> None:
+        """Show a tensor to `act`, which may change it, until the stack is closed.
+
+        Args:
+            stack: holds the tap; the model must have the implementation `installed` meanwhile.
+            tensor: one of `tensors`.
+            act: see `Tap`.
+        """
+        factor = None
+        if tensor in ("up", "gate"):
+            assert self.gating is not None, "without a gate there are no factors"
+            of = self.gating.up if tensor == "up" else self.gating.gate
+            function: Any = self.module
+            factor = partial(of, function._apply_gate)
+        stack.enter_context(tapped(self.module, Tap(tensor, act, factor)))
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON; see `bind_routed`."""
+        return {
+            "path": self.path,
+            "count": self.count,
+            "each": self.each,
+            "hidden": self.hidden,
+            "width": self.width,
+            "gating": None if self.gating is None else self.gating.describe(),
+        }
+
+
+_GATED = ("input", "up", "gate", "intermediate")
+
+
+def bind_routed(entry: dict[str, Any], model: nn.Module) -> RoutedExperts:
+    """Bind described experts to a model's module.
+
+    Args:
+        entry: `RoutedExperts.describe()`.
+        model: that model, perhaps loaded again.
+    """
+    gating = None if entry["gating"] is None else bind_gating(entry["gating"])
+    return RoutedExperts(**(entry | {"gating": gating}), module=model.get_submodule(entry["path"]))
+
+
+def by_token(grouping: Grouping, counts: Tensor) -> Tensor:
+    """What was counted of each grouped row [S], by token [N]: added up; of bools, whether all."""
+    pairs = grouping.ungrouped(counts)
+    return pairs.all(-1) if counts.dtype == torch.bool else pairs.sum(-1)
