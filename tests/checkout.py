@@ -37,9 +37,13 @@ ZOO = Path("workflow/resources/zoo")
 # What Snakemake and the stages import, but for this project.
 LIBRARIES = (
     *("snakemake.cli", "pandas", "pydantic", "pyarrow.parquet", "zarr", "scipy.stats", "seaborn"),
-    *("jinja2", "torch", "numba", "safetensors.torch", "datasets", "lm_eval.tasks"),
-    *("lm_eval.api.model", "lm_eval.evaluator_utils", "transformers.models.auto.modeling_auto"),
-    *("transformers.models.auto.tokenization_auto", "transformers.models.llama.modeling_llama"),
+    *("jinja2", "torch", "numba", "safetensors.torch"),
+)
+# The same, of what reads when it is imported where the Hub is.
+HUB_LIBRARIES = (
+    *("datasets", "lm_eval.tasks", "lm_eval.api.model", "lm_eval.evaluator_utils"),
+    *("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto"),
+    "transformers.models.llama.modeling_llama",
 )
 
 # Of a run's files, those that say when and how it ran.
@@ -85,9 +89,37 @@ def _planned_jobs(text: str) -> frozenset[str]:
 @functools.cache
 def fork_server() -> forks.Server:
     """The server of this process. No model is to be had where its forks look for one."""
-    return forks.Server(
-        Path(tempfile.mkdtemp(dir=os.environ["XDG_CACHE_HOME"])), LIBRARIES, _offline()
-    )
+    return _server(*LIBRARIES, *HUB_LIBRARIES)
+
+
+@functools.cache
+def hub_fork_server() -> forks.Server:
+    """The one whose forks may have a Hub each."""
+    return _server(*LIBRARIES)
+
+
+def _server(*libraries: str) -> forks.Server:
+    folder = Path(tempfile.mkdtemp(dir=os.environ["XDG_CACHE_HOME"]))
+    return forks.Server(folder, libraries, _offline())
+
+
+# In the types of small and of half-precision numbers; what is compiled does not hang on the rule.
+COMPILE = """
+import torch
+from sparsity_atlas.kernels import masked
+from sparsity_atlas.kernels.definition import Threshold
+for dtype in (torch.float32, torch.bfloat16):
+    rows = torch.ones(1, 8, dtype=dtype)
+    masked(Threshold("share", 0.5), rows, rows)
+"""
+
+
+@functools.cache
+def _compile_kernels() -> None:
+    """Have Numba compile its kernels once: each working copy would take a quarter of a minute for them."""
+    with FileLock(Path(os.environ["XDG_CACHE_HOME"], "kernels.lock")):
+        done = forks.run("-c", COMPILE, **Checkout(ROOT).forked())
+    assert done.returncode == 0, done.stdout
 
 
 def _offline() -> dict[str, str]:
@@ -109,6 +141,8 @@ class Checkout:
     @classmethod
     def make(cls, path: Path, source: Path = ROOT) -> Checkout:
         """A fresh copy of the sources, with the smallest model of the zoo only (for speed)."""
+        if source == ROOT:
+            _compile_kernels()
         path.mkdir(parents=True)
 
         def ignore(folder: str, names: list[str]) -> set[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,7 +60,9 @@ class Slurm:
         return subprocess.Popen(
             command,
             cwd=checkout.path,
-            env=checkout.environment(PYTHONPATH=path, **{"FORK_SERVER": "", **environment}),
+            env=checkout.environment(
+                PYTHONPATH=path, **{"FORK_SERVER": "", "STATUS_SECONDS": "1", **environment}
+            ),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -131,7 +135,7 @@ def stop_cluster(state: Path) -> None:
 def loopback(folder: Path, *, accounting: bool = False) -> Iterator[Slurm]:
     """A cluster, until the end of the block. Skips where nothing can be installed, else insists."""
     need_root()
-    plugin = _install_plugin(folder / "plugin")
+    plugin = _install_plugin()
     state = folder / "slurm"
     try:
         done = start_cluster(state, *(["accounting"] if accounting else []), owner=os.getpid())
@@ -141,10 +145,12 @@ def loopback(folder: Path, *, accounting: bool = False) -> Iterator[Slurm]:
         stop_cluster(state)
 
 
-def _install_plugin(folder: Path) -> Path:
+@functools.cache
+def _install_plugin() -> Path:
     """The `slurm` extra, in a folder of its own: in the environment, every test would import it."""
     with (ROOT / "pyproject.toml").open("rb") as file:
         extra = tomllib.load(file)["project"]["optional-dependencies"]["slurm"]
+    folder = Path(tempfile.mkdtemp(dir=os.environ["XDG_CACHE_HOME"]))
     # --target would bring pandas and numpy again, which the environment has; the job step it has not.
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder]
     wanted = [*extra, "snakemake-executor-plugin-slurm-jobstep"]

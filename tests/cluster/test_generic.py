@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from checkout import ROOT, Checkout
+from checkout import HOOKS, ROOT, Checkout
 
 COMMANDS = ("bsub", "bjobs", "qsub", "qstat", "qacct")
 NAMES = {"lsf": "LSF", "pbs": "PBS", "sge": "SGE"}
@@ -70,8 +70,9 @@ def test_a_job_is_submitted_and_found(stand_in: Path, plugin: Path, tmp_path: Pa
     done = checkout.run(
         *("--workflow-profile", "profiles/cluster-generic", "results/zoo-small/model.json"),
         PATH=os.pathsep.join([str(stand_in), checkout.environment()["PATH"]]),
-        PYTHONPATH=f"{checkout.path / 'src'}{os.pathsep}{plugin}",
+        PYTHONPATH=os.pathsep.join(map(str, (checkout.path / "src", HOOKS, plugin))),
         STAND_IN=str(stand_in),
+        STATUS_SECONDS="1",
     )
     assert done.returncode == 0, done.stdout
     assert (checkout.results / "zoo-small/model.json").is_file()

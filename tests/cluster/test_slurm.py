@@ -59,6 +59,7 @@ def test_a_cancelled_node_with_accounting(smoke: Checkout, tmp_path: Path) -> No
     checkout = Checkout.make(tmp_path / "atlas")
     once = smoke.forwards().count(f"evaluate {NODE}/eval.json")
     with loopback(tmp_path, accounting=True) as slurm:
+        slurm.run(checkout, "results/zoo-small/model.json", FORK_SERVER=fork_server().address)
         process = slurm.start(checkout, f"results/{NODE}/eval.json", SLOW="3")
         deadline = time.monotonic() + 300
         while f"evaluate {NODE}/eval.json" not in checkout.forwards():

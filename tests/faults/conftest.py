@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from checkout import ROOT, Checkout, shared
+import forks
+from checkout import ROOT, Checkout, hub_fork_server, shared
 from faults import pipeline
 from hub_server import HubServer
 
@@ -63,15 +63,8 @@ class Client:
             **self.more,
             **more,
         }
-        return subprocess.run(
-            [sys.executable, *command],
-            env=environment,
-            cwd=self.home,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        server = hub_fork_server().address
+        return forks.run(*command, merged=False, server=server, cwd=self.home, env=environment)
 
     def stage(self, name: str, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
         """Run a stage."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from checkout import Checkout, smoke_config
+from checkout import Checkout, hub_fork_server, smoke_config
 from faults.conftest import Client
 from hub_server import Fault, HubServer
 from sparsity_atlas import credentials
@@ -114,7 +114,13 @@ def test_a_run_with_a_model_that_is_fetched_and_one_that_is_refused(
             **{"levels": [0.5], "tasks": ["few_pairs"]},
         }
     ]
-    done = checkout.run(config=config, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1", **secrets(hub))
+    done = checkout.run(
+        config=config,
+        HF_HUB_OFFLINE="0",
+        HF_HUB_DISABLE_XET="1",
+        FORK_SERVER=hub_fork_server().address,
+        **secrets(hub),
+    )
     assert done.returncode == 1
     page = (checkout.results / "index.html").read_text()
     assert "org/gated" in page

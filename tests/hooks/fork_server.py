@@ -27,8 +27,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 # Read when a library is imported: a process that has them otherwise must import it itself.
-READ_AT_IMPORT = ("HF_", "HUGGING", "TRANSFORMERS_", "TOKENIZERS_", "TQDM_", "TORCH", "NUMBA_")
-READ_AT_IMPORT += ("TRITON_", "CUDA_", "OMP_", "XDG_CACHE_HOME")
+READ_AT_IMPORT = ("TQDM_", "TORCH", "NUMBA_", "TRITON_", "CUDA_", "OMP_", "XDG_CACHE_HOME")
+# The same where the server has imported what is there for the Hub.
+READ_FOR_THE_HUB = ("HF_", "HUGGING", "TRANSFORMERS_", "TOKENIZERS_")
+# Not these: the first, which Slurm sets for a job that has a GPU, is read when a device is first used, the
+# second, which torch sets itself at times, when something is compiled.
+READ_LATER = {"CUDA_VISIBLE_DEVICES", "TORCHINDUCTOR_CACHE_DIR"}
 # What the one command sets before it imports any of them.
 SET_BY_THE_COMMAND = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -39,8 +43,10 @@ SET_BY_THE_COMMAND = {
 
 
 def _read_at_import(environment: Mapping[str, str]) -> dict[str, str]:
-    found = {key: environment[key] for key in environment if key.startswith(READ_AT_IMPORT)}
-    return {**SET_BY_THE_COMMAND, **found}
+    prefixes = READ_AT_IMPORT
+    prefixes += READ_FOR_THE_HUB if "huggingface_hub" in sys.modules else ()
+    every = {**SET_BY_THE_COMMAND, **environment}
+    return {key: every[key] for key in every.keys() - READ_LATER if key.startswith(prefixes)}
 
 
 def _await_request(
@@ -78,10 +84,12 @@ def _attend(connection: socket.socket, before: Mapping[str, str]) -> dict[str, A
     # Libraries set some when they are imported, here and in the process that asks.
     imported = {key: os.environ[key] for key in os.environ.keys() - before.keys()}
     environment = {**imported, **request["env"]}
-    same = _read_at_import(environment) == _read_at_import({**imported, **before})
+    asked, had = _read_at_import(environment), _read_at_import({**imported, **before})
+    same = asked == had
     # Snakemake itself has no use for them.
     if not same and request["arguments"][:2] != ["-m", "snakemake"]:
-        connection.sendall(b'{"refused": "another environment"}\n')
+        others = ", ".join(sorted({key for key, _ in asked.items() ^ had.items()}))
+        connection.sendall(json.dumps({"refused": f"another {others}"}).encode() + b"\n")
         os._exit(0)
     pid = os.fork()
     if pid == 0:
@@ -123,8 +131,9 @@ def _become(request: dict[str, Any]) -> None:
     sys.orig_argv[1:] = request["arguments"]
     sys.argv[:] = [flag, *rest]
     importlib.invalidate_caches()
-    if importlib.util.find_spec("watch"):
-        importlib.import_module("watch")
+    for hook in ("polling", "watch"):
+        if importlib.util.find_spec(hook):
+            importlib.import_module(hook)
     if what == "snakemake":
         # It looks for its plugins when it is imported; there may be more on this path.
         registry = importlib.import_module("snakemake_interface_executor_plugins.registry")

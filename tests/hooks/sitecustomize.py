@@ -4,4 +4,5 @@ import forking
 
 forking.hand_over()
 
+import polling  # noqa: E402, F401
 import watch  # noqa: E402, F401

@@ -96,9 +96,24 @@ def _ended(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
+def _run_with(server: forks.Server, folder: Path, **variables: str) -> int:
+    env = {**os.environ, **variables}
+    return forks.run("-c", "pass", server=server.address, cwd=folder, env=env).returncode
+
+
 def test_another_environment_is_refused(server: forks.Server, tmp_path: Path) -> None:
-    """What libraries read when they are imported."""
-    with pytest.raises(BlockingIOError, match="another environment"):
-        forks.run(
-            "-c", "pass", server=server.address, cwd=tmp_path, env={**os.environ, "HF_HOME": "x"}
-        )
+    """What libraries read when they are imported, and no more."""
+    with pytest.raises(BlockingIOError, match="another OMP_NUM_THREADS"):
+        _run_with(server, tmp_path, OMP_NUM_THREADS="7")
+    assert _run_with(server, tmp_path, CUDA_VISIBLE_DEVICES="1") == 0
+
+
+def test_where_the_hub_is_must_be_known_to_who_imports_its_libraries(
+    server: forks.Server, tmp_path: Path
+) -> None:
+    assert _run_with(server, tmp_path, HF_HOME="x") == 0
+    with tempfile.TemporaryDirectory() as folder:
+        other = forks.Server(Path(folder), ["huggingface_hub"], os.environ)
+        with pytest.raises(BlockingIOError, match="another HF_HOME"):
+            _run_with(other, tmp_path, HF_HOME="x")
+        other.close()
