@@ -70,7 +70,6 @@ def run(checkout: Checkout, folder: str, *arguments: str, **environment: str) ->
         SPARSITY_ATLAS_WORKER="on",
         TMPDIR=folder,
         LOAD_LOG=f"{folder}/loads",
-        FORK_SERVER="",  # workers are killed, and outlive their jobs
         **environment,
     )
     assert done.returncode == 0, done.stdout
@@ -177,7 +176,7 @@ def test_an_error_in_the_worker_is_the_jobs_own(checkout: Checkout, private: str
     done = checkout.run(
         TARGETS[0],
         config=config,
-        **{"SPARSITY_ATLAS_WORKER": "on", "TMPDIR": private, "FORK_SERVER": ""},
+        **{"SPARSITY_ATLAS_WORKER": "on", "TMPDIR": private},
     )
     assert done.returncode != 0
     log = (checkout.results / "logs" / NODES[0] / "eval.log").read_text()
