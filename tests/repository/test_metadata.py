@@ -52,6 +52,23 @@ def test_actionlint_finds_what_a_schema_lets_pass(tmp_path: Path) -> None:
     assert 'property "pyhton" is not defined' in _actionlint(path).stdout
 
 
+def _deptry(config: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "deptry", "src", "--config", str(config), "--no-ansi"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_what_the_package_imports_is_declared() -> None:
+    done = _deptry(ROOT / "pyproject.toml")
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_import_that_others_happen_to_bring_is_found(tmp_path: Path) -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    path = tmp_path / "pyproject.toml"
+    path.write_text(re.sub(r'\n *"psutil>=.*', "", project), encoding="utf-8")
+    assert "'psutil' imported but it is a transitive dependency" in _deptry(path).stderr
+
+
 def test_one_version_and_licence() -> None:
     project, citation = _project(), _yaml("CITATION.cff")
     assert citation["version"] == project["version"]
