@@ -58,6 +58,7 @@ GIVEN: dict[str, dict[str, Any]] = {
         **{"vocab_size": VOCABULARY, "vocab_size_per_layer_input": VOCABULARY},
         **{"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
     },
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "num_hidden_layers": 2},
     "lfm2_moe": {
         **{"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
         **{"num_dense_layers": 1},

@@ -33,7 +33,9 @@ LINEAR_INPUTS = TENSORS["all_linear_inputs"]
 # What a decoder's layer may hold.
 ATTENTION = "attention"
 FFN = "ffn"
-PARTS = (ATTENTION, FFN)
+SHARED = "shared"
+EXPERTS = "experts"
+PARTS = (ATTENTION, FFN, SHARED, EXPERTS)
 
 
 class PlaceKey(NamedTuple):

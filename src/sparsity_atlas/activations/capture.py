@@ -28,7 +28,7 @@ from sparsity_atlas import cli
 from sparsity_atlas.activations.store import ActivationStore, check_space, chunk_sequences
 from sparsity_atlas.activations.texts import digest_of, pinned, token_ids
 from sparsity_atlas.code_version import code_version
-from sparsity_atlas.errors import NumericalFailure
+from sparsity_atlas.errors import AtlasError, NumericalFailure
 from sparsity_atlas.files.journal import Journal
 from sparsity_atlas.files.whole import digest, locked, write_manifest
 from sparsity_atlas.models.bos import begins_with_bos
@@ -90,6 +90,11 @@ def capture(
     from sparsity_atlas.models.positions import check_positions
     from sparsity_atlas.sites.find import bind_parts, having, observe, sites_of
 
+    if any("part" in entry for entry in manifest["ffn"]):
+        raise AtlasError(
+            f"{checkpoint}: a mixture of experts: their activations are not captured yet, so there are no "
+            "metrics, output errors and calibrated criteria of such a model"
+        )
     model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
     check_positions(model, ids.shape[1], "capture: sequence_length")
     # Nobody looks at the logits: those of a batch may be larger than all that is captured of it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from sparsity_atlas.criteria.base import Criterion
+from sparsity_atlas.criteria.base import Criterion, SequenceCriterion
 from sparsity_atlas.criteria.place import places, state_name
 from sparsity_atlas.errors import AtlasError
 
@@ -31,8 +31,14 @@ def bind_all(
 
     Raises:
         AtlasError: a rule of the user's own whose masks depend on more than the row, or whose `bind` gives
-            no rule.
+            no rule; a rule that looks at sequences or at weights, where experts have theirs.
     """
+    for place in places(parts, site) if isinstance(criterion, SequenceCriterion) else ():
+        if not place.part.rows_are_tokens(place.tensor):
+            raise AtlasError(
+                f"{type(criterion).__name__}: looks at whole sequences, of which an expert sees some tokens "
+                f"(layer {place.layer}, '{place.tensor}'): not supported for routed experts"
+            )
     bound = {
         place.key: criterion.bind(
             place,

@@ -201,7 +201,9 @@ def _describe_tokenizer(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[
 
 def _activation(model: PreTrainedModel, parts: list[Part]) -> str:
     """What the first nonlinearity is, by its function or its module's class: silu, relu, ..."""
-    activation = next(part.activation for part in parts if part.activation is not None)
+    activation = next((part.activation for part in parts if part.activation is not None), None)
+    if activation is None:
+        return "the class's own"  # within the gate of its experts
     if activation.path is None:
         return activation.name.lower()
     kind = type(model.get_submodule(activation.path)).__name__

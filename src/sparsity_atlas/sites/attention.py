@@ -63,6 +63,10 @@ class Attention:
     def activation(self) -> None:
         """See `Part.activation`."""
 
+    def rows_are_tokens(self, tensor: str) -> bool:
+        """See `Part.rows_are_tokens`."""
+        return True
+
     def readers(self, tensor: str) -> tuple[Projection, ...]:
         """See `Part.readers`."""
         return self.qkv if tensor == "qkv_input" else (self.o,)

@@ -10,10 +10,12 @@ from torch import nn
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.sites.activation import Activation, activation_function
 from sparsity_atlas.sites.attention import Attention
+from sparsity_atlas.sites.experts.mixture import bind_experts
 from sparsity_atlas.sites.ffn import FFN
 from sparsity_atlas.sites.part import Part, by_layer
 from sparsity_atlas.sites.projection import Projection
-from sparsity_atlas.terms import ATTENTION
+from sparsity_atlas.terms import ATTENTION, EXPERTS
+from sparsity_atlas.terms import FFN as DENSE
 
 
 def describe_parts(parts: Sequence[Part]) -> list[dict[str, Any]]:
@@ -25,9 +27,8 @@ def describe_parts(parts: Sequence[Part]) -> list[dict[str, Any]]:
     described = []
     for own in by_layer(parts).values():
         attention = next((part.describe() for part in own if part.name == ATTENTION), None)
-        described += [
-            {**part.describe(), "attention": attention} for part in own if part.name != ATTENTION
-        ]
+        first, *others = [part.describe() for part in own if part.name != ATTENTION]
+        described += [{**first, "attention": attention}, *others]
     return described
 
 
@@ -46,12 +47,17 @@ def bind_parts(model: nn.Module, descriptions: list[dict[str, Any]]) -> list[Par
     """
     parts: list[Part] = []
     for entry in descriptions:
-        ffn = _bind_ffn(model, entry)
+        beside: Part
+        if entry.get("part") == EXPERTS:
+            _find(model, entry["path"])
+            beside = bind_experts(entry, model)
+        else:
+            beside = _bind_ffn(model, entry)
         # A manifest of an earlier release has none.
         attention = entry.get("attention")
         if attention is not None:
             parts.append(_bind_attention(model, entry["layer"], attention))
-        parts.append(ffn)
+        parts.append(beside)
     return parts
 
 
@@ -82,6 +88,7 @@ def _bind_ffn(model: nn.Module, entry: dict[str, Any]) -> FFN:
         down=projection(entry["down"]),
         model=model,
         overwritten=entry["overwritten"],
+        name=entry.get("part", DENSE),
     )
 
 

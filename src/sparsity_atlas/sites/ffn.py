@@ -52,6 +52,10 @@ class FFN:
         maps = (self.down, self.up, *(() if self.gate is None else (self.gate,)))
         return tuple(dict.fromkeys(place.path for place in maps))
 
+    def rows_are_tokens(self, tensor: str) -> bool:
+        """See `Part.rows_are_tokens`."""
+        return True
+
     def readers(self, tensor: str) -> tuple[Projection, ...]:
         """See `Part.readers`."""
         if tensor != "input":
@@ -205,4 +209,6 @@ class FFN:
             },
             "down": place(self.down),
             "overwritten": self.overwritten,
+            # What a manifest of an earlier release has no name for is a dense FFN.
+            **({} if self.name == DENSE else {"part": self.name}),
         }

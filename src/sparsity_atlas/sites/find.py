@@ -14,6 +14,8 @@ from torch import nn
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.sites.activation import ACTIVATIONS, Activation
 from sparsity_atlas.sites.descriptions import bind_parts, describe_parts
+from sparsity_atlas.sites.experts.discovery import find_experts
+from sparsity_atlas.sites.experts.mixture import Experts
 from sparsity_atlas.sites.ffn import FFN
 from sparsity_atlas.sites.hooks import intercept, observe, transform
 from sparsity_atlas.sites.part import Part, Vectors, having, sites_of
@@ -21,8 +23,14 @@ from sparsity_atlas.sites.probe.attention_probe import find_attention
 from sparsity_atlas.sites.probe.ffn_probe import Search
 from sparsity_atlas.sites.probe.hypotheses import Hypothesis
 from sparsity_atlas.sites.probe.layers import as_named, check_run_once, one_a_layer
+from sparsity_atlas.sites.probe.mixed_layers import (
+    MixedLayer,
+    check_nothing_beside,
+    mixed_layers,
+)
 from sparsity_atlas.sites.probe.naming import expand
 from sparsity_atlas.sites.probe.proof import prove, proves_attention
+from sparsity_atlas.sites.probe.router_probe import routing_ffns
 from sparsity_atlas.terms import SITES, STORED, TENSORS
 
 __all__ = [
@@ -46,7 +54,7 @@ PROBE_BATCH, PROBE_TOKENS = 2, 8
 
 
 def find_parts(model: nn.Module, modules: dict[str, str] | None = None) -> list[Part]:
-    """Find and prove the FFN of every layer, and its attention: a few passes over a few random tokens.
+    """Find and prove what every layer holds beside its norms, by a few passes over a few random tokens.
 
     Args:
         model: a causal language model; called as model(ids), in its own type and on its device.
@@ -54,37 +62,66 @@ def find_parts(model: nn.Module, modules: dict[str, str] | None = None) -> list[
             `gate_up` with `order`; `activation`. Module paths, {layer} for the layer's number.
 
     Returns:
-        Layer by layer, in the order of execution: the attention, where every layer shows one, and the FFN.
+        Layer by layer, in the order of execution: the attention, where every layer shows one, the FFN or
+        shared expert, and the routed experts.
 
     Raises:
-        AtlasError: an FFN that is not found or not proved; mixtures of experts.
+        AtlasError: an FFN or experts that are not found or not proved.
     """
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     layers = getattr(text, "num_hidden_layers", None)
-    _refuse(model, text)
+    if getattr(config, "is_encoder_decoder", False):
+        raise AtlasError(f"{type(model).__name__}: encoder-decoder models are not supported")
     named = expand(model, modules, layers) if modules else None
     ids = random_ids(model, (PROBE_BATCH, PROBE_TOKENS))
     run = forward_of(model, ids)
     with torch.no_grad(), _evaluating(model):
+        routed = {one.path: one for one in find_experts(model, ids, partial(_forward, model))}
+        if routed and named is not None:
+            raise AtlasError(
+                "modules: names the FFN of every layer; this model is a mixture of experts, whose parts are "
+                "found without"
+            )
         with ExitStack() as stack:
-            search = Search(model, ids.numel(), named, _named_functions(text))
+            search = Search(model, ids.numel(), named, _named_functions(text), routed)
             search.attach(stack)
             run()
         check_run_once(search.findings)
         if named is not None:
-            found = as_named(search.findings, named)
+            found = [MixedLayer("", one, None) for one in as_named(search.findings, named)]
+        elif routed:
+            found = mixed_layers(model, search.findings, routed, layers)
         else:
-            found = one_a_layer(model, search.findings, layers)
-        ffns = [_bind(model, layer, search, entry) for layer, entry in enumerate(found)]
-        ffns = prove(ffns, run)
-        attention = find_attention(model, ffns, run, (PROBE_BATCH, PROBE_TOKENS))
+            found = [
+                MixedLayer("", one, None) for one in one_a_layer(model, search.findings, layers)
+            ]
+        ffns = [
+            _bind(model, layer, search, one.ffn, one.name)
+            for layer, one in enumerate(found)
+            if one.ffn is not None
+        ]
+        experts = [
+            Experts(layer, routed[one.experts], model)
+            for layer, one in enumerate(found)
+            if one.experts is not None
+        ]
+        # Layers that run again must not find their own keys in a cache.
+        routers = routing_ffns(model, ffns, experts, lambda: run(use_cache=False))
+        ffns = prove([ffn for ffn in ffns if ffn.layer not in routers], run)
+        for part in experts:
+            if part.layer not in {ffn.layer for ffn in ffns}:
+                check_nothing_beside(model, found[part.layer], search.findings)
+        routes = {path: one.count for path, one in routed.items()}
+        beside: list[Part] = [*ffns, *experts]
+        attention = find_attention(model, beside, run, (PROBE_BATCH, PROBE_TOKENS), routes)
         if attention is None or not proves_attention(attention, run):
-            return [*ffns]
-        return [part for pair in zip(attention, ffns, strict=True) for part in pair]
+            attention = []
+        # A stable sort: of each layer its attention first, its experts last.
+        return sorted([*attention, *beside], key=lambda part: part.layer)
 
 
-def forward_of(model: nn.Module, ids: torch.Tensor) -> Callable[[], Any]:
+def forward_of(model: nn.Module, ids: torch.Tensor) -> Callable[..., Any]:
     """A forward pass of the model over some token ids [batch, tokens], without a cache."""
     parameters = signature(model.forward).parameters
     # A cache would only cost memory, and some architectures refuse to make one for few layers.
@@ -94,7 +131,11 @@ def forward_of(model: nn.Module, ids: torch.Tensor) -> Callable[[], Any]:
     return partial(model, ids, **options)
 
 
-def _bind(model: nn.Module, layer: int, search: Search, entry: Hypothesis) -> FFN:
+def _forward(model: nn.Module, ids: torch.Tensor) -> Any:
+    return forward_of(model, ids)()
+
+
+def _bind(model: nn.Module, layer: int, search: Search, entry: Hypothesis, name: str) -> FFN:
     activation = entry.activation
     if activation.path is not None and search.findings.calls[activation.path] > 1:
         activation = Activation(activation.name, activation.function, activation.path)
@@ -107,6 +148,7 @@ def _bind(model: nn.Module, layer: int, search: Search, entry: Hypothesis) -> FF
         activation=activation,
         down=entry.down,
         model=model,
+        name=name,
     )
 
 
@@ -119,30 +161,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _refuse(model: nn.Module, text: Any) -> None:
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise AtlasError(f"{type(model).__name__}: encoder-decoder models are not supported")
-    several = any(
-        "expert" in key and type(value) is int and value > 1
-        for key, value in (vars(text).items() if text is not None else ())
-    )
-    for path, module in model.named_modules():
-        named = (
-            "expert" in path.rpartition(".")[2].lower()
-            and next(module.parameters(), None) is not None
-        )
-        # Experts are often one tensor [experts, out, in]; other modules have such tensors too.
-        stacked = several and any(
-            parameter.dim() == 3 and not isinstance(module, nn.Conv1d)
-            for parameter in module.parameters(recurse=False)
-        )
-        if named or stacked:
-            raise AtlasError(
-                f"{type(model).__name__}: {path} holds experts: mixtures of experts are not "
-                "supported yet"
-            )
 
 
 def random_ids(model: nn.Module, shape: tuple[int, int]) -> torch.Tensor:

@@ -22,7 +22,8 @@ class Vectors:
     Attributes:
         part: whose it is.
         tensor: its name, one of `terms.STORED`.
-        values: [batch, tokens, width]; the model's own: copy what is to be kept, change nothing.
+        values: [batch, tokens, width], or rows [..., width] of which a token has several, see
+            `Part.rows_are_tokens`; the model's own: copy what is to be kept, change nothing.
     """
 
     part: Part
@@ -71,6 +72,9 @@ class Part(Protocol):
     @property
     def activation(self) -> Activation | None:
         """Its nonlinearity, if it has one."""
+
+    def rows_are_tokens(self, tensor: str) -> bool:
+        """Whether a tensor's values are [batch, tokens, width], with whole sequences to be seen."""
 
     def readers(self, tensor: str) -> tuple[Projection, ...]:
         """The maps that read a tensor, or, of `up` and `gate`, what is made of it: W_d."""

@@ -27,7 +27,6 @@ from sparsity_atlas.sites.part import sites_of
 from sparsity_atlas.terms import ATTENTION_SITES, FFN_SITES
 from tiny_models import (
     ARCHITECTURES,
-    EXPERTS,
     GROUPED,
     HIDDEN,
     LAYERS,
@@ -325,23 +324,30 @@ def test_a_model_whose_ffns_are_not_found_is_refused() -> None:
         find_ffns(AutoModelForCausalLM.from_config(config))
 
 
-@pytest.mark.parametrize("name", EXPERTS)
-def test_mixtures_of_experts_are_refused(name: str) -> None:
-    with pytest.raises(AtlasError, match="mixtures of experts are not supported yet"):
-        find_ffns(tiny_model(name))
+@pytest.mark.parametrize(("name", "dense"), [("mixtral", 0), ("qwen2_moe", LAYERS), ("gpt_oss", 0)])
+def test_of_mixtures_of_experts_the_shared_experts_are_ffns(name: str, dense: int) -> None:
+    ffns = find_ffns(tiny_model(name))
+    assert [ffn.name for ffn in ffns] == ["shared"] * dense
+
+
+def test_experts_outside_the_interface_are_refused() -> None:
+    with pytest.raises(
+        AtlasError, match=r"mlp\.input_linear .* holds experts that do not go through"
+    ):
+        find_ffns(tiny_model("jetmoe"))
 
 
 def test_experts_of_a_model_that_no_library_has_are_refused() -> None:
     model = Strange("gated")
     model.yy[1]["experts"] = nn.ModuleList(Layouts("gated") for _ in range(2))
-    with pytest.raises(AtlasError, match=r"yy\.1\.experts holds experts"):
+    with pytest.raises(AtlasError, match=r"yy\.1\.experts .* holds experts"):
         find_ffns(model)
 
     model = Strange("gated")
     model.yy[1]["bank"] = nn.ParameterList([torch.zeros(4, WIDTH, HIDDEN)])
     assert len(find_ffns(model)) == LAYERS
     model.config = PreTrainedConfig(num_hidden_layers=LAYERS, num_local_experts=4)
-    with pytest.raises(AtlasError, match=r"yy\.1\.bank holds experts"):
+    with pytest.raises(AtlasError, match=r"yy\.1\.bank .* holds experts"):
         find_ffns(model)
 
 

@@ -97,4 +97,4 @@ def bind_routed(entry: dict[str, Any], model: nn.Module) -> RoutedExperts:
 def by_token(grouping: Grouping, counts: Tensor) -> Tensor:
     """What was counted of each grouped row [S], by token [N]: added up; of bools, whether all."""
     pairs = grouping.ungrouped(counts)
-    return pairs.all(-1) if counts.dtype == torch.bool else pairs.sum(-1)
+    return pairs.all(-1) if counts.dtype == torch.bool else pairs.sum(-1, dtype=counts.dtype)

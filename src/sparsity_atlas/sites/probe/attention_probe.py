@@ -15,7 +15,7 @@ linear map.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -27,6 +27,7 @@ from sparsity_atlas.sites.attention import Attention
 from sparsity_atlas.sites.part import Part, by_layer, layer_path
 from sparsity_atlas.sites.probe.ffn_probe import linear_like
 from sparsity_atlas.sites.projection import Projection
+from sparsity_atlas.terms import EXPERTS
 
 # ±(1 + k/128), k from 0 to 127: exact in bfloat16.
 _DIGITS = 256
@@ -49,7 +50,11 @@ class _Call:
 
 
 def find_attention(
-    model: nn.Module, parts: Sequence[Part], run: Callable[[], Any], shape: tuple[int, int]
+    model: nn.Module,
+    parts: Sequence[Part],
+    run: Callable[[], Any],
+    shape: tuple[int, int],
+    routes: Mapping[str, int] | None = None,
 ) -> list[Attention] | None:
     """The attention of every layer.
 
@@ -58,19 +63,24 @@ def find_attention(
         parts: all that its layers hold beside attention.
         run: one forward pass, of two sequences or more.
         shape: sequences and tokens of that pass.
+        routes: how many experts there are in a module of them, by its path.
 
     Returns:
         One for each layer; None if a layer has none that the experiment shows.
     """
-    maps = linear_like(model)
+    experts = {part.layer: part.paths[0] for part in parts if part.name == EXPERTS}
+    maps = linear_like(model, [*experts.values()])
     layers = {}
     for layer, held in by_layer(parts).items():
         place = layer_path(layer, parts)
         own = {path for part in held for path in part.paths}
+        # Around experts stand routers, gates of shared experts, maps to a smaller space.
+        block = _block(place, experts[layer]) if layer in experts else None
         layers[layer] = {
             path: module
             for path, module in maps.items()
             if place and path.startswith(f"{place}.") and path not in own
+            if block is None or not path.startswith(f"{block}.")
         }
     calls: dict[str, list[_Call | None]] = {
         path: [] for beside in layers.values() for path in beside
@@ -81,10 +91,21 @@ def find_attention(
                 _hook(stack, path, module, shape, calls[path])
         run()
     found = [
-        _attention(model, layer, [call for path in beside for call in calls[path]])
+        _attention(
+            model,
+            layer,
+            [call for path in beside for call in calls[path]],
+            (routes or {}).get(experts[layer]) if layer in experts else None,
+        )
         for layer, beside in layers.items()
     ]
     return [one for one in found if one] if all(found) else None
+
+
+def _block(place: str, experts: str) -> str:
+    """The module of a layer in which its experts stand: they themselves if they stand in it alone."""
+    inside = experts.removeprefix(f"{place}.")
+    return f"{place}.{inside.partition('.')[0]}"
 
 
 def _hook(
@@ -129,8 +150,10 @@ def _numbered(shape: tuple[int, int], width: int, generator: torch.Generator) ->
     return made
 
 
-def _attention(model: nn.Module, layer: int, noted: list[_Call | None]) -> Attention | None:
-    """The attention of one layer whose maps ran like this."""
+def _attention(
+    model: nn.Module, layer: int, noted: list[_Call | None], experts: int | None
+) -> Attention | None:
+    """The attention of one layer whose maps ran like this. A map to one entry an expert may be a router."""
     calls = [call for call in noted if call is not None]
     if len(calls) < len(noted) or len({call.path for call in calls}) < len(calls):
         return None
@@ -139,7 +162,8 @@ def _attention(model: nn.Module, layer: int, noted: list[_Call | None]) -> Atten
         return None
     v, o = pairs[0]
     qkv = [call for call in calls if call is not o and _same(call.input, v.input)]
-    if len(qkv) + 1 != len(calls):
+    others = [call for call in calls if call is not o and not any(call is one for one in qkv)]
+    if any(call.output.shape[-1] != experts for call in others):
         return None
     return Attention(
         layer=layer,

@@ -10,7 +10,7 @@ clipped product is noticed, and no two modules agree by accident, however the mo
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from functools import partial
 from itertools import permutations
@@ -39,13 +39,19 @@ WINDOW = 16
 SPREAD = 12.0
 
 
-def linear_like(model: nn.Module) -> dict[str, nn.Module]:
+def linear_like(model: nn.Module, apart: Collection[str] = ()) -> dict[str, nn.Module]:
     """Modules that may be a linear map: the outermost with a 2-D floating `weight`, and leaves
     that hold a 2-D floating tensor under another name. Embeddings are told apart by their input.
+
+    Args:
+        model: the model.
+        apart: paths of modules that are something else: experts, which may have 2-D biases.
     """
     found: dict[str, nn.Module] = {}
 
     def visit(module: nn.Module, path: str) -> None:
+        if path in apart:
+            return
         own = [getattr(module, "weight", None)]
         children = dict(module.named_children())
         if not children:
@@ -72,6 +78,7 @@ class Search:
         tokens: number of tokens that will go in.
         named: the user's own naming: only these modules are considered, in these roles.
         preferred: names of functions to try first (the configuration's own).
+        apart: paths of modules of experts, which are none of the linear maps.
     """
 
     def __init__(
@@ -80,9 +87,11 @@ class Search:
         tokens: int,
         named: list[NamedFFN] | None = None,
         preferred: tuple[str, ...] = (),
+        apart: Collection[str] = (),
     ) -> None:
         self.model = model
         self.tokens = tokens
+        self.apart = apart
         self.named = {entry.down: entry for entry in named} if named is not None else None
         self.functions = {
             name: activation_function(name) for name in dict.fromkeys((*preferred, *ACTIVATIONS))
@@ -97,7 +106,7 @@ class Search:
     def attach(self, stack: ExitStack) -> None:
         """Register the hooks; they go when the stack closes."""
         if self.named is None:
-            linears = linear_like(self.model)
+            linears = linear_like(self.model, self.apart)
         else:
             paths = {path for entry in self.named.values() for path in entry.paths()}
             linears = {path: self.model.get_submodule(path) for path in paths}
@@ -116,7 +125,9 @@ class Search:
         def before_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             self.inputs.pop(path, None)
-            if len(tensors) >= 1 and self._fits(tensors[0]):
+            # A function of two tensors is no activation.
+            alone = after != self._after_leaf or len(tensors) == 1
+            if tensors and alone and self._fits(tensors[0]):
                 # A copy: the model may go on to compute in place.
                 self.inputs[path] = tensors[0].flatten(0, -2).clone()
 

@@ -33,7 +33,7 @@ def one_a_layer(model: nn.Module, findings: Findings, layers: int | None) -> lis
             to name the modules.
     """
     complete: list[list[Hypothesis]] = []
-    for path, members in _lists(model):
+    for path, members in module_lists(model):
         inside = _by_member(path, findings.proved)
         if len(inside) == len(members) and all(len(found) == 1 for found in inside.values()):
             complete.append([entry for found in inside.values() for entry in found])
@@ -92,7 +92,8 @@ def check_run_once(findings: Findings) -> None:
                 )
 
 
-def _lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+def module_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+    """All lists of modules, with their paths."""
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) > 0:
             yield path, module
@@ -147,7 +148,7 @@ def _only_mixes(layer: nn.Module) -> bool:
 
 
 def _not_found(model: nn.Module, findings: Findings, layers: int | None) -> str:
-    lists = [entry for entry in _lists(model) if layers in (None, len(entry[1]))]
+    lists = [entry for entry in module_lists(model) if layers in (None, len(entry[1]))]
     shown: nn.Module = model
     place, template = "the model", "<layers>.{layer}"
     if lists:
