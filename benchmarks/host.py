@@ -108,7 +108,7 @@ def name_phases(phases: Phases) -> None:
             *((AtlasLM, "_answers"), (Usage, "add_scored"), (Usage, "__init__")),
         ],
         "log-probabilities": [(forward, "scores")],
-        "zeros by document": [(forward, "zeros_by_document"), (Counter, "take")],
+        "zeros by document": [(forward, "zeros_by_document"), (Counter, "take_unseen")],
         # On a GPU: the host's time to launch them.
         "forward passes": [(AtlasLM, "_model_call")],
         "journal": [(Journal, "append"), (Journal, "__init__"), (Journal, "close")],
@@ -118,19 +118,23 @@ def name_phases(phases: Phases) -> None:
         "scores of a search": [(search, "read_scores")],
     }
     if torch.cuda.is_available():
-        # Both wait for what the device has not done yet.
+        # These wait for what the device has not done yet.
         places["transfers"] = [
             (torch.Tensor, "to"),
             (torch.Tensor, "cpu"),
             (torch.Tensor, "tolist"),
+            (torch.cuda.Event, "synchronize"),
         ]
     for phase, functions in places.items():
         for owner, name in functions:
             phases.wrap(owner, name, phase)
 
 
-def alone(session: Any, node: Any, clock: Callable[[], float]) -> float:
-    """Seconds of a node's forward passes, heads over the scored tokens included, with nothing beside them."""
+def alone(session: Any, node: Any, clock: Callable[[], float]) -> tuple[float, float]:
+    """Seconds of a node's forward passes, heads over the scored tokens included, with nothing beside them.
+
+    And those of them until the host had begun all, which is when a GPU that waits for the host is nearly done.
+    """
     from sparsity_atlas.lm import forward
 
     lm = session.lm
@@ -140,7 +144,7 @@ def alone(session: Any, node: Any, clock: Callable[[], float]) -> float:
         (hidden,) = arguments
         return (hidden.reshape(-1, hidden.shape[-1])[scored[-1]][None],)
 
-    total = 0.0
+    total = begun = 0.0
     handle = lm.model.get_output_embeddings().register_forward_pre_hook(shown)
     for name in session.tasks:
         work = session.prepared(name).work
@@ -154,10 +158,11 @@ def alone(session: Any, node: Any, clock: Callable[[], float]) -> float:
             for ids, options, where in passes:
                 scored[:] = [where]
                 lm.model(ids, **options)
+            begun += clock() - began
             _wait(lm.device)
             total += clock() - began
     handle.remove()
-    return total
+    return total, begun
 
 
 def _wait(device: torch.device) -> None:
@@ -165,12 +170,13 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def report(title: str, phases: dict[str, float], passes: float | None) -> None:
+def report(title: str, phases: dict[str, float], both: tuple[float, float] | None) -> None:
     """Print where a part's seconds went."""
     total = sum(phases.values())
-    ratio = (
-        f", {total / passes:.2f} times the forward passes alone ({passes:.2f} s)" if passes else ""
-    )
+    ratio, passes = "", 0.0
+    if both:
+        passes, begun = both
+        ratio = f", {total / passes:.2f} times the forward passes alone ({passes:.2f} s, begun in {begun:.2f})"
     print(f"{title}: {total:.2f} s{ratio}", flush=True)
     for name, seconds in sorted(phases.items(), key=lambda item: -item[1]):
         if seconds >= 0.005 * total:

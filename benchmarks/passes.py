@@ -71,8 +71,9 @@ def peak_of(model: PreTrainedModel, counter: Counter, batch: forest.Batch, selec
         pieces = forward.logits(
             model, lambda ids, **options: model(ids, **options).logits, batch, select=select
         )
-        forward.zeros_by_document(counter.take()[0], batch)
-        forward.scores(pieces, batch)
+        counts = forward.zeros_by_document(counter.take_unseen()[0], batch)
+        scores = forward.scores(pieces, batch)
+        counts(), scores()
     return torch.cuda.max_memory_allocated() - before
 
 

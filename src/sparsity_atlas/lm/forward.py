@@ -1,4 +1,7 @@
-"""One forward pass over a batch of `forest`: log-probabilities, and zeros along each request."""
+"""One forward pass over a batch of `forest`: log-probabilities, and zeros along each request.
+
+Nothing here waits for the device: what is read of it is a function, which waits when it is called.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import torch.nn.functional as F
 
 from sparsity_atlas.models import head
 from sparsity_atlas.sparsify.attach import NumericalFailure
+from sparsity_atlas.sparsify.transfer import fetched, sent
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -60,14 +64,14 @@ def inputs(
     device = model.device
     options = head.without_cache(model)
     if batch.branched:
-        options["position_ids"] = torch.from_numpy(batch.depth).to(device)
+        options["position_ids"] = sent(batch.depth, device)
         options["attention_mask"] = _masks(model, batch, masks)
-    return torch.from_numpy(batch.tokens).to(device), options
+    return sent(batch.tokens, device), options
 
 
 def _masks(model: PreTrainedModel, batch: Batch, masks: Masks) -> Tensor | dict[str, Tensor]:
     config = model.config.get_text_config()
-    ends, depth = (torch.from_numpy(one).to(model.device) for one in (batch.ends, batch.depth))
+    ends, depth = (sent(one, model.device) for one in (batch.ends, batch.depth))
     if masks is Masks.BY_LAYER:
         windows = {"full_attention": None, "sliding_attention": config.sliding_window}
         return {
@@ -144,12 +148,12 @@ def logits(
         select: keep all other tokens from the model's head; if not, it makes the batch's at once.
         masks: how rows that branch are masked.
     """
-    where = torch.from_numpy(batch.scored).to(model.device)
+    where = sent(batch.scored, model.device)
     ids, options = inputs(model, batch, masks)
     return head.logits(model, lambda: call(ids, **options), where, select=select)
 
 
-def scores(pieces: Iterable[Tensor], batch: Batch) -> tuple[list[float], list[bool]]:
+def scores(pieces: Iterable[Tensor], batch: Batch) -> Callable[[], tuple[list[float], list[bool]]]:
     """Sum of each request's log-probabilities, and whether each of its tokens is the likeliest.
 
     Args:
@@ -157,21 +161,26 @@ def scores(pieces: Iterable[Tensor], batch: Batch) -> tuple[list[float], list[bo
         batch: where they come from.
 
     Raises:
-        NumericalFailure: a sum is NaN or infinite.
+        NumericalFailure: (when they are read) a sum is NaN or infinite.
     """
     order = np.argsort(batch.row, kind="stable")
-    values, hits = head.likelihoods(pieces, batch.row[order], batch.targets[order])
-    value = np.empty(len(order))
-    hit = np.empty(len(order), dtype=bool)
-    value[order] = values.cpu().numpy()
-    hit[order] = hits.cpu().numpy()
-    sums = np.add.reduceat(value, batch.firsts)
-    if not np.isfinite(sums).all():
-        raise NumericalFailure("NaN or infinity in the logits")
-    return sums.tolist(), np.logical_and.reduceat(hit, batch.firsts).tolist()
+    wait = fetched(head.likelihoods(pieces, batch.row[order], batch.targets[order]))
+
+    def read() -> tuple[list[float], list[bool]]:
+        value = np.empty(len(order))
+        hit = np.empty(len(order), dtype=bool)
+        value[order], hit[order] = wait()
+        sums = np.add.reduceat(value, batch.firsts)
+        if not np.isfinite(sums).all():
+            raise NumericalFailure("NaN or infinity in the logits")
+        return sums.tolist(), np.logical_and.reduceat(hit, batch.firsts).tolist()
+
+    return read
 
 
-def zeros_by_document(zeros: Tensor, batch: Batch) -> tuple[list[list[int]], list[list[int]]]:
+def zeros_by_document(
+    zeros: Tensor, batch: Batch
+) -> Callable[[], tuple[list[list[int]], list[list[int]]]]:
     """Zeros of each document's requests, [documents][slots].
 
     Args:
@@ -186,18 +195,23 @@ def zeros_by_document(zeros: Tensor, batch: Batch) -> tuple[list[list[int]], lis
     each = zeros.flatten(1)
     longest = batch.tokens.shape[1]
     starts = np.arange(len(batch.tokens))[:, None] * longest
-    ends = torch.from_numpy((batch.ends + starts).ravel()).to(each.device)
+    ends = sent((batch.ends + starts).ravel(), each.device)
     # A token counts for all nodes from its own to its last descendant: up at the one, down behind the
     # other, and the running sum is the sum over a node's ancestors.
     steps = F.pad(each, (0, 1)).index_add_(1, ends, -each)
     sums = F.pad(steps.cumsum(1), (1, 0))  # a first column of zeros, for `known` -1
     last, known = (
-        sums[:, torch.from_numpy(index + 1).to(each.device)].T
-        for index in (batch.last, batch.known)
+        sums[:, sent(index + 1, each.device)].T for index in (batch.last, batch.known)
     )  # [requests, slots]
-    owners = torch.from_numpy(batch.owners).to(each.device)
+    owners = sent(batch.owners, each.device)
     empty = last.new_zeros(len(batch.documents), last.shape[1])
-    counted = torch.from_numpy(batch.counted).to(each.device)
+    counted = sent(batch.counted, each.device)
     every = empty.index_add(0, owners, last * counted[:, None])
     once = empty.index_add(0, owners, last - known)
-    return every.tolist(), once.tolist()
+    wait = fetched((every, once))
+
+    def read() -> tuple[list[list[int]], list[list[int]]]:
+        every, once = wait()
+        return every.tolist(), once.tolist()
+
+    return read

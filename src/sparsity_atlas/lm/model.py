@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from lm_eval.models.utils import normalize_gen_kwargs
 
@@ -23,6 +25,7 @@ from sparsity_atlas.lm.usage import Usage
 from sparsity_atlas.lm.work import Limits, arrange
 from sparsity_atlas.models import head, room
 from sparsity_atlas.models.memory import of_a_pass
+from sparsity_atlas.sparsify.transfer import fetched, sent
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -36,7 +39,13 @@ if TYPE_CHECKING:
 
 # Short requests are batched as if they had so many tokens: a GPU that is handed a few at a time waits for
 # the host, which takes as long to start a pass of a small model over a thousand tokens as over ten thousand.
-SHORTEST = {"cuda": 1024}
+# More of a narrower model, whose tokens take less memory and time, up to the second number.
+SHORTEST, MOST = {"cuda": 1024}, 4096
+# Width of the residual stream up to which it is more: half as wide, twice as many.
+WIDE = 4096
+
+# Batches that a device gets before the one in front of them is read, so that it need not wait for the host.
+AHEAD = {"cuda": 1}
 
 # What is said, once, of a model that cannot do something.
 SLOWER = {
@@ -55,14 +64,18 @@ class Records(Protocol):
         """Add what a batch left."""
 
 
-def shortest(device: str, max_length: int) -> int:
+def shortest(device: str, hidden: int, max_length: int) -> int:
     """Tokens that the requests of a batch are taken to have at least.
 
     Args:
         device: its kind.
+        hidden: width of the model's residual stream.
         max_length: longest sequence of the model in tokens.
     """
-    return min(SHORTEST.get(device, 0), max_length)
+    least = SHORTEST.get(device, 0)
+    while 0 < least < MOST and 2 * hidden <= WIDE:
+        least, hidden = 2 * least, 2 * hidden
+    return min(least, max_length)
 
 
 class AtlasLM(GeneratingLM):
@@ -83,6 +96,8 @@ class AtlasLM(GeneratingLM):
         """See `PromptLM`."""
         super().__init__(model, tokenizer, **options)
         self._told: set[str] = set()
+        # Of a model that names none, as of a wide one.
+        self._hidden: int = getattr(model.config.get_text_config(), "hidden_size", None) or WIDE
         self._lengths = Lengths(model, self.max_length)
         self._known = Answers()
         self.sizes: Sizes | None = None
@@ -90,7 +105,7 @@ class AtlasLM(GeneratingLM):
     @property
     def shortest(self) -> int:
         """Tokens that the requests of a batch are taken to have at least; see `forest.pack`."""
-        return shortest(self.device.type, self.max_length)
+        return shortest(self.device.type, self._hidden, self.max_length)
 
     def work(
         self,
@@ -248,19 +263,41 @@ class AtlasLM(GeneratingLM):
 
     def _answers(self, kind: str, count: int) -> list[tuple[float, bool]]:
         answers: list[tuple[float, bool]] = [(0.0, False)] * count
-        for batch in self._work.batches[kind]:
-            record = self._batch(partial(self._score, batch))
+        batches = self._work.batches[kind]
+        for batch, record in zip(batches, self._records(batches), strict=True):
             self.usage.add_scored(batch, record)
             found = zip(record["scores"], record["greedy"], strict=True)
             for number, answer in zip(batch.requests, found, strict=True):
                 answers[number] = answer
         return answers
 
-    def _score(self, batch: forest.Batch) -> dict[str, Any]:
-        """Run one batch: zeros of its documents [document][slot], and the scores of its requests."""
-        lengths = torch.from_numpy(batch.lengths)
-        valid = torch.arange(batch.tokens.shape[1]) < lengths[:, None]
-        self._counter.expect(valid.to(self.device))
+    def _records(self, batches: list[forest.Batch]) -> Iterator[Any]:
+        """What each batch left, in order."""
+        # A model that remembers earlier batches is seen after each of them.
+        ahead = 0 if self._work.abilities.follows else AHEAD.get(self.device.type, 0)
+        known = len(self._journal.records) - self._replayed
+        begun: deque[Callable[[], Any]] = deque()
+        for number, batch in enumerate(batches):
+            early = ahead and number >= known
+            begun.append(self._score(batch) if early else partial(self._scored, batch))
+            if len(begun) > ahead:
+                yield self._batch(begun.popleft())
+        while begun:
+            yield self._batch(begun.popleft())
+
+    def _scored(self, batch: forest.Batch) -> dict[str, Any]:
+        return self._score(batch)()
+
+    def _score(self, batch: forest.Batch) -> Callable[[], dict[str, Any]]:
+        """Begin one batch.
+
+        Returns:
+            What waits for it, and gives zeros of its documents [document][slot] and the scores of its
+            requests.
+        """
+        valid = np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
+        counter = self._counter
+        counter.expect(sent(valid, self.device))
         found = forward.logits(
             self.model,
             self._model_call,
@@ -268,10 +305,18 @@ class AtlasLM(GeneratingLM):
             select=self._work.abilities.selects,
             masks=self._work.abilities.masks,
         )
-        zeros, _ = self._counter.take()
-        every, once = forward.zeros_by_document(zeros, batch)
-        sums, greedy = forward.scores(found, batch)
-        return {"zeros": every, "unique": once, "scores": sums, "greedy": greedy}
+        zeros, _, finite = counter.take_unseen()
+        whole = fetched([finite])
+        counts = forward.zeros_by_document(zeros, batch)
+        scores = forward.scores(found, batch)
+
+        def read() -> dict[str, Any]:
+            counter.check(whole()[0].tolist())
+            every, once = counts()
+            sums, greedy = scores()
+            return {"zeros": every, "unique": once, "scores": sums, "greedy": greedy}
+
+        return read
 
     def _model_call(self, inps: Tensor, *_: Any, **options: Any) -> Tensor:
         with torch.no_grad():

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sparsity_atlas.models.memory import CHUNK, PIECE
 from sparsity_atlas.sites.find import random_ids
 from sparsity_atlas.sites.probe.hypotheses import relative_error
+from sparsity_atlas.sparsify.transfer import sent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -163,9 +164,7 @@ def likelihoods(
         step = max(CHUNK.get(piece.device.type, CHUNK["cuda"]) // piece.shape[-1], 1)
         for part in piece.split(step):
             own = slice(*np.searchsorted(rows, (done, done + len(part))))
-            row, target = (
-                torch.from_numpy(one).to(piece.device) for one in (rows[own] - done, targets[own])
-            )
+            row, target = (sent(one, piece.device) for one in (rows[own] - done, targets[own]))
             likely = F.log_softmax(part, dim=-1, dtype=torch.float32)
             values.append(likely[row, target])
             hits.append(likely.argmax(-1)[row] == target)

@@ -101,7 +101,7 @@ class DryLM(AtlasLM):
     @property
     def shortest(self) -> int:
         """See `AtlasLM.shortest`."""
-        return shortest(self.kind, self.max_length)
+        return shortest(self.kind, self._hidden, self.max_length)
 
     def start(self, journal: Records, counter: Counter, work: Work) -> None:
         """Begin a task; see `AtlasLM.start`."""
@@ -114,7 +114,7 @@ class DryLM(AtlasLM):
     def _abilities(self, requests: list[forest.Request], branching: bool) -> Abilities:
         return Abilities(branches=branching, selects=True)  # as nearly every model
 
-    def _score(self, batch: forest.Batch) -> dict[str, Any]:
+    def _scored(self, batch: forest.Batch) -> dict[str, Any]:
         longest = batch.tokens.shape[1]
         rows = [
             row[:length].tolist() for row, length in zip(batch.tokens, batch.lengths, strict=True)

@@ -136,6 +136,16 @@ class Counter:
         Raises:
             NumericalFailure: a vector that counts held NaN or an infinity.
         """
+        first, rest, whole = self.take_unseen()
+        self.check(whole.tolist())
+        return first, rest
+
+    def take_unseen(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As `take`, without waiting for the device to see whether the numbers are finite.
+
+        Returns:
+            Further, bool [slots] on the device, what `check` wants to see.
+        """
         valid, self._valid = self._valid, None
         assert valid is not None, "a batch is announced before it is run"
         zeros = [_stack(one).long() for one in self._zeros]  # each [slots, batch, tokens]
@@ -143,14 +153,21 @@ class Counter:
         zeros[0] = zeros[0] * valid
         finite[0] = finite[0] | ~valid
         whole = torch.stack([one.flatten(1).all(-1) for one in finite]).all(0)
-        for slot, good in zip(self.slots, whole.tolist(), strict=True):
+        first, *later = zeros
+        rest = torch.stack(later).squeeze(-1) if later else first.new_zeros(0, *first.shape[:2])
+        return first, rest, whole
+
+    def check(self, whole: list[bool]) -> None:
+        """See whether each slot's vectors were finite, as `take_unseen` says.
+
+        Raises:
+            NumericalFailure: a vector that counts held NaN or an infinity.
+        """
+        for slot, good in zip(self.slots, whole, strict=True):
             if not good:
                 raise NumericalFailure(
                     f"NaN or infinity in '{slot.key.tensor}' of layer {slot.key.layer}"
                 )
-        first, *later = zeros
-        rest = torch.stack(later).squeeze(-1) if later else first.new_zeros(0, *first.shape[:2])
-        return first, rest
 
 
 def _stack(counted: list[Tensor | None]) -> Tensor:

@@ -75,11 +75,13 @@ def run(
             )
             zeros, _ = counter.take()
             for sums, part in zip(
-                (every, once), forward.zeros_by_document(zeros, batch), strict=True
+                (every, once), forward.zeros_by_document(zeros, batch)(), strict=True
             ):
                 for owner, counts in zip(batch.documents, part, strict=True):
                     sums[owner] = sums.get(owner, 0) + np.array(counts)
-            for number, *answer in zip(batch.requests, *forward.scores(pieces, batch), strict=True):
+            for number, *answer in zip(
+                batch.requests, *forward.scores(pieces, batch)(), strict=True
+            ):
                 answers[number] = tuple(answer)
     return answers, every, once
 
@@ -343,7 +345,7 @@ def test_scores_in_chunks(chunk: int, rows: int, monkeypatch: pytest.MonkeyPatch
         # A tie: the first of the likeliest tokens is the one that greedy decoding takes.
         found[:, 5] = found[:, 4] = found.amax(-1) + 1
         likely = found.log_softmax(-1)
-        sums, greedy = forward.scores(found.split(rows), batch)
+        sums, greedy = forward.scores(found.split(rows), batch)()
         ends = [*batch.firsts[1:], len(batch.row)]
         for i, (first, end) in enumerate(zip(batch.firsts, ends, strict=True)):
             row, target = batch.row[first:end], batch.targets[first:end]
@@ -356,4 +358,4 @@ def test_nan_in_the_logits_is_a_failure() -> None:
     found = torch.zeros(len(batch.scored), VOCABULARY)
     found[3, 7] = float("nan")
     with pytest.raises(NumericalFailure, match="in the logits"):
-        forward.scores([found], batch)
+        forward.scores([found], batch)()

@@ -442,6 +442,9 @@ def test_a_job_builds_its_requests_once() -> None:
 
 
 def test_short_requests_are_batched_as_on_the_device_that_they_are_meant_for() -> None:
-    assert shortest("cpu", 4096) == 0
-    assert shortest("cuda", 4096) == 1024
-    assert shortest("cuda", 300) == 300
+    assert shortest("cpu", 640, 4096) == 0
+    assert shortest("cuda", 4096, 8192) == 1024
+    assert shortest("cuda", 2304, 8192) == 1024
+    assert shortest("cuda", 2048, 8192) == 2048
+    assert shortest("cuda", 640, 8192) == shortest("cuda", 64, 8192) == 4096
+    assert shortest("cuda", 640, 300) == 300
