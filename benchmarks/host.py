@@ -133,7 +133,7 @@ def name_phases(phases: Phases) -> None:
 def alone(session: Any, node: Any, clock: Callable[[], float]) -> tuple[float, float]:
     """Seconds of a node's forward passes, heads over the scored tokens included, with nothing beside them.
 
-    And those of them until the host had begun all, which is when a GPU that waits for the host is nearly done.
+    And those of them until the host had begun all; little is left then for a GPU that waits for the host.
     """
     from sparsity_atlas.lm import forward
 
@@ -176,7 +176,9 @@ def report(title: str, phases: dict[str, float], both: tuple[float, float] | Non
     ratio, passes = "", 0.0
     if both:
         passes, begun = both
-        ratio = f", {total / passes:.2f} times the forward passes alone ({passes:.2f} s, begun in {begun:.2f})"
+        ratio = (
+            f", {total / passes:.2f} times its passes alone ({passes:.2f} s, {begun:.2f} to begin)"
+        )
     print(f"{title}: {total:.2f} s{ratio}", flush=True)
     for name, seconds in sorted(phases.items(), key=lambda item: -item[1]):
         if seconds >= 0.005 * total:

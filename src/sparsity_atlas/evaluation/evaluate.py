@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
     from sparsity_atlas.sparsify.attach import Counter, Slot
     from sparsity_atlas.tasks.loaded import LoadedTask
     from sparsity_atlas.tasks.prepared import Prepared
+
+# The table is written whole, once in so many seconds; until then a finished task's journal stays.
+WRITE_SECONDS = 30.0
 
 
 @dataclass
@@ -196,6 +200,7 @@ def evaluate_node(
     with locked(folder / ".lock"):
         slots = session.slots(node)
         table = read_samples(path, [slot.columns() for slot in slots])
+        written, unwritten, finished = time.monotonic(), False, list[Path]()
         for name, task in session.tasks.items():
             fingerprint = {
                 **identity,
@@ -212,14 +217,24 @@ def evaluate_node(
                 # As a later run reads it from the table, so that eval.json has the same bytes.
                 table.tasks[name] = {"fingerprint": key, "result": json.loads(canonical(result))}
                 table.rows[name] = rows
-                table.write(path)
-            # Only now: a journal may go when its content stands in the table.
-            journal_path.unlink(missing_ok=True)
+                unwritten = True
+            finished.append(journal_path)
+            if time.monotonic() - written >= WRITE_SECONDS or name == list(session.tasks)[-1]:
+                if unwritten:
+                    table.write(path)
+                _forget(finished)
+                unwritten, written = False, time.monotonic()
         for name, metric in (metrics or {}).items() if node is None else ():
             check_measured(name, metric, table)
         manifest = _manifest(session, node, table)
         write_manifest(folder / "eval.json", manifest)
     return manifest
+
+
+def _forget(journals: list[Path]) -> None:
+    """Remove journals whose content stands in the table, and not before it does."""
+    while journals:
+        journals.pop().unlink(missing_ok=True)
 
 
 def _manifest(session: Session, node: Node | None, table: SampleTable) -> dict[str, Any]:

@@ -70,6 +70,19 @@ def masked(rule: Threshold, values: Tensor, onto: Tensor) -> Masked:
     return Masked(out.view(shape), zeros.view(shape[:-1]), finite.view(shape[:-1]))
 
 
+def totals(device: str) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+    """The kernel that reads logits on a kind of device, `cuda_likely.totals`; None where there is none."""
+    if device != "cuda" or _choice() == "reference":
+        return None
+    try:
+        from sparsity_atlas.kernels import cuda_likely
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return None
+    return cuda_likely.totals
+
+
 def by_mask(mask: Tensor, values: Tensor, onto: Tensor) -> Masked:
     """As `masked`, with a mask (bool, True where kept) in place of a rule."""
     zeros = (~mask | (values == 0)).sum(-1)

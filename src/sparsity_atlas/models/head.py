@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsity_atlas import kernels
 from sparsity_atlas.models.memory import CHUNK, PIECE
 from sparsity_atlas.sites.find import random_ids
 from sparsity_atlas.sites.probe.hypotheses import relative_error
@@ -161,14 +162,22 @@ def likelihoods(
 
     def read(piece: Tensor) -> None:
         nonlocal done
+        totals = kernels.totals(piece.device.type)
         step = max(CHUNK.get(piece.device.type, CHUNK["cuda"]) // piece.shape[-1], 1)
+        if totals is not None:  # which makes no copy
+            step = len(piece)
         for part in piece.split(step):
             own = slice(*np.searchsorted(rows, (done, done + len(part))))
             row, target = (sent(one, piece.device) for one in (rows[own] - done, targets[own]))
-            likely = F.log_softmax(part, dim=-1, dtype=torch.float32)
-            values.append(likely[row, target])
-            hits.append(likely.argmax(-1)[row] == target)
-            del likely  # before the next copy is made
+            if totals is not None:
+                total, likeliest = totals(part)
+                values.append(part[row, target].float() - total[row])
+                hits.append(likeliest[row] == target)
+            else:
+                likely = F.log_softmax(part, dim=-1, dtype=torch.float32)
+                values.append(likely[row, target])
+                hits.append(likely.argmax(-1)[row] == target)
+                del likely  # before the next copy is made
             done += len(part)
 
     # By map and not in a loop, whose variable would hold a piece while the next one is made.
@@ -227,6 +236,7 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
         "vocabulary": vocabulary(model),
         "pieces": able(model),
         "heads": heads if config._attn_implementation == "eager" else 0,
+        "capped": bool(getattr(config, "final_logit_softcapping", None)),
         "cache": 2 * keys * each * (getattr(config, "num_hidden_layers", None) or 0),
     }
 

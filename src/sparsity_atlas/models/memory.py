@@ -17,14 +17,17 @@ PENDING = 8
 # Of a chunk of a captured array, about: between 8 and 16 MiB reads and writes run at the disk's speed.
 CHUNK_BYTES = 12 * 2**20
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Logits of a piece: 128 MiB in float32. On a GPU, which smaller products would leave idle, twice as many.
-PIECE = {"cpu": 2**25, "cuda": 2**26, "mps": 2**25}
+# Logits of a piece: 128 MiB in float32. More on a GPU, which would wait for the host's work between two: 512
+# MiB in 16 bits.
+PIECE = {"cpu": 2**25, "cuda": 2**28, "mps": 2**25}
 # Numbers that are turned into log-probabilities at a time: what a CPU's caches hold, and what keeps a
 # GPU busy.
 CHUNK = {"cpu": 2**21, "cuda": 2**26, "mps": 2**26}
 # Tensors of a token's hidden width that a layer has at once (the residual, what is normalised of it, and
-# attention's), and of the FFN's width (both factors, their product, and what is made of one of them).
-HIDDEN_COPIES, WIDTH_COPIES = 6, 5
+# attention's), and of the FFN's width (both factors, their product, and what is made of one of them). As
+# measured, fewer on a GPU, where the next tensor takes the place of one that is gone.
+HIDDEN_COPIES = {"cpu": 6, "cuda": 4, "mps": 6}
+WIDTH_COPIES = {"cpu": 5, "cuda": 3, "mps": 5}
 # Bytes of a token and counted vector: while the model runs, and when they are added up along requests.
 COUNTED, ADDED_UP = 9, 48
 
@@ -42,6 +45,7 @@ class Sizes:
         pieces: whether its logits can be made in pieces; see `head`.
         heads: of attention that keeps its scores (`eager`); 0: it keeps none.
         cache: numbers of a token's keys and values in all layers.
+        capped: whether logits are changed behind the head, so that they are there twice.
     """
 
     parameters: int
@@ -52,6 +56,7 @@ class Sizes:
     pieces: bool
     heads: int
     cache: int
+    capped: bool = False
 
     @classmethod
     def of(cls, manifest: dict[str, Any]) -> Sizes:
@@ -107,13 +112,17 @@ def of_a_pass(sizes: Sizes, batch: Largest, item: int, device: str, slots: int) 
         device: its type.
         slots: counted vectors of a token, in all layers.
     """
-    layer = (HIDDEN_COPIES * sizes.hidden + WIDTH_COPIES * sizes.width) * item
+    layer = (HIDDEN_COPIES[device] * sizes.hidden + WIDTH_COPIES[device] * sizes.width) * item
     # Of a mask: who sees whom, what follows of it, and its numbers. Of scores: as they are, their softmax
     # in float32, and that in the type of the computation.
     attention = batch.pairs * (2 + item)
     attention += batch.tokens * batch.longest * sizes.heads * (2 * item + 4)
     running = batch.tokens * (layer + slots * COUNTED) + attention + batch.kept * sizes.cache * item
-    return max(running, batch.tokens * slots * ADDED_UP + _at_the_head(sizes, batch, item, device))
+    head = _at_the_head(sizes, batch, item, device)
+    added_up = batch.tokens * slots * ADDED_UP
+    if device == "cuda":  # one after the other, and each tensor is gone when nothing needs it
+        return max(running, added_up, batch.tokens * slots * COUNTED + head)
+    return max(running, added_up + head)
 
 
 def _at_the_head(sizes: Sizes, batch: Largest, item: int, device: str) -> int:
@@ -122,8 +131,11 @@ def _at_the_head(sizes: Sizes, batch: Largest, item: int, device: str) -> int:
     piece = min(batch.scored * wide, max(PIECE.get(device, PIECE["cpu"]), wide))
     logits = piece if sizes.pieces else piece + batch.tokens * wide
     chunk = min(piece, max(CHUNK.get(device, CHUNK["cpu"]), wide))
-    hidden = (2 * batch.tokens + batch.scored) * sizes.hidden
-    return (hidden + logits) * item + 4 * chunk
+    copies = batch.tokens if device == "cuda" else 2 * batch.tokens
+    hidden = (copies + batch.scored) * sizes.hidden
+    # Then, in float32, what is read of them; a kernel on a GPU reads them as they are.
+    read = 0 if device == "cuda" else 4 * chunk
+    return (hidden + logits) * item + max(read, piece * item if sizes.capped else 0)
 
 
 def of_a_capture(widths: list[int], layers: int, batch: int, tokens: int, item: int) -> int:

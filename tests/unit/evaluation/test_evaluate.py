@@ -13,9 +13,11 @@ import torch
 
 from interruptions import Interrupted, products, watch
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.evaluation import evaluate as evaluation
 from sparsity_atlas.evaluation.evaluate import evaluate_node
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.samples import read_table
+from sparsity_atlas.lm import model
 from sparsity_atlas.models import room
 from tiny_lm import (
     CHOICE,
@@ -71,6 +73,43 @@ def test_interrupted_and_resumed(manifest: Path, tasks: dict, tmp_path: Path) ->
         assert evaluate(manifest, tasks, folder) == whole[stop:]
         assert products(folder) == products(tmp_path / "whole")
     assert sorted(products(tmp_path / "whole")) == [".lock", "eval.json", "samples.parquet"]
+
+
+def test_a_batch_that_is_begun_early_changes_nothing(
+    manifest: Path, tasks: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = evaluate(manifest, tasks, tmp_path / "whole")
+    # As on a GPU.
+    monkeypatch.setattr(model, "AHEAD", {"cpu": 1})
+    assert evaluate(manifest, tasks, tmp_path / "ahead") == whole
+    assert products(tmp_path / "ahead") == products(tmp_path / "whole")
+    for stop in (1, 3, 7):
+        folder = tmp_path / f"stopped-{stop}"
+        session = open_session(manifest, tasks)
+        watch(session, stop)
+        with pytest.raises(Interrupted):
+            evaluate_node(session, NODE, folder)
+        # The one in front was begun, and nobody has read it.
+        assert evaluate(manifest, tasks, folder) in (whole[stop - 1 :], whole[stop:])
+        assert products(folder) == products(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e9])
+def test_a_finished_task_is_kept_in_its_journal_or_in_the_table(
+    manifest: Path, tasks: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    monkeypatch.setattr(evaluation, "WRITE_SECONDS", seconds)
+    whole = evaluate(manifest, tasks, tmp_path / "whole")
+    first = whole.index("generate") - 1
+    session = open_session(manifest, tasks)
+    watch(session, first)
+    with pytest.raises(Interrupted):
+        evaluate_node(session, NODE, tmp_path / "cut")
+    names = {path.name for path in (tmp_path / "cut").iterdir()}
+    assert ("samples.parquet" in names) == (seconds == 0)
+    assert ("choice.journal" in names) == (seconds > 0)
+    assert evaluate(manifest, tasks, tmp_path / "cut") == whole[first:]
+    assert products(tmp_path / "cut") == products(tmp_path / "whole")
 
 
 def test_what_does_not_fit_leaves_no_result(

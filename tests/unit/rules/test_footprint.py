@@ -126,7 +126,7 @@ def test_gpu_memory_is_weights_and_the_work(tmp_path: Path) -> None:
     with_manifest(tmp_path)
     evaluated(tmp_path, a=largest(tokens=10**6, longest=1000, scored=1))
     own = Needs(config(device="cuda"), str(tmp_path))
-    work = 10**6 * ((6 * 4096 + 5 * 14336) * 2 + 3 * 9)
+    work = 10**6 * ((4 * 4096 + 3 * 14336) * 2 + 3 * 9)
     expected = 1.25 * (footprint.CUDA_DEVICE_MIB + (8 * 10**9 * 2 + work) / 2**20)
     assert own.gpu_memory("evaluate", "m", "input") == round(expected)
     assert host(own) == footprint.CUDA_HOST_MIB + 8 * 10**9 * 4 // 2**20
