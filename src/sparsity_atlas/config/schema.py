@@ -70,8 +70,8 @@ class ModelEntry(Strict):
     length, whose memory grows with it."""
     batch_size: int = Field(default=16, gt=0)
     """Sequences a forward pass, or as many tokens where a task's are shorter than its longest; on a GPU than
-    1,024 tokens. Fixed and recorded: in bfloat16 scores depend on it. Memory grows with it, but for logits,
-    which are made a piece at a time."""
+    1,024 tokens, up to 4,096 where the model is narrow. Fixed and recorded: in bfloat16 scores depend on it.
+    Memory grows with it, but for logits, which are made a piece at a time."""
     sites: Annotated[list[Site], AfterValidator(some)] | None = None
     """Sites for the run blocks that name none."""
     modules: dict[str, str] | None = None
