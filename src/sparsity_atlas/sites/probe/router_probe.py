@@ -39,10 +39,11 @@ def routing_ffns(
     """
     paths = {part.layer: part.paths[0] for part in experts}
     found: set[int] = set()
+    both = [ffn for ffn in ffns if ffn.layer in paths]
+    if not both:
+        return found
     with ExitStack() as stack:
-        for ffn in ffns:
-            if ffn.layer not in paths:
-                continue
+        for ffn in both:
             place = layer_path(ffn.layer, [*ffns, *experts])
             if not place:
                 raise AtlasError(f"layer {ffn.layer}: no module holds it alone")
