@@ -48,7 +48,7 @@ def expect(jobs: Callable[[], list[tuple[Key, float]]]) -> None:
     """Say what the jobs of this process's workflow are expected to take.
 
     Args:
-        jobs: gives seconds by job, as `sparsity_atlas.plan.expect.expected`.
+        jobs: gives seconds by job, as `sparsity_atlas.plan.expected_seconds.expected`.
     """
     global _expected
     _expected = jobs

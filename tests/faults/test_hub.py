@@ -212,7 +212,7 @@ def test_a_plan_fetches_no_weights(
     hub: HubServer, client: Client, zoo_files: dict[str, bytes]
 ) -> None:
     hub.model(NAME).commit(zoo_files)
-    find = "from sparsity_atlas.plan.outlook import find; import sys\n"
+    find = "from sparsity_atlas.plan.model_facts import find; import sys\n"
     find += f"print(sorted(path.name for path in find({{'hub': '{NAME}'}}).folder.iterdir()))"
     done = client.run("-c", find)
     assert done.returncode == 0, done.stderr

@@ -42,7 +42,7 @@ elif find_spec("sparsity_atlas") is None:
     raise SystemExit(f"error: rules of {HERE} need the package of the same release: pip install it")
 
 from snakemake_logger_plugin_atlas import expect
-from sparsity_atlas.plan.expect import expected
+from sparsity_atlas.plan.expected_seconds import expected
 from sparsity_atlas.rules.asks import Asks
 from sparsity_atlas.code_version import code_version
 from sparsity_atlas.config.schema import parse as parse_config

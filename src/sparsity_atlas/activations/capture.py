@@ -210,7 +210,7 @@ def _check_room(
     """See that a batch of `shape` (positions, sequences) and what is kept of it fit into memory."""
     import torch
 
-    from sparsity_atlas.models import room
+    from sparsity_atlas.models import free_memory
 
     positions, batch = shape
     item, device, sizes = model.dtype.itemsize, model.device, Sizes.of(manifest)
@@ -228,10 +228,10 @@ def _check_room(
     what = f"capture: batches of {batch} x {positions} tokens"
     keys = (("batch_size", batch), ("capture.sequence_length", positions))
     if device.type == "cpu":
-        room.check(device, lambda share: running(share) + held(share), what, keys)
+        free_memory.check(device, lambda share: running(share) + held(share), what, keys)
         return
-    room.check(device, running, what, keys)
-    room.check(torch.device("cpu"), held, what, keys)
+    free_memory.check(device, running, what, keys)
+    free_memory.check(torch.device("cpu"), held, what, keys)
 
 
 def _stored(copies: list[HostCopy], layer: int, name: str) -> np.ndarray:

@@ -23,7 +23,7 @@ from sparsity_atlas.lm.longest import Lengths
 from sparsity_atlas.lm.sharing import abilities
 from sparsity_atlas.lm.usage import Usage
 from sparsity_atlas.lm.work import Limits, arrange
-from sparsity_atlas.models import head, room
+from sparsity_atlas.models import free_memory, head
 from sparsity_atlas.models.memory import of_a_pass
 from sparsity_atlas.sparsify.transfer import fetched, sent
 
@@ -218,7 +218,7 @@ class AtlasLM(GeneratingLM):
         if self.sizes is None:
             return
         sizes, device, largest = self.sizes, self.model.device, work.largest
-        room.check(
+        free_memory.check(
             device,
             lambda share: of_a_pass(
                 sizes, largest.shrunk(share), self.model.dtype.itemsize, device.type, slots

@@ -39,7 +39,7 @@ def load(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "auto") -
     import torch
     from transformers import AutoModelForCausalLM
 
-    from sparsity_atlas.models.room import check_weights
+    from sparsity_atlas.models.free_memory import check_weights
     from sparsity_atlas.models.wholeness import check_types, check_whole, fill_buffers
 
     _check_declared_types(checkpoint)

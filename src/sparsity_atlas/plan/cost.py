@@ -52,7 +52,7 @@ def main() -> None:
 
     config = parse(arguments.config)
     go_offline_if_unreachable(config)
-    from sparsity_atlas.plan.expect import save
+    from sparsity_atlas.plan.expected_seconds import save
     from sparsity_atlas.plan.forecast import forecast, parallel_jobs
     from sparsity_atlas.plan.text import text
 

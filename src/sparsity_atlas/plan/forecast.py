@@ -13,7 +13,7 @@ from sparsity_atlas.criteria import create, declared
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.plan.jobs import UNKNOWN, USUAL_LEVELS, Amount, Job, jobs
-from sparsity_atlas.plan.outlook import NodeKey, Outlook, Unknowns, look, measure
+from sparsity_atlas.plan.model_facts import NodeKey, Outlook, Unknowns, look, measure
 from sparsity_atlas.plan.rates import curve_seconds, import_seconds, recorded
 from sparsity_atlas.plan.targets import missed_targets
 from sparsity_atlas.tasks.load import load_tasks

@@ -13,7 +13,7 @@ from sparsity_atlas.criteria.calibration_file import read_calibration
 from sparsity_atlas.criteria.reach import misses
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.plan.jobs import searched_levels
-from sparsity_atlas.plan.outlook import Unknowns
+from sparsity_atlas.plan.model_facts import Unknowns
 
 
 def missed_targets(config: Config, results: Path, unknowns: Unknowns) -> Iterator[str]:

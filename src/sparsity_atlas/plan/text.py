@@ -10,7 +10,7 @@ from sparsity_atlas.activations.capture import tensors_of
 from sparsity_atlas.config.schema import Config
 from sparsity_atlas.plan.forecast import Forecast
 from sparsity_atlas.plan.jobs import UNKNOWN, USUAL_LEVELS, Amount, Job
-from sparsity_atlas.plan.outlook import Outlook, captured_tokens
+from sparsity_atlas.plan.model_facts import Outlook, captured_tokens
 from sparsity_atlas.terms import STORED, TENSORS
 
 # Measured on the default run: a task of a node, a row of its sample table, a count of zeros in it.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from sparsity_atlas import cli
 from sparsity_atlas.errors import AtlasError, TaskFailure
-from sparsity_atlas.tasks.reasons import aggregated, causes, found, library, reason
+from sparsity_atlas.tasks.error_messages import aggregated, causes, found, library, reason
 
 if TYPE_CHECKING:
     from sparsity_atlas.tasks.modules import OwnModules

@@ -19,11 +19,11 @@ from sparsity_atlas import cli
 from sparsity_atlas.errors import AtlasError, TaskFailure
 from sparsity_atlas.tasks import local_files, surroundings
 from sparsity_atlas.tasks.boundary import boundary
+from sparsity_atlas.tasks.error_messages import RUNS_CODE, close
 from sparsity_atlas.tasks.factory import LocalFactory, fresh_transforms, kept_by_content
 from sparsity_atlas.tasks.identity import code_digest, leaf_identity
 from sparsity_atlas.tasks.loaded import LoadedTask, RandomState, code_allowed, seed_as_lm_eval
 from sparsity_atlas.tasks.modules import OwnModules
-from sparsity_atlas.tasks.reasons import RUNS_CODE, close
 from sparsity_atlas.tasks.reported_metrics import check_found
 
 if TYPE_CHECKING:

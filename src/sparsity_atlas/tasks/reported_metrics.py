@@ -10,8 +10,8 @@ from lm_eval.api.registry import aggregation_registry, metric_registry
 from lm_eval.api.task import ConfigurableTask
 
 from sparsity_atlas.errors import AtlasError, TaskFailure
+from sparsity_atlas.tasks.error_messages import close
 from sparsity_atlas.tasks.loaded import RandomState
-from sparsity_atlas.tasks.reasons import close
 from sparsity_atlas.tasks.score import choose_metric
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ from sparsity_atlas.evaluation import evaluate, search
 from sparsity_atlas.evaluation.evaluate import evaluate_node
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.files.whole import file_digest, read_manifest, write_manifest
-from sparsity_atlas.plan.outlook import Unknowns
+from sparsity_atlas.plan.model_facts import Unknowns
 from sparsity_atlas.plan.targets import missed_targets
 from sparsity_atlas.rules.asks import Asks
 from sparsity_atlas.rules.inputs import check_inputs

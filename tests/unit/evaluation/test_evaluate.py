@@ -18,7 +18,7 @@ from sparsity_atlas.evaluation.evaluate import evaluate_node
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.samples import read_table
 from sparsity_atlas.lm import model
-from sparsity_atlas.models import room
+from sparsity_atlas.models import free_memory
 from tiny_lm import (
     CHOICE,
     GENERATION,
@@ -117,7 +117,7 @@ def test_what_does_not_fit_leaves_no_result(
 ) -> None:
     session, folder = open_session(manifest, tasks), tmp_path / "node"
     limit = [2**20]
-    monkeypatch.setattr(room, "host_limit", lambda: (limit[0], "this job was given"))
+    monkeypatch.setattr(free_memory, "host_limit", lambda: (limit[0], "this job was given"))
     with pytest.raises(
         AtlasError, match=r"'choice': batches of \d+ tokens: needs about .*; no batch_size"
     ):

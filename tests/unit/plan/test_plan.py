@@ -23,7 +23,7 @@ from sparsity_atlas.plan.cost import go_offline_if_unreachable
 from sparsity_atlas.plan.dry_run import Batch, TaskCost
 from sparsity_atlas.plan.forecast import Start, evaluation_seconds, forecast
 from sparsity_atlas.plan.jobs import UNKNOWN, Amount, Job, jobs
-from sparsity_atlas.plan.outlook import Outlook, Unknowns, captured_tokens, look
+from sparsity_atlas.plan.model_facts import Outlook, Unknowns, captured_tokens, look
 from sparsity_atlas.plan.text import duration, show, size, text
 from sparsity_atlas.tasks.load import load_tasks
 from tiny_lm import (

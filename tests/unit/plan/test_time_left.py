@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from sparsity_atlas.config.schema import parse
-from sparsity_atlas.plan.expect import expected
+from sparsity_atlas.plan.expected_seconds import expected
 from sparsity_atlas.plan.time_left import Key, TimeLeft
 
 ROOT = Path(__file__).parents[3]

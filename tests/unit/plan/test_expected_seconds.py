@@ -9,7 +9,7 @@ import pytest
 
 from sparsity_atlas.config.schema import Config, parse
 from sparsity_atlas.files.whole import write_manifest
-from sparsity_atlas.plan.expect import FILE, expected, key_of, save
+from sparsity_atlas.plan.expected_seconds import FILE, expected, key_of, save
 from sparsity_atlas.plan.jobs import UNKNOWN, Amount, jobs
 from sparsity_atlas.plan.time_left import Key
 
