@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
-from torch import Tensor, nn
-
-from sparsity_atlas.sites.activation import Activation
-from sparsity_atlas.sites.forward_watch import ForwardWatch
-from sparsity_atlas.sites.projection import Projection
 from sparsity_atlas.terms import ATTENTION, ATTENTION_TENSORS, SITES, TENSORS, PlaceKey
+
+if TYPE_CHECKING:
+    # Which sites there are is asked by stages that start without torch.
+    from contextlib import ExitStack
+
+    from torch import Tensor, nn
+
+    from sparsity_atlas.sites.activation import Activation
+    from sparsity_atlas.sites.forward_watch import ForwardWatch
+    from sparsity_atlas.sites.projection import Projection
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +45,7 @@ class Vectors:
 
 
 Observer = Callable[[Vectors], None]
-Rewriter = Callable[[Vectors, Tensor], "Tensor | None"]
+Rewriter = Callable[[Vectors, "Tensor"], "Tensor | None"]
 """Takes the vectors that a site means and the tensor to write, of the same shape; gives what to put there."""
 
 

@@ -19,7 +19,6 @@ from sparsity_atlas.activations.store import ActivationStore, read_ahead
 from sparsity_atlas.criteria import check_level, create
 from sparsity_atlas.criteria.calibration_file import read_calibration
 from sparsity_atlas.criteria.level_arguments import add_levels, levels_of
-from sparsity_atlas.criteria.place import state_name
 from sparsity_atlas.files.parquet import write_parquet
 from sparsity_atlas.models.loading import load
 from sparsity_atlas.models.manifest import from_manifest
@@ -164,6 +163,8 @@ def targets(
     criterion: Criterion, places: Sequence[Place], states: Mapping[str, State], level: str
 ) -> list[dict[str, Any]]:
     """What a level asks of each tensor of a layer, and what that got in calibration; see `SCHEMA`."""
+    from sparsity_atlas.criteria.place import state_name
+
     return [
         {"tensor": place.tensor, **found._asdict()}
         for place in places
