@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sparsity_atlas.criteria import create
 from sparsity_atlas.lm import forest, forward
-from sparsity_atlas.models import head
+from sparsity_atlas.models.logits import head
 from sparsity_atlas.models.memory import MIB, Largest, Sizes, of_a_pass
 from sparsity_atlas.sites.find import find_parts
 from sparsity_atlas.sites.part import measure

@@ -86,7 +86,7 @@ def capture(
     import torch
 
     from sparsity_atlas.activations.spool import HostCopy, Writer, copy_stream
-    from sparsity_atlas.models import head
+    from sparsity_atlas.models.logits import head
     from sparsity_atlas.models.positions import check_positions
     from sparsity_atlas.sites.find import bind_parts, having, observe, sites_of
 

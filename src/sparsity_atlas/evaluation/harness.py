@@ -27,9 +27,9 @@ from sparsity_atlas.evaluation.outcome import sparsity
 from sparsity_atlas.lm.model import AtlasLM
 from sparsity_atlas.lm.prompts import PromptSettings
 from sparsity_atlas.lm.usage import Usage
-from sparsity_atlas.models import head
 from sparsity_atlas.models.causality import check_causal
 from sparsity_atlas.models.loading import load, load_tokenizer
+from sparsity_atlas.models.logits import head
 from sparsity_atlas.models.manifest import check_sites, resolve
 from sparsity_atlas.models.memory import Sizes
 from sparsity_atlas.models.positions import check_positions

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from sparsity_atlas.models import head
+from sparsity_atlas.models.logits import head
+from sparsity_atlas.models.logits.likelihoods import likelihoods
 from sparsity_atlas.sparsify.attach import NumericalFailure
 from sparsity_atlas.sparsify.transfer import fetched, sent
 
@@ -164,7 +165,7 @@ def scores(pieces: Iterable[Tensor], batch: Batch) -> Callable[[], tuple[list[fl
         NumericalFailure: (when they are read) a sum is NaN or infinite.
     """
     order = np.argsort(batch.row, kind="stable")
-    wait = fetched(head.likelihoods(pieces, batch.row[order], batch.targets[order]))
+    wait = fetched(likelihoods(pieces, batch.row[order], batch.targets[order]))
 
     def read() -> tuple[list[float], list[bool]]:
         value = np.empty(len(order))

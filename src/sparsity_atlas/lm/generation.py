@@ -19,7 +19,7 @@ from transformers import (
 from sparsity_atlas.errors import TaskFailure, UnknownTokens
 from sparsity_atlas.lm.generation_options import CacheWatch, check_options
 from sparsity_atlas.lm.prompts import PromptLM
-from sparsity_atlas.models import head
+from sparsity_atlas.models.logits import head
 from sparsity_atlas.sparsify.attach import NumericalFailure
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ import torch
 from sparsity_atlas.lm.answers import Answers, Proof
 from sparsity_atlas.lm.forest import GROWTH, SMALL_TREE, Batch, Request, pack
 from sparsity_atlas.lm.forward import Abilities, Masks, before_head, inputs
-from sparsity_atlas.models import head
-from sparsity_atlas.models.head import EXACT, REFUSALS, ROUNDED
+from sparsity_atlas.models.logits import head
+from sparsity_atlas.models.logits.head import EXACT, REFUSALS, ROUNDED
 from sparsity_atlas.sites.probe.hypotheses import relative_error
 
 if TYPE_CHECKING:

@@ -132,7 +132,7 @@ def describe(checkpoint: Checkpoint, modules: dict[str, str] | None) -> dict[str
         AtlasError: it is not a whole, causal model of numbers whose FFNs can be found, or its tokenizer
             does not give texts back.
     """
-    from sparsity_atlas.models import head
+    from sparsity_atlas.models.logits import head
     from sparsity_atlas.models.parameters import count_parameters
     from sparsity_atlas.sites.find import describe_parts, sites_of
     from sparsity_atlas.sites.part import measure

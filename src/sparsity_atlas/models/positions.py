@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.models.head import without_cache
+from sparsity_atlas.models.logits.head import without_cache
 
 if TYPE_CHECKING:
     from torch import Tensor

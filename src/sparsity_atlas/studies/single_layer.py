@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sparsity_atlas.errors import NumericalFailure
-from sparsity_atlas.models import head
+from sparsity_atlas.models.logits import head
+from sparsity_atlas.models.logits.likelihoods import likelihoods
 from sparsity_atlas.sparsify.attach import Counter, applied
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def _nats(model: PreTrainedModel, rows: Tensor) -> Tensor:
     index = torch.arange(rows.numel(), device=rows.device).view_as(rows)[:, :-1].flatten()
     pieces = head.logits(model, call, index, select=head.able(model))
     targets = rows[:, 1:].flatten().cpu().numpy()
-    likely, _ = head.likelihoods(pieces, np.arange(len(targets)), targets)
+    likely, _ = likelihoods(pieces, np.arange(len(targets)), targets)
     return -likely.view(len(rows), -1)
 
 

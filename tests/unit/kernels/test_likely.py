@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from sparsity_atlas import kernels
 from sparsity_atlas.kernels import cuda_likely
-from sparsity_atlas.models import head
+from sparsity_atlas.models.logits.likelihoods import likelihoods
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -39,10 +39,10 @@ def test_rows_apart_in_memory() -> None:
 def test_likelihoods_with_the_kernel_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = torch.randn(9, 300).split(4)
     rows, targets = np.array([0, 0, 3, 4, 8]), np.array([7, 299, 0, 31, int(pieces[2][0].argmax())])
-    values, hits = head.likelihoods(pieces, rows, targets)
+    values, hits = likelihoods(pieces, rows, targets)
     assert hits[-1]
     monkeypatch.setattr(kernels, "totals", lambda _: cuda_likely.totals)
-    found = head.likelihoods(pieces, rows, targets)
+    found = likelihoods(pieces, rows, targets)
     torch.testing.assert_close(found[0], values)
     assert torch.equal(found[1], hits)
 

@@ -20,7 +20,7 @@ from sparsity_atlas.lm.answers import Answers
 from sparsity_atlas.lm.forest import Request, pack
 from sparsity_atlas.lm.forward import Abilities, Masks
 from sparsity_atlas.lm.sharing import abilities
-from sparsity_atlas.models import head
+from sparsity_atlas.models.logits import head
 from sparsity_atlas.sites.find import find_parts, sites_of
 from sparsity_atlas.sparsify.attach import NumericalFailure, counted, sparsified
 from tiny_lm import (

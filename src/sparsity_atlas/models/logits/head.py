@@ -9,21 +9,17 @@ other types) is done as it does it. That this gives the same numbers is seen by 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsity_atlas import kernels
-from sparsity_atlas.models.memory import CHUNK, PIECE
+from sparsity_atlas.models.memory import PIECE
 from sparsity_atlas.sites.find import random_ids
 from sparsity_atlas.sites.probe.hypotheses import relative_error
-from sparsity_atlas.sparsify.transfer import sent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -142,48 +138,6 @@ def _behind(model: PreTrainedModel, decoder: nn.Module, output: Any, hidden: Ten
         del decoder.forward
         if before is not None:
             decoder.forward = before
-
-
-def likelihoods(
-    pieces: Iterable[Tensor], rows: np.ndarray, targets: np.ndarray
-) -> tuple[Tensor, Tensor]:
-    """What pieces of logits say of some tokens.
-
-    Args:
-        pieces: logits [rows, vocabulary] each.
-        rows: int64 [predictions], ascending: the row of all pieces that predicts a token.
-        targets: int64 [predictions], that token.
-
-    Returns:
-        Log-probabilities [predictions], float32, and whether each token is the likeliest.
-    """
-    values, hits = [], []
-    done = 0
-
-    def read(piece: Tensor) -> None:
-        nonlocal done
-        totals = kernels.totals(piece.device.type)
-        step = max(CHUNK.get(piece.device.type, CHUNK["cuda"]) // piece.shape[-1], 1)
-        if totals is not None:  # which makes no copy
-            step = len(piece)
-        for part in piece.split(step):
-            own = slice(*np.searchsorted(rows, (done, done + len(part))))
-            row, target = (sent(one, piece.device) for one in (rows[own] - done, targets[own]))
-            if totals is not None:
-                total, likeliest = totals(part)
-                values.append(part[row, target].float() - total[row])
-                hits.append(likeliest[row] == target)
-            else:
-                likely = F.log_softmax(part, dim=-1, dtype=torch.float32)
-                values.append(likely[row, target])
-                hits.append(likely.argmax(-1)[row] == target)
-                del likely  # before the next copy is made
-            done += len(part)
-
-    # By map and not in a loop, whose variable would hold a piece while the next one is made.
-    for _ in map(read, pieces):
-        pass
-    return torch.cat(values), torch.cat(hits)
 
 
 def without_cache(model: PreTrainedModel) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsity_atlas.models import head
+from sparsity_atlas.models.logits import head
 from tiny_models import ARCHITECTURES, VOCABULARY, tiny_model, token_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
