@@ -200,7 +200,7 @@ def evaluate_node(
     with locked(folder / ".lock"):
         slots = session.slots(node)
         table = read_samples(path, [slot.columns() for slot in slots])
-        written, unwritten, finished = time.monotonic(), False, list[Path]()
+        written, finished = time.monotonic(), list[Path]()
         for name, task in session.tasks.items():
             fingerprint = {
                 **identity,
@@ -208,7 +208,9 @@ def evaluate_node(
             }
             key = digest(fingerprint)
             journal_path = folder / f"{name}.journal"
-            if table.tasks.get(name, {}).get("fingerprint") != key:
+            if table.tasks.get(name, {}).get("fingerprint") == key:
+                journal_path.unlink(missing_ok=True)
+            else:
                 try:
                     result, rows = _run(session, node, name, journal_path, fingerprint)
                 except (TaskFailure, NumericalFailure) as failure:
@@ -217,13 +219,11 @@ def evaluate_node(
                 # As a later run reads it from the table, so that eval.json has the same bytes.
                 table.tasks[name] = {"fingerprint": key, "result": json.loads(canonical(result))}
                 table.rows[name] = rows
-                unwritten = True
-            finished.append(journal_path)
-            if time.monotonic() - written >= WRITE_SECONDS or name == list(session.tasks)[-1]:
-                if unwritten:
-                    table.write(path)
-                _forget(finished)
-                unwritten, written = False, time.monotonic()
+                finished.append(journal_path)
+            if time.monotonic() - written >= WRITE_SECONDS:
+                _keep(table, path, finished)
+                written = time.monotonic()
+        _keep(table, path, finished)
         for name, metric in (metrics or {}).items() if node is None else ():
             check_measured(name, metric, table)
         manifest = _manifest(session, node, table)
@@ -231,10 +231,12 @@ def evaluate_node(
     return manifest
 
 
-def _forget(journals: list[Path]) -> None:
-    """Remove journals whose content stands in the table, and not before it does."""
-    while journals:
-        journals.pop().unlink(missing_ok=True)
+def _keep(table: SampleTable, path: Path, finished: list[Path]) -> None:
+    """Write the table, and only then remove the journals of what it has taken in, if there are any."""
+    if finished:
+        table.write(path)
+    while finished:
+        finished.pop().unlink(missing_ok=True)
 
 
 def _manifest(session: Session, node: Node | None, table: SampleTable) -> dict[str, Any]:

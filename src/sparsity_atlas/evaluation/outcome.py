@@ -196,11 +196,18 @@ def sparsity(usages: list[Usage], slots: list[Slot]) -> dict[str, Any]:
             "zero_products": int((every * outputs).sum()),
             "products": int(run * (widths * outputs).sum()),
             "outputs": outputs.tolist(),
-            "layers": [
-                _ratio(count, run * width) for count, width in zip(every, widths, strict=True)
-            ],
+            "layers": _by_layer([slots[i].key.layer for i in index], every, run * widths),
         }
     return summary
+
+
+def _by_layer(layers: list[int], zeros: np.ndarray, entries: np.ndarray) -> list[float | None]:
+    """Share of zeros of each layer, all of its parts that have the tensor together."""
+    numbers = np.array(layers)
+    return [
+        _ratio(zeros[numbers == layer].sum(), entries[numbers == layer].sum())
+        for layer in dict.fromkeys(layers)
+    ]
 
 
 def _ratio(zeros: float, entries: float) -> float | None:

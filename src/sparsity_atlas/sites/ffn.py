@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from sparsity_atlas.sites.activation import Activation
 from sparsity_atlas.sites.forward_watch import ForwardWatch
 from sparsity_atlas.sites.module_hooks import on_input, on_output
-from sparsity_atlas.sites.part import Observer, Rewriter, Vectors
+from sparsity_atlas.sites.part import Observer, Rewriter, Vectors, within_one_output
 from sparsity_atlas.sites.projection import Projection
-from sparsity_atlas.terms import ATTENTION_TENSORS, FFN_SITES, STORED, TENSORS, PlaceKey
+from sparsity_atlas.terms import ATTENTION_TENSORS, STORED, TENSORS, PlaceKey
 from sparsity_atlas.terms import FFN as DENSE
 
 
@@ -108,9 +108,7 @@ class FFN:
 
     def within(self, site: str) -> tuple[str, ...]:
         """See `Part.within`: whatever is dropped changes the one output."""
-        if site == "all_linear_inputs":
-            return ("all_inputs",)
-        return (site,) if site in FFN_SITES else ()
+        return within_one_output(site)
 
     def source(self, site: str) -> str:
         """See `Part.source`."""

@@ -6,7 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
-from sparsity_atlas.terms import ATTENTION, ATTENTION_TENSORS, SITES, TENSORS, PlaceKey
+from sparsity_atlas.terms import (
+    ATTENTION,
+    ATTENTION_TENSORS,
+    FFN_SITES,
+    SITES,
+    TENSORS,
+    PlaceKey,
+)
 
 if TYPE_CHECKING:
     # Which sites there are is asked by stages that start without torch.
@@ -147,6 +154,13 @@ def sites_of(parts: Iterable[Part]) -> tuple[str, ...]:
 def having(parts: Iterable[Part], tensor: str) -> list[Part]:
     """Those that have a tensor."""
     return [part for part in parts if tensor in part.tensors]
+
+
+def within_one_output(site: str) -> tuple[str, ...]:
+    """`Part.within` where whatever is dropped changes one output: of all that is not attention."""
+    if site == "all_linear_inputs":
+        return ("all_inputs",)
+    return (site,) if site in FFN_SITES else ()
 
 
 class Measures(TypedDict):

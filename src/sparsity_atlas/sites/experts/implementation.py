@@ -99,7 +99,7 @@ def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
         [N, d].
     """
     grouping = group(top_k_index, self.num_experts)
-    x = _through(self, "input", grouping, hidden_states, hidden_states)[grouping.tokens]
+    x = _through(self, "input", grouping, hidden_states)[grouping.tokens]
     z = _linear(self, "gate_up_proj" if self.has_gate else "up_proj", x, grouping)
     # Before the product is made: nothing promises that making it leaves z as it is.
     factors = [
@@ -112,7 +112,7 @@ def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
     for tap, factor in factors:
         changed = tap.act(grouping, factor, i)
         i = i if changed is None else changed
-    i = _through(self, "intermediate", grouping, i, i)
+    i = _through(self, "intermediate", grouping, i)
     y = _linear(self, "down_proj", i, grouping)
     if self.has_post_expert_norm:
         y = self.post_expert_norm(y)
@@ -120,7 +120,7 @@ def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
     return grouping.ungrouped(y).sum(dim=1).to(hidden_states.dtype)
 
 
-def _through(self: nn.Module, tensor: str, grouping: Grouping, read: Tensor, out: Tensor) -> Tensor:
+def _through(self: nn.Module, tensor: str, grouping: Grouping, out: Tensor) -> Tensor:
     """A tensor past its taps."""
     for tap in _TAPS.get(self, ()):
         if tap.tensor == tensor:

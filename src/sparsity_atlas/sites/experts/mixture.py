@@ -14,9 +14,9 @@ from sparsity_atlas.sites.experts.grouping import Grouping
 from sparsity_atlas.sites.experts.implementation import installed
 from sparsity_atlas.sites.experts.routed import RoutedExperts, bind_routed, by_token
 from sparsity_atlas.sites.forward_watch import ForwardWatch
-from sparsity_atlas.sites.part import Observer, Rewriter, Vectors
+from sparsity_atlas.sites.part import Observer, Rewriter, Vectors, within_one_output
 from sparsity_atlas.sites.projection import Projection
-from sparsity_atlas.terms import EXPERTS, FFN_SITES, PlaceKey
+from sparsity_atlas.terms import EXPERTS, PlaceKey
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,9 +123,7 @@ class Experts:
 
     def within(self, site: str) -> tuple[str, ...]:
         """See `Part.within`."""
-        if site == "all_linear_inputs":
-            return ("all_inputs",)
-        return (site,) if site in FFN_SITES else ()
+        return within_one_output(site)
 
     def source(self, site: str) -> str:
         """See `Part.source`."""
