@@ -1,4 +1,5 @@
-"""Where a decoder's maps are, proved by experiment, and how their tensors are read and changed.
+"""What a decoder's layers hold, proved by experiment, and how its tensors are read and changed.
 
-Start with `find`; `hooks` is what the rest of the package uses.
+Start with `part`, which says what they have in common, and `find`.
+`hooks` is what the rest of the package uses.
 """
