@@ -20,7 +20,7 @@ from sparsity_atlas.lm.answers import Answers
 from sparsity_atlas.lm.forest import Request, pack
 from sparsity_atlas.lm.forward import Abilities, Masks
 from sparsity_atlas.lm.sharing import abilities
-from sparsity_atlas.models.logits import head
+from sparsity_atlas.models import memory
 from sparsity_atlas.sites.find import find_parts, sites_of
 from sparsity_atlas.sparsify.attach import NumericalFailure, counted, sparsified
 from tiny_lm import (
@@ -337,7 +337,7 @@ def test_logits_of_scored_tokens_only(select: bool) -> None:
 @pytest.mark.parametrize("rows", [1, 7, 10**6])
 @pytest.mark.parametrize("chunk", [1, 3 * VOCABULARY, 10**9])
 def test_scores_in_chunks(chunk: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(head.CHUNK, "cpu", chunk)
+    monkeypatch.setitem(memory.CHUNK, "cpu", chunk)
     requests = questions()
     for batch in pack(requests, 2, share=True):
         generator = torch.Generator().manual_seed(len(batch.scored))
