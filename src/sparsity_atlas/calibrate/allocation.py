@@ -275,7 +275,10 @@ def allocate(
                 ]
             )
         if criterion.allocation == "greedy":
-            met = {place.key: place.width * place.part.outputs(place.tensor) for place in there}
+            met = {
+                place.key: place.part.size(place.tensor) * place.part.outputs(place.tensor)
+                for place in there
+            }
             share = np.concatenate(
                 [
                     greedy(error, list(known), np.array([met[key] for key in known], np.float64))
@@ -283,7 +286,7 @@ def allocate(
                 ]
             )
         else:
-            weights = np.array([place.width for place in there], dtype=np.float64)
+            weights = np.array([place.part.size(place.tensor) for place in there], dtype=np.float64)
             share = spread(damage, grid, weights)
     return {
         state_name(place.key): {

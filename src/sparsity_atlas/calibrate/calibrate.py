@@ -40,8 +40,11 @@ class StoreSample:
     The site's own tensors are what was captured; the part's others follow from its captured input.
     """
 
-    def __init__(self, store: ActivationStore, place: Place, site: str, tokens: int) -> None:
+    def __init__(
+        self, store: ActivationStore, part: Part, place: Place, site: str, tokens: int
+    ) -> None:
         self._store = store
+        self._part = part
         self._place = place
         self._captured = {"input", *TENSORS[site]}
         self._tokens = tokens
@@ -58,7 +61,7 @@ class StoreSample:
         else:
             parameter = next(place.readers()[0].module.parameters())
             x = self.read("input").to(parameter.device, parameter.dtype)
-            values = place.part.recompute(x, tensor)
+            values = self._part.recompute(x, tensor)
         return values.float().to(self._place.device)
 
 
@@ -83,9 +86,11 @@ def calibrate(
 
     states = {}
     with torch.no_grad():
-        for place in places(parts, site):
-            state = criterion.calibrate(place, StoreSample(store, place, site, tokens))
-            states[state_name(place.key)] = {key: value.float() for key, value in state.items()}
+        for part in parts:
+            for place in places([part], site):
+                sample = StoreSample(store, part, place, site, tokens)
+                state = criterion.calibrate(place, sample)
+                states[state_name(place.key)] = {key: value.float() for key, value in state.items()}
     if criterion.allocation == "uniform":
         return states
 

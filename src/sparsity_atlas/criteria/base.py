@@ -48,12 +48,22 @@ class Criterion(ABC):
     """The sites where the rule means something; empty: all of them."""
     calibrated: ClassVar[bool] = False
     """Whether `bind` needs what `calibrate` found in the captured activations."""
+    looks_at_weights: ClassVar[bool | None] = None
+    """Whether what `bind` makes of a place follows from the weights there, so that each expert of a mixture
+    has a rule of its own; None: it may, if there is a `bind`."""
     file: str | None = None
     """The user's file that the rule stands in; None: it is built in."""
     tried: bool = False
     """Whether the masks of a user's rule were tried as they are bound."""
     allocation: str = "uniform"
     """How a level is spread over a site's places; other than uniform, their states say: `allocation`."""
+
+    @property
+    def differs_by_expert(self) -> bool:
+        """Whether each expert of a mixture has a rule of its own; else one serves all of a layer's."""
+        if self.looks_at_weights is None:
+            return type(self).bind is not Criterion.bind
+        return self.looks_at_weights
 
     def calibrate(self, place: Place, sample: Sample) -> dict[str, Tensor]:
         """Find what every level needs at one place: thresholds by level, means, a basis.
@@ -138,6 +148,8 @@ class SequenceCriterion(Criterion):
     A bound one may keep what the first pass of a batch tells for the passes of its generation.
     """
 
+    looks_at_weights = False  # Not by expert: of a sequence an expert sees some tokens.
+
     def mask(self, values: Tensor, level: float) -> Tensor:
         """Single rows do not say which sequence they belong to: see `mask_sequences`."""
         raise NotImplementedError(f"{type(self).__name__} masks sequences")
@@ -158,6 +170,11 @@ class SequenceCriterion(Criterion):
         """
 
 
+def keeps_by_threshold(criterion: Criterion) -> bool:
+    """Whether entries that are kept by `threshold`, and zeros for all others, are all that there is."""
+    return declares_threshold(criterion) and type(criterion).replace is Criterion.replace
+
+
 def declares_threshold(criterion: Criterion) -> bool:
     """Whether `threshold` says all that the criterion does."""
     kind = type(criterion)
@@ -170,6 +187,7 @@ class ColumnWeighted(Criterion):
     Stands before the rule itself among a criterion's bases.
     """
 
+    looks_at_weights = True
     _weights: Tensor
 
     def bind(self, place: Place, state: dict[str, Tensor]) -> Self:

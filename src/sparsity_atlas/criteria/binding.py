@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 from sparsity_atlas.criteria.base import Criterion, SequenceCriterion
+from sparsity_atlas.criteria.expert_rules import ExpertRules
 from sparsity_atlas.criteria.place import places, state_name
 from sparsity_atlas.errors import AtlasError
 
 if TYPE_CHECKING:
-    from sparsity_atlas.criteria.place import State
+    from sparsity_atlas.criteria.place import Place, State
     from sparsity_atlas.sites.part import Part
     from sparsity_atlas.terms import PlaceKey
 
@@ -29,9 +31,12 @@ def bind_all(
         site: where.
         calibration: state of each place under its `state_name`; None for a rule without.
 
+    Returns:
+        By place the rule that `bind` gave, or, of experts with rules of their own, `ExpertRules`.
+
     Raises:
         AtlasError: a rule of the user's own whose masks depend on more than the row, or whose `bind` gives
-            no rule; a rule that looks at sequences or at weights, where experts have theirs.
+            no rule; a rule that looks at sequences, of which experts see some tokens.
     """
     for place in places(parts, site) if isinstance(criterion, SequenceCriterion) else ():
         if not place.part.rows_are_tokens(place.tensor):
@@ -39,26 +44,38 @@ def bind_all(
                 f"{type(criterion).__name__}: looks at whole sequences, of which an expert sees some tokens "
                 f"(layer {place.layer}, '{place.tensor}'): not supported for routed experts"
             )
-    bound = {
-        place.key: criterion.bind(
-            place,
-            {
-                name: value.to(place.device)
-                for name, value in (calibration or {}).get(state_name(place.key), {}).items()
-            },
+    return {place.key: _bind(criterion, place, calibration or {}) for place in places(parts, site)}
+
+
+def _bind(criterion: Criterion, place: Place, states: Mapping[str, State]) -> Criterion:
+    """A criterion bound to one place, or to each of the experts there."""
+
+    @cache
+    def state(name: str) -> State:
+        return {key: value.to(place.device) for key, value in states.get(name, {}).items()}
+
+    name = state_name(place.key)
+    experts = place.experts if criterion.differs_by_expert else ()
+    if not experts:
+        return _checked(criterion, place, criterion.bind(place, state(name)))
+    rules = []
+    for number, expert in enumerate(experts):
+        own = state_name(place.key, number)
+        rule = criterion.bind(expert, state(own if own in states else name))
+        rules.append(_checked(criterion, expert, rule))
+    return ExpertRules(rules)
+
+
+def _checked(criterion: Criterion, place: Place, rule: Criterion) -> Criterion:
+    """What `bind` gave, tried once where it is the user's own."""
+    if not isinstance(rule, Criterion):
+        raise AtlasError(
+            f"{criterion.file}: {type(criterion).__name__}.bind: expected the criterion for layer "
+            f"{place.layer}, '{place.tensor}', found {rule!r}"
         )
-        for place in places(parts, site)
-    }
-    for key, rule in bound.items():
-        if not isinstance(rule, Criterion):
-            raise AtlasError(
-                f"{criterion.file}: {type(criterion).__name__}.bind: expected the criterion for layer "
-                f"{key.layer}, '{key.tensor}', found {rule!r}"
-            )
     if criterion.file is not None and not criterion.tried:
         from sparsity_atlas.criteria.check import check_masks
 
-        first = next(places(parts, site))
-        check_masks(bound[first.key], criterion.file, first.width, first.device)
+        check_masks(rule, criterion.file, place.width, place.device)
         criterion.tried = True
-    return bound
+    return rule

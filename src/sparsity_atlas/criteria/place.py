@@ -8,12 +8,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsity_atlas.terms import ATTENTION, FFN, TENSORS, PlaceKey
 
 if TYPE_CHECKING:
-    from sparsity_atlas.sites.part import Part
+    from sparsity_atlas.sites.part import Holder, Part
     from sparsity_atlas.sites.projection import Projection
 
 # Unit vectors that go through a map at once, where its weight is no plain matrix.
@@ -23,9 +23,9 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """One tensor of one part of a layer."""
+    """One tensor of one part of a layer, or of one expert."""
 
-    part: Part
+    part: Holder
     tensor: str
 
     @property
@@ -40,8 +40,14 @@ class Place:
 
     @property
     def width(self) -> int:
-        """Entries of the vector."""
-        return self.part.size(self.tensor)
+        """Entries of a row."""
+        routing = self.part.routing(self.tensor)
+        return self.part.size(self.tensor) if routing is None else routing.width
+
+    @property
+    def experts(self) -> tuple[Place, ...]:
+        """The place within each of the experts that its rows are spread over; none if they are not."""
+        return tuple(Place(expert, self.tensor) for expert in self.part.experts)
 
     @property
     def device(self) -> torch.device:
@@ -73,12 +79,12 @@ class Place:
 def matrix(projection: Projection, width: int) -> Tensor:
     """A linear map's weight as float32 [outputs, width], whatever its module calls and shapes it.
 
-    A map that is no nn.Linear tells its columns by what it makes of the unit vectors.
+    A map that does not hold it as such tells its columns by what it makes of the unit vectors.
     """
-    module = projection.module
-    if isinstance(module, nn.Linear):
-        return projection.columns(module.weight.detach().T).T.float()
-    like = next(module.parameters())
+    weight = projection.weight()
+    if weight is not None:
+        return weight.float()
+    like = next(projection.module.parameters())
     with torch.no_grad():
         zero = like.new_zeros(1, width)
         bias = projection(zero).float()
@@ -103,11 +109,11 @@ def places(parts: Sequence[Part], site: str) -> Iterator[Place]:
                 yield Place(part, tensor)
 
 
-def state_name(key: PlaceKey) -> str:
-    """A place's name in a calibration."""
+def state_name(key: PlaceKey, expert: int | None = None) -> str:
+    """A place's name in a calibration; of one of its experts, where these have states of their own."""
     # Of what a dense layer holds, the tensor's name tells the part.
     part = "" if key.part in (ATTENTION, FFN) else f".{key.part}"
-    return f"{key.tensor}.{key.layer}{part}"
+    return f"{key.tensor}.{key.layer}{part}" + ("" if expert is None else f".e{expert}")
 
 
 class Sample(Protocol):

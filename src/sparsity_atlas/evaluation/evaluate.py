@@ -130,7 +130,7 @@ class Session:
         """What is counted."""
         from sparsity_atlas.sparsify.attach import slots_of
 
-        return slots_of(self.parts, node.site if node else None)
+        return slots_of(self.parts, *((node.site, node.rule) if node else (None,)))
 
     def attach(self, node: Node | None) -> contextlib.AbstractContextManager[Counter]:
         """Sparsify the model as the node says; None counts exact zeros of the dense model."""

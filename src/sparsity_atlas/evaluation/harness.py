@@ -180,7 +180,7 @@ class HarnessLM(AtlasLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes of the model beside its results: the node, and its induced sparsity."""
-        slots = slots_of(self._parts, self._node["site"] if self._rule else None)
+        slots = slots_of(self._parts, self._node["site"] if self._rule else None, self._rule)
         return {
             **super().get_model_info(),
             **self._node,

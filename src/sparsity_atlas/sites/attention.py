@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,18 @@ class Attention:
     def rows_are_tokens(self, tensor: str) -> bool:
         """See `Part.rows_are_tokens`."""
         return True
+
+    def routing(self, tensor: str) -> None:
+        """See `Part.routing`: they are not."""
+
+    @property
+    def experts(self) -> tuple[()]:
+        """See `Part.experts`."""
+        return ()
+
+    def apart(self) -> Self:
+        """See `Part.apart`: all rows meet the same weights."""
+        return self
 
     def readers(self, tensor: str) -> tuple[Projection, ...]:
         """See `Part.readers`."""

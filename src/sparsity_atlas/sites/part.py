@@ -26,6 +26,21 @@ if TYPE_CHECKING:
     from sparsity_atlas.sites.projection import Projection
 
 
+@dataclass(frozen=True)
+class Routing:
+    """How a tensor's tokens are spread over experts.
+
+    Attributes:
+        experts: how many there are, E.
+        each: how many of them a token meets, K.
+        width: entries that one of them has of one token.
+    """
+
+    experts: int
+    each: int
+    width: int
+
+
 @dataclass(frozen=True, eq=False)
 class Vectors:
     """What one part has as one tensor in a forward pass, row by row.
@@ -50,14 +65,33 @@ class Vectors:
         """What was counted of each row, by token: [batch, tokens]."""
         return counts
 
+    @property
+    def spread(self) -> Spread | None:
+        """Which expert each row belongs to; None where all rows meet the same weights."""
+        return None
+
+
+class Spread(Protocol):
+    """Rows [S, ...] of several experts, sorted by expert.
+
+    Attributes:
+        experts: int [S], the expert of each row, ascending.
+        offsets: int32 [E], where each expert's rows end.
+    """
+
+    @property
+    def experts(self) -> Tensor: ...
+    @property
+    def offsets(self) -> Tensor: ...
+
 
 Observer = Callable[[Vectors], None]
 Rewriter = Callable[[Vectors, "Tensor"], "Tensor | None"]
 """Takes the vectors that a site means and the tensor to write, of the same shape; gives what to put there."""
 
 
-class Part(Protocol):
-    """One thing that a layer computes, with the tensors in which entries can be dropped.
+class Holder(Protocol):
+    """What holds the weights that a row of a tensor meets: a part, or one of its experts.
 
     Attributes:
         layer: index of the decoder's layer.
@@ -77,15 +111,18 @@ class Part(Protocol):
         """Names of the tensors that it has, in the order in which a forward pass makes them."""
 
     @property
-    def paths(self) -> tuple[str, ...]:
-        """The modules that hold its weights."""
-
-    @property
     def activation(self) -> Activation | None:
         """Its nonlinearity, if it has one."""
 
     def rows_are_tokens(self, tensor: str) -> bool:
         """Whether a tensor's values are [batch, tokens, width], with whole sequences to be seen."""
+
+    def routing(self, tensor: str) -> Routing | None:
+        """How a tensor's tokens are spread over experts; None if they are not."""
+
+    @property
+    def experts(self) -> tuple[Holder, ...]:
+        """Those among which its rows are spread, each with weights of its own; none if they are not."""
 
     def readers(self, tensor: str) -> tuple[Projection, ...]:
         """The maps that read a tensor, or, of `up` and `gate`, what is made of it: W_d."""
@@ -95,6 +132,20 @@ class Part(Protocol):
 
     def outputs(self, tensor: str) -> int:
         """Entries that the readers make: the weights that each entry of the tensor meets."""
+
+
+class Part(Holder, Protocol):
+    """One thing that a layer computes, with the tensors in which entries can be dropped."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The modules that hold its weights."""
+
+    def apart(self) -> Part:
+        """It as a rule sees it whose masks differ with the weights that a row meets.
+
+        A row that several experts read is then one row for each of them; all else stays.
+        """
 
     def recompute(self, x: Tensor, tensor: str) -> Tensor:
         """One of its tensors [..., width] from its `input` x [..., d], past all hooks."""

@@ -19,6 +19,12 @@ class Projection:
         """This factor's columns [..., d_ff] of the module's output."""
         return output if self.half is None else output.chunk(2, dim=-1)[self.half]
 
+    def weight(self) -> Tensor | None:
+        """Its weight [outputs, inputs]; None where the module holds it in a way of its own."""
+        if not isinstance(self.module, nn.Linear):
+            return None
+        return self.columns(self.module.weight.detach().T).T
+
     def __call__(self, x: Tensor) -> Tensor:
         """What the map makes of x, past all hooks."""
         # forward() and not the module itself: hooks see only what the model computes.

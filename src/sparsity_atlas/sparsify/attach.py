@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from sparsity_atlas import kernels
-from sparsity_atlas.criteria.base import Criterion, SequenceCriterion, declares_threshold
+from sparsity_atlas.criteria.base import Criterion, SequenceCriterion, keeps_by_threshold
 from sparsity_atlas.criteria.binding import bind_all
+from sparsity_atlas.criteria.expert_rules import ExpertRules
 from sparsity_atlas.errors import AtlasError, NumericalFailure
 from sparsity_atlas.kernels import Masked
 from sparsity_atlas.kernels.definition import Threshold
 from sparsity_atlas.sites.find import STORED, TENSORS, intercept, observe, sites_of
+from sparsity_atlas.sparsify.each_expert import Drop, dropping_of_each
 from sparsity_atlas.terms import ATTENTION, FFN, PlaceKey
 
 if TYPE_CHECKING:
@@ -31,8 +33,6 @@ if TYPE_CHECKING:
 __all__ = ["Counter", "Drop", "NumericalFailure", "Slot", "applied", "counted", "dropping"]
 __all__ += ["sparsified"]
 
-Drop = Callable[["Tensor", "Tensor"], Masked]
-"""Drops of the second tensor what a criterion drops of the first; see `kernels.masked`."""
 Sequences = Callable[["Tensor"], "tuple[Tensor, Phase]"]
 
 
@@ -194,15 +194,18 @@ def dropping(criterion: Criterion, level: float, sequences: Sequences = scored) 
     Raises:
         AtlasError: (when called) a criterion of the user's that returns no mask of the right type.
     """
-    replaces = type(criterion).replace is not Criterion.replace
-    if replaces or not declares_threshold(criterion):
-        return lambda values, onto: _by_mask(criterion, values, onto, level, sequences)
+    if isinstance(criterion, ExpertRules):
+        return dropping_of_each(criterion, level, lambda rule: dropping(rule, level, sequences))
+    if not keeps_by_threshold(criterion):
+        return lambda values, onto, _=None: _by_mask(criterion, values, onto, level, sequences)
 
     @cache
     def rule(width: int, device: torch.device) -> Threshold:
         return criterion.threshold(level, width).to(device)
 
-    return lambda values, onto: kernels.masked(rule(values.shape[-1], values.device), values, onto)
+    return lambda values, onto, _=None: kernels.masked(
+        rule(values.shape[-1], values.device), values, onto
+    )
 
 
 def _by_mask(
@@ -228,8 +231,18 @@ def _by_mask(
     return masked if replaced is None else masked._replace(out=replaced.to(device).view(shape))
 
 
-def slots_of(parts: Sequence[Part], site: str | None) -> list[Slot]:
-    """What is counted at a site (None: at every site), in the order of a forward pass."""
+def slots_of(
+    parts: Sequence[Part], site: str | None, criterion: Criterion | None = None
+) -> list[Slot]:
+    """What is counted in the order of a forward pass.
+
+    Args:
+        parts: of one model.
+        site: where; None: at every site.
+        criterion: by which the site is sparsified.
+    """
+    if criterion is not None and criterion.differs_by_expert:
+        parts = [part.apart() for part in parts]
     sites = sites_of(parts) if site is None else [site]
     tensors = {name for one in sites for name in TENSORS[one]}
     return [
@@ -295,6 +308,8 @@ def applied(
         bound: a criterion by place; a place of the site that is not among them stays dense.
         level: of all of them.
     """
+    if any(isinstance(rule, ExpertRules) for rule in bound.values()):
+        parts = [part.apart() for part in parts]
     slots = [slot for slot in slots_of(parts, site) if slot.key in bound]
     counter = Counter(slots)
     drops = {place: dropping(rule, level, counter.sequences) for place, rule in bound.items()}
@@ -303,7 +318,7 @@ def applied(
         drop = drops.get(vectors.key)
         if drop is None:
             return None
-        out, zeros, finite = drop(vectors.values, onto)
+        out, zeros, finite = drop(vectors.values, onto, vectors.spread)
         counter.add(vectors, zeros, finite)
         return out
 

@@ -170,7 +170,8 @@ def rows(
     dense, *rest = made
     for number, place in enumerate(places(parts, site)):
         own = rest[number * len(levels) : (number + 1) * len(levels)]
-        found = numbers(own, dense, positions, place.width, replicates, seed)
+        width = place.part.size(place.tensor)
+        found = numbers(own, dense, positions, width, replicates, seed)
         for level, row in zip(levels, found, strict=True):
             yield {"level": level, "tensor": place.tensor, "layer": place.layer, **row}
 

@@ -30,6 +30,7 @@ class Cett(Quantile):
 
     sites = ("intermediate",)
     calibrated = True
+    looks_at_weights = True
     coarse_levels = ("0.05", "0.1", "0.2", "0.4")
     _table: ErrorTable
     _norms: Tensor

@@ -34,6 +34,7 @@ class Quantile(Criterion):
     coarse_levels = ("0.2", "0.4", "0.6", "0.8")
     calibrated = True
     allocated = True
+    looks_at_weights = False
     _state: dict[str, Tensor]
     _share: np.ndarray | None
 

@@ -31,6 +31,7 @@ class RSparse(Quantile):
 
     sites = ("input", "intermediate", "all_inputs", "qkv_input", "o_input", "all_linear_inputs")
     calibrated = True
+    looks_at_weights = True
     _shape: torch.Size
 
     def __init__(self, sparse_share: float = 0.9) -> None:

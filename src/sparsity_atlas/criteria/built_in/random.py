@@ -26,6 +26,7 @@ class Random(Criterion):
 
     dense_level = 1.0
     coarse_levels = ("0.98", "0.9", "0.75", "0.5")
+    looks_at_weights = False
 
     def __init__(self, seed: int = 0) -> None:
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:

@@ -25,6 +25,8 @@ from transformers.integrations.moe import ExpertsInterface
 from sparsity_atlas.sites.experts.grouping import Grouping, group
 
 NAME = "sparsity_atlas"
+# The input once more, a row for each token and each of its experts.
+RECEIVED = "received"
 _Grouped = Callable[..., Tensor]
 Act = Callable[[Grouping, Tensor, Tensor], "Tensor | None"]
 
@@ -34,8 +36,8 @@ class Tap:
     """Somebody who looks at a tensor of the experts, or changes it.
 
     Attributes:
-        tensor: `input` [N, d], before it is handed to the experts; `up`, `gate`, `intermediate`, grouped
-            rows [S, w].
+        tensor: `input` [N, d], before it is handed to the experts; `RECEIVED`, the same as grouped rows
+            [S, d]; `up`, `gate`, `intermediate`, grouped rows [S, w].
         act: called with the pass's grouping, the tensor, and the tensor to write, of the same shape (for
             `up` and `gate` it is `intermediate`); returns what to put there, None for no change.
         factor: makes `up` or `gate` of what the first projection made [S, 2w].
@@ -100,6 +102,7 @@ def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
     """
     grouping = group(top_k_index, self.num_experts)
     x = _through(self, "input", grouping, hidden_states)[grouping.tokens]
+    x = _through(self, RECEIVED, grouping, x)
     z = _linear(self, "gate_up_proj" if self.has_gate else "up_proj", x, grouping)
     # Before the product is made: nothing promises that making it leaves z as it is.
     factors = [

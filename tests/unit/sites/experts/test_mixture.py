@@ -175,17 +175,6 @@ def test_experts_called_by_themselves_are_refused(model: nn.Module, parts: list[
         experts.routed.module(torch.zeros(3, HIDDEN), index, torch.ones(3, EACH))
 
 
-@pytest.mark.parametrize("rule", ["wina", "weighted_topp"])
-def test_rules_that_look_at_weights_are_refused(
-    model: nn.Module, parts: list[Part], rule: str
-) -> None:
-    with (
-        pytest.raises(AtlasError, match="each expert has weights of its own"),
-        sparsified(model, parts, "intermediate", create({"rule": rule}), 0.5),
-    ):
-        pass
-
-
 def test_rules_that_look_at_sequences_are_refused(model: nn.Module, parts: list[Part]) -> None:
     with (
         pytest.raises(AtlasError, match="looks at whole sequences"),
