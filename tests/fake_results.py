@@ -40,6 +40,7 @@ def write_model(folder: Path, parameters: int = 1_000_000, **other: Any) -> None
             "digest": "ab" * 32,
             "architecture": "LlamaForCausalLM",
             "model_type": "llama",
+            "kind": "causal",
             "dtype": "bfloat16",
             "parameters": {
                 **{"total": 2 * parameters, "non_embedding": parameters},

@@ -69,12 +69,13 @@ def save_model(
     bos: bool = False,
     chat: bool = False,
     dtype: torch.dtype = torch.float32,
+    kind: str = "llama",
     **settings: Any,
 ) -> Path:
-    """Write a random Llama of 30,000 parameters into `folder`."""
+    """Write a random Llama of 30,000 parameters, or another kind of decoder, into `folder`."""
     tokenizer = tiny_tokenizer(bos=bos, chat=chat)
     config = AutoConfig.for_model(
-        "llama",
+        kind,
         **{
             **{"vocab_size": 300, "hidden_size": 24, "intermediate_size": 40},
             **{"num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.3},

@@ -37,6 +37,10 @@ SHARED = "shared"
 EXPERTS = "experts"
 PARTS = (ATTENTION, FFN, SHARED, EXPERTS)
 
+# What a language model is: it predicts the next token, or masked ones among all others.
+CAUSAL, DIFFUSION = "causal", "diffusion"
+KINDS = (CAUSAL, DIFFUSION)
+
 
 class PlaceKey(NamedTuple):
     """One tensor of one part of one layer."""

@@ -31,7 +31,8 @@ from sparsity_atlas.terms import Site
 
 
 class ModelEntry(Strict):
-    """A causal language model: a local folder or a Hub repository, in Hugging Face format."""
+    """A causal or masked-diffusion language model: a local folder or a Hub repository, in Hugging Face
+    format."""
 
     path: str | None = None
     """Folder with config.json, safetensors weights and the tokenizer."""
@@ -45,6 +46,11 @@ class ModelEntry(Strict):
     """Run the Python code that the model's repository or folder brings. Read it first."""
     code_revision: Revision | None = None
     """Revision of that code, where it is in another repository. Resolved and recorded likewise."""
+    mask_token_id: NonNegativeInt | None = None
+    """Token that masks others, of a masked-diffusion model whose config.json names none."""
+    shifted_logits: bool | None = None
+    """Whether a masked-diffusion model's logits at a token are of the next one, as where it was made of a
+    causal model. Unset: as its published layout has it (Dream: yes), else not."""
     allow_pickle: bool = False
     """Load pickled weights (*.bin) if there are no safetensors. A pickle may hide code."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -27,7 +27,7 @@ from sparsity_atlas.evaluation.outcome import sparsity
 from sparsity_atlas.lm.model import AtlasLM
 from sparsity_atlas.lm.prompts import PromptSettings
 from sparsity_atlas.lm.usage import Usage
-from sparsity_atlas.models.causality import check_causal
+from sparsity_atlas.models.causality import NOT_YET, kind_of
 from sparsity_atlas.models.loading import load, load_tokenizer
 from sparsity_atlas.models.logits import head
 from sparsity_atlas.models.manifest import check_sites, resolve
@@ -37,6 +37,7 @@ from sparsity_atlas.models.tokenizer_check import check_tokenizer, embedding_row
 from sparsity_atlas.sites.find import find_parts, sites_of
 from sparsity_atlas.sites.part import measure
 from sparsity_atlas.sparsify.attach import counted, slots_of, sparsified
+from sparsity_atlas.terms import CAUSAL
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -98,7 +99,8 @@ class HarnessLM(AtlasLM):
         )
         check_positions(model, self.max_length, "max_length")
         self.custom_prefix_token_id = arguments.prefix_token_id
-        check_causal(model)
+        if kind_of(model) != CAUSAL:
+            raise AtlasError(f"{arguments.pretrained}: {NOT_YET}")
         self._parts = find_parts(model, arguments.modules)
         self.sizes = Sizes(
             parameters=sum(one.numel() for one in model.parameters()),

@@ -1,7 +1,8 @@
-"""Proof that a language model is causal: what it says at a token does not change with later ones.
+"""Proof of what kind a language model is: causal, or one in which each token sees all others.
 
-Scores of a continuation mean nothing where each token sees those behind it. No setting tells which models
-are causal, so a few forward passes do: a token is replaced, and the logits before it must stay.
+Scores of a continuation mean nothing where each token sees those behind it, unless the continuation is
+masked. No setting tells what a model does, so a few forward passes do: a token is replaced, and the logits
+before it stay, or do not.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsity_atlas.errors import AtlasError, NumericalFailure
-from sparsity_atlas.sites.find import forward_of, random_ids
+from sparsity_atlas.sites.find import forward_of, random_ids, sees_earlier_only
+from sparsity_atlas.terms import CAUSAL, DIFFUSION
 
 SEQUENCES, TOKENS = 4, 16
 # Names under which configurations state how many positions a model has.
@@ -22,21 +24,112 @@ POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "
 ROUNDING = 1e-5
 # A change is no rounding where it is this many times what the same pass differs from itself.
 REPEATED = 10.0
+NOT_YET = "a masked-diffusion model: it is described, but can be neither evaluated nor captured yet"
 
 
-def check_causal(model: nn.Module) -> None:
-    """Refuse a model whose logits depend on later tokens.
+def kind_of(model: nn.Module, mask_token: int | None = None) -> str:
+    """What a model is: `causal`, or `diffusion`, one that sees all tokens and predicts the masked ones.
 
     Args:
         model: called as model(ids), in its own type and on its device.
+        mask_token: id of the mask, where the model's entry names it; else its configuration may.
+
+    Returns:
+        One of `terms.KINDS`.
 
     Raises:
-        AtlasError: it is not causal, or it cannot be run.
+        AtlasError: it is neither: it sees later tokens and has no mask, or its configuration does not say
+            `is_causal: false`; it is causal where it is said not to be; or it cannot be run.
         NumericalFailure: its logits are not numbers, so that nothing can be told.
     """
+    text = _configs(model)[1]
+    name = type(model).__name__
+    declared = not sees_earlier_only(text)
+    mask = mask_token_of(model, mask_token) if declared or mask_token is not None else None
+    seen = _sees_later(model)
+    if seen is None:
+        if mask_token is not None or (declared and mask is not None):
+            said = "is_causal: false" if declared else f"mask_token_id: {mask_token}"
+            raise AtlasError(
+                f"{name}: {said} found, but it is causal: no other token changes the logits before it"
+            )
+        return CAUSAL
+    place, share, first = seen
+    what = (
+        f"{name}: not causal: another token at position {place} changes the logits before it, by "
+        f"{share:.2g} of their size"
+    )
+    if not declared:
+        advice = "; is_decoder: true in its config.json makes it one, if it was trained as such"
+        hint = advice if getattr(text, "is_decoder", None) is False else ""
+        raise AtlasError(
+            f"{what}; only causal language models and masked-diffusion models (is_causal: false) can be "
+            f"evaluated{hint}"
+        )
+    if mask is None:
+        raise AtlasError(
+            f"{what}, and a masked-diffusion model needs a mask token: say mask_token_id in the model's "
+            "entry, or in its config.json"
+        )
+    if not first:
+        raise AtlasError(
+            f"{what}, but the last token does not change the first one's; in a masked-diffusion model each "
+            "token sees all others"
+        )
+    return DIFFUSION
+
+
+def describe_kind(
+    model: nn.Module, kind: str, mask_token: int | None, shifted: bool
+) -> dict[str, Any]:
+    """What a manifest says of a model's kind, and what a masked-diffusion model is asked with.
+
+    Args:
+        model: of that kind.
+        kind: as `kind_of` found it.
+        mask_token: id of the mask, where the model's entry names it.
+        shifted: whether the logits at a token are of its successor; it cannot be seen in the model.
+    """
+    if kind == CAUSAL:
+        return {"kind": kind}
+    return {
+        "kind": kind,
+        "mask_token_id": mask_token_of(model, mask_token),
+        "shifted_logits": shifted,
+    }
+
+
+def mask_token_of(model: nn.Module, mask_token: int | None = None) -> int | None:
+    """Id of the mask: as the model's entry has it, else as its configuration.
+
+    Raises:
+        AtlasError: it is no id, or of no token that the model has.
+    """
+    config, text = _configs(model)
+    found = mask_token
+    for one in (config, text):
+        found = getattr(one, "mask_token_id", None) if found is None else found
+    rows = getattr(text, "vocab_size", None)
+    if found is not None and (type(found) is not int or found < 0 or found >= (rows or found + 1)):
+        most = "" if rows is None else f" from 0 to {rows - 1}"
+        raise AtlasError(
+            f"{type(model).__name__}: mask_token_id: expected the id of a token{most}, found {found!r}"
+        )
+    return found
+
+
+def _configs(model: nn.Module) -> tuple[Any, Any]:
+    """A model's configuration, and that of the part that reads text."""
     config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    known = [getattr(text, name, None) for name in POSITIONS]
+    return config, config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _sees_later(model: nn.Module) -> tuple[int, float, bool] | None:
+    """Which token changes logits before it, by how much of their size, and whether the first are among them.
+
+    None: there is no such token. See `kind_of` for what is raised.
+    """
+    known = [getattr(_configs(model)[1], name, None) for name in POSITIONS]
     length = min([TOKENS, *(size for size in known if isinstance(size, int) and size > 1)])
     ids = random_ids(model, (SEQUENCES, length))
     before = _logits(model, ids)
@@ -51,30 +144,16 @@ def check_causal(model: nn.Module) -> None:
         )
         moved = _change(model, before, _logits(model, changed))[:place]
         if bool((moved > limit[:place]).any()):
-            share = moved.max().item()
-            raise AtlasError(
-                f"{type(model).__name__}: not causal: another token at position {place} changes the "
-                f"logits before it, by {share:.2g} of their size; only causal language models can be "
-                f"evaluated{_kind(config, text)}"
-            )
-
-
-def _kind(config: Any, text: Any) -> str:
-    """What kind of model it seems to be by its configuration."""
-    for one in (config, text):
-        masks = getattr(one, "mask_token_id", None) is not None
-        if masks or getattr(one, "is_causal", None) is False:
-            return ", and masked-diffusion models are not supported yet"
-    if getattr(text, "is_decoder", None) is False:
-        return "; is_decoder: true in its config.json makes it one, if it was trained as such"
-    return ""
+            first = place == length - 1 and bool(moved[0] > limit[0])
+            return place, moved.max().item(), first
+    return None
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     """Logits [sequences, tokens, vocabulary] in float32.
 
     Raises:
-        AtlasError: see `check_causal`.
+        AtlasError: see `kind_of`.
     """
     try:
         with torch.no_grad():

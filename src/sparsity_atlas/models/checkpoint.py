@@ -15,6 +15,7 @@ from typing import Any
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import digest, file_digest, read_json
 from sparsity_atlas.models.contents import check_fetched, check_links, files_digest, files_read
+from sparsity_atlas.models.layouts import layout_in
 
 SAFE_FILE = "model.safetensors"
 SAFE_INDEX = "model.safetensors.index.json"
@@ -27,6 +28,8 @@ ADAPTER = "adapter_config.json"
 class Checkpoint:
     """A model's folder and what may be done with it.
 
+    trust_remote_code: whether the Python that it brings may run; never that of a layout which is loaded as a
+        class of transformers (see `layouts`).
     code_revision: commit of the other repository that the model's code is in, if it is in another.
     tokenizer: folder of its tokenizer, if that is another.
     """
@@ -36,6 +39,10 @@ class Checkpoint:
     allow_pickle: bool = False
     code_revision: str | None = None
     tokenizer: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.trust_remote_code and layout_in(self.folder) is not None:
+            object.__setattr__(self, "trust_remote_code", False)
 
     def __str__(self) -> str:
         return str(self.folder)

@@ -15,10 +15,11 @@ from sparsity_atlas.files.whole import read_json
 from sparsity_atlas.models.checkpoint import PICKLE_INDEX, SAFE_INDEX, Checkpoint
 from sparsity_atlas.models.contents import small_fault
 from sparsity_atlas.models.devices import own_device, pick_device, pick_dtype
+from sparsity_atlas.models.layouts import layout_in, layout_of
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 # Of a vocabulary without special tokens: one token may be there where there is no file at all.
@@ -29,7 +30,7 @@ _NO_TOKENIZER = (
 
 
 def load(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
-    """Load a causal LM for inference.
+    """Load a language model for inference: causal, or a decoder in which each token sees all others.
 
     Raises:
         AtlasError: the folder or its weights cannot be used, or the weights are not all of the model's
@@ -46,6 +47,8 @@ def load(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "auto") -
     picked = pick_device(device)
     check_weights(checkpoint, pick_dtype(dtype, picked))
     target = own_device(picked)
+    layout = layout_of(config)
+    native = {} if layout is None else {"key_mapping": dict(layout.keys)}
     with _one_line(checkpoint, f"cannot load model type '{config.get('model_type', 'unknown')}'"):
         loaded = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,
@@ -54,6 +57,8 @@ def load(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "auto") -
             output_loading_info=True,
             # Else they end in an error that does not name them; here they are refused below.
             ignore_mismatched_sizes=True,
+            **native,
+            **_configured(checkpoint.folder),
             **_options(checkpoint),
         )
     if not isinstance(loaded, tuple):
@@ -102,7 +107,9 @@ def blank(checkpoint: Checkpoint) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with _one_line(checkpoint, "cannot make the model without its weights"):
-        config = AutoConfig.from_pretrained(checkpoint.folder, **_options(checkpoint))
+        config = _configured(checkpoint.folder).get("config") or AutoConfig.from_pretrained(
+            checkpoint.folder, **_options(checkpoint)
+        )
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, trust_remote_code=checkpoint.trust_remote_code
         )
@@ -122,12 +129,12 @@ def load_tokenizer(
     Raises:
         AtlasError: it cannot be loaded, or the folder has none.
     """
-    from transformers import AutoTokenizer
-
     folder = checkpoint.tokenizer or checkpoint.folder
     options = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
     with _one_line(checkpoint, "cannot load the tokenizer"), _unremembered():
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options, **_options(checkpoint))
+        tokenizer: PreTrainedTokenizerBase = _tokenizer_class(folder).from_pretrained(
+            folder, **options, **_configured(folder), **_options(checkpoint)
+        )
         vocabulary = tokenizer.get_vocab().keys()
         added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     # Where its files are missing, transformers makes one that knows its special tokens only.
@@ -135,6 +142,28 @@ def load_tokenizer(
         raise AtlasError(_NO_TOKENIZER.format(folder))
     _give_padding(tokenizer, checkpoint.folder)
     return tokenizer
+
+
+def _tokenizer_class(folder: Path) -> Any:
+    """What loads a folder's tokenizer: transformers' choice, or the class that its own code is a copy of."""
+    import transformers
+
+    layout, path = layout_in(folder), folder / "tokenizer_config.json"
+    if layout is None or layout.tokenizer is None or not path.is_file():
+        return transformers.AutoTokenizer
+    own_code = "auto_map" in read_json(path)
+    return getattr(transformers, layout.tokenizer) if own_code else transformers.AutoTokenizer
+
+
+def _configured(folder: Path) -> dict[str, PretrainedConfig]:
+    """The configuration that a folder is loaded with in place of its own; nothing if that is known.
+
+    Raises:
+        AtlasError: see `Layout.config`.
+    """
+    path = folder / "config.json"
+    layout = layout_in(folder)
+    return {} if layout is None else {"config": layout.config(read_json(path), path)}
 
 
 def _give_padding(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -191,7 +220,7 @@ def _one_line(checkpoint: Checkpoint, what: str) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise AtlasError(f"{checkpoint}: damaged safetensors file ({error})") from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, AtlasError):
         raise
     except BaseException as error:  # noqa: BLE001 (a repository's own code may raise anything)
         reason = _of_files(checkpoint, error) or _reason(error)

@@ -26,7 +26,9 @@ from sparsity_atlas.models.checkpoint import (
     shards,
 )
 from sparsity_atlas.models.hub import Repository
+from sparsity_atlas.models.layouts import layout_in, layout_of
 from sparsity_atlas.models.loading import load, load_tokenizer
+from sparsity_atlas.terms import CAUSAL, DIFFUSION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,11 +68,14 @@ def resolve(
         wanted = Repository("models", "model", source["hub"], revision)
         commit = wanted.commit(offline=offline)
         repository = replace(wanted, revision=commit)
-        for pair in contents.patterns(code=allowed["trust_remote_code"]):
+        for pair in contents.patterns(code=False):
             folder = repository.fetch(*pair, offline=offline)
-        if allowed["trust_remote_code"] and (named := contents.named_by_code(folder)):
-            wanted_too = [pattern for name in sorted(named) for pattern in (name, f"*/{name}")]
-            repository.fetch(wanted_too, exceptions=(), offline=offline)
+        if allowed["trust_remote_code"] and layout_in(folder) is None:
+            for pair in contents.patterns(code=True):
+                repository.fetch(*pair, offline=offline)
+            if named := contents.named_by_code(folder):
+                wanted_too = [pattern for name in sorted(named) for pattern in (name, f"*/{name}")]
+                repository.fetch(wanted_too, exceptions=(), offline=offline)
         if weights:
             _fetch_weights(repository, folder, allowed["allow_pickle"], offline)
     tokenizer = Path(source["tokenizer"]) if "tokenizer" in source else None
@@ -98,17 +103,22 @@ def _fetch_weights(repository: Repository, folder: Path, pickles: bool, offline:
 
 
 def from_manifest(path: Path) -> tuple[dict[str, Any], Checkpoint]:
-    """A model's manifest and its files, checked to be what the manifest was written for.
+    """A causal model's manifest and its files, checked to be what the manifest was written for.
 
     Raises:
-        AtlasError: the files changed since, or are not there any more; an earlier version's manifest.
+        AtlasError: the files changed since, or are not there any more; an earlier version's manifest, or
+            that of a masked-diffusion model.
     """
     manifest = read_manifest(path)
-    if "memory" not in manifest:
+    if "kind" not in manifest:
         raise AtlasError(
-            f"{path}: expected `memory`, which this version needs, found none; delete that file and "
+            f"{path}: expected `kind`, which this version needs, found none; delete that file and "
             "run again"
         )
+    if manifest["kind"] != CAUSAL:
+        from sparsity_atlas.models.causality import NOT_YET
+
+        raise AtlasError(f"models.{manifest['name']}: {NOT_YET}")
     source = manifest["source"]
     try:
         checkpoint, _ = resolve(source, recorded=manifest, offline=True)
@@ -125,13 +135,26 @@ def from_manifest(path: Path) -> tuple[dict[str, Any], Checkpoint]:
     return manifest, checkpoint
 
 
-def describe(checkpoint: Checkpoint, modules: dict[str, str] | None) -> dict[str, Any]:
-    """Architecture, sizes, tokenizer and proven sites of a model, as its manifest states them.
+def describe(
+    checkpoint: Checkpoint,
+    modules: dict[str, str] | None,
+    *,
+    mask_token_id: int | None = None,
+    shifted_logits: bool | None = None,
+) -> dict[str, Any]:
+    """Architecture, kind, sizes, tokenizer and proven sites of a model, as its manifest states them.
+
+    Args:
+        checkpoint: its files.
+        modules: see `find_parts`.
+        mask_token_id: of the model's entry.
+        shifted_logits: of the model's entry.
 
     Raises:
-        AtlasError: it is not a whole, causal model of numbers whose FFNs can be found, or its tokenizer
-            does not give texts back.
+        AtlasError: it is not a whole model of numbers, causal or masked-diffusion, whose FFNs can be found,
+            or its tokenizer does not give texts back.
     """
+    from sparsity_atlas.models.causality import describe_kind
     from sparsity_atlas.models.logits import head
     from sparsity_atlas.models.parameters import count_parameters
     from sparsity_atlas.sites.find import describe_parts, sites_of
@@ -141,11 +164,16 @@ def describe(checkpoint: Checkpoint, modules: dict[str, str] | None) -> dict[str
     named = config.get("architectures")
     # A probe on meta weights would prove nothing: the real ones are loaded, once, on the CPU.
     model = load(checkpoint, dtype="auto", device="auto")
-    parts = _prove(checkpoint, model, modules)
+    kind, parts = _prove(checkpoint, model, modules, mask_token_id)
     tokenizer = _describe_tokenizer(checkpoint, model)
+    layout = layout_of(config)
+    own = named[0] if isinstance(named, list) and named and layout is None else None
+    if shifted_logits is None:
+        shifted_logits = layout is not None and layout.shifted
     return {
-        "architecture": named[0] if isinstance(named, list) and named else type(model).__name__,
+        "architecture": own or type(model).__name__,
         "model_type": config.get("model_type"),
+        **describe_kind(model, kind, mask_token_id, shifted_logits),
         "dtype": config.get("dtype") or config.get("torch_dtype"),
         "parameters": count_parameters(model),
         "memory": head.describe(model),
@@ -158,20 +186,24 @@ def describe(checkpoint: Checkpoint, modules: dict[str, str] | None) -> dict[str
 
 
 def _prove(
-    checkpoint: Checkpoint, model: PreTrainedModel, modules: dict[str, str] | None
-) -> list[Part]:
-    """The parts of a model that is proved to be causal."""
-    from sparsity_atlas.models.causality import check_causal
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    modules: dict[str, str] | None,
+    mask_token_id: int | None,
+) -> tuple[str, list[Part]]:
+    """What kind of model it is, and its parts."""
+    from sparsity_atlas.models.causality import kind_of
     from sparsity_atlas.models.wholeness import not_finite
-    from sparsity_atlas.sites.find import find_parts
+    from sparsity_atlas.sites.find import find_parts, sees_earlier_only
 
     spoilt = not_finite(model)
     try:
-        check_causal(model)
+        kind = kind_of(model, mask_token_id)
     except NumericalFailure:
         # With such weights every score is NaN, which is a result of each node.
         if spoilt is None:
             raise
+        kind = CAUSAL if sees_earlier_only(model.config.get_text_config()) else DIFFUSION
     try:
         parts = find_parts(model, modules)
     except AtlasError:
@@ -180,7 +212,7 @@ def _prove(
         raise AtlasError(f"{checkpoint}: {spoilt}") from None
     if spoilt:
         cli.logger.warning("%s: %s", checkpoint, spoilt)
-    return parts
+    return kind, parts
 
 
 def _describe_tokenizer(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
@@ -225,7 +257,8 @@ def main() -> None:
     modules = source.pop("modules", None)
     checkpoint, revision = resolve(source)
     checkpoint.config()
-    description = describe(checkpoint, modules)
+    masks = {key: source.get(key) for key in ("mask_token_id", "shifted_logits")}
+    description = describe(checkpoint, modules, **masks)
     check_sites(arguments.name, filter(None, arguments.sites.split(",")), description["sites"])
     write_manifest(
         arguments.output,
@@ -239,9 +272,10 @@ def main() -> None:
         },
     )
     cli.logger.info(
-        "%s: %s, %d layers, %s parameters, sites %s",
+        "%s: %s, %s, %d layers, %s parameters, sites %s",
         arguments.name,
         description["architecture"],
+        description["kind"],
         description["layers"],
         f"{description['parameters']['total']:,}",
         ", ".join(description["sites"]),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.models.checkpoint import Checkpoint
+from sparsity_atlas.models.layouts import layout_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,6 +134,7 @@ def check_types(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
     from safetensors import safe_open
 
     parameters = {name for name, value in model.named_parameters() if value.is_floating_point()}
+    layout = layout_in(checkpoint.folder)
     for path in checkpoint.weight_files():
         if path.suffix == ".bin":
             continue
@@ -141,9 +143,10 @@ def check_types(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
                 kind = file.get_slice(name).get_dtype()
                 if kind in FLOATING:
                     continue
+                own = name if layout is None else layout.rename(name)
                 # The names in a file may lack the beginning that the model's have, or have one more.
                 if any(
-                    f".{one}".endswith(f".{name}") or f".{name}".endswith(f".{one}")
+                    f".{one}".endswith(f".{own}") or f".{own}".endswith(f".{one}")
                     for one in parameters
                 ):
                     raise AtlasError(

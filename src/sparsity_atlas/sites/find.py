@@ -57,7 +57,7 @@ def find_parts(model: nn.Module, modules: dict[str, str] | None = None) -> list[
     """Find and prove what every layer holds beside its norms, by a few passes over a few random tokens.
 
     Args:
-        model: a causal language model; called as model(ids), in its own type and on its device.
+        model: a language model; called as model(ids), in its own type and on its device.
         modules: the user's naming, where the search fails: `down`, and `up` (with `gate`), or
             `gate_up` with `order`; `activation`. Module paths, {layer} for the layer's number.
 
@@ -74,7 +74,8 @@ def find_parts(model: nn.Module, modules: dict[str, str] | None = None) -> list[
     if getattr(config, "is_encoder_decoder", False):
         raise AtlasError(f"{type(model).__name__}: encoder-decoder models are not supported")
     named = expand(model, modules, layers) if modules else None
-    ids = random_ids(model, (PROBE_BATCH, PROBE_TOKENS))
+    shape = (PROBE_BATCH, PROBE_TOKENS)
+    ids = random_ids(model, shape)
     run = forward_of(model, ids)
     with torch.no_grad(), _evaluating(model):
         routed = {one.path: one for one in find_experts(model, ids, partial(_forward, model))}
@@ -114,11 +115,17 @@ def find_parts(model: nn.Module, modules: dict[str, str] | None = None) -> list[
                 check_nothing_beside(model, found[part.layer], search.findings)
         routes = {path: one.count for path, one in routed.items()}
         beside: list[Part] = [*ffns, *experts]
-        attention = find_attention(model, beside, run, (PROBE_BATCH, PROBE_TOKENS), routes)
+        alone = None if sees_earlier_only(text) else forward_of(model, ids.reshape(-1, 1))
+        attention = find_attention(model, beside, run, shape, routes, alone)
         if attention is None or not proves_attention(attention, run):
             attention = []
         # A stable sort: of each layer its attention first, its experts last.
         return sorted([*attention, *beside], key=lambda part: part.layer)
+
+
+def sees_earlier_only(config: Any) -> bool:
+    """Whether tokens see none behind them, by a decoder's configuration: transformers reads `is_causal`."""
+    return getattr(config, "is_causal", None) is not False
 
 
 def forward_of(model: nn.Module, ids: torch.Tensor) -> Callable[..., Any]:

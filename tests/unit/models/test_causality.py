@@ -1,4 +1,4 @@
-"""Models that see later tokens are refused, by what they compute and not by what they are called."""
+"""What kind a model is follows from what it computes, and not from what it is called."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.models.causality import check_causal
+from sparsity_atlas.models.causality import kind_of
 from sparsity_atlas.models.checkpoint import Checkpoint
 from sparsity_atlas.models.manifest import describe
 from sparsity_atlas.sites.find import random_ids
@@ -41,38 +41,82 @@ def made(kind: str, dtype: torch.dtype, **settings: Any) -> nn.Module:
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_causal(name: str, dtype: torch.dtype) -> None:
-    check_causal(tiny_model(name, dtype))
+    assert kind_of(tiny_model(name, dtype)) == "causal"
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("kind", SEES_ALL)
 def test_not_causal(kind: str, dtype: torch.dtype) -> None:
     with pytest.raises(AtlasError, match="not causal: another token at position 15 changes"):
-        check_causal(made(kind, dtype, **SEES_ALL[kind]))
+        kind_of(made(kind, dtype, **SEES_ALL[kind]))
 
 
 def test_a_decoder_of_the_bert_family() -> None:
     for kind in ("bert", "roberta", "electra"):
-        check_causal(made(kind, torch.float32, **COMMON, is_decoder=True))
+        kind_of(made(kind, torch.float32, **COMMON, is_decoder=True))
     with pytest.raises(AtlasError, match=r"is_decoder: true in its config.json"):
-        check_causal(made("bert", torch.float32, **COMMON))
+        kind_of(made("bert", torch.float32, **COMMON))
 
 
-@pytest.mark.parametrize(
-    "settings", [{"is_causal": False}, {"is_causal": False, "mask_token_id": 9}]
-)
-def test_what_is_said_of_masked_diffusion(settings: dict[str, Any]) -> None:
-    with pytest.raises(AtlasError, match=r"masked-diffusion models are not supported yet$"):
-        check_causal(made("llama", torch.float32, **GROUPED, **settings))
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma3_text", "gpt_neox"])
+def test_masked_diffusion(kind: str, dtype: torch.dtype) -> None:
+    """By its configuration's mask, or by that of its entry."""
+    settings = GROUPED | {"is_causal": False}
+    assert kind_of(made(kind, dtype, **settings, mask_token_id=9)) == "diffusion"
+    model = made(kind, dtype, **settings)
+    assert kind_of(model, 9) == "diffusion"
+    with pytest.raises(AtlasError, match=r"a mask token: say mask_token_id in the model's entry"):
+        kind_of(model)
+
+
+def test_a_mask_does_not_make_a_model_one() -> None:
+    causal = tiny_model("llama", mask_token_id=9)
+    assert kind_of(causal) == "causal"
+    with pytest.raises(AtlasError, match="mask_token_id: 9 found, but it is causal"):
+        kind_of(causal, 9)
+    with pytest.raises(AtlasError, match=r"not causal.*is_causal: false"):
+        kind_of(made("bert", torch.float32, **COMMON), 9)
+
+
+def test_a_class_that_does_not_read_the_setting() -> None:
+    """RWKV has no attention: with `is_causal: false`, too, it is causal."""
+    assert kind_of(tiny_model("rwkv", is_causal=False)) == "causal"
+    with pytest.raises(AtlasError, match="is_causal: false found, but it is causal"):
+        kind_of(tiny_model("rwkv", is_causal=False, mask_token_id=9))
+
+
+@pytest.mark.parametrize("mask", [-1, VOCABULARY, 10**6])
+def test_a_mask_that_is_no_token(mask: int) -> None:
+    model = made("llama", torch.float32, **GROUPED, is_causal=False)
+    with pytest.raises(AtlasError, match=rf"from 0 to {VOCABULARY - 1}, found {mask}"):
+        kind_of(model, mask)
+
+
+class Half(nn.Module):
+    """A decoder of which each token sees the next one, and no other behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Peeking({place: place + 1 for place in range(15)})
+        self.config = AutoConfig.for_model("llama", **GROUPED, is_causal=False, mask_token_id=9)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.inner(ids)
+
+
+def test_a_model_that_sees_some_later_tokens() -> None:
+    with pytest.raises(AtlasError, match="the last token does not change the first one's"):
+        kind_of(Half())
 
 
 @pytest.mark.parametrize("positions", [2, 3, 7])
 def test_few_positions(positions: int) -> None:
     """The probe fits into the model; learned positions end in an index error otherwise."""
     settings = {**COMMON, "max_position_embeddings": positions}
-    check_causal(made("opt", torch.float32, **settings, ffn_dim=40, word_embed_proj_dim=16))
+    kind_of(made("opt", torch.float32, **settings, ffn_dim=40, word_embed_proj_dim=16))
     with pytest.raises(AtlasError, match=f"position {positions - 1} "):
-        check_causal(made("bert", torch.float32, **settings))
+        kind_of(made("bert", torch.float32, **settings))
 
 
 class Peeking(nn.Module):
@@ -95,16 +139,16 @@ class Peeking(nn.Module):
 
 @pytest.mark.parametrize("sees", [{0: 15}, {0: 1}, {14: 15}, {7: 8}, {3: 15}])
 def test_a_single_place_that_sees_ahead(sees: dict[int, int]) -> None:
-    check_causal(Peeking({}))
+    kind_of(Peeking({}))
     with pytest.raises(AtlasError, match="not causal"):
-        check_causal(Peeking(sees))
+        kind_of(Peeking(sees))
 
 
 def test_rounding_is_no_proof() -> None:
     """Convolutions by Fourier transform round over the whole sequence."""
-    check_causal(Peeking({0: 15}, strength=1e-8))
+    kind_of(Peeking({0: 15}, strength=1e-8))
     with pytest.raises(AtlasError, match="not causal"):
-        check_causal(Peeking({0: 15}, strength=1e-3))
+        kind_of(Peeking({0: 15}, strength=1e-3))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -113,7 +157,7 @@ def test_logits_that_are_no_numbers(value: float) -> None:
     with torch.no_grad():
         model.lm_head.weight[5] = value
     with pytest.raises(AtlasError, match="its logits hold NaN or an infinity"):
-        check_causal(model)
+        kind_of(model)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -125,10 +169,10 @@ def test_a_token_that_is_no_number(causal: bool) -> None:
     with torch.no_grad():
         model.model.embed_tokens.weight[alone] = float("nan")
     if causal:
-        check_causal(model)
+        kind_of(model)
     else:
         with pytest.raises(AtlasError, match="not causal"):
-            check_causal(model)
+            kind_of(model)
 
 
 class Broken(nn.Module):
@@ -146,7 +190,7 @@ def test_a_forward_pass_that_fails() -> None:
     with pytest.raises(
         AtlasError, match=r"Broken: its forward pass fails: AttributeError: .*nosuch"
     ):
-        check_causal(Broken())
+        kind_of(Broken())
 
 
 def test_stage_models_refuses_it(tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 One forward pass runs in which the output of every linear-like module of a layer, those of its FFN aside,
 is replaced. A causal attention's first token sees itself alone: what the output map reads there are the
 values of that token, entry by entry, so the first token of each map's output gets numbers that no two
-entries share. Of later tokens it reads means of the values up to there, whatever the weights are: the
-outputs there are random, and no other map's happen to hold all those means between them. So a module is
+entries share. Where each token sees all others, a second pass runs, over sequences of one token. Of other
+tokens it reads means of the values that they see, whatever the weights are: the outputs there are random, and
+no other map's happen to hold all those means between them. So a module is
 the output map `o` if what it reads is made of another one's output in this way; that one makes the values,
 and all modules that read the same tensor are the query, key and value maps. No name is looked at.
 
@@ -49,12 +50,17 @@ class _Call:
     output: Tensor
 
 
+# Calls of each module in one pass, None for one that is not of one tensor by token.
+_Calls = dict[str, list[_Call | None]]
+
+
 def find_attention(
     model: nn.Module,
     parts: Sequence[Part],
     run: Callable[[], Any],
     shape: tuple[int, int],
     routes: Mapping[str, int] | None = None,
+    alone: Callable[[], Any] | None = None,
 ) -> list[Attention] | None:
     """The attention of every layer.
 
@@ -64,6 +70,8 @@ def find_attention(
         run: one forward pass, of two sequences or more.
         shape: sequences and tokens of that pass.
         routes: how many experts there are in a module of them, by its path.
+        alone: the same over as many sequences of one token, of a model in which each token sees all others;
+            None: it is causal.
 
     Returns:
         One for each layer; None if a layer has none that the experiment shows.
@@ -82,24 +90,32 @@ def find_attention(
             if place and path.startswith(f"{place}.") and path not in own
             if block is None or not path.startswith(f"{block}.")
         }
-    calls: dict[str, list[_Call | None]] = {
-        path: [] for beside in layers.values() for path in beside
-    }
-    with ExitStack() as stack:
-        for beside in layers.values():
-            for path, module in beside.items():
-                _hook(stack, path, module, shape, calls[path])
-        run()
+    watched = {path: module for beside in layers.values() for path, module in beside.items()}
+    calls = _replaced(watched, run, shape)
+    first = None if alone is None else _replaced(watched, alone, (shape[0] * shape[1], 1))
     found = [
         _attention(
             model,
             layer,
             [call for path in beside for call in calls[path]],
             (routes or {}).get(experts[layer]) if layer in experts else None,
+            first,
         )
         for layer, beside in layers.items()
     ]
     return [one for one in found if one] if all(found) else None
+
+
+def _replaced(
+    watched: Mapping[str, nn.Module], run: Callable[[], Any], shape: tuple[int, int]
+) -> _Calls:
+    """The calls of modules in a pass over sequences of a shape, with numbers put in for their outputs."""
+    calls: _Calls = {path: [] for path in watched}
+    with ExitStack() as stack:
+        for path, module in watched.items():
+            _hook(stack, path, module, shape, calls[path])
+        run()
+    return calls
 
 
 def _block(place: str, experts: str) -> str:
@@ -151,13 +167,22 @@ def _numbered(shape: tuple[int, int], width: int, generator: torch.Generator) ->
 
 
 def _attention(
-    model: nn.Module, layer: int, noted: list[_Call | None], experts: int | None
+    model: nn.Module,
+    layer: int,
+    noted: list[_Call | None],
+    experts: int | None,
+    first: _Calls | None,
 ) -> Attention | None:
-    """The attention of one layer whose maps ran like this. A map to one entry an expert may be a router."""
+    """The attention of one layer whose maps ran like this. A map to one entry an expert may be a router.
+
+    first: calls over sequences of one token; None: the first token of these sees itself alone.
+    """
     calls = [call for call in noted if call is not None]
     if len(calls) < len(noted) or len({call.path for call in calls}) < len(calls):
         return None
-    pairs = [(v, o) for v in calls for o in calls if not _same(v.input, o.input) and _mixes(v, o)]
+    pairs = [
+        (v, o) for v in calls for o in calls if not _same(v.input, o.input) and _mixes(v, o, first)
+    ]
     if len(pairs) != 1:
         return None
     v, o = pairs[0]
@@ -181,18 +206,32 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool(torch.equal(one, other))
 
 
-def _mixes(v: _Call, o: _Call) -> bool:
-    """Whether o reads means over tokens of entries of v's output."""
-    read, made = o.input.cpu(), v.output
-    first = made[:2, 0].T.contiguous()
+def _mixes(v: _Call, o: _Call, first: _Calls | None) -> bool:
+    """Whether o reads means over tokens of entries of v's output: of those up to each, or of all."""
+    alone = (v, o) if first is None else (_once(first[v.path]), _once(first[o.path]))
+    if alone[0] is None or alone[1] is None:
+        return False
+    given = alone[0].output[:2, 0].T.contiguous()
     nearest = []
-    for rows in read[:2, 0].T.contiguous().split(_ROWS):
-        distance, index = torch.cdist(rows, first).min(dim=1)
+    for rows in alone[1].input[:2, 0].cpu().T.contiguous().split(_ROWS):
+        distance, index = torch.cdist(rows, given).min(dim=1)
         if float(distance.max()) > _TOLERANCE:
             return False
         nearest.append(index)
-    values = made[:, :, torch.cat(nearest)]
-    low, high = values.cummin(dim=1).values, values.cummax(dim=1).values
+    index = torch.cat(nearest)
+    read, values = o.input.cpu(), v.output[:, :, index]
+    if first is None:
+        low, high = values.cummin(dim=1).values, values.cummax(dim=1).values
+    else:
+        # A mean of all tokens lies between the numbers of any map: sequences of one token tell maps apart.
+        if float((alone[1].input.cpu() - alone[0].output[:, :, index]).abs().max()) > _TOLERANCE:
+            return False
+        low, high = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)
     if bool(((read < low - _TOLERANCE) | (read > high + _TOLERANCE)).any()):
         return False
     return float((read - values)[:, 1:].abs().mean()) > _MIXED
+
+
+def _once(calls: list[_Call | None]) -> _Call | None:
+    """The only call of a module; None if there is another, or it was not of one tensor by token."""
+    return calls[0] if len(calls) == 1 else None

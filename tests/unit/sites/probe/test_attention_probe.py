@@ -19,7 +19,7 @@ from sparsity_atlas.sites.find import bind_parts, describe_parts, find_parts, ob
 from sparsity_atlas.sites.part import by_layer, sites_of
 from sparsity_atlas.sparsify.attach import slots_of, sparsified
 from sparsity_atlas.studies.output_error import layer_rows
-from sparsity_atlas.terms import ATTENTION_SITES, LINEAR_INPUTS
+from sparsity_atlas.terms import ATTENTION_SITES, LINEAR_INPUTS, SITES
 from tiny_models import ARCHITECTURES, HIDDEN, LAYERS, VOCABULARY, tiny_model, token_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,6 +78,24 @@ def test_every_layer_s_maps_are_found(name: str, dtype: torch.dtype) -> None:
             )
             assert made == found.outputs(tensor)
     assert len({found.o.path for found in attentions}) == len(attentions)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# MPT's class fails with that setting.
+@pytest.mark.parametrize("name", [n for n in ARCHITECTURES if ROLES.get(n, SPLIT) and n != "mpt"])
+def test_maps_of_a_decoder_in_which_each_token_sees_all_others(
+    name: str, dtype: torch.dtype
+) -> None:
+    """The same as of the causal one; eight sites where the FFN has a gate."""
+    causal = find_parts(tiny_model(name, dtype))
+    parts = find_parts(tiny_model(name, dtype, is_causal=False))
+    assert sites_of(parts) == sites_of(causal)
+    assert describe_parts(parts) == describe_parts(causal)
+
+
+def test_eight_sites_of_masked_diffusion() -> None:
+    for name in ("llama", "qwen2", "qwen3"):
+        assert set(sites_of(find_parts(tiny_model(name, is_causal=False)))) == set(SITES)
 
 
 def weights(module: nn.Module, entries: int) -> Tensor:
@@ -159,9 +177,10 @@ class Clipped(nn.Linear):
 class Block(nn.Module):
     """An attention block of one head, and what makes it another thing."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, causal: bool) -> None:
         super().__init__()
         self.kind = kind
+        self.causal = causal
         self.q, self.k, self.v, self.o = (nn.Linear(HIDDEN, HIDDEN) for _ in range(4))
         if kind in ("gate", "beside"):
             self.more = nn.Linear(HIDDEN, HIDDEN)
@@ -176,7 +195,7 @@ class Block(nn.Module):
         if self.kind == "normalised":
             v = v / v.norm(dim=-1, keepdim=True)
         scores = q @ k.transpose(-1, -2) / HIDDEN**0.5
-        if self.kind != "both ways":
+        if self.causal:
             ahead = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
             scores = scores.masked_fill(ahead, -torch.inf)
         if self.kind == "sink":
@@ -197,14 +216,17 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder of such blocks."""
+    """A decoder of such blocks; `says` is what its configuration says of its masks."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, causal: bool = True, says: bool | None = None) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.config = SimpleNamespace(num_hidden_layers=LAYERS, vocab_size=VOCABULARY)
+        says = causal if says is None else says
+        self.config = SimpleNamespace(
+            num_hidden_layers=LAYERS, vocab_size=VOCABULARY, is_causal=says
+        )
         self.embedding = nn.Embedding(VOCABULARY, HIDDEN)
-        self.blocks = nn.ModuleList(Block(kind) for _ in range(LAYERS))
+        self.blocks = nn.ModuleList(Block(kind, causal) for _ in range(LAYERS))
         self.eval()
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -214,19 +236,26 @@ class Decoder(nn.Module):
         return x
 
 
-def test_a_plain_decoder_of_ours_has_them() -> None:
-    attentions = attentions_of(find_parts(Decoder("plain")))
+@pytest.mark.parametrize(("causal", "says"), [(True, True), (False, False), (True, False)])
+def test_a_plain_decoder_of_ours_has_them(causal: bool, says: bool) -> None:
+    """Also one that is causal whatever its configuration says: a mean up to a token is one of all."""
+    attentions = attentions_of(find_parts(Decoder("plain", causal, says)))
     assert [len(one.qkv) for one in attentions] == [3] * LAYERS
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
-    "kind", ["gate", "beside", "latent", "normalised", "both ways", "sink", "none", "clipped"]
+    "kind", ["gate", "beside", "latent", "normalised", "sink", "none", "clipped"]
 )
-def test_what_is_no_such_attention_is_not_taken_for_one(kind: str) -> None:
+def test_what_is_no_such_attention_is_not_taken_for_one(kind: str, causal: bool) -> None:
     """Another map, another reader, or values that are not simply averaged: FFN sites, and no others."""
-    parts = find_parts(Decoder(kind))
+    parts = find_parts(Decoder(kind, causal))
     assert not attentions_of(parts)
     assert sites_of(parts) == ("input", "intermediate", "all_inputs")
+
+
+def test_one_that_says_to_be_causal_and_is_not() -> None:
+    assert not attentions_of(find_parts(Decoder("plain", causal=False, says=True)))
 
 
 def test_a_model_of_one_layer() -> None:
