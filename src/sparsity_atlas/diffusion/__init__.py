@@ -1,0 +1,1 @@
+"""Masked diffusion: bounds of likelihoods, and text, by filling in masked tokens. Start with `denoise`."""

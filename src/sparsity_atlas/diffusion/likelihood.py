@@ -1,0 +1,172 @@
+"""The bound of an answer's log-likelihood: over all sets of masked tokens, or over a sample of them.
+
+It is a lower bound of the log-likelihood that the model's orders of filling in have in the mean, for a whole
+text as for an answer; see `mask_sets`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sparsity_atlas.diffusion.denoise import Denoise, guided, padded
+from sparsity_atlas.diffusion.mask_sets import mask_sets
+from sparsity_atlas.errors import NumericalFailure
+from sparsity_atlas.files.whole import digest
+from sparsity_atlas.models.logits.likelihoods import likelihoods
+from sparsity_atlas.sparsify.transfer import fetched, sent
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is scored: an answer after a prompt, which may be empty.
+
+    Attributes:
+        prompt: token ids.
+        answer: token ids, one at least.
+    """
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+    @property
+    def seed(self) -> str:
+        """Of its masks: by what is asked alone, so that any model, level and batch has the same."""
+        return digest({"prompt": list(self.prompt), "answer": list(self.answer)})
+
+
+@dataclass(frozen=True)
+class Row:
+    """One set of masked tokens of a request.
+
+    Attributes:
+        request: its number.
+        prompt: tokens of its prompt.
+        tokens: the whole, with its masks.
+        places: of the masked tokens among these.
+        targets: the masked tokens.
+        weight: of the row in its request's bound.
+    """
+
+    request: int
+    prompt: int
+    tokens: tuple[int, ...]
+    places: tuple[int, ...]
+    targets: tuple[int, ...]
+    weight: float
+
+
+def rows_of(number: int, request: Request, samples: int, mask_token: int) -> Iterator[Row]:
+    """The rows whose weighted sum is a request's bound.
+
+    Args:
+        number: of the request.
+        request: what is scored.
+        samples: rows at most; see `mask_sets`.
+        mask_token: id of the mask.
+    """
+    sets = mask_sets(len(request.answer), samples, request.seed)
+    begin = len(request.prompt)
+    for masked, weight in zip(sets.masked, sets.weights.tolist(), strict=True):
+        shown = (mask_token if m else t for m, t in zip(masked, request.answer, strict=True))
+        hidden = np.flatnonzero(masked).tolist()
+        yield Row(
+            number,
+            begin,
+            (*request.prompt, *shown),
+            tuple(begin + place for place in hidden),
+            tuple(request.answer[place] for place in hidden),
+            weight,
+        )
+
+
+def row_scores(
+    denoise: Denoise,
+    rows: Sequence[Row],
+    *,
+    mask_token: int,
+    padding: int,
+    guidance: float = 0.0,
+    device: torch.device,
+) -> list[float]:
+    """Sum of the log-probabilities of each row's masked tokens.
+
+    Args:
+        denoise: the model.
+        rows: of one batch.
+        mask_token: id of the mask.
+        padding: id that rows are filled up with.
+        guidance: see `guided`.
+        device: of the model.
+
+    Raises:
+        NumericalFailure: a sum is NaN or infinite.
+    """
+    ids, valid = padded([row.tokens for row in rows], padding, device)
+    longest = ids.shape[1]
+    where = np.array([n * longest + place for n, row in enumerate(rows) for place in row.places])
+    targets = np.array([target for row in rows for target in row.targets])
+    prompts = torch.tensor([row.prompt for row in rows], device=device)
+    prompt = torch.arange(longest, device=device) < prompts[:, None]
+    pieces = guided(
+        denoise,
+        *(ids, valid, sent(where, device), prompt),
+        guidance=guidance,
+        mask_token=mask_token,
+    )
+    values = fetched([likelihoods(pieces, np.arange(len(where)), targets)[0]])()[0]
+    counts = np.cumsum([len(row.places) for row in rows])[:-1]
+    sums = [math.fsum(own.tolist()) for own in np.split(values, counts)]
+    if not np.isfinite(sums).all():
+        raise NumericalFailure("NaN or infinity in the logits")
+    return sums
+
+
+def bounds(
+    denoise: Denoise,
+    requests: Sequence[Request],
+    *,
+    samples: int,
+    batch_size: int,
+    mask_token: int,
+    padding: int,
+    guidance: float = 0.0,
+    device: torch.device,
+) -> list[float]:
+    """The bound of each request's log-likelihood, in nats.
+
+    Args:
+        denoise: the model.
+        requests: what is scored.
+        samples: forward passes of a row for each request, at most.
+        batch_size: rows of a batch.
+        mask_token: id of the mask.
+        padding: id that rows are filled up with.
+        guidance: see `guided`.
+        device: of the model.
+
+    Raises:
+        NumericalFailure: NaN or an infinity came up.
+    """
+    rows = [
+        row
+        for number, request in enumerate(requests)
+        for row in rows_of(number, request, samples, mask_token)
+    ]
+    parts: list[list[float]] = [[] for _ in requests]
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        scores = row_scores(
+            denoise,
+            batch,
+            **{"mask_token": mask_token, "padding": padding},
+            guidance=guidance,
+            device=device,
+        )
+        for row, score in zip(batch, scores, strict=True):
+            parts[row.request].append(row.weight * score)
+    return [math.fsum(own) for own in parts]

@@ -1,0 +1,160 @@
+"""Text by filling masks in, block by block, the surest tokens first (arXiv 2502.09992)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsity_atlas.diffusion.denoise import Denoise, guided, padded
+from sparsity_atlas.errors import AtlasError, NumericalFailure
+
+Remasking = Literal["low_confidence", "random"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many tokens each step fills in.
+
+    Attributes:
+        length: tokens to generate.
+        steps: forward passes of a row.
+        block_length: tokens of a block; a block is whole before the next one begins.
+        blocks: first token of each block, the one after its last, and what each of its steps fills in.
+    """
+
+    length: int
+    steps: int
+    block_length: int
+    blocks: tuple[tuple[int, int, tuple[int, ...]], ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        starts = range(0, self.length, self.block_length)
+        if not len(starts) <= self.steps <= self.length:
+            raise AtlasError(
+                f"steps: {self.steps} found; {self.length} tokens in blocks of {self.block_length} take "
+                f"{len(starts)} to {self.length}"
+            )
+        object.__setattr__(self, "blocks", tuple(self._blocks(starts)))
+
+    def _blocks(self, starts: range) -> Iterable[tuple[int, int, tuple[int, ...]]]:
+        # A step for each block, and the others by its length; what a block has fewer tokens for goes on.
+        done, spent = 0, 0
+        for number, start in enumerate(starts):
+            end = min(start + self.block_length, self.length)
+            later = len(starts) - number - 1
+            fair = (self.steps * end + self.length - 1) // self.length - spent
+            most = min(end - start, self.steps - spent - later)
+            steps = max(1, min(fair, most), self.steps - spent - (self.length - end))
+            tokens, more = divmod(end - start, steps)
+            yield start, end, tuple(tokens + (step < more) for step in range(steps))
+            spent += steps
+            done = end
+        assert (done, spent) == (self.length, self.steps)
+
+
+def unmask(
+    denoise: Denoise,
+    prompts: Sequence[Sequence[int]],
+    schedule: Schedule,
+    *,
+    mask_token: int,
+    padding: int,
+    device: torch.device,
+    remasking: Remasking = "low_confidence",
+    guidance: float = 0.0,
+    seeds: Sequence[str] = (),
+    finished: Callable[[int, list[int]], bool] = lambda row, tokens: False,
+) -> list[list[int]]:
+    """Generate after each prompt; a row does not depend on the others, but for rounding.
+
+    Each step fills in the likeliest token at some of the block's masks, never the mask itself: where the
+    model is surest, by the odds of that token against all others; of places that tie, the first.
+
+    Args:
+        denoise: the model.
+        prompts: token ids.
+        schedule: how many tokens, and how many a step.
+        mask_token: id of the mask.
+        padding: id that rows are filled up with.
+        device: of the model.
+        remasking: which masks are filled in: `low_confidence` leaves the least sure ones, `random` any.
+        guidance: see `guided`.
+        seeds: of each row, hexadecimal; for `random`.
+        finished: asked after each block whether what a row has generated so far is all that is wanted of it.
+
+    Returns:
+        What each row generated: `schedule.length` tokens, or those up to the end of the block with which it
+        was finished.
+
+    Raises:
+        NumericalFailure: NaN came up in the logits.
+    """
+    if remasking not in get_args(Remasking):
+        known = ", ".join(get_args(Remasking))
+        raise AtlasError(f"remasking: unknown '{remasking}'; known: {known}")
+    begins = [len(prompt) for prompt in prompts]
+    rows = [[*prompt, *[mask_token] * schedule.length] for prompt in prompts]
+    orders = [_order(seed, schedule.length) for seed in seeds] if remasking == "random" else []
+    running = list(range(len(rows)))
+    done: list[list[int]] = [[] for _ in rows]
+    for start, end, counts in schedule.blocks:
+        left = {row: list(range(start, end)) for row in running}
+        for count in counts:
+            ids, valid = padded([rows[row] for row in running], padding, device)
+            where = [
+                n * ids.shape[1] + begins[row] + place
+                for n, row in enumerate(running)
+                for place in left[row]
+            ]
+            prompted = torch.tensor([begins[row] for row in running], device=device)
+            pieces = guided(
+                denoise,
+                *(ids, valid, torch.tensor(where, device=device)),
+                torch.arange(ids.shape[1], device=device) < prompted[:, None],
+                guidance=guidance,
+                mask_token=mask_token,
+            )
+            tokens, surest = _likeliest(pieces, mask_token)
+            for n, row in enumerate(running):
+                own = slice(n * len(left[row]), (n + 1) * len(left[row]))
+                sure = orders[row][left[row]] if orders else surest[own]
+                chosen = np.argsort(-sure, kind="stable")[:count].tolist()
+                for one in chosen:
+                    rows[row][begins[row] + left[row][one]] = int(tokens[own][one])
+                kept = set(chosen)
+                left[row] = [place for one, place in enumerate(left[row]) if one not in kept]
+        for row in running:
+            done[row] = rows[row][begins[row] : begins[row] + end]
+        running = [row for row in running if not finished(row, done[row])]
+        if not running:
+            break
+    return done
+
+
+def _order(seed: str, length: int) -> np.ndarray:
+    """A random number for each place: the largest is filled in first."""
+    return np.random.Generator(np.random.PCG64(int(seed, 16))).random(length)
+
+
+def _likeliest(pieces: Iterable[Tensor], mask_token: int) -> tuple[np.ndarray, np.ndarray]:
+    """The likeliest token of each place but the mask, and the logarithm of its odds against all others.
+
+    Odds order places as probabilities do, and still where these are rounded to 1.
+    """
+    tokens, odds = [], []
+    for piece in pieces:
+        logits = piece.float()
+        logits[:, mask_token] = -torch.inf
+        best, token = logits.max(dim=1, keepdim=True)
+        others = logits.scatter_(1, token, -torch.inf).logsumexp(dim=1)
+        tokens.append(token[:, 0])
+        odds.append(best[:, 0] - others)
+    found = torch.cat(odds).cpu().numpy()
+    if np.isnan(found).any():
+        raise NumericalFailure("NaN or infinity in the logits")
+    return torch.cat(tokens).cpu().numpy(), found
