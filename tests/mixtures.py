@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from tiny_lm import tiny_tokenizer
+
 EXPERTS, EACH, HIDDEN, WIDTH, VOCABULARY = 4, 2, 32, 24, 96
 
 # What a tiny model has of any field that a family's configuration knows.
@@ -104,9 +106,16 @@ def shrink(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def tiny_mixture(family: str) -> nn.Module:
-    """A random model of a family's model type, in evaluation mode: a language model where there is one."""
+def tiny_mixture(family: str, **changes: Any) -> nn.Module:
+    """A random model of a family's model type, in evaluation mode: a language model where there is one.
+
+    Args:
+        family: of transformers.
+        changes: fields of its configuration.
+    """
     config = shrink(AutoConfig.for_model(family, **GIVEN.get(family, {})))
+    for key, value in changes.items():
+        setattr(config, key, value)
     causal = family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     torch.manual_seed(0)
     model = (AutoModelForCausalLM if causal else AutoModel).from_config(config, dtype=torch.float32)
@@ -115,6 +124,15 @@ def tiny_mixture(family: str) -> nn.Module:
             if parameter.dim() > 1:
                 parameter.copy_(torch.randn(parameter.shape) * 0.1)
     return model.eval()
+
+
+def save_mixture(folder: Path, family: str, **changes: Any) -> Path:
+    """Write a tiny mixture that reads `tiny_tokenizer` into a folder."""
+    tokenizer = tiny_tokenizer()
+    model: Any = tiny_mixture(family, vocab_size=len(tokenizer), **changes)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 class _Settings(SimpleNamespace):

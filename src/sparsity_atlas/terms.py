@@ -36,6 +36,10 @@ FFN = "ffn"
 SHARED = "shared"
 EXPERTS = "experts"
 PARTS = (ATTENTION, FFN, SHARED, EXPERTS)
+# Those that must be named with a tensor: of a dense layer's parts the tensor's name tells which it is.
+NAMED_PARTS = (SHARED, EXPERTS)
+# What tells where the rows of routed experts go: the experts of each token, and how much each counts.
+ROUTING = ("index", "weights")
 
 # What a language model is: it predicts the next token, or masked ones among all others.
 CAUSAL, DIFFUSION = "causal", "diffusion"

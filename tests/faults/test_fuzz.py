@@ -19,6 +19,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sparsity_atlas.activations.layout import Shape
 from sparsity_atlas.activations.store import ActivationStore
 from sparsity_atlas.activations.texts import documents
 from sparsity_atlas.config import grid
@@ -233,7 +234,7 @@ INDEX = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model.safet
 
 def make_store(folder: Path) -> Path:
     store = ActivationStore(folder / "activations.zarr", writable=True)
-    store.create("input", [4, 4], 6, 4, "bfloat16")
+    store.create("input", dict.fromkeys((0, 1), Shape(1, 4)), 6, 4, "bfloat16")
     values = np.arange(24, dtype=np.uint16).reshape(6, 4)
     blocks = [
         [store.put("input", layer, start, values[start : start + 4]) for layer in (0, 1)]

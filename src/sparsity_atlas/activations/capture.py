@@ -2,7 +2,7 @@
 
 Each site has a job and a manifest of its own. The first job of a model takes a lock and captures what
 any of them lacks; the others find their tensors complete and write their manifest. With a site comes
-the FFN's input, from which every output error can be computed.
+what each part's output follows from: its input, and of routed experts the routing (see `layout`).
 
 Tensors leave the device on a stream of their own and are written by threads while the model runs on: a
 part (a chunk of each array, or a batch where that is more) is written while the next one is captured, and
@@ -19,16 +19,17 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsity_atlas import cli
+from sparsity_atlas.activations.layout import Group, group_name, groups
 from sparsity_atlas.activations.store import ActivationStore, check_space, chunk_sequences
 from sparsity_atlas.activations.texts import digest_of, pinned, token_ids
 from sparsity_atlas.code_version import code_version
-from sparsity_atlas.errors import AtlasError, NumericalFailure
+from sparsity_atlas.errors import NumericalFailure
 from sparsity_atlas.files.journal import Journal
 from sparsity_atlas.files.whole import digest, locked, write_manifest
 from sparsity_atlas.models.bos import begins_with_bos
@@ -36,7 +37,6 @@ from sparsity_atlas.models.devices import pick_device, pick_dtype
 from sparsity_atlas.models.loading import load, load_tokenizer
 from sparsity_atlas.models.manifest import check_sites, from_manifest
 from sparsity_atlas.models.memory import (
-    ITEM_BYTES,
     MOST_HELD,
     PENDING,
     Largest,
@@ -44,7 +44,7 @@ from sparsity_atlas.models.memory import (
     of_a_capture,
     of_a_pass,
 )
-from sparsity_atlas.terms import STORED, TENSORS
+from sparsity_atlas.terms import TENSORS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,7 +65,7 @@ def capture(
     manifest: dict[str, Any],
     checkpoint: Checkpoint,
     ids: np.ndarray,
-    missing: list[str],
+    missing: Mapping[str, Group],
     fingerprint: str,
     settings: dict[str, Any],
 ) -> None:
@@ -76,7 +76,7 @@ def capture(
         manifest: the model's manifest.
         checkpoint: the model's files.
         ids: int64 [sequences, positions].
-        missing: tensors to capture.
+        missing: tensors to capture, by name.
         fingerprint: of everything that the values depend on.
         settings: as `grid.capture_slice` gives it.
 
@@ -88,13 +88,8 @@ def capture(
     from sparsity_atlas.activations.spool import HostCopy, Writer, copy_stream
     from sparsity_atlas.models.logits import head
     from sparsity_atlas.models.positions import check_positions
-    from sparsity_atlas.sites.find import bind_parts, having, observe, sites_of
+    from sparsity_atlas.sites.find import bind_parts, observe_places
 
-    if any("part" in entry for entry in manifest["ffn"]):
-        raise AtlasError(
-            f"{checkpoint}: a mixture of experts: their activations are not captured yet, so there are no "
-            "metrics, output errors and calibrated criteria of such a model"
-        )
     model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
     check_positions(model, ids.shape[1], "capture: sequence_length")
     # Nobody looks at the logits: those of a batch may be larger than all that is captured of it.
@@ -103,15 +98,14 @@ def capture(
     dtype = str(model.dtype).removeprefix("torch.")
     sequences, positions = ids.shape
     batch = settings["batch_size"]
-    widths = {name: [part.size(name) for part in having(parts, name)] for name in missing}
-    widest = max(max(row) for row in widths.values())
-    chunk = chunk_sequences(widest * positions * ITEM_BYTES[dtype], batch, sequences)
+    arrays = [size for group in missing.values() for size in group.token_bytes(dtype)]
+    chunk = chunk_sequences(max(arrays) * positions, batch, sequences)
     part = max(chunk, batch)  # sequences between two records of the journal
-    token_bytes = ITEM_BYTES[dtype] * sum(sum(row) for row in widths.values())
+    token_bytes = sum(arrays)
     # Parts that are captured or written.
     under_way = 2 if chunk >= batch and 2 * chunk * positions * token_bytes <= MOST_HELD else 1
 
-    _check_room(manifest, model, (positions, batch), widths, settings)
+    _check_room(manifest, model, (positions, batch), arrays, settings)
     total = ids.size * token_bytes
     journal_path = store_path.with_suffix(".journal")
     if not journal_path.exists():
@@ -119,7 +113,7 @@ def capture(
     store = ActivationStore(store_path, writable=True)
     plan = {
         "fingerprint": fingerprint,
-        "tensors": missing,
+        "tensors": list(missing),
         "chunk": chunk,
         "part": part,
         "dtype": dtype,
@@ -135,14 +129,19 @@ def capture(
             "capturing %s: %s tokens, %.1f MiB", ", ".join(missing), f"{ids.size:,}", total / 2**20
         )
         store.put_ids(ids)
-        for name in missing:
-            store.create(name, widths[name], ids.size, chunk * positions, dtype)
+        for name, group in missing.items():
+            store.create(name, group.shapes, ids.size, chunk * positions, group.dtype(dtype))
 
-    sites = [name for name in missing if name in sites_of(parts)]
+    places = [
+        (one, name)
+        for one in parts
+        for name in one.observable
+        if group_name(one.name, name) in missing
+    ]
     stream = copy_stream(model.device)
     recorded: deque[Future[None]] = deque()
     # All of a part and its record.
-    pending = PENDING if under_way == 1 else sum(len(row) for row in widths.values()) + 1
+    pending = PENDING if under_way == 1 else len(arrays) + 1
     with headless, Writer(pending, threads=min(PENDING, torch.get_num_threads())) as writer:
         for start in range(len(journal.records) * part, sequences, part):
             while len(recorded) >= under_way:
@@ -153,9 +152,10 @@ def capture(
             written: dict[tuple[str, int], Future[int]] = {}
 
             def write(
-                layer: int, name: str, copies: list[HostCopy], row: int = start * positions
+                layer: int, name: str, copies: list[HostCopy], token: int = start * positions
             ) -> int:
-                return store.put(name, layer, row, _stored(copies, layer, name))
+                values = _stored(copies, layer, name, missing[name].dtype(dtype))
+                return store.put(name, layer, token, values)
 
             def keep(
                 vectors: Vectors,
@@ -164,8 +164,8 @@ def capture(
                 written: dict[tuple[str, int], Future[int]] = written,
                 write: Callable[[int, str, list[HostCopy]], int] = write,
             ) -> None:
-                layer, name = vectors.part.layer, vectors.tensor
-                arrived[name, layer].append(HostCopy(vectors.values, stream))
+                layer, name = vectors.part.layer, group_name(vectors.part.name, vectors.tensor)
+                arrived[name, layer].append(HostCopy(vectors.in_order(), stream))
                 # As soon as it is whole: a large model's part is one batch of one layer.
                 if len(arrived[name, layer]) == count:
                     copies = arrived.pop((name, layer))
@@ -180,22 +180,29 @@ def capture(
                 for one in before:
                     one.result()
                 checksums = {
-                    name: [written[name, layer].result() for layer in range(len(row))]
-                    for name, row in widths.items()
+                    name: [written[name, layer].result() for layer in group.shapes]
+                    for name, group in missing.items()
                 }
                 journal.append(checksums)
                 cli.logger.info("captured %d of %d sequences", end, sequences)
 
-            with torch.no_grad(), observe(parts, sites, keep):
+            with torch.no_grad(), observe_places(model, places, keep):
                 for one in batches:
                     model(input_ids=torch.from_numpy(one).to(model.device), use_cache=False)
             recorded.append(writer.submit(record, list(recorded)))
         writer.drain()
 
-    for name in missing:
-        checks = [record[name] for record in journal.records]
-        about = {"fingerprint": fingerprint, "dtype": dtype, "rows": part * positions}
-        store.finish(name, {**about, "blocks": checks})
+    for name, group in missing.items():
+        layers = list(group.shapes)
+        store.finish(
+            name,
+            {
+                **{"fingerprint": fingerprint, "dtype": group.dtype(dtype)},
+                **{"rows": part * positions, "blocks": [one[name] for one in journal.records]},
+                # What is not said here: all from the first on.
+                **({} if layers == list(range(len(layers))) else {"layers": layers}),
+            },
+        )
     store.sweep()
     journal.delete()
 
@@ -204,7 +211,7 @@ def _check_room(
     manifest: dict[str, Any],
     model: PreTrainedModel,
     shape: tuple[int, int],
-    widths: dict[str, list[int]],
+    arrays: list[int],
     settings: dict[str, Any],
 ) -> None:
     """See that a batch of `shape` (positions, sequences) and what is kept of it fit into memory."""
@@ -214,7 +221,6 @@ def _check_room(
 
     positions, batch = shape
     item, device, sizes = model.dtype.itemsize, model.device, Sizes.of(manifest)
-    layer = [row[0] for row in widths.values()]
 
     def running(share: float) -> int:
         tokens = int(batch * positions * share)
@@ -223,7 +229,7 @@ def _check_room(
 
     def held(share: float) -> int:
         tokens = int(batch * positions * share)
-        return of_a_capture(layer, sizes.layers, tokens, settings["tokens"], item)
+        return of_a_capture(arrays, tokens, settings["tokens"])
 
     what = f"capture: batches of {batch} x {positions} tokens"
     keys = (("batch_size", batch), ("capture.sequence_length", positions))
@@ -234,14 +240,15 @@ def _check_room(
     free_memory.check(torch.device("cpu"), held, what, keys)
 
 
-def _stored(copies: list[HostCopy], layer: int, name: str) -> np.ndarray:
-    """[tokens, channel] of some batches; bfloat16 as its bits."""
+def _stored(copies: list[HostCopy], layer: int, name: str, dtype: str) -> np.ndarray:
+    """[rows, channel] of some batches in the store's type; bfloat16 as its bits."""
     import torch
 
     if not all(copy.is_finite() for copy in copies):
         raise NumericalFailure(f"NaN or infinity in '{name}' of layer {layer}")
-    batches = [copy.wait().flatten(0, -2) for copy in copies]
+    batches = [copy.wait() for copy in copies]
     whole = batches[0] if len(batches) == 1 else torch.cat(batches)
+    whole = whole.to(getattr(torch, dtype))
     return (whole.view(torch.uint16) if whole.dtype == torch.bfloat16 else whole).numpy()
 
 
@@ -283,13 +290,14 @@ def main() -> None:
             "code": arguments.code or code_version("capture"),
         }
     )
-    own = tensors_of([arguments.site])
+    own = groups(manifest["ffn"], [arguments.site])
+    wanted = groups(manifest["ffn"], [arguments.site, *siblings])
     with locked(arguments.store.with_suffix(".lock")):
-        done = _complete(arguments.store, fingerprint)
+        done = _complete(arguments.store, wanted, fingerprint)
         if not set(own) <= set(done):
-            missing = [name for name in tensors_of([arguments.site, *siblings]) if name not in done]
+            missing = {name: group for name, group in wanted.items() if name not in done}
             capture(arguments.store, manifest, checkpoint, ids, missing, fingerprint, settings)
-            done = _complete(arguments.store, fingerprint)
+            done = _complete(arguments.store, wanted, fingerprint)
     write_manifest(
         arguments.output,
         {
@@ -309,12 +317,12 @@ def _stored_dtype(settings: dict[str, Any], manifest: dict[str, Any]) -> str:
     return str(manifest["dtype"]) if dtype == "auto" else dtype
 
 
-def _complete(store: Path, fingerprint: str) -> dict[str, dict[str, Any]]:
-    """Records of the tensors that are complete under this fingerprint."""
+def _complete(store: Path, names: Iterable[str], fingerprint: str) -> dict[str, dict[str, Any]]:
+    """Records of those tensors that are complete under this fingerprint."""
     if not (store / "zarr.json").is_file():
         return {}
     opened = ActivationStore(store)
-    records = {name: opened.complete(name) for name in STORED}
+    records = {name: opened.complete(name) for name in names}
     return {
         name: record
         for name, record in records.items()

@@ -15,15 +15,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from sparsity_atlas.activations import expert_rows
+from sparsity_atlas.activations.layout import group_name, part_of
 from sparsity_atlas.activations.store import ActivationStore, Rows, read_ahead
 from sparsity_atlas.files.parquet import write_parquet
 from sparsity_atlas.files.whole import read_manifest
-from sparsity_atlas.terms import TENSORS
+from sparsity_atlas.terms import EXPERTS, NAMED_PARTS, PARTS, TENSORS
 
 # An entry is near zero when it is at most this share of its token's largest magnitude.
 NEAR_ZERO = 0.01
 # Bins of log10(|v| / RMS of the layer), each a twentieth of a decade.
 BIN_EDGES = np.linspace(-6.0, 2.0, 161)
+# Rows below which an expert has no metrics but their number: no more than so many directions can be seen in
+# as many rows, and an average over fewer wanders by more than a few percent.
+LEAST_ROWS = 128
 BLOCK_BYTES = 64 * 2**20  # of a block in float64, or one chunk of the store if that is more
 
 
@@ -148,6 +153,28 @@ def layer_metrics(values: np.ndarray | Rows) -> dict[str, Any]:
     }
 
 
+def part_metrics(
+    store: ActivationStore, part: str, tensor: str, layer: int
+) -> Iterator[dict[str, Any]]:
+    """Rows of a part's tensor in one layer: one; of routed experts one an expert, with its number.
+
+    Every expert writes into a space of its own, so that all their rows together have no rank that means
+    anything. Of an expert with fewer than LEAST_ROWS there is only how many.
+    """
+    if part != EXPERTS:
+        yield layer_metrics(store.rows(group_name(part, tensor), layer))
+        return
+    width = store.shape(group_name(part, tensor), layer)[1]
+    counts = expert_rows.loads(store, layer)
+    enough = [expert for expert, count in enumerate(counts) if count >= LEAST_ROWS]
+    found = {
+        expert: layer_metrics(rows)
+        for expert, rows in expert_rows.of_experts(store, tensor, layer, enough)
+    }
+    for expert, count in enumerate(counts):
+        yield {"expert": expert, "tokens": count, "width": width, **found.get(expert, {})}
+
+
 SCHEMA = pa.schema(
     [
         ("tensor", pa.string()),
@@ -162,6 +189,9 @@ SCHEMA = pa.schema(
         ("histogram", pa.list_(pa.int64())),
     ]
 )
+# Of a mixture further which part, and of routed experts which one.
+SCHEMA_OF_PARTS = pa.schema([*SCHEMA, ("part", pa.string()), ("expert", pa.int64())])
+SCHEMAS = (SCHEMA, SCHEMA_OF_PARTS)
 
 
 def main() -> None:
@@ -172,15 +202,18 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="Parquet file to write")
     arguments = parser.parse_args()
 
-    site = read_manifest(arguments.capture)["site"]
-    tensors = TENSORS[site]
+    manifest = read_manifest(arguments.capture)
     store = ActivationStore(arguments.store)
-    for tensor in tensors:
-        store.check(tensor)
+    for name in manifest["tensors"]:
+        store.check(name)
+    named = {part_of(name): name for name in manifest["tensors"]}
     rows = [
-        {"tensor": tensor, "layer": layer, **layer_metrics(store.rows(tensor, layer))}
-        for tensor in tensors
-        for layer in range(store.layers(tensor))
+        {"tensor": tensor, "layer": layer, "part": part, **row}
+        for tensor in TENSORS[manifest["site"]]
+        for part in PARTS
+        if (part, tensor) in named
+        for layer in store.layers(named[part, tensor])
+        for row in part_metrics(store, part, tensor, layer)
     ]
-    table = pa.Table.from_pylist(rows, SCHEMA)
-    write_parquet(arguments.output, table)
+    schema = SCHEMA_OF_PARTS if any(part in NAMED_PARTS for part, _ in named) else SCHEMA
+    write_parquet(arguments.output, pa.Table.from_pylist(rows, schema))

@@ -3,8 +3,9 @@
     activations.zarr/{tensor}/layer_000   [token, channel]
     activations.zarr/text/ids             [sequence, position]
 
-bfloat16 has no Zarr type: its bits are stored as uint16 and the attribute `dtype` says so. A tensor is
-complete when its group's attributes say so: Zarr may leave out chunks, so their presence shows nothing.
+Names of groups and shapes of arrays are those of `layout`. bfloat16 has no Zarr type: its bits are stored
+as uint16 and the attribute `dtype` says so. A tensor is complete when its group's attributes say so: Zarr
+may leave out chunks, so their presence shows nothing.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ from __future__ import annotations
 import shutil
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import zarr
 from zarr.codecs import BloscCodec
 
+from sparsity_atlas.activations.layout import Shape
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.models.memory import CHUNK_BYTES
 
@@ -32,9 +34,13 @@ _DAMAGE = (
 )
 
 
+T = TypeVar("T")
+_LAYER = "layer_"
+
+
 def layer_name(layer: int) -> str:
     """Name of a layer's array."""
-    return f"layer_{layer:03d}"
+    return f"{_LAYER}{layer:03d}"
 
 
 def chunk_sequences(sequence_bytes: int, batch: int, sequences: int) -> int:
@@ -66,12 +72,10 @@ def check_space(path: Path, needed: int) -> None:
         )
 
 
-def read_ahead(
-    read: Callable[[slice], np.ndarray], parts: Iterable[slice]
-) -> Iterator[tuple[slice, np.ndarray]]:
+def read_ahead(read: Callable[[slice], T], parts: Iterable[slice]) -> Iterator[tuple[slice, T]]:
     """Each part and what it holds, the next one being read while the caller works on this one."""
     with ThreadPoolExecutor(1, thread_name_prefix="reader") as pool:
-        coming: deque[tuple[slice, Future[np.ndarray]]] = deque()
+        coming: deque[tuple[slice, Future[T]]] = deque()
         for part in parts:
             coming.append((part, pool.submit(read, part)))
             if len(coming) > 1:
@@ -85,15 +89,19 @@ class Rows:
     """A layer's rows, read as they are asked for: `rows[start:stop]` is float32 [rows, channel].
 
     Attributes:
-        shape: (tokens, channels).
+        shape: (rows, channels).
+        each: rows of a token.
+        experts: of how many some are named; 0: of none.
         chunk: rows that are stored together; reading multiples of it reads nothing twice.
     """
 
     def __init__(self, array: zarr.Array[Any]) -> None:
         self._array = array
         self._dtype = str(array.attrs["dtype"])
-        tokens, channels = array.shape
-        self.shape = (tokens, channels)
+        rows, channels = array.shape
+        self.shape = (rows, channels)
+        self.each = _each(array)
+        self.experts = int(str(array.attrs.get("experts", 0)))
         self.chunk: int = array.chunks[0]
 
     def __getitem__(self, rows: slice) -> np.ndarray:
@@ -127,29 +135,41 @@ class ActivationStore:
             raise self._damaged(error) from None
         return attributes.get("complete")
 
-    def create(self, tensor: str, widths: list[int], tokens: int, chunk: int, dtype: str) -> None:
+    def create(
+        self,
+        tensor: str,
+        shapes: Mapping[int, Shape],
+        tokens: int,
+        chunk: int,
+        dtype: str,
+    ) -> None:
         """Make a tensor's arrays, without content, in place of any older ones.
 
         Args:
-            tensor: its name.
-            widths: of each layer.
-            tokens: rows of each array.
-            chunk: rows of a chunk.
-            dtype: float32, float16 or bfloat16.
+            tensor: its name, as all names here that of its group.
+            shapes: by layer.
+            tokens: of each array.
+            chunk: tokens of a chunk.
+            dtype: float32, float16, bfloat16 or int32.
         """
         if tensor in self.root:
             del self.root[tensor]
         group = self.root.create_group(tensor)
-        same = len(set(widths)) == 1
-        for layer, width in enumerate(widths):
+        same = len(set(shapes.values())) == 1
+        for layer, (each, width, experts) in shapes.items():
+            row = "token" if each == 1 else f"token_x_{each}"
+            routed = {"rows_of_a_token": each} if each > 1 else {}
             group.create_array(
                 layer_name(layer),
-                shape=(tokens, width),
-                chunks=(chunk, width),
+                shape=(tokens * each, width),
+                chunks=(chunk * each, width),
                 dtype="uint16" if dtype == "bfloat16" else dtype,
                 compressors=BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle"),
-                dimension_names=("token", "channel" if same else f"channel_{layer}"),
-                attributes={"dtype": dtype},
+                dimension_names=(row, "channel" if same else f"channel_{layer}"),
+                attributes={
+                    **{"dtype": dtype, **routed},
+                    **({"experts": experts} if experts else {}),
+                },
             )
 
     def check(self, tensor: str) -> None:
@@ -172,14 +192,14 @@ class ActivationStore:
             raise self._damaged(error) from None
 
     def _blocks(self, tensor: str, record: dict[str, Any]) -> Iterator[tuple[int, int, bool]]:
-        """Layer, first row and soundness of each block."""
-        rows = record["rows"]
-        for layer in range(len(record["blocks"][0])):
+        """Layer, first token and soundness of each block."""
+        for place, layer in enumerate(record.get("layers", range(len(record["blocks"][0])))):
             array = self._array(tensor, layer)
+            each, rows = _each(array), record["rows"] * _each(array)
             starts = range(0, array.shape[0], rows)
             for start, checksums in zip(starts, record["blocks"], strict=True):
                 values = np.ascontiguousarray(array[start : start + rows])
-                yield layer, start, zlib.crc32(values.data) == checksums[layer]
+                yield layer, start // each, zlib.crc32(values.data) == checksums[place]
 
     def _damaged(self, error: Exception) -> AtlasError:
         return AtlasError(
@@ -187,10 +207,11 @@ class ActivationStore:
             "run again"
         )
 
-    def put(self, tensor: str, layer: int, start: int, values: np.ndarray) -> int:
-        """Write whole chunks of rows from `start` on; returns their CRC-32."""
+    def put(self, tensor: str, layer: int, token: int, values: np.ndarray) -> int:
+        """Write whole chunks of rows from those of `token` on; returns their CRC-32."""
         # What `create` chose is no part of an array's metadata. Looking for chunks of zeros takes time.
         array = self._array(tensor, layer).with_config({"write_empty_chunks": True})
+        start = token * _each(array)
         array[start : start + len(values)] = values
         return zlib.crc32(np.ascontiguousarray(values).data)
 
@@ -237,12 +258,12 @@ class ActivationStore:
             raise TypeError(f"'{tensor}', layer {layer}, is a group, where an array should be")
         return found
 
-    def layers(self, tensor: str) -> int:
-        """Number of layers of a tensor."""
-        return len(list(self._group(tensor).array_keys()))
+    def layers(self, tensor: str) -> list[int]:
+        """The layers that have a tensor."""
+        return sorted(int(name.removeprefix(_LAYER)) for name in self._group(tensor).array_keys())
 
     def read(self, tensor: str, layer: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows of a layer as float32 (exact for every stored type), [rows, channel]."""
+        """Rows of a layer as float32 (exact for every stored type of numbers), [rows, channel]."""
         return self.rows(tensor, layer)[start:stop]
 
     def rows(self, tensor: str, layer: int) -> Rows:
@@ -250,7 +271,7 @@ class ActivationStore:
         return Rows(self._array(tensor, layer))
 
     def shape(self, tensor: str, layer: int) -> tuple[int, int]:
-        """(tokens, channels) of a layer."""
+        """(rows, channels) of a layer."""
         return self.rows(tensor, layer).shape
 
     def sweep(self) -> None:
@@ -259,8 +280,15 @@ class ActivationStore:
             path.unlink()
 
 
+def _each(array: zarr.Array[Any]) -> int:
+    """Rows of a token."""
+    return int(str(array.attrs.get("rows_of_a_token", 1)))
+
+
 def decode(stored: np.ndarray, dtype: str) -> np.ndarray:
-    """Stored values as float32."""
+    """Stored values as float32; experts' numbers as they are."""
+    if dtype == "int32":
+        return stored
     if dtype == "bfloat16":
         return (stored.astype(np.uint32) << 16).view(np.float32)
     return stored.astype(np.float32, copy=False)

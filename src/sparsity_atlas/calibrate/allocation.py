@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from sparsity_atlas.criteria.place import State
     from sparsity_atlas.sites.find import Part
+    from sparsity_atlas.sites.part import Given
 
 # Sparsities at which a place is tried alone: a layer's error is cheap, a loss takes a forward pass.
 ERROR_GRID = np.linspace(0, 1, 21)
@@ -50,7 +51,7 @@ STEP = 0.05
 BATCH = 16
 # Tokens that errors are measured on.
 ERROR_TOKENS = 1024
-Inputs = Callable[[PlaceKey], Tensor]
+Inputs = Callable[["Part", str], "Given"]
 LayerError = Callable[["Mapping[PlaceKey, float]"], float]
 """Relative error of a layer's output, by the sparsity of each of its tensors."""
 
@@ -120,14 +121,14 @@ def error_of(
     parts: Sequence[Part], inputs: Inputs, site: str, rules: Mapping[PlaceKey, Criterion]
 ) -> LayerError:
     """Mean over tokens (and outputs of a layer) of the relative error, by each tensor's level."""
-    given = {output: inputs(output.source) for output in outputs_at(parts, site)}
-    dense = {output: output.part.run(x, output.site) for output, x in given.items()}
+    given = {output: inputs(*output) for output in outputs_at(parts, site)}
+    dense = {output: output.part.run(own, output.site) for output, own in given.items()}
 
     def error(levels: Mapping[PlaceKey, float]) -> float:
         fixed = {name: _Fixed(rule, float(levels[name])) for name, rule in rules.items()}
         means = []
-        for output, x in given.items():
-            made, _, _ = sparse_output(output, x, fixed, 0.0)
+        for output, own in given.items():
+            made, _, _ = sparse_output(output, own, fixed, 0.0)
             total, count = relative(dense[output], made)
             means.append(total / count if count else 0.0)
         return sum(means) / len(means)
@@ -243,8 +244,7 @@ def allocate(
         parts: all of one model.
         site: where.
         states: what the criterion found at each place.
-        inputs: the captured tensor of a place, [tokens, width], on the model's device and in
-            its type.
+        inputs: what `Part.sources` names of a part and a site of its own, of the same tokens.
         ids: int64 [sequences, positions] of the calibration.
     """
     bound = bind_all(criterion, parts, site, states)

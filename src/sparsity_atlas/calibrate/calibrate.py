@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsity_atlas import cli
+from sparsity_atlas.activations.layout import group_name
+from sparsity_atlas.activations.sources import given, reader
 from sparsity_atlas.activations.store import ActivationStore
 from sparsity_atlas.code_version import code_version
 from sparsity_atlas.criteria import create, source_file
@@ -21,7 +23,7 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.models.loading import load, load_tokenizer
 from sparsity_atlas.models.manifest import check_sites, from_manifest
-from sparsity_atlas.terms import TENSORS, PlaceKey
+from sparsity_atlas.terms import TENSORS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,6 +48,7 @@ class StoreSample:
         self._store = store
         self._part = part
         self._place = place
+        self._site = site
         self._captured = {"input", *TENSORS[site]}
         self._tokens = tokens
 
@@ -55,13 +58,13 @@ class StoreSample:
 
         place = self._place
         if tensor in self._captured:
-            values = torch.from_numpy(self._store.read(tensor, place.layer, 0, self._tokens))
+            rows = self._store.rows(group_name(place.part.name, tensor), place.layer)
+            values = torch.from_numpy(rows[: self._tokens * rows.each])
         elif tensor not in place.part.tensors:
             raise AtlasError(f"layer {place.layer}: {place.part.name}: has no tensor '{tensor}'")
         else:
-            parameter = next(place.readers()[0].module.parameters())
-            x = self.read("input").to(parameter.device, parameter.dtype)
-            values = self._part.recompute(x, tensor)
+            read = reader(self._store, self._part, self._site)
+            values = self._part.recompute(given(read(slice(self._tokens)), self._part), tensor)
         return values.float().to(self._place.device)
 
 
@@ -96,12 +99,10 @@ def calibrate(
 
     from sparsity_atlas.calibrate.allocation import ERROR_TOKENS, allocate
 
-    like = next(parts[0].model.parameters())
     ids = store.ids()
 
-    def inputs(source: PlaceKey) -> Tensor:
-        values = store.read(source.tensor, source.layer, 0, min(tokens, ERROR_TOKENS))
-        return torch.from_numpy(values).to(like.device, like.dtype)
+    def inputs(part: Part, site: str) -> dict[str, Tensor]:
+        return given(reader(store, part, site)(slice(min(tokens, ERROR_TOKENS))), part)
 
     shares = allocate(criterion, parts, site, states, inputs, ids[: tokens // ids.shape[1]])
     return {

@@ -24,6 +24,7 @@ from sparsity_atlas.figures.panels import (
 )
 from sparsity_atlas.figures.style import GREY, heading, marks
 from sparsity_atlas.tables.read import SITE_ORDER, Tables, in_order
+from sparsity_atlas.terms import NAMED_PARTS
 
 PANELS = 20
 COLORS = "YlGnBu"
@@ -110,18 +111,22 @@ def output_error(tables: Tables) -> Figure:
 
 
 def effective_rank(tables: Tables) -> Figure:
-    """Effective rank of each layer's activations, as a share of their width."""
-    rows = tables.metrics
+    """Effective rank of each layer's activations, as a share of their width; of experts one by one."""
+    # Experts with few rows have none.
+    rows = _with_parts(tables.metrics.dropna(subset="effective_rank_share"))
     if rows.empty:
         return empty("No captured activations.")
-    measured = set(rows["model"])
-    models = [model for model in tables.by_size() if model in measured]
-    keys, note = select(models, PANELS)
+    keys, note = select(_models_and_parts(tables, rows), PANELS)
     styles = marks(in_order(rows["tensor"]))
     figure, axes = grid(len(keys), share_x=False)
-    for ax, model in zip(axes, keys, strict=True):
+    for ax, key in zip(axes, keys, strict=True):
         for tensor, mark in styles.items():
-            line = rows[(rows["model"] == model) & (rows["tensor"] == tensor)].sort_values("layer")
+            line = _of(rows, key, tensor).sort_values("layer")
+            experts = line.groupby("layer")["effective_rank_share"]
+            if len(line) > len(experts):
+                low, high = experts.min(), experts.max()
+                ax.fill_between(low.index, low, high, color=mark.color, alpha=0.15, linewidth=0)
+                line = experts.mean().reset_index()
             ax.plot(
                 line["layer"],
                 line["effective_rank_share"],
@@ -129,7 +134,7 @@ def effective_rank(tables: Tables) -> Figure:
                 marker=mark.marker,
                 linestyle=mark.dashes,
             )
-        ax.set_title(heading(model))
+        ax.set_title(heading(*filter(None, key)))
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         percent_axis(ax.yaxis)
     axes[0].set_ylim(0, 1.08 * rows["effective_rank_share"].max())
@@ -138,20 +143,36 @@ def effective_rank(tables: Tables) -> Figure:
     return figure
 
 
+def _with_parts(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with the part of each that has a panel of its own; empty: it shares the model's."""
+    part = rows["part"].where(rows["part"].isin(NAMED_PARTS), "") if "part" in rows else ""
+    return rows.assign(part=part)
+
+
+def _models_and_parts(tables: Tables, rows: pd.DataFrame) -> list[tuple[str, str]]:
+    """What has a panel: models by their size, and the parts of each."""
+    there = set(rows[["model", "part"]].itertuples(index=False, name=None))
+    wanted = [(model, part) for model in tables.by_size() for part in ("", *NAMED_PARTS)]
+    return [key for key in wanted if key in there]
+
+
+def _of(rows: pd.DataFrame, key: tuple[str, str], tensor: str) -> pd.DataFrame:
+    model, part = key
+    return rows[(rows["model"] == model) & (rows["part"] == part) & (rows["tensor"] == tensor)]
+
+
 def magnitudes(tables: Tables) -> Figure:
     """Distribution of the entries' magnitudes over all layers, on a logarithmic axis."""
-    rows = tables.magnitudes
+    rows = _with_parts(tables.magnitudes)
     if rows.empty:
         return empty("No captured activations.")
-    measured = set(rows["model"])
-    models = [model for model in tables.by_size() if model in measured]
-    keys, note = select(models, PANELS)
+    keys, note = select(_models_and_parts(tables, rows), PANELS)
     styles = marks(in_order(rows["tensor"]))
     figure, axes = grid(len(keys))
     shown = rows[rows["share"] > 1e-4]
-    for ax, model in zip(axes, keys, strict=True):
+    for ax, key in zip(axes, keys, strict=True):
         for tensor, mark in styles.items():
-            line = rows[(rows["model"] == model) & (rows["tensor"] == tensor)].sort_values("low")
+            line = _of(rows, key, tensor).sort_values("low")
             middle = (line["low"] + line["high"]) / 2
             ax.plot(
                 middle,
@@ -162,7 +183,7 @@ def magnitudes(tables: Tables) -> Figure:
                 markevery=(5, 20),
             )
         ax.axvline(0, color=GREY, linewidth=0.8, linestyle=(0, (4, 2)))
-        ax.set_title(heading(model))
+        ax.set_title(heading(*filter(None, key)))
         percent_axis(ax.yaxis)
     axes[0].set_xlim(shown["low"].min(), shown["high"].max())
     axes[0].set_ylim(0, 1.08 * rows["share"].max())

@@ -42,12 +42,12 @@ def write_parquet(path: Path, table: pa.Table) -> None:
     write_atomically(path, write)
 
 
-def read_parquet(path: Path, schema: pa.Schema) -> pa.Table:
+def read_parquet(path: Path, *schemas: pa.Schema) -> pa.Table:
     """Read a table that `write_parquet` wrote.
 
     Args:
         path: the file.
-        schema: columns and types that it must have.
+        schemas: columns and types that it must have: those of any of these.
 
     Raises:
         OtherColumns: of other columns.
@@ -67,9 +67,9 @@ def read_parquet(path: Path, schema: pa.Schema) -> pa.Table:
                     f"{path}: {about.num_rows:,} rows of {size:,} bytes in all; at most "
                     f"{MOST_ROWS:,} rows and {MOST_BYTES:,} bytes are read"
                 )
-            if not file.schema_arrow.equals(schema):
+            if not any(file.schema_arrow.equals(schema) for schema in schemas):
                 raise OtherColumns(
-                    f"{path}: expected the columns {', '.join(schema.names)}, found "
+                    f"{path}: expected the columns {', '.join(schemas[0].names)}, found "
                     f"{', '.join(file.schema_arrow.names) or 'none'} or other types; "
                     "delete it and run again"
                 )

@@ -16,7 +16,7 @@ MOST_HELD = 2 * 2**30
 PENDING = 8
 # Of a chunk of a captured array, about: between 8 and 16 MiB reads and writes run at the disk's speed.
 CHUNK_BYTES = 12 * 2**20
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
 # Logits of a piece: 128 MiB in float32. More on a GPU, which would wait for the host's work between two: 512
 # MiB in 16 bits.
 PIECE = {"cpu": 2**25, "cuda": 2**28, "mps": 2**25}
@@ -138,19 +138,16 @@ def _at_the_head(sizes: Sizes, batch: Largest, item: int, device: str) -> int:
     return (hidden + logits) * item + max(read, piece * item if sizes.capped else 0)
 
 
-def of_a_capture(widths: list[int], layers: int, batch: int, tokens: int, item: int) -> int:
+def of_a_capture(arrays: list[int], batch: int, tokens: int) -> int:
     """Bytes of captured tensors that wait in host memory to be written.
 
     Args:
-        widths: of the tensors of a layer that are captured.
-        layers: how many.
+        arrays: bytes of a token in each array that is captured, of all layers.
         batch: tokens of a forward pass.
         tokens: captured in all.
-        item: bytes of a number.
     """
-    widest = max(widths) * item
+    widest, each = max(arrays), sum(arrays)
     part = min(max(batch, CHUNK_BYTES // widest), tokens)
-    each = layers * sum(widths) * item
     if 2 * part * each <= MOST_HELD:
         # Both parts, and copies of those tensors that are being written.
         return min(2 * part, tokens) * each + PENDING * part * widest

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsity_atlas.activations.metrics import SCHEMA as METRICS
+from sparsity_atlas.activations.metrics import SCHEMAS as METRICS
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.grid import Curve
 from sparsity_atlas.config.schema import Config
@@ -18,7 +18,7 @@ from sparsity_atlas.curves.equal_sparsity import SCHEMA as EQUAL
 from sparsity_atlas.errors import AtlasError, one_line
 from sparsity_atlas.files.parquet import read_parquet
 from sparsity_atlas.files.whole import read_manifest
-from sparsity_atlas.studies.output_error import SCHEMA as OUTPUT_ERROR
+from sparsity_atlas.studies.output_error import SCHEMAS as OUTPUT_ERROR
 from sparsity_atlas.studies.sensitivity import SCHEMA as SENSITIVITY
 
 _ERROR = re.compile(r"error: |[\w.]*(Error|Exception|Interrupt|Exit)\b")
@@ -93,8 +93,8 @@ def take_stock(results: Path, config: Config) -> Remains:
             *_damaged(curves, read_manifest),
             *_damaged(equals, lambda path: read_parquet(path, EQUAL)),
             *_damaged(calibrations, lambda path: read_calibration(path, "np")),
-            *_damaged(metrics, lambda path: read_parquet(path, METRICS)),
-            *_damaged(sparsity, lambda path: read_parquet(path, OUTPUT_ERROR)),
+            *_damaged(metrics, lambda path: read_parquet(path, *METRICS)),
+            *_damaged(sparsity, lambda path: read_parquet(path, *OUTPUT_ERROR)),
             *_damaged(sensitivity, lambda path: read_parquet(path, SENSITIVITY)),
         )
     }

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sparsity_atlas.activations.layout import groups
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config
 from sparsity_atlas.files.whole import read_json, read_manifest
@@ -85,13 +86,13 @@ class Needs:
         if sizes is None:
             return base + _before_manifest(entry.path)
         # `auto` is float32 on the CPU; with `device: cuda` a checkpoint is hardly ever wider than 16 bits.
-        item = self._item(model, "bfloat16" if device == "cuda" else "float32")
-        weights = sizes.parameters * item
+        dtype = self._dtype(model, "bfloat16" if device == "cuda" else "float32")
+        weights = sizes.parameters * ITEM_BYTES[dtype]
         # Files are mapped while their numbers are copied.
         loading = weights + sizes.parameters * self._file_item(model)
         running = weights
         if stage == "capture":
-            running += self._held(model, sizes, item)
+            running += self._held(model, dtype)
         if device != "cuda":  # else it never leaves the GPU
             running += self._work(stage, model, sizes, site, "cpu")
         return base + max(loading, running) // MIB
@@ -117,15 +118,16 @@ class Needs:
                 return ERROR_BYTES
         return of_a_pass(sizes, self.largest(model), item, device, slots)
 
-    def _held(self, model: str, sizes: Sizes, item: int) -> int:
+    def _held(self, model: str, dtype: str) -> int:
         capture, entry = self._config.capture, self._config.models[model]
-        tensors = {"input"}.union(*(TENSORS[site] for site in self._sites(model)))
-        widths = [
-            sizes.width if one in ("up", "gate", "intermediate") else sizes.hidden
-            for one in tensors
+        described = (self._manifest(model, "model.json") or {})["ffn"]
+        arrays = [
+            size
+            for group in groups(described, self._sites(model)).values()
+            for size in group.token_bytes(dtype)
         ]
         batch = entry.batch_size * capture.sequence_length
-        return of_a_capture(widths, sizes.layers, batch, capture.tokens, item)
+        return of_a_capture(arrays, batch, capture.tokens)
 
     def largest(self, model: str) -> Largest:
         """A model's largest batch: of all its tasks, once the dense baseline has run."""
@@ -141,8 +143,11 @@ class Needs:
         return Largest(tokens, length, tokens, tokens * length)
 
     def _item(self, model: str, usual: str) -> int:
-        entry = self._config.models[model]
-        return ITEM_BYTES[usual if entry.dtype == "auto" else entry.dtype]
+        return ITEM_BYTES[self._dtype(model, usual)]
+
+    def _dtype(self, model: str, usual: str) -> str:
+        dtype = self._config.models[model].dtype
+        return usual if dtype == "auto" else dtype
 
     def _file_item(self, model: str) -> int:
         manifest = self._manifest(model, "model.json") or {}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.sites.forward_watch import ForwardWatch
 from sparsity_atlas.sites.module_hooks import on_input
-from sparsity_atlas.sites.part import Observer, Rewriter, Vectors
+from sparsity_atlas.sites.part import Given, Observer, Rewriter, Vectors
 from sparsity_atlas.sites.projection import Projection
 from sparsity_atlas.terms import ATTENTION, ATTENTION_TENSORS, PlaceKey
 
@@ -55,6 +55,11 @@ class Attention:
         return ATTENTION_TENSORS
 
     @property
+    def observable(self) -> tuple[str, ...]:
+        """See `Part.observable`."""
+        return ATTENTION_TENSORS
+
+    @property
     def paths(self) -> tuple[str, ...]:
         """See `Part.paths`."""
         return tuple(dict.fromkeys(place.path for place in (*self.qkv, self.o)))
@@ -91,7 +96,7 @@ class Attention:
         """See `Part.outputs`."""
         return self.made if tensor == "qkv_input" else self.hidden_out
 
-    def recompute(self, x: Tensor, tensor: str) -> Tensor:
+    def recompute(self, given: Given, tensor: str) -> Tensor:
         """See `Part.recompute`.
 
         Raises:
@@ -105,12 +110,13 @@ class Attention:
             return ATTENTION_TENSORS
         return (site,) if site in ATTENTION_TENSORS else ()
 
-    def source(self, site: str) -> str:
-        """See `Part.source`."""
-        return site
+    def sources(self, site: str) -> tuple[str, ...]:
+        """See `Part.sources`."""
+        return (site,)
 
-    def run(self, x: Tensor, site: str, rewrite: Rewriter | None = None) -> Tensor:
+    def run(self, given: Given, site: str, rewrite: Rewriter | None = None) -> Tensor:
         """See `Part.run`."""
+        x = given[site]
         if rewrite is not None:
             changed = rewrite(Vectors(self, site, x), x)
             x = x if changed is None else changed

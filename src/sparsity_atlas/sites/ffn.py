@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparsity_atlas.sites.activation import Activation
 from sparsity_atlas.sites.forward_watch import ForwardWatch
 from sparsity_atlas.sites.module_hooks import on_input, on_output
-from sparsity_atlas.sites.part import Observer, Rewriter, Vectors, within_one_output
+from sparsity_atlas.sites.part import Given, Observer, Rewriter, Vectors, within_one_output
 from sparsity_atlas.sites.projection import Projection
 from sparsity_atlas.terms import ATTENTION_TENSORS, STORED, TENSORS, PlaceKey
 from sparsity_atlas.terms import FFN as DENSE
@@ -45,6 +45,11 @@ class FFN:
         if not self.gated:
             return ("input", "intermediate")
         return tuple(name for name in STORED if name not in ATTENTION_TENSORS)
+
+    @property
+    def observable(self) -> tuple[str, ...]:
+        """See `Part.observable`."""
+        return self.tensors
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -109,8 +114,9 @@ class FFN:
     def _product(self, u: Tensor, g: Tensor | None) -> Tensor:
         return self.activation.function(u) if g is None else u * g
 
-    def recompute(self, x: Tensor, tensor: str) -> Tensor:
+    def recompute(self, given: Given, tensor: str) -> Tensor:
         """See `Part.recompute`."""
+        x = given["input"].flatten(0, -2)
         if tensor == "input":
             return x
         u, g = self.factors(x)
@@ -122,12 +128,13 @@ class FFN:
         """See `Part.within`: whatever is dropped changes the one output."""
         return within_one_output(site)
 
-    def source(self, site: str) -> str:
-        """See `Part.source`."""
-        return "input"
+    def sources(self, site: str) -> tuple[str, ...]:
+        """See `Part.sources`."""
+        return ("input",)
 
-    def run(self, x: Tensor, site: str, rewrite: Rewriter | None = None) -> Tensor:
+    def run(self, given: Given, site: str, rewrite: Rewriter | None = None) -> Tensor:
         """See `Part.run`."""
+        x = given["input"]
         if rewrite is None:
             return self.down(self.intermediate(x))
 

@@ -17,7 +17,7 @@ from sparsity_atlas.sites.descriptions import bind_parts, describe_parts
 from sparsity_atlas.sites.experts.discovery import find_experts
 from sparsity_atlas.sites.experts.mixture import Experts
 from sparsity_atlas.sites.ffn import FFN
-from sparsity_atlas.sites.hooks import intercept, observe, transform
+from sparsity_atlas.sites.hooks import intercept, observe, observe_places, transform
 from sparsity_atlas.sites.part import Part, Vectors, having, sites_of
 from sparsity_atlas.sites.probe.attention_probe import find_attention
 from sparsity_atlas.sites.probe.ffn_probe import Search
@@ -45,6 +45,7 @@ __all__ = [
     "having",
     "intercept",
     "observe",
+    "observe_places",
     "sites_of",
     "transform",
 ]

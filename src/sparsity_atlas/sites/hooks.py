@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.sites.forward_watch import ForwardWatch
@@ -52,12 +52,29 @@ def observe(parts: Sequence[Part], sites: Iterable[str], callback: Observer) -> 
             tensor of some layer did not come by exactly once.
     """
     names = _tensors(parts, [sites] if isinstance(sites, str) else sites)
+    places = [(part, name) for part in parts for name in names if name in part.tensors]
+    with observe_places(parts[0].model, places, callback):
+        yield
+
+
+@contextmanager
+def observe_places(
+    model: nn.Module, places: Iterable[tuple[Part, str]], callback: Observer
+) -> Iterator[None]:
+    """Show some tensors of some parts, as the model makes them, without changing anything.
+
+    Args:
+        model: whose parts they are.
+        places: parts, and of each one of its `observable`.
+        callback: as of `observe`.
+
+    Raises:
+        AtlasError: as `observe`, from a forward pass.
+    """
     with ExitStack() as stack:
-        forwards = ForwardWatch(parts[0].model, stack)
-        for part in parts:
-            for name in names:
-                if name in part.tensors:
-                    part.observe(stack, forwards, name, callback)
+        forwards = ForwardWatch(model, stack)
+        for part, name in places:
+            part.observe(stack, forwards, name, callback)
         yield
 
 

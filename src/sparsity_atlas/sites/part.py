@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
@@ -47,7 +47,7 @@ class Vectors:
 
     Attributes:
         part: whose it is.
-        tensor: its name, one of `terms.STORED`.
+        tensor: its name, one of the part's `observable`.
         values: [batch, tokens, width], or rows [..., width] of which a token has several, see
             `Part.rows_are_tokens`; the model's own: copy what is to be kept, change nothing.
     """
@@ -64,6 +64,10 @@ class Vectors:
     def of_tokens(self, counts: Tensor) -> Tensor:
         """What was counted of each row, by token: [batch, tokens]."""
         return counts
+
+    def in_order(self) -> Tensor:
+        """The values [rows, width], token behind token; of a token with several rows in their order."""
+        return self.values.flatten(0, -2)
 
     @property
     def spread(self) -> Spread | None:
@@ -85,6 +89,8 @@ class Spread(Protocol):
     def offsets(self) -> Tensor: ...
 
 
+Given = Mapping[str, "Tensor"]
+"""Tensors of one part and of the same tokens, by name: [..., width] each, with the same [...]."""
 Observer = Callable[[Vectors], None]
 Rewriter = Callable[[Vectors, "Tensor"], "Tensor | None"]
 """Takes the vectors that a site means and the tensor to write, of the same shape; gives what to put there."""
@@ -141,31 +147,39 @@ class Part(Holder, Protocol):
     def paths(self) -> tuple[str, ...]:
         """The modules that hold its weights."""
 
+    @property
+    def observable(self) -> tuple[str, ...]:
+        """What can be observed: its tensors, and what else `sources` names."""
+
     def apart(self) -> Part:
         """It as a rule sees it whose masks differ with the weights that a row meets.
 
         A row that several experts read is then one row for each of them; all else stays.
         """
 
-    def recompute(self, x: Tensor, tensor: str) -> Tensor:
-        """One of its tensors [..., width] from its `input` x [..., d], past all hooks."""
+    def recompute(self, given: Given, tensor: str) -> Tensor:
+        """One of its tensors, past all hooks, from what `sources` names of a site that concerns it.
+
+        Returns:
+            As `Vectors.in_order` gives it.
+        """
 
     def within(self, site: str) -> tuple[str, ...]:
         """What a site is to this part: sites of its own, each with an output that it changes."""
 
-    def source(self, site: str) -> str:
-        """The tensor from which the output that a site of its own changes can be computed."""
+    def sources(self, site: str) -> tuple[str, ...]:
+        """The observable tensors from which the output that a site of its own changes can be computed."""
 
-    def run(self, x: Tensor, site: str, rewrite: Rewriter | None = None) -> Tensor:
+    def run(self, given: Given, site: str, rewrite: Rewriter | None = None) -> Tensor:
         """Compute an output past all hooks.
 
         Args:
-            x: [..., width], the tensor `source(site)`.
+            given: the tensors `sources(site)`.
             site: one of its own, as `within` gives it.
             rewrite: what becomes of the site's tensors; None changes nothing.
 
         Returns:
-            The part's output [..., hidden], or those of the maps that read x, side by side.
+            The part's output [..., hidden], or those of the maps that read the tensor, side by side.
         """
 
     def observe(self, stack: ExitStack, forwards: ForwardWatch, tensor: str, act: Observer) -> None:

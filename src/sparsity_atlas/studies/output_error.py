@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
 from sparsity_atlas import cli
+from sparsity_atlas.activations.sources import given, reader, source_names
 from sparsity_atlas.activations.store import ActivationStore, read_ahead
 from sparsity_atlas.criteria import check_level, create
 from sparsity_atlas.criteria.calibration_file import read_calibration
@@ -22,7 +24,7 @@ from sparsity_atlas.criteria.level_arguments import add_levels, levels_of
 from sparsity_atlas.files.parquet import write_parquet
 from sparsity_atlas.models.loading import load
 from sparsity_atlas.models.manifest import from_manifest
-from sparsity_atlas.terms import PlaceKey
+from sparsity_atlas.terms import NAMED_PARTS, PlaceKey
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from sparsity_atlas.criteria import Criterion
     from sparsity_atlas.criteria.place import Place, State
     from sparsity_atlas.sites.find import Part, Vectors
+    from sparsity_atlas.sites.part import Given
 
 SCHEMA = pa.schema(
     [
@@ -55,6 +58,16 @@ SCHEMA = pa.schema(
         ),
     ]
 )
+# Of a mixture further the parts of each layer, by themselves.
+SCHEMA_OF_PARTS = SCHEMA.append(
+    pa.field(
+        "parts",
+        pa.list_(
+            pa.struct([("part", pa.string()), ("sparsity", pa.float64()), ("error", pa.float64())])
+        ),
+    )
+)
+SCHEMAS = (SCHEMA, SCHEMA_OF_PARTS)
 _BLOCK_BYTES = 64 * 2**20
 
 
@@ -64,11 +77,6 @@ class Output(NamedTuple):
     part: Part
     site: str
 
-    @property
-    def source(self) -> PlaceKey:
-        """The captured tensor that it follows from."""
-        return PlaceKey(self.part.layer, self.part.name, self.part.source(self.site))
-
 
 def outputs_at(parts: Iterable[Part], site: str) -> list[Output]:
     """The outputs that a site changes: of attention each tensor's maps for themselves, of an FFN its own."""
@@ -76,20 +84,25 @@ def outputs_at(parts: Iterable[Part], site: str) -> list[Output]:
 
 
 def sparse_output(
-    output: Output, x: Tensor, rules: Mapping[PlaceKey, Criterion], level: float, length: int = 1
+    output: Output,
+    tensors: Given,
+    rules: Mapping[PlaceKey, Criterion],
+    level: float,
+    length: int = 1,
 ) -> tuple[Tensor, int, int]:
     """`Part.run` with a criterion at the output's site.
 
     Args:
         output: of a layer.
-        x: [tokens, width], the tensor `output.source`.
+        tensors: what `Part.sources` names, [tokens, width] each.
         rules: the criterion as it is bound to each place.
         level: its number.
-        length: tokens of a sequence; whole sequences stand one after the other in x.
+        length: tokens of a sequence; whole sequences stand one after the other.
 
     Returns:
         output [tokens, outputs], zeros and entries at the site.
     """
+    from sparsity_atlas.criteria.expert_rules import ExpertRules
     from sparsity_atlas.sparsify.attach import dropping
 
     zeros = entries = 0
@@ -97,13 +110,17 @@ def sparse_output(
     def drop(vectors: Vectors, onto: Tensor) -> Tensor:
         nonlocal zeros, entries
         values = vectors.values
-        shape = (-1, length, values.shape[-1])
-        masked = dropping(rules[vectors.key], level)(values.view(shape), onto.view(shape))
+        by_token = vectors.part.rows_are_tokens(vectors.tensor)
+        shape = (-1, length, values.shape[-1]) if by_token else values.shape
+        dropped = dropping(rules[vectors.key], level)
+        masked = dropped(values.view(shape), onto.view(shape), vectors.spread)
         zeros += int(masked.zeros.sum())
         entries += values.numel()
         return masked.out.view(values.shape)
 
-    return output.part.run(x, output.site, drop), zeros, entries
+    differ = any(isinstance(rule, ExpertRules) for rule in rules.values())
+    part = output.part.apart() if differ else output.part
+    return part.run(tensors, output.site, drop), zeros, entries
 
 
 def relative(dense: Tensor, sparse: Tensor) -> tuple[float, int]:
@@ -123,40 +140,70 @@ def layer_rows(
     first: int = 0,
 ) -> list[dict[str, Any]]:
     """Rows of `SCHEMA` for the parts of one layer, a block of tokens at a time, from the token `first` on."""
-    import torch
-
     layer = parts[0].layer
-    tokens = store.shape("input", layer)[0]
-    length = store.ids().shape[1]
+    ids = store.ids()
+    length = ids.shape[1]
     widest = max(part.size(tensor) for part in parts for tensor in part.tensors)
     step = max(1, _BLOCK_BYTES // (4 * widest * length)) * length
     changed = outputs_at(parts, site)
-    zeros, entries = dict.fromkeys(levels, 0), dict.fromkeys(levels, 0)
-    sums = {(level, output): 0.0 for level in levels for output in changed}
-    counted = dict.fromkeys(sums, 0)
-    parameter = next(parts[-1].readers("intermediate")[0].module.parameters())
+    sums = {(level, output): _Sums() for level in levels for output in changed}
     for output in changed:
-        places = [slice(start, start + step) for start in range(first, tokens, step)]
-        rows = store.rows(output.source.tensor, layer)
-        for _, block in read_ahead(rows.__getitem__, places):
-            x = torch.from_numpy(block).to(parameter.device, parameter.dtype)
-            dense = output.part.run(x, output.site)
+        places = [slice(start, start + step) for start in range(first, ids.size, step)]
+        for _, block in read_ahead(reader(store, *output), places):
+            own = given(block, output.part)
+            dense = output.part.run(own, output.site)
             for level in levels:
-                made, gone, all_of_them = sparse_output(output, x, rules, float(level), length)
+                made, zeros, entries = sparse_output(output, own, rules, float(level), length)
                 error, count = relative(dense, made)
-                zeros[level] += gone
-                entries[level] += all_of_them
-                sums[level, output] += error
-                counted[level, output] += count
+                sums[level, output].add(zeros, entries, error, count)
     return [
         {
-            "level": level,
-            "layer": layer,
-            "sparsity": zeros[level] / entries[level],
-            "error": _mean([(sums[level, one], counted[level, one]) for one in changed]),
+            **{"level": level, "layer": layer},
+            **_together([sums[level, one] for one in changed]),
+            "parts": [
+                {"part": name, **_together([sums[level, one] for one in outputs])}
+                for name, outputs in _by_part(changed).items()
+            ],
         }
         for level in levels
     ]
+
+
+@dataclass
+class _Sums:
+    """Of one output at one level: zeros and entries at the site, errors and how many."""
+
+    zeros: int = 0
+    entries: int = 0
+    error: float = 0.0
+    count: int = 0
+
+    def add(self, zeros: int, entries: int, error: float, count: int) -> None:
+        self.zeros += zeros
+        self.entries += entries
+        self.error += error
+        self.count += count
+
+
+def _together(outputs: list[_Sums]) -> dict[str, float | None]:
+    """Share of zeros of some outputs of a layer, and the mean of their mean errors.
+
+    No error where an output is infinite, or there is none: that level fails in the evaluation, too.
+    """
+    sparsity = sum(one.zeros for one in outputs) / sum(one.entries for one in outputs)
+    if not all(one.count and math.isfinite(one.error) for one in outputs):
+        return {"sparsity": sparsity, "error": None}
+    return {
+        "sparsity": sparsity,
+        "error": sum(one.error / one.count for one in outputs) / len(outputs),
+    }
+
+
+def _by_part(outputs: Iterable[Output]) -> dict[str, list[Output]]:
+    found: dict[str, list[Output]] = {}
+    for one in outputs:
+        found.setdefault(one.part.name, []).append(one)
+    return found
 
 
 def targets(
@@ -173,14 +220,9 @@ def targets(
     ]
 
 
-def _mean(outputs: list[tuple[float, int]]) -> float | None:
-    """Mean over the outputs of a layer of their mean errors.
-
-    None where an output is infinite, or there is none: that level fails in the evaluation, too.
-    """
-    if not all(count and math.isfinite(error) for error, count in outputs):
-        return None
-    return sum(error / count for error, count in outputs) / len(outputs)
+def schema_of(parts: Iterable[Part]) -> pa.Schema:
+    """Columns of a model's table: `SCHEMA`, and `parts` where a tensor's name does not tell its part."""
+    return SCHEMA_OF_PARTS if any(part.name in NAMED_PARTS for part in parts) else SCHEMA
 
 
 def main() -> None:
@@ -222,7 +264,8 @@ def main() -> None:
     first = settings.get("calibration_tokens", 0)
     rows = []
     parts = bind_parts(model, manifest["ffn"])
-    for tensor in sorted({one.source.tensor for one in outputs_at(parts, arguments.site)}):
+    sources = {name for one in outputs_at(parts, arguments.site) for name in source_names(*one)}
+    for tensor in sorted(sources):
         store.check(tensor)
     with torch.no_grad():
         for layer in by_layer(parts).values():
@@ -232,5 +275,5 @@ def main() -> None:
                 {**row, "targets": targets(criterion, there, states, row["level"])}
                 for row in layer_rows(layer, store, arguments.site, rules, levels, first)
             ]
-    table = pa.Table.from_pylist(rows, SCHEMA)
+    table = pa.Table.from_pylist(rows, schema_of(parts))
     write_parquet(arguments.output, table)

@@ -82,10 +82,10 @@ def _interval(name: str, row: dict[str, Any] | None) -> dict[str, float | None]:
 
 def _errors(path: Path) -> dict[float, float]:
     """Mean output error at each of `SPARSITIES` that the levels of a curve span."""
-    from sparsity_atlas.studies.output_error import SCHEMA  # brings zarr
+    from sparsity_atlas.studies.output_error import SCHEMAS  # brings zarr
 
     levels: dict[str, list[tuple[float, float]]] = {}
-    for row in read_parquet(path, SCHEMA).to_pylist():
+    for row in read_parquet(path, *SCHEMAS).to_pylist():
         if row["error"] is not None:
             levels.setdefault(row["level"], []).append((row["sparsity"], row["error"]))
     means = sorted(tuple(np.mean(pairs, axis=0)) for pairs in levels.values())

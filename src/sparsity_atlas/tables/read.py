@@ -19,7 +19,7 @@ SITE_ORDER = (
 HEADLINE_BAR = 0.99
 _TEXT = {"model", "criterion", "site", "level", "tensor", "task", "kind", "status", "relation"}
 _TEXT |= {"bar_label", "family", "reason", "source", "revision", "architecture", "activation"}
-_TEXT |= {"dtype", "sites", "digest", "reference", "allocation", "sparsity_of", "target_of"}
+_TEXT |= {"dtype", "sites", "digest", "reference", "allocation", "sparsity_of", "target_of", "part"}
 _FLAGS = {"low_open", "high_open", "non_monotone", "resolved"}
 
 

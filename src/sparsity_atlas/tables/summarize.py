@@ -7,8 +7,8 @@ comparison.csv          model × site × task × sparsity × criterion: scores a
 layers.csv              … × level × tensor × layer: induced sparsity under the tasks, and, from the
                         captured text, induced sparsity and FFN-output error; of a calibrated
                         criterion what its level asked of the layer, and what its calibration got
-metrics.csv             model × tensor × layer: effective rank, Gini, Hoyer, zeros
-magnitudes.csv          model × tensor: histogram of log10(|v| / RMS)
+metrics.csv             model × tensor × layer (× part × expert): effective rank, Gini, Hoyer, zeros
+magnitudes.csv          model × tensor (× part): histogram of log10(|v| / RMS)
 output_error.csv        model × criterion × site × level: over the layers, mean induced sparsity
                         and mean, smallest and largest FFN-output error on the captured text
 allocation.csv          model × criterion × site × tensor × layer × sparsity, of criteria with an
@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from sparsity_atlas.activations.layout import part_of
 from sparsity_atlas.config.selection import unfold
 from sparsity_atlas.criteria.calibration_file import read_calibration
 from sparsity_atlas.curves.critical import CriticalRow
@@ -41,7 +42,7 @@ from sparsity_atlas.files.parquet import read_parquet
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.statistics.slopes import SCALING, Scaling
 from sparsity_atlas.tables.comparison import COMPARISON, comparison_rows
-from sparsity_atlas.terms import AVERAGE
+from sparsity_atlas.terms import AVERAGE, NAMED_PARTS
 
 
 def _key(path: Path) -> dict[str, str]:
@@ -58,6 +59,8 @@ LAYERS += ["target_of", "target", "reached"]
 METRICS = ["model", "tensor", "layer", "tokens", "width", "effective_rank", "effective_rank_share"]
 METRICS += ["gini", "hoyer", "near_zero", "exact_zero", "rms"]
 MAGNITUDES = ["model", "tensor", "low", "high", "share"]
+# Further columns of the two where a model has parts that a tensor's name does not tell.
+PART = ["part", "expert"]
 ERRORS = [*KEY, "level", "sparsity", "error", "error_low", "error_high"]
 ALLOCATION = [*KEY, "allocation", "tensor", "layer", "sparsity", "damage", "own_sparsity"]
 SENSITIVITY = [*KEY, "level", "tensor", "layer", "sparsity"]
@@ -117,35 +120,40 @@ def layer_rows(
 def _captured(path: Path) -> list[dict[str, Any]]:
     """Rows of a sparsity.parquet."""
     # The stages' own modules bring zarr, which a model's summary does not need; here and below.
-    from sparsity_atlas.studies.output_error import SCHEMA
+    from sparsity_atlas.studies.output_error import SCHEMAS
 
-    rows: list[dict[str, Any]] = read_parquet(path, SCHEMA).to_pylist()
+    rows: list[dict[str, Any]] = read_parquet(path, *SCHEMAS).to_pylist()
     return rows
 
 
 def metric_rows(metrics: list[Path]) -> list[dict[str, Any]]:
     """Rows of metrics.csv and the histograms; `all_inputs` repeats other sites' tensors."""
-    from sparsity_atlas.activations.metrics import SCHEMA
+    from sparsity_atlas.activations.metrics import SCHEMAS
 
-    rows: dict[tuple[str, str, int], dict[str, Any]] = {}
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for path in metrics:
-        for row in read_parquet(path, SCHEMA).to_pylist():
-            rows.setdefault((path.parts[-3], row["tensor"], row["layer"]), row)
-    return [{"model": model, **row} for (model, _, _), row in rows.items()]
+        for row in read_parquet(path, *SCHEMAS).to_pylist():
+            # Of a dense model the tensor's name tells the part.
+            row = {"part": part_of(row["tensor"])[0], "expert": None, **row}
+            key = (path.parts[-3], *(row[name] for name in ("tensor", "layer", "part", "expert")))
+            rows.setdefault(key, {"model": path.parts[-3], **row})
+    return list(rows.values())
 
 
 def magnitude_rows(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Rows of magnitudes.csv: the histograms of a model's layers, pooled; zeros are left out."""
     from sparsity_atlas.activations.metrics import BIN_EDGES
 
-    pooled: dict[tuple[str, str], np.ndarray] = {}
+    pooled: dict[tuple[str, str, str], np.ndarray] = {}
     for row in rows:
-        key = (row["model"], row["tensor"])
-        pooled[key] = pooled.get(key, 0) + np.array(row["histogram"])
-    for (model, tensor), counts in pooled.items():
+        key = (row["model"], row["tensor"], row["part"])
+        if row["histogram"] is not None:  # of an expert with few rows
+            pooled[key] = pooled.get(key, 0) + np.array(row["histogram"])
+    for (model, tensor, part), counts in pooled.items():
         for low, high, count in zip(BIN_EDGES[:-1], BIN_EDGES[1:], counts, strict=True):
             yield {
-                **{"model": model, "tensor": tensor, "low": float(low), "high": float(high)},
+                **{"model": model, "tensor": tensor, "part": part},
+                **{"low": float(low), "high": float(high)},
                 "share": float(count / max(counts.sum(), 1)),
             }
 
@@ -261,8 +269,9 @@ def write_tables(
     write_csv(folder / "scaling.csv", SCALING, scaling.rows())
     write_csv(folder / "models.csv", MODELS, described)
     measured = metric_rows(metrics)
-    write_csv(folder / "metrics.csv", METRICS, measured)
-    write_csv(folder / "magnitudes.csv", MAGNITUDES, magnitude_rows(measured))
+    named = any(row["part"] in NAMED_PARTS for row in measured)
+    write_csv(folder / "metrics.csv", METRICS + PART * named, measured)
+    write_csv(folder / "magnitudes.csv", MAGNITUDES + PART[:1] * named, magnitude_rows(measured))
     write_csv(folder / "comparison.csv", COMPARISON, comparison_rows(curves, sparsity))
     write_csv(folder / "allocation.csv", ALLOCATION, allocation_rows(curves))
     write_csv(folder / "sensitivity.csv", SENSITIVITY, sensitivity_rows(sensitivity))

@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from sparsity_atlas.activations import metrics
 from sparsity_atlas.activations.store import ActivationStore
 from sparsity_atlas.criteria.calibration_file import read_calibration
@@ -61,7 +63,7 @@ def examine(results: Path) -> Iterator[Finding]:
         if not (path.parents[1] / STORE).is_dir():
             yield Finding(path, f"{STORE} is not there", (path,), (path,))
     for path in sorted(results.glob("*/metrics/*.parquet")):
-        yield _file(path, lambda one: read_parquet(one, metrics.SCHEMA))
+        yield _file(path, lambda one: read_parquet(one, *metrics.SCHEMAS))
     for pattern in ("*/dense", "*/*/*/*"):
         nodes = {path.parent for path in results.glob(f"{pattern}/eval.json")}
         nodes |= {path.parent for path in results.glob(f"{pattern}/samples.parquet")}
@@ -71,13 +73,13 @@ def examine(results: Path) -> Iterator[Finding]:
     for name in ("search.json", "curve.json"):
         for path in sorted(results.glob(f"*/*/*/{name}")):
             yield _file(path, read_manifest)
-    for name, schema in (
-        ("sparsity", output_error.SCHEMA),
-        ("sensitivity", sensitivity.SCHEMA),
-        ("equal_sparsity", equal_sparsity.SCHEMA),
+    for name, schemas in (
+        ("sparsity", output_error.SCHEMAS),
+        ("sensitivity", (sensitivity.SCHEMA,)),
+        ("equal_sparsity", (equal_sparsity.SCHEMA,)),
     ):
         for path in sorted(results.glob(f"*/*/*/{name}.parquet")):
-            yield _file(path, partial(read_parquet, schema=schema))
+            yield _file(path, partial(_table, schemas))
     for path in sorted(results.glob("*/*/*/calibration.safetensors")):
         yield _file(path, partial(read_calibration, framework="np"))
     figures = ("figures/*.svg", "figures/*.png")
@@ -94,6 +96,10 @@ def _file(path: Path, read: Callable[[Path], Any]) -> Finding:
     except AtlasError as error:
         return Finding(path, _about(path, error), (path,), (path,))
     return Finding(path)
+
+
+def _table(schemas: tuple[pa.Schema, ...], path: Path) -> pa.Table:
+    return read_parquet(path, *schemas)
 
 
 def _about(path: Path, error: AtlasError) -> str:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsity_atlas.activations import capture as stage
 from sparsity_atlas.activations import metrics, store
+from sparsity_atlas.activations.layout import Shape
 from sparsity_atlas.activations.metrics import layer_metrics
 from sparsity_atlas.activations.store import ActivationStore, chunk_sequences
 from sparsity_atlas.errors import AtlasError
@@ -150,7 +151,7 @@ def test_xarray_reads_it(work: Work) -> None:
 
 def test_chunks_of_zeros_are_written(tmp_path: Path) -> None:
     store = ActivationStore(tmp_path / "s.zarr", writable=True)
-    store.create("up", [4], 6, 3, "float32")
+    store.create("up", {0: Shape(1, 4)}, 6, 3, "float32")
     store.put("up", 0, 3, np.zeros((3, 4), np.float32))
     assert [path.name for path in tmp_path.glob("s.zarr/up/layer_000/c/*")] == ["1"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
@@ -120,6 +121,13 @@ class Given:
         return self.found[self.layer, tensor]
 
 
+def sources_among(
+    found: dict[tuple[int, str], Tensor],
+) -> Callable[[Part, str], dict[str, Tensor]]:
+    """What `allocate` asks for, of captured tensors."""
+    return lambda part, site: {name: found[part.layer, name] for name in part.sources(site)}
+
+
 def allocated(
     model: torch.nn.Module, rule: str, site: str, allocation: str
 ) -> tuple[list[Part], dict, dict[tuple[int, str], Criterion], dict]:
@@ -130,9 +138,7 @@ def allocated(
         state_name(place.key): criterion.calibrate(place, Given(found, place.layer))
         for place in places(parts, site)
     }
-    shares = allocate(
-        criterion, parts, site, states, lambda at: found[at.layer, at.tensor], IDS.numpy()
-    )
+    shares = allocate(criterion, parts, site, states, sources_among(found), IDS.numpy())
     states = {name: {**states[name], **shares[name]} for name in states}
     return parts, found, by_tensor(bind_all(criterion, parts, site, states)), shares
 
@@ -179,7 +185,7 @@ def test_errors_of_a_layer_by_hand(model: torch.nn.Module) -> None:
     x = torch.randn(50, ffn.hidden)
     with torch.no_grad():
         # Of `random` the level is what is kept: 0 drops all of one tensor, and all of the other.
-        error = error_of([ffn], lambda _: x, "all_inputs", bound)
+        error = error_of([ffn], lambda *_: {"input": x}, "all_inputs", bound)
         found = layer_errors(error, list(bound), np.array([0.0]))
         assert found.shape == (2, 1)
         assert found == pytest.approx(1.0, abs=1e-6)
@@ -216,7 +222,7 @@ def test_greedy_takes_the_cheapest_step(model: torch.nn.Module) -> None:
     parameters = np.array([Place(ffn, name).weight.numel() for name in rules], float)
     with torch.no_grad():
         there = {PlaceKey(0, "ffn", name): rule for name, rule in rules.items()}
-        error_there = error_of([ffn], lambda at: found[0, at.tensor], "all_inputs", there)
+        error_there = error_of([ffn], sources_among(found), "all_inputs", there)
         table = greedy(error_there, list(there), parameters)
     share = parameters / parameters.sum()
     assert share == pytest.approx([2 / 3, 1 / 3])  # W_u and W_g read x

@@ -246,7 +246,7 @@ def test_the_output_error_sees_whole_sequences() -> None:
     rules = bind_all(create({"rule": "prompt_mask"}), [ffn], "gate")
     x = torch.randn(3 * 4, ffn.hidden)
     with torch.no_grad():
-        output, zeros, entries = sparse_output(Output(ffn, "gate"), x, rules, 0.25, 4)
+        output, zeros, entries = sparse_output(Output(ffn, "gate"), {"input": x}, rules, 0.25, 4)
         u, g = ffn.factors(x)
         keep = mask(g.view(3, 4, WIDTH), 0.25).view(12, WIDTH)
         wanted = ffn.down(torch.where(keep, u * g, 0))

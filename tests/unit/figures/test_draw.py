@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from fake_results import make_results, make_tables
+from sparsity_atlas.activations import metrics
 from sparsity_atlas.figures import (
     FIGURES,
     by_layer,
@@ -23,6 +25,7 @@ from sparsity_atlas.figures import (
     style,
 )
 from sparsity_atlas.figures.draw import DRAW, draw_all
+from sparsity_atlas.files.parquet import write_parquet
 from sparsity_atlas.tables.read import SITE_ORDER, Tables, read_csv
 
 ROOT = Path(__file__).parents[3]
@@ -296,3 +299,42 @@ def test_names_that_look_like_numbers_stay_names(tmp_path):
     assert frame["resolved"].tolist() == [True, False]
     assert frame["parameters"].iloc[0] == 7
     assert np.isnan(frame["parameters"].iloc[1])
+
+
+def test_parts_of_a_mixture_have_panels_of_their_own(tmp_path: Path) -> None:
+    """Of experts the mean and what lies between them, of those with enough rows; the dense model as ever."""
+    alone = make_results(tmp_path / "alone", {"dense": {}}, sites=("intermediate",))
+    before = make_tables(alone)
+    results = make_results(tmp_path / "r", {"dense": {}, "mix": {}}, sites=("intermediate",))
+    rng = np.random.default_rng(0)
+    row = metrics.layer_metrics(rng.standard_normal((40, 16)).astype(np.float32))
+    few = {"tokens": 3, "width": 16}
+    rows = [
+        {"tensor": "intermediate", "layer": 0, "part": "ffn", **row},
+        {"tensor": "intermediate", "layer": 1, "part": "shared", **row},
+        *(
+            {
+                **{"tensor": "intermediate", "layer": 1, "part": "experts", "expert": expert},
+                **{**row, "effective_rank_share": share},
+            }
+            for expert, share in enumerate((0.2, 0.6))
+        ),
+        {"tensor": "intermediate", "layer": 1, "part": "experts", "expert": 2, **few},
+    ]
+    table = pa.Table.from_pylist(rows, metrics.SCHEMA_OF_PARTS)
+    write_parquet(results / "mix/metrics/intermediate.parquet", table)
+    tables = make_tables(results)
+    assert list(tables.metrics.columns) == [*before.metrics.columns, "part", "expert"]
+    assert list(tables.magnitudes.columns) == [*before.magnitudes.columns, "part"]
+    assert set(tables.metrics.query("model == 'dense'")["part"]) == {"ffn"}
+    own = tables.metrics.query("model == 'mix' and part == 'experts'")
+    assert own["expert"].tolist() == [0, 1, 2]
+    assert own["tokens"].tolist() == [40, 40, 3]
+    assert own["gini"].isna().tolist() == [False, False, True]
+    shares = tables.magnitudes.query("model == 'mix'").groupby("part")["share"].sum()
+    assert shares.to_dict() == pytest.approx({"ffn": 1, "shared": 1, "experts": 1})
+    for draw in (by_layer.effective_rank, by_layer.magnitudes):
+        titles = [ax.get_title() for ax in draw(tables).axes]
+        assert titles == ["dense", "mix", "mix · shared", "mix · experts"]
+    (line,) = by_layer.effective_rank(tables).axes[3].lines
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([1], [pytest.approx(0.4)])

@@ -76,6 +76,7 @@ def test_an_ffn_computes_its_output_with_a_site_changed(
     """What is dropped of a factor is dropped of the product; None leaves everything."""
     ffn = ffns_of(parts)[0]
     x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
+    given = {"input": x}
     seen: list[PlaceKey] = []
 
     def drop(vectors: Vectors, onto: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ def test_an_ffn_computes_its_output_with_a_site_changed(
         return torch.where(vectors.values > 0, onto, 0)
 
     with torch.no_grad():
-        found = ffn.run(x, site, drop)
+        found = ffn.run(given, site, drop)
         kept = torch.where(x > 0, x, 0) if "input" in tensors else x
         u, g = ffn.factors(kept)
         assert g is not None
@@ -92,9 +93,9 @@ def test_an_ffn_computes_its_output_with_a_site_changed(
         for name in tensors:
             i = torch.where(mask[name], i, 0) if name in mask else i
         torch.testing.assert_close(found, ffn.down(i))
-        assert torch.equal(ffn.run(x, site, lambda *_: None), ffn.run(x, site))
+        assert torch.equal(ffn.run(given, site, lambda *_: None), ffn.run(given, site))
     assert seen == [PlaceKey(0, "ffn", name) for name in tensors]
-    assert (ffn.within(site), ffn.source(site)) == ((site,), "input")
+    assert (ffn.within(site), ffn.sources(site)) == ((site,), ("input",))
 
 
 def test_attention_has_an_output_for_each_of_its_tensors(parts: list[Part]) -> None:
@@ -106,5 +107,7 @@ def test_attention_has_an_output_for_each_of_its_tensors(parts: list[Part]) -> N
     with torch.no_grad():
         half = torch.where(x > 0, x, 0)
         maps = [one.module.weight for one in attention.qkv]
-        found = attention.run(x, "qkv_input", lambda _, onto: torch.where(x > 0, onto, 0))
+        found = attention.run(
+            {"qkv_input": x}, "qkv_input", lambda _, onto: torch.where(x > 0, onto, 0)
+        )
         torch.testing.assert_close(found, torch.cat([half @ weight.T for weight in maps], -1))

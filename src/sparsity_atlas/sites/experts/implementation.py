@@ -11,7 +11,7 @@ https://huggingface.co/docs/transformers/experts_interface
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -37,9 +37,11 @@ class Tap:
 
     Attributes:
         tensor: `input` [N, d], before it is handed to the experts; `RECEIVED`, the same as grouped rows
-            [S, d]; `up`, `gate`, `intermediate`, grouped rows [S, w].
+            [S, d]; `index` and `weights` [N, K], the routing; `up`, `gate`, `intermediate`, grouped rows
+            [S, w].
         act: called with the pass's grouping, the tensor, and the tensor to write, of the same shape (for
-            `up` and `gate` it is `intermediate`); returns what to put there, None for no change.
+            `up` and `gate` it is `intermediate`); returns what to put there, None for no change. The
+            `index` can only be looked at.
         factor: makes `up` or `gate` of what the first projection made [S, 2w].
     """
 
@@ -100,32 +102,44 @@ def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
     Returns:
         [N, d].
     """
-    grouping = group(top_k_index, self.num_experts)
-    x = _through(self, "input", grouping, hidden_states)[grouping.tokens]
-    x = _through(self, RECEIVED, grouping, x)
-    z = _linear(self, "gate_up_proj" if self.has_gate else "up_proj", x, grouping)
+    return compute(self, hidden_states, top_k_index, top_k_weights, _TAPS.get(self, ()))
+
+
+def compute(self: Any, x: Tensor, index: Tensor, weights: Tensor, taps: Sequence[Tap]) -> Tensor:
+    """As `forward`, with these taps alone."""
+    grouping = group(index, self.num_experts)
+    _through(taps, "index", grouping, index)
+    weights = _through(taps, "weights", grouping, weights)
+    i = products(self, x, grouping, taps)
+    y = _linear(self, "down_proj", i, grouping)
+    if self.has_post_expert_norm:
+        y = self.post_expert_norm(y)
+    y = y * weights.reshape(-1)[grouping.order].unsqueeze(-1)
+    return grouping.ungrouped(y).sum(dim=1).to(x.dtype)
+
+
+def products(self: Any, x: Tensor, grouping: Grouping, taps: Sequence[Tap]) -> Tensor:
+    """What the down projections read: u ⊙ g of each grouped row [S, w], of x [N, d]."""
+    rows = _through(taps, "input", grouping, x)[grouping.tokens]
+    rows = _through(taps, RECEIVED, grouping, rows)
+    z = _linear(self, "gate_up_proj" if self.has_gate else "up_proj", rows, grouping)
     # Before the product is made: nothing promises that making it leaves z as it is.
     factors = [
         (tap, tap.factor(z))
         for name in ("up", "gate")
-        for tap in _TAPS.get(self, ())
+        for tap in taps
         if tap.factor is not None and tap.tensor == name
     ]
     i = self._apply_gate(z) if self.has_gate else self.act_fn(z)
     for tap, factor in factors:
         changed = tap.act(grouping, factor, i)
         i = i if changed is None else changed
-    i = _through(self, "intermediate", grouping, i)
-    y = _linear(self, "down_proj", i, grouping)
-    if self.has_post_expert_norm:
-        y = self.post_expert_norm(y)
-    y = y * top_k_weights.reshape(-1)[grouping.order].unsqueeze(-1)
-    return grouping.ungrouped(y).sum(dim=1).to(hidden_states.dtype)
+    return _through(taps, "intermediate", grouping, i)
 
 
-def _through(self: nn.Module, tensor: str, grouping: Grouping, out: Tensor) -> Tensor:
+def _through(taps: Sequence[Tap], tensor: str, grouping: Grouping, out: Tensor) -> Tensor:
     """A tensor past its taps."""
-    for tap in _TAPS.get(self, ()):
+    for tap in taps:
         if tap.tensor == tensor:
             changed = tap.act(grouping, out, out)
             out = out if changed is None else changed

@@ -11,11 +11,20 @@ from torch import Tensor, nn
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.sites.activation import Activation
 from sparsity_atlas.sites.experts.expert import Expert
-from sparsity_atlas.sites.experts.grouping import Grouping
-from sparsity_atlas.sites.experts.implementation import RECEIVED, installed
+from sparsity_atlas.sites.experts.grouping import Grouping, group
+from sparsity_atlas.sites.experts.implementation import (
+    RECEIVED,
+    Act,
+    Tap,
+    compute,
+    installed,
+    products,
+    tapped,
+)
 from sparsity_atlas.sites.experts.routed import RoutedExperts, bind_routed, by_token
 from sparsity_atlas.sites.forward_watch import ForwardWatch
 from sparsity_atlas.sites.part import (
+    Given,
     Observer,
     Rewriter,
     Routing,
@@ -23,7 +32,7 @@ from sparsity_atlas.sites.part import (
     within_one_output,
 )
 from sparsity_atlas.sites.projection import Projection
-from sparsity_atlas.terms import EXPERTS, PlaceKey
+from sparsity_atlas.terms import EXPERTS, ROUTING, TENSORS, PlaceKey
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,14 +40,16 @@ class RoutedVectors(Vectors):
     """What routed experts have as one tensor in a pass.
 
     Attributes:
-        values: of `input` [batch, tokens, d], unless it is taken apart; of the others the rows of all pairs
-            of a token and one of its experts, sorted by expert: [batch · tokens · K, w].
+        values: of `input` [batch, tokens, d], unless it is taken apart; of the routing [batch, tokens, K];
+            of the others the rows of all pairs of a token and one of its experts, sorted by expert:
+            [batch · tokens · K, w].
         grouping: which row is of which token and expert.
-        batch: sequences and tokens of the pass.
+        batch: sequences and tokens of the pass; whatever stands before the width where a part is run by
+            itself.
     """
 
     grouping: Grouping
-    batch: tuple[int, int]
+    batch: tuple[int, ...]
 
     @property
     def experts(self) -> Tensor:
@@ -59,6 +70,12 @@ class RoutedVectors(Vectors):
     def spread(self) -> Grouping | None:
         """See `Vectors.spread`."""
         return None if self.part.rows_are_tokens(self.tensor) else self.grouping
+
+    def in_order(self) -> Tensor:
+        """See `Vectors.in_order`: of a token the rows of its experts, as the routing names them."""
+        if self.part.rows_are_tokens(self.tensor):
+            return self.values.flatten(0, -2)
+        return self.grouping.ungrouped(self.values).flatten(0, 1)
 
 
 class _OneForEachExpert(Projection):
@@ -109,6 +126,11 @@ class Experts:
         return self.routed.tensors
 
     @property
+    def observable(self) -> tuple[str, ...]:
+        """See `Part.observable`: with the routing."""
+        return (*self.tensors, *ROUTING)
+
+    @property
     def paths(self) -> tuple[str, ...]:
         """See `Part.paths`."""
         return (self.routed.path,)
@@ -124,7 +146,7 @@ class Experts:
 
     def rows_are_tokens(self, tensor: str) -> bool:
         """See `Part.rows_are_tokens`: the others are rows of a token and one of its experts."""
-        return tensor == "input" and not self.handed_out
+        return tensor in ROUTING or (tensor == "input" and not self.handed_out)
 
     def routing(self, tensor: str) -> Routing:
         """See `Part.routing`."""
@@ -160,35 +182,45 @@ class Experts:
             return self.routed.outputs(tensor) // self.routed.each
         return self.routed.outputs(tensor)
 
-    def recompute(self, x: Tensor, tensor: str) -> Tensor:
-        """See `Part.recompute`.
+    def recompute(self, given: Given, tensor: str) -> Tensor:
+        """See `Part.recompute`: of all but `input` a row for each token and each of its experts."""
+        x, index, _ = self._flat(given)
+        if self.rows_are_tokens(tensor):
+            return x
+        found: list[Tensor] = []
 
-        Raises:
-            AtlasError: always: which experts a row goes to is not said by the row.
-        """
-        self._refuse()
+        def keep(grouping: Grouping, values: Tensor, _: Tensor) -> None:
+            found.append(grouping.ungrouped(values).flatten(0, 1))
+
+        grouping = group(index, self.routed.count)
+        products(self.routed.module, x, grouping, [self._made_tap(tensor, keep)])
+        return found[0]
 
     def within(self, site: str) -> tuple[str, ...]:
         """See `Part.within`."""
         return within_one_output(site)
 
-    def source(self, site: str) -> str:
-        """See `Part.source`."""
-        return "input"
+    def sources(self, site: str) -> tuple[str, ...]:
+        """See `Part.sources`: which experts a token goes to cannot be told from what they read."""
+        return ("input", *ROUTING)
 
-    def run(self, x: Tensor, site: str, rewrite: Rewriter | None = None) -> Tensor:
-        """See `Part.run`.
+    def run(self, given: Given, site: str, rewrite: Rewriter | None = None) -> Tensor:
+        """See `Part.run`."""
+        x, index, weights = self._flat(given)
+        batch = given["input"].shape[:-1]
 
-        Raises:
-            AtlasError: always, as `recompute`.
-        """
-        self._refuse()
+        def tap(tensor: str, act: Rewriter) -> Tap:
+            def change(grouping: Grouping, values: Tensor, write: Tensor) -> Tensor | None:
+                return self._change(tensor, grouping, batch, act, values, write)
 
-    def _refuse(self) -> NoReturn:
-        raise AtlasError(
-            f"layer {self.layer}: what its routed experts compute cannot be told from their input without "
-            "the routing: output errors and calibration are not supported for mixtures of experts"
-        )
+            return self._made_tap(tensor, change)
+
+        taps = [] if rewrite is None else [tap(tensor, rewrite) for tensor in TENSORS[site]]
+        made: Tensor = compute(self.routed.module, x, index, weights, taps).unflatten(0, batch)
+        return made
+
+    def _flat(self, given: Given) -> list[Tensor]:
+        return [given[name].flatten(0, -2) for name in ("input", *ROUTING)]
 
     def observe(self, stack: ExitStack, forwards: ForwardWatch, tensor: str, act: Observer) -> None:
         """See `Part.observe`."""
@@ -206,16 +238,31 @@ class Experts:
 
         def change(grouping: Grouping, values: Tensor, write: Tensor) -> Tensor | None:
             forwards.fired(counted)
-            batch, tokens, _ = forwards.by_token(grouping.index, path).shape
-            if not self.rows_are_tokens(tensor):
-                return act(RoutedVectors(self, tensor, values, grouping, (batch, tokens)), write)
-            x = forwards.by_token(values, path)
-            result = act(RoutedVectors(self, tensor, x, grouping, (batch, tokens)), x)
-            return None if result is None else result.reshape(values.shape)
+            batch = forwards.by_token(grouping.index, path).shape[:-1]
+            return self._change(tensor, grouping, batch, act, values, write)
 
         stack.enter_context(installed(self.model))
+        stack.enter_context(tapped(self.routed.module, self._made_tap(tensor, change)))
+
+    def _made_tap(self, tensor: str, change: Act) -> Tap:
         received = tensor == "input" and self.handed_out
-        self.routed.tap(stack, RECEIVED if received else tensor, change)
+        return self.routed.made_tap(RECEIVED if received else tensor, change)
+
+    def _change(
+        self,
+        tensor: str,
+        grouping: Grouping,
+        batch: tuple[int, ...],
+        act: Rewriter,
+        values: Tensor,
+        write: Tensor,
+    ) -> Tensor | None:
+        """What `act` makes of a tensor [N, width], or of grouped rows."""
+        if not self.rows_are_tokens(tensor):
+            return act(RoutedVectors(self, tensor, values, grouping, batch), write)
+        x = values.unflatten(0, batch)
+        made = act(RoutedVectors(self, tensor, x, grouping, batch), x)
+        return None if made is None else made.reshape(values.shape)
 
     def describe(self) -> dict[str, Any]:
         """See `Part.describe`."""

@@ -57,16 +57,20 @@ class RoutedExperts:
 
         Args:
             stack: holds the tap; the model must have the implementation `installed` meanwhile.
-            tensor: one of `tensors`.
+            tensor: one of `tensors`, or of the routing.
             act: see `Tap`.
         """
+        stack.enter_context(tapped(self.module, self.made_tap(tensor, act)))
+
+    def made_tap(self, tensor: str, act: Act) -> Tap:
+        """A tap that nothing is attached to yet; see `tap`."""
         factor = None
         if tensor in ("up", "gate"):
             assert self.gating is not None, "without a gate there are no factors"
             of = self.gating.up if tensor == "up" else self.gating.gate
             function: Any = self.module
             factor = partial(of, function._apply_gate)
-        stack.enter_context(tapped(self.module, Tap(tensor, act, factor)))
+        return Tap(tensor, act, factor)
 
     def describe(self) -> dict[str, Any]:
         """As JSON; see `bind_routed`."""

@@ -9,11 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from mixtures import EACH, EXPERTS, HIDDEN, WIDTH, tiny_mixture
-from sparsity_atlas.activations.capture import capture
 from sparsity_atlas.criteria import create
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.sites.experts.mixture import Experts, RoutedVectors
-from sparsity_atlas.sites.find import Part, Vectors, find_parts, intercept, observe, transform
+from sparsity_atlas.sites.find import (
+    Part,
+    Vectors,
+    find_parts,
+    intercept,
+    observe,
+    observe_places,
+    transform,
+)
 from sparsity_atlas.sites.part import measure
 from sparsity_atlas.sparsify.attach import counted, slots_of, sparsified
 
@@ -183,17 +190,55 @@ def test_rules_that_look_at_sequences_are_refused(model: nn.Module, parts: list[
         pass
 
 
-def test_what_needs_the_routing_is_refused(parts: list[Part]) -> None:
+@pytest.mark.parametrize("site", ["input", "up", "gate", "intermediate", "all_inputs"])
+def test_an_output_by_itself_is_what_the_model_makes(
+    model: Any, parts: list[Part], site: str
+) -> None:
+    """From the input and the routing, untouched and with a site changed, whatever else is attached."""
     experts = next(part for part in parts if isinstance(part, Experts))
-    for ask in (lambda: experts.run(IDS, "input"), lambda: experts.recompute(IDS, "up")):
-        with pytest.raises(AtlasError, match="without the routing"):
-            ask()
+    given: dict[str, Tensor] = {}
+    made: list[Tensor] = []
+
+    def keep(vectors: Vectors) -> None:
+        given[vectors.tensor] = vectors.in_order()
+
+    def halved(vectors: Vectors, write: Tensor) -> Tensor:
+        return torch.where(vectors.values > 0, write, 0)
+
+    with observe_places(model, [(experts, name) for name in experts.sources(site)], keep):
+        logits(model)
+    hook = experts.routed.module.register_forward_hook(lambda module, args, out: made.append(out))
+    logits(model)
+    with intercept([experts], site, halved):
+        logits(model)
+    hook.remove()
+    assert [tuple(given[name].shape) for name in ("input", "index", "weights")] == [
+        (IDS.numel(), HIDDEN),
+        *[(IDS.numel(), EACH)] * 2,
+    ]
+    with torch.no_grad(), transform([experts], site, lambda v: torch.zeros_like(v.values).bool()):
+        dense, changed = experts.run(given, site), experts.run(given, site, halved)
+        left = experts.run(given, site, lambda *_: None)
+    torch.testing.assert_close(dense, made[0].view_as(dense), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(changed, made[1].view_as(dense), rtol=1e-5, atol=1e-6)
+    assert torch.equal(left, dense)
+    assert not torch.allclose(dense, changed)
 
 
-def test_capture_is_refused(tmp_path: Any) -> None:
-    manifest = {"ffn": [{"layer": 0, "part": "experts"}]}
-    with pytest.raises(AtlasError, match="activations are not captured yet"):
-        capture(tmp_path, manifest, "folder", IDS.numpy(), ["input"], "", {})  # type: ignore[arg-type]
+def test_tensors_by_themselves_are_those_of_a_pass(model: nn.Module, parts: list[Part]) -> None:
+    experts = next(part for part in parts if isinstance(part, Experts))
+    seen: dict[str, Tensor] = {}
+    places = [(experts, name) for name in experts.observable]
+    with observe_places(
+        model, places, lambda vectors: seen.update({vectors.tensor: vectors.in_order()})
+    ):
+        logits(model)
+    for name in experts.tensors:
+        rows = 1 if name == "input" else EACH
+        with torch.no_grad():
+            found = experts.recompute(seen, name)
+        assert found.shape == (rows * IDS.numel(), experts.size(name) // rows)
+        torch.testing.assert_close(found, seen[name], rtol=1e-5, atol=1e-6)
 
 
 def test_sizes(parts: list[Part]) -> None:

@@ -1,0 +1,43 @@
+"""Captured tensors from which a part computes its output, read as it takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from sparsity_atlas.activations.layout import group_name
+from sparsity_atlas.activations.store import ActivationStore
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from sparsity_atlas.sites.part import Part
+
+
+def source_names(part: Part, site: str) -> list[str]:
+    """Names, in the store, of what `Part.sources` names."""
+    return [group_name(part.name, tensor) for tensor in part.sources(site)]
+
+
+def reader(
+    store: ActivationStore, part: Part, site: str
+) -> Callable[[slice], dict[str, np.ndarray]]:
+    """Reads some tokens of what `Part.sources` names, by tensor: [tokens, width] each."""
+    rows = {
+        tensor: store.rows(group_name(part.name, tensor), part.layer)
+        for tensor in part.sources(site)
+    }
+    return lambda tokens: {tensor: one[tokens] for tensor, one in rows.items()}
+
+
+def given(read: dict[str, np.ndarray], part: Part) -> dict[str, Tensor]:
+    """What a `reader` read as `Part.run` takes it: activations in the model's type, on its device."""
+    import torch
+
+    like = next(part.readers("intermediate")[0].module.parameters())
+    found = {tensor: torch.from_numpy(values).to(like.device) for tensor, values in read.items()}
+    return {
+        tensor: values.to(like.dtype) if tensor in part.tensors else values
+        for tensor, values in found.items()
+    }
