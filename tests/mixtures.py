@@ -135,6 +135,48 @@ def save_mixture(folder: Path, family: str, **changes: Any) -> Path:
     return folder
 
 
+# Of each family as wide as it takes for a row's last bits to follow how many rows its expert has.
+_WIDE: dict[str, dict[str, Any]] = {
+    "olmoe": {"num_experts": 8, "intermediate_size": 64},
+    "mixtral": {"num_local_experts": 8, "intermediate_size": 128},
+    "qwen2_moe": {
+        **{"num_experts": 8, "moe_intermediate_size": 64, "intermediate_size": 128},
+        "shared_expert_intermediate_size": 128,
+    },
+    "deepseek_v3": {
+        **{"n_routed_experts": 8, "moe_intermediate_size": 64, "intermediate_size": 128},
+        **{"n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+        **{"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8},
+        "v_head_dim": 8,
+    },
+}
+WIDE = tuple(_WIDE)
+
+
+def wide_mixture(
+    family: str, hidden: int = 128, dtype: torch.dtype = torch.float32, **settings: Any
+) -> Any:
+    """A random model of one of `WIDE`, of which each token meets two experts of eight."""
+    config = AutoConfig.for_model(
+        family,
+        **{
+            **{"vocab_size": VOCABULARY, "hidden_size": hidden, "num_hidden_layers": 3},
+            **{"num_attention_heads": 4, "num_key_value_heads": 4, "num_experts_per_tok": EACH},
+            **{"max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1},
+            "eos_token_id": 2,
+            **_WIDE[family],
+            **settings,
+        },
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape) * 0.1)
+    return model.eval()
+
+
 class _Settings(SimpleNamespace):
     """What any class of experts asks of its configuration."""
 

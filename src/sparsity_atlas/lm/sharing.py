@@ -4,12 +4,19 @@ Hidden states are compared where they reach the head, so that no vocabulary's wi
 What is proved holds for requests as long as the sample's and for rows as long as its row, which is as
 long as a tree of such requests may grow. The answers are kept in the user's cache, under all that they
 depend on.
+
+Of a mixture of experts each request by itself is routed as it was in the shared row: a score within
+rounding of the next one may choose another expert, which would be seen as a mistake. Where the tokens of
+another branch are changed, these go to the experts that they went to before, since the last bits of a
+product follow how many rows its expert has. What the routers make of all other tokens is their own, so
+that one that depends on a neighbour is seen.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -22,6 +29,8 @@ from sparsity_atlas.lm.forest import GROWTH, SMALL_TREE, Batch, Request, pack
 from sparsity_atlas.lm.forward import Abilities, Masks, before_head, inputs
 from sparsity_atlas.models.logits import head
 from sparsity_atlas.models.logits.head import EXACT, REFUSALS, ROUNDED
+from sparsity_atlas.sites.experts.implementation import installed
+from sparsity_atlas.sites.experts.routing import Routing, interfaced, recorded, repeated
 from sparsity_atlas.sites.probe.hypotheses import relative_error
 
 if TYPE_CHECKING:
@@ -61,7 +70,11 @@ def abilities(
     answers = Answers() if answers is None else answers
     tokens = max((request.tokens for request in requests), key=len)
     faults = {}
-    with torch.no_grad():
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if interfaced(model):
+            # What runs in an evaluation.
+            stack.enter_context(installed(model))
         if answers.selects is None:
             answers.add_selects(head.fault(model))
         if answers.selects:
@@ -112,11 +125,10 @@ def _prove(model: PreTrainedModel, tokens: list[int]) -> Proof:
     ends = sorted({shared.requests[int(shared.last.argmin())], _last(shared)})
     fault = "its requests do not branch"
     if shared.branched:
-        plain = pack([sample[number] for number in ends], len(ends), share=False)
-        expected = [one for batch in plain for one in _hidden(model, batch).items()]
-        wanted = {ends[number]: states for number, states in expected}
+        alone = pack([sample[number] for number in ends], len(ends), share=False)
+        plain = [replace(one, requests=[ends[number] for number in one.requests]) for one in alone]
         for masks in _ways(model, length):
-            tried = _fault(partial(_sharing, model, shared, wanted, masks))
+            tried = _fault(partial(_sharing, model, shared, plain, masks))
             if tried is None:
                 return Proof(length, masks)
             fault = tried
@@ -165,17 +177,39 @@ def _hidden(model: PreTrainedModel, batch: Batch, masks: Masks = Masks.ONE) -> d
     }
 
 
-def _sharing(
-    model: PreTrainedModel, batch: Batch, expected: dict[int, Tensor], masks: Masks
-) -> str | None:
-    """What is wrong with a row that branches."""
-    before = _hidden(model, batch, masks)
+def _sharing(model: PreTrainedModel, batch: Batch, plain: list[Batch], masks: Masks) -> str | None:
+    """What is wrong with a row that branches, beside some of its requests by themselves."""
+    with recorded(model) as routing:
+        before = _hidden(model, batch, masks)
+    expected = {
+        number: states
+        for alone in plain
+        for number, states in _by_themselves(model, alone, batch, routing).items()
+    }
     found = [before[number] for number in expected]
     return (
         _difference(model, list(expected.values()), found)
         or _indistinct(model, batch, expected, found, masks)
-        or _interference(model, batch, before, masks)
+        or _interference(model, batch, before, masks, routing)
     )
+
+
+def _by_themselves(
+    model: PreTrainedModel, alone: Batch, shared: Batch, routing: Routing
+) -> dict[int, Tensor]:
+    """`_hidden` of a batch of requests, routed as they were in the row that they share."""
+    place = np.arange(shared.tokens.shape[1])
+    # Of each token of the batch, where the row has it.
+    rows = np.zeros_like(alone.tokens)
+    known = np.arange(rows.shape[1]) < alone.lengths[:, None]
+    for number, row in zip(alone.requests, alone.last // rows.shape[1], strict=True):
+        last = shared.last[shared.requests.index(number)]
+        path = place[(place <= last) & (shared.ends[0] > last)]
+        rows[row, : len(path)] = path
+    at = torch.from_numpy(rows.ravel())
+    same = {path: index[at.to(index.device)] for path, index in routing.items()}
+    with repeated(model, same, torch.from_numpy(known.ravel())):
+        return _hidden(model, alone)
 
 
 def _difference(model: PreTrainedModel, expected: list[Tensor], found: list[Tensor]) -> str | None:
@@ -211,15 +245,21 @@ def _indistinct(
 
 
 def _interference(
-    model: PreTrainedModel, batch: Batch, before: dict[int, Tensor], masks: Masks
+    model: PreTrainedModel,
+    batch: Batch,
+    before: dict[int, Tensor],
+    masks: Masks,
+    routing: Routing,
 ) -> str | None:
-    """Whether the row's last request changes with tokens that it does not contain."""
+    """Whether the row's last request changes with tokens that it does not contain, by one bit."""
     place = np.arange(batch.tokens.shape[1])
     last = batch.lengths[:, None] - 1
     strange = (place <= last) & (batch.ends <= last)
     changed = replace(batch, tokens=np.where(strange, batch.tokens[:, :1], batch.tokens))
     number = _last(batch)
-    if torch.equal(before[number], _hidden(model, changed, masks)[number]):
+    with repeated(model, routing, torch.from_numpy(strange.ravel())):
+        after = _hidden(model, changed, masks)
+    if torch.equal(before[number], after[number]):
         return None
     return "a branch depends on its neighbour"
 

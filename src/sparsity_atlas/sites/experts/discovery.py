@@ -31,17 +31,22 @@ _MARKS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_is_
 _APART = 0.01
 
 
+def interfaced(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that go through the experts interface, by path."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if all(hasattr(module, mark) for mark in _MARKS)
+    }
+
+
 def candidates(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that go through the experts interface, by path; those that cannot be served are refused.
 
     Raises:
         AtlasError: quantised experts, experts spread over devices, experts outside the interface.
     """
-    found = {
-        path: module
-        for path, module in model.named_modules()
-        if all(hasattr(module, mark) for mark in _MARKS)
-    }
+    found = interfaced(model)
     for path, module in [*found.items(), *_others(model, found)]:
         where = f"{type(model).__name__}: {path} ({type(module).__name__})"
         for parameter in module.parameters():
