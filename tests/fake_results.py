@@ -29,7 +29,9 @@ ENTRIES = 1000
 LAYERS = 3
 
 
-def write_model(folder: Path, parameters: int = 1_000_000, **other: Any) -> None:
+def write_model(
+    folder: Path, parameters: int = 1_000_000, *, active: int = 0, **other: Any
+) -> None:
     """model.json."""
     write_manifest(
         folder / "model.json",
@@ -45,6 +47,7 @@ def write_model(folder: Path, parameters: int = 1_000_000, **other: Any) -> None
             "parameters": {
                 **{"total": 2 * parameters, "non_embedding": parameters},
                 "loaded": 2 * parameters,
+                **({"active": 2 * active, "active_non_embedding": active} if active else {}),
             },
             "memory": {"vocabulary": 1000, "pieces": True, "heads": 0, "cache": 384},
             "layers": LAYERS,

@@ -34,6 +34,7 @@ from sparsity_atlas.models.manifest import check_sites, resolve
 from sparsity_atlas.models.memory import Sizes
 from sparsity_atlas.models.positions import check_positions
 from sparsity_atlas.models.tokenizer_check import check_tokenizer, embedding_rows
+from sparsity_atlas.sites.experts.mixture import met
 from sparsity_atlas.sites.find import find_parts, sites_of
 from sparsity_atlas.sites.part import measure
 from sparsity_atlas.sparsify.attach import counted, slots_of, sparsified
@@ -106,6 +107,7 @@ class HarnessLM(AtlasLM):
             parameters=sum(one.numel() for one in model.parameters()),
             **measure(self._parts),
             **head.describe(model),
+            routed=met(self._parts),
         )
         if self._rule is not None:
             check_sites(arguments.pretrained, [arguments.site], list(sites_of(self._parts)))

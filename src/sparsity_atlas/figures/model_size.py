@@ -20,14 +20,14 @@ from sparsity_atlas.figures.panels import (
 )
 from sparsity_atlas.figures.style import GREY, Mark, heading, marks, wrap
 from sparsity_atlas.statistics.bootstrap import in_percent
-from sparsity_atlas.tables.read import HEADLINE_BAR, Tables, in_order, records
+from sparsity_atlas.tables.read import HEADLINE_BAR, Tables, in_order, records, size_column
 from sparsity_atlas.terms import AVERAGE
 
 GROUPS = 6
 
 
 def scaling(tables: Tables) -> Figure:
-    """PPL-1% and critical sparsity over non-embedding parameters, a panel a criterion and family."""
+    """PPL-1% and critical sparsity over (active) non-embedding parameters, a panel a criterion and family."""
     family = tables.models.set_index("model")["family"]
     rows = tables.critical_sparsity.assign(family=tables.critical_sparsity["model"].map(family))
     rows = rows[rows["bar"] == HEADLINE_BAR]
@@ -62,7 +62,8 @@ def scaling(tables: Tables) -> Figure:
         _panel(ax, panel, lines, styles)
         ax.set_xlabel(_words(panel, lines, 116 // columns), fontsize=6.2, color=GREY)
     legend(figure, styles)
-    label(figure, "non-embedding parameters", note=note)
+    active = "active " if size_column(rows).startswith("active") else ""
+    label(figure, f"{active}non-embedding parameters", note=note)
     return figure
 
 
@@ -72,7 +73,7 @@ def _panel(ax: Axes, rows: pd.DataFrame, lines: pd.DataFrame, styles: dict[str, 
     for place, (site, mark) in enumerate(styles.items()):
         points = rows[(rows["site"] == site) & (rows["relation"] != "none")]
         # Sites side by side, so that their intervals do not hide each other.
-        x = points["non_embedding_parameters"] * 1.04 ** (place - middle)
+        x = points[size_column(points)] * 1.04 ** (place - middle)
         ax.vlines(x, points["interval_low"], points["interval_high"], color=mark.color, linewidth=1)
         ax.plot(x, points["value"], color=mark.color, marker=mark.marker, linestyle="none")
         for row, at in zip(records(points), x, strict=True):
@@ -82,12 +83,10 @@ def _panel(ax: Axes, rows: pd.DataFrame, lines: pd.DataFrame, styles: dict[str, 
                     va="center", fontsize=7, color=mark.color, textcoords="offset points",
                 )  # fmt: skip
         if site in lines.index and lines.loc[site, "resolved"]:
-            ends = np.array(
-                [points["non_embedding_parameters"].min(), points["non_embedding_parameters"].max()]
-            )
+            ends = points[size_column(points)].agg(["min", "max"]).to_numpy()
             fit = lines.loc[site, "intercept"] + lines.loc[site, "slope"] * np.log10(ends)
             ax.plot(ends, fit, color=mark.color, linestyle=mark.dashes)
-    sizes = rows["non_embedding_parameters"]
+    sizes = rows[size_column(rows)]
     wide = sizes.max() > 30 * sizes.min()
     ax.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5), numticks=6))
     ax.xaxis.set_minor_locator(NullLocator())

@@ -29,8 +29,9 @@ from sparsity_atlas.lm.forest import GROWTH, SMALL_TREE, Batch, Request, pack
 from sparsity_atlas.lm.forward import Abilities, Masks, before_head, inputs
 from sparsity_atlas.models.logits import head
 from sparsity_atlas.models.logits.head import EXACT, REFUSALS, ROUNDED
+from sparsity_atlas.sites.experts.discovery import interfaced
 from sparsity_atlas.sites.experts.implementation import installed
-from sparsity_atlas.sites.experts.routing import Routing, interfaced, recorded, repeated
+from sparsity_atlas.sites.experts.routing import Choices, recorded, repeated
 from sparsity_atlas.sites.probe.hypotheses import relative_error
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ def _sharing(model: PreTrainedModel, batch: Batch, plain: list[Batch], masks: Ma
 
 
 def _by_themselves(
-    model: PreTrainedModel, alone: Batch, shared: Batch, routing: Routing
+    model: PreTrainedModel, alone: Batch, shared: Batch, routing: Choices
 ) -> dict[int, Tensor]:
     """`_hidden` of a batch of requests, routed as they were in the row that they share."""
     place = np.arange(shared.tokens.shape[1])
@@ -249,7 +250,7 @@ def _interference(
     batch: Batch,
     before: dict[int, Tensor],
     masks: Masks,
-    routing: Routing,
+    routing: Choices,
 ) -> str | None:
     """Whether the row's last request changes with tokens that it does not contain, by one bit."""
     place = np.arange(batch.tokens.shape[1])

@@ -157,6 +157,7 @@ def describe(
     from sparsity_atlas.models.causality import describe_kind
     from sparsity_atlas.models.logits import head
     from sparsity_atlas.models.parameters import count_parameters
+    from sparsity_atlas.sites.experts.mixture import met
     from sparsity_atlas.sites.find import describe_parts, sites_of
     from sparsity_atlas.sites.part import measure
 
@@ -175,8 +176,8 @@ def describe(
         "model_type": config.get("model_type"),
         **describe_kind(model, kind, mask_token_id, shifted_logits),
         "dtype": config.get("dtype") or config.get("torch_dtype"),
-        "parameters": count_parameters(model),
-        "memory": head.describe(model),
+        "parameters": count_parameters(model, parts),
+        "memory": {**head.describe(model), **({"routed": met(parts)} if met(parts) else {})},
         "tokenizer": tokenizer,
         **measure(parts),
         "sites": list(sites_of(parts)),
@@ -277,11 +278,16 @@ def main() -> None:
         description["architecture"],
         description["kind"],
         description["layers"],
-        f"{description['parameters']['total']:,}",
+        _parameters(description["parameters"]),
         ", ".join(description["sites"]),
     )
     for change in description["tokenizer"]["changes"]:
         cli.logger.info("%s: its tokenizer changes texts: %s", arguments.name, change)
+
+
+def _parameters(counts: dict[str, int]) -> str:
+    total = f"{counts['total']:,}"
+    return f"{total} ({counts['active']:,} active)" if "active" in counts else total
 
 
 def code_record(checkpoint: Checkpoint, revision: str | None) -> dict[str, Any]:

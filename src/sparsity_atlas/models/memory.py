@@ -28,6 +28,9 @@ CHUNK = {"cpu": 2**21, "cuda": 2**26, "mps": 2**26}
 # measured, fewer on a GPU, where the next tensor takes the place of one that is gone.
 HIDDEN_COPIES = {"cpu": 6, "cuda": 4, "mps": 6}
 WIDTH_COPIES = {"cpu": 5, "cuda": 3, "mps": 5}
+# Of the hidden width, for each expert that a token meets: what it gets, and what it makes of that, as it
+# comes, weighted, and in the tokens' order.
+ROUTED_COPIES = 4
 # Bytes of a token and counted vector: while the model runs, and when they are added up along requests.
 COUNTED, ADDED_UP = 9, 48
 
@@ -46,6 +49,8 @@ class Sizes:
         heads: of attention that keeps its scores (`eager`); 0: it keeps none.
         cache: numbers of a token's keys and values in all layers.
         capped: whether logits are changed behind the head, so that they are there twice.
+        routed: experts that a token meets, each of which has its hidden states by itself; 0 without any.
+        active: parameters that a token meets, of a mixture; 0: all.
     """
 
     parameters: int
@@ -57,12 +62,15 @@ class Sizes:
     heads: int
     cache: int
     capped: bool = False
+    routed: int = 0
+    active: int = 0
 
     @classmethod
     def of(cls, manifest: dict[str, Any]) -> Sizes:
         """As a model's manifest states them."""
         return cls(
             parameters=manifest["parameters"]["loaded"],
+            active=manifest["parameters"].get("active", 0),
             hidden=manifest["hidden"],
             width=manifest["width"],
             layers=manifest["layers"],
@@ -112,7 +120,8 @@ def of_a_pass(sizes: Sizes, batch: Largest, item: int, device: str, slots: int) 
         device: its type.
         slots: counted vectors of a token, in all layers.
     """
-    layer = (HIDDEN_COPIES[device] * sizes.hidden + WIDTH_COPIES[device] * sizes.width) * item
+    hidden = HIDDEN_COPIES[device] + ROUTED_COPIES * sizes.routed
+    layer = (hidden * sizes.hidden + WIDTH_COPIES[device] * sizes.width) * item
     # Of a mask: who sees whom, what follows of it, and its numbers. Of scores: as they are, their softmax
     # in float32, and that in the type of the computation.
     attention = batch.pairs * (2 + item)

@@ -1,27 +1,35 @@
-"""How many parameters a causal language model has: those that a pass over text uses."""
+"""How many parameters a causal language model has: those that a pass over text uses, or a token of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from sparsity_atlas.sites.experts.mixture import Experts
 from sparsity_atlas.sites.find import forward_of, random_ids
+
+if TYPE_CHECKING:
+    from sparsity_atlas.sites.part import Part
 
 PROBE = (1, 4)
 
 
-def count_parameters(model: nn.Module) -> dict[str, int]:
+def count_parameters(model: nn.Module, parts: Iterable[Part] = ()) -> dict[str, int]:
     """Counts of a model's parameters, shared ones once.
 
     Args:
         model: called as model(ids); nothing is computed but one pass over four tokens.
+        parts: of it, if it may be a mixture of experts.
 
     Returns:
         `total`: of the decoder, its embeddings and its head. `non_embedding`: without the tables of
         token and position embeddings and the output head. `loaded`: all that are in memory, also what
-        a multimodal checkpoint has for images and sound.
+        a multimodal checkpoint has for images and sound. Of a mixture also `active` and
+        `active_non_embedding`: the same as `total` and `non_embedding`, but of E routed experts only
+        the K that a token meets.
     """
     everything = {id(one): one for one in model.parameters()}
     used = {id(one) for one in _reached(model)}
@@ -30,11 +38,21 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     head = None if ask is None else ask()
     tables.add(id(getattr(head, "weight", None)))
     sizes = {key: one.numel() for key, one in everything.items() if key in used}
-    return {
+    counts = {
         "total": sum(sizes.values()),
         "non_embedding": sum(size for key, size in sizes.items() if key not in tables),
         "loaded": sum(one.numel() for one in everything.values()),
     }
+    resting = count_resting(parts)
+    if resting:
+        counts["active"] = counts["total"] - resting
+        counts["active_non_embedding"] = counts["non_embedding"] - resting
+    return counts
+
+
+def count_resting(parts: Iterable[Part]) -> int:
+    """Parameters of the experts that a token does not meet; 0 for a dense model."""
+    return sum(part.routed.resting for part in parts if isinstance(part, Experts))
 
 
 def _reached(model: nn.Module) -> Iterator[Tensor]:

@@ -110,7 +110,7 @@ def forecast(config: Config, results: Path) -> Forecast:
         if job.rule == "curve" and not job.done and job.rule not in start.recorded:
             took += statistics[job.model]
         if job.rule == "sensitivity" and not job.done:
-            layers = len(outlooks[job.model].shapes)
+            layers = outlooks[job.model].layers
             took += once[job.model] * (1 + layers * job.passes) if layers else UNKNOWN
         if job.rule == "output_error" and not job.done and job.rule not in start.recorded:
             share = outlooks[job.model].ffn_share

@@ -22,17 +22,21 @@ from sparsity_atlas.models.devices import pick_device, pick_dtype
 from sparsity_atlas.models.loading import blank, load, load_tokenizer, moved
 from sparsity_atlas.models.manifest import check_sites, resolve
 from sparsity_atlas.models.memory import ITEM_BYTES
+from sparsity_atlas.models.parameters import count_resting
 from sparsity_atlas.plan.dry_run import DryLM, TaskCost, count
 from sparsity_atlas.plan.rates import TimedLM, free_memory, node_seconds
+from sparsity_atlas.sites.experts.discovery import interfaced
 from sparsity_atlas.sites.find import find_parts, sites_of
 from sparsity_atlas.sites.part import by_layer
+from sparsity_atlas.terms import ATTENTION
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from transformers import PreTrainedModel
 
     from sparsity_atlas.models.checkpoint import Checkpoint
+    from sparsity_atlas.sites.part import Part
     from sparsity_atlas.tasks.loaded import LoadedTask
 
 NodeKey = tuple[str, str] | None
@@ -54,15 +58,20 @@ class Outlook:
 
     Attributes:
         parameters: all of them.
+        active: of a mixture of experts those that a token meets, once it is known.
         dtype: of the computation, and so of the activations.
-        shapes: entries of each tensor, for each layer.
+        layers: how many.
+        shapes: entries of each tensor of a token, for each part of each layer; attention's are the first
+            part's.
         costs: what one evaluation of each task takes.
         ready: seconds until the weights are loaded and the sites found.
         seconds: of one evaluation's forward passes, by criterion and site, and by task.
     """
 
     parameters: int | None = None
+    active: int | None = None
     dtype: str = ""
+    layers: int = 0
     shapes: list[dict[str, int]] = field(default_factory=list)
     costs: dict[str, TaskCost] = field(default_factory=dict)
     ready: float = 0.0
@@ -70,12 +79,12 @@ class Outlook:
 
     @property
     def ffn_share(self) -> float | None:
-        """Share of the parameters, and so about of a pass's time, that are FFNs'; None if not known."""
+        """Share of what a token meets, and so about of a pass's time, that are FFNs'; None if not known."""
         if not self.parameters or not self.shapes:
             return None
         # Three maps where the factors have a gate; two of them are most of it without.
         weights = sum(3 * one["input"] * one["intermediate"] for one in self.shapes)
-        return min(weights / self.parameters, 1.0)
+        return min(weights / (self.active or self.parameters), 1.0)
 
     def store_bytes(self, tokens: int, tensors: Sequence[str]) -> int:
         """Bytes of some tensors' activations before compression."""
@@ -137,7 +146,14 @@ def look(
         return outlook
     outlook.parameters = empty.num_parameters()
     outlook.dtype = _dtype(settings, empty)
-    outlook.shapes = _shapes(manifest, empty)
+    described = read_manifest(manifest) if manifest.is_file() else None
+    if described is not None:
+        outlook.active = described["parameters"].get("active")
+        outlook.shapes = [_described(part) for part in described["ffn"]]
+        outlook.layers = described["layers"]
+    elif not interfaced(empty):
+        outlook.shapes = _configured(empty)
+        outlook.layers = len(outlook.shapes)
     for task in tasks.values():
         try:
             with tempfile.TemporaryDirectory() as scratch:
@@ -162,13 +178,17 @@ def _dtype(settings: dict[str, Any], model: PreTrainedModel) -> str:
     return own.removeprefix("torch.") if dtype == "auto" else dtype
 
 
-def _shapes(manifest: Path, model: PreTrainedModel) -> list[dict[str, int]]:
-    """Of the layers' tensors, as proved by an earlier run, else as the configuration says."""
-    if manifest.is_file():
-        return [
-            _widths(ffn["hidden"], ffn["width"], (ffn.get("attention") or {}).get("width"))
-            for ffn in read_manifest(manifest)["ffn"]
-        ]
+def _described(part: dict[str, Any]) -> dict[str, int]:
+    """Of a part's tensors, as proved by an earlier run."""
+    # Of routed experts, which are K for a token.
+    width = part["width"] * part.get("each", 1)
+    if "attention" not in part and "part" in part:  # not the first of its layer
+        return {name: width if name in _WIDE else part["hidden"] for name in ("input", *_WIDE)}
+    return _widths(part["hidden"], width, (part.get("attention") or {}).get("width"))
+
+
+def _configured(model: PreTrainedModel) -> list[dict[str, int]]:
+    """Of the tensors of each layer of a dense model, as its configuration says."""
     text = model.config.get_text_config()
     hidden, width = (getattr(text, name, None) for name in ("hidden_size", "intermediate_size"))
     if not (isinstance(hidden, int) and isinstance(width, int)):
@@ -178,13 +198,25 @@ def _shapes(manifest: Path, model: PreTrainedModel) -> list[dict[str, int]]:
     return [_widths(hidden, width, attended)] * getattr(text, "num_hidden_layers", 0)
 
 
+_WIDE = ("up", "gate", "intermediate")
+
+
 def _widths(hidden: int, width: int, attended: int | None) -> dict[str, int]:
     """Entries of each tensor; what the attention's output map reads is mostly as wide as the model."""
     return {
         **dict.fromkeys(("qkv_input", "input"), hidden),
         "o_input": hidden if attended is None else attended,
-        **dict.fromkeys(("up", "gate", "intermediate"), width),
+        **dict.fromkeys(_WIDE, width),
     }
+
+
+def _proved(layer: list[Part]) -> Iterator[dict[str, int]]:
+    """Of the tensors of each part of a layer; attention's with the first of the others."""
+    sizes = [{tensor: part.size(tensor) for tensor in part.tensors} for part in layer]
+    beside = [size for part, size in zip(layer, sizes, strict=True) if part.name != ATTENTION]
+    attention = [size for part, size in zip(layer, sizes, strict=True) if part.name == ATTENTION]
+    yield {name: entries for size in (*attention, *beside[:1]) for name, entries in size.items()}
+    yield from beside[1:]
 
 
 def measure(config: Config, name: str, outlook: Outlook, nodes: dict[NodeKey, Node | None]) -> None:
@@ -215,10 +247,11 @@ def measure(config: Config, name: str, outlook: Outlook, nodes: dict[NodeKey, No
     parts = find_parts(model, source.get("modules"))
     check_sites(name, grid.model_sites(config, name), list(sites_of(parts)))
     outlook.ready = time.perf_counter() - began
-    outlook.shapes = [
-        {tensor: part.size(tensor) for part in own for tensor in part.tensors}
-        for own in by_layer(parts).values()
-    ]
+    layers = by_layer(parts).values()
+    outlook.layers = len(layers)
+    outlook.shapes = [shape for own in layers for shape in _proved(own)]
+    if resting := count_resting(parts):
+        outlook.active = (outlook.parameters or 0) - resting
     lm = TimedLM(
         model, load_tokenizer(checkpoint), batch_size=settings["batch_size"], max_length=None
     )

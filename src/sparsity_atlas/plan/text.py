@@ -95,6 +95,8 @@ def _models(config: Config, forecast: Forecast) -> str:
         )
         whole = {name: whole[name] + one for name, one in zip(columns, amounts, strict=True)}
         parameters = "unknown" if outlook.parameters is None else f"{outlook.parameters:,}"
+        if outlook.active is not None:
+            parameters += f" ({outlook.active:,} active)"
         cells = [show(one, number) for one, number in zip(amounts, columns.values(), strict=True)]
         rows.append([model, parameters, *cells])
     rows.append(["all", "", *(show(whole[name], number) for name, number in columns.items())])

@@ -197,7 +197,7 @@ class Needs:
         if sizes is None:
             return UNKNOWN_MINUTES
         rate = RATES["cpu" if self._config.device == "cpu" else "gpu"]
-        return BASE_MINUTES + round(tokens * 2 * sizes.parameters / rate / 60)
+        return BASE_MINUTES + round(tokens * 2 * (sizes.active or sizes.parameters) / rate / 60)
 
     def _manifest(self, model: str, name: str) -> dict[str, Any] | None:
         path = self._results / model / name

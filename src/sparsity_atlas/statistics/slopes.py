@@ -1,5 +1,7 @@
 """How a sparsity changes with model size: the slope over log10 of the non-embedding parameters.
 
+Of a mixture of experts those count that a token meets.
+
 A line joins models of one family (architecture and activation) only. Its slope is the ordinary
 least-squares one. Its 95 % interval is the wider of two: the points' own intervals propagated
 through the fit, and Student's t on the scatter about the line. The second alone would trust three
@@ -29,7 +31,7 @@ SCALING = [*FAMILY, "models", "slope", "intercept", "low", "high", "resolved", "
 class SizePoint:
     """One model's critical or PPL-p% sparsity.
 
-    parameters: non-embedding ones.
+    parameters: non-embedding ones; of a mixture of experts the active ones.
     value: sparsity, 0 to 1; None without a value, or where it lies beyond what was measured.
     low, high: 95 % interval; None without one; infinite where an end is open.
     """
@@ -136,7 +138,7 @@ class Scaling:
 
 def _size_point(row: dict[str, Any]) -> SizePoint:
     return SizePoint(
-        parameters=row["non_embedding_parameters"],
+        parameters=row.get("active_non_embedding_parameters", row["non_embedding_parameters"]),
         value=row["value"] if row["relation"] == "=" else None,
         low=-np.inf if row["low_open"] else row["interval_low"],
         high=np.inf if row["high_open"] else row["interval_high"],

@@ -56,7 +56,7 @@ class Tables:
 
     def by_size(self) -> list[str]:
         """Models, the smallest first."""
-        return list(self.models.sort_values("non_embedding_parameters", kind="stable")["model"])
+        return list(self.models.sort_values(size_column(self.models), kind="stable")["model"])
 
     def loss_task(self) -> str | None:
         """The task that the headline is read from: the first one with a loss."""
@@ -67,6 +67,12 @@ class Tables:
         """Rows of critical_sparsity.csv of a task at the headline bar."""
         rows = self.critical_sparsity
         return rows[(rows["task"] == task) & (rows["bar"] == HEADLINE_BAR)]
+
+
+def size_column(rows: pd.DataFrame) -> str:
+    """What models are compared by: non-embedding parameters, where some are mixtures the active ones."""
+    active = "active_non_embedding_parameters"
+    return active if active in rows else "non_embedding_parameters"
 
 
 def records(rows: pd.DataFrame) -> Iterator[Any]:

@@ -17,7 +17,7 @@ allocation.csv          model × criterion × site × tensor × layer × sparsit
 sensitivity.csv         model × criterion × site × level × tensor × layer: what this layer, sparsified
                         alone, adds to the loss
 scaling.csv             criterion × family × site × task × bar: slope over log10 of the
-                        non-embedding parameters
+                        non-embedding parameters; of mixtures of experts, the active ones
 models.csv              one row a model: source, architecture, sizes
 failures.csv            every task that failed at a level, and why
 """
@@ -52,6 +52,7 @@ def _key(path: Path) -> dict[str, str]:
 
 KEY = ["model", "criterion", "site"]
 SIZES = ["parameters", "non_embedding_parameters", "layers"]
+ACTIVE = ["active_parameters", "active_non_embedding_parameters"]
 CRITICAL = [*KEY, *SIZES, *(one.name for one in fields(CriticalRow)), "cut_items", "windowed_items"]
 POINTS = [*KEY, *(one.name for one in fields(CurvePoint)), "parameter_sparsity"]
 LAYERS = [*KEY, "level", "tensor", "layer", "sparsity", "captured_sparsity", "output_error"]
@@ -71,16 +72,31 @@ FAILURES = [*KEY, "level", "task", "reason"]
 
 
 def model_sizes(paths: list[Path]) -> dict[str, dict[str, int]]:
-    """Sizes of each model, by its folder's name."""
+    """Sizes of each model, by its folder's name; where one is a mixture of experts the active ones, too."""
     sizes = {}
-    for path in paths:
-        manifest = read_manifest(path)
-        sizes[path.parent.name] = {
-            "parameters": manifest["parameters"]["total"],
-            "non_embedding_parameters": manifest["parameters"]["non_embedding"],
+    counts = {path.parent.name: read_manifest(path) for path in paths}
+    mixtures = any("active" in one["parameters"] for one in counts.values())
+    for model, manifest in counts.items():
+        found = manifest["parameters"]
+        sizes[model] = {
+            "parameters": found["total"],
+            "non_embedding_parameters": found["non_embedding"],
             "layers": manifest["layers"],
         }
+        if mixtures:
+            # Of a dense model they are all of them.
+            own = found.get("active", found["total"])
+            sizes[model]["active_parameters"] = own
+            own = found.get("active_non_embedding", found["non_embedding"])
+            sizes[model]["active_non_embedding_parameters"] = own
     return sizes
+
+
+def with_active(columns: list[str], sizes: dict[str, dict[str, int]]) -> list[str]:
+    """Columns among which models' sizes are, with the active ones where there are some."""
+    known = next(iter(sizes.values()), {})
+    place = columns.index("layers")
+    return [*columns[:place], *(one for one in ACTIVE if one in known), *columns[place:]]
 
 
 def critical_rows(
@@ -262,12 +278,13 @@ def write_tables(
             tables["layers.csv"].add(layer_rows(key, curve, captured))
             tables["failures.csv"].add({**key, **row} for row in curve["failures"])
 
-    columns = {"critical_sparsity.csv": CRITICAL, "curves.csv": POINTS, "layers.csv": LAYERS}
+    critical = with_active(CRITICAL, sizes)
+    columns = {"critical_sparsity.csv": critical, "curves.csv": POINTS, "layers.csv": LAYERS}
     write_side_by_side(folder, {**columns, "failures.csv": FAILURES}, read_curves)
     errors = (row for path in sparsity for row in error_rows(_key(path), _captured(path)))
     write_csv(folder / "output_error.csv", ERRORS, errors)
     write_csv(folder / "scaling.csv", SCALING, scaling.rows())
-    write_csv(folder / "models.csv", MODELS, described)
+    write_csv(folder / "models.csv", with_active(MODELS, sizes), described)
     measured = metric_rows(metrics)
     named = any(row["part"] in NAMED_PARTS for row in measured)
     write_csv(folder / "metrics.csv", METRICS + PART * named, measured)
@@ -281,7 +298,7 @@ def write_summary(path: Path, model: Path, curves: list[Path]) -> None:
     """Write the rows of critical_sparsity.csv of one model's curves."""
     sizes = model_sizes([model])
     rows = (row for one in curves for row in critical_rows(_key(one), read_manifest(one), sizes))
-    write_csv(path, CRITICAL, rows)
+    write_csv(path, with_active(CRITICAL, sizes), rows)
 
 
 def main() -> None:

@@ -212,6 +212,18 @@ def slopes(figure: Figure) -> int:
     )
 
 
+def test_a_mixture_stands_where_its_active_parameters_are(tmp_path: Path) -> None:
+    sizes = {"small": {"parameters": 10**6}, "mixture": {"parameters": 10**8, "active": 10**5}}
+    tables = tables_of(tmp_path, models=sizes, sites=("intermediate",), criteria=("topp",))
+    with style.styled():
+        figure = model_size.scaling(tables)
+    assert "active non-embedding parameters" in words(figure)
+    places = {
+        float(x) for ax in figure.axes for line in ax.lines for x in line.get_xdata(orig=False)
+    }
+    assert places == {10.0**6, 10.0**5}
+
+
 def test_a_line_is_drawn_exactly_where_the_slope_is_resolved(plain):
     fits = plain.scaling
     shown = fits[(fits["bar"] == 0.99) & fits["task"].isin(["prose", "average"])]

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mixtures import EACH, EXPERTS, tiny_mixture
 from sparsity_atlas.models.parameters import count_parameters
+from sparsity_atlas.sites.find import find_parts
 from tiny_models import ARCHITECTURES, GROUPED, Strange, tiny_model
 
 VISION = {
@@ -69,3 +71,24 @@ def test_what_a_model_does_with_derivatives(change: str, monkeypatch: Any) -> No
     assert count_parameters(model)["total"] == model.num_parameters()
     assert all(one.grad is None for one in model.parameters())
     assert {one.requires_grad for one in model.parameters()} == {change != "frozen"}
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "deepseek_v3", "gpt_oss", "gemma4_text"])
+def test_of_routed_experts_a_token_meets_k(family: str) -> None:
+    """All experts but K of each layer are left out; routers, shared experts and dense layers are not."""
+    model = tiny_mixture(family)
+    found = count_parameters(model, find_parts(model))
+    resting = sum(
+        one.numel() // EXPERTS * (EXPERTS - EACH)
+        for name, one in model.named_parameters()
+        if ".experts." in name
+    )
+    assert resting
+    assert found["active"] == found["total"] - resting
+    assert found["active_non_embedding"] == found["non_embedding"] - resting
+    assert found["total"] == found["loaded"]
+
+
+def test_a_dense_model_has_no_active_ones() -> None:
+    model = tiny_model("llama")
+    assert "active" not in count_parameters(model, find_parts(model))

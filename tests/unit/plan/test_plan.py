@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import zarr
 
+from mixtures import wide_mixture
 from sparsity_atlas.activations import capture
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config, parse
@@ -23,8 +24,9 @@ from sparsity_atlas.plan.cost import go_offline_if_unreachable
 from sparsity_atlas.plan.dry_run import Batch, TaskCost
 from sparsity_atlas.plan.forecast import Start, evaluation_seconds, forecast
 from sparsity_atlas.plan.jobs import UNKNOWN, Amount, Job, jobs
-from sparsity_atlas.plan.model_facts import Outlook, Unknowns, captured_tokens, look
+from sparsity_atlas.plan.model_facts import Outlook, Unknowns, captured_tokens, look, measure
 from sparsity_atlas.plan.text import duration, show, size, text
+from sparsity_atlas.sites.find import find_parts
 from sparsity_atlas.tasks.load import load_tasks
 from tiny_lm import (
     CHOICE,
@@ -36,6 +38,7 @@ from tiny_lm import (
     open_session,
     rolling_documents,
     save_model,
+    tiny_tokenizer,
     write_model_manifest,
     write_task,
 )
@@ -117,6 +120,32 @@ def test_tokens_are_those_of_the_evaluation(
     else:
         assert cost.generation == real["tokens"]["generation"] == 0
     assert cost.sample.positions <= cost.positions
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "deepseek_v3"])
+def test_a_mixture_is_planned_by_what_a_token_meets(family: str, tmp_path: Path) -> None:
+    """Entries of K experts, and of what stands beside them, from a manifest as from the model itself."""
+    model = wide_mixture(family, vocab_size=300)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    manifest = write_model_manifest(tmp_path / "model", tmp_path / "model.json")
+    config = make_config({"m": {"path": str(tmp_path / "model")}}, {}, block={"levels": [0.5]})
+    known, unseen = (
+        look(config, "m", {}, path, Unknowns()) for path in (manifest, tmp_path / "none.json")
+    )
+    assert unseen.parameters == known.parameters == model.num_parameters()
+    assert not unseen.shapes
+    assert unseen.active is None
+    measure(config, "m", unseen, {})
+    assert known.active == unseen.active == read_manifest(manifest)["parameters"]["active"]
+    assert known.layers == unseen.layers == 3
+    each = {"experts": 2 * 64, "shared": 64 if family == "deepseek_v3" else 128, "ffn": 128}
+    beside = [part for part in find_parts(model) if part.name != "attention"]
+    for found in (known, unseen):
+        assert [one["intermediate"] for one in found.shapes] == [each[one.name] for one in beside]
+        assert [one["input"] for one in found.shapes] == [128] * len(beside)
+        weights = sum(3 * 128 * each[one.name] for one in beside)
+        assert found.ffn_share == weights / found.active
 
 
 def test_equal_requests_are_run_once(model_folder: Path, tmp_path: Path) -> None:

@@ -174,6 +174,26 @@ def test_minutes_come_from_the_tokens_of_the_dense_baseline(tmp_path: Path) -> N
     assert own.evaluation_minutes("m", 9) == 30 + round(9 * 3e6 * 2 * 8e9 / 1e13 / 60)
 
 
+def test_a_mixture_takes_memory_for_all_experts_and_time_for_those_that_are_met(
+    tmp_path: Path,
+) -> None:
+    memory = {"vocabulary": 1000, "pieces": True, "heads": 0, "cache": 384}
+    found = []
+    for name, active, routed in (("dense", 0, {}), ("mixture", 10**9, {"routed": 8})):
+        folder = tmp_path / name
+        write_model(folder / "m", 8 * 10**9, active=active, memory=memory | routed)
+        evaluated(folder, a={**largest(tokens=10**5, longest=100, scored=1)})
+        found.append(Needs(config(device="cuda"), str(folder)))
+    dense, mixture = found
+    assert mixture.capture_minutes("m", 10**6) - 30 == pytest.approx(
+        (dense.capture_minutes("m", 10**6) - 30) / 8, abs=1
+    )
+    assert host(mixture) == host(dense)
+    # Each of the eight experts has what it gets and makes of a token.
+    more = mixture.gpu_memory("evaluate", "m", "input") - dense.gpu_memory("evaluate", "m", "input")
+    assert more == pytest.approx(1.25 * 10**5 * 8 * 4 * 64 * 2 / 2**20, abs=1)
+
+
 def test_each_attempt_asks_for_more(tmp_path: Path) -> None:
     with_manifest(tmp_path)
     ask = Asks(config(device="cuda"), str(tmp_path))

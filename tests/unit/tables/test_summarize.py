@@ -7,9 +7,10 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from fake_results import make_results, result_files
+from fake_results import make_results, make_tables, result_files
 from sparsity_atlas.files.csv import write_side_by_side
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.tables import summarize
@@ -61,6 +62,28 @@ def test_the_command_writes_the_same_tables(
     assert written == sorted(path.name for path in results.glob("*.csv"))
     for name in written:
         assert (results / name).read_bytes() == (tmp_path / name).read_bytes(), name
+
+
+def test_a_mixture_brings_the_active_parameters(results: Path, tmp_path: Path) -> None:
+    """A mixture is compared by what a token meets; a table of dense models has no column for that."""
+    sizes = {"small": {"parameters": 10**6}, "middle": {"parameters": 10**7, "active": 10**6 // 2}}
+    make_results(tmp_path, sizes | {"large": {"parameters": 10**7}}, sites=SITES)
+    tables = make_tables(tmp_path)
+    active = {"small": 10**6, "middle": 10**6 // 2, "large": 10**7}
+    for frame in (tables.models, tables.critical_sparsity):
+        found = frame.groupby("model")["active_non_embedding_parameters"].unique()
+        assert {model: list(one) for model, one in found.items()} == {
+            model: [number] for model, number in active.items()
+        }
+        assert (frame["active_parameters"] == 2 * frame["active_non_embedding_parameters"]).all()
+    assert tables.by_size() == ["middle", "small", "large"]
+    points = tables.critical_sparsity.query("criterion == 'topp' and site == 'input'")
+    points = points[(points["task"] == "prose") & (points["bar"] == 0.99)]
+    line = tables.scaling.query("site == 'input' and task == 'prose' and bar == 0.99").iloc[0]
+    x = np.log10([active[model] for model in points["model"]])
+    assert line["slope"] == pytest.approx(np.polyfit(x, points["value"], 1)[0])
+    dense = make_tables(results)
+    assert not any("active" in name for name in [*dense.models, *dense.critical_sparsity])
 
 
 def test_tables_side_by_side_are_all_whole_or_all_as_before(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
@@ -26,6 +27,7 @@ from sparsity_atlas.sites.forward_watch import ForwardWatch
 from sparsity_atlas.sites.part import (
     Given,
     Observer,
+    Part,
     Rewriter,
     Routing,
     Vectors,
@@ -267,6 +269,11 @@ class Experts:
     def describe(self) -> dict[str, Any]:
         """See `Part.describe`."""
         return {"layer": self.layer, "part": self.name, **self.routed.describe()}
+
+
+def met(parts: Iterable[Part]) -> int:
+    """How many routed experts a token meets in a layer at most; 0 in a dense model."""
+    return max((part.routed.each for part in parts if isinstance(part, Experts)), default=0)
 
 
 def bind_experts(entry: dict[str, Any], model: nn.Module) -> Experts:

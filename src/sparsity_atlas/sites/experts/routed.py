@@ -42,6 +42,13 @@ class RoutedExperts:
         """The tensors that they have, in the order in which a forward pass makes them."""
         return ("input", "intermediate") if self.gating is None else _GATED
 
+    @property
+    def resting(self) -> int:
+        """Parameters of the E - K experts that a token does not meet."""
+        # What all experts share has no axis for them.
+        own = (one.numel() for one in self.module.parameters() if one.shape[:1] == (self.count,))
+        return sum(own) // self.count * (self.count - self.each)
+
     def size(self, tensor: str) -> int:
         """Entries of a tensor for one token, those of its K experts together."""
         return self.hidden if tensor == "input" else self.each * self.width

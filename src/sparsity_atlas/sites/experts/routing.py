@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparsity_atlas.sites.experts.discovery import interfaced
 
-Routing = dict[str, Tensor]
+Choices = dict[str, Tensor]
 """The experts of each token, int [N, K], by the path of the experts module."""
 
 # What experts are called with, see `implementation.forward`.
@@ -25,9 +25,9 @@ _Change = Callable[[str, Tensor, Tensor], "tuple[Tensor, Tensor]"]
 
 
 @contextmanager
-def recorded(model: nn.Module) -> Iterator[Routing]:
+def recorded(model: nn.Module) -> Iterator[Choices]:
     """Note the routing of a forward pass; nothing for a dense model."""
-    seen: Routing = {}
+    seen: Choices = {}
 
     def note(path: str, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         seen[path] = index.clone()
@@ -38,7 +38,7 @@ def recorded(model: nn.Module) -> Iterator[Routing]:
 
 
 @contextmanager
-def repeated(model: nn.Module, routing: Routing, where: Tensor) -> Iterator[None]:
+def repeated(model: nn.Module, routing: Choices, where: Tensor) -> Iterator[None]:
     """Send some tokens of a forward pass to the experts that a routing names.
 
     An expert keeps the weight that the pass itself gives it; one that it would not choose gets that of
