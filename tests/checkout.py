@@ -37,11 +37,13 @@ ZOO = Path("workflow/resources/zoo")
 # What Snakemake and the stages import, but for this project.
 LIBRARIES = (
     *("snakemake.cli", "pandas", "pydantic", "pyarrow.parquet", "zarr", "scipy.stats", "seaborn"),
-    *("jinja2", "torch", "numba", "safetensors.torch"),
+    *("jinja2", "torch", "compiled", "safetensors.torch", "snakemake.report.html_reporter"),
+    *("snakemake.benchmark", "snakemake.profiles", "snakemake.storage", "smart_open", "scipy.io"),
+    *("matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg"),
 )
 # The same, of what reads when it is imported where the Hub is.
 HUB_LIBRARIES = (
-    *("datasets", "lm_eval.tasks", "lm_eval.api.model", "lm_eval.evaluator_utils"),
+    *("datasets", "lm_eval.tasks", "lm_eval.evaluator", "lm_eval.models.huggingface"),
     *("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto"),
     "transformers.models.llama.modeling_llama",
 )

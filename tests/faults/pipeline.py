@@ -62,9 +62,9 @@ def make(path: Path) -> Checkout:
     return checkout
 
 
-def jobs(checkout: Checkout, config: dict[str, Any] | None = None) -> list[Job]:
+def jobs(checkout: Checkout) -> list[Job]:
     """Every job of a run, in an order in which they can be run one after the other."""
-    planned = checkout.plan("--printshellcmds", "--forceall", config=config or configuration())
+    planned = checkout.plan("--printshellcmds", "--forceall", config=configuration())
     assert planned.returncode == 0, planned.text
     found = []
     for block in re.split(r"\n(?=(?:local)?rule \w+:\n)", planned.text)[1:]:
@@ -138,6 +138,11 @@ def seconds(checkout: Checkout) -> dict[Job, float]:
     """The jobs of `run_all`, in order, and the seconds that each took."""
     took = json.loads((checkout.path / "seconds.json").read_text())
     return {Job(rule, tuple(outputs), command): time for (rule, outputs, command), time in took}
+
+
+def job_of(checkout: Checkout, rule: str) -> Job:
+    """The first job of a rule in `run_all`, of which this is a copy: it need not be planned again."""
+    return next(job for job in seconds(checkout) if job.rule == rule)
 
 
 def copy(checkout: Checkout, path: Path) -> Checkout:

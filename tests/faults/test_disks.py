@@ -88,7 +88,7 @@ def pages(path: Path) -> int:
 def test_a_disk_that_is_full(copied: tuple[Checkout, Disk], whole: Checkout, rule: str) -> None:
     """One line, nothing that looks whole, and with more room the bytes of an undisturbed run."""
     checkout, disk = copied
-    job = next(job for job in pipeline.jobs(whole) if job.rule == rule)
+    job = pipeline.job_of(whole, rule)
     made = products(checkout, job)
     needed = sum(pages(path) for path in made)
     for path in made:
@@ -108,7 +108,7 @@ def test_a_disk_that_fills_up_during_a_capture(
 ) -> None:
     """It had room when the capture began. What was captured stays, and is not captured again."""
     checkout, disk = copied
-    job = next(job for job in pipeline.jobs(whole) if job.rule == "capture")
+    job = pipeline.job_of(whole, "capture")
     for path in products(checkout, job):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     checkout.forget_forwards()
@@ -126,7 +126,7 @@ def test_a_disk_that_fills_up_during_a_capture(
 def test_a_disk_that_cannot_hold_the_store(copied: tuple[Checkout, Disk], whole: Checkout) -> None:
     """Refused before the first pass; nothing is begun."""
     checkout, disk = copied
-    job = next(job for job in pipeline.jobs(whole) if job.rule == "capture")
+    job = pipeline.job_of(whole, "capture")
     with _without(products(checkout, job), checkout.path / "away"):
         before = checkout.contents()
         checkout.forget_forwards()
@@ -159,7 +159,7 @@ def test_results_that_cannot_be_written(copied: tuple[Checkout, Disk], whole: Ch
     disk.remount("ro")
     try:
         for rule in ("run_config", "model", "evaluate", "tables"):
-            job = next(job for job in pipeline.jobs(whole) if job.rule == rule)
+            job = pipeline.job_of(whole, rule)
             assert pipeline.run(checkout, job) == 1
             assert "the file system is read-only" in pipeline.error_of(checkout, job)
         done = checkout.run(
@@ -192,7 +192,7 @@ def test_damaged_activations_are_not_measured(
             path.write_bytes(path.read_bytes()[:-7])
         case _:
             path.unlink()
-    job = next(job for job in pipeline.jobs(whole) if job.rule == rule)
+    job = pipeline.job_of(whole, rule)
     assert pipeline.run(spoilt, job) == 1
     error = pipeline.error_of(spoilt, job)
     assert "results/tiny/activations.zarr: " in error
@@ -202,7 +202,7 @@ def test_damaged_activations_are_not_measured(
 def test_a_manifest_of_a_newer_release(spoilt: Checkout, whole: Checkout) -> None:
     path = spoilt.results / "tiny/model.json"
     write_manifest(path, {**read_manifest(path), "format": 2})
-    job = next(job for job in pipeline.jobs(whole) if job.rule == "dense")
+    job = pipeline.job_of(whole, "dense")
     assert pipeline.run(spoilt, job) == 1
     error = pipeline.error_of(spoilt, job)
     assert "model.json: format 2 is newer than this release reads (1); update" in error
@@ -210,7 +210,7 @@ def test_a_manifest_of_a_newer_release(spoilt: Checkout, whole: Checkout) -> Non
 
 def test_a_journal_cut_in_a_record(spoilt: Checkout, whole: Checkout) -> None:
     """What is whole of it is used; the rest is computed again."""
-    job = next(job for job in pipeline.jobs(whole) if job.rule == "dense")
+    job = pipeline.job_of(whole, "dense")
     passes = _passes(spoilt, whole, job)
     node = spoilt.results / "tiny/dense"
     shutil.rmtree(node)

@@ -110,7 +110,7 @@ def test_what_the_doctor_prescribes_mends_it(spoilt: Checkout, whole: Checkout) 
     removal, command = lines[-2:]
     subprocess.run(["bash", "-c", removal], cwd=spoilt.path, check=True)
     targets = command.removeprefix("snakemake --cores all ").split()
-    for job in pipeline.jobs(whole):
+    for job in pipeline.seconds(whole):
         if set(job.outputs) & set(targets):
             assert pipeline.run(spoilt, job) == 0, pipeline.log_of(spoilt, job)
     assert all((spoilt.path / target).is_file() for target in targets), targets

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from snakemake.utils import update_config
 
 from checkout import Checkout, Planned
+from sparsity_atlas.config.schema import parse
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.rules.asks import Asks
+from sparsity_atlas.rules.inputs import check_inputs
 
 
 def counts(planned: Planned) -> dict[str, int]:
@@ -186,10 +193,10 @@ def _mistakes() -> dict[str, tuple[dict[str, Any], list[str]]]:
     }
 
 
-@pytest.mark.parametrize("mistake", list(_mistakes()))
-def test_mistakes_end_in_one_line(empty: Checkout, config: dict[str, Any], mistake: str) -> None:
+def spoil(config: dict[str, Any], mistake: str, folder: Path) -> list[str]:
+    """Make a mistake in the smoke configuration, and a broken task; what its message must name."""
     changes, named = _mistakes()[mistake]
-    broken = empty.path / "broken_tasks" / "broken.yaml"
+    broken = folder / "broken_tasks" / "broken.yaml"
     broken.parent.mkdir(exist_ok=True)
     broken.write_text("task: [unclosed\n")
     for key, value in changes.items():
@@ -199,6 +206,36 @@ def test_mistakes_end_in_one_line(empty: Checkout, config: dict[str, Any], mista
             config[key] = value
     if "mine" in config.get("criteria", {}):
         config["run"][1]["criteria"] = ["mine"]
+    return named
+
+
+def read(content: dict[str, Any]) -> None:
+    """Read a configuration as `workflow/rules/common.smk` does."""
+    config = parse(content)
+    check_inputs(config)
+    Asks(config, "results")
+
+
+@pytest.mark.parametrize("mistake", list(_mistakes()))
+def test_mistakes_are_named(
+    empty: Checkout, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
+    """In `config.yaml` and this one, which Snakemake merges."""
+    named = spoil(config, mistake, empty.path)
+    monkeypatch.chdir(empty.path)
+    merged = yaml.safe_load(Path("config.yaml").read_text(encoding="utf-8"))
+    update_config(merged, config)
+    with pytest.raises(AtlasError) as caught:
+        read(merged)
+    assert all(word in str(caught.value) for word in named)
+
+
+# What each of the two calls finds first and last.
+@pytest.mark.parametrize(
+    "mistake", ["unknown key", "level twice", "text file missing", "criterion file missing"]
+)
+def test_mistakes_end_in_one_line(empty: Checkout, config: dict[str, Any], mistake: str) -> None:
+    named = spoil(config, mistake, empty.path)
     planned = empty.plan(config=config)
     assert planned.returncode == 1
     # Snakemake's own lines say which profile and configuration files it reads.
