@@ -362,7 +362,8 @@ def test_the_report_escapes_what_it_shows(tmp_path: Path) -> None:
 
 
 def test_the_figures_escape_what_they_show(tmp_path: Path) -> None:
-    results = make_results(tmp_path, {"a": {"architecture": EVIL, "activation": EVIL}, "b": {}})
+    models = {"a": {"architecture": EVIL, "activation": EVIL}, "b": {}}
+    results = make_results(tmp_path, models, sites=("input",))
     summarize.write_tables(
         results,
         sorted(results.glob("*/model.json")),

@@ -88,8 +88,13 @@ SHAPES = {
         "levels": ("0.9",),
         "tasks": {"acc": {"kind": "accuracy", "items": 20, "chance": 0.25}},
     },
-    "loss only": {"models": {"a": {}, "b": {}}, "tasks": {"text": {"kind": "loss"}}},
-    "a name that mathematics would spoil": {"models": {"a$b_c^d$": {}}, "criteria": ("x" * 60,)},
+    "loss only": {
+        **{"models": {"a": {}, "b": {}}, "sites": ("input",)},
+        "tasks": {"text": {"kind": "loss"}},
+    },
+    "a name that mathematics would spoil": {
+        **{"models": {"a$b_c^d$": {}}, "criteria": ("x" * 60,), "sites": ("input",)},
+    },
 }
 
 
