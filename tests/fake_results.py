@@ -22,7 +22,7 @@ from sparsity_atlas.statistics.bootstrap import TaskSamples
 from sparsity_atlas.studies import output_error, sensitivity
 from sparsity_atlas.tables import summarize
 from sparsity_atlas.tables.read import Tables, read_tables
-from sparsity_atlas.terms import TENSORS
+from sparsity_atlas.terms import TENSORS, plain
 
 LEVELS = ("0.97", "0.9", "0.75", "0.5")
 ENTRIES = 1000
@@ -107,7 +107,7 @@ def write_curve(
     folder: Path, tasks: Sequence[TaskSamples], levels: Sequence[str], replicates: int = 100
 ) -> None:
     """All files of results/M/C/S, of its nodes only eval.json."""
-    site = folder.name
+    site = plain(folder.name)
     estimates = estimate_all(tasks, replicates, 0)
     shares = {level: (1 - float(level)) ** 0.5 for level in levels}
     failures = [
@@ -202,7 +202,7 @@ def make_results(
         write_model(results / name, **about)
         write_manifest(results / name / "dense" / "eval.json", {"tasks": {}})
         for site in sites:
-            write_metrics(results / name, site)
+            write_metrics(results / name, plain(site))
             for criterion in criteria:
                 seed = zlib.crc32(f"{name} {criterion} {site}".encode())
                 bend = tolerance * (1 if site == "intermediate" else 0.8)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from itertools import combinations
 from typing import Literal, NamedTuple, get_args
 
 # FFN(x) = W_d (u ⊙ g), u = W_u x, g = σ(W_g x).
@@ -44,6 +46,45 @@ ROUTING = ("index", "weights")
 # What a language model is: it predicts the next token, or masked ones among all others.
 CAUSAL, DIFFUSION = "causal", "diffusion"
 KINDS = (CAUSAL, DIFFUSION)
+
+
+# The parts beside attention, to some of which an FFN's site may be confined.
+PartBeside = Literal["ffn", "shared", "experts"]
+BESIDE: tuple[str, ...] = get_args(PartBeside)
+
+
+def confined(site: str, parts: Collection[str]) -> str:
+    """A site in some parts of the layers only, as paths spell it: `intermediate@shared+experts`.
+
+    Args:
+        site: one of `SITES`.
+        parts: of `BESIDE`, in any order; none or all of them mean the site in every part.
+    """
+    named = [part for part in BESIDE if part in parts]
+    return site if len(named) in (0, len(BESIDE)) else f"{site}@{'+'.join(named)}"
+
+
+def plain(site: str) -> str:
+    """The site of `SITES` that a spelling names, whatever parts it is confined to."""
+    return site.partition("@")[0]
+
+
+def parts_named(site: str) -> tuple[str, ...]:
+    """The parts that a spelling confines its site to; none: it is that of all parts."""
+    names = site.partition("@")[2]
+    return tuple(names.split("+")) if names else ()
+
+
+# Everything that a path may have as its site.
+SPELLED: tuple[str, ...] = (
+    *SITES,
+    *(
+        confined(site, parts)
+        for site in FFN_SITES
+        for count in range(1, len(BESIDE))
+        for parts in combinations(BESIDE, count)
+    ),
+)
 
 
 class PlaceKey(NamedTuple):

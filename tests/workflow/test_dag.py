@@ -123,9 +123,51 @@ def test_a_node_that_no_block_names(empty: Checkout, path: str) -> None:
     assert planned.counts == {"evaluate": 1, "model": 1}
 
 
+def test_parts_of_a_layer_have_nodes_of_their_own(empty: Checkout, config: dict[str, Any]) -> None:
+    """And none else: what is captured is of all parts, once."""
+    before = empty.plan(config=config)
+    block = {"models": ["zoo-small"], "criteria": ["topk"], "sites": ["intermediate"]}
+    block |= {"parts": ["ffn"], "levels": [0.9]}
+    config["run"].append({**block, "sensitivity": [0.9]})
+    after = empty.plan(config=config)
+    assert after.returncode == 0, after.text
+    folder = "zoo-small/topk/intermediate@ffn"
+    new = after.jobs - before.jobs
+    assert {job for job in new if folder in job} == new
+    assert after.of("evaluate") - before.of("evaluate") == {f"evaluate {folder}/0.9/eval.json"}
+    assert after.of("sensitivity") - before.of("sensitivity") == {
+        f"sensitivity {folder}/sensitivity.parquet"
+    }
+    assert after.of("capture", "metrics") == before.of("capture", "metrics")
+    # All parts that there may be are the plain site, whatever their order.
+    config["run"][-1] |= {"parts": ["experts", "ffn", "shared"]}
+    assert not [job for job in empty.plan(config=config).jobs if "@" in job]
+
+
+@pytest.mark.parametrize(
+    ("site", "there"),
+    [
+        ("intermediate@ffn", True),
+        ("all_inputs@shared+experts", True),
+        ("intermediate@experts+shared", False),  # not in their order
+        ("intermediate@ffn+shared+experts", False),  # all of them
+        ("intermediate@attention", False),
+        ("qkv_input@experts", False),
+        ("intermediate@", False),
+    ],
+)
+def test_a_site_in_parts_of_a_layer_by_its_path(empty: Checkout, site: str, there: bool) -> None:
+    planned = empty.plan(f"results/zoo-small/topk/{site}/0.9/eval.json")
+    expected = {"evaluate": 1, "model": 1} if there else {}
+    assert planned.counts == expected
+    assert (planned.returncode == 0) == there
+
+
 @pytest.mark.parametrize(
     "path",
     [
+        "zoo-small/capture/intermediate@ffn.json",
+        "zoo-small/metrics/intermediate@ffn.parquet",
         "zoo-small/topk/intermediate/0.90/eval.json",  # not as levels are spelled in paths
         "zoo-small/topk/intermediate/1.0/eval.json",
         "zoo-small/topk/intermediate/-1/eval.json",
@@ -172,6 +214,14 @@ def _mistakes() -> dict[str, tuple[dict[str, Any], list[str]]]:
         "unknown criterion": ({"run": [{**block, "criteria": ["topq"]}]}, ["criteria", "topq"]),
         "unknown rule": ({"criteria": {"topk": {"rule": "topq"}}}, ["topq"]),
         "unknown site": ({"run": [{**block, "sites": ["middle"]}]}, ["sites", "middle"]),
+        "unknown part": (
+            {"run": [{**block, "parts": ["router"]}]},
+            ["run.0.parts.0", "'ffn', 'shared' or 'experts'", "router"],
+        ),
+        "parts of attention": (
+            {"run": [{**block, "sites": ["o_input"], "parts": ["experts"]}]},
+            ["run: parts", "'o_input'", "attention", "intermediate"],
+        ),
         "unknown task": ({"run": [{**block, "tasks": ["sums"]}]}, ["tasks", "sums"]),
         "level out of range": ({"run": [{**block, "levels": [1.5]}]}, ["levels", "1.5", "topk"]),
         "level twice": ({"run": [{**block, "levels": [0.9, "0.90"]}]}, ["levels", "twice", "0.9"]),

@@ -8,7 +8,7 @@ Out: calibration.safetensors for each model, criterion and site: what every leve
 rule calibrate:
     input:
         model="results/{model}/model.json",
-        capture="results/{model}/capture/{site}.json",
+        capture=ask.capture,
     output:
         "results/{model}/{criterion}/{site}/calibration.safetensors",
     log:

@@ -15,6 +15,8 @@ rule capture:
         "results/logs/{model}/capture/{site}.log",
     benchmark:
         "results/benchmarks/{model}/capture/{site}.jsonl"
+    wildcard_constraints:
+        site="|".join(SITES),
     conda:
         "../../envs/atlas.yaml"
     threads: ask.capture_threads

@@ -14,6 +14,8 @@ rule metrics:
         "results/logs/{model}/metrics/{site}.log",
     benchmark:
         "results/benchmarks/{model}/metrics/{site}.jsonl"
+    wildcard_constraints:
+        site="|".join(SITES),
     conda:
         "../../envs/atlas.yaml"
     threads: 1
@@ -32,7 +34,7 @@ rule metrics:
 rule output_error:
     input:
         model="results/{model}/model.json",
-        capture="results/{model}/capture/{site}.json",
+        capture=ask.capture,
         search=ask.curve_search,
         calibration=ask.calibration,
     output:

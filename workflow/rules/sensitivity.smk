@@ -9,7 +9,7 @@ Out: sensitivity.parquet for each model, criterion and site of a run block with 
 rule sensitivity:
     input:
         model="results/{model}/model.json",
-        capture="results/{model}/capture/{site}.json",
+        capture=ask.capture,
         calibration=ask.calibration,
     output:
         "results/{model}/{criterion}/{site}/sensitivity.parquet",

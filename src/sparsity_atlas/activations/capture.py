@@ -35,7 +35,7 @@ from sparsity_atlas.files.whole import digest, locked, write_manifest
 from sparsity_atlas.models.bos import begins_with_bos
 from sparsity_atlas.models.devices import pick_device, pick_dtype
 from sparsity_atlas.models.loading import load, load_tokenizer
-from sparsity_atlas.models.manifest import check_sites, from_manifest
+from sparsity_atlas.models.manifest import from_manifest
 from sparsity_atlas.models.memory import (
     MOST_HELD,
     PENDING,
@@ -44,7 +44,8 @@ from sparsity_atlas.models.memory import (
     of_a_capture,
     of_a_pass,
 )
-from sparsity_atlas.terms import TENSORS
+from sparsity_atlas.sites.part import Available
+from sparsity_atlas.terms import TENSORS, plain
 
 if TYPE_CHECKING:
     import numpy as np
@@ -270,8 +271,9 @@ def main() -> None:
     settings = arguments.settings
 
     manifest, checkpoint = from_manifest(arguments.model)
-    check_sites(manifest["name"], [arguments.site], manifest["sites"])
-    siblings = [site for site in arguments.siblings.split(",") if site in manifest["sites"]]
+    Available.in_manifest(manifest).check(manifest["name"], arguments.site)
+    asked = map(plain, arguments.siblings.split(","))
+    siblings = [site for site in dict.fromkeys(asked) if site in manifest["sites"]]
     tokenizer = load_tokenizer(checkpoint, add_bos_token=settings["add_bos_token"])
     text = pinned(settings["text"])
     ids = token_ids(

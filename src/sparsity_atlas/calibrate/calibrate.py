@@ -22,7 +22,8 @@ from sparsity_atlas.criteria.calibration_file import write_calibration
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.models.loading import load, load_tokenizer
-from sparsity_atlas.models.manifest import check_sites, from_manifest
+from sparsity_atlas.models.manifest import from_manifest
+from sparsity_atlas.sites.part import Available, chosen
 from sparsity_atlas.terms import TENSORS
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def main() -> None:
             f"{captured['tokens']} captured tokens, and some must be left to measure output errors on"
         )
     manifest, checkpoint = from_manifest(arguments.model)
-    check_sites(manifest["name"], [arguments.site], manifest["sites"])
+    Available.in_manifest(manifest).check(manifest["name"], arguments.site)
 
     from sparsity_atlas.sites.find import bind_parts
 
@@ -157,9 +158,9 @@ def main() -> None:
     store = ActivationStore(arguments.store)
     for tensor in captured["tensors"]:
         store.check(tensor)
-    parts = bind_parts(model, manifest["ffn"])
+    parts, site = chosen(bind_parts(model, manifest["ffn"]), arguments.site)
     content, text = seen_text(checkpoint, store, tokens)
-    states = calibrate(criterion, parts, arguments.site, store, tokens)
+    states = calibrate(criterion, parts, site, store, tokens)
     about: dict[str, Any] = {
         "model": manifest["digest"],
         "site": arguments.site,

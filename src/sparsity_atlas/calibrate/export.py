@@ -26,7 +26,8 @@ from sparsity_atlas.files.whole import (
     write_manifest,
 )
 from sparsity_atlas.models.loading import load
-from sparsity_atlas.models.manifest import check_sites, from_manifest
+from sparsity_atlas.models.manifest import from_manifest
+from sparsity_atlas.sites.part import Available, chosen
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
     for level in levels:
         check_level(criterion, level)
     manifest, checkpoint = from_manifest(arguments.model)
-    check_sites(manifest["name"], [arguments.site], manifest["sites"])
+    Available.in_manifest(manifest).check(manifest["name"], arguments.site)
     calibration = read_calibration(arguments.calibration)
 
     from safetensors.torch import save_file
@@ -57,8 +58,8 @@ def main() -> None:
 
     settings = arguments.settings
     model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
-    parts = bind_parts(model, manifest["ffn"])
-    bound = bind_all(criterion, parts, arguments.site, calibration.states)
+    parts, site = chosen(bind_parts(model, manifest["ffn"]), arguments.site)
+    bound = bind_all(criterion, parts, site, calibration.states)
     about: dict[str, Any] = {
         "model": {key: manifest[key] for key in ("name", "source", "revision", "digest")},
         "criterion": {key: value for key, value in arguments.criterion.items() if key != "file"},
@@ -66,7 +67,7 @@ def main() -> None:
         "calibration": calibration.identity(),
         "readers": {
             state_name(place.key): [reader.path for reader in place.readers()]
-            for place in places(parts, arguments.site)
+            for place in places(parts, site)
         },
     }
     written = {}

@@ -13,13 +13,14 @@ from typing import Any
 
 from sparsity_atlas.config.schema import Config, RunBlock
 from sparsity_atlas.files.whole import read_manifest
+from sparsity_atlas.terms import confined, plain
 
 DEFAULT_SITES = ("intermediate", "input")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A (model, criterion, site) with the levels and tasks that the run blocks ask of it.
+    """A (model, criterion, site as paths spell it) with the levels and tasks that the run blocks ask of it.
 
     sensitivity: levels at which one layer at a time is sparsified.
     """
@@ -39,8 +40,9 @@ class Curve:
 
 
 def block_sites(config: Config, block: RunBlock, model: str) -> tuple[str, ...]:
-    """Sites that a block asks of a model."""
-    return tuple(block.sites or config.models[model].sites or DEFAULT_SITES)
+    """Sites that a block asks of a model, as paths spell them."""
+    sites = block.sites or config.models[model].sites or DEFAULT_SITES
+    return tuple(confined(site, block.parts or ()) for site in sites)
 
 
 def curves(config: Config) -> list[Curve]:
@@ -94,8 +96,13 @@ def model_tasks(config: Config, model: str) -> tuple[str, ...]:
 
 
 def model_sites(config: Config, model: str) -> tuple[str, ...]:
-    """Sites of all curves of a model, each once."""
+    """Sites of all curves of a model, as paths spell them, each once."""
     return tuple(dict.fromkeys(curve.site for curve in curves(config) if curve.model == model))
+
+
+def stored_sites(config: Config, model: str) -> tuple[str, ...]:
+    """Sites whose activations are captured for these: of all parts, each once."""
+    return tuple(dict.fromkeys(plain(site) for site in model_sites(config, model)))
 
 
 def _json(value: Any) -> str:

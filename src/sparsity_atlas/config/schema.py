@@ -27,7 +27,7 @@ from sparsity_atlas.config.strict import Strict, some
 from sparsity_atlas.credentials import places
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.spelling import Level, Name, Repository, Revision
-from sparsity_atlas.terms import Site
+from sparsity_atlas.terms import PartBeside, Site
 
 
 class ModelEntry(Strict):
@@ -188,6 +188,9 @@ class RunBlock(Strict):
     criteria: Annotated[list[str], AfterValidator(some)] = Field(default=["topp"])
     sites: Annotated[list[Site], AfterValidator(some)] | None = None
     """Unset: the model's own `sites`, else intermediate and input, which every FFN has."""
+    parts: Annotated[list[PartBeside], AfterValidator(some)] | None = None
+    """Parts of a layer that are sparsified, beside attention; the others stay dense. Paths then say
+    `intermediate@experts`. Unset: all."""
     levels: Annotated[
         Annotated[Literal["auto"], Tag("literal[auto]")]
         | Annotated[list[Level], AfterValidator(some), Tag("list[levels]")],

@@ -18,11 +18,11 @@ from sparsity_atlas.curves.critical import critical
 from sparsity_atlas.curves.equal_sparsity import REPLICATES, Of, equal_rows, write_equal
 from sparsity_atlas.curves.points import CurvePoint, curve_points, estimate_all
 from sparsity_atlas.errors import AtlasError, TaskFailure
-from sparsity_atlas.evaluation.samples import read_table
+from sparsity_atlas.evaluation.samples import at_site, read_table
 from sparsity_atlas.files.whole import read_manifest, write_manifest
 from sparsity_atlas.statistics.bootstrap import Estimates, TaskSamples
 from sparsity_atlas.tasks.score import Kind, choose_metric, sample_values
-from sparsity_atlas.terms import AVERAGE, TENSORS
+from sparsity_atlas.terms import AVERAGE, TENSORS, plain
 
 
 class NodeSamples:
@@ -33,8 +33,8 @@ class NodeSamples:
         self.manifest = read_manifest(folder / "eval.json")
         header, self._table = read_table(folder / "samples.parquet")
         slots = header["slots"]
-        self._slots = [i for i, (tensor, *_) in enumerate(slots) if tensor in TENSORS[site]]
-        self._tensors = [slots[i][0] for i in self._slots]
+        self._slots = [i for i, slot in enumerate(slots) if at_site(slot, site)]
+        self._tensors = [slot[0] for slot in slots]
         self._widths = np.array([slots[i][2] for i in self._slots])
         self._count = len(slots)
 
@@ -61,7 +61,9 @@ class NodeSamples:
         by_layer = {
             tensor: iter(self._said(shares[tensor], "outputs")) for tensor in set(self._tensors)
         }
-        return np.array([next(by_layer[tensor]) for tensor in self._tensors])
+        # Of all slots, of which a site may be confined to some.
+        every = [next(by_layer[tensor]) for tensor in self._tensors]
+        return np.array([every[i] for i in self._slots])
 
     def cut(self, task: str) -> dict[str, int]:
         """How many of the task's items were cut to the model's context, and how.
@@ -178,13 +180,16 @@ def _values(task: str, rows: pa.Table, kind: Kind, key: str | None) -> np.ndarra
     return np.array(sample_values(task, key, rows["metrics"].to_pylist()))
 
 
-def layer_profile(node: NodeSamples, tasks: list[str]) -> dict[str, list[float]]:
-    """Induced sparsity of each layer, mean over tasks, for each tensor at the site."""
+def layer_profile(node: NodeSamples, tasks: list[str]) -> dict[str, list[float | None]]:
+    """Induced sparsity of each layer, mean over tasks, for each tensor at the site; None: left dense."""
     results = [node.manifest["tasks"][task]["sparsity"] for task in tasks if node.ok(task)]
-    tensors = results[0] if results else {}
-    return {
-        name: np.mean([one[name]["layers"] for one in results], axis=0).tolist() for name in tensors
-    }
+    profile: dict[str, list[float | None]] = {}
+    for name in results[0] if results else ():
+        shares = np.array([one[name]["layers"] for one in results], dtype=np.float64)
+        profile[name] = [
+            None if np.isnan(mean) else mean for mean in np.mean(shares, axis=0).tolist()
+        ]
+    return profile
 
 
 def phases(node: NodeSamples, task: str) -> dict[str, Any]:
@@ -203,7 +208,7 @@ def parameter_sparsity(node: NodeSamples, task: str, site: str) -> float | None:
     """
     if not node.ok(task):
         return None
-    tensors = [node.manifest["tasks"][task]["sparsity"][tensor] for tensor in TENSORS[site]]
+    tensors = [node.manifest["tasks"][task]["sparsity"][tensor] for tensor in TENSORS[plain(site)]]
     products = sum(one["products"] for one in tensors)
     return sum(one["zero_products"] for one in tensors) / products if products else None
 

@@ -28,15 +28,14 @@ from sparsity_atlas.evaluation.samples import SCHEMA, SampleTable, read_samples
 from sparsity_atlas.files.journal import Journal
 from sparsity_atlas.files.whole import canonical, digest, locked, write_manifest
 from sparsity_atlas.models.loading import load, load_tokenizer
-from sparsity_atlas.models.manifest import check_sites, from_manifest
-from sparsity_atlas.sites.part import sites_of
+from sparsity_atlas.models.manifest import from_manifest
+from sparsity_atlas.sites.part import Available, Part, chosen
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from lm_eval.api.task import Task
 
     from sparsity_atlas.lm.model import AtlasLM
-    from sparsity_atlas.sites.find import Part
     from sparsity_atlas.sparsify.attach import Counter, Slot
     from sparsity_atlas.tasks.loaded import LoadedTask
     from sparsity_atlas.tasks.prepared import Prepared
@@ -130,7 +129,8 @@ class Session:
         """What is counted."""
         from sparsity_atlas.sparsify.attach import slots_of
 
-        return slots_of(self.parts, *((node.site, node.rule) if node else (None,)))
+        at = (*chosen(self.parts, node.site), node.rule) if node else (self.parts, None, None)
+        return slots_of(*at)
 
     def attach(self, node: Node | None) -> contextlib.AbstractContextManager[Counter]:
         """Sparsify the model as the node says; None counts exact zeros of the dense model."""
@@ -139,8 +139,8 @@ class Session:
         if node is None:
             return counted(self.lm.model, self.parts)
         states = node.calibration.states if node.calibration else None
-        level = float(node.level)
-        return sparsified(self.lm.model, self.parts, node.site, node.rule, level, states)
+        parts, site = chosen(self.parts, node.site)
+        return sparsified(self.lm.model, parts, site, node.rule, float(node.level), states)
 
     def check_metric(self, name: str, wanted: str | None) -> None:
         """Refuse a metric that a task will not report of each document; looked at once.
@@ -196,7 +196,7 @@ def evaluate_node(
     identity = {**session.identity, **(node.identity() if node else {"criterion": None})}
     path = folder / "samples.parquet"
     if node is not None:
-        check_sites("of this run", [node.site], list(sites_of(session.parts)))
+        Available.in_parts(session.parts).check("of this run", node.site)
     with locked(folder / ".lock"):
         slots = session.slots(node)
         table = read_samples(path, [slot.columns() for slot in slots])

@@ -30,15 +30,15 @@ from sparsity_atlas.lm.usage import Usage
 from sparsity_atlas.models.causality import NOT_YET, kind_of
 from sparsity_atlas.models.loading import load, load_tokenizer
 from sparsity_atlas.models.logits import head
-from sparsity_atlas.models.manifest import check_sites, resolve
+from sparsity_atlas.models.manifest import resolve
 from sparsity_atlas.models.memory import Sizes
 from sparsity_atlas.models.positions import check_positions
 from sparsity_atlas.models.tokenizer_check import check_tokenizer, embedding_rows
 from sparsity_atlas.sites.experts.mixture import met
-from sparsity_atlas.sites.find import find_parts, sites_of
-from sparsity_atlas.sites.part import measure
+from sparsity_atlas.sites.find import find_parts
+from sparsity_atlas.sites.part import Available, chosen, measure
 from sparsity_atlas.sparsify.attach import counted, slots_of, sparsified
-from sparsity_atlas.terms import CAUSAL
+from sparsity_atlas.terms import CAUSAL, plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,8 +109,8 @@ class HarnessLM(AtlasLM):
             **head.describe(model),
             routed=met(self._parts),
         )
-        if self._rule is not None:
-            check_sites(arguments.pretrained, [arguments.site], list(sites_of(self._parts)))
+        if arguments.site is not None:
+            Available.in_parts(self._parts).check(arguments.pretrained, arguments.site)
         level = None if arguments.level is None else float(arguments.level)
         self._node = {
             **{"criterion": arguments.criterion, "site": arguments.site, "level": level},
@@ -137,7 +137,8 @@ class HarnessLM(AtlasLM):
             return counted(self.model, self._parts)
         site, level = self._node["site"], self._node["level"]
         states = self._calibration.states if self._calibration else None
-        return sparsified(self.model, self._parts, site, self._rule, level, states)
+        parts, plain_site = chosen(self._parts, site)
+        return sparsified(self.model, parts, plain_site, self._rule, level, states)
 
     def _run(
         self, kind: str, requests: list[Instance], answer: Callable[[list[Instance]], list[Answer]]
@@ -184,7 +185,9 @@ class HarnessLM(AtlasLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes of the model beside its results: the node, and its induced sparsity."""
-        slots = slots_of(self._parts, self._node["site"] if self._rule else None, self._rule)
+        site = self._node["site"] if self._rule else None
+        parts, site = chosen(self._parts, site) if site else (self._parts, None)
+        slots = slots_of(parts, site, self._rule)
         return {
             **super().get_model_info(),
             **self._node,
@@ -225,9 +228,9 @@ def _rule(arguments: Arguments, spec: dict[str, Any]) -> Criterion:
     assert arguments.level is not None, "`Arguments` wants one beside a criterion"
     check_level(rule, arguments.level)
     name, site = arguments.criterion, arguments.site
-    if rule.sites and site not in rule.sites:
+    if rule.sites and site is not None and plain(site) not in rule.sites:
         raise AtlasError(
-            f"model_args: site: '{name}' is not defined at '{site}'; its sites are "
+            f"model_args: site: '{name}' is not defined at '{plain(site)}'; its sites are "
             f"{', '.join(rule.sites)}"
         )
     if rule.calibrated and arguments.calibration is None:

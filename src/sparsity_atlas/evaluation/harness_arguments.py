@@ -10,13 +10,20 @@ import inspect
 from datetime import date
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PositiveInt,
+    ValidationError,
+)
 from pydantic import model_validator as check_model
 
 from sparsity_atlas.config.findings import explain
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.spelling import Level, Revision
-from sparsity_atlas.terms import Site
+from sparsity_atlas.terms import SITES, SPELLED
 
 _QUANTISED = "quantised checkpoints are not supported"
 _ONE_DEVICE = "the model runs on one device; choose it by CUDA_VISIBLE_DEVICES"
@@ -51,6 +58,15 @@ def _device(value: Any) -> Any:
     return {"cuda:0": "auto", "mps:0": "mps"}.get(value, value)
 
 
+def _site(value: str) -> str:
+    if value not in SPELLED:
+        raise ValueError(
+            f"expected {', '.join(SITES)}, or one of the first five in some parts of the layers, as "
+            "intermediate@experts"
+        )
+    return value
+
+
 class Arguments(BaseModel):
     """The arguments that are used. What else stands beside a criterion is a parameter of it."""
 
@@ -60,8 +76,8 @@ class Arguments(BaseModel):
     """A local folder, or a repository of the Hub."""
     criterion: str | None = None
     """A built-in rule, or a Python file with one; without it the model stays dense."""
-    site: Site | None = None
-    """Where it is applied."""
+    site: Annotated[str, AfterValidator(_site)] | None = None
+    """Where it is applied; in some parts of the layers only: `intermediate@experts`."""
     level: Level | None = None
     """At which level."""
     calibration: str | None = None

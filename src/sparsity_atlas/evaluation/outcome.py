@@ -202,11 +202,11 @@ def sparsity(usages: list[Usage], slots: list[Slot]) -> dict[str, Any]:
 
 
 def _by_layer(layers: list[int], zeros: np.ndarray, entries: np.ndarray) -> list[float | None]:
-    """Share of zeros of each layer, all of its parts that have the tensor together."""
+    """Share of zeros of each layer, all its parts that have the tensor together; None: left dense."""
     numbers = np.array(layers)
     return [
         _ratio(zeros[numbers == layer].sum(), entries[numbers == layer].sum())
-        for layer in dict.fromkeys(layers)
+        for layer in range(max(layers) + 1)
     ]
 
 

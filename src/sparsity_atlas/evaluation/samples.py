@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.parquet import OtherColumns, read_parquet, write_parquet
 from sparsity_atlas.files.whole import FORMAT, canonical
+from sparsity_atlas.terms import FFN, TENSORS, parts_named, plain
 
 SCHEMA = pa.schema(
     [
@@ -78,6 +79,31 @@ def read_table(path: Path) -> tuple[dict[str, Any], pa.Table]:
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise AtlasError(f"{path}: damaged table ({error}); delete it and run again") from None
     return header, table
+
+
+def at_site(slot: list[Any], site: str) -> bool:
+    """Whether a slot of a header belongs to a site as paths spell it."""
+    tensor, _, _, *part = slot
+    parts = parts_named(site)
+    return tensor in TENSORS[plain(site)] and (not parts or (part[0] if part else FFN) in parts)
+
+
+def sparsity_at(path: Path, site: str, tasks: list[str]) -> float:
+    """Zeros over entries of a table at a site as paths spell it: mean over some tasks."""
+    header, table = read_table(path)
+    slots = header["slots"]
+    own = [i for i, slot in enumerate(slots) if at_site(slot, site)]
+    width = sum(slots[i][2] for i in own)
+    shares = []
+    for task in tasks:
+        rows = table.filter(pc.equal(table["task"], task))
+        zeros = entries = 0
+        for phase in ("prefill", "generation"):
+            flat = rows[f"{phase}_zeros"].combine_chunks().flatten().to_numpy()
+            zeros += int(flat.reshape(-1, len(slots))[:, own].sum())
+            entries += width * int(rows[f"{phase}_tokens"].to_numpy().sum())
+        shares.append(zeros / entries)
+    return sum(shares) / len(shares)
 
 
 def _check_header(header: dict[str, Any]) -> None:

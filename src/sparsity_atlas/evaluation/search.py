@@ -21,10 +21,10 @@ from sparsity_atlas.errors import TaskFailure
 from sparsity_atlas.evaluation.evaluate import Session, evaluate_node, evaluation_code
 from sparsity_atlas.evaluation.next_level import Point, Range, Stop, next_level
 from sparsity_atlas.evaluation.node import Node
-from sparsity_atlas.evaluation.samples import read_table
+from sparsity_atlas.evaluation.samples import read_table, sparsity_at
 from sparsity_atlas.files.whole import read_manifest, write_manifest
 from sparsity_atlas.tasks.score import Kind, choose_metric, pooled_score
-from sparsity_atlas.terms import AVERAGE, TENSORS
+from sparsity_atlas.terms import AVERAGE, TENSORS, parts_named, plain
 
 HEADLINE = 0.99
 ALLOWED_LOSS = math.log(1.01)
@@ -95,7 +95,7 @@ def induced(results: dict[str, Any], site: str, tasks: list[str]) -> float:
     shares = []
     for task in tasks:
         if results[task]["status"] == "ok":
-            totals = [results[task]["sparsity"][tensor] for tensor in TENSORS[site]]
+            totals = [results[task]["sparsity"][tensor] for tensor in TENSORS[plain(site)]]
             shares.append(
                 sum(one["zeros"] for one in totals) / sum(one["entries"] for one in totals)
             )
@@ -116,7 +116,7 @@ def search(
     Args:
         session: model and tasks.
         criterion: as `criteria.create` takes it.
-        site: where.
+        site: where, as paths spell it.
         dense_folder: the dense baseline's files.
         folder: holds one folder a level.
         settings: as `grid.search_slice` gives it.
@@ -145,6 +145,9 @@ def search(
     # The bracket is as wide as the headline's own curve says, which is over its own tasks' tokens.
     read_from = headline_tasks(metrics)
     dense_sparsity = induced(baseline, site, read_from)
+    if parts_named(site):
+        # What eval.json says of a tensor is of all parts.
+        dense_sparsity = sparsity_at(dense_folder / "samples.parquet", site, read_from)
     points: list[Point] = []
     seconds: list[float] = []
     while True:

@@ -23,8 +23,8 @@ from sparsity_atlas.figures.panels import (
     select_pairs,
 )
 from sparsity_atlas.figures.style import GREY, heading, marks
-from sparsity_atlas.tables.read import SITE_ORDER, Tables, in_order
-from sparsity_atlas.terms import NAMED_PARTS
+from sparsity_atlas.tables.read import Tables, in_order, site_rank
+from sparsity_atlas.terms import NAMED_PARTS, plain
 
 PANELS = 20
 COLORS = "YlGnBu"
@@ -39,16 +39,14 @@ def layer_sparsity(tables: Tables) -> Figure:
     columns = ["criterion", "model", "site", "tensor"]
     found = list(rows[columns].drop_duplicates().itertuples(index=False, name=None))
     criteria, sizes = tables.criteria(), tables.by_size()
-    found.sort(
-        key=lambda key: (criteria.index(key[0]), sizes.index(key[1]), SITE_ORDER.index(key[2]))
-    )
+    found.sort(key=lambda key: (criteria.index(key[0]), sizes.index(key[1]), site_rank(key[2])))
     keys, note = _whole_models(found)
     figure, axes = grid(len(keys), share_x=False, share_y=False)
     groups = rows.groupby(columns, sort=False)
     for ax, key in zip(axes, keys, strict=True):
         _heatmap(ax, groups.get_group(key))
         criterion, model, site, tensor = key
-        what = site if site == tensor else f"{site}: {tensor}"
+        what = site if plain(site) == tensor else f"{site}: {tensor}"
         name = heading(model, criterion) if len(criteria) > 1 else heading(model)
         ax.set_title(f"{name}\n{what}")
     scale = ScalarMappable(Normalize(0, 100), COLORS)

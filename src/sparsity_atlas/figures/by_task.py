@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from sparsity_atlas.figures.panels import empty, label, select_pairs
 from sparsity_atlas.figures.style import GREY, TALL, WIDE, shorten
 from sparsity_atlas.statistics.bootstrap import in_percent
-from sparsity_atlas.tables.read import HEADLINE_BAR, SITE_ORDER, Tables, in_order
+from sparsity_atlas.tables.read import HEADLINE_BAR, Tables, in_order
 from sparsity_atlas.terms import AVERAGE
 
 # Up to so many tasks, cells also hold intervals.
@@ -42,10 +42,11 @@ def tasks(tables: Tables) -> Figure:
 
 def _one_panel(tables: Tables, rows: pd.DataFrame, names: list[str]) -> Figure:
     curves = {key[:3] for key in rows.index}
+    sites = in_order(key[2] for key in curves)
     keys = [
         key
         for pair in itertools.product(tables.criteria(), tables.by_size())
-        for site in SITE_ORDER
+        for site in sites
         if (key := (*pair, site)) in curves
     ]
     several = len(tables.criteria()) > 1

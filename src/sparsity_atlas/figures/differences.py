@@ -18,7 +18,7 @@ from sparsity_atlas.figures.panels import (
 )
 from sparsity_atlas.figures.score_curves import ALLOWED_LOSS, PANELS
 from sparsity_atlas.figures.style import GREY, Mark, heading, marks
-from sparsity_atlas.tables.read import SITE_ORDER, Tables
+from sparsity_atlas.tables.read import Tables, site_rank
 from sparsity_atlas.terms import AVERAGE
 
 NOTHING = "One criterion a model and site in this run: nothing to compare."
@@ -101,7 +101,7 @@ def _keys(tables: Tables, rows: pd.DataFrame) -> tuple[list[tuple[str, str]], st
     """Models and sites with several criteria, the smallest model first."""
     found = repeated(rows, ["model", "site"], "criterion")
     sizes = tables.by_size()
-    found.sort(key=lambda key: (sizes.index(key[0]), SITE_ORDER.index(key[1])))
+    found.sort(key=lambda key: (sizes.index(key[0]), site_rank(key[1])))
     return select(found, PANELS)
 
 

@@ -13,7 +13,8 @@ from matplotlib.ticker import FuncFormatter
 from sparsity_atlas.figures.by_layer import COLORS, PANELS
 from sparsity_atlas.figures.panels import empty, grid, label, select
 from sparsity_atlas.figures.style import heading
-from sparsity_atlas.tables.read import SITE_ORDER, Tables
+from sparsity_atlas.tables.read import Tables, site_rank
+from sparsity_atlas.terms import plain
 
 NOTHING = "No criterion of this run has an allocation."
 NO_STUDY = "No run block names levels of `sensitivity`."
@@ -77,9 +78,7 @@ def _heatmaps(
     columns = ["model", "criterion", "site", "tensor"]
     sizes, criteria = tables.by_size(), list(rows["criterion"].unique())
     found = list(rows[columns].drop_duplicates().itertuples(index=False, name=None))
-    found.sort(
-        key=lambda key: (sizes.index(key[0]), criteria.index(key[1]), SITE_ORDER.index(key[2]))
-    )
+    found.sort(key=lambda key: (sizes.index(key[0]), criteria.index(key[1]), site_rank(key[2])))
     keys, note = select(found, PANELS)
     figure, axes = grid(len(keys), share_x=False, share_y=False)
     groups = rows.groupby(columns, sort=False)
@@ -97,11 +96,11 @@ def _heatmaps(
         ax.set_yticks(np.arange(0, len(table), step) + 0.5, table.index[::step], rotation=0)
         ax.tick_params(length=1.5, labelsize=6)
         ax.grid(visible=False)
-        what = site if site == tensor else f"{site}: {tensor}"
+        what = site if plain(site) == tensor else f"{site}: {tensor}"
         ax.set_title(f"{heading(model, criterion)}\n{what}")
     scale = ScalarMappable(norm, COLORS)
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
-    bar = figure.colorbar(scale, ax=axes, shrink=0.5, aspect=30, pad=0.01, format=plain)
+    digits = FuncFormatter(lambda value, _: f"{value:g}")
+    bar = figure.colorbar(scale, ax=axes, shrink=0.5, aspect=30, pad=0.01, format=digits)
     bar.set_label(meaning)
     bar.outline.set_visible(False)
     label(figure, x_label, "layer", note)

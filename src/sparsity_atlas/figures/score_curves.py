@@ -27,7 +27,7 @@ from sparsity_atlas.figures.panels import (
     select_pairs,
 )
 from sparsity_atlas.figures.style import GREY, Mark, heading, marks
-from sparsity_atlas.tables.read import HEADLINE_BAR, SITE_ORDER, Tables, in_order
+from sparsity_atlas.tables.read import HEADLINE_BAR, Tables, in_order, site_rank
 from sparsity_atlas.terms import AVERAGE
 
 PANELS, MODEL_PANELS = 20, 12
@@ -76,7 +76,7 @@ def criteria(tables: Tables) -> Figure:
     if not several:
         return empty("One criterion a model and site in this run: nothing to compare.")
     order = {model: place for place, model in enumerate(tables.by_size())}
-    several.sort(key=lambda key: (order[key[0]], SITE_ORDER.index(key[1])))
+    several.sort(key=lambda key: (order[key[0]], site_rank(key[1])))
     keys, note = select(several, PANELS)
     styles = marks(tables.criteria())
     loss = rows["kind"].iloc[0] == "loss"

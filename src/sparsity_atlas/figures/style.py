@@ -17,6 +17,7 @@ from matplotlib.typing import RcKeyType
 from PIL import Image
 
 from sparsity_atlas.files.whole import write_atomically
+from sparsity_atlas.terms import BESIDE, parts_named, plain
 
 # Inches: one and two columns of a printed page, and the height of its text.
 NARROW, WIDE, TALL = 3.5, 7.2, 9.4
@@ -99,7 +100,21 @@ SITE_MARKS = {
 
 def marks(names: Sequence[str]) -> dict[str, Mark]:
     """Marks of sites, or of criteria in the run's order."""
-    return {name: SITE_MARKS.get(name) or _mark(index) for index, name in enumerate(names)}
+    return {name: _site_mark(name) or _mark(index) for index, name in enumerate(names)}
+
+
+def _site_mark(name: str) -> Mark | None:
+    """A site's mark; confined to some parts, in the site's colour with another marker and dashes."""
+    mark = SITE_MARKS.get(plain(name))
+    parts = parts_named(name)
+    if mark is None or not parts:
+        return mark
+    place = sum(2**index for index, part in enumerate(BESIDE) if part in parts)
+    return Mark(
+        mark.color,
+        _MARKERS[(_MARKERS.index(mark.marker) + place) % len(_MARKERS)],
+        _DASHES[(_DASHES.index(mark.dashes) + place) % len(_DASHES)],
+    )
 
 
 @contextmanager

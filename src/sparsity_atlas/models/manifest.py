@@ -28,6 +28,7 @@ from sparsity_atlas.models.checkpoint import (
 from sparsity_atlas.models.hub import Repository
 from sparsity_atlas.models.layouts import layout_in, layout_of
 from sparsity_atlas.models.loading import load, load_tokenizer
+from sparsity_atlas.sites.part import Available
 from sparsity_atlas.terms import CAUSAL, DIFFUSION
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def describe(
     from sparsity_atlas.models.logits import head
     from sparsity_atlas.models.parameters import count_parameters
     from sparsity_atlas.sites.experts.mixture import met
-    from sparsity_atlas.sites.find import describe_parts, sites_of
+    from sparsity_atlas.sites.find import describe_parts
     from sparsity_atlas.sites.part import measure
 
     config = checkpoint.config()
@@ -180,7 +181,7 @@ def describe(
         "memory": {**head.describe(model), **({"routed": met(parts)} if met(parts) else {})},
         "tokenizer": tokenizer,
         **measure(parts),
-        "sites": list(sites_of(parts)),
+        **Available.in_parts(parts).describe(),
         "activation": _activation(model, parts),
         "ffn": describe_parts(parts),
     }
@@ -260,7 +261,9 @@ def main() -> None:
     checkpoint.config()
     masks = {key: source.get(key) for key in ("mask_token_id", "shifted_logits")}
     description = describe(checkpoint, modules, **masks)
-    check_sites(arguments.name, filter(None, arguments.sites.split(",")), description["sites"])
+    available = Available.in_manifest(description)
+    for site in filter(None, arguments.sites.split(",")):
+        available.check(arguments.name, site)
     write_manifest(
         arguments.output,
         {
@@ -305,16 +308,3 @@ def code_record(checkpoint: Checkpoint, revision: str | None) -> dict[str, Any]:
             },
         }
     }
-
-
-def check_sites(model: str, wanted: Any, found: list[str]) -> None:
-    """Refuse sites that a model does not have.
-
-    Raises:
-        AtlasError: names the first one and those that exist.
-    """
-    for site in wanted:
-        if site not in found:
-            raise AtlasError(
-                f"models.{model}: no site '{site}' in this model; it has {', '.join(found)}"
-            )

@@ -16,7 +16,7 @@ from sparsity_atlas.config.grid import Curve
 from sparsity_atlas.config.schema import Config
 from sparsity_atlas.criteria import declared
 from sparsity_atlas.files.whole import read_manifest
-from sparsity_atlas.terms import TENSORS
+from sparsity_atlas.terms import TENSORS, plain
 
 # Searches beside accuracies take 6 levels for most curves, those of a loss alone 4 to 6.
 USUAL_LEVELS = 6
@@ -101,7 +101,7 @@ def jobs(config: Config, results: Path) -> list[Job]:
     for model in grid.models(config):
         folder = results / model
         found.append(Job("model", model, (folder / "model.json").is_file()))
-        for site in grid.model_sites(config, model):
+        for site in grid.stored_sites(config, model):
             capture, metrics = folder / f"capture/{site}.json", folder / f"metrics/{site}.parquet"
             found.append(Job("capture", model, capture.is_file(), site=site))
             found.append(Job("metrics", model, metrics.is_file(), site=site))
@@ -155,7 +155,7 @@ def _curve_jobs(config: Config, curve: Curve, folder: Path) -> Iterator[Job]:
         yield Job(rule, curve.model, (folder / name).is_file(), node)
     if curve.sensitivity:
         done = (folder / "sensitivity.parquet").is_file()
-        passes = len(curve.sensitivity) * len(TENSORS[curve.site])
+        passes = len(curve.sensitivity) * len(TENSORS[plain(curve.site)])
         yield Job("sensitivity", curve.model, done, node, passes=passes)
 
 

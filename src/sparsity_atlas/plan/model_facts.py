@@ -20,14 +20,14 @@ from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.lm.prompts import PromptSettings
 from sparsity_atlas.models.devices import pick_device, pick_dtype
 from sparsity_atlas.models.loading import blank, load, load_tokenizer, moved
-from sparsity_atlas.models.manifest import check_sites, resolve
+from sparsity_atlas.models.manifest import resolve
 from sparsity_atlas.models.memory import ITEM_BYTES
 from sparsity_atlas.models.parameters import count_resting
 from sparsity_atlas.plan.dry_run import DryLM, TaskCost, count
 from sparsity_atlas.plan.rates import TimedLM, free_memory, node_seconds
 from sparsity_atlas.sites.experts.discovery import interfaced
-from sparsity_atlas.sites.find import find_parts, sites_of
-from sparsity_atlas.sites.part import by_layer
+from sparsity_atlas.sites.find import find_parts
+from sparsity_atlas.sites.part import Available, by_layer
 from sparsity_atlas.terms import ATTENTION
 
 if TYPE_CHECKING:
@@ -245,7 +245,9 @@ def measure(config: Config, name: str, outlook: Outlook, nodes: dict[NodeKey, No
     # On the CPU first: a job waits for a GPU of its own, a plan shares one.
     model = moved(load(checkpoint, dtype=outlook.dtype, device="cpu"), device)
     parts = find_parts(model, source.get("modules"))
-    check_sites(name, grid.model_sites(config, name), list(sites_of(parts)))
+    available = Available.in_parts(parts)
+    for site in grid.model_sites(config, name):
+        available.check(name, site)
     outlook.ready = time.perf_counter() - began
     layers = by_layer(parts).values()
     outlook.layers = len(layers)

@@ -20,6 +20,7 @@ from sparsity_atlas.files.parquet import read_parquet
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.studies.output_error import SCHEMAS as OUTPUT_ERROR
 from sparsity_atlas.studies.sensitivity import SCHEMA as SENSITIVITY
+from sparsity_atlas.terms import plain
 
 _ERROR = re.compile(r"error: |[\w.]*(Error|Exception|Interrupt|Exit)\b")
 _LONGEST = 500
@@ -62,7 +63,7 @@ def take_stock(results: Path, config: Config) -> Remains:
     captures = {
         (name, site): (*models[name], folder / "capture" / f"{site}.json")
         for name, folder in folders.items()
-        for site in grid.model_sites(config, name)
+        for site in grid.stored_sites(config, name)
     }
     metrics = [
         (*chain, folders[name] / "metrics" / f"{site}.parquet")
@@ -74,7 +75,7 @@ def take_stock(results: Path, config: Config) -> Remains:
         search = (folder / "search.json",) if curve.auto else ()
         dense = folders[curve.model] / "dense" / "eval.json"
         nodes = _nodes(folder, curve)
-        captured: tuple[Path, ...] = captures[curve.model, curve.site]
+        captured: tuple[Path, ...] = captures[curve.model, plain(curve.site)]
         if declared(json.loads(grid.criterion_slice(config, curve.criterion)))["calibrated"]:
             calibrations.append((*captured, folder / "calibration.safetensors"))
             captured = calibrations[-1]

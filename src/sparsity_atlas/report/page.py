@@ -11,8 +11,8 @@ import pandas as pd
 from sparsity_atlas.criteria.reach import missed
 from sparsity_atlas.report.published import PUBLISHED, Published
 from sparsity_atlas.statistics.bootstrap import in_percent
-from sparsity_atlas.tables.read import HEADLINE_BAR, SITE_ORDER, Tables, records
-from sparsity_atlas.terms import AVERAGE
+from sparsity_atlas.tables.read import HEADLINE_BAR, Tables, in_order, records, site_rank
+from sparsity_atlas.terms import AVERAGE, plain
 
 NOTHING = "–"
 
@@ -89,6 +89,7 @@ def headline(tables: Tables, config: dict[str, Any]) -> list[HeadlineGroup]:
     source = dict(zip(tables.models["model"], tables.models["source"], strict=True))
     ppl = _by_curve(tables.headline(tables.loss_task()))
     critical = _by_curve(tables.headline(AVERAGE))
+    sites = in_order(key[2] for key in {**ppl, **critical})
     groups = []
     for criterion in tables.criteria():
         comparable = is_paper_rule(criterion, config)
@@ -96,7 +97,7 @@ def headline(tables: Tables, config: dict[str, Any]) -> list[HeadlineGroup]:
             known = PUBLISHED.get(source[model], {}) if comparable else {}
             rows = [
                 _headline_row(site, ppl.get(key), critical.get(key), known.get(site))
-                for site in SITE_ORDER
+                for site in sites
                 if (key := (criterion, model, site)) in ppl or key in critical
             ]
             if rows:
@@ -162,7 +163,7 @@ def task_table(tables: Tables) -> TaskTable:
     cells = {(row.criterion, row.site, row.task): row for row in records(rows)}
     first = {row.task: row for row in records(rows)}
     curves = list(dict.fromkeys((row.criterion, row.site) for row in records(rows)))
-    curves.sort(key=lambda key: (tables.criteria().index(key[0]), SITE_ORDER.index(key[1])))
+    curves.sort(key=lambda key: (tables.criteria().index(key[0]), site_rank(key[1])))
     return TaskTable(
         tasks=tasks,
         dense=[_dense(first[task]) for task in tasks],
@@ -219,7 +220,7 @@ def missed_targets(tables: Tables) -> list[dict[str, str]]:
     for row in records(rows):
         if missed(row.target_of, row.target, row.reached):
             key = (row.model, row.criterion, row.site, row.level, row.target_of)
-            place = str(row.layer) if row.tensor == row.site else f"{row.tensor} {row.layer}"
+            place = str(row.layer) if row.tensor == plain(row.site) else f"{row.tensor} {row.layer}"
             found.setdefault(key, []).append(
                 f"{place}: {_told(row.target_of, row.reached)} of {_told(row.target_of, row.target)}"
             )

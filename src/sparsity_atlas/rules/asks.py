@@ -22,6 +22,7 @@ from sparsity_atlas.config.selection import fold
 from sparsity_atlas.rules.inputs import model_content, task_content, text_content
 from sparsity_atlas.rules.question import question
 from sparsity_atlas.rules.resources import Resources, Wildcards
+from sparsity_atlas.terms import plain
 
 
 class Asks(Resources):
@@ -116,6 +117,11 @@ class Asks(Resources):
         return [f"results/{curve.folder}/search.json"] if curve.auto else []
 
     @question
+    def capture(self, wildcards: Wildcards) -> str:
+        """The captured activations of a curve's site, which are those of all parts."""
+        return f"results/{wildcards.model}/capture/{plain(wildcards.site)}.json"
+
+    @question
     def calibration(self, wildcards: Wildcards) -> list[str]:
         """The calibration of a curve whose criterion needs one."""
         if not self._calibrated(wildcards.criterion):
@@ -173,7 +179,8 @@ class Asks(Resources):
         return [f"results/{curve.folder}/{name}" for curve in own]
 
     def _metrics_of(self, model: str) -> list[str]:
-        return [f"results/{model}/metrics/{site}.parquet" for site in self._sites_of(model)]
+        sites = dict.fromkeys(plain(site) for site in self._sites_of(model))
+        return [f"results/{model}/metrics/{site}.parquet" for site in sites]
 
     def _nodes_of(self, curve: grid.Curve) -> list[str]:
         return [f"results/{curve.folder}/{level}/eval.json" for level in curve.levels]

@@ -17,7 +17,7 @@ from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config
 from sparsity_atlas.files.whole import read_json, read_manifest
 from sparsity_atlas.models.memory import ITEM_BYTES, MIB, Largest, Sizes, of_a_capture, of_a_pass
-from sparsity_atlas.terms import STORED, TENSORS
+from sparsity_atlas.terms import STORED, TENSORS, plain
 
 # A stage's process without its model, as measured: Python with torch and what else it imports.
 BASE_MIB = {
@@ -57,7 +57,7 @@ class Needs:
         self._sizes: dict[str, Sizes] = {}
         self._dense: dict[str, dict[str, Any]] = {}
         self._missing: dict[Path, float] = {}  # when it was last looked for
-        self._sites = functools.cache(functools.partial(grid.model_sites, config))
+        self._sites = functools.cache(functools.partial(grid.stored_sites, config))
 
     def memory(self, stage: str, model: str, site: str | None = None) -> int:
         """Host memory in MiB to ask for; see `host`."""
@@ -103,7 +103,7 @@ class Needs:
         capture, entry = self._config.capture, self._config.models[model]
         length = capture.sequence_length
         tokens = entry.batch_size * length
-        slots = sizes.layers * len(TENSORS[site] if site else STORED)
+        slots = sizes.layers * len(TENSORS[plain(site)] if site else STORED)
         match stage:
             case "models":
                 return PROVED_TOKENS * sizes.vocabulary * 4 * PROVED_COPIES

@@ -21,7 +21,7 @@ from sparsity_atlas.files.whole import digest, file_digest
 from sparsity_atlas.models import contents
 from sparsity_atlas.models.checkpoint import Checkpoint
 from sparsity_atlas.tasks import local_files
-from sparsity_atlas.terms import ALLOCATIONS, TENSORS
+from sparsity_atlas.terms import ALLOCATIONS, FFN_SITES, SPELLED, TENSORS, plain
 
 # Where the configuration names local files: catalogue and key.
 _PATHS = (
@@ -74,9 +74,14 @@ def check_inputs(config: Config) -> None:
     for curve in curves:
         constants = declared[curve.criterion]
         low, high, sites = (constants[name] for name in ("lowest", "highest", "sites"))
-        if sites and curve.site not in sites:
+        if curve.site not in SPELLED:
             raise AtlasError(
-                f"run: sites: '{curve.criterion}' is not defined at '{curve.site}'; its sites are "
+                f"run: parts: '{plain(curve.site)}' is a site of attention, or of both; parts choose "
+                f"among what stands beside it, at {', '.join(FFN_SITES)}"
+            )
+        if sites and plain(curve.site) not in sites:
+            raise AtlasError(
+                f"run: sites: '{curve.criterion}' is not defined at '{plain(curve.site)}'; its sites are "
                 f"{', '.join(sites)}"
             )
         if constants["calibrated"]:
@@ -112,7 +117,7 @@ def _check_allocation(spec: dict[str, Any], curve: grid.Curve, allocated: bool) 
             f"criteria.{curve.criterion}: allocation: expected {', '.join(ALLOCATIONS)}, "
             f"found {allocation!r}"
         )
-    if allocation == "greedy" and len(TENSORS[curve.site]) == 1:
+    if allocation == "greedy" and len(TENSORS[plain(curve.site)]) == 1:
         raise AtlasError(
             f"run: sites: '{curve.criterion}' is allocated greedily among the tensors of a block, and "
             f"'{curve.site}' is one; use it at all_inputs or all_linear_inputs"

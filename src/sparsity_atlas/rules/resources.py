@@ -16,7 +16,7 @@ from sparsity_atlas.config.schema import Config
 from sparsity_atlas.models.devices import inside_allocation, visible_gpus
 from sparsity_atlas.rules.footprint import Needs, levels_of
 from sparsity_atlas.rules.question import question
-from sparsity_atlas.terms import TENSORS
+from sparsity_atlas.terms import TENSORS, plain
 
 
 class Wildcards(Protocol):
@@ -69,7 +69,7 @@ class Resources(ABC):
     def sensitivity_minutes(self, wildcards: Wildcards, attempt: int) -> int:
         """Minutes of passes with one layer sparsified."""
         curve = self.curve_of(wildcards)
-        passes = len(curve.sensitivity) * len(TENSORS[curve.site])
+        passes = len(curve.sensitivity) * len(TENSORS[plain(curve.site)])
         return attempt * self._needs.layer_by_layer_minutes(wildcards.model, passes)
 
     @question

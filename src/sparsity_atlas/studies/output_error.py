@@ -255,7 +255,9 @@ def main() -> None:
     from sparsity_atlas.criteria.binding import bind_all
     from sparsity_atlas.criteria.place import places
     from sparsity_atlas.sites.find import bind_parts
-    from sparsity_atlas.sites.part import by_layer
+    from sparsity_atlas.sites.part import Available, by_layer, chosen
+
+    Available.in_manifest(manifest).check(manifest["name"], arguments.site)
 
     settings = arguments.settings
     model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
@@ -263,17 +265,17 @@ def main() -> None:
     states = read_calibration(arguments.calibration).states if arguments.calibration else {}
     first = settings.get("calibration_tokens", 0)
     rows = []
-    parts = bind_parts(model, manifest["ffn"])
-    sources = {name for one in outputs_at(parts, arguments.site) for name in source_names(*one)}
+    parts, site = chosen(bind_parts(model, manifest["ffn"]), arguments.site)
+    sources = {name for one in outputs_at(parts, site) for name in source_names(*one)}
     for tensor in sorted(sources):
         store.check(tensor)
     with torch.no_grad():
         for layer in by_layer(parts).values():
-            rules = bind_all(criterion, layer, arguments.site, states)
-            there = list(places(layer, arguments.site))
+            rules = bind_all(criterion, layer, site, states)
+            there = list(places(layer, site))
             rows += [
                 {**row, "targets": targets(criterion, there, states, row["level"])}
-                for row in layer_rows(layer, store, arguments.site, rules, levels, first)
+                for row in layer_rows(layer, store, site, rules, levels, first)
             ]
     table = pa.Table.from_pylist(rows, schema_of(parts))
     write_parquet(arguments.output, table)

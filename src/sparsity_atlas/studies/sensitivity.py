@@ -208,12 +208,14 @@ def main() -> None:
 
     from sparsity_atlas.criteria.binding import bind_all
     from sparsity_atlas.sites.find import bind_parts
+    from sparsity_atlas.sites.part import Available, chosen
 
+    Available.in_manifest(manifest).check(manifest["name"], site)
     ids = ActivationStore(arguments.store).ids()
     ids = ids[settings["calibration_tokens"] // ids.shape[1] :]
     calibration = arguments.calibration
     model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
-    parts = bind_parts(model, manifest["ffn"])
+    parts, plain_site = chosen(bind_parts(model, manifest["ffn"]), site)
     fingerprint = {
         **{"model": manifest["digest"], "criterion": spec, "site": site, "levels": levels},
         **{"ids": digest(ids.tolist()), "batch_size": settings["batch_size"]},
@@ -225,11 +227,12 @@ def main() -> None:
     try:
         states = read_calibration(calibration).states if calibration else None
         with torch.no_grad():
-            bound = bind_all(criterion, parts, site, states)
+            bound = bind_all(criterion, parts, plain_site, states)
         tensor = torch.from_numpy(ids).long()
-        made = passes(parts, site, bound, levels, tensor, settings["batch_size"], journal)
+        made = passes(parts, plain_site, bound, levels, tensor, settings["batch_size"], journal)
     finally:
         journal.close()
-    found = rows(parts, site, levels, made, ids.shape[1], settings["replicates"], settings["seed"])
+    bootstrap = settings["replicates"], settings["seed"]
+    found = rows(parts, plain_site, levels, made, ids.shape[1], *bootstrap)
     write_parquet(arguments.output, pa.Table.from_pylist(list(found), SCHEMA))
     journal.delete()

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.terms import SPELLED, plain
 
 # In figures and tables: the FFN's most tolerant site first, several at once last.
 SITE_ORDER = (
@@ -82,8 +83,12 @@ def records(rows: pd.DataFrame) -> Iterator[Any]:
 
 def in_order(found: Iterable[str]) -> list[str]:
     """The sites among some names, each once, in the order in which they are shown."""
-    names = set(found)
-    return [site for site in SITE_ORDER if site in names]
+    return sorted((name for name in set(found) if plain(name) in SITE_ORDER), key=site_rank)
+
+
+def site_rank(site: str) -> tuple[int, int]:
+    """Where a site as paths spell it stands among others: confined to some parts, behind the plain one."""
+    return SITE_ORDER.index(plain(site)), SPELLED.index(site)
 
 
 def read_csv(path: Path) -> pd.DataFrame:

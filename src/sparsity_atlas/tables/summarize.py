@@ -42,7 +42,7 @@ from sparsity_atlas.files.parquet import read_parquet
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.statistics.slopes import SCALING, Scaling
 from sparsity_atlas.tables.comparison import COMPARISON, comparison_rows
-from sparsity_atlas.terms import AVERAGE, NAMED_PARTS
+from sparsity_atlas.terms import AVERAGE, NAMED_PARTS, plain
 
 
 def _key(path: Path) -> dict[str, str]:
@@ -121,6 +121,8 @@ def layer_rows(
     for level, tensors in curve["layers"].items():
         for tensor, shares in tensors.items():
             for layer, share in enumerate(shares):
+                if share is None:  # dense here
+                    continue
                 beside = stored.get((level, layer), {})
                 asked = {one["tensor"]: one for one in beside.get("targets") or ()}.get(tensor, {})
                 yield {
@@ -321,7 +323,7 @@ def main() -> None:
         write_summary(arguments.output, arguments.model, arguments.curves)
         return
     results, keys = arguments.results, list(unfold(arguments.curves))
-    sites = dict.fromkeys((model, site) for model, _, site in keys)
+    sites = dict.fromkeys((model, plain(site)) for model, _, site in keys)
     write_tables(
         results,
         [results / model / "model.json" for model in dict.fromkeys(key[0] for key in keys)],

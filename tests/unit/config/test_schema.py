@@ -102,6 +102,9 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("run.0.tasks", ["blimp"], "run.0.tasks: unknown 'blimp'; known: pairs, pages"),
         ("run.0.sites", ["down"], "run.0.sites.0: input should be 'input', .*found 'down'"),
         ("run.0.sites", [], "run.0.sites: the list is empty"),
+        ("run.0.parts", ["attention"], "run.0.parts.0: .*'experts', found 'attention'"),
+        ("run.0.parts", [], "run.0.parts: the list is empty"),
+        ("run.0.parts", ["ffn", "ffn"], "run.0.parts: given twice: ffn"),
         ("run.0.levels", [], "run.0.levels: the list is empty"),
         ("run.0.levels", [0.9, "0.90"], "run.0.levels: given twice: 0.9"),
         ("run.0.levels", [1, 1.0], "run.0.levels: given twice: 1"),
@@ -240,6 +243,19 @@ def test_blocks_that_overlap_are_one_curve() -> None:
     assert (first.model, first.levels, first.auto) == ("small", ("1", "0.9", "0.5"), True)
     assert first.tasks == ("pairs", "pages")
     assert (second.model, second.levels, second.auto) == ("large", ("1", "0.9"), False)
+
+
+def test_parts_of_a_layer_are_another_curve() -> None:
+    data = copy.deepcopy(BASE)
+    data["run"] = [
+        {"models": ["small"], "sites": ["up"], "levels": [0.5], "parts": parts}
+        for parts in (None, ["experts"], ["experts", "shared"], ["experts", "shared", "ffn"])
+    ]
+    config = parse(data)
+    sites = ("up", "up@experts", "up@shared+experts")
+    assert tuple(curve.site for curve in grid.curves(config)) == sites
+    assert grid.model_sites(config, "small") == sites
+    assert grid.stored_sites(config, "small") == ("up",)
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,7 @@ def make(model_folder: Path, **arguments: Any) -> harness.HarnessLM:
         ({**WHOLE, "level": 2}, "levels: 2 is out of range"),
         ({**WHOLE, "level": "half"}, "level: a level is a number, such as 0.9, found 'half'"),
         ({**WHOLE, "level": True}, "level: a level is a number"),
-        ({**WHOLE, "site": "nowhere"}, "site: input should be 'input'.*found 'nowhere'"),
+        ({**WHOLE, "site": "nowhere"}, "site: expected input, .*found 'nowhere'"),
         (
             {**WHOLE, "site": "gate", "criterion": "tda"},
             "not defined at 'gate'|needs a calibration",
@@ -240,6 +240,7 @@ def make(model_folder: Path, **arguments: Any) -> harness.HarnessLM:
         (CALIBRATED, "criterion=teal needs a calibration; say calibration=.*which `snakemake"),
         ({**CALIBRATED, "calibration": "none.safetensors"}, "none.safetensors: no such file"),
         ({**WHOLE, "calibration": "c.safetensors"}, "calibration: criterion=topp has none"),
+        ({**WHOLE, "site": "input@experts"}, "no part 'experts' in this model; it has ffn"),
         ({"peft": "an/adapter"}, "peft: not supported.*merge the adapter"),
         ({**WHOLE, "peft": "an/adapter"}, "peft: not supported.*merge the adapter"),
         ({"gguf_file": "a.gguf"}, "gguf_file: not supported.*quantised"),

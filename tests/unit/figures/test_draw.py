@@ -26,7 +26,8 @@ from sparsity_atlas.figures import (
 )
 from sparsity_atlas.figures.draw import DRAW, draw_all
 from sparsity_atlas.files.parquet import write_parquet
-from sparsity_atlas.tables.read import SITE_ORDER, Tables, read_csv
+from sparsity_atlas.report.page import headline
+from sparsity_atlas.tables.read import SITE_ORDER, Tables, in_order, read_csv
 
 ROOT = Path(__file__).parents[3]
 SIZES = {"small": 400_000, "medium": 1_600_000, "large": 6_400_000}
@@ -227,6 +228,25 @@ def test_a_mixture_stands_where_its_active_parameters_are(tmp_path: Path) -> Non
         float(x) for ax in figure.axes for line in ax.lines for x in line.get_xdata(orig=False)
     }
     assert places == {10.0**6, 10.0**5}
+
+
+def test_a_site_in_some_parts_is_shown_as_it_is_spelled(tmp_path: Path) -> None:
+    """In the plain site's colour, behind it, and with another marker than any other."""
+    sites = ("input@experts", "intermediate@shared+experts", "intermediate", "intermediate@experts")
+    tables = tables_of(
+        tmp_path, models={"m": {}}, sites=sites, criteria=("topp", "topk"), levels=("0.9", "0.5")
+    )
+    ordered = ["intermediate", "intermediate@experts", "intermediate@shared+experts"]
+    assert in_order(sites) == [*ordered, "input@experts"]
+    found = style.marks(in_order(sites))
+    assert {found[site].color for site in ordered} == {style.SITE_MARKS["intermediate"].color}
+    assert len({found[site].marker for site in ordered}) == 3
+    with style.styled():
+        for name, draw in DRAW.items():
+            drawn = draw(tables)
+            if name in ("added_loss", "criteria", "tasks", "layer_sparsity", "output_error"):
+                assert all(site in words(drawn) for site in sites), name
+    assert [group.site for group in headline(tables, {})[0].rows] == in_order(sites)
 
 
 def test_a_line_is_drawn_exactly_where_the_slope_is_resolved(plain):

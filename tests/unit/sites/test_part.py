@@ -8,10 +8,29 @@ import pytest
 import torch
 from torch import Tensor
 
+from mixtures import tiny_mixture
 from model_parts import attentions_of, ffns_of
+from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.sites.find import Part, Vectors, find_parts
-from sparsity_atlas.sites.part import having, layer_path, layer_sites, measure, sites_of
-from sparsity_atlas.terms import ATTENTION_SITES, FFN_SITES, SITES, PlaceKey
+from sparsity_atlas.sites.part import (
+    Available,
+    chosen,
+    having,
+    layer_path,
+    layer_sites,
+    measure,
+    sites_of,
+)
+from sparsity_atlas.terms import (
+    ATTENTION_SITES,
+    FFN_SITES,
+    SITES,
+    SPELLED,
+    PlaceKey,
+    confined,
+    parts_named,
+    plain,
+)
 from tiny_models import HIDDEN, LAYERS, WIDTH, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,6 +67,63 @@ def test_of_two_parts_beside_attention_both_must_have_it(parts: list[Part]) -> N
     )
     assert [part.name for part in having([*parts[:2], ungated], "up")] == ["ffn"]
     assert [part.name for part in having([*parts[:2], ungated], "input")] == ["ffn", "shared"]
+
+
+def test_a_dense_model_has_one_part_beside_attention(parts: list[Part]) -> None:
+    found = Available.in_parts(parts)
+    assert found == Available(SITES, {"ffn": FFN_SITES})
+    # Its manifest is that of earlier releases.
+    assert found.describe() == {"sites": list(SITES)}
+    assert Available.in_manifest(found.describe()) == found
+    assert chosen(parts, "input") == (parts, "input")
+    assert chosen(parts, "input@ffn") == (ffns_of(parts), "input")
+
+
+def test_sites_of_each_part_of_a_mixture() -> None:
+    parts = find_parts(tiny_mixture("deepseek_v3"))
+    found = Available.in_parts(parts)
+    assert found == Available(FFN_SITES, dict.fromkeys(("ffn", "shared", "experts"), FFN_SITES))
+    assert Available.in_manifest(found.describe()) == found
+    for name in ("ffn", "shared", "experts"):
+        own, site = chosen(parts, f"gate@{name}")
+        assert (site, {part.name for part in own}) == ("gate", {name})
+    several, _ = chosen(parts, "gate@ffn+experts")
+    assert [(part.layer, part.name) for part in several] == [(0, "ffn"), (1, "experts")]
+
+
+@pytest.mark.parametrize(
+    ("site", "message"),
+    [
+        ("o_input", "models.m: no site 'o_input' in this model; it has input, intermediate$"),
+        (
+            "input@shared",
+            "models.m: 'input@shared': no part 'shared' in this model; it has experts",
+        ),
+        (
+            "input@ffn+experts",
+            "models.m: 'input@ffn\\+experts': no part 'ffn' in this model; it has experts$",
+        ),
+        (
+            "intermediate@experts",
+            "models.m: 'intermediate@experts': no site 'intermediate' in its part 'experts', which has",
+        ),
+    ],
+)
+def test_what_a_model_does_not_have_is_refused(site: str, message: str) -> None:
+    available = Available(("input", "intermediate"), {"experts": ("input",)})
+    with pytest.raises(AtlasError, match=f"^{message}") as caught:
+        available.check("m", site)
+    assert "\n" not in str(caught.value)
+    available.check("m", "input@experts")
+
+
+def test_sites_as_paths_spell_them() -> None:
+    assert confined("up", ()) == confined("up", ("experts", "ffn", "shared")) == "up"
+    assert confined("up", ("experts", "shared")) == "up@shared+experts"
+    assert (plain("up@shared+experts"), plain("up")) == ("up", "up")
+    assert (parts_named("up@shared+experts"), parts_named("up")) == (("shared", "experts"), ())
+    assert len(set(SPELLED)) == len(SPELLED) == len(SITES) + 6 * len(FFN_SITES)
+    assert all(confined(plain(site), parts_named(site)) == site for site in SPELLED)
 
 
 def test_sizes(parts: list[Part]) -> None:
