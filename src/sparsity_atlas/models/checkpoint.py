@@ -63,12 +63,13 @@ class Checkpoint:
         config = read_json(path)
         if not isinstance(config, dict):
             raise AtlasError(f"{path}: expected a JSON object, found {type(config).__name__}")
-        quantised = config.get("quantization_config")
-        if quantised is not None:
-            method = (
-                quantised.get("quant_method") if isinstance(quantised, dict) else None
-            ) or "unknown method"
-            raise AtlasError(f"{self}: a quantised checkpoint ({method}) is not supported yet")
+        for part in (config, *(one for one in config.values() if isinstance(one, dict))):
+            quantised = part.get("quantization_config")
+            if quantised is not None:
+                method = (
+                    quantised.get("quant_method") if isinstance(quantised, dict) else None
+                ) or "unknown method"
+                raise AtlasError(f"{self}: a quantised checkpoint ({method}) is not supported yet")
         if config.get("transformers_weights") is not None:
             raise AtlasError(
                 f"{path}: transformers_weights: not supported; name the weights {SAFE_FILE}"

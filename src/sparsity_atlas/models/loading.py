@@ -64,8 +64,9 @@ def load(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "auto") -
     if not isinstance(loaded, tuple):
         raise AtlasError(f"{checkpoint}: its code loads weights and does not report which")
     model, report = loaded
-    check_whole(checkpoint, report)
+    # First: their scales would be told as tensors that the model does not expect.
     check_types(checkpoint, model)
+    check_whole(checkpoint, report)
     if model.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise AtlasError(f"{checkpoint}: weights of type {model.dtype} are not supported")
     if model.is_custom_code():

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 # Types of numbers that need no scale, as safetensors names them.
 FLOATING = ("F64", "F32", "F16", "BF16")
+# How safetensors names those that always need one, whatever the tensor is called: experts may lie in a file
+# one by one, under names that the model does not have.
+SHORT = ("F8_", "F6_", "F4")
 # Names that an error quotes.
 SHOWN = 4
 # What wrapped a model while it was saved, by the name that the wrapper puts into those of its tensors.
@@ -145,7 +148,7 @@ def check_types(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
                     continue
                 own = name if layout is None else layout.rename(name)
                 # The names in a file may lack the beginning that the model's have, or have one more.
-                if any(
+                if kind.startswith(SHORT) or any(
                     f".{one}".endswith(f".{own}") or f".{own}".endswith(f".{one}")
                     for one in parameters
                 ):
