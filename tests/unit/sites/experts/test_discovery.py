@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mixtures import EACH, HIDDEN, WIDTH, tiny_mixture
 from sparsity_atlas import kernels
@@ -17,6 +18,7 @@ from sparsity_atlas.kernels.definition import Threshold
 from sparsity_atlas.sites.experts.discovery import find_experts
 from sparsity_atlas.sites.experts.implementation import NAME, installed
 from sparsity_atlas.sites.experts.routed import by_token
+from sparsity_atlas.sites.find import find_parts
 
 IDS = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(0))
 
@@ -42,11 +44,33 @@ def test_found(model: Any) -> None:
     assert set(model.get_experts_implementation().values()) == {"grouped_mm"}
 
 
-def test_outside_the_interface(model: Any) -> None:
-    for family in ("llama4_text", "jetmoe", "longcat_flash"):
+DBRX = {
+    **{"d_model": HIDDEN, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "vocab_size": 96},
+    "attn_config": {"kv_n_heads": 4, "rope_theta": 1e4},
+    "ffn_config": {"ffn_hidden_size": WIDTH, "moe_num_experts": 4, "moe_top_k": EACH}
+    | {"hidden_size": HIDDEN},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "place"),
+    [
+        ("llama4_text", r"model\.layers\.0\.feed_forward\.experts \(Llama4TextExperts\)"),
+        ("dbrx", r"transformer\.blocks\.0\.ffn\.experts \(DbrxExperts\)"),
+        ("jetmoe", r"model\.layers\.0\.mlp\.input_linear \(JetMoeParallelExperts\)"),
+        ("longcat_flash", r"model\.layers\.0\.mlp\.experts \(LongcatFlashExperts\)"),
+        ("step3p7", r"language_model\.layers\.1\.mlp\.experts \(Step3p7Experts\)"),
+    ],
+)
+def test_outside_the_interface(family: str, place: str) -> None:
+    if family == "dbrx":
+        other = AutoModelForCausalLM.from_config(AutoConfig.for_model("dbrx", **DBRX)).eval()
+    else:
         other = tiny_mixture(family)
-        with pytest.raises(AtlasError, match="do not go through transformers' experts interface"):
-            find_experts(other, IDS, call(other))
+    why = "do not go through transformers' experts interface: what each expert reads and makes cannot be"
+    with pytest.raises(AtlasError, match=f"{place} holds experts that {why}") as caught:
+        find_parts(other)
+    assert "\n" not in str(caught.value)
 
 
 def test_modules_one_an_expert(model: Any) -> None:
