@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from model_parts import attentions_of, by_tensor, ffns_of, shown
+from sparsity_atlas.activations.layout import Shape
 from sparsity_atlas.activations.store import ActivationStore
 from sparsity_atlas.criteria import create
 from sparsity_atlas.criteria.binding import bind_all
@@ -332,7 +333,8 @@ def test_output_error_is_the_mean_of_the_parts(tmp_path: Path) -> None:
         parts[0].model(ids)
     store.put_ids(ids.numpy())
     for name, values in seen.items():
-        store.create(name, [values.shape[1]], len(values), len(values), "float32")
+        shapes = {0: Shape(1, values.shape[1])}
+        store.create(name, shapes, len(values), len(values), "float32")
         store.put(name, 0, 0, values.numpy())
     layer = by_layer(parts)[0]
     bound = bind_all(create({"rule": "topk"}), layer, "all_linear_inputs")
