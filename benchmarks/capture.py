@@ -20,9 +20,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from measure import machine
 from sparsity_atlas.activations.capture import capture
+from sparsity_atlas.activations.layout import groups
 from sparsity_atlas.activations.store import ActivationStore
-from sparsity_atlas.models.checkpoint import Checkpoint, load
+from sparsity_atlas.models.checkpoint import Checkpoint
+from sparsity_atlas.models.loading import load
+from sparsity_atlas.models.logits import head
+from sparsity_atlas.models.parameters import count_parameters
 from sparsity_atlas.sites.find import bind_parts, describe_parts, find_parts, observe
+from sparsity_atlas.sites.part import measure
 
 TENSORS = ["gate", "input", "intermediate", "up"]
 
@@ -44,7 +49,11 @@ def save(folder: Path, layers: int, hidden: int) -> dict[str, Any]:
     model.save_pretrained(folder)
     # Loading asks for one; nothing is tokenised here.
     (folder / "tokenizer.json").write_text("{}")
-    return {"ffn": describe_parts(find_parts(model))}
+    parts = find_parts(model)
+    return {
+        **{"parameters": count_parameters(model), "memory": head.describe(model)},
+        **{**measure(parts), "ffn": describe_parts(parts)},
+    }
 
 
 def forward_alone(
@@ -70,7 +79,7 @@ def plain_files(folder: Path, store: ActivationStore) -> tuple[float, int]:
     folder.mkdir()
     written, spent = 0, 0.0
     for name in TENSORS:
-        for layer in range(store.layers(name)):
+        for layer in store.layers(name):
             array = store.root[name][f"layer_{layer:03d}"]
             for start in range(0, array.shape[0], array.chunks[0]):
                 chunk = np.asarray(array[start : start + array.chunks[0]])
@@ -97,6 +106,7 @@ def main() -> None:
         "dtype": "float32" if arguments.device == "cpu" else "bfloat16",
         "device": arguments.device,
         "batch_size": 8,
+        "tokens": arguments.tokens,
     }
     ids = np.random.default_rng(0).integers(0, 4096, (arguments.tokens // 256, 256))
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
@@ -110,7 +120,8 @@ def main() -> None:
             load(Checkpoint(folder / "model"), dtype=settings["dtype"], device=settings["device"])
             loading = time.perf_counter() - start
             start = time.perf_counter()
-            capture(store, manifest, Checkpoint(folder / "model"), ids, TENSORS, "all", settings)
+            missing = groups(manifest["ffn"], TENSORS)
+            capture(store, manifest, Checkpoint(folder / "model"), ids, missing, "all", settings)
             times["capture"].append(time.perf_counter() - start - loading)
             times["forward"].append(alone)
             spent, size = plain_files(folder / f"plain-{repeat}", ActivationStore(store))
