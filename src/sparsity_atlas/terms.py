@@ -97,5 +97,7 @@ class PlaceKey(NamedTuple):
 
 # How a criterion's level is spread over layers.
 ALLOCATIONS = ("uniform", "equal_cett", "sensitivity", "greedy")
+# Whose rows a calibration looks at together, where a layer has experts.
+CALIBRATIONS = ("per_layer", "per_expert")
 # The row of a table that stands for all tasks of a kind together.
 AVERAGE = "average"

@@ -35,9 +35,10 @@ rule model:
     conda:
         "../../envs/atlas.yaml"
     threads: 1
-    # Not in params: a site that is added must not make the manifest anew.
+    # Not in params: a site or a criterion that is added must not make the manifest anew.
     resources:
         sites=ask.requested_sites,
+        not_in_experts=ask.not_in_experts,
         mem_mb=ask.memory("models"),
         gpu_mb=ask.gpu_memory("models"),
         runtime=ask.capture_minutes,
@@ -51,5 +52,6 @@ rule model:
             --name {wildcards.model} \
             --source {params.source:q} \
             --sites {resources.sites:q} \
+            --not-in-experts {resources.not_in_experts:q} \
             --output {output} >{log} 2>&1
         """

@@ -68,6 +68,13 @@ class StoreSample:
             values = self._part.recompute(given(read(slice(self._tokens)), self._part), tensor)
         return values.float().to(self._place.device)
 
+    def routing(self) -> Tensor:
+        """The experts of each token: int [tokens, K]."""
+        import torch
+
+        name = f"{self._part.name}.index"
+        return torch.from_numpy(self._store.read(name, self._part.layer, 0, self._tokens)).long()
+
 
 def calibrate(
     criterion: Criterion, parts: Sequence[Part], site: str, store: ActivationStore, tokens: int
@@ -83,18 +90,28 @@ def calibrate(
 
     Returns:
         The state of each place, by `place.state_name`.
+
+    Raises:
+        AtlasError: the criterion cannot work at some place.
     """
     import torch
 
+    from sparsity_atlas.calibrate.by_expert import states_of
+    from sparsity_atlas.criteria.binding import check_places
     from sparsity_atlas.criteria.place import places, state_name
 
+    check_places(criterion, parts, site, type(criterion).__name__)
     states = {}
     with torch.no_grad():
         for part in parts:
             for place in places([part], site):
                 sample = StoreSample(store, part, place, site, tokens)
-                state = criterion.calibrate(place, sample)
-                states[state_name(place.key)] = {key: value.float() for key, value in state.items()}
+                if place.experts:
+                    found = states_of(criterion, place, sample, sample.routing())
+                else:
+                    found = {state_name(place.key): criterion.calibrate(place, sample)}
+                for name, state in found.items():
+                    states[name] = {key: value.float() for key, value in state.items()}
     if criterion.allocation == "uniform":
         return states
 
@@ -152,6 +169,7 @@ def main() -> None:
     manifest, checkpoint = from_manifest(arguments.model)
     Available.in_manifest(manifest).check(manifest["name"], arguments.site)
 
+    from sparsity_atlas.calibrate.by_expert import served_by_layer
     from sparsity_atlas.sites.find import bind_parts
 
     model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
@@ -171,5 +189,13 @@ def main() -> None:
         "text": text,
         "content": content,
     }
+    if criterion.calibration == "per_expert":
+        about["served_by_layer"] = served_by_layer(parts, arguments.site, states)
     write_calibration(arguments.output, states, about)
     cli.logger.info("calibrated %d places on %s tokens", len(states), f"{tokens:,}")
+    for place, experts in about.get("served_by_layer", {}).items():
+        if experts:
+            cli.logger.info(
+                "%s: %d experts have fewer than %d rows and take the layer's state",
+                *(place, len(experts), criterion.expert_rows),
+            )

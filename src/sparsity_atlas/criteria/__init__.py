@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsity_atlas.criteria.in_experts import KEYS, check_keys, set_keys
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.terms import SITES
 
@@ -74,8 +75,8 @@ def declared(spec: dict[str, Any]) -> dict[str, Any]:
     """The constants of a criterion, read from its source without importing torch.
 
     Returns:
-        lowest, highest, sites and calibrated; where the file names none, as the base class has them. And
-        allocated: whether it takes an allocation.
+        lowest, highest, sites, calibrated, by_channel and not_in_experts; where the file names none, as the
+        base class has them. And allocated: whether it takes an allocation.
 
     Raises:
         AtlasError: no such rule or file, the file is not Python, or a constant is no plain literal.
@@ -88,6 +89,7 @@ def declared(spec: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {
         **{"lowest": 0.0, "highest": 1.0, "sites": ()},
         **{"calibrated": False, "allocated": False},
+        **{"by_channel": False, "not_in_experts": ""},
     }
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     for node in (statement for one in classes for statement in one.body):
@@ -115,6 +117,8 @@ _PLAIN = {
     "sites": f"a tuple of {', '.join(SITES)}",
     "calibrated": "True or False",
     "allocated": "True or False",
+    "by_channel": "True or False",
+    "not_in_experts": "a text",
 }
 
 
@@ -125,8 +129,10 @@ def _literal(path: Path, name: str, value: ast.expr) -> Any:
         found = None
     if name == "sites":
         right = isinstance(found, tuple) and set(found) <= set(SITES)
-    elif name in ("calibrated", "allocated"):
+    elif name in ("calibrated", "allocated", "by_channel"):
         right = isinstance(found, bool)
+    elif name == "not_in_experts":
+        right = isinstance(found, str)
     else:
         right = isinstance(found, int | float) and not isinstance(found, bool)
     if not right:
@@ -159,12 +165,14 @@ def create(spec: dict[str, Any]) -> Criterion:
     ]
     if len(classes) != 1:
         raise AtlasError(f"{path}: expected one subclass of Criterion, found {len(classes)}")
-    parameters = {key: value for key, value in spec.items() if key not in ("rule", "file")}
+    check_keys(f"criteria: {spec.get('rule', path)}", spec, constants["calibrated"])
+    parameters = {key: value for key, value in spec.items() if key not in ("rule", "file", *KEYS)}
     _check_parameters(spec.get("rule", path), classes[0], parameters)
     try:
         criterion = classes[0](**parameters)
     except (TypeError, ValueError) as error:
         raise AtlasError(f"criteria: {spec.get('rule', path)}: {error}") from None
+    set_keys(criterion, spec)
     _check(path, criterion)
     del constants["allocated"]  # asked of the configuration alone
     for name, value in constants.items():

@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
+from sparsity_atlas.criteria.in_experts import why_not
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -51,19 +53,35 @@ class Criterion(ABC):
     looks_at_weights: ClassVar[bool | None] = None
     """Whether what `bind` makes of a place follows from the weights there, so that each expert of a mixture
     has a rule of its own; None: it may, if there is a `bind`."""
+    by_channel: ClassVar[bool] = False
+    """Whether `calibrate` finds numbers of single channels, which mean nothing over several experts."""
+    not_in_experts: ClassVar[str] = ""
+    """Why the rule does not work inside routed experts; empty: it does."""
     file: str | None = None
     """The user's file that the rule stands in; None: it is built in."""
     tried: bool = False
     """Whether the masks of a user's rule were tried as they are bound."""
     allocation: str = "uniform"
     """How a level is spread over a site's places; other than uniform, their states say: `allocation`."""
+    calibration: str = "per_layer"
+    """Whose rows of a mixture are calibrated together, one of `terms.CALIBRATIONS`."""
+    expert_rows: int = 128
+    """Rows that an expert must have in a calibration to get a state of its own."""
 
     @property
     def differs_by_expert(self) -> bool:
         """Whether each expert of a mixture has a rule of its own; else one serves all of a layer's."""
+        if self.calibration == "per_expert":
+            return True
         if self.looks_at_weights is None:
             return type(self).bind is not Criterion.bind
         return self.looks_at_weights
+
+    def refuses(self, place: Place) -> str | None:
+        """Why the rule cannot work at a place of a model; None: it can."""
+        constants = {"not_in_experts": self.not_in_experts, "by_channel": self.by_channel}
+        chosen = {"calibration": self.calibration, "allocation": self.allocation}
+        return why_not(constants, chosen) if place.experts else None
 
     def calibrate(self, place: Place, sample: Sample) -> dict[str, Tensor]:
         """Find what every level needs at one place: thresholds by level, means, a basis.
@@ -149,6 +167,12 @@ class SequenceCriterion(Criterion):
     """
 
     looks_at_weights = False  # Not by expert: of a sequence an expert sees some tokens.
+
+    def refuses(self, place: Place) -> str | None:
+        """See `Criterion.refuses`."""
+        if not place.part.rows_are_tokens(place.tensor):
+            return "it looks at whole sequences, of which an expert sees some tokens"
+        return super().refuses(place)
 
     def mask(self, values: Tensor, level: float) -> Tensor:
         """Single rows do not say which sequence they belong to: see `mask_sequences`."""

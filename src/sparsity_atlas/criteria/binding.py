@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
-from sparsity_atlas.criteria.base import Criterion, SequenceCriterion
+from sparsity_atlas.criteria.base import Criterion
 from sparsity_atlas.criteria.expert_rules import ExpertRules
 from sparsity_atlas.criteria.place import places, state_name
 from sparsity_atlas.errors import AtlasError
@@ -36,15 +36,29 @@ def bind_all(
 
     Raises:
         AtlasError: a rule of the user's own whose masks depend on more than the row, or whose `bind` gives
-            no rule; a rule that looks at sequences, of which experts see some tokens.
+            no rule; one that cannot work at a place.
     """
-    for place in places(parts, site) if isinstance(criterion, SequenceCriterion) else ():
-        if not place.part.rows_are_tokens(place.tensor):
-            raise AtlasError(
-                f"{type(criterion).__name__}: looks at whole sequences, of which an expert sees some tokens "
-                f"(layer {place.layer}, '{place.tensor}'): not supported for routed experts"
-            )
+    check_places(criterion, parts, site, type(criterion).__name__)
     return {place.key: _bind(criterion, place, calibration or {}) for place in places(parts, site)}
+
+
+def check_places(criterion: Criterion, parts: Sequence[Part], site: str, name: str) -> None:
+    """Refuse a criterion that cannot work at some place of a site.
+
+    Args:
+        criterion: the rule.
+        parts: of one model.
+        site: where.
+        name: how the message calls it.
+
+    Raises:
+        AtlasError: why it cannot.
+    """
+    for place in places(parts, site):
+        why = criterion.refuses(place)
+        if why is not None:
+            where = f"'{place.tensor}' of layer {place.layer}'s {place.part.name}"
+            raise AtlasError(f"{name}: cannot be used at {where}: {why}")
 
 
 def _bind(criterion: Criterion, place: Place, states: Mapping[str, State]) -> Criterion:

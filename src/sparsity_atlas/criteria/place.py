@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
@@ -65,15 +65,54 @@ class Place:
         return torch.cat([matrix(reader, self.width) for reader in self.readers()]).to(self.device)
 
     def outputs(self, values: Tensor) -> Tensor:
-        """What the readers make of vectors [tokens, width], biases included: float32 [tokens, outputs]."""
+        """What the readers make of rows [rows, width], biases included: float32 [rows, outputs]."""
         like = next(self.readers()[0].module.parameters())
         made = [reader(values.to(like)) for reader in self.readers()]
         return torch.cat(made, -1).float().to(self.device)
+
+    def product(self, values: Tensor) -> Tensor:
+        """values @ weightᵀ, without biases: [rows, outputs] of float32 [rows, width]."""
+        return values @ self.weight.T
 
     def column_norms(self) -> Tensor:
         """‖W[:, j]‖₂ of the readers' weight for each entry: float32 [width]."""
         norms: Tensor = self.weight.norm(dim=0)
         return norms
+
+
+@dataclass(frozen=True, eq=False)
+class SpreadPlace(Place):
+    """A place whose rows are those of several experts, when it is asked about certain rows.
+
+    Attributes:
+        of_row: int [rows], the expert of each row.
+    """
+
+    of_row: Tensor
+
+    @cached_property
+    def experts(self) -> tuple[Place, ...]:
+        """See `Place.experts`: kept, and with them their weights."""
+        return super().experts
+
+    def column_norms(self) -> Tensor:
+        """‖W[:, j]‖₂ of what reads each row: float32 [rows, width]."""
+        return torch.stack([expert.column_norms() for expert in self.experts])[self.of_row]
+
+    def product(self, values: Tensor) -> Tensor:
+        """See `Place.product`: of each row with its expert's weight."""
+        return self._by_expert(values, lambda expert, rows: expert.product(rows))
+
+    def outputs(self, values: Tensor) -> Tensor:
+        """See `Place.outputs`: of each row by its expert's maps."""
+        return self._by_expert(values, lambda expert, rows: expert.outputs(rows))
+
+    def _by_expert(self, values: Tensor, make: Callable[[Place, Tensor], Tensor]) -> Tensor:
+        made = values.new_empty(len(values), self.experts[0].part.outputs(self.tensor))
+        for number, expert in enumerate(self.experts):
+            own = (self.of_row == number).nonzero().flatten()
+            made[own] = make(expert, values[own])
+        return made
 
 
 def matrix(projection: Projection, width: int) -> Tensor:

@@ -29,7 +29,7 @@ from sparsity_atlas.models.hub import Repository
 from sparsity_atlas.models.layouts import layout_in, layout_of
 from sparsity_atlas.models.loading import load, load_tokenizer
 from sparsity_atlas.sites.part import Available
-from sparsity_atlas.terms import CAUSAL, DIFFUSION
+from sparsity_atlas.terms import CAUSAL, DIFFUSION, EXPERTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -252,6 +252,12 @@ def main() -> None:
         "--source", required=True, type=json.loads, help="JSON: path, or hub and revision"
     )
     parser.add_argument("--sites", default="", help="comma-separated sites that the run asks for")
+    parser.add_argument(
+        "--not-in-experts",
+        default=[],
+        type=json.loads,
+        help="JSON: what the run asks for in vain if the model has routed experts, a line each",
+    )
     parser.add_argument("--output", required=True, type=Path, help="manifest to write")
     arguments = parser.parse_args()
 
@@ -264,6 +270,8 @@ def main() -> None:
     available = Available.in_manifest(description)
     for site in filter(None, arguments.sites.split(",")):
         available.check(arguments.name, site)
+    if arguments.not_in_experts and any(one.get("part") == EXPERTS for one in description["ffn"]):
+        raise AtlasError(f"models.{arguments.name}: {arguments.not_in_experts[0]}")
     write_manifest(
         arguments.output,
         {

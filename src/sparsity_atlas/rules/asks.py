@@ -19,10 +19,11 @@ from sparsity_atlas.code_version import code_version
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config
 from sparsity_atlas.config.selection import fold
+from sparsity_atlas.criteria import in_experts
 from sparsity_atlas.rules.inputs import model_content, task_content, text_content
 from sparsity_atlas.rules.question import question
 from sparsity_atlas.rules.resources import Resources, Wildcards
-from sparsity_atlas.terms import plain
+from sparsity_atlas.terms import ATTENTION_TENSORS, EXPERTS, TENSORS, parts_named, plain
 
 
 class Asks(Resources):
@@ -209,6 +210,18 @@ class Asks(Resources):
     def requested_sites(self, wildcards: Wildcards) -> str:
         """Sites that the run asks of a model, comma-separated."""
         return ",".join(self._sites_of(wildcards.model))
+
+    @question
+    def not_in_experts(self, wildcards: Wildcards) -> str:
+        """What the run asks of a model that does not work if it has routed experts: JSON, a line each."""
+        lines = []
+        for curve in self._by_model[wildcards.model]:
+            spec = json.loads(self._criterion_slice(curve.criterion))
+            why = in_experts.why_not(criteria.declared(spec), spec)
+            beside = set(TENSORS[plain(curve.site)]) - set(ATTENTION_TENSORS)
+            if why is not None and beside and EXPERTS in (parts_named(curve.site) or (EXPERTS,)):
+                lines.append(f"criteria.{curve.criterion} at {curve.site}: {why}")
+        return json.dumps(lines)
 
     @question
     def model_source(self, wildcards: Wildcards) -> str:

@@ -380,6 +380,14 @@ def test_documents_of_a_text(config: dict[str, Any]) -> None:
             {"criteria": {"teal": {"allocation": "greedy"}}},
             "'teal' is allocated greedily among the tensors of a block, and 'input' is one",
         ),
+        (
+            {"criteria": {"teal": {"calibration": "each"}}},
+            r"criteria\.teal: calibration: expected per_layer or per_expert, found 'each'",
+        ),
+        (
+            {"criteria": {"teal": {"expert_rows": 8}}},
+            r"criteria\.teal: expert_rows: needs calibrat",
+        ),
         ({"tasks": {"pages": {"include": "tasks"}}}, r"tasks\.pages: 'teal' is calibrated on docu"),
         ({"tasks": {"pages": {"include": "tasks", "limit": 5}}}, r"evaluates its first 5 docum"),
         ({"texts": {"rest": {"file": "tasks/pages.jsonl"}}}, "documents 0 to the last of"),
@@ -412,6 +420,33 @@ def test_only_calibrated_criteria_wait_for_a_calibration(config: dict[str, Any])
     path = "results/tiny/teal/input/calibration.safetensors"
     assert ask.calibration(At("tiny", "teal", "input")) == [path]
     assert ask.calibration(At("tiny", "topk", "input")) == []
+
+
+def test_what_does_not_work_in_experts_is_told_to_the_job_that_looks_for_them(
+    config: dict[str, Any],
+) -> None:
+    config["criteria"] |= {
+        **{"r_sparse": {}, "cats": {}, "mask": {"rule": "prompt_mask"}},
+        **{"chess": {}, "chess_each": {"rule": "chess", "calibration": "per_expert"}},
+        "spread": {"rule": "teal", "allocation": "equal_cett"},
+    }
+    config["run"] = [
+        {**config["run"][0], "criteria": names, "sites": [site]}
+        for site, names in {
+            "input": ["teal", "topk", "r_sparse", "spread"],
+            "qkv_input": ["r_sparse", "spread"],  # attention has no experts
+            "gate": ["cats", "chess", "chess_each", "mask"],
+        }.items()
+    ]
+
+    class At(NamedTuple):
+        model: str
+
+    lines = json.loads(Asks(parse(config), "results").not_in_experts(At("tiny")))
+    assert [line.partition(":")[0] for line in lines] == [
+        *("criteria.r_sparse at input", "criteria.spread at input"),
+        *("criteria.chess at gate", "criteria.mask at gate"),
+    ]
 
 
 # Export

@@ -196,6 +196,8 @@ def test_cett_by_hand(level: float) -> None:
         def outputs(self, values: Tensor) -> Tensor:
             return values @ self.weight.T
 
+        product = outputs  # there are no biases
+
     r = (torch.arange(2000) + 0.5) / 2000
     given = Given(intermediate=torch.stack([torch.ones(2000), -r / 2], dim=1))
     bound = calibrated("cett", Place2([1.0, 2]), given)

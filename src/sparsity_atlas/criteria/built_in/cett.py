@@ -25,7 +25,8 @@ class Cett(Quantile):
     arXiv 2405.09274 uses 0.2). The papers bisect ε for one CETT; here it is measured at some hundred
     ε, which serve all levels: from 0.001 on a level is met within 0.5 % of it, or, where no ε does
     (entries that tie), the next lower CETT that one has. All layers have the same CETT and each its
-    own sparsity. level = 0 changes nothing, level = 1 drops everything.
+    own sparsity. level = 0 changes nothing, level = 1 drops everything. Of routed experts the output is
+    each expert's own, and the mean is over pairs of a token and one of its experts.
     """
 
     sites = ("intermediate",)
@@ -41,14 +42,14 @@ class Cett(Quantile):
 
     def calibrate(self, place: Place, sample: Sample) -> dict[str, Tensor]:
         """See `Criterion.calibrate`."""
-        i, weight = sample.read("intermediate"), place.weight
+        i = sample.read("intermediate")
         scores = i.abs() * place.column_norms()
         norm = place.outputs(i).norm(dim=-1)
         used = norm > 0
 
         def error(epsilon: float) -> float:
             dropped = torch.where(scores < epsilon, i, 0)
-            lost = (dropped @ weight.T).norm(dim=-1)
+            lost = place.product(dropped).norm(dim=-1)
             return float((lost[used] / norm[used]).double().mean()) if used.any() else 0.0
 
         return tabulate(scores, error).state()

@@ -24,6 +24,7 @@ class Chess(Quantile):
     sites = ("gate",)
     calibrated = True
     allocated = True
+    by_channel = True
 
     def calibrate(self, place: Place, sample: Sample) -> dict[str, Tensor]:
         """See `Criterion.calibrate`."""

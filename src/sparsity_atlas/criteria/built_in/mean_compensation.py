@@ -26,6 +26,7 @@ class MeanCompensation(Quantile):
     sites = ("up",)
     calibrated = True
     allocated = True
+    by_channel = True
 
     def calibrate(self, place: Place, sample: Sample) -> dict[str, Tensor]:
         """See `Criterion.calibrate`."""

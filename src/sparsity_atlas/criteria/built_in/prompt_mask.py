@@ -27,6 +27,7 @@ class PromptMask(SequenceCriterion):
     """
 
     sites: ClassVar[tuple[str, ...]] = ("up", "gate", "intermediate")
+    not_in_experts = "it looks at whole sequences, of which an expert sees some tokens"
     dense_level = 1.0
     coarse_levels = ("0.8", "0.6", "0.4", "0.2")
 

@@ -32,6 +32,7 @@ class RSparse(Quantile):
     sites = ("input", "intermediate", "all_inputs", "qkv_input", "o_input", "all_linear_inputs")
     calibrated = True
     looks_at_weights = True
+    not_in_experts = "it would keep a low-rank part of the weights of each expert"
     _shape: torch.Size
 
     def __init__(self, sparse_share: float = 0.9) -> None:

@@ -37,6 +37,12 @@ class ShiftedRelu(Quantile):
     def __init__(self) -> None:
         super().__init__()
 
+    def refuses(self, place: Place) -> str | None:
+        """See `Criterion.refuses`."""
+        if place.part.activation is None:
+            return "its gate is a function of its own, of which no inverse is known"
+        return super().refuses(place)
+
     def calibrate(self, place: Place, sample: Sample) -> dict[str, Tensor]:
         """See `Criterion.calibrate`."""
         return {"table": quantile_table(sample.read("gate").clamp(min=0))}

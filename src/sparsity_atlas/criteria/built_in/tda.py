@@ -27,6 +27,7 @@ class Tda(PromptMask):
 
     sites = ("intermediate",)
     calibrated = True
+    not_in_experts = "it looks at whole sequences, of which an expert sees some tokens"
     dense_level = 0.0
     coarse_levels = ("0.05", "0.1", "0.2", "0.4")
     _cett: Cett

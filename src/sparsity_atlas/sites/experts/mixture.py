@@ -140,8 +140,8 @@ class Experts:
     @property
     def activation(self) -> Activation | None:
         """See `Part.activation`: none where the class's own gate holds it."""
-        function = getattr(self.routed.module, "act_fn", None)
-        if not isinstance(function, nn.Module):
+        function = self.routed.nonlinearity()
+        if function is None:
             return None
         path = f"{self.routed.path}.act_fn"
         return Activation(path, function.forward, path)

@@ -79,6 +79,19 @@ class RoutedExperts:
             factor = partial(of, function._apply_gate)
         return Tap(tensor, act, factor)
 
+    def nonlinearity(self) -> nn.Module | None:
+        """The module that makes g of its argument, where that is all that is done to it."""
+        function = getattr(self.module, "act_fn", None)
+        if not isinstance(function, nn.Module) or self.gating is None:
+            return function
+        module: Any = self.module
+        arguments = torch.tensor(_ARGUMENTS, device=module.down_proj.device)
+        z = arguments.new_zeros(len(_ARGUMENTS), 2 * self.width)
+        self.gating.nonlinear.of(z).copy_(arguments[:, None])
+        found = self.gating.gate(module._apply_gate, z)[:, 0]
+        same = torch.allclose(found, function.forward(arguments), rtol=1e-4, atol=1e-6)
+        return function if same else None
+
     def describe(self) -> dict[str, Any]:
         """As JSON; see `bind_routed`."""
         return {
@@ -91,6 +104,8 @@ class RoutedExperts:
         }
 
 
+# Where a gate is compared with the module that it holds: what is cut or capped lies beyond the middle ones.
+_ARGUMENTS = (-1000.0, -60.0, -8.0, -2.0, -0.5, 0.0, 0.5, 2.0, 8.0, 60.0, 1000.0)
 _GATED = ("input", "up", "gate", "intermediate")
 
 
