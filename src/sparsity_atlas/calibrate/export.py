@@ -1,7 +1,8 @@
 """Stage `export`: the thresholds of a calibrated criterion at each of its levels, for kernels.
 
 {level}/thresholds.safetensors   tensors {tensor}.{layer}.{name}; `threshold`, [] or [width], is what |v|
-                                 must reach for an entry to be kept
+                                 must reach for an entry to be kept; of experts that differ
+                                 {tensor}.{layer}.experts.e{expert}.{name}
 {level}/thresholds.json          what they belong to: model, criterion, site, level, calibration, and for
                                  each tensor and layer the modules that read it
 """
@@ -53,6 +54,7 @@ def main() -> None:
     from safetensors.torch import save_file
 
     from sparsity_atlas.criteria.binding import bind_all
+    from sparsity_atlas.criteria.expert_rules import each
     from sparsity_atlas.criteria.place import places, state_name
     from sparsity_atlas.sites.find import bind_parts
 
@@ -73,9 +75,10 @@ def main() -> None:
     written = {}
     for level in levels:
         tensors = {
-            f"{state_name(key)}.{name}": value.cpu().contiguous()
+            f"{state_name(key, expert)}.{name}": value.cpu().clone()  # experts may have one state together
             for key, rule in bound.items()
-            for name, value in rule.export(float(level)).items()
+            for expert, own in each(rule)
+            for name, value in own.export(float(level)).items()
         }
         if not tensors:
             raise AtlasError(f"criteria: {type(criterion).__name__} has no thresholds to export")

@@ -29,3 +29,8 @@ class ExpertRules(Criterion):
     def mask(self, values: Tensor, level: float) -> Tensor:
         """Rows do not say which expert they belong to: see `sparsify.each_expert`."""
         raise NotImplementedError("each expert has a rule of its own")
+
+
+def each(rule: Criterion) -> list[tuple[int | None, Criterion]]:
+    """The rules of all experts with their numbers; one without, where all rows have the same rule."""
+    return list(enumerate(rule.rules)) if isinstance(rule, ExpertRules) else [(None, rule)]
