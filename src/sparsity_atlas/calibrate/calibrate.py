@@ -190,7 +190,7 @@ def main() -> None:
         "content": content,
     }
     if criterion.calibration == "per_expert":
-        about["served_by_layer"] = served_by_layer(parts, arguments.site, states)
+        about["served_by_layer"] = served_by_layer(parts, site, states)
     write_calibration(arguments.output, states, about)
     cli.logger.info("calibrated %d places on %s tokens", len(states), f"{tokens:,}")
     for place, experts in about.get("served_by_layer", {}).items():
