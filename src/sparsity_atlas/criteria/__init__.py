@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsity_atlas.criteria.in_experts import KEYS, check_keys, set_keys
+from sparsity_atlas.criteria.in_experts import KEYS, check_keys
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.terms import SITES
 
@@ -172,7 +172,9 @@ def create(spec: dict[str, Any]) -> Criterion:
         criterion = classes[0](**parameters)
     except (TypeError, ValueError) as error:
         raise AtlasError(f"criteria: {spec.get('rule', path)}: {error}") from None
-    set_keys(criterion, spec)
+    for key in KEYS:
+        if key in spec:
+            setattr(criterion, key, spec[key])
     _check(path, criterion)
     del constants["allocated"]  # asked of the configuration alone
     for name, value in constants.items():

@@ -10,13 +10,10 @@ expert_rows   how many are enough
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.terms import CALIBRATIONS
-
-if TYPE_CHECKING:
-    from sparsity_atlas.criteria.base import Criterion
 
 KEYS = ("calibration", "expert_rows")
 
@@ -48,13 +45,6 @@ def check_keys(name: str, spec: dict[str, Any], calibrated: bool) -> None:
         raise AtlasError(
             f"{name}: expert_rows: expected a whole number of at least 1, found {rows!r}"
         )
-
-
-def set_keys(criterion: Criterion, spec: dict[str, Any]) -> None:
-    """Put them into a criterion; see `check_keys`."""
-    for key in KEYS:
-        if key in spec:
-            setattr(criterion, key, spec[key])
 
 
 def why_not(constants: Mapping[str, Any], spec: Mapping[str, Any]) -> str | None:
