@@ -3,6 +3,7 @@ figures and the report read, with plausible numbers from the real estimators."""
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,22 +12,26 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from sparsity_atlas.activations import metrics
 from sparsity_atlas.curves.critical import BARS, critical
 from sparsity_atlas.curves.equal_sparsity import equal_rows, write_equal
 from sparsity_atlas.curves.points import curve_points, estimate_all
+from sparsity_atlas.evaluation.expert_table import COUNTS, NAME, SCHEMA, ExpertTable
 from sparsity_atlas.files.parquet import write_parquet
 from sparsity_atlas.files.whole import write_manifest
 from sparsity_atlas.statistics.bootstrap import TaskSamples
 from sparsity_atlas.studies import output_error, sensitivity
 from sparsity_atlas.tables import summarize
 from sparsity_atlas.tables.read import Tables, read_tables
-from sparsity_atlas.terms import TENSORS, plain
+from sparsity_atlas.terms import STORED, TENSORS, plain
 
 LEVELS = ("0.97", "0.9", "0.75", "0.5")
 ENTRIES = 1000
 LAYERS = 3
+# Of a mixture, and how many of them a token meets.
+EXPERTS, EACH = 8, 2
 
 
 def write_model(
@@ -132,6 +137,7 @@ def write_curve(
                 }
                 for level, share in shares.items()
             },
+            "scores": {level: {task.task: {} for task in tasks} for level in ("dense", *levels)},
             "cut": {task.task: {"items": 0, "windowed": 0} for task in tasks},
             "failures": failures,
         },
@@ -157,6 +163,42 @@ def write_curve(
                     | {"added_loss": loss, **interval}
                 )
     write_parquet(folder / "sensitivity.parquet", pa.Table.from_pylist(rows, sensitivity.SCHEMA))
+
+
+def write_experts(node: Path, tasks: Sequence[str], site: str | None, share: float) -> None:
+    """A mixture's node: eval.json and experts.parquet.
+
+    Args:
+        node: its folder.
+        tasks: their names.
+        site: of it; None for the dense baseline.
+        share: sparsity of an expert that has a load of its equal share.
+    """
+    rng = np.random.default_rng(zlib.crc32(str(node).encode()))
+    tensors = STORED[2:] if site is None else TENSORS[site]
+    rows = []
+    for task, layer, tensor in itertools.product(tasks, range(LAYERS), tensors):
+        tokens = rng.multinomial(4000, rng.dirichlet([2.0] * EXPERTS))
+        tokens[-1] = 0 if layer == 0 else tokens[-1]
+        for expert, count in enumerate(tokens.tolist()):
+            own = share * (0.8 + 0.1 * layer + 0.1 * rng.standard_normal() - 0.2 * count / 4000)
+            numbers = (count, 64 * count, int(64 * count * min(max(own, 0), 1)))
+            unique = {
+                f"unique_{name}": number for name, number in zip(COUNTS, numbers, strict=True)
+            }
+            rows.append(
+                {"task": task, "phase": "scoring", "layer": layer, "part": "experts"}
+                | {"tensor": tensor, "expert": expert, **unique}
+                | dict(zip(COUNTS, numbers, strict=True))
+            )
+    table = pa.Table.from_pylist(rows, SCHEMA)
+    slots = [
+        [layer, "experts", tensor, EXPERTS, EACH] for layer in range(LAYERS) for tensor in tensors
+    ]
+    of_task = {task: table.filter(pc.equal(table["task"], task)) for task in tasks}
+    ExpertTable(slots, dict.fromkeys(tasks, "f"), of_task).write(node / NAME)
+    names = {"by_expert": list(tensors), "fingerprints": dict.fromkeys(tasks, "f")}
+    write_manifest(node / "eval.json", {"tasks": {}, **names})
 
 
 def write_metrics(model: Path, site: str) -> None:
@@ -187,7 +229,7 @@ def make_results(
 
     Args:
         results: the folder.
-        models: arguments of `write_model` by name; `tolerance` may be among them.
+        models: arguments of `write_model` by name; `tolerance` may be among them, and `experts`: true.
         criteria: every model has all of them,
         sites: at all of these
         levels: and at all of these.
@@ -199,8 +241,13 @@ def make_results(
     for name, about in models.items():
         about = dict(about)
         tolerance = about.pop("tolerance", 0.5)
+        routed = about.pop("experts", False)
+        if routed:
+            about["ffn"] = [{"layer": layer, "part": "experts"} for layer in range(LAYERS)]
         write_model(results / name, **about)
         write_manifest(results / name / "dense" / "eval.json", {"tasks": {}})
+        if routed:
+            write_experts(results / name / "dense", list(tasks), None, 0.0)
         for site in sites:
             write_metrics(results / name, plain(site))
             for criterion in criteria:
@@ -211,6 +258,9 @@ def make_results(
                     for task, arguments in tasks.items()
                 ]
                 write_curve(results / name / criterion / site, drawn, levels, replicates)
+                for level in levels if routed else ():
+                    node = results / name / criterion / site / level
+                    write_experts(node, list(tasks), site, (1 - float(level)) ** 0.5)
     return results
 
 

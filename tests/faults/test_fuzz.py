@@ -25,6 +25,7 @@ from sparsity_atlas.activations.texts import documents
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import parse
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.evaluation import expert_table
 from sparsity_atlas.evaluation.samples import SCHEMA, SampleTable, read_table
 from sparsity_atlas.files import parquet
 from sparsity_atlas.files.journal import Journal
@@ -178,6 +179,14 @@ def read_header(folder: Path, header: Any) -> None:
     read_table(folder / "samples.parquet")
 
 
+def read_expert_header(folder: Path, header: Any) -> None:
+    """A table by expert with another header."""
+    schema = expert_table.SCHEMA.empty_table()
+    table = schema.replace_schema_metadata({expert_table._KEY: json.dumps(header).encode()})
+    parquet.write_parquet(folder / expert_table.NAME, table)
+    expert_table.read_table(folder / expert_table.NAME)
+
+
 def journal_lines(*records: Any) -> bytes:
     texts = [canonical(record).encode() for record in records]
     return b"".join(b"%08x %s\n" % (zlib.crc32(text), text) for text in texts)
@@ -286,6 +295,7 @@ def targets(folder: Path) -> dict[str, Target]:
         "table": Target(mutated(table), write("a.parquet", read_table)),
         "sealed table": Target(mutated(table), read_sealed),
         "table header": Target(JSON, read_header),
+        "expert header": Target(JSON, read_expert_header),
         "journal": Target(mutated(journal), write("a", read_journal)),
         "crafted journal": Target(
             st.lists(JSON.map(lambda x: json.dumps(x).encode()) | st.binary(max_size=20)).map(
@@ -319,7 +329,17 @@ def _printable(text: str) -> None:
 
 
 NAMES = ["config", "level", "manifest", "table", "sealed table", "table header", "journal"]
-NAMES += ["crafted journal", "task", "text", "model", "tokenizer", "index", "store", "log"]
+NAMES += [
+    "expert header",
+    "crafted journal",
+    "task",
+    "text",
+    "model",
+    "tokenizer",
+    "index",
+    "store",
+    "log",
+]
 
 
 def fuzz(name: str, folder: Path, examples: int) -> None:

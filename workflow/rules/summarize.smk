@@ -79,6 +79,7 @@ rule tables:
         output_error="results/output_error.csv",
         allocation="results/allocation.csv",
         sensitivity="results/sensitivity.csv",
+        experts="results/experts.csv",
         scaling="results/scaling.csv",
         models="results/models.csv",
         failures="results/failures.csv",

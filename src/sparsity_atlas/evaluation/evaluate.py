@@ -1,7 +1,8 @@
 """Stage `evaluate`: one node (or the dense baseline) on all its tasks.
 
-A node's folder holds `samples.parquet` with every finished task, a journal for the task in hand, and
-`eval.json`, written last. A task that stands in the table under the same fingerprint is not run again.
+A node's folder holds `samples.parquet` (of a mixture of experts also `experts.parquet`) with every
+finished task, a journal for the task in hand, and `eval.json`, written last. A task that stands in these
+tables under the same fingerprint is not run again.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from sparsity_atlas.code_version import code_version
 from sparsity_atlas.criteria import source_file
 from sparsity_atlas.criteria.calibration_file import Calibration, check_disjoint, read_calibration
 from sparsity_atlas.errors import NumericalFailure, TaskFailure
+from sparsity_atlas.evaluation.expert_table import expert_rows
+from sparsity_atlas.evaluation.kept import Finished, Kept
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.outcome import check_measured, headline, sample_rows, task_result
-from sparsity_atlas.evaluation.samples import SCHEMA, SampleTable, read_samples
 from sparsity_atlas.files.journal import Journal
 from sparsity_atlas.files.whole import canonical, digest, locked, write_manifest
 from sparsity_atlas.models.loading import load, load_tokenizer
@@ -32,11 +34,11 @@ from sparsity_atlas.models.manifest import from_manifest
 from sparsity_atlas.sites.part import Available, Part, chosen
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from lm_eval.api.task import Task
 
     from sparsity_atlas.lm.model import AtlasLM
-    from sparsity_atlas.sparsify.attach import Counter, Slot
+    from sparsity_atlas.sparsify.attach import Counter
+    from sparsity_atlas.sparsify.slots import Slot
     from sparsity_atlas.tasks.loaded import LoadedTask
     from sparsity_atlas.tasks.prepared import Prepared
 
@@ -127,7 +129,7 @@ class Session:
 
     def slots(self, node: Node | None) -> list[Slot]:
         """What is counted."""
-        from sparsity_atlas.sparsify.attach import slots_of
+        from sparsity_atlas.sparsify.slots import slots_of
 
         at = (*chosen(self.parts, node.site), node.rule) if node else (self.parts, None, None)
         return slots_of(*at)
@@ -194,13 +196,11 @@ def evaluate_node(
     for name, metric in (metrics or {}).items():
         session.check_metric(name, metric)
     identity = {**session.identity, **(node.identity() if node else {"criterion": None})}
-    path = folder / "samples.parquet"
     if node is not None:
         Available.in_parts(session.parts).check("of this run", node.site)
     with locked(folder / ".lock"):
-        slots = session.slots(node)
-        table = read_samples(path, [slot.columns() for slot in slots])
-        written, finished = time.monotonic(), list[Path]()
+        kept = Kept.read(folder, session.slots(node))
+        written = time.monotonic()
         for name, task in session.tasks.items():
             fingerprint = {
                 **identity,
@@ -208,45 +208,36 @@ def evaluate_node(
             }
             key = digest(fingerprint)
             journal_path = folder / f"{name}.journal"
-            if table.tasks.get(name, {}).get("fingerprint") == key:
+            if kept.has(name, key):
                 journal_path.unlink(missing_ok=True)
             else:
                 try:
-                    result, rows = _run(session, node, name, journal_path, fingerprint)
+                    done = _run(session, node, name, journal_path, fingerprint)
                 except (TaskFailure, NumericalFailure) as failure:
-                    result = {"status": "failed", "reason": str(failure)}
-                    rows = SCHEMA.empty_table()
-                # As a later run reads it from the table, so that eval.json has the same bytes.
-                table.tasks[name] = {"fingerprint": key, "result": json.loads(canonical(result))}
-                table.rows[name] = rows
-                finished.append(journal_path)
+                    done = Finished.failed(str(failure))
+                kept.put(name, key, done, journal_path)
             if time.monotonic() - written >= WRITE_SECONDS:
-                _keep(table, path, finished)
+                kept.write()
                 written = time.monotonic()
-        _keep(table, path, finished)
+        kept.write()
         for name, metric in (metrics or {}).items() if node is None else ():
-            check_measured(name, metric, table)
-        manifest = _manifest(session, node, table)
+            check_measured(name, metric, kept.samples)
+        manifest = _manifest(session, node, kept)
         write_manifest(folder / "eval.json", manifest)
     return manifest
 
 
-def _keep(table: SampleTable, path: Path, finished: list[Path]) -> None:
-    """Write the table, and only then remove the journals of what it has taken in, if there are any."""
-    if finished:
-        table.write(path)
-    while finished:
-        finished.pop().unlink(missing_ok=True)
-
-
-def _manifest(session: Session, node: Node | None, table: SampleTable) -> dict[str, Any]:
-    results = {name: table.tasks[name]["result"] for name in session.tasks}
+def _manifest(session: Session, node: Node | None, kept: Kept) -> dict[str, Any]:
+    tasks = kept.samples.tasks
+    results = {name: tasks[name]["result"] for name in session.tasks}
+    by_expert = kept.by_expert()
     data = {name: task.data for name, task in session.tasks.items() if task.data}
     return {
         "status": "failed" if any(one["status"] == "failed" for one in results.values()) else "ok",
         **(node.identity() if node else {"criterion": None}),
         "run": session.identity,
-        "fingerprints": {name: table.tasks[name]["fingerprint"] for name in session.tasks},
+        "fingerprints": {name: tasks[name]["fingerprint"] for name in session.tasks},
+        **({"by_expert": by_expert} if by_expert else {}),
         "tasks": results,
         **({"data": data} if data else {}),
     }
@@ -258,8 +249,8 @@ def _leaves(session: Session, name: str) -> Mapping[str, Task]:
 
 def _run(
     session: Session, node: Node | None, name: str, path: Path, fingerprint: dict[str, Any]
-) -> tuple[dict[str, Any], pa.Table]:
-    """Run one task, with its journal at `path`: its result, and its rows of the sample table.
+) -> Finished:
+    """Run one task, with its journal at `path`.
 
     Raises:
         TaskFailure: it cannot be run.
@@ -296,8 +287,13 @@ def _run(
             )
     finally:
         journal.close()
-    rows = sample_rows(task, prepared, session.lm.usage)
-    return task_result(prepared, outcome, session.lm.usage, counter.slots), rows
+    usage = session.lm.usage
+    return Finished(
+        # As a later run reads it from the table, so that eval.json has the same bytes.
+        json.loads(canonical(task_result(prepared, outcome, usage, counter.slots))),
+        sample_rows(task, prepared, usage),
+        expert_rows(name, usage, counter),
+    )
 
 
 def evaluation_code(criterion: dict[str, Any] | None) -> str:

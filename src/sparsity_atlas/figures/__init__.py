@@ -17,12 +17,14 @@ class Entry:
     category: its heading in Snakemake's report.
     tables: the CSV files that hold every number in it.
     caption: how to read it; plain text, without reStructuredText's special characters.
+    missed: whether a report says so where there is nothing to show in it.
     """
 
     title: str
     category: str
     tables: tuple[str, ...]
     caption: str
+    missed: bool = True
 
 
 _LINES = (
@@ -111,6 +113,26 @@ FIGURES = {
         ("layers",),
         "Share of zeros in each layer at each level, counted while the tasks ran, averaged over "
         "tasks. Levels stand in the order of the sparsity that they induce.",
+    ),
+    "expert_sparsity": Entry(
+        "Sparsity of experts by layer",
+        "Layers",
+        ("experts", "layers"),
+        "Induced sparsity of each expert of a mixture on the tokens that were routed to it, mean over "
+        "tasks: a box is the middle half of a layer's experts with their median, and its whiskers go to "
+        "the smallest and the largest. Lines are layers of dense models under the same criterion at the "
+        "same level. Of all levels (of those that a dense model has, too, if there are such) the one is "
+        "shown at which the experts' mean sparsity is nearest to 50 %.",
+        missed=False,
+    ),
+    "expert_load": Entry(
+        "Sparsity and load of experts",
+        "Layers",
+        ("experts",),
+        "Induced sparsity of each expert of a mixture over its load, the share of tokens that were routed "
+        "to it, both mean over tasks, at the same levels as in the figure before. Experts that no "
+        "token reached are not shown.",
+        missed=False,
     ),
     "sensitivity": Entry(
         "Sensitivity of single layers",

@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from sparsity_atlas.figures import (
+    by_expert,
     by_layer,
     by_task,
     critical_points,
@@ -32,6 +33,8 @@ DRAW: dict[str, Callable[[Tables], Figure]] = {
     "comparison_error": differences.output_errors,
     "tasks": by_task.tasks,
     "layer_sparsity": by_layer.layer_sparsity,
+    "expert_sparsity": by_expert.spread,
+    "expert_load": by_expert.load,
     "sensitivity": layer_by_level.sensitivity,
     "allocation_damage": layer_by_level.damage,
     "allocation": layer_by_level.own_sparsity,

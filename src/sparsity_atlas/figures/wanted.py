@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from pathlib import Path
 
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config
 from sparsity_atlas.figures import FIGURES
+from sparsity_atlas.models.contents import speaks_of_experts
 
 
 def wanted(config: Config) -> list[str]:
     """Names of the figures of a run, without those that have nothing to compare or to show.
 
-    Whether tasks have a loss or an accuracy is not known before they ran: such a figure is drawn in
-    any case, and the report leaves it out.
+    Whether tasks have a loss or an accuracy is not known before they ran, nor whether a model of the Hub has
+    experts before it is fetched: such a figure is drawn in any case, and the report leaves it out.
     """
     curves = grid.curves(config)
     places = Counter((curve.model, curve.site) for curve in curves)
@@ -22,6 +24,7 @@ def wanted(config: Config) -> list[str]:
     there = {
         **dict.fromkeys(("criteria", "comparison", "comparison_error"), max(places.values()) > 1),
         "scaling": len(grid.models(config)) > 1,
+        **dict.fromkeys(("expert_sparsity", "expert_load"), _may_have_experts(config)),
         "sensitivity": any(curve.sensitivity for curve in curves),
         **dict.fromkeys(
             ("allocation", "allocation_damage"),
@@ -32,3 +35,8 @@ def wanted(config: Config) -> list[str]:
         ),
     }
     return [name for name in FIGURES if there.get(name, True)]
+
+
+def _may_have_experts(config: Config) -> bool:
+    folders = (config.models[name].path for name in grid.models(config))
+    return any(folder is None or speaks_of_experts(Path(folder)) for folder in folders)

@@ -122,6 +122,27 @@ class Batch:
     firsts: np.ndarray
 
 
+def times(batch: Batch) -> np.ndarray:
+    """How often each token of a batch counts: int64 [2, rows, longest], 0 where padding is.
+
+    First as often as it stands in a request that counts, then once for each document that it is new to:
+    added up, what `Usage.tokens` says of `prefill` and `unique`.
+    """
+    rows, longest = batch.tokens.shape
+    ends = np.zeros(
+        (2, rows * longest + 1), np.int64
+    )  # of requests, each behind its last token's place
+    np.add.at(ends[0], batch.last + 1, batch.counted)
+    np.add.at(ends[1], batch.last + 1, 1)
+    np.subtract.at(ends[1], batch.known[batch.known >= 0] + 1, 1)
+    before = ends.cumsum(1)
+    # A token stands in the requests that end at it or at one of its descendants, which follow it.
+    first = np.arange(rows * longest)
+    last = (batch.ends + longest * np.arange(rows)[:, None]).ravel()
+    found: np.ndarray = before[:, last] - before[:, first]
+    return found.reshape(2, rows, longest)
+
+
 def pack(
     requests: list[Request], batch_size: int, *, share: bool, shortest: int = 0
 ) -> list[Batch]:

@@ -19,10 +19,14 @@ from transformers import (
 from sparsity_atlas.errors import TaskFailure, UnknownTokens
 from sparsity_atlas.lm.generation_options import CacheWatch, check_options
 from sparsity_atlas.lm.prompts import PromptLM
+from sparsity_atlas.lm.usage import expert_record
 from sparsity_atlas.models.logits import head
 from sparsity_atlas.sparsify.attach import NumericalFailure
+from sparsity_atlas.sparsify.transfer import sent
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lm_eval.api.instance import Instance
     from torch import Tensor
 
@@ -34,16 +38,17 @@ class GeneratingLM(PromptLM):
 
     _counter: Counter
 
-    def generate(self, batch: list[Instance], seed: int) -> dict[str, Any]:
+    def generate(self, batch: list[Instance], seed: int, once: list[bool]) -> dict[str, Any]:
         """Generate for one batch of requests with the same options.
 
         Args:
             batch: the requests, longest first.
             seed: for options that sample.
+            once: of each request, whether its prompt counts where each token of a document does once.
 
         Returns:
             Of each row its text, tokens run and zeros [row][slots] of the prompt and of what was
-            generated and fed back.
+            generated and fed back; sums by expert, as `expert_record` puts them.
 
         Raises:
             TaskFailure: options, or a model, that cannot be counted.
@@ -54,6 +59,7 @@ class GeneratingLM(PromptLM):
         if options.get("do_sample"):
             torch.manual_seed(seed)
         self._logits = _LogitsWatch()
+        self._once = once
         cache = CacheWatch(batch[0].task_name)
         watching = self.model.register_forward_pre_hook(cache, with_kwargs=True)
         try:
@@ -68,6 +74,7 @@ class GeneratingLM(PromptLM):
         finally:
             watching.remove()
         prompt, steps = (zeros.cpu().numpy() for zeros in self._counter.take())
+        experts = [sums.cpu().numpy() for sums in self._counter.by_expert.take()]
         if self._logits.broken:
             raise NumericalFailure("NaN or infinity in the logits")
         # Step s feeds a row's generated token s, which a row that finished before does not have.
@@ -79,6 +86,7 @@ class GeneratingLM(PromptLM):
             "prefill_zeros": prompt.sum(2).T.tolist(),
             "generation_tokens": fed.tolist(),
             "generation_zeros": (steps * counts[:, None]).sum(0).T.tolist(),
+            **expert_record(experts),
         }
 
     def _model_generate(
@@ -95,8 +103,9 @@ class GeneratingLM(PromptLM):
         # Beside the tokens there would be what nobody reads; a model's own configuration may ask for it.
         generation_kwargs["return_dict_in_generate"] = False
         stops = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0])
-        watch = _FinishWatch(stops, self._end_tokens(), context.shape)
-        self._counter.expect(mask, "prompt")
+        watch = _FinishWatch(stops, self._end_tokens(), context.shape, self._feed)
+        once = torch.tensor(self._once, device=mask.device)[:, None]
+        self._counter.expect(mask, "prompt", torch.stack([mask, mask & once]).long())
         # transformers' own classes see to it by themselves.
         with torch.no_grad(), head.shown_the_last(self.model):
             output: Tensor = self.model.generate(
@@ -112,15 +121,30 @@ class GeneratingLM(PromptLM):
         self._finished_at = np.where(watch.finished_at > 0, watch.finished_at, generated)
         return output
 
+    def _feed(self, going: np.ndarray) -> None:
+        """Announce a pass over what was generated last: tokens of rows that had finished do not count."""
+        if self._counter.by_expert.slots:
+            self._counter.feed(sent(going.astype(np.int64), self.device))
+
     def _end_tokens(self) -> set[int]:
         ends = self.model.generation_config.eos_token_id
         return set(ends) if isinstance(ends, list) else {ends}
 
 
 class _FinishWatch(StoppingCriteria):
-    """Notes at which generated token each row met a stop string or the end token; stops nothing."""
+    """Notes at which generated token each row met a stop string or the end token; stops nothing.
 
-    def __init__(self, stops: StoppingCriteriaList, ends: set[int], shape: torch.Size) -> None:
+    Tells after each token which rows go on, bool [batch].
+    """
+
+    def __init__(
+        self,
+        stops: StoppingCriteriaList,
+        ends: set[int],
+        shape: torch.Size,
+        tell: Callable[[np.ndarray], None],
+    ) -> None:
+        self.tell = tell
         self.stops = stops
         self.ends = ends
         self.prompt = shape[1]
@@ -131,6 +155,7 @@ class _FinishWatch(StoppingCriteria):
             stopped = last in self.ends or any(stop.done_tracker[row] for stop in self.stops)
             if stopped and self.finished_at[row] == 0:
                 self.finished_at[row] = input_ids.shape[1] - self.prompt
+        self.tell(self.finished_at == 0)
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 

@@ -21,7 +21,7 @@ from sparsity_atlas.lm.forward import Abilities
 from sparsity_atlas.lm.generation import GeneratingLM
 from sparsity_atlas.lm.longest import Lengths
 from sparsity_atlas.lm.sharing import abilities
-from sparsity_atlas.lm.usage import Usage
+from sparsity_atlas.lm.usage import Usage, expert_record
 from sparsity_atlas.lm.work import Limits, arrange
 from sparsity_atlas.models import free_memory
 from sparsity_atlas.models.logits import head
@@ -213,7 +213,7 @@ class AtlasLM(GeneratingLM):
         self._replayed = 0
         self._state: Memory = {}
         self._lengths.restore(self._state)
-        self.usage = Usage(work, len(counter.slots))
+        self.usage = Usage(work, counter)
 
     def _check_room(self, work: Work, slots: int) -> None:
         if self.sizes is None:
@@ -298,7 +298,9 @@ class AtlasLM(GeneratingLM):
         """
         valid = np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
         counter = self._counter
-        counter.expect(sent(valid, self.device))
+        by_expert = counter.by_expert
+        times = sent(forest.times(batch), self.device) if by_expert.slots else None
+        counter.expect(sent(valid, self.device), times=times)
         found = forward.logits(
             self.model,
             self._model_call,
@@ -307,15 +309,19 @@ class AtlasLM(GeneratingLM):
             masks=self._work.abilities.masks,
         )
         zeros, _, finite = counter.take_unseen()
-        whole = fetched([finite])
+        seen = fetched([finite, *by_expert.take()])
         counts = forward.zeros_by_document(zeros, batch)
         scores = forward.scores(found, batch)
 
         def read() -> dict[str, Any]:
-            counter.check(whole()[0].tolist())
+            whole, *experts = seen()
+            counter.check(whole.tolist())
             every, once = counts()
             sums, greedy = scores()
-            return {"zeros": every, "unique": once, "scores": sums, "greedy": greedy}
+            return {
+                **{"zeros": every, "unique": once, "scores": sums, "greedy": greedy},
+                **expert_record(experts),
+            }
 
         return read
 
@@ -330,11 +336,13 @@ class AtlasLM(GeneratingLM):
         """Generate until a stop sequence; see `HFLM.generate_until`."""
         answers = [""] * len(requests)
         owners = self._work.owners["generate_until"]
+        last = self._work.last_prompts()
         for prompts in self._work.prompts:
             batch = [requests[index] for index in prompts]
             # Sampling must not depend on where an earlier run was cut.
             seed = self._replayed
-            record = self._batch(partial(self.generate, batch, seed))
+            once = [index in last for index in prompts]
+            record = self._batch(partial(self.generate, batch, seed, once))
             lengths = [self._work.lengths[index] for index in prompts]
             self.usage.add_generated([owners[index] for index in prompts], lengths, record)
             for index, text in zip(prompts, record["texts"], strict=True):

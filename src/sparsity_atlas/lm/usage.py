@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     from sparsity_atlas.lm.forest import Batch
     from sparsity_atlas.lm.work import Work
+    from sparsity_atlas.sparsify.attach import Counter
 
 # Tokens of requests, as often as lm-eval runs them; the same, each once; tokens generated and fed back.
 PHASES = ("prefill", "unique", "generation")
@@ -25,9 +28,12 @@ class Usage:
         predicted: tokens predicted, int64 [documents].
         cut: tokens that the longest request lost at its beginning, int64 [documents].
         windows: that a whole document was scored in, 0 for any other, int64 [documents].
+        by_expert: sums by expert, over all documents.
     """
 
-    def __init__(self, work: Work, slots: int) -> None:
+    def __init__(self, work: Work, counter: Counter) -> None:
+        slots = len(counter.slots)
+        self.by_expert = ExpertUsage(work, counter)
         self.documents = work.documents
         count = len(work.documents)
         self.tokens = {phase: np.zeros(count, np.int64) for phase in PHASES}
@@ -41,6 +47,7 @@ class Usage:
 
     def add_scored(self, batch: Batch, record: dict[str, Any]) -> None:
         """Add a batch of scored requests."""
+        self.by_expert.add_scored(record)
         rows = np.array(batch.documents)
         self.zeros["prefill"][rows] += np.array(record["zeros"], np.int64)
         self.zeros["unique"][rows] += np.array(record["unique"], np.int64)
@@ -58,6 +65,7 @@ class Usage:
             lengths: tokens of its prompts, before they were cut.
             record: as `GeneratingLM.generate` gives it.
         """
+        self.by_expert.add_generated(record)
         np.maximum.at(self.cut, owners, np.array(lengths) - record["prefill_tokens"])
         for phase in ("prefill", "generation"):
             np.add.at(self.tokens[phase], owners, record[f"{phase}_tokens"])
@@ -65,3 +73,53 @@ class Usage:
         # A prompt that is sampled from several times is the same each time.
         self.tokens["unique"][owners] = record["prefill_tokens"]
         self.zeros["unique"][owners] = record["prefill_zeros"]
+
+
+class ExpertUsage:
+    """Sums by expert: rows of tokens and zeros as `ByExpert` has them.
+
+    Attributes:
+        sums: for each phase that the task has int64 [rows, 2, experts], as often as lm-eval runs a token,
+            and with each token of a document once. Empty for models without experts.
+    """
+
+    def __init__(self, work: Work, counter: Counter) -> None:
+        self._shape = counter.by_expert.rows, counter.by_expert.experts
+        rows, experts = self._shape
+        phases = ["scoring"] if any(work.batches.values()) else []
+        phases += ["prompt", "generation"] if work.prompts else []
+        self.sums = {
+            phase: np.zeros((rows, 2, experts), np.int64)
+            for phase in phases
+            if counter.by_expert.slots
+        }
+
+    def add_scored(self, record: dict[str, Any]) -> None:
+        """Add a batch of scored requests."""
+        if self.sums:
+            self.sums["scoring"] += self._read(record)[:, :2]
+
+    def add_generated(self, record: dict[str, Any]) -> None:
+        """Add a batch of generation, in which nothing that is generated stands twice."""
+        if self.sums:
+            found = self._read(record)
+            self.sums["prompt"] += found[:, :2]
+            self.sums["generation"] += found[:, 2:]
+
+    def _read(self, record: dict[str, Any]) -> np.ndarray:
+        """[rows, 3, experts]: of the first pass both, and of those after it."""
+        rows, experts = self._shape
+        # It is read once, and outweighs the rest of what is kept of each batch until the task ends.
+        content = zlib.decompress(base64.b64decode(record.pop("experts")))
+        return np.frombuffer(content, "<i8").reshape(rows, 3, experts)
+
+
+def expert_record(taken: list[np.ndarray]) -> dict[str, str]:
+    """What a batch's record has of its sums by expert, as `ByExpert.take` gives them.
+
+    Compressed, since as numbers in JSON they would outweigh all else that a journal holds.
+    """
+    if not taken:
+        return {}
+    (sums,) = taken
+    return {"experts": base64.b64encode(zlib.compress(sums.astype("<i8").tobytes(), 1)).decode()}

@@ -47,6 +47,11 @@ class Work:
     cut: list[int] = field(default_factory=list)
     largest: Largest = field(default_factory=Largest)
 
+    def last_prompts(self) -> set[int]:
+        """Of each document's prompts the one that is run last, which `Usage` takes for `unique`."""
+        owners = self.owners["generate_until"]
+        return set({owners[one]: one for prompts in self.prompts for one in prompts}.values())
+
 
 @dataclass(frozen=True)
 class Limits:

@@ -157,3 +157,12 @@ def check_fetched(paths: Iterable[Path]) -> None:
                 raise AtlasError(
                     f"{path}: it is a git-lfs pointer, not the file; run `git lfs pull` in its folder"
                 )
+
+
+def speaks_of_experts(folder: Path) -> bool:
+    """Whether a model's configuration has a word of experts, as that of every mixture of transformers has.
+
+    Some dense models' have it, too, from a family that has both.
+    """
+    path = folder / "config.json"
+    return path.is_file() and "expert" in path.read_text(encoding="utf-8", errors="replace").lower()

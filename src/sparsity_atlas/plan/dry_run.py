@@ -22,7 +22,8 @@ from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.lm import forest
 from sparsity_atlas.lm.forward import Abilities
 from sparsity_atlas.lm.model import AtlasLM, Records, shortest
-from sparsity_atlas.sparsify.attach import Counter, Slot
+from sparsity_atlas.sparsify.attach import Counter
+from sparsity_atlas.sparsify.slots import Slot
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -128,7 +129,7 @@ class DryLM(AtlasLM):
             **{"scores": [0.0] * count, "greedy": [False] * count},
         }
 
-    def generate(self, batch: list[Instance], seed: int) -> dict[str, Any]:
+    def generate(self, batch: list[Instance], seed: int, once: list[bool]) -> dict[str, Any]:
         """Prepare a batch of generation; see `GeneratingLM.generate`."""
         texts = HFLM.generate_until(self, batch, disable_tqdm=True)
         rows = self.batches[-1].rows

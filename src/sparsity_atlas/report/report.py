@@ -152,7 +152,9 @@ def build(
         groups=groups,
         sources=page.sources(groups),
         images=images,
-        left_out=[entry.title for name, entry in FIGURES.items() if name not in shown],
+        left_out=[
+            entry.title for name, entry in FIGURES.items() if entry.missed and name not in shown
+        ],
         sections=sections,
         remains=remains,
         numeric=page.numeric_failures(tables),

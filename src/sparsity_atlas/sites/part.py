@@ -78,6 +78,15 @@ class Vectors:
         """Which expert each row belongs to; None where all rows meet the same weights."""
         return None
 
+    def of_pairs(self, counts: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What was counted of each row, by pairs of a token and one of its experts.
+
+        Returns:
+            The experts, int [batch · tokens, K], and the counts, of the same shape; None where there are
+            no experts.
+        """
+        return None
+
 
 class Spread(Protocol):
     """Rows [S, ...] of several experts, sorted by expert.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -17,9 +16,10 @@ from sparsity_atlas.criteria.expert_rules import ExpertRules
 from sparsity_atlas.errors import AtlasError, NumericalFailure
 from sparsity_atlas.kernels import Masked
 from sparsity_atlas.kernels.definition import Threshold
-from sparsity_atlas.sites.find import STORED, TENSORS, intercept, observe, sites_of
+from sparsity_atlas.sites.find import intercept, observe, sites_of
+from sparsity_atlas.sparsify.by_expert import ByExpert
 from sparsity_atlas.sparsify.each_expert import Drop, dropping_of_each
-from sparsity_atlas.terms import ATTENTION, FFN, PlaceKey
+from sparsity_atlas.sparsify.slots import Slot, slots_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,32 +29,11 @@ if TYPE_CHECKING:
     from sparsity_atlas.criteria.base import Phase
     from sparsity_atlas.criteria.place import State
     from sparsity_atlas.sites.find import Part, Vectors
+    from sparsity_atlas.terms import PlaceKey
 
-__all__ = ["Counter", "Drop", "NumericalFailure", "Slot", "applied", "counted", "dropping"]
-__all__ += ["sparsified"]
+__all__ = ["Counter", "Drop", "NumericalFailure", "applied", "counted", "dropping", "sparsified"]
 
 Sequences = Callable[["Tensor"], "tuple[Tensor, Phase]"]
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One counted vector: a tensor of one part of a layer.
-
-    Attributes:
-        key: where it is.
-        width: its entries.
-        outputs: weights that each of them meets.
-    """
-
-    key: PlaceKey
-    width: int
-    outputs: int
-
-    def columns(self) -> list[str | int]:
-        """What stands of it in the header of a sample table: tensor, layer, width; the part if it has to."""
-        # Of what a dense layer holds, the tensor's name tells the part.
-        part = [] if self.key.part in (ATTENTION, FFN) else [self.key.part]
-        return [self.key.tensor, self.key.layer, self.width, *part]
 
 
 class Counter:
@@ -62,18 +41,25 @@ class Counter:
 
     The caller says before a forward pass which of its tokens count (`expect`) and takes the counts
     once a batch (`take`), to weigh and add them up as it sees fit. They stay on the device until then.
+    What is counted by expert would be too much to keep for each token, so that is weighed at once.
+
+    Attributes:
+        slots: what is counted.
+        by_expert: sums by expert, of those slots that have experts.
     """
 
     def __init__(self, slots: list[Slot]) -> None:
         self.slots = slots
+        self.by_expert = ByExpert(slots)
         self._index = {slot.key: i for i, slot in enumerate(slots)}
         self._valid: Tensor | None = None
         self._phase: Phase = "scoring"
+        self._next: Tensor | None = None  # how often the next pass's tokens count
         self._zeros: list[list[Tensor | None]] = []  # [passes][slots], each [batch, tokens]
         self._finite: list[list[Tensor | None]] = []
         self._block: tuple[Tensor, Tensor] | None = None  # counts of the pass in hand
 
-    def expect(self, valid: Tensor, phase: Phase = "scoring") -> None:
+    def expect(self, valid: Tensor, phase: Phase = "scoring", times: Tensor | None = None) -> None:
         """Announce a batch and what its first pass is for.
 
         Later passes of the same batch are generation: they bring one token for each row, which all count.
@@ -81,13 +67,30 @@ class Counter:
         Args:
             valid: of the first pass, bool [batch, tokens], True where a token is no padding.
             phase: of the first pass.
+            times: how often each token of it counts by expert, int64 [accounts, batch, tokens], 0 where
+                padding is; None: once.
         """
+        if self.by_expert.slots:
+            self.by_expert.begin(valid.long()[None] if times is None else times)
+        self._next = None
         self._valid = valid
         self._phase = phase
         self._zeros, self._finite = [], []
 
+    def feed(self, times: Tensor) -> None:
+        """Announce the next pass of the batch, of one token a row.
+
+        Args:
+            times: how often each token counts by expert, int64 [batch]; of a pass that nobody announces,
+                each once.
+        """
+        self._next = times
+
     def begin_pass(self, *_: object) -> None:
         """A forward pass of the model begins (a hook calls this)."""
+        if self._zeros:
+            self.by_expert.follow(self._next)
+            self._next = None
         self._zeros.append([None] * len(self.slots))
         self._finite.append([None] * len(self.slots))
         self._block = None
@@ -114,6 +117,8 @@ class Counter:
         if self._valid is None:  # a forward pass that nobody evaluates, such as a warm-up
             return
         slot = self._index[vectors.key]
+        if self.by_expert.slots:
+            self.by_expert.add(vectors, zeros, later=len(self._zeros) > 1)
         zeros, finite = vectors.of_tokens(zeros), vectors.of_tokens(finite)
         if zeros.device.type == "cpu":
             # In one block for all slots: kept by itself, each would lie where the pass had a large tensor,
@@ -229,28 +234,6 @@ def _by_mask(
     masked = kernels.by_mask(mask.to(device).view(shape), values, onto)
     replaced = criterion.replace(rows, written, mask, level)
     return masked if replaced is None else masked._replace(out=replaced.to(device).view(shape))
-
-
-def slots_of(
-    parts: Sequence[Part], site: str | None, criterion: Criterion | None = None
-) -> list[Slot]:
-    """What is counted in the order of a forward pass.
-
-    Args:
-        parts: of one model.
-        site: where; None: at every site.
-        criterion: by which the site is sparsified.
-    """
-    if criterion is not None and criterion.differs_by_expert:
-        parts = [part.apart() for part in parts]
-    sites = sites_of(parts) if site is None else [site]
-    tensors = {name for one in sites for name in TENSORS[one]}
-    return [
-        Slot(PlaceKey(part.layer, part.name, name), part.size(name), part.outputs(name))
-        for part in parts
-        for name in STORED
-        if name in tensors and name in part.tensors
-    ]
 
 
 @contextlib.contextmanager

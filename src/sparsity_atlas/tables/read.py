@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.terms import SPELLED, plain
+from sparsity_atlas.terms import AVERAGE, SPELLED, plain
 
 # In figures and tables: the FFN's most tolerant site first, several at once last.
 SITE_ORDER = (
@@ -18,15 +18,21 @@ SITE_ORDER = (
     *("qkv_input", "o_input", "all_linear_inputs"),
 )
 HEADLINE_BAR = 0.99
+# Rows that are read at a time.
+CHUNK = 200_000
 _TEXT = {"model", "criterion", "site", "level", "tensor", "task", "kind", "status", "relation"}
 _TEXT |= {"bar_label", "family", "reason", "source", "revision", "architecture", "activation"}
 _TEXT |= {"dtype", "sites", "digest", "reference", "allocation", "sparsity_of", "target_of", "part"}
+_TEXT |= {"phase"}
 _FLAGS = {"low_open", "high_open", "non_monotone", "resolved"}
 
 
 @dataclass(frozen=True)
 class Tables:
-    """One frame for each CSV file that `summarize` writes, under the file's name."""
+    """One frame for each CSV file that `summarize` writes, under the file's name.
+
+    Of experts.csv, which may have millions of rows, those of all tasks together.
+    """
 
     critical_sparsity: pd.DataFrame
     curves: pd.DataFrame
@@ -37,6 +43,7 @@ class Tables:
     output_error: pd.DataFrame
     allocation: pd.DataFrame
     sensitivity: pd.DataFrame
+    experts: pd.DataFrame
     scaling: pd.DataFrame
     models: pd.DataFrame
     failures: pd.DataFrame
@@ -91,14 +98,21 @@ def site_rank(site: str) -> tuple[int, int]:
     return SITE_ORDER.index(plain(site)), SPELLED.index(site)
 
 
-def read_csv(path: Path) -> pd.DataFrame:
+def read_csv(path: Path, task: str | None = None) -> pd.DataFrame:
     """Read one of our tables; names stay text whatever they look like.
+
+    Args:
+        path: the file.
+        task: whose rows are read; None: all.
 
     Raises:
         AtlasError: it is missing or damaged.
     """
     try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+        with pd.read_csv(path, dtype=str, keep_default_na=False, chunksize=CHUNK) as chunks:
+            # An empty table is one chunk without rows.
+            kept = [one if task is None else one[one["task"] == task] for one in chunks]
+        frame = pd.concat(kept, ignore_index=True)
     except FileNotFoundError:
         raise AtlasError(f"{path}: no such file") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
@@ -121,4 +135,7 @@ def read_tables(paths: Sequence[Path]) -> Tables:
     missing = [one.name for one in fields(Tables) if one.name not in given]
     if missing:
         raise AtlasError(f"tables: expected {missing[0]}.csv, found {', '.join(given) or 'none'}")
-    return Tables(**{one.name: read_csv(given[one.name]) for one in fields(Tables)})
+    tasks = {"experts": AVERAGE}
+    return Tables(
+        **{one.name: read_csv(given[one.name], tasks.get(one.name)) for one in fields(Tables)}
+    )

@@ -16,6 +16,8 @@ allocation.csv          model × criterion × site × tensor × layer × sparsit
                         where this is the target
 sensitivity.csv         model × criterion × site × level × tensor × layer: what this layer, sparsified
                         alone, adds to the loss
+experts.csv             model × criterion × site × level × task × phase × layer × tensor × expert, of
+                        mixtures of experts: tokens that were routed to it, and their induced sparsity
 scaling.csv             criterion × family × site × task × bar: slope over log10 of the
                         non-embedding parameters; of mixtures of experts, the active ones
 models.csv              one row a model: source, architecture, sizes
@@ -42,6 +44,7 @@ from sparsity_atlas.files.parquet import read_parquet
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.statistics.slopes import SCALING, Scaling
 from sparsity_atlas.tables.comparison import COMPARISON, comparison_rows
+from sparsity_atlas.tables.experts import EXPERTS, expert_rows
 from sparsity_atlas.terms import AVERAGE, NAMED_PARTS, plain
 
 
@@ -293,6 +296,7 @@ def write_tables(
     write_csv(folder / "magnitudes.csv", MAGNITUDES + PART[:1] * named, magnitude_rows(measured))
     write_csv(folder / "comparison.csv", COMPARISON, comparison_rows(curves, sparsity))
     write_csv(folder / "allocation.csv", ALLOCATION, allocation_rows(curves))
+    write_csv(folder / "experts.csv", EXPERTS, expert_rows(curves, models))
     write_csv(folder / "sensitivity.csv", SENSITIVITY, sensitivity_rows(sensitivity))
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config, parse
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.evaluation import expert_table
 from sparsity_atlas.evaluation.samples import read_table
 from sparsity_atlas.files.whole import abandoned, free, read_manifest
 
@@ -76,6 +77,7 @@ def _node_files(results: Path) -> Iterator[Path]:
     for pattern in ("*/dense", "*/*/*/*"):
         yield from results.glob(f"{pattern}/*.journal")
         yield from results.glob(f"{pattern}/samples.parquet")
+        yield from results.glob(f"{pattern}/{expert_table.NAME}")
 
 
 def _node_orphans(results: Path, config: Config, folder: Path) -> Iterator[Orphan]:
@@ -83,9 +85,10 @@ def _node_orphans(results: Path, config: Config, folder: Path) -> Iterator[Orpha
     samples = folder / "samples.parquet"
     whole = (folder / "eval.json").is_file()
     done: set[str] = set()
+    for table in (samples, folder / expert_table.NAME):
+        if table.is_file() and not whole and not asked:
+            yield Orphan(table, "its node is not asked for, and no manifest names it")
     if samples.is_file():
-        if not whole and not asked:
-            yield Orphan(samples, "its node is not asked for, and no manifest names it")
         try:
             done = set(read_table(samples)[0]["tasks"])
         except AtlasError:

@@ -16,6 +16,7 @@ from fake_results import make_results, make_tables
 from sparsity_atlas.activations import metrics
 from sparsity_atlas.figures import (
     FIGURES,
+    by_expert,
     by_layer,
     by_task,
     critical_points,
@@ -277,7 +278,9 @@ def test_the_twin_with_another_activation_is_on_no_line(plain):
 
 def test_many_models_fit_on_a_page_and_the_figure_says_what_is_left_out(tmp_path):
     models = {
-        f"an-organisation_with-a-long-name-{i}b-instruct-v0.{i}": {"parameters": 10**6 * (i + 1)}
+        f"an-organisation_with-a-long-name-{i}b-instruct-v0.{i}": {
+            **{"parameters": 10**6 * (i + 1), "experts": True}
+        }
         for i in range(50)
     }
     tables = tables_of(tmp_path, models=models, sites=("input",), levels=("0.9", "0.5"))
@@ -375,3 +378,61 @@ def test_parts_of_a_mixture_have_panels_of_their_own(tmp_path: Path) -> None:
         assert titles == ["dense", "mix", "mix · shared", "mix · experts"]
     (line,) = by_layer.effective_rank(tables).axes[3].lines
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([1], [pytest.approx(0.4)])
+
+
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory) -> Tables:
+    """A mixture beside two dense models."""
+    return tables_of(
+        tmp_path_factory.mktemp("routed"),
+        models={"moe": {"experts": True}, "a": {"parameters": 10**5}, "b": {}},
+        sites=("intermediate", "all_inputs"),
+        criteria=("topp", "topk"),
+    )
+
+
+FIRST = "criterion == 'topk' and site == 'intermediate' and level == '0.75'"
+
+
+def test_experts_stand_beside_the_layers_of_dense_models(routed):
+    figure = by_expert.spread(routed)
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles == [
+        f"moe\n{what}, {criterion} 0.75"
+        for criterion in ("topk", "topp")
+        for what in ("intermediate", "all_inputs: intermediate", "all_inputs: input")
+    ]
+    rows = routed.experts.query(FIRST)
+    layers = routed.layers.query(FIRST)
+    drawn = [line.get_ydata() for line in figure.axes[0].lines if len(line.get_ydata())]
+    # A box has two whiskers, two caps and a median, in the order of the layers.
+    for layer, own in rows.groupby("layer"):
+        box = np.concatenate(drawn[5 * int(layer) : 5 * int(layer) + 5])
+        assert box.min() == pytest.approx(own["sparsity"].min())
+        assert box.max() == pytest.approx(own["sparsity"].max())
+        assert own["sparsity"].median() == pytest.approx(drawn[5 * int(layer) + 4][0])
+    dense = [list(line) for line in drawn[5 * rows["layer"].nunique() :]]
+    assert dense == [list(layers[layers["model"] == name]["sparsity"]) for name in ("a", "b")]
+
+
+def test_sparsity_stands_over_load(routed):
+    figure = by_expert.load(routed)
+    rows = routed.experts.query(FIRST)
+    (points,) = figure.axes[0].collections
+    reached = rows[rows["load"] > 0]
+    assert len(reached) < len(rows)
+    shown = np.asarray(points.get_offsets())
+    np.testing.assert_allclose(shown, reached[["load", "sparsity"]].to_numpy())
+    # Of eight experts each token meets two.
+    assert figure.axes[0].lines[0].get_xdata() == pytest.approx([0.25, 0.25])
+
+
+def test_without_dense_models_experts_stand_alone(tmp_path):
+    tables = tables_of(tmp_path, models={"moe": {"experts": True}}, sites=("input",))
+    figure = by_expert.spread(tables)
+    assert [ax.get_title() for ax in figure.axes] == ["moe\ninput, topp 0.75"]
+
+
+def test_experts_of_dense_models_are_no_figure(plain):
+    for draw in (by_expert.spread, by_expert.load):
+        assert isinstance(draw(plain), style.NothingToShow)

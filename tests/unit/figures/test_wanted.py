@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from fake_results import make_results, make_tables
+from mixtures import GIVEN, decorated
 from sparsity_atlas.config.schema import Config, parse
 from sparsity_atlas.figures import FIGURES, draw
 from sparsity_atlas.figures.style import shows_nothing
 from sparsity_atlas.figures.wanted import wanted
+from sparsity_atlas.models.contents import speaks_of_experts
 from sparsity_atlas.tables.read import Tables
 
 COMPARED = {"criteria", "comparison", "comparison_error"}
 ALLOCATED = {"allocation", "allocation_damage"}
+ROUTED = {"expert_sparsity", "expert_load"}
 ONE = {"models": ["a"], "criteria": ["topp"], "sites": ["input", "up"]}
 
 
@@ -47,7 +53,32 @@ def config_of(*blocks: dict[str, Any]) -> Config:
     ],
 )
 def test_what_a_run_can_fill(blocks: list[dict[str, Any]], absent: set[str]) -> None:
-    assert set(FIGURES) - set(wanted(config_of(*blocks))) == absent
+    assert set(FIGURES) - set(wanted(config_of(*blocks))) == absent | ROUTED
+
+
+@pytest.mark.parametrize("family", ["olmoe", "llama"])
+def test_experts_where_a_model_may_have_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    AutoConfig.for_model("llama").save_pretrained("a")
+    AutoConfig.for_model(family).save_pretrained("b")
+    assert not ROUTED & set(wanted(config_of(ONE)))
+    both = config_of({**ONE, "models": ["a", "b"]})
+    assert bool(ROUTED & set(wanted(both))) == (family == "olmoe")
+
+
+def test_of_a_model_of_the_hub_nobody_knows_before_it_is_here() -> None:
+    config = config_of(ONE)
+    model = config.models["a"].model_copy(update={"path": None, "hub": "some/model"})
+    assert set(wanted(config.model_copy(update={"models": {"a": model}}))) >= ROUTED
+
+
+@pytest.mark.parametrize("family", decorated())
+def test_every_family_of_mixtures_speaks_of_experts(family: str, tmp_path: Path) -> None:
+    for name in {family, f"{family}_text"} & set(CONFIG_MAPPING_NAMES):
+        AutoConfig.for_model(name, **GIVEN.get(name, {})).save_pretrained(tmp_path / name)
+        assert speaks_of_experts(tmp_path / name), name
 
 
 def test_a_run_of_one_model_has_no_empty_frame_and_those_of_before_go(

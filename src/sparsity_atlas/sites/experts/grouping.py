@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,11 +30,16 @@ class Grouping:
         """The token of each grouped row: int [S]."""
         return self.order // self.index.shape[-1]
 
-    def ungrouped(self, rows: Tensor) -> Tensor:
-        """Grouped rows [S, ...] as [N, K, ...]: by token, in the order of its experts."""
+    @cached_property
+    def back(self) -> Tensor:
+        """The grouped row of each pair: int [S]."""
         back = torch.empty_like(self.order)
         back[self.order] = torch.arange(self.order.numel(), device=self.order.device)
-        pairs: Tensor = rows[back].unflatten(0, self.index.shape)
+        return back
+
+    def ungrouped(self, rows: Tensor) -> Tensor:
+        """Grouped rows [S, ...] as [N, K, ...]: by token, in the order of its experts."""
+        pairs: Tensor = rows[self.back].unflatten(0, self.index.shape)
         return pairs
 
 

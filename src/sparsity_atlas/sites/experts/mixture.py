@@ -79,6 +79,13 @@ class RoutedVectors(Vectors):
             return self.values.flatten(0, -2)
         return self.grouping.ungrouped(self.values).flatten(0, 1)
 
+    def of_pairs(self, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Vectors.of_pairs`: what was counted of a token counts for each of its experts."""
+        index = self.grouping.index
+        of_tokens = self.part.rows_are_tokens(self.tensor)
+        pairs = counts.reshape(-1, 1) if of_tokens else self.grouping.ungrouped(counts)
+        return index, pairs.expand(index.shape)
+
 
 class _OneForEachExpert(Projection):
     """The maps of all experts, which no single row of a tensor goes through together."""
