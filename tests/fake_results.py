@@ -175,7 +175,7 @@ def write_experts(node: Path, tasks: Sequence[str], site: str | None, share: flo
         share: sparsity of an expert that has a load of its equal share.
     """
     rng = np.random.default_rng(zlib.crc32(str(node).encode()))
-    tensors = STORED[2:] if site is None else TENSORS[site]
+    tensors = STORED[2:] if site is None else TENSORS[plain(site)]
     rows = []
     for task, layer, tensor in itertools.product(tasks, range(LAYERS), tensors):
         tokens = rng.multinomial(4000, rng.dirichlet([2.0] * EXPERTS))

@@ -13,7 +13,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from sparsity_atlas.figures.by_layer import COLORS, PANELS
 from sparsity_atlas.figures.panels import empty, grid, label, legend, percent_axis, rule, select
 from sparsity_atlas.figures.style import GREY, heading, marks
-from sparsity_atlas.tables.read import SITE_ORDER, Tables
+from sparsity_atlas.tables.read import SITE_ORDER, Tables, site_rank
+from sparsity_atlas.terms import plain
 
 NOTHING = "No mixture of experts in this run."
 BOXES = "0.75"
@@ -98,7 +99,7 @@ def _panels(tables: Tables) -> list[tuple[str, ...]]:
         found,
         key=lambda key: (
             *(criteria.index(key[1]), sizes.index(key[0])),
-            *(SITE_ORDER.index(key[2]), SITE_ORDER.index(key[3])),
+            *(site_rank(key[2]), SITE_ORDER.index(key[3])),
         ),
     )
 
@@ -116,7 +117,8 @@ def _shown(tables: Tables, key: tuple[str, ...]) -> tuple[pd.DataFrame, dict[str
     """
     rows = _of(tables.experts, key)
     rows = rows[(rows["model"] == key[0]) & (rows["level"] != DENSE)]
-    layers = _of(tables.layers, key)
+    # Of dense models a site has no parts to be confined to.
+    layers = _of(tables.layers, (*key[:2], plain(key[2]), key[3]))
     layers = layers[~layers["model"].isin(tables.experts["model"])]
     levels = rows.groupby("level", sort=False)["sparsity"].mean().dropna()
     common = levels[levels.index.isin(layers["level"])]
@@ -131,5 +133,5 @@ def _shown(tables: Tables, key: tuple[str, ...]) -> tuple[pd.DataFrame, dict[str
 
 def _title(key: tuple[str, ...], rows: pd.DataFrame) -> str:
     model, criterion, site, tensor = key
-    what = site if site == tensor else f"{site}: {tensor}"
+    what = site if plain(site) == tensor else f"{site}: {tensor}"
     return f"{heading(model)}\n{what}, {criterion} {rows['level'].iloc[0]}"

@@ -11,7 +11,7 @@ import numpy as np
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation.expert_table import NAME, read_table
 from sparsity_atlas.files.whole import read_manifest
-from sparsity_atlas.terms import AVERAGE, TENSORS
+from sparsity_atlas.terms import AVERAGE, TENSORS, plain
 from sparsity_atlas.terms import EXPERTS as PART
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def expert_rows(curves: Sequence[Path], models: Sequence[Path]) -> Iterator[dict
 
 def _node_rows(folder: Path, site: str, tasks: list[str]) -> Iterator[dict[str, Any]]:
     manifest = read_manifest(folder / "eval.json")
-    tensors = [name for name in manifest.get("by_expert", ()) if name in TENSORS[site]]
+    tensors = [name for name in manifest.get("by_expert", ()) if name in TENSORS[plain(site)]]
     if not tensors:
         return
     import pandas as pd  # which a model's summary does not need; here and below

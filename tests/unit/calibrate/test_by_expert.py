@@ -25,7 +25,8 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.sites.experts.grouping import group
 from sparsity_atlas.sites.experts.mixture import Experts, RoutedVectors
 from sparsity_atlas.sites.find import Part, Vectors, find_parts, observe
-from sparsity_atlas.sparsify.attach import dropping, slots_of, sparsified
+from sparsity_atlas.sparsify.attach import dropping, sparsified
+from sparsity_atlas.sparsify.slots import slots_of
 from sparsity_atlas.terms import SITES, TENSORS
 
 SEEN = torch.randint(3, 90, (6, 8), generator=torch.Generator().manual_seed(5))
