@@ -96,7 +96,7 @@ def calibrate(
     """
     import torch
 
-    from sparsity_atlas.calibrate.by_expert import states_of
+    from sparsity_atlas.calibrate.expert_states import states_of
     from sparsity_atlas.criteria.binding import check_places
     from sparsity_atlas.criteria.place import places, state_name
 
@@ -169,7 +169,7 @@ def main() -> None:
     manifest, checkpoint = from_manifest(arguments.model)
     Available.in_manifest(manifest).check(manifest["name"], arguments.site)
 
-    from sparsity_atlas.calibrate.by_expert import served_by_layer
+    from sparsity_atlas.calibrate.expert_states import served_by_layer
     from sparsity_atlas.sites.find import bind_parts
 
     model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from sparsity_atlas.lm.model import AtlasLM
     from sparsity_atlas.sparsify.attach import Counter
-    from sparsity_atlas.sparsify.slots import Slot
+    from sparsity_atlas.sparsify.counted_vectors import Slot
     from sparsity_atlas.tasks.loaded import LoadedTask
     from sparsity_atlas.tasks.prepared import Prepared
 
@@ -129,7 +129,7 @@ class Session:
 
     def slots(self, node: Node | None) -> list[Slot]:
         """What is counted."""
-        from sparsity_atlas.sparsify.slots import slots_of
+        from sparsity_atlas.sparsify.counted_vectors import slots_of
 
         at = (*chosen(self.parts, node.site), node.rule) if node else (self.parts, None, None)
         return slots_of(*at)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from sparsity_atlas.lm.usage import Usage
     from sparsity_atlas.sparsify.attach import Counter
-    from sparsity_atlas.sparsify.slots import Slot
+    from sparsity_atlas.sparsify.counted_vectors import Slot
 
 NAME = "experts.parquet"
 COUNTS = ("tokens", "entries", "zeros")

@@ -38,7 +38,7 @@ from sparsity_atlas.sites.experts.mixture import met
 from sparsity_atlas.sites.find import find_parts
 from sparsity_atlas.sites.part import Available, chosen, measure
 from sparsity_atlas.sparsify.attach import counted, sparsified
-from sparsity_atlas.sparsify.slots import slots_of
+from sparsity_atlas.sparsify.counted_vectors import slots_of
 from sparsity_atlas.terms import CAUSAL, plain
 
 if TYPE_CHECKING:

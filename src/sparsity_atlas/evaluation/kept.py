@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
-    from sparsity_atlas.sparsify.slots import Slot
+    from sparsity_atlas.sparsify.counted_vectors import Slot
 
 
 @dataclass

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sparsity_atlas.evaluation.samples import SampleTable
     from sparsity_atlas.lm.forward import Abilities
     from sparsity_atlas.lm.usage import Usage
-    from sparsity_atlas.sparsify.slots import Slot
+    from sparsity_atlas.sparsify.counted_vectors import Slot
     from sparsity_atlas.tasks.loaded import LoadedTask
     from sparsity_atlas.tasks.prepared import Prepared
 

@@ -23,7 +23,7 @@ from sparsity_atlas.lm import forest
 from sparsity_atlas.lm.forward import Abilities
 from sparsity_atlas.lm.model import AtlasLM, Records, shortest
 from sparsity_atlas.sparsify.attach import Counter
-from sparsity_atlas.sparsify.slots import Slot
+from sparsity_atlas.sparsify.counted_vectors import Slot
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

@@ -17,9 +17,9 @@ from sparsity_atlas.errors import AtlasError, NumericalFailure
 from sparsity_atlas.kernels import Masked
 from sparsity_atlas.kernels.definition import Threshold
 from sparsity_atlas.sites.find import intercept, observe, sites_of
-from sparsity_atlas.sparsify.by_expert import ByExpert
+from sparsity_atlas.sparsify.counted_vectors import Slot, slots_of
 from sparsity_atlas.sparsify.each_expert import Drop, dropping_of_each
-from sparsity_atlas.sparsify.slots import Slot, slots_of
+from sparsity_atlas.sparsify.expert_counts import ByExpert
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

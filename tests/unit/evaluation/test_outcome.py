@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sparsity_atlas.evaluation.outcome import sparsity
-from sparsity_atlas.sparsify.slots import Slot
+from sparsity_atlas.sparsify.counted_vectors import Slot
 from sparsity_atlas.terms import PlaceKey
 
 

@@ -18,7 +18,7 @@ from sparsity_atlas.kernels.definition import Threshold
 from sparsity_atlas.sites.find import SITES, TENSORS, Part, Vectors, find_parts
 from sparsity_atlas.sites.part import measure
 from sparsity_atlas.sparsify.attach import Counter, counted, sparsified
-from sparsity_atlas.sparsify.slots import Slot
+from sparsity_atlas.sparsify.counted_vectors import Slot
 from tiny_models import LAYERS, tiny_model, token_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -20,7 +20,7 @@ from sparsity_atlas.sites.experts.mixture import Experts
 from sparsity_atlas.sites.find import find_parts
 from sparsity_atlas.sites.hooks import observe
 from sparsity_atlas.sparsify.attach import sparsified
-from sparsity_atlas.sparsify.slots import slots_of
+from sparsity_atlas.sparsify.counted_vectors import slots_of
 
 IDS = torch.randint(3, 90, (16, 6), generator=torch.Generator().manual_seed(1))
 # Gated, with a shared expert beside; transposed, interleaved and biased; without a gate.

@@ -23,7 +23,7 @@ from sparsity_atlas.sites.find import (
 )
 from sparsity_atlas.sites.part import measure
 from sparsity_atlas.sparsify.attach import counted, sparsified
-from sparsity_atlas.sparsify.slots import slots_of
+from sparsity_atlas.sparsify.counted_vectors import slots_of
 
 IDS = torch.randint(3, 90, (4, 8), generator=torch.Generator().manual_seed(1))
 FAMILIES = ("olmoe", "qwen2_moe", "deepseek_v3", "gpt_oss", "gemma4_text")

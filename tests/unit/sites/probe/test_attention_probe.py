@@ -19,7 +19,7 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.sites.find import bind_parts, describe_parts, find_parts, observe, transform
 from sparsity_atlas.sites.part import by_layer, sites_of
 from sparsity_atlas.sparsify.attach import sparsified
-from sparsity_atlas.sparsify.slots import slots_of
+from sparsity_atlas.sparsify.counted_vectors import slots_of
 from sparsity_atlas.studies.output_error import layer_rows
 from sparsity_atlas.terms import ATTENTION_SITES, LINEAR_INPUTS, SITES
 from tiny_models import ARCHITECTURES, HIDDEN, LAYERS, VOCABULARY, tiny_model, token_ids

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from expert_loops import Loop, Weights
 from mixtures import EACH, EXPERTS, HIDDEN, tiny_mixture
-from sparsity_atlas.calibrate.by_expert import served_by_layer, states_of
+from sparsity_atlas.calibrate.expert_states import served_by_layer, states_of
 from sparsity_atlas.criteria import create, declared, rule_names
 from sparsity_atlas.criteria.binding import bind_all, check_places
 from sparsity_atlas.criteria.error_table import ErrorTable
@@ -26,7 +26,7 @@ from sparsity_atlas.sites.experts.grouping import group
 from sparsity_atlas.sites.experts.mixture import Experts, RoutedVectors
 from sparsity_atlas.sites.find import Part, Vectors, find_parts, observe
 from sparsity_atlas.sparsify.attach import dropping, sparsified
-from sparsity_atlas.sparsify.slots import slots_of
+from sparsity_atlas.sparsify.counted_vectors import slots_of
 from sparsity_atlas.terms import SITES, TENSORS
 
 SEEN = torch.randint(3, 90, (6, 8), generator=torch.Generator().manual_seed(5))

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparsity_atlas.sites.find import Vectors
-    from sparsity_atlas.sparsify.slots import Slot
+    from sparsity_atlas.sparsify.counted_vectors import Slot
     from sparsity_atlas.terms import PlaceKey
 
 

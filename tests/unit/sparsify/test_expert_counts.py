@@ -14,8 +14,8 @@ from sparsity_atlas.sites.experts.grouping import group
 from sparsity_atlas.sites.experts.mixture import RoutedVectors
 from sparsity_atlas.sites.part import Routing
 from sparsity_atlas.sparsify.attach import Counter
-from sparsity_atlas.sparsify.by_expert import ByExpert
-from sparsity_atlas.sparsify.slots import Slot
+from sparsity_atlas.sparsify.counted_vectors import Slot
+from sparsity_atlas.sparsify.expert_counts import ByExpert
 from sparsity_atlas.terms import PlaceKey
 
 BATCH, TOKENS, WIDTH = 3, 5, 8
