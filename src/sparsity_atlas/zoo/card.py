@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sparsity_atlas.zoo.loss import Loss
-from sparsity_atlas.zoo.recipe import Architecture, Training
+from sparsity_atlas.zoo.recipe import Architecture, Mixture, Training, described
 
 _CARD = """\
 ---
@@ -21,15 +21,15 @@ pipeline_tag: text-generation
 
 # Sparsity Atlas zoo: {name}
 
-A small Llama-shaped language model ({architecture[activation]} gate, tied embeddings, rotary
+A small {form} language model ({architecture[activation]} gate, tied embeddings, rotary
 positions), trained from scratch by this project to study activation sparsity, and of no use for
 anything else.
 
 | | |
 |---|---|
-| parameters | {total_parameters:,}, of them {non_embedding_parameters:,} outside the embedding |
-| shape | width {architecture[width]}, {architecture[layers]} layers, {heads} heads, \
-FFN width {architecture[ffn_width]} |
+| parameters | {total_parameters:,}, of them {non_embedding_parameters:,} outside the embedding\
+{active_words} |
+| shape | width {architecture[width]}, {architecture[layers]} layers, {heads} heads, {ffn} |
 | tokenizer | byte-level BPE, {training[vocab_size]:,} tokens, shared by the zoo |
 | context | {training[context]} tokens |
 | stored as | bfloat16; meant to be computed in float32 |
@@ -54,6 +54,7 @@ separated by one blank line.
 {training[weight_decay]} on matrices |
 | learning rate | {architecture[learning_rate]}, {warmup_steps} steps of warm-up, cosine to zero |
 | gradient clip | {training[gradient_clip]} |
+{balance_row}\
 | seed | {training[seed]} |
 | arithmetic | {arithmetic}, torch {torch} |
 
@@ -73,7 +74,20 @@ after `<|endoftext|>`.
 | a sample of the training text | {train[tokens]:,} | {train[nats_per_token]:.4f} | \
 {train[bits_per_byte]:.4f} |
 
+{load_table}\
 The loss during training stands in `training.json`.
+"""
+
+_LOAD = """\
+## Load
+
+Of each layer's tokens of the validation text, the percentage that go to each expert; {even:g} were
+even.
+
+| layer | {numbers} |
+|---|{rules}|
+{rows}
+
 """
 
 
@@ -82,7 +96,7 @@ class Record:
     """One training: what was trained, on how much, and what came out.
 
     `source` says what the training text is. `curve` holds (step, mean training loss in nats a
-    token since the entry before).
+    token since the entry before). `load` is `mixture.load` on the validation text, of a mixture.
     """
 
     name: str
@@ -95,6 +109,7 @@ class Record:
     curve: list[tuple[int, float]]
     train: Loss
     valid: Loss
+    load: list[list[float]] | None = None
 
 
 def write(record: Record, folder: Path) -> None:
@@ -112,6 +127,7 @@ def write(record: Record, folder: Path) -> None:
         "torch": torch.__version__,
         "train": _rounded(record.train),
         "valid": _rounded(record.valid),
+        **_mixture_facts(record),
         "curve": [[step, round(value, 5)] for step, value in record.curve],
     }
     (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
@@ -121,14 +137,49 @@ def write(record: Record, folder: Path) -> None:
 def card(facts: dict[str, Any]) -> str:
     """The model card, from the content of `training.json`."""
     on_gpu = facts["device"] == "cuda"
+    shape = described(facts["architecture"])
     return _CARD.format(
         **facts,
-        heads=Architecture(**facts["architecture"]).heads,
+        heads=shape.heads,
+        **_mixture_words(shape, facts),
         warmup_steps=Training(**facts["training"]).warmup_steps,
         passes=facts["tokens_seen"] / facts["corpus_tokens"],
         arithmetic="bfloat16 autocast on one GPU" if on_gpu else "float32 on the CPU",
         sameness=" (on a GPU not to the bit)" if on_gpu else "",
     )
+
+
+def _mixture_facts(record: Record) -> dict[str, Any]:
+    if not isinstance(record.architecture, Mixture) or record.load is None:
+        return {}
+    return {
+        "active_parameters": record.architecture.active_parameters,
+        "load": [[round(share, 5) for share in layer] for layer in record.load],
+    }
+
+
+def _mixture_words(shape: Architecture, facts: dict[str, Any]) -> dict[str, str]:
+    """What the card says otherwise of a mixture."""
+    if not isinstance(shape, Mixture):
+        words = {"form": "Llama-shaped", "ffn": f"FFN width {shape.ffn_width}"}
+        return {**words, "active_words": "", "balance_row": "", "load_table": ""}
+    even = 100 * shape.active_experts / shape.experts
+    rows = [
+        " | ".join(["", str(layer), *(f"{100 * share:.1f}" for share in shares), ""]).strip()
+        for layer, shares in enumerate(facts["load"])
+    ]
+    return {
+        "form": "OLMoE-shaped",
+        "ffn": f"{shape.experts} experts of width {shape.ffn_width}, {shape.active_experts} a token",
+        "active_words": f", {shape.active_parameters:,} of these for one token",
+        "balance_row": f"| load balance | each layer's loss (OLMoE's), weighed by {shape.balance:g} |\n",
+        "load_table": _LOAD.format(
+            even=even,
+            numbers=" | ".join(map(str, range(shape.experts))),
+            rules="---|" * (shape.experts - 1) + "---",
+            rows="\n".join(rows),
+        ),
+    }
 
 
 def _rounded(loss: Loss) -> dict[str, float]:

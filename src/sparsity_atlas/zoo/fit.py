@@ -5,44 +5,57 @@ from __future__ import annotations
 import logging
 import math
 import time
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.models.loading import moved
-from sparsity_atlas.zoo import batches, recipe
+from sparsity_atlas.zoo import batches, mixture, recipe
 from sparsity_atlas.zoo.tokenizer import END_OF_TEXT_ID
 
 log = logging.getLogger(__name__)
 
 _REPORT_EVERY = 200
 
+Model = LlamaForCausalLM | OlmoeForCausalLM
 
-def build_model(shape: recipe.Architecture, training: recipe.Training) -> LlamaForCausalLM:
+
+def build_model(shape: recipe.Architecture, training: recipe.Training) -> Model:
     """A freshly initialised model; the same seed gives the same weights, whatever the activation.
 
     No padding token is set: torch would keep its embedding, which is also the one that begins
     every sequence, at zero.
     """
-    config = LlamaConfig(
-        vocab_size=training.vocab_size,
-        hidden_size=shape.width,
-        intermediate_size=shape.ffn_width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
-        head_dim=recipe.HEAD_WIDTH,
-        hidden_act=shape.activation,
-        max_position_embeddings=training.context,
-        tie_word_embeddings=True,
-        bos_token_id=END_OF_TEXT_ID,
-        eos_token_id=END_OF_TEXT_ID,
-        pad_token_id=None,
-    )
+    common = {
+        "vocab_size": training.vocab_size,
+        "hidden_size": shape.width,
+        "intermediate_size": shape.ffn_width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.heads,
+        "hidden_act": shape.activation,
+        "max_position_embeddings": training.context,
+        "tie_word_embeddings": True,
+        "bos_token_id": END_OF_TEXT_ID,
+        "eos_token_id": END_OF_TEXT_ID,
+        "pad_token_id": None,
+    }
     torch.manual_seed(training.seed)
-    model = LlamaForCausalLM(config)
+    model: Model
+    if isinstance(shape, recipe.Mixture):
+        model = OlmoeForCausalLM(
+            OlmoeConfig(
+                num_experts=shape.experts,
+                num_experts_per_tok=shape.active_experts,
+                router_aux_loss_coef=shape.balance,
+                **common,
+            )
+        )
+    else:
+        model = LlamaForCausalLM(LlamaConfig(head_dim=recipe.HEAD_WIDTH, **common))
     model.generation_config.pad_token_id = END_OF_TEXT_ID
     return model
 
@@ -56,25 +69,40 @@ def learning_rate(step: int, peak: float, training: recipe.Training) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def batch_loss(
-    model: LlamaForCausalLM, inputs: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
-    """Mean cross entropy in nats a token; inputs and targets are (sequences, context).
+class BatchLoss(NamedTuple):
+    """`entropy` is the mean cross entropy in nats a token; `total` is what training lowers."""
+
+    entropy: torch.Tensor
+    total: torch.Tensor
+
+
+def batch_loss(model: Model, inputs: torch.Tensor, targets: torch.Tensor) -> BatchLoss:
+    """The loss of a batch; inputs and targets are (sequences, context).
 
     Runs the layers one by one without an attention mask. The model's own forward builds a mask
-    once it is compiled, and a mask rules out the fast causal attention.
+    once it is compiled, and a mask rules out the fast causal attention. A mixture's total has the
+    mean of its layers' `unevenness` in it.
     """
     hidden = model.model.embed_tokens(inputs)
     positions = torch.arange(inputs.shape[1], device=inputs.device)[None]
     rotary = model.model.rotary_emb(hidden, positions)
+    uneven = []
     for layer in model.model.layers:
-        hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
+        if isinstance(model, OlmoeForCausalLM):
+            hidden, unevenness = mixture.layer_pass(layer, hidden, rotary)
+            uneven.append(unevenness)
+        else:
+            hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
     logits = model.lm_head(model.model.norm(hidden))
-    return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+    entropy = functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+    if not uneven:
+        return BatchLoss(entropy, entropy)
+    weight: float = model.config.router_aux_loss_coef
+    return BatchLoss(entropy, entropy + weight * torch.stack(uneven).mean())
 
 
 def optimizer_for(
-    model: LlamaForCausalLM, peak: float, training: recipe.Training, device: torch.device
+    model: Model, peak: float, training: recipe.Training, device: torch.device
 ) -> torch.optim.AdamW:
     """AdamW; matrices are decayed, the gains of the norms are not."""
     weights = list(model.parameters())
@@ -87,7 +115,7 @@ def optimizer_for(
 
 
 def fit(
-    model: LlamaForCausalLM,
+    model: Model,
     tokens: batches.Tokens,
     peak: float,
     training: recipe.Training,
@@ -115,11 +143,11 @@ def fit(
             group["lr"] = learning_rate(step, peak, training)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=on_gpu):
             value = step_loss(model, inputs, targets)
-        value.backward()
+        value.total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        since_last += value.detach()
+        since_last += value.entropy.detach()
         done = step + 1
         if done % _REPORT_EVERY == 0 or done == training.steps:
             mean = since_last.item() / (done - entry_step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from sparsity_atlas.errors import AtlasError
 
@@ -35,6 +36,34 @@ class Architecture:
         return self.layers * per_layer + self.width
 
 
+@dataclass(frozen=True, kw_only=True)
+class Mixture(Architecture):
+    """One OLMoE-shaped model: as `Architecture`, with experts in place of the FFN and normed q and k.
+
+    `ffn_width` is that of one expert, of which each token meets `active_experts`. `balance` weighs
+    the loss that asks for an even load.
+    """
+
+    experts: int
+    active_experts: int
+    balance: float = 0.01  # as in the configuration of OLMoE-1B-7B
+
+    @property
+    def non_embedding_parameters(self) -> int:
+        """Weights outside the token embedding: attention, all experts, routers and norms."""
+        return self._parameters(self.experts)
+
+    @property
+    def active_parameters(self) -> int:
+        """Those of `non_embedding_parameters` that serve one token."""
+        return self._parameters(self.active_experts)
+
+    def _parameters(self, experts: int) -> int:
+        attention = 4 * self.width**2 + 2 * self.width
+        routed = 3 * self.width * self.ffn_width * experts + self.width * self.experts
+        return self.layers * (attention + routed + 2 * self.width) + self.width
+
+
 _MEDIUM = Architecture(width=160, layers=5, ffn_width=448, learning_rate=6e-3)
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -43,6 +72,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "large": Architecture(width=256, layers=6, ffn_width=704, learning_rate=5e-3),
     # The positive control: exact zeros by its nonlinearity, all else as in `medium`.
     "medium-relu": replace(_MEDIUM, activation="relu"),
+    # A token meets as much of it as of `medium`, and the whole is as large as `large`.
+    "medium-moe": Mixture(
+        width=160, layers=5, ffn_width=224, learning_rate=6e-3, experts=8, active_experts=2
+    ),
 }
 
 
@@ -91,3 +124,8 @@ def architecture(name: str) -> Architecture:
         known = ", ".join(ARCHITECTURES)
         raise AtlasError(f"--model: found {name!r}, expected one of {known}")
     return ARCHITECTURES[name]
+
+
+def described(facts: dict[str, Any]) -> Architecture:
+    """The architecture whose fields `training.json` holds."""
+    return (Mixture if "experts" in facts else Architecture)(**facts)

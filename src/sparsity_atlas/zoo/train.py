@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, OlmoeForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.models.loading import moved
-from sparsity_atlas.zoo import batches, card, corpus, loss, recipe
+from sparsity_atlas.zoo import batches, card, corpus, loss, mixture, recipe
 from sparsity_atlas.zoo.fit import build_model, fit
 from sparsity_atlas.zoo.tokenizer import as_pretrained, load_tokenizer, train_tokenizer
 
@@ -53,7 +53,7 @@ def train_model(
     curve = fit(model, texts.train, shape.learning_rate, training, device)
     moved(model, "cpu", torch.bfloat16).save_pretrained(folder)
     as_pretrained(texts.tokenizer, training.context).save_pretrained(folder)
-    saved = moved(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), device)
+    saved = moved(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), device)
     sizes = batches.token_bytes(texts.tokenizer)
     valid = batches.evaluation_blocks(texts.valid.ids, training.context)
     # About as much of the training text as there is validation text, from all over it.
@@ -70,6 +70,7 @@ def train_model(
         curve=curve,
         train=loss.measure(saved, *train, sizes),
         valid=loss.measure(saved, *valid, sizes),
+        load=mixture.load(saved, *valid) if isinstance(saved, OlmoeForCausalLM) else None,
     )
     card.write(record, folder)
     return record

@@ -226,7 +226,7 @@ def test_the_learning_rate_rises_and_falls_to_zero():
 def test_the_training_loss_is_the_models_own(texts):
     model = fit.build_model(TINY, SHORT)
     inputs, targets = next(batches.training_batches(texts.train, CONTEXT, 4, seed=0))
-    found = fit.batch_loss(model, torch.from_numpy(inputs), torch.from_numpy(targets))
+    found = fit.batch_loss(model, torch.from_numpy(inputs), torch.from_numpy(targets)).total
     logits = model(torch.from_numpy(inputs)).logits
     chosen = logits.log_softmax(-1).gather(-1, torch.from_numpy(targets)[..., None])
     assert found.item() == pytest.approx(-chosen.mean().item(), rel=1e-5)
@@ -389,7 +389,7 @@ def test_a_missing_gpu_is_refused(monkeypatch):
 def test_an_embedded_model_is_what_the_recipe_says(name):
     shape = recipe.architecture(name)
     facts = json.loads((ZOO / name / "training.json").read_text(encoding="utf-8"))
-    assert recipe.Architecture(**facts["architecture"]) == shape
+    assert recipe.described(facts["architecture"]) == shape
     assert recipe.Training(**facts["training"]) == recipe.Training()
     assert card.card(facts) == (ZOO / name / "README.md").read_text(encoding="utf-8")
     assert (ZOO / name / "model.safetensors").stat().st_size < 15e6
