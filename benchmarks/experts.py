@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import OlmoeConfig, OlmoeForCausalLM
 from transformers.integrations.moe import ExpertsInterface
+from transformers.models.olmoe.configuration_olmoe import OlmoeConfig
+from transformers.models.olmoe.modeling_olmoe import OlmoeForCausalLM
 
 from measure import machine, official, seconds
 from sparsity_atlas import kernels

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.olmoe.configuration_olmoe import OlmoeConfig
+from transformers.models.olmoe.modeling_olmoe import OlmoeForCausalLM
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.models.loading import moved
@@ -20,7 +22,7 @@ log = logging.getLogger(__name__)
 
 _REPORT_EVERY = 200
 
-Model = LlamaForCausalLM | OlmoeForCausalLM
+Model: TypeAlias = LlamaForCausalLM | OlmoeForCausalLM
 
 
 def build_model(shape: recipe.Architecture, training: recipe.Training) -> Model:
@@ -29,7 +31,7 @@ def build_model(shape: recipe.Architecture, training: recipe.Training) -> Model:
     No padding token is set: torch would keep its embedding, which is also the one that begins
     every sequence, at zero.
     """
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": training.vocab_size,
         "hidden_size": shape.width,
         "intermediate_size": shape.ffn_width,

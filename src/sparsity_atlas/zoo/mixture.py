@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
-from transformers import OlmoeConfig, OlmoeForCausalLM
+from transformers.models.olmoe.configuration_olmoe import OlmoeConfig
+from transformers.models.olmoe.modeling_olmoe import OlmoeForCausalLM
 
 from sparsity_atlas.zoo.batches import IGNORED
 
 _BLOCKS_AT_ONCE = 16
 
 
-def layer_pass(
-    layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
+def layer_pass(layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """One layer of OLMoE with causal attention, and how uneven its routing is.
 
     Args:
@@ -48,7 +48,7 @@ def layer_pass(
     return hidden + out, unevenness(probabilities.flatten(0, -2), chosen.flatten(0, -2))
 
 
-def all_experts(experts: nn.Module, x: Tensor, weights: Tensor) -> Tensor:
+def all_experts(experts: Any, x: Tensor, weights: Tensor) -> Tensor:
     """Σ_e r_e W_d,e (u_e ⊙ σ(g_e)) over all experts, as one gated FFN of width E · w.
 
     Args:

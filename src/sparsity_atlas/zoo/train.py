@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, OlmoeForCausalLM
+from transformers import AutoModelForCausalLM
+from transformers.models.olmoe.modeling_olmoe import OlmoeForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from sparsity_atlas.errors import AtlasError
