@@ -96,7 +96,7 @@ class Record:
     """One training: what was trained, on how much, and what came out.
 
     `source` says what the training text is. `curve` holds (step, mean training loss in nats a
-    token since the entry before). `load` is `mixture.load` on the validation text, of a mixture.
+    token since the entry before). `load` is `expert_training.load` on the validation text, of a mixture.
     """
 
     name: str

@@ -15,7 +15,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeForCausalLM
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.models.loading import moved
-from sparsity_atlas.zoo import batches, mixture, recipe
+from sparsity_atlas.zoo import batches, expert_training, recipe
 from sparsity_atlas.zoo.tokenizer import END_OF_TEXT_ID
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def batch_loss(model: Model, inputs: torch.Tensor, targets: torch.Tensor) -> Bat
     uneven = []
     for layer in model.model.layers:
         if isinstance(model, OlmoeForCausalLM):
-            hidden, unevenness = mixture.layer_pass(layer, hidden, rotary)
+            hidden, unevenness = expert_training.layer_pass(layer, hidden, rotary)
             uneven.append(unevenness)
         else:
             hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)

@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.models.loading import moved
-from sparsity_atlas.zoo import batches, card, corpus, loss, mixture, recipe
+from sparsity_atlas.zoo import batches, card, corpus, expert_training, loss, recipe
 from sparsity_atlas.zoo.fit import build_model, fit
 from sparsity_atlas.zoo.tokenizer import as_pretrained, load_tokenizer, train_tokenizer
 
@@ -71,7 +71,7 @@ def train_model(
         curve=curve,
         train=loss.measure(saved, *train, sizes),
         valid=loss.measure(saved, *valid, sizes),
-        load=mixture.load(saved, *valid) if isinstance(saved, OlmoeForCausalLM) else None,
+        load=expert_training.load(saved, *valid) if isinstance(saved, OlmoeForCausalLM) else None,
     )
     card.write(record, folder)
     return record

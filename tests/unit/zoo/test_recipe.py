@@ -1,4 +1,4 @@
-"""The recipe of the embedded models, tried on a tiny one; and the four models that it made."""
+"""The recipe of the embedded models, tried on a tiny one; and the models that it made."""
 
 import json
 import lzma

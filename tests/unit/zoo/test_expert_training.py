@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
-from sparsity_atlas.zoo import batches, fit, mixture, recipe
+from sparsity_atlas.zoo import batches, expert_training, fit, recipe
 
 TINY = recipe.Mixture(
     width=32, layers=2, ffn_width=24, learning_rate=1e-2, experts=4, active_experts=2
@@ -48,15 +48,15 @@ def test_loss_and_gradients_are_the_models_own(model):
 def test_unevenness_is_least_where_all_experts_are_met_alike():
     even = torch.eye(4)
     skewed = torch.tensor([[0.97, 0.01, 0.01, 0.01]] * 4)
-    assert mixture.unevenness(torch.full((4, 4), 0.25), even).item() == pytest.approx(1)
+    assert expert_training.unevenness(torch.full((4, 4), 0.25), even).item() == pytest.approx(1)
     chosen = torch.tensor([[1.0, 0, 0, 0]] * 4)
-    assert mixture.unevenness(skewed, chosen).item() == pytest.approx(4 * 0.97)
+    assert expert_training.unevenness(skewed, chosen).item() == pytest.approx(4 * 0.97)
 
 
 def test_the_load_counts_tokens_with_a_target_in_each_layer(model):
     ids = np.random.default_rng(0).integers(1, SHORT.vocab_size, 50, dtype=np.uint16)
     inputs, targets = batches.evaluation_blocks(ids, 32)
-    found = np.array(mixture.load(model, inputs, targets))
+    found = np.array(expert_training.load(model, inputs, targets))
     logits = model(torch.from_numpy(inputs), output_router_logits=True).router_logits
     valid = torch.from_numpy(targets.flatten() != batches.IGNORED)
     for layer, one in enumerate(logits):
