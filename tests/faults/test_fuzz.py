@@ -26,6 +26,7 @@ from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import parse
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation import expert_table
+from sparsity_atlas.evaluation.headed_table import KEY
 from sparsity_atlas.evaluation.samples import SCHEMA, SampleTable, read_table
 from sparsity_atlas.files import parquet
 from sparsity_atlas.files.journal import Journal
@@ -172,9 +173,7 @@ def read_sealed(folder: Path, content: bytes) -> None:
 
 def read_header(folder: Path, header: Any) -> None:
     """A sample table with another header."""
-    from sparsity_atlas.evaluation.samples import _KEY, SCHEMA
-
-    table = SCHEMA.empty_table().replace_schema_metadata({_KEY: json.dumps(header).encode()})
+    table = SCHEMA.empty_table().replace_schema_metadata({KEY: json.dumps(header).encode()})
     parquet.write_parquet(folder / "samples.parquet", table)
     read_table(folder / "samples.parquet")
 
@@ -182,7 +181,7 @@ def read_header(folder: Path, header: Any) -> None:
 def read_expert_header(folder: Path, header: Any) -> None:
     """A table by expert with another header."""
     schema = expert_table.SCHEMA.empty_table()
-    table = schema.replace_schema_metadata({expert_table._KEY: json.dumps(header).encode()})
+    table = schema.replace_schema_metadata({KEY: json.dumps(header).encode()})
     parquet.write_parquet(folder / expert_table.NAME, table)
     expert_table.read_table(folder / expert_table.NAME)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.files.parquet import OtherColumns, read_parquet, write_parquet
-from sparsity_atlas.files.whole import FORMAT, canonical
+from sparsity_atlas.evaluation.headed_table import read_headed, write_headed
+from sparsity_atlas.files.parquet import OtherColumns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +34,6 @@ SCHEMA = pa.schema(
         *((f"unique_{name}", pa.int64()) for name in COUNTS),  # each token of a document once
     ]
 )
-_KEY = b"sparsity_atlas"
 
 
 def columns(slots: Sequence[Slot]) -> list[list[Any]]:
@@ -93,9 +90,8 @@ class ExpertTable:
     def write(self, path: Path) -> None:
         """Write the table atomically; the same contents give the same bytes."""
         order = sorted(self.tasks)
-        header = {"format": FORMAT, "slots": self.slots, "tasks": {k: self.tasks[k] for k in order}}
-        table = pa.concat_tables([self.rows[name] for name in order]).combine_chunks()
-        write_parquet(path, table.replace_schema_metadata({_KEY: canonical(header).encode()}))
+        header = {"slots": self.slots, "tasks": {k: self.tasks[k] for k in order}}
+        write_headed(path, header, [self.rows[name] for name in order])
 
 
 def read_table(path: Path) -> ExpertTable:
@@ -104,16 +100,7 @@ def read_table(path: Path) -> ExpertTable:
     Raises:
         AtlasError: missing, damaged, or of a newer format.
     """
-    table = read_parquet(path, SCHEMA)
-    try:
-        header = json.loads((table.schema.metadata or {})[_KEY])
-        if header["format"] > FORMAT:
-            raise AtlasError(
-                f"{path}: format {header['format']} is newer than this release reads ({FORMAT})"
-            )
-        _check_header(header)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise AtlasError(f"{path}: damaged table ({error}); delete it and run again") from None
+    header, table = read_headed(path, SCHEMA, _check_header)
     table = table.replace_schema_metadata(None)
     rows = {name: table.filter(pc.equal(table["task"], name)) for name in header["tasks"]}
     return ExpertTable(header["slots"], header["tasks"], rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.files.parquet import OtherColumns, read_parquet, write_parquet
-from sparsity_atlas.files.whole import FORMAT, canonical
+from sparsity_atlas.evaluation.headed_table import read_headed, write_headed
+from sparsity_atlas.files.parquet import OtherColumns
 from sparsity_atlas.terms import FFN, TENSORS, parts_named, plain
 
 SCHEMA = pa.schema(
@@ -35,7 +33,6 @@ SCHEMA = pa.schema(
         ("generation_zeros", pa.list_(pa.int64())),
     ]
 )
-_KEY = b"sparsity_atlas"
 
 
 @dataclass
@@ -55,11 +52,8 @@ class SampleTable:
     def write(self, path: Path) -> None:
         """Write the table atomically; the same contents give the same bytes."""
         order = sorted(self.tasks)
-        header = {"format": FORMAT, "slots": self.slots, "tasks": {k: self.tasks[k] for k in order}}
-        # One chunk a column, whether the rows were made or read: the bytes follow the chunks.
-        table = pa.concat_tables([self.rows[name] for name in order]).combine_chunks()
-        table = table.replace_schema_metadata({_KEY: canonical(header).encode()})
-        write_parquet(path, table)
+        header = {"slots": self.slots, "tasks": {k: self.tasks[k] for k in order}}
+        write_headed(path, header, [self.rows[name] for name in order])
 
 
 def read_table(path: Path) -> tuple[dict[str, Any], pa.Table]:
@@ -68,17 +62,7 @@ def read_table(path: Path) -> tuple[dict[str, Any], pa.Table]:
     Raises:
         AtlasError: missing, damaged, or of a newer format.
     """
-    table = read_parquet(path, SCHEMA)
-    try:
-        header = json.loads((table.schema.metadata or {})[_KEY])
-        if header["format"] > FORMAT:
-            raise AtlasError(
-                f"{path}: format {header['format']} is newer than this release reads ({FORMAT})"
-            )
-        _check_header(header)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise AtlasError(f"{path}: damaged table ({error}); delete it and run again") from None
-    return header, table
+    return read_headed(path, SCHEMA, _check_header)
 
 
 def at_site(slot: list[Any], site: str) -> bool:
