@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sparsity_atlas.criteria.reach import Reach
     from sparsity_atlas.kernels.definition import Threshold
 
-Phase = Literal["scoring", "prompt", "generation"]
+Phase = Literal["scoring", "prompt", "generation", "denoising"]
 
 
 class Criterion(ABC):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,11 +14,33 @@ from sparsity_atlas.models.logits import head
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Gives the logits of the tokens at some places, in pieces [places, vocabulary] and in order.
-#   ids: int64 [rows, tokens], masks and padding among them;
-#   valid: bool [rows, tokens], what is no padding;
-#   where: int64 [places], indices into the flattened batch.
-Denoise = Callable[[Tensor, Tensor, Tensor], Iterable[Tensor]]
+
+@dataclass(frozen=True)
+class Asked:
+    """What one forward pass is asked.
+
+    Attributes:
+        ids: int64 [rows, tokens], masks and padding among them.
+        valid: bool [rows, tokens], what is no padding.
+        where: int64 [places], indices into the flattened batch: the tokens whose logits are wanted.
+        prompt: bool [rows, tokens], tokens of prompts.
+        step: number of the step of a generation that it is made for.
+        rows: of a generation, the numbers of the rows that are still filled in.
+        guide: whether it is the second pass of guidance, in which prompts are masked.
+    """
+
+    ids: Tensor
+    valid: Tensor
+    where: Tensor
+    prompt: Tensor
+    step: int = 0
+    rows: Sequence[int] = ()
+    guide: bool = False
+
+
+# Gives the logits of the tokens that are wanted, in pieces [places, vocabulary] and in order. The pass is
+# made when it is called, the pieces when they are asked for.
+Denoise = Callable[[Asked], Iterable[Tensor]]
 
 
 def denoiser(model: PreTrainedModel, *, shifted: bool) -> Denoise:
@@ -30,13 +53,14 @@ def denoiser(model: PreTrainedModel, *, shifted: bool) -> Denoise:
     """
     select = head.able(model)
 
-    def denoise(ids: Tensor, valid: Tensor, where: Tensor) -> Iterable[Tensor]:
+    def denoise(asked: Asked) -> Iterable[Tensor]:
         def call() -> Tensor:
             options = head.without_cache(model)
-            logits: Tensor = model(ids, attention_mask=valid.long(), **options).logits
+            mask = asked.valid.long()
+            logits: Tensor = model(asked.ids, attention_mask=mask, **options).logits
             return logits
 
-        places = told_by(valid, where) if shifted else where
+        places = told_by(asked.valid, asked.where) if shifted else asked.where
         with torch.no_grad():
             return head.logits(model, call, places, select=select)
 
@@ -54,31 +78,20 @@ def told_by(valid: Tensor, where: Tensor) -> Tensor:
     return torch.where(inside, before, where)
 
 
-def guided(
-    denoise: Denoise,
-    ids: Tensor,
-    valid: Tensor,
-    where: Tensor,
-    prompt: Tensor,
-    *,
-    guidance: float,
-    mask_token: int,
-) -> Iterable[Tensor]:
+def guided(denoise: Denoise, asked: Asked, *, guidance: float, mask_token: int) -> Iterable[Tensor]:
     """Logits with classifier-free guidance: away from what is said without the prompt (arXiv 2502.09992).
 
     Args:
         denoise: the model.
-        ids: see `Denoise`.
-        valid: likewise.
-        where: likewise.
-        prompt: bool [rows, tokens], what is masked in the second pass.
+        asked: with the prompt.
         guidance: w of u + (w + 1) · (c − u), c with the prompt and u without; 0: there is no second pass.
         mask_token: id of the mask.
     """
-    told = denoise(ids, valid, where)
+    told = denoise(asked)
     if guidance == 0:
         return told
-    untold = denoise(ids.masked_fill(prompt, mask_token), valid, where)
+    ids = asked.ids.masked_fill(asked.prompt, mask_token)
+    untold = denoise(replace(asked, ids=ids, guide=True))
     return (u + (guidance + 1) * (c - u) for c, u in zip(told, untold, strict=True))
 
 

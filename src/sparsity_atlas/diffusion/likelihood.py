@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sparsity_atlas.diffusion.denoise import Denoise, guided, padded
+from sparsity_atlas.diffusion.denoise import Asked, Denoise, guided, padded
 from sparsity_atlas.diffusion.mask_sets import mask_sets
 from sparsity_atlas.errors import NumericalFailure
 from sparsity_atlas.files.whole import digest
@@ -112,12 +112,8 @@ def row_scores(
     targets = np.array([target for row in rows for target in row.targets])
     prompts = torch.tensor([row.prompt for row in rows], device=device)
     prompt = torch.arange(longest, device=device) < prompts[:, None]
-    pieces = guided(
-        denoise,
-        *(ids, valid, sent(where, device), prompt),
-        guidance=guidance,
-        mask_token=mask_token,
-    )
+    asked = Asked(ids, valid, sent(where, device), prompt)
+    pieces = guided(denoise, asked, guidance=guidance, mask_token=mask_token)
     values = fetched([likelihoods(pieces, np.arange(len(where)), targets)[0]])()[0]
     counts = np.cumsum([len(row.places) for row in rows])[:-1]
     sums = [math.fsum(own.tolist()) for own in np.split(values, counts)]

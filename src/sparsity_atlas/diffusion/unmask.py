@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsity_atlas.diffusion.denoise import Denoise, guided, padded
+from sparsity_atlas.diffusion.denoise import Asked, Denoise, guided, padded
 from sparsity_atlas.errors import AtlasError, NumericalFailure
 
 Remasking = Literal["low_confidence", "random"]
@@ -102,6 +102,7 @@ def unmask(
     orders = [_order(seed, schedule.length) for seed in seeds] if remasking == "random" else []
     running = list(range(len(rows)))
     done: list[list[int]] = [[] for _ in rows]
+    step = 0
     for start, end, counts in schedule.blocks:
         left = {row: list(range(start, end)) for row in running}
         for count in counts:
@@ -112,13 +113,14 @@ def unmask(
                 for place in left[row]
             ]
             prompted = torch.tensor([begins[row] for row in running], device=device)
-            pieces = guided(
-                denoise,
+            asked = Asked(
                 *(ids, valid, torch.tensor(where, device=device)),
                 torch.arange(ids.shape[1], device=device) < prompted[:, None],
-                guidance=guidance,
-                mask_token=mask_token,
+                step=step,
+                rows=tuple(running),
             )
+            step += 1
+            pieces = guided(denoise, asked, guidance=guidance, mask_token=mask_token)
             tokens, surest = _likeliest(pieces, mask_token)
             for n, row in enumerate(running):
                 own = slice(n * len(left[row]), (n + 1) * len(left[row]))

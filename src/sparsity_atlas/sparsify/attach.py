@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sparsity_atlas.criteria.base import Phase
     from sparsity_atlas.criteria.place import State
     from sparsity_atlas.sites.find import Part, Vectors
+    from sparsity_atlas.sparsify.step import Step
     from sparsity_atlas.terms import PlaceKey
 
 __all__ = ["Counter", "Drop", "NumericalFailure", "applied", "counted", "dropping", "sparsified"]
@@ -46,11 +47,13 @@ class Counter:
     Attributes:
         slots: what is counted.
         by_expert: sums by expert, of those slots that have experts.
+        step: of denoising, that the pass in hand belongs to; None: the pass is none of these.
     """
 
     def __init__(self, slots: list[Slot]) -> None:
         self.slots = slots
         self.by_expert = ByExpert(slots)
+        self.step: Step | None = None
         self._index = {slot.key: i for i, slot in enumerate(slots)}
         self._valid: Tensor | None = None
         self._phase: Phase = "scoring"
@@ -59,17 +62,27 @@ class Counter:
         self._finite: list[list[Tensor | None]] = []
         self._block: tuple[Tensor, Tensor] | None = None  # counts of the pass in hand
 
-    def expect(self, valid: Tensor, phase: Phase = "scoring", times: Tensor | None = None) -> None:
+    def expect(
+        self,
+        valid: Tensor,
+        phase: Phase = "scoring",
+        times: Tensor | None = None,
+        *,
+        step: Step | None = None,
+    ) -> None:
         """Announce a batch and what its first pass is for.
 
         Later passes of the same batch are generation: they bring one token for each row, which all count.
+        A pass over whole sequences is a batch of its own, as each one of denoising is.
 
         Args:
             valid: of the first pass, bool [batch, tokens], True where a token is no padding.
             phase: of the first pass.
             times: how often each token of it counts by expert, int64 [accounts, batch, tokens], 0 where
                 padding is; None: once.
+            step: which pass of denoising it is.
         """
+        self.step = step
         if self.by_expert.slots:
             self.by_expert.begin(valid.long()[None] if times is None else times)
         self._next = None

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from masked_diffusion import MASK, logits_by_hand, save_diffusion
-from sparsity_atlas.diffusion.denoise import denoiser, told_by
+from sparsity_atlas.diffusion.denoise import Asked, denoiser, told_by
 from sparsity_atlas.diffusion.likelihood import Request, bounds, rows_of
 from sparsity_atlas.diffusion.mask_sets import mask_sets
 from sparsity_atlas.errors import NumericalFailure
@@ -226,10 +226,10 @@ def test_padding_on_either_side_is_not_seen(folder: Path) -> None:
         ids = torch.tensor([[5, MASK, 7]])
         where = torch.tensor([0, 1, 2])
         ones = torch.ones_like(ids, dtype=torch.bool)
-        plain = torch.cat(list(denoise(ids, ones, where)))
+        plain = torch.cat(list(denoise(Asked(ids, ones, where, ~ones))))
         front = torch.cat([torch.full((1, 4), 9), ids], dim=1)
         valid = torch.arange(7)[None] >= 4
-        padded = torch.cat(list(denoise(front, valid, where + 4)))
+        padded = torch.cat(list(denoise(Asked(front, valid, where + 4, ~valid))))
         torch.testing.assert_close(plain, padded, rtol=1e-4, atol=1e-4)
 
 

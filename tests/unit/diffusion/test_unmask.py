@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from masked_diffusion import MASK, VOCABULARY, logits_by_hand, save_diffusion
-from sparsity_atlas.diffusion.denoise import denoiser
+from sparsity_atlas.diffusion.denoise import Asked, denoiser
 from sparsity_atlas.diffusion.unmask import Schedule, unmask
 from sparsity_atlas.errors import AtlasError, NumericalFailure
 from sparsity_atlas.files.whole import digest
@@ -115,11 +115,12 @@ def test_guidance_and_random_order(folder: Path) -> None:
 
 def test_what_is_finished_is_run_no_further(folder: Path) -> None:
     inner = denoiser(load(Checkpoint(folder), device="cpu"), shifted=False)
-    rows: list[int] = []
+    rows: list[tuple[int, tuple[int, ...]]] = []
 
-    def denoise(ids: Tensor, valid: Tensor, where: Tensor) -> Any:
-        rows.append(len(ids))
-        return inner(ids, valid, where)
+    def denoise(asked: Asked) -> Any:
+        assert len(asked.ids) == len(asked.rows)
+        rows.append((asked.step, tuple(asked.rows)))
+        return inner(asked)
 
     schedule = Schedule(8, 4, 2)
     whole = unmask(inner, PROMPTS, schedule, **GIVEN)
@@ -130,17 +131,17 @@ def test_what_is_finished_is_run_no_further(folder: Path) -> None:
         finished=lambda row, tokens: len(tokens) >= 2 * (row + 1),
         **GIVEN,
     )
-    assert rows == [4, 3, 2, 1]
+    assert rows == [(0, (0, 1, 2, 3)), (1, (1, 2, 3)), (2, (2, 3)), (3, (3,))]
     assert found == [row[: 2 * (number + 1)] for number, row in enumerate(whole)]
 
 
 def made_up(logits: Tensor) -> Any:
     """A model that says the same of a place whatever the tokens are: logits [tokens, vocabulary]."""
 
-    def denoise(ids: Tensor, valid: Tensor, where: Tensor) -> Iterator[Tensor]:
+    def denoise(asked: Asked) -> Iterator[Tensor]:
         # In two pieces, as those of a large vocabulary are.
-        for some in where.tensor_split(2):
-            yield logits[some % ids.shape[1]].clone()
+        for some in asked.where.tensor_split(2):
+            yield logits[some % asked.ids.shape[1]].clone()
 
     return denoise
 
@@ -150,9 +151,9 @@ def test_ties_go_to_the_first_place_and_to_the_first_token() -> None:
     logits[:, [50, 60]] = 3.0
     seen = []
 
-    def denoise(ids: Tensor, valid: Tensor, where: Tensor) -> Iterator[Tensor]:
-        seen.append((ids[0] != MASK).sum().item())
-        yield from made_up(logits)(ids, valid, where)
+    def denoise(asked: Asked) -> Iterator[Tensor]:
+        seen.append((asked.ids[0] != MASK).sum().item())
+        yield from made_up(logits)(asked)
 
     found = unmask(denoise, [[9]], Schedule(6, 3, 6), **GIVEN)
     assert found == [[50] * 6]
@@ -165,9 +166,9 @@ def test_the_surest_first_also_where_probabilities_round_to_one() -> None:
     logits[1, 50], logits[2, 60], logits[3, 70] = 0.0, 10.0, 5.0
     order = []
 
-    def denoise(ids: Tensor, valid: Tensor, where: Tensor) -> Iterator[Tensor]:
-        order.append(ids[0].tolist())
-        yield from made_up(logits)(ids, valid, where)
+    def denoise(asked: Asked) -> Iterator[Tensor]:
+        order.append(asked.ids[0].tolist())
+        yield from made_up(logits)(asked)
 
     assert unmask(denoise, [[9]], Schedule(3, 3, 3), **GIVEN) == [[50, 60, 70]]
     assert order == [[9, MASK, MASK, MASK], [9, MASK, 60, MASK], [9, MASK, 60, 70]]
