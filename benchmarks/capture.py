@@ -22,8 +22,8 @@ from measure import machine
 from sparsity_atlas.activations.capture import capture
 from sparsity_atlas.activations.layout import groups
 from sparsity_atlas.activations.store import ActivationStore
-from sparsity_atlas.models.checkpoint import Checkpoint
-from sparsity_atlas.models.loading import load
+from sparsity_atlas.loading.checkpoint import Checkpoint
+from sparsity_atlas.loading.pretrained import load
 from sparsity_atlas.models.logits import head
 from sparsity_atlas.models.parameters import count_parameters
 from sparsity_atlas.sites.find import bind_parts, describe_parts, find_parts, observe

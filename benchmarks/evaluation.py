@@ -35,7 +35,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from sparsity_atlas.evaluation.evaluate import Session, evaluate_node
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.lm.model import AtlasLM
-from sparsity_atlas.models.checkpoint import Checkpoint, load, load_tokenizer
+from sparsity_atlas.loading.checkpoint import Checkpoint, load, load_tokenizer
 from sparsity_atlas.sites.find import find_parts
 from sparsity_atlas.sparsify.attach import sparsified
 from sparsity_atlas.tasks.load import load_tasks

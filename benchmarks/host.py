@@ -256,7 +256,7 @@ def main() -> None:
     from sparsity_atlas.evaluation.node import Node
     from sparsity_atlas.evaluation.search import read_scores
     from sparsity_atlas.files.whole import read_manifest, write_manifest
-    from sparsity_atlas.models.checkpoint import Checkpoint
+    from sparsity_atlas.loading.checkpoint import Checkpoint
     from sparsity_atlas.models.manifest import describe
     from sparsity_atlas.tasks.score import choose_metric
 

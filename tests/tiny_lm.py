@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from sparsity_atlas.evaluation.evaluate import Session
 from sparsity_atlas.files.whole import write_manifest
-from sparsity_atlas.models.checkpoint import Checkpoint
+from sparsity_atlas.loading.checkpoint import Checkpoint
 from sparsity_atlas.models.manifest import describe
 
 MAX_LENGTH = 48

@@ -22,7 +22,7 @@ ZOO = ROOT / "workflow/resources/zoo/small"
 RESOLVE = """
 import json, sys
 from sparsity_atlas import cli
-from sparsity_atlas.models.manifest import resolve
+from sparsity_atlas.loading.source import resolve
 def main():
     checkpoint, commit = resolve(json.loads(sys.argv[1]))
     checkpoint.config()

@@ -31,7 +31,7 @@ from sparsity_atlas.evaluation.samples import SCHEMA, SampleTable, read_table
 from sparsity_atlas.files import parquet
 from sparsity_atlas.files.journal import Journal
 from sparsity_atlas.files.whole import canonical, read_manifest, write_manifest
-from sparsity_atlas.models.checkpoint import Checkpoint
+from sparsity_atlas.loading.checkpoint import Checkpoint
 from sparsity_atlas.report.failures import last_error
 from sparsity_atlas.spelling import canonical_level
 from sparsity_atlas.tasks import local_files

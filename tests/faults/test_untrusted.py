@@ -24,8 +24,8 @@ from sparsity_atlas.figures import FIGURES
 from sparsity_atlas.figures.draw import draw_all
 from sparsity_atlas.files.parquet import read_parquet, write_parquet
 from sparsity_atlas.files.whole import read_json, read_manifest, write_manifest
-from sparsity_atlas.models.checkpoint import Checkpoint
-from sparsity_atlas.models.manifest import resolve
+from sparsity_atlas.loading.checkpoint import Checkpoint
+from sparsity_atlas.loading.source import resolve
 from sparsity_atlas.report import report
 from sparsity_atlas.rules.inputs import check_inputs, locate, model_content
 from sparsity_atlas.tables import summarize

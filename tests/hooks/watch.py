@@ -55,10 +55,10 @@ def _kill_at_write(number: int) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Wraps `sparsity_atlas.models.loading.load` when that module is first imported."""
+    """Wraps `sparsity_atlas.loading.pretrained.load` when that module is first imported."""
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> Any:
-        if name != "sparsity_atlas.models.loading":
+        if name != "sparsity_atlas.loading.pretrained":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

@@ -32,9 +32,9 @@ from sparsity_atlas.code_version import code_version
 from sparsity_atlas.errors import NumericalFailure
 from sparsity_atlas.files.journal import Journal
 from sparsity_atlas.files.whole import digest, locked, write_manifest
+from sparsity_atlas.loading.devices import pick_device, pick_dtype
+from sparsity_atlas.loading.pretrained import load, load_tokenizer
 from sparsity_atlas.models.bos import begins_with_bos
-from sparsity_atlas.models.devices import pick_device, pick_dtype
-from sparsity_atlas.models.loading import load, load_tokenizer
 from sparsity_atlas.models.manifest import from_manifest
 from sparsity_atlas.models.memory import (
     MOST_HELD,
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sparsity_atlas.activations.spool import HostCopy
-    from sparsity_atlas.models.checkpoint import Checkpoint
+    from sparsity_atlas.loading.checkpoint import Checkpoint
     from sparsity_atlas.sites.find import Vectors
 
 
@@ -218,7 +218,7 @@ def _check_room(
     """See that a batch of `shape` (positions, sequences) and what is kept of it fit into memory."""
     import torch
 
-    from sparsity_atlas.models import free_memory
+    from sparsity_atlas.loading import free_memory
 
     positions, batch = shape
     item, device, sizes = model.dtype.itemsize, model.device, Sizes.of(manifest)

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from sparsity_atlas.models.memory import ITEM_BYTES
+from sparsity_atlas.loading.devices import ITEM_BYTES
 from sparsity_atlas.terms import ATTENTION, ATTENTION_TENSORS, FFN, NAMED_PARTS, ROUTING, TENSORS
 
 # Types of what is no activation.

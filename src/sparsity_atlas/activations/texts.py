@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsity_atlas.activations.text_files import local_documents
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.models.hub import Repository
+from sparsity_atlas.loading.hub import Repository
 
 if TYPE_CHECKING:
     import numpy as np

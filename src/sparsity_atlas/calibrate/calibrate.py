@@ -21,7 +21,7 @@ from sparsity_atlas.criteria import create, source_file
 from sparsity_atlas.criteria.calibration_file import write_calibration
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import read_manifest
-from sparsity_atlas.models.loading import load, load_tokenizer
+from sparsity_atlas.loading.pretrained import load, load_tokenizer
 from sparsity_atlas.models.manifest import from_manifest
 from sparsity_atlas.sites.part import Available, chosen
 from sparsity_atlas.terms import TENSORS
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from sparsity_atlas.criteria import Criterion
     from sparsity_atlas.criteria.place import Place, State
-    from sparsity_atlas.models.checkpoint import Checkpoint
+    from sparsity_atlas.loading.checkpoint import Checkpoint
     from sparsity_atlas.sites.find import Part
 
 

@@ -26,7 +26,7 @@ from sparsity_atlas.files.whole import (
     write_atomically,
     write_manifest,
 )
-from sparsity_atlas.models.loading import load
+from sparsity_atlas.loading.pretrained import load
 from sparsity_atlas.models.manifest import from_manifest
 from sparsity_atlas.sites.part import Available, chosen
 

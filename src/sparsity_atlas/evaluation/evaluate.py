@@ -29,7 +29,7 @@ from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.outcome import check_measured, headline, sample_rows, task_result
 from sparsity_atlas.files.journal import Journal
 from sparsity_atlas.files.whole import canonical, digest, locked, write_manifest
-from sparsity_atlas.models.loading import load, load_tokenizer
+from sparsity_atlas.loading.pretrained import load, load_tokenizer
 from sparsity_atlas.models.manifest import from_manifest
 from sparsity_atlas.sites.part import Available, Part, chosen
 

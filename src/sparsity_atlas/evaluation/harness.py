@@ -27,10 +27,10 @@ from sparsity_atlas.evaluation.outcome import sparsity
 from sparsity_atlas.lm.model import AtlasLM
 from sparsity_atlas.lm.prompts import PromptSettings
 from sparsity_atlas.lm.usage import Usage
+from sparsity_atlas.loading.pretrained import load, load_tokenizer
+from sparsity_atlas.loading.source import resolve
 from sparsity_atlas.models.causality import NOT_YET, kind_of
-from sparsity_atlas.models.loading import load, load_tokenizer
 from sparsity_atlas.models.logits import head
-from sparsity_atlas.models.manifest import resolve
 from sparsity_atlas.models.memory import Sizes
 from sparsity_atlas.models.positions import check_positions
 from sparsity_atlas.models.tokenizer_check import check_tokenizer, embedding_rows
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
     from sparsity_atlas.criteria import Criterion
-    from sparsity_atlas.models.checkpoint import Checkpoint
+    from sparsity_atlas.loading.checkpoint import Checkpoint
     from sparsity_atlas.sparsify.attach import Counter
 
 
@@ -197,7 +197,7 @@ class HarnessLM(AtlasLM):
 
 
 def _source(arguments: Arguments) -> dict[str, Any]:
-    """Where the model comes from, as `models.resolve` takes it."""
+    """Where the model comes from, as `source.resolve` takes it."""
     given = arguments.model_dump(
         include={"trust_remote_code", "allow_pickle", "code_revision"}, exclude_none=True
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config
 from sparsity_atlas.figures import FIGURES
-from sparsity_atlas.models.contents import speaks_of_experts
+from sparsity_atlas.loading.contents import speaks_of_experts
 
 
 def wanted(config: Config) -> list[str]:

@@ -23,7 +23,7 @@ from sparsity_atlas.lm.longest import Lengths
 from sparsity_atlas.lm.sharing import abilities
 from sparsity_atlas.lm.usage import Usage, expert_record
 from sparsity_atlas.lm.work import Limits, arrange
-from sparsity_atlas.models import free_memory
+from sparsity_atlas.loading import free_memory
 from sparsity_atlas.models.logits import head
 from sparsity_atlas.models.memory import of_a_pass
 from sparsity_atlas.sparsify.transfer import fetched, sent

@@ -71,7 +71,7 @@ class PromptLM(HFLM):
 
         Args:
             model: on its device.
-            tokenizer: as `loading.load_tokenizer` loads it for the settings' `add_bos_token`.
+            tokenizer: as `pretrained.load_tokenizer` loads it for the settings' `add_bos_token`.
             batch_size: sequences a forward pass.
             max_length: longest sequence in tokens; None: the model's own limit.
             prompts: unset: as lm-eval does by itself, but for the second BOS.

@@ -1,1 +1,1 @@
-"""A checkpoint on this machine: fetched, loaded, described. Start with `manifest`, the stage `models`."""
+"""A loaded model: proved to be of its kind, measured, described. Start with `manifest`, stage `models`."""

@@ -17,7 +17,7 @@ def begins_with_bos(tokenizer: PreTrainedTokenizerBase, wanted: bool | None) -> 
     """Whether sequences begin with the BOS token: as configured, else as the tokenizer does by itself.
 
     Args:
-        tokenizer: as `loading.load_tokenizer` loads it for `wanted`.
+        tokenizer: as `pretrained.load_tokenizer` loads it for `wanted`.
         wanted: `add_bos_token` of the model's entry.
 
     Raises:

@@ -8,26 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsity_atlas import cli
 from sparsity_atlas.errors import AtlasError, NumericalFailure
 from sparsity_atlas.files.whole import file_digest, read_manifest, write_manifest
-from sparsity_atlas.models import contents
-from sparsity_atlas.models.checkpoint import (
-    PICKLE_FILE,
-    PICKLE_INDEX,
-    SAFE_FILE,
-    SAFE_INDEX,
-    Checkpoint,
-    shards,
-)
-from sparsity_atlas.models.hub import Repository
-from sparsity_atlas.models.layouts import layout_in, layout_of
-from sparsity_atlas.models.loading import load, load_tokenizer
+from sparsity_atlas.loading.checkpoint import Checkpoint
+from sparsity_atlas.loading.layouts import layout_of
+from sparsity_atlas.loading.pretrained import load, load_tokenizer
+from sparsity_atlas.loading.source import resolve
 from sparsity_atlas.sites.part import Available
 from sparsity_atlas.terms import CAUSAL, DIFFUSION, EXPERTS
 
@@ -35,72 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sparsity_atlas.sites.part import Part
-
-
-def resolve(
-    source: dict[str, Any],
-    *,
-    recorded: dict[str, Any] | None = None,
-    offline: bool = False,
-    weights: bool = True,
-) -> tuple[Checkpoint, str | None]:
-    """A model's files: its local folder, or the Hub's snapshot in the cache (`HF_HOME`).
-
-    Args:
-        source: as `grid.fetch_slice` gives it: `path`, or `hub` and `revision`, and what is allowed;
-            `tokenizer`, the folder of another tokenizer.
-        recorded: an earlier manifest, whose commits are used in place of the source's own revisions.
-        offline: use the cache only.
-        weights: whether the Hub's weights are needed, too.
-
-    Returns:
-        The files, and the commit; None for a local folder.
-
-    Raises:
-        AtlasError: no such folder, or the Hub does not give what is needed.
-    """
-    allowed = {key: source.get(key, False) for key in ("trust_remote_code", "allow_pickle")}
-    if "path" in source:
-        folder, commit = Path(source["path"]), None
-        if not os.path.isdir(folder):
-            raise AtlasError(f"models: {folder}: no such folder")
-    else:
-        revision = recorded["revision"] if recorded else source.get("revision", "main")
-        wanted = Repository("models", "model", source["hub"], revision)
-        commit = wanted.commit(offline=offline)
-        repository = replace(wanted, revision=commit)
-        for pair in contents.patterns(code=False):
-            folder = repository.fetch(*pair, offline=offline)
-        if allowed["trust_remote_code"] and layout_in(folder) is None:
-            for pair in contents.patterns(code=True):
-                repository.fetch(*pair, offline=offline)
-            if named := contents.named_by_code(folder):
-                wanted_too = [pattern for name in sorted(named) for pattern in (name, f"*/{name}")]
-                repository.fetch(wanted_too, exceptions=(), offline=offline)
-        if weights:
-            _fetch_weights(repository, folder, allowed["allow_pickle"], offline)
-    tokenizer = Path(source["tokenizer"]) if "tokenizer" in source else None
-    if tokenizer is not None and not os.path.isdir(tokenizer):
-        raise AtlasError(f"models: tokenizer: {tokenizer}: no such folder")
-    checkpoint = Checkpoint(folder, **allowed, tokenizer=tokenizer)
-    code = checkpoint.code_repository() if checkpoint.trust_remote_code else None
-    if code is None:
-        return checkpoint, commit
-    revision = recorded["code"]["revision"] if recorded else source.get("code_revision", "main")
-    wanted = Repository("models: trust_remote_code", "model", code, revision)
-    revision = wanted.commit(offline=offline)
-    replace(wanted, revision=revision).fetch(["*.py"], offline=offline)
-    return replace(checkpoint, code_revision=revision), commit
-
-
-def _fetch_weights(repository: Repository, folder: Path, pickles: bool, offline: bool) -> None:
-    """Bring the weights to a snapshot whose other files are there: one format of them, not all."""
-    kinds = [(SAFE_FILE, SAFE_INDEX), *([(PICKLE_FILE, PICKLE_INDEX)] if pickles else [])]
-    for file, index in kinds:
-        wanted = [file, *shards(folder / index)]
-        repository.fetch(wanted, offline=offline)
-        if any((folder / name).is_file() for name in wanted):
-            return
 
 
 def from_manifest(path: Path) -> tuple[dict[str, Any], Checkpoint]:
@@ -194,8 +118,8 @@ def _prove(
     mask_token_id: int | None,
 ) -> tuple[str, list[Part]]:
     """What kind of model it is, and its parts."""
+    from sparsity_atlas.loading.wholeness import not_finite
     from sparsity_atlas.models.causality import kind_of
-    from sparsity_atlas.models.wholeness import not_finite
     from sparsity_atlas.sites.find import find_parts, sees_earlier_only
 
     spoilt = not_finite(model)

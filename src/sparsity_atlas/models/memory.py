@@ -16,7 +16,6 @@ MOST_HELD = 2 * 2**30
 PENDING = 8
 # Of a chunk of a captured array, about: between 8 and 16 MiB reads and writes run at the disk's speed.
 CHUNK_BYTES = 12 * 2**20
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
 # Logits of a piece: 128 MiB in float32. More on a GPU, which would wait for the host's work between two: 512
 # MiB in 16 bits.
 PIECE = {"cpu": 2**25, "cuda": 2**28, "mps": 2**25}

@@ -18,10 +18,9 @@ from sparsity_atlas.evaluation.evaluate import Session
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.lm.prompts import PromptSettings
-from sparsity_atlas.models.devices import pick_device, pick_dtype
-from sparsity_atlas.models.loading import blank, load, load_tokenizer, moved
-from sparsity_atlas.models.manifest import resolve
-from sparsity_atlas.models.memory import ITEM_BYTES
+from sparsity_atlas.loading.devices import ITEM_BYTES, pick_device, pick_dtype
+from sparsity_atlas.loading.pretrained import blank, load, load_tokenizer, moved
+from sparsity_atlas.loading.source import resolve
 from sparsity_atlas.models.parameters import count_resting
 from sparsity_atlas.plan.dry_run import DryLM, TaskCost, count
 from sparsity_atlas.plan.rates import TimedLM, free_memory, node_seconds
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from sparsity_atlas.models.checkpoint import Checkpoint
+    from sparsity_atlas.loading.checkpoint import Checkpoint
     from sparsity_atlas.sites.part import Part
     from sparsity_atlas.tasks.loaded import LoadedTask
 

@@ -16,7 +16,8 @@ from sparsity_atlas.activations.layout import groups
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config
 from sparsity_atlas.files.whole import read_json, read_manifest
-from sparsity_atlas.models.memory import ITEM_BYTES, MIB, Largest, Sizes, of_a_capture, of_a_pass
+from sparsity_atlas.loading.devices import ITEM_BYTES
+from sparsity_atlas.models.memory import MIB, Largest, Sizes, of_a_capture, of_a_pass
 from sparsity_atlas.terms import STORED, TENSORS, plain
 
 # A stage's process without its model, as measured: Python with torch and what else it imports.

@@ -19,8 +19,8 @@ from sparsity_atlas.config.schema import Config
 from sparsity_atlas.criteria.in_experts import check_keys
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import digest, file_digest
-from sparsity_atlas.models import contents
-from sparsity_atlas.models.checkpoint import Checkpoint
+from sparsity_atlas.loading import contents
+from sparsity_atlas.loading.checkpoint import Checkpoint
 from sparsity_atlas.tasks import local_files
 from sparsity_atlas.terms import ALLOCATIONS, FFN_SITES, SPELLED, TENSORS, plain
 

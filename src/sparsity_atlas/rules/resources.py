@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from sparsity_atlas.config.grid import Curve
 from sparsity_atlas.config.schema import Config
-from sparsity_atlas.models.devices import inside_allocation, visible_gpus
+from sparsity_atlas.loading.devices import inside_allocation, visible_gpus
 from sparsity_atlas.rules.footprint import Needs, levels_of
 from sparsity_atlas.rules.question import question
 from sparsity_atlas.terms import TENSORS, plain

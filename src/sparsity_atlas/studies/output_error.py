@@ -22,7 +22,7 @@ from sparsity_atlas.criteria import check_level, create
 from sparsity_atlas.criteria.calibration_file import read_calibration
 from sparsity_atlas.criteria.level_arguments import add_levels, levels_of
 from sparsity_atlas.files.parquet import write_parquet
-from sparsity_atlas.models.loading import load
+from sparsity_atlas.loading.pretrained import load
 from sparsity_atlas.models.manifest import from_manifest
 from sparsity_atlas.terms import NAMED_PARTS, PlaceKey
 

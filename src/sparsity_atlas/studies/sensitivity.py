@@ -25,7 +25,7 @@ from sparsity_atlas.errors import AtlasError, NumericalFailure
 from sparsity_atlas.files.journal import Journal
 from sparsity_atlas.files.parquet import write_parquet
 from sparsity_atlas.files.whole import digest, file_digest
-from sparsity_atlas.models.loading import load
+from sparsity_atlas.loading.pretrained import load
 from sparsity_atlas.models.manifest import from_manifest
 from sparsity_atlas.statistics.bootstrap import TaskSamples, estimate, interval
 

@@ -21,7 +21,7 @@ from lm_eval.tasks._index import Kind
 
 from sparsity_atlas.errors import TaskFailure
 from sparsity_atlas.files.whole import digest, file_digest
-from sparsity_atlas.models.hub import with_data
+from sparsity_atlas.loading.hub import with_data
 from sparsity_atlas.tasks.error_messages import RUNS_CODE
 from sparsity_atlas.tasks.reported_metrics import check_metric_list
 

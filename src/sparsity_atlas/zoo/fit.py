@@ -14,7 +14,7 @@ from transformers.models.olmoe.configuration_olmoe import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeForCausalLM
 
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.models.loading import moved
+from sparsity_atlas.loading.pretrained import moved
 from sparsity_atlas.zoo import batches, expert_training, recipe
 from sparsity_atlas.zoo.tokenizer import END_OF_TEXT_ID
 

@@ -15,7 +15,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.models.loading import moved
+from sparsity_atlas.loading.pretrained import moved
 from sparsity_atlas.zoo import batches, card, corpus, expert_training, loss, recipe
 from sparsity_atlas.zoo.fit import build_model, fit
 from sparsity_atlas.zoo.tokenizer import as_pretrained, load_tokenizer, train_tokenizer

@@ -16,7 +16,7 @@ from sparsity_atlas.config.documents import schema
 from sparsity_atlas.config.record import render
 from sparsity_atlas.config.schema import parse
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.models.checkpoint import Checkpoint
+from sparsity_atlas.loading.checkpoint import Checkpoint
 from sparsity_atlas.rules.inputs import locate
 
 BASE: dict[str, Any] = {

@@ -22,8 +22,8 @@ from sparsity_atlas.criteria.built_in.shifted_relu import inverse
 from sparsity_atlas.criteria.level_table import STEPS, at_level, by_channel, quantile_table
 from sparsity_atlas.criteria.place import Place
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.models.checkpoint import Checkpoint
-from sparsity_atlas.models.loading import load, load_tokenizer
+from sparsity_atlas.loading.checkpoint import Checkpoint
+from sparsity_atlas.loading.pretrained import load, load_tokenizer
 from sparsity_atlas.sites.ffn import FFN
 from sparsity_atlas.sites.find import observe
 from sparsity_atlas.sparsify.attach import dropping

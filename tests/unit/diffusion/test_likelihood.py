@@ -18,8 +18,8 @@ from sparsity_atlas.diffusion.likelihood import Request, bounds, rows_of
 from sparsity_atlas.diffusion.mask_sets import mask_sets
 from sparsity_atlas.errors import NumericalFailure
 from sparsity_atlas.files.whole import digest
-from sparsity_atlas.models.checkpoint import Checkpoint
-from sparsity_atlas.models.loading import load
+from sparsity_atlas.loading.checkpoint import Checkpoint
+from sparsity_atlas.loading.pretrained import load
 
 CPU = torch.device("cpu")
 # Of the error of a mean over many seeds. Seeds are fixed, so that a test that passes goes on to pass.

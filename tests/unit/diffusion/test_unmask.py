@@ -16,8 +16,8 @@ from sparsity_atlas.diffusion.denoise import Asked, denoiser
 from sparsity_atlas.diffusion.unmask import Schedule, unmask
 from sparsity_atlas.errors import AtlasError, NumericalFailure
 from sparsity_atlas.files.whole import digest
-from sparsity_atlas.models.checkpoint import Checkpoint
-from sparsity_atlas.models.loading import load
+from sparsity_atlas.loading.checkpoint import Checkpoint
+from sparsity_atlas.loading.pretrained import load
 
 GIVEN: dict[str, Any] = {"mask_token": MASK, "padding": 0, "device": torch.device("cpu")}
 PROMPTS = [[5, 9, 33, 70, 12], [5, 9], [200, 31, 44, 44, 8, 9, 120, 3], [77]]

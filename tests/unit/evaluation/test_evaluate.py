@@ -18,7 +18,7 @@ from sparsity_atlas.evaluation.evaluate import evaluate_node
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.samples import read_table
 from sparsity_atlas.lm import model
-from sparsity_atlas.models import free_memory
+from sparsity_atlas.loading import free_memory
 from tiny_lm import (
     CHOICE,
     GENERATION,

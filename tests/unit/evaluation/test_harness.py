@@ -24,7 +24,7 @@ from sparsity_atlas.evaluation import harness
 from sparsity_atlas.evaluation.evaluate import evaluate_node
 from sparsity_atlas.evaluation.harness_arguments import _INSTEAD, Arguments
 from sparsity_atlas.evaluation.node import Node
-from sparsity_atlas.models.checkpoint import Checkpoint
+from sparsity_atlas.loading.checkpoint import Checkpoint
 from tiny_lm import (
     CHOICE,
     GENERATION,

@@ -60,7 +60,7 @@ def test_a_worker_that_nobody_needs_ends(folder: Path) -> None:
 SERVE_ON_A_GPU = """
 import sys
 from pathlib import Path
-from sparsity_atlas.models import devices
+from sparsity_atlas.loading import devices
 from sparsity_atlas.evaluation.worker import server
 folder = Path(sys.argv[1])
 devices.claim_gpu(["a"], folder)
@@ -74,7 +74,7 @@ def test_a_worker_with_nothing_to_do_leaves_its_gpu_to_who_waits_for_it(folder: 
     process = start(slot, script=SERVE_ON_A_GPU)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=1.5)
-    claim = "import sys, pathlib; from sparsity_atlas.models.devices import claim_gpu\n"
+    claim = "import sys, pathlib; from sparsity_atlas.loading.devices import claim_gpu\n"
     claim += "claim_gpu(['a'], pathlib.Path(sys.argv[1]), poll=0.05)"
     subprocess.run([sys.executable, "-c", claim, str(slot.folder)], check=True, timeout=60)
     assert process.wait(timeout=30) == 0

@@ -15,7 +15,7 @@ from sparsity_atlas.config.schema import Config, parse
 from sparsity_atlas.figures import FIGURES, draw
 from sparsity_atlas.figures.style import shows_nothing
 from sparsity_atlas.figures.wanted import wanted
-from sparsity_atlas.models.contents import speaks_of_experts
+from sparsity_atlas.loading.contents import speaks_of_experts
 from sparsity_atlas.tables.read import Tables
 
 COMPARED = {"criteria", "comparison", "comparison_error"}

@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.loading.checkpoint import Checkpoint
+from sparsity_atlas.loading.pretrained import load_tokenizer
 from sparsity_atlas.models.bos import begins_with_bos
-from sparsity_atlas.models.checkpoint import Checkpoint
-from sparsity_atlas.models.loading import load_tokenizer
 from tiny_lm import tiny_tokenizer
 
 BOS, EOS = 1, 2

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.loading.checkpoint import Checkpoint
 from sparsity_atlas.models.causality import kind_of
-from sparsity_atlas.models.checkpoint import Checkpoint
 from sparsity_atlas.models.manifest import describe
 from sparsity_atlas.sites.find import random_ids
 from tiny_lm import tiny_tokenizer

@@ -22,8 +22,8 @@ from tokenizers import (
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.models.checkpoint import Checkpoint
-from sparsity_atlas.models.loading import load_tokenizer
+from sparsity_atlas.loading.checkpoint import Checkpoint
+from sparsity_atlas.loading.pretrained import load_tokenizer
 from sparsity_atlas.models.manifest import describe
 from sparsity_atlas.models.tokenizer_check import SENTENCES, check_tokenizer
 from tiny_lm import save_model, sentences, tiny_tokenizer

@@ -12,8 +12,8 @@ import pytest
 from lm_eval.api.task import Task
 
 from sparsity_atlas.evaluation.evaluate import Session, evaluate_node
-from sparsity_atlas.models.checkpoint import Checkpoint
-from sparsity_atlas.models.loading import load_tokenizer
+from sparsity_atlas.loading.checkpoint import Checkpoint
+from sparsity_atlas.loading.pretrained import load_tokenizer
 from sparsity_atlas.tasks import request_cache
 from tiny_lm import (
     CHOICE,

@@ -15,7 +15,7 @@ from sparsity_atlas import cli
 from sparsity_atlas.code_version import code_version
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation.worker.slots import Slot, folder_for, free_slot, places
-from sparsity_atlas.models.devices import inside_allocation
+from sparsity_atlas.loading.devices import inside_allocation
 from sparsity_atlas.tasks.local_files import files_digest, variables
 
 TRIES = 3

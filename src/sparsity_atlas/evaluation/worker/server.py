@@ -16,7 +16,7 @@ from typing import Any
 
 from sparsity_atlas import cli
 from sparsity_atlas.evaluation.worker.slots import Slot
-from sparsity_atlas.models.devices import others_wait
+from sparsity_atlas.loading.devices import others_wait
 
 # Seconds without a request after which a worker ends: longer than Snakemake takes from a job to the next.
 IDLE = 20.0

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import digest
-from sparsity_atlas.models.devices import visible_gpus
+from sparsity_atlas.loading.devices import visible_gpus
 
 # What a worker inherits from the job that starts it and another job may have otherwise.
 _ENVIRONMENT = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTHONPATH", "XDG_CACHE_HOME")

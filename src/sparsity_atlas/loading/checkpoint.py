@@ -14,8 +14,8 @@ from typing import Any
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import digest, file_digest, read_json
-from sparsity_atlas.models.contents import check_fetched, check_links, files_digest, files_read
-from sparsity_atlas.models.layouts import layout_in
+from sparsity_atlas.loading.contents import check_fetched, check_links, files_digest, files_read
+from sparsity_atlas.loading.layouts import layout_in
 
 SAFE_FILE = "model.safetensors"
 SAFE_INDEX = "model.safetensors.index.json"

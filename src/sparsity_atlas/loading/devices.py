@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sparsity_atlas")
 
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
+
 # GPUs that this process holds until it ends: the lock, and the file that those share who wait for it.
 _claimed: list[tuple[IO[str], Path]] = []
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.models import devices
-from sparsity_atlas.models.devices import pick_device, pick_dtype, visible_gpus
+from sparsity_atlas.loading import devices
+from sparsity_atlas.loading.devices import pick_device, pick_dtype, visible_gpus
 
 CLAIM = """
 import sys
 from pathlib import Path
-from sparsity_atlas.models.devices import claim_gpu
+from sparsity_atlas.loading.devices import claim_gpu
 print(claim_gpu(["a", "b"], Path(sys.argv[1]), poll=0.05), flush=True)
 sys.stdin.read()
 """
@@ -83,7 +83,7 @@ visible = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
 torch.cuda.device_count = lambda: len(visible)
 torch.cuda.get_device_properties = lambda index: types.SimpleNamespace(uuid=f"GPU-{visible[index]}")
 torch.cuda.set_device = lambda index: print(index, end=" ")
-from sparsity_atlas.models.devices import own_device
+from sparsity_atlas.loading.devices import own_device
 first = own_device(torch.device("cuda"))
 assert own_device(torch.device("cuda")) == first
 print(first.index, visible[first.index], flush=True)

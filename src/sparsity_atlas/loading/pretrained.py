@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from sparsity_atlas import cli
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import read_json
-from sparsity_atlas.models.checkpoint import PICKLE_INDEX, SAFE_INDEX, Checkpoint
-from sparsity_atlas.models.contents import small_fault
-from sparsity_atlas.models.devices import own_device, pick_device, pick_dtype
-from sparsity_atlas.models.layouts import layout_in, layout_of
+from sparsity_atlas.loading.checkpoint import PICKLE_INDEX, SAFE_INDEX, Checkpoint
+from sparsity_atlas.loading.contents import small_fault
+from sparsity_atlas.loading.devices import own_device, pick_device, pick_dtype
+from sparsity_atlas.loading.layouts import layout_in, layout_of
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +40,8 @@ def load(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "auto") -
     import torch
     from transformers import AutoModelForCausalLM
 
-    from sparsity_atlas.models.free_memory import check_weights
-    from sparsity_atlas.models.wholeness import check_types, check_whole, fill_buffers
+    from sparsity_atlas.loading.free_memory import check_weights
+    from sparsity_atlas.loading.wholeness import check_types, check_whole, fill_buffers
 
     _check_declared_types(checkpoint)
     picked = pick_device(device)

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.models.checkpoint import Checkpoint
-from sparsity_atlas.models.loading import blank, load
+from sparsity_atlas.loading.checkpoint import Checkpoint
+from sparsity_atlas.loading.pretrained import blank, load
 from tiny_lm import save_model
 
 CODE = """

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.models.checkpoint import Checkpoint
-from sparsity_atlas.models.loading import load
+from sparsity_atlas.loading.checkpoint import Checkpoint
+from sparsity_atlas.loading.pretrained import load
+from sparsity_atlas.loading.wholeness import is_constant
 from sparsity_atlas.models.manifest import describe
-from sparsity_atlas.models.wholeness import is_constant
 from tiny_lm import save_model
 from tiny_models import ARCHITECTURES, tiny_model, token_ids
 

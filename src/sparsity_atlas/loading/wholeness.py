@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.models.checkpoint import Checkpoint
-from sparsity_atlas.models.layouts import layout_in
+from sparsity_atlas.loading.checkpoint import Checkpoint
+from sparsity_atlas.loading.layouts import layout_in
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.models import free_memory
-from sparsity_atlas.models.checkpoint import Checkpoint
-from sparsity_atlas.models.loading import load
+from sparsity_atlas.loading import free_memory
+from sparsity_atlas.loading.checkpoint import Checkpoint
+from sparsity_atlas.loading.pretrained import load
 
 CPU = torch.device("cpu")
 SETTINGS = (("batch_size", 16), ("max_length", 1000))

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from mixtures import wide_mixture
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.models.checkpoint import Checkpoint
-from sparsity_atlas.models.loading import load
+from sparsity_atlas.loading.checkpoint import Checkpoint
+from sparsity_atlas.loading.pretrained import load
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from masked_diffusion import MASK, TRAP, dream_folder, llada_folder, logits_by_hand, save_diffusion
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import read_manifest
-from sparsity_atlas.models.checkpoint import Checkpoint
-from sparsity_atlas.models.layouts import LAYOUTS, layout_in
-from sparsity_atlas.models.loading import blank, load, load_tokenizer
-from sparsity_atlas.models.manifest import describe, from_manifest, main, resolve
+from sparsity_atlas.loading.checkpoint import Checkpoint
+from sparsity_atlas.loading.layouts import LAYOUTS, layout_in
+from sparsity_atlas.loading.pretrained import blank, load, load_tokenizer
+from sparsity_atlas.loading.source import resolve
+from sparsity_atlas.models.manifest import describe, from_manifest, main
 from tiny_lm import TEXT, save_model, tiny_tokenizer
 from tiny_models import token_ids
 

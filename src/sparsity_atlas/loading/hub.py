@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from sparsity_atlas import cli
 from sparsity_atlas.errors import AtlasError, TaskFailure
 from sparsity_atlas.files.whole import canonical, file_digest
-from sparsity_atlas.models.contents import select
+from sparsity_atlas.loading.contents import select
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder

@@ -9,8 +9,8 @@ import pytest
 
 from sparsity_atlas.config.schema import parse
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.models.checkpoint import Checkpoint
-from sparsity_atlas.models.contents import patterns, select
+from sparsity_atlas.loading.checkpoint import Checkpoint
+from sparsity_atlas.loading.contents import patterns, select
 from sparsity_atlas.rules.inputs import locate, model_content
 from tiny_lm import save_model, tiny_tokenizer
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from sparsity_atlas import cli
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.models.memory import ITEM_BYTES
+from sparsity_atlas.loading.devices import ITEM_BYTES
 
 if TYPE_CHECKING:
     import torch
 
-    from sparsity_atlas.models.checkpoint import Checkpoint
+    from sparsity_atlas.loading.checkpoint import Checkpoint
 
 GIB = 2**30
 # Measured peaks lie within this factor of what `memory` says: beyond it nothing is tried.
