@@ -220,6 +220,22 @@ def test_a_plan_fetches_no_weights(
     assert not hub.lines("safetensors")
 
 
+def test_an_adapter_of_the_hub_is_pinned(
+    hub: HubServer, client: Client, zoo_files: dict[str, bytes]
+) -> None:
+    hub.model(NAME).commit(zoo_files)
+    files = {"adapter_config.json": b'{"peft_type": "LORA"}', "README.md": b"words"}
+    first = {**files, "adapter_model.safetensors": b"1", "adapter_model.bin": b"2"}
+    hub.model("org/adapter").commit(first, "main", "v1")
+    before = client.resolved(NAME, adapter_hub="org/adapter")["digest"]
+    assert not hub.lines(r"README|adapter_model\.bin")
+    hub.model("org/adapter").commit({**first, "adapter_model.safetensors": b"3"})
+    assert client.resolved(NAME, adapter_hub="org/adapter")["digest"] != before
+    pinned = {"adapter_hub": "org/adapter", "adapter_revision": "v1"}
+    assert client.resolved(NAME, **pinned)["digest"] == before
+    assert "models: adapter: org/none" in client.refused(NAME, adapter_hub="org/none")
+
+
 def test_an_index_that_names_files_elsewhere(
     hub: HubServer, client: Client, zoo_files: dict[str, bytes]
 ) -> None:

@@ -42,6 +42,13 @@ class ModelEntry(Strict):
     """Hub revision: a commit, tag or branch. It is resolved to a commit, which is recorded."""
     tokenizer: str | None = None
     """Folder of another tokenizer than the model's own."""
+    adapter: str | None = None
+    """Folder of a PEFT adapter (adapter_config.json, adapter_model.safetensors), which is merged into the
+    model."""
+    adapter_hub: Repository | None = None
+    """Hub repository of that adapter, if it is there."""
+    adapter_revision: Revision | None = None
+    """Revision of that repository. Resolved and recorded."""
     trust_remote_code: bool = False
     """Run the Python code that the model's repository or folder brings. Read it first."""
     code_revision: Revision | None = None
@@ -89,6 +96,10 @@ class ModelEntry(Strict):
             raise ValueError("give either `path` (a local folder) or `hub` (a Hub repository)")
         if self.path is not None and self.revision is not None:
             raise ValueError("`revision` belongs to `hub`, a local folder has none")
+        if self.adapter is not None and self.adapter_hub is not None:
+            raise ValueError("give either `adapter` (a local folder) or `adapter_hub`, not both")
+        if self.adapter_revision is not None and self.adapter_hub is None:
+            raise ValueError("`adapter_revision` belongs to `adapter_hub`")
         if self.code_revision is not None and not self.trust_remote_code:
             raise ValueError("`code_revision` needs `trust_remote_code: true`")
         return self

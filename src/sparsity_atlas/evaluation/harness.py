@@ -202,6 +202,9 @@ def _source(arguments: Arguments) -> dict[str, Any]:
         include={"trust_remote_code", "allow_pickle", "code_revision"}, exclude_none=True
     )
     folder = os.path.expanduser(arguments.pretrained)
+    if arguments.peft is not None:
+        adapter = os.path.expanduser(arguments.peft)
+        given["adapter" if os.path.isdir(adapter) else "adapter_hub"] = adapter
     if not os.path.isdir(folder):
         return {"hub": folder, "revision": arguments.revision or "main", **given}
     if arguments.revision is not None:

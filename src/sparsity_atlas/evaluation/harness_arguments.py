@@ -29,7 +29,6 @@ _QUANTISED = "quantised checkpoints are not supported"
 _ONE_DEVICE = "the model runs on one device; choose it by CUDA_VISIBLE_DEVICES"
 # Arguments of lm-eval's `hf` and of transformers, and what to do in place of them.
 _INSTEAD = {
-    "peft": "merge the adapter into the model first (peft: merge_and_unload)",
     "delta": "add the delta weights to the model first",
     **dict.fromkeys(("autogptq", "gptqmodel", "gguf_file", "quantization_config"), _QUANTISED),
     **dict.fromkeys(("load_in_8bit", "load_in_4bit"), _QUANTISED),
@@ -90,6 +89,8 @@ class Arguments(BaseModel):
     """Revision of that code, where it is in another repository."""
     allow_pickle: bool = False
     """Load pickled weights if there are no safetensors."""
+    peft: str | None = None
+    """A PEFT adapter that is merged into the model: a local folder, or a repository of the Hub."""
     modules: dict[str, str] | None = None
     """Module paths of the FFN, if they are not found (`--model_args` as JSON)."""
     tokenizer: str | None = None

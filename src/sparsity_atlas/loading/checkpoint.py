@@ -14,6 +14,7 @@ from typing import Any
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import digest, file_digest, read_json
+from sparsity_atlas.loading.adapter import ADAPTER, adapter_digest, adapter_files
 from sparsity_atlas.loading.contents import check_fetched, check_links, files_digest, files_read
 from sparsity_atlas.loading.layouts import layout_in
 
@@ -21,7 +22,6 @@ SAFE_FILE = "model.safetensors"
 SAFE_INDEX = "model.safetensors.index.json"
 PICKLE_FILE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
-ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Checkpoint:
         class of transformers (see `layouts`).
     code_revision: commit of the other repository that the model's code is in, if it is in another.
     tokenizer: folder of its tokenizer, if that is another.
+    adapter: folder of a PEFT adapter that is merged into it.
+    adapter_revision: commit of the adapter's repository, if it is on the Hub.
     """
 
     folder: Path
@@ -39,6 +41,8 @@ class Checkpoint:
     allow_pickle: bool = False
     code_revision: str | None = None
     tokenizer: Path | None = None
+    adapter: Path | None = None
+    adapter_revision: str | None = None
 
     def __post_init__(self) -> None:
         if self.trust_remote_code and layout_in(self.folder) is not None:
@@ -52,7 +56,7 @@ class Checkpoint:
 
         Raises:
             AtlasError: a file is missing or damaged, or the checkpoint is of a kind that is not
-                supported: an adapter, or quantised.
+                supported: quantised, or an adapter that the model's entry does not name.
         """
         path = self.folder / "config.json"
         check_links(self.folder)
@@ -87,6 +91,8 @@ class Checkpoint:
             if not os.path.isdir(self.tokenizer):
                 raise AtlasError(f"models: tokenizer: {self.tokenizer}: no such folder")
             check_fetched(self._small(self.tokenizer))
+        if self.adapter is not None:
+            adapter_files(self.adapter, pickles=self.allow_pickle)
         return config
 
     def declared_types(self) -> list[tuple[str, str]]:
@@ -118,11 +124,14 @@ class Checkpoint:
             return
         content = read_json(path)
         base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
-        what = f"holds only an adapter of {base}" if alone else "holds an adapter beside the model"
-        advice = "save the merged model (PEFT's merge_and_unload) in a folder of its own"
+        if alone:
+            raise AtlasError(
+                f"{self}: {ADAPTER}: it holds only an adapter of {base}; name that model in the "
+                "entry, and this folder as its `adapter`"
+            )
         raise AtlasError(
-            f"{self}: {ADAPTER}: it {what}; adapters are not supported yet: {advice}"
-            + ("" if alone else ", or move the adapter elsewhere")
+            f"{self}: {ADAPTER}: it holds an adapter beside the model; move the adapter to a folder of "
+            "its own, and name that as `adapter` in the model's entry if it is to be merged into the model"
         )
 
     def pickled(self) -> bool:
@@ -174,6 +183,8 @@ class Checkpoint:
             files["code_revision"] = self.code_revision
         if self.tokenizer is not None:
             files["tokenizer"] = files_digest(self.tokenizer, code=self.trust_remote_code)
+        if self.adapter is not None:
+            files["adapter"] = adapter_digest(self.adapter, pickles=self.allow_pickle)
         return digest(files)
 
     def code_files(self) -> list[Path]:

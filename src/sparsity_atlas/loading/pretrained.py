@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sparsity_atlas import cli
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import read_json
+from sparsity_atlas.loading.adapter import merge_adapter
 from sparsity_atlas.loading.checkpoint import PICKLE_INDEX, SAFE_INDEX, Checkpoint
 from sparsity_atlas.loading.contents import small_fault
 from sparsity_atlas.loading.devices import own_device, pick_device, pick_dtype
@@ -72,6 +73,9 @@ def load(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "auto") -
     if model.is_custom_code():
         with _one_line(checkpoint, "cannot make the model without its weights"):
             fill_buffers(model, trust_remote_code=checkpoint.trust_remote_code)
+    if checkpoint.adapter is not None:
+        with _one_line(checkpoint, f"cannot merge the adapter {checkpoint.adapter}"):
+            model = merge_adapter(model, checkpoint.adapter, pickles=checkpoint.allow_pickle)
     ready: PreTrainedModel = model.to(target).eval()
     return ready
 

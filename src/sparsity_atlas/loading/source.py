@@ -9,6 +9,7 @@ from typing import Any
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.loading import contents
+from sparsity_atlas.loading.adapter import ADAPTER, PICKLED_ADAPTER, SAFE_ADAPTER
 from sparsity_atlas.loading.checkpoint import (
     PICKLE_FILE,
     PICKLE_INDEX,
@@ -32,7 +33,8 @@ def resolve(
 
     Args:
         source: as `grid.fetch_slice` gives it: `path`, or `hub` and `revision`, and what is allowed;
-            `tokenizer`, the folder of another tokenizer.
+            `tokenizer`, the folder of another tokenizer; `adapter`, that of an adapter, or `adapter_hub` and
+            `adapter_revision`.
         recorded: an earlier manifest, whose commits are used in place of the source's own revisions.
         offline: use the cache only.
         weights: whether the Hub's weights are needed, too.
@@ -67,6 +69,9 @@ def resolve(
     if tokenizer is not None and not os.path.isdir(tokenizer):
         raise AtlasError(f"models: tokenizer: {tokenizer}: no such folder")
     checkpoint = Checkpoint(folder, **allowed, tokenizer=tokenizer)
+    if "adapter" in source or "adapter_hub" in source:
+        adapter, revision = _adapter(source, recorded, offline, allowed["allow_pickle"])
+        checkpoint = replace(checkpoint, adapter=adapter, adapter_revision=revision)
     code = checkpoint.code_repository() if checkpoint.trust_remote_code else None
     if code is None:
         return checkpoint, commit
@@ -75,6 +80,21 @@ def resolve(
     revision = wanted.commit(offline=offline)
     replace(wanted, revision=revision).fetch(["*.py"], offline=offline)
     return replace(checkpoint, code_revision=revision), commit
+
+
+def _adapter(
+    source: dict[str, Any], recorded: dict[str, Any] | None, offline: bool, pickles: bool
+) -> tuple[Path, str | None]:
+    """The folder of a model's adapter, and its commit on the Hub; None for a local folder."""
+    if "adapter" in source:
+        if not os.path.isdir(source["adapter"]):
+            raise AtlasError(f"models: adapter: {source['adapter']}: no such folder")
+        return Path(source["adapter"]), None
+    wanted = recorded["adapter"]["revision"] if recorded else source.get("adapter_revision", "main")
+    repository = Repository("models: adapter", "model", source["adapter_hub"], wanted)
+    commit = repository.commit(offline=offline)
+    files = [ADAPTER, SAFE_ADAPTER, *([PICKLED_ADAPTER] if pickles else [])]
+    return replace(repository, revision=commit).fetch(files, offline=offline), commit
 
 
 def _fetch_weights(repository: Repository, folder: Path, pickles: bool, offline: bool) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sparsity_atlas import cli
 from sparsity_atlas.errors import AtlasError, NumericalFailure
 from sparsity_atlas.files.whole import file_digest, read_manifest, write_manifest
+from sparsity_atlas.loading.adapter import describe_adapter
 from sparsity_atlas.loading.checkpoint import Checkpoint
 from sparsity_atlas.loading.layouts import layout_of
 from sparsity_atlas.loading.pretrained import load, load_tokenizer
@@ -204,6 +205,7 @@ def main() -> None:
             "revision": revision,
             "digest": checkpoint.digest(),
             **code_record(checkpoint, revision),
+            **_adapter_record(checkpoint),
             **description,
         },
     )
@@ -216,6 +218,8 @@ def main() -> None:
         _parameters(description["parameters"]),
         ", ".join(description["sites"]),
     )
+    if checkpoint.adapter is not None:
+        cli.logger.info("%s: merged with the adapter %s", arguments.name, checkpoint.adapter)
     for change in description["tokenizer"]["changes"]:
         cli.logger.info("%s: its tokenizer changes texts: %s", arguments.name, change)
 
@@ -223,6 +227,14 @@ def main() -> None:
 def _parameters(counts: dict[str, int]) -> str:
     total = f"{counts['total']:,}"
     return f"{total} ({counts['active']:,} active)" if "active" in counts else total
+
+
+def _adapter_record(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a manifest says of an adapter that is merged into the model; nothing without one."""
+    if checkpoint.adapter is None:
+        return {}
+    found = describe_adapter(checkpoint.adapter)
+    return {"adapter": {**found, "revision": checkpoint.adapter_revision}}
 
 
 def code_record(checkpoint: Checkpoint, revision: str | None) -> dict[str, Any]:

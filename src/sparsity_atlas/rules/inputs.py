@@ -15,19 +15,20 @@ from typing import Any
 from sparsity_atlas import criteria
 from sparsity_atlas.activations.text_files import kind_of
 from sparsity_atlas.config import grid
-from sparsity_atlas.config.schema import Config
+from sparsity_atlas.config.schema import Config, ModelEntry
 from sparsity_atlas.criteria.in_experts import check_keys
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import digest, file_digest
 from sparsity_atlas.loading import contents
+from sparsity_atlas.loading.adapter import adapter_digest
 from sparsity_atlas.loading.checkpoint import Checkpoint
 from sparsity_atlas.tasks import local_files
 from sparsity_atlas.terms import ALLOCATIONS, FFN_SITES, SPELLED, TENSORS, plain
 
 # Where the configuration names local files: catalogue and key.
 _PATHS = (
-    *(("models", "path"), ("models", "tokenizer"), ("criteria", "file"), ("texts", "file")),
-    ("tasks", "include"),
+    *(("models", "path"), ("models", "tokenizer"), ("models", "adapter"), ("criteria", "file")),
+    *(("texts", "file"), ("tasks", "include")),
 )
 
 
@@ -168,9 +169,10 @@ def model_content(config: Config, model: str) -> str:
     """
     entry = config.models[model]
     other = Path(entry.tokenizer) if entry.tokenizer is not None else None
-    if entry.path is None and other is not None and other.is_dir():
-        return digest(contents.files_digest(other, code=entry.trust_remote_code))
-    if entry.path is None or not os.path.isdir(entry.path):
+    adapter = Path(entry.adapter) if entry.adapter is not None else None
+    if entry.path is None:
+        return _beside_the_hub(other, adapter, entry)
+    if not os.path.isdir(entry.path):
         return ""
     try:
         return _model_digest(
@@ -179,10 +181,24 @@ def model_content(config: Config, model: str) -> str:
                 trust_remote_code=entry.trust_remote_code,
                 allow_pickle=entry.allow_pickle,
                 tokenizer=other,
+                adapter=adapter,
             )
         )
     except AtlasError as error:
         return str(error)
+
+
+def _beside_the_hub(tokenizer: Path | None, adapter: Path | None, entry: ModelEntry) -> str:
+    """Digest of the local folders that a model of the Hub is given; empty without any."""
+    found: dict[str, Any] = {}
+    if tokenizer is not None and tokenizer.is_dir():
+        found |= contents.files_digest(tokenizer, code=entry.trust_remote_code)
+    if adapter is not None:
+        try:
+            found["adapter"] = adapter_digest(adapter, pickles=entry.allow_pickle)
+        except AtlasError as error:
+            return str(error)
+    return digest(found) if found else ""
 
 
 def text_content(config: Config) -> str:

@@ -126,11 +126,11 @@ def test_adapters(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "m")
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b"}')
     with pytest.raises(
-        AtlasError, match="adapter beside the model; adapters are not supported yet"
+        AtlasError, match=r"adapter beside the model; move .* name that as `adapter`"
     ):
         Checkpoint(folder).config()
     (folder / "config.json").unlink()
-    with pytest.raises(AtlasError, match="it holds only an adapter of a/b; adapters are not"):
+    with pytest.raises(AtlasError, match="it holds only an adapter of a/b; name that model"):
         Checkpoint(folder).config()
 
 
