@@ -29,7 +29,7 @@ from sparsity_atlas.lm.forest import GROWTH, SMALL_TREE, Batch, Request, pack
 from sparsity_atlas.lm.forward import Abilities, Masks, before_head, inputs
 from sparsity_atlas.models.logits import head
 from sparsity_atlas.models.logits.head import EXACT, REFUSALS, ROUNDED
-from sparsity_atlas.sites.experts.discovery import interfaced
+from sparsity_atlas.sites.experts.experts_modules import experts_modules
 from sparsity_atlas.sites.experts.implementation import installed
 from sparsity_atlas.sites.experts.routing import Choices, recorded, repeated
 from sparsity_atlas.sites.probe.hypotheses import relative_error
@@ -73,7 +73,7 @@ def abilities(
     faults = {}
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        if interfaced(model):
+        if experts_modules(model):
             # What runs in an evaluation.
             stack.enter_context(installed(model))
         if answers.selects is None:

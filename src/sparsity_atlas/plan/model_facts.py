@@ -24,7 +24,7 @@ from sparsity_atlas.loading.source import resolve
 from sparsity_atlas.models.parameters import count_resting
 from sparsity_atlas.plan.dry_run import DryLM, TaskCost, count
 from sparsity_atlas.plan.rates import TimedLM, free_memory, node_seconds
-from sparsity_atlas.sites.experts.discovery import interfaced
+from sparsity_atlas.sites.experts.experts_modules import experts_modules
 from sparsity_atlas.sites.find import find_parts
 from sparsity_atlas.sites.part import Available, by_layer
 from sparsity_atlas.terms import ATTENTION
@@ -150,7 +150,7 @@ def look(
         outlook.active = described["parameters"].get("active")
         outlook.shapes = [_described(part) for part in described["ffn"]]
         outlook.layers = described["layers"]
-    elif not interfaced(empty):
+    elif not experts_modules(empty):
         outlook.shapes = _configured(empty)
         outlook.layers = len(outlook.shapes)
     for task in tasks.values():

@@ -21,7 +21,7 @@ from sparsity_atlas.lm import forward, sharing
 from sparsity_atlas.lm.forest import Request, pack
 from sparsity_atlas.lm.forward import Abilities
 from sparsity_atlas.lm.sharing import abilities
-from sparsity_atlas.sites.experts.discovery import interfaced
+from sparsity_atlas.sites.experts.experts_modules import experts_modules
 from sparsity_atlas.sites.experts.routing import recorded, repeated
 from sparsity_atlas.sites.find import find_parts
 from sparsity_atlas.sparsify.attach import counted, sparsified
@@ -257,7 +257,7 @@ def test_a_routing_is_noted_and_repeated() -> None:
             model(other)
         with repeated(model, first, where), recorded(model) as sent:
             model(other)
-    assert first.keys() == alone.keys() == sent.keys() == interfaced(model).keys()
+    assert first.keys() == alone.keys() == sent.keys() == experts_modules(model).keys()
     first_layer = next(iter(first))
     assert not torch.equal(first[first_layer], alone[first_layer])
     for path, index in sent.items():

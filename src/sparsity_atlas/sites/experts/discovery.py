@@ -1,6 +1,7 @@
 """Find the routed experts of a model, prove that the implementation with taps computes them, or say why not.
 
-A candidate is a module that goes through transformers' experts interface. Then, by numbers:
+A candidate is a module that goes through transformers' experts interface, or is of Llama 4's form. Then, by
+numbers:
 
 1. In an ordinary pass the implementation runs once in each of them, over one row a token, sequence behind
    sequence, with experts' ids that there are.
@@ -19,36 +20,35 @@ import torch
 from torch import Tensor, nn
 
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.sites.experts.experts_modules import experts_modules
 from sparsity_atlas.sites.experts.gating import find_gating
 from sparsity_atlas.sites.experts.grouping import Grouping
-from sparsity_atlas.sites.experts.implementation import NAME, Tap, chosen, installed, tapped
+from sparsity_atlas.sites.experts.implementation import (
+    NAME,
+    Tap,
+    chosen,
+    compute,
+    installed,
+    tapped,
+)
 from sparsity_atlas.sites.experts.routed import RoutedExperts
+from sparsity_atlas.sites.experts.scaled_inputs import ScaledInputs, meets_one
 from sparsity_atlas.sites.probe.hypotheses import relative_error, tolerance
 
-# What the decorator of transformers' experts interface sets.
-_MARKS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_is_expert_parallel")
 # Of a changed token's effect: how far other sequences may follow it by rounding alone.
 _APART = 0.01
 
 
-def interfaced(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that go through the experts interface, by path."""
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if all(hasattr(module, mark) for mark in _MARKS)
-    }
-
-
 def candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that go through the experts interface, by path; those that cannot be served are refused.
+    """The modules of routed experts, by path; those that cannot be served are refused.
 
     Raises:
         AtlasError: quantised experts, experts spread over devices, experts outside the interface.
     """
-    found = interfaced(model)
+    found = experts_modules(model)
     for path, module in [*found.items(), *_others(model, found)]:
-        where = f"{type(model).__name__}: {path} ({type(module).__name__})"
+        own = module.own if isinstance(module, ScaledInputs) else module
+        where = f"{type(model).__name__}: {path} ({type(own).__name__})"
         for parameter in module.parameters():
             if not parameter.is_floating_point() or parameter.element_size() < 2:
                 kind = str(parameter.dtype).removeprefix("torch.")
@@ -125,10 +125,8 @@ def find_experts(model: Any, ids: Tensor, call: Callable[[Tensor], Any]) -> list
     with torch.no_grad():
         with installed(model):
             for path, module in modules.items():
-                if (
-                    getattr(getattr(module, "config", None), "_experts_implementation", None)
-                    != NAME
-                ):
+                own = getattr(getattr(module, "config", None), "_experts_implementation", None)
+                if own != NAME and not isinstance(module, ScaledInputs):
                     raise AtlasError(
                         f"{type(model).__name__}: {path}: the model does not let the implementation of "
                         "its experts be set"
@@ -187,6 +185,8 @@ def _watched(modules: dict[str, nn.Module], run: Callable[[], Any]) -> dict[str,
                 seen[path] = _Seen(len(seen), grouping, x)
 
             stack.enter_context(tapped(module, Tap("input", note)))
+            if isinstance(module, ScaledInputs):
+                stack.enter_context(meets_one(module, path))
         run()
     missing = [path for path in modules if path not in seen]
     if missing:
@@ -218,8 +218,7 @@ def _equivalent(model: Any, module: Any, like: Tensor, sizes: tuple[int, int], w
     given = x.to(like), index, weights.to(like)
     with chosen(model, "eager"):
         own = module.forward(*given)
-    with installed(model):
-        ours = module.forward(*given)
+    ours = compute(module, *given, taps=())
     error, allowed = relative_error(own, ours), tolerance(like.dtype)
     # Written so that NaN fails.
     if not error <= allowed:

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 from transformers.integrations.moe import ExpertsInterface
 
+from sparsity_atlas.sites.experts.experts_modules import experts_modules
 from sparsity_atlas.sites.experts.grouping import Grouping, group
+from sparsity_atlas.sites.experts.scaled_inputs import ScaledInputs, rerouted
 
 NAME = "sparsity_atlas"
 # The input once more, a row for each token and each of its experts.
@@ -67,6 +69,26 @@ def installed(model: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def chosen(model: Any, name: str) -> Iterator[None]:
     """Have all experts of a model run a named implementation; what they ran before comes back."""
+    with contextlib.ExitStack() as stack:
+        every = experts_modules(model).values()
+        for module in every:
+            if isinstance(module, ScaledInputs) and name == NAME:
+                stack.enter_context(rerouted(module, forward))
+        if not all(isinstance(module, ScaledInputs) for module in every):
+            stack.enter_context(_set(model, name))
+        yield
+
+
+@contextlib.contextmanager
+def running(model: Any, module: nn.Module) -> Iterator[None]:
+    """Have the experts of one module run this implementation, at least; see `installed`."""
+    own = rerouted(module, forward) if isinstance(module, ScaledInputs) else _set(model, NAME)
+    with own:
+        yield
+
+
+@contextlib.contextmanager
+def _set(model: Any, name: str) -> Iterator[None]:
     ExpertsInterface.register(NAME, forward)
     before = model.get_experts_implementation()
     if set(before.values()) == {name}:
@@ -82,7 +104,7 @@ def chosen(model: Any, name: str) -> Iterator[None]:
 @contextlib.contextmanager
 def tapped(module: nn.Module, tap: Tap) -> Iterator[None]:
     """Attach a tap to one experts module, whose model has `installed` this implementation."""
-    taps = _TAPS.setdefault(module, [])
+    taps = _TAPS.setdefault(_own(module), [])
     taps.append(tap)
     try:
         yield
@@ -102,7 +124,13 @@ def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
     Returns:
         [N, d].
     """
-    return compute(self, hidden_states, top_k_index, top_k_weights, _TAPS.get(self, ()))
+    return compute(self, hidden_states, top_k_index, top_k_weights, _TAPS.get(_own(self), ()))
+
+
+def _own(module: nn.Module) -> nn.Module:
+    """The model's own module: what it is shown as, where it goes past the interface, is made at need."""
+    own: nn.Module = module.own if isinstance(module, ScaledInputs) else module
+    return own
 
 
 def compute(self: Any, x: Tensor, index: Tensor, weights: Tensor, taps: Sequence[Tap]) -> Tensor:

@@ -18,8 +18,8 @@ from sparsity_atlas.sites.experts.implementation import (
     Act,
     Tap,
     compute,
-    installed,
     products,
+    running,
     tapped,
 )
 from sparsity_atlas.sites.experts.routed import RoutedExperts, bind_routed, by_token
@@ -250,7 +250,7 @@ class Experts:
             batch = forwards.by_token(grouping.index, path).shape[:-1]
             return self._change(tensor, grouping, batch, act, values, write)
 
-        stack.enter_context(installed(self.model))
+        stack.enter_context(running(self.model, self.routed.module))
         stack.enter_context(tapped(self.routed.module, self._made_tap(tensor, change)))
 
     def _made_tap(self, tensor: str, change: Act) -> Tap:

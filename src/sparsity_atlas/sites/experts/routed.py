@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsity_atlas.sites.experts.experts_modules import served
 from sparsity_atlas.sites.experts.gating import Gating, bind_gating
 from sparsity_atlas.sites.experts.grouping import Grouping
 from sparsity_atlas.sites.experts.implementation import Act, Tap, tapped
@@ -21,7 +22,7 @@ class RoutedExperts:
 
     Attributes:
         path: of the module.
-        module: holds the weights of all experts.
+        module: holds the weights of all experts; one of the experts interface, or as it is shown there.
         count: E.
         each: K.
         hidden: d, entries of x.
@@ -117,7 +118,8 @@ def bind_routed(entry: dict[str, Any], model: nn.Module) -> RoutedExperts:
         model: that model, perhaps loaded again.
     """
     gating = None if entry["gating"] is None else bind_gating(entry["gating"])
-    return RoutedExperts(**(entry | {"gating": gating}), module=model.get_submodule(entry["path"]))
+    module = served(model.get_submodule(entry["path"]))
+    return RoutedExperts(**(entry | {"gating": gating}), module=module)
 
 
 def by_token(grouping: Grouping, counts: Tensor) -> Tensor:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsity_atlas.sites.experts.discovery import interfaced
+from sparsity_atlas.sites.experts.experts_modules import experts_modules
+from sparsity_atlas.sites.experts.scaled_inputs import ScaledInputs, sent
+from sparsity_atlas.sites.module_hooks import find_tensor, replace_tensor
 
 Choices = dict[str, Tensor]
 """The experts of each token, int [N, K], by the path of the experts module."""
@@ -75,17 +78,30 @@ def _places(wanted: Tensor, index: Tensor) -> Tensor:
 @contextmanager
 def _changed(model: nn.Module, change: _Change) -> Iterator[None]:
     with ExitStack() as stack:
-        for path, module in interfaced(model).items():
-
-            def enter(
-                _: nn.Module, given: tuple[Any, ...], named: dict[str, Any], path: str = path
-            ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-                every = dict(zip(_NAMES, given, strict=False)) | named
-                every["top_k_index"], every["top_k_weights"] = change(
-                    path, every["top_k_index"], every["top_k_weights"]
-                )
-                return tuple(every.pop(name) for name in _NAMES), every
-
-            handle = module.register_forward_pre_hook(enter, with_kwargs=True)
+        for path, module in experts_modules(model).items():
+            scaled = isinstance(module, ScaledInputs)
+            own = module.own if scaled else module
+            enter = partial(_enter, module, partial(change, path))
+            # Where it is rerouted: before its rows are taken out of its hands.
+            handle = own.register_forward_pre_hook(enter, prepend=scaled, with_kwargs=True)
             stack.callback(handle.remove)
         yield
+
+
+def _enter(
+    module: nn.Module,
+    change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    _: nn.Module,
+    given: tuple[Any, ...],
+    named: dict[str, Any],
+) -> tuple[Any, ...]:
+    """What an experts module is called with, after its routing is changed."""
+    if isinstance(module, ScaledInputs):
+        where = find_tensor(given, named, "experts")
+        rows = given[where] if isinstance(where, int) else named[where]
+        return replace_tensor(given, named, where, sent(rows, module.num_experts, change))
+    every = dict(zip(_NAMES, given, strict=False)) | named
+    every["top_k_index"], every["top_k_weights"] = change(
+        every["top_k_index"], every["top_k_weights"]
+    )
+    return tuple(every.pop(name) for name in _NAMES), every

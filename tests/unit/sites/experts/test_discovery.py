@@ -55,7 +55,6 @@ DBRX = {
 @pytest.mark.parametrize(
     ("family", "place"),
     [
-        ("llama4_text", r"model\.layers\.0\.feed_forward\.experts \(Llama4TextExperts\)"),
         ("dbrx", r"transformer\.blocks\.0\.ffn\.experts \(DbrxExperts\)"),
         ("jetmoe", r"model\.layers\.0\.mlp\.input_linear \(JetMoeParallelExperts\)"),
         ("longcat_flash", r"model\.layers\.0\.mlp\.experts \(LongcatFlashExperts\)"),
