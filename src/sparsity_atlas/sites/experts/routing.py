@@ -80,7 +80,7 @@ def _changed(model: nn.Module, change: _Change) -> Iterator[None]:
     with ExitStack() as stack:
         for path, module in experts_modules(model).items():
             scaled = isinstance(module, ScaledInputs)
-            own = module.own if scaled else module
+            own: nn.Module = module.own if isinstance(module, ScaledInputs) else module
             enter = partial(_enter, module, partial(change, path))
             # Where it is rerouted: before its rows are taken out of its hands.
             handle = own.register_forward_pre_hook(enter, prepend=scaled, with_kwargs=True)
