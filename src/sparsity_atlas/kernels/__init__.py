@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sparsity_atlas.kernels.definition import Threshold
 
     # Rule, values and onto to out, zeros and finite.
-    _Kernel = Callable[[Threshold, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    _Kernel = Callable[[Threshold, Tensor, Tensor], tuple[Tensor, Tensor, Tensor] | "Masked"]
 
 VARIABLE = "SPARSITY_ATLAS_KERNELS"
 CHOICES = ("auto", "reference", "compiled")
@@ -40,11 +40,13 @@ class Masked(NamedTuple):
         out: the tensor with what is dropped set to zero.
         zeros: integer, one for each row: zeros at the site.
         finite: bool, one for each row: no NaN and no infinity at the site, or among its scores.
+        mask: bool, of the shape of `out`, True where kept; None where it was not made.
     """
 
     out: Tensor
     zeros: Tensor
     finite: Tensor
+    mask: Tensor | None = None
 
 
 def masked(rule: Threshold, values: Tensor, onto: Tensor) -> Masked:
@@ -66,7 +68,7 @@ def masked(rule: Threshold, values: Tensor, onto: Tensor) -> Masked:
     rows = values.reshape(-1, shape[-1])
     written = rows if onto is values else onto.reshape(-1, shape[-1])
     apply = _path(values.device.type, values.dtype, shape[-1] <= LARGEST_WIDTH, _choice())
-    out, zeros, finite = apply(rule, rows, written)
+    out, zeros, finite = apply(rule, rows, written)[:3]
     return Masked(out.view(shape), zeros.view(shape[:-1]), finite.view(shape[:-1]))
 
 
@@ -86,7 +88,7 @@ def totals(device: str) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
 def by_mask(mask: Tensor, values: Tensor, onto: Tensor) -> Masked:
     """As `masked`, with a mask (bool, True where kept) in place of a rule."""
     zeros = (~mask | (values == 0)).sum(-1)
-    return Masked(torch.where(mask, onto, 0), zeros, finite(values))
+    return Masked(torch.where(mask, onto, 0), zeros, finite(values), mask)
 
 
 def finite(values: Tensor) -> Tensor:

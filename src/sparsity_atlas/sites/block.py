@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.sites.module_hooks import find_tensor, replace_tensor
-from sparsity_atlas.sites.part import Part, by_layer, layer_path
+from sparsity_atlas.sites.part import Part, by_layer
 from sparsity_atlas.terms import PlaceKey
 
 
@@ -85,3 +85,17 @@ def blocks(parts: Sequence[Part], ids: Tensor) -> list[Block]:
         if len(made) != 1:
             raise AtlasError(f"layer {layer}: its module ran {len(made)} times in a forward pass")
     return [Block(layers[layer], modules[layer], *made[0]) for layer, made in calls.items()]
+
+
+def layer_path(layer: int, parts: Iterable[Part]) -> str:
+    """The largest module around a layer's parts that holds no other's. Empty if there is none."""
+    own: list[str] = []
+    others: list[str] = []
+    for part in parts:
+        (own if part.layer == layer else others).extend(part.paths)
+    steps = own[0].split(".")
+    for count in range(1, len(steps)):
+        place = ".".join(steps[:count])
+        if not any(path.startswith(f"{place}.") for path in others):
+            return place
+    return ""

@@ -78,6 +78,15 @@ class Vectors:
         """Which expert each row belongs to; None where all rows meet the same weights."""
         return None
 
+    def of_each(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Rows such as the values, by token and by the experts that it meets.
+
+        Returns:
+            [batch, tokens, K, ...] and the experts, int [batch, tokens, K]; where all rows of a token meet
+            the same weights K is 1, and there are no experts.
+        """
+        return rows.unsqueeze(2), None
+
     def of_pairs(self, counts: Tensor) -> tuple[Tensor, Tensor] | None:
         """What was counted of each row, by pairs of a token and one of its experts.
 
@@ -333,17 +342,3 @@ def measure(parts: Sequence[Part]) -> Measures:
         "hidden": beside[0].size("input"),
         "width": max(part.size("intermediate") for part in beside),
     }
-
-
-def layer_path(layer: int, parts: Iterable[Part]) -> str:
-    """The largest module around a layer's parts that holds no other's. Empty if there is none."""
-    own: list[str] = []
-    others: list[str] = []
-    for part in parts:
-        (own if part.layer == layer else others).extend(part.paths)
-    steps = own[0].split(".")
-    for count in range(1, len(steps)):
-        place = ".".join(steps[:count])
-        if not any(path.startswith(f"{place}.") for path in others):
-            return place
-    return ""

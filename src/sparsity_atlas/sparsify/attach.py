@@ -20,6 +20,8 @@ from sparsity_atlas.sites.find import intercept, observe, sites_of
 from sparsity_atlas.sparsify.counted_vectors import Slot, slots_of
 from sparsity_atlas.sparsify.each_expert import Drop, dropping_of_each
 from sparsity_atlas.sparsify.expert_counts import ByExpert
+from sparsity_atlas.sparsify.step_counts import ByStep
+from sparsity_atlas.sparsify.step_masks import left
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,12 +49,20 @@ class Counter:
     Attributes:
         slots: what is counted.
         by_expert: sums by expert, of those slots that have experts.
+        by_step: sums by step of denoising, of masks.
         step: of denoising, that the pass in hand belongs to; None: the pass is none of these.
     """
 
-    def __init__(self, slots: list[Slot]) -> None:
+    def __init__(self, slots: list[Slot], *, masked: bool = True) -> None:
+        """Count.
+
+        Args:
+            slots: what is counted.
+            masked: whether a criterion leaves masks there, to be counted by step.
+        """
         self.slots = slots
         self.by_expert = ByExpert(slots)
+        self.by_step = ByStep(slots if masked else ())
         self.step: Step | None = None
         self._index = {slot.key: i for i, slot in enumerate(slots)}
         self._valid: Tensor | None = None
@@ -83,6 +93,7 @@ class Counter:
             step: which pass of denoising it is.
         """
         self.step = step
+        self.by_step.announce(step, valid)
         if self.by_expert.slots:
             self.by_expert.begin(valid.long()[None] if times is None else times)
         self._next = None
@@ -252,7 +263,7 @@ def _by_mask(
 @contextlib.contextmanager
 def counted(model: nn.Module, parts: Sequence[Part]) -> Iterator[Counter]:
     """Count exact zeros at every site of an untouched model."""
-    counter = Counter(slots_of(parts, None))
+    counter = Counter(slots_of(parts, None), masked=False)
     # A threshold that drops nothing counts in one pass.
     everything = Threshold("fixed", constants=torch.zeros(1))
 
@@ -262,8 +273,8 @@ def counted(model: nn.Module, parts: Sequence[Part]) -> Iterator[Counter]:
 
     def count(vectors: Vectors) -> None:
         values = vectors.values
-        _, zeros, finite = kernels.masked(rule(values.device), values, values)
-        counter.add(vectors, zeros, finite)
+        found = kernels.masked(rule(values.device), values, values)
+        counter.add(vectors, found.zeros, found.finite)
 
     with _passes(model, counter), observe(parts, sites_of(parts), count):
         yield counter
@@ -314,9 +325,11 @@ def applied(
         drop = drops.get(vectors.key)
         if drop is None:
             return None
-        out, zeros, finite = drop(vectors.values, onto, vectors.spread)
-        counter.add(vectors, zeros, finite)
-        return out
+        found = drop(vectors.values, onto, vectors.spread)
+        counter.add(vectors, found.zeros, found.finite)
+        if counter.by_step.counts:
+            counter.by_step.add(vectors, left(drop, found, vectors, onto))
+        return found.out
 
     with _passes(model, counter), intercept(parts, site, rewrite):
         yield counter

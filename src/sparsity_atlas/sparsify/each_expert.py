@@ -70,11 +70,14 @@ def _by_slices(drops: list[Drop], values: Tensor, onto: Tensor, ends: list[int])
     out = torch.empty_like(onto)
     zeros = torch.empty(len(values), dtype=torch.int64, device=values.device)
     finite = torch.empty(len(values), dtype=torch.bool, device=values.device)
+    masks: list[Tensor] = []
     start = 0
     for drop, end in zip(drops, ends, strict=True):
         if start < end:
             rows = values[start:end]
             made = drop(rows, rows if onto is values else onto[start:end])
-            out[start:end], zeros[start:end], finite[start:end] = made
+            out[start:end], zeros[start:end], finite[start:end] = made[:3]
+            masks += [] if made.mask is None else [made.mask]
         start = end
-    return Masked(out, zeros, finite)
+    # The experts' rules are of one kind: all make masks, or none does.
+    return Masked(out, zeros, finite, torch.cat(masks) if masks else None)

@@ -44,7 +44,8 @@ def one_by_one(rules: list[Threshold], values: Tensor, onto: Tensor) -> Masked:
     for number, rule in enumerate(rules):
         own = number == OF_ROW
         found.append(kernels.reference(rule, values[own], onto[own]))
-    return Masked(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    out, zeros, finite, _ = zip(*found, strict=True)
+    return Masked(torch.cat(out), torch.cat(zeros), torch.cat(finite))
 
 
 def check(rules: list[Threshold], dtype: torch.dtype) -> None:

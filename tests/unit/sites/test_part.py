@@ -11,12 +11,12 @@ from torch import Tensor
 from mixtures import tiny_mixture
 from model_parts import attentions_of, ffns_of
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.sites.block import layer_path
 from sparsity_atlas.sites.find import Part, Vectors, find_parts
 from sparsity_atlas.sites.part import (
     Available,
     chosen,
     having,
-    layer_path,
     layer_sites,
     measure,
     sites_of,

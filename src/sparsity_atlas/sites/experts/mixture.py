@@ -57,9 +57,13 @@ class RoutedVectors(Vectors):
     def experts(self) -> Tensor:
         """The expert of each row [S] of `values`; of `input` those of each token, [batch, tokens, K]."""
         if self.part.rows_are_tokens(self.tensor):
-            by_token: Tensor = self.grouping.index.unflatten(0, self.batch)
-            return by_token
+            return self.experts_of_tokens()
         return self.grouping.experts
+
+    def experts_of_tokens(self) -> Tensor:
+        """The experts of each token: int [batch, tokens, K]."""
+        by_token: Tensor = self.grouping.index.unflatten(0, self.batch)
+        return by_token
 
     def of_tokens(self, counts: Tensor) -> Tensor:
         """See `Vectors.of_tokens`: added up over a token's experts; of bools, whether all are true."""
@@ -78,6 +82,13 @@ class RoutedVectors(Vectors):
         if self.part.rows_are_tokens(self.tensor):
             return self.values.flatten(0, -2)
         return self.grouping.ungrouped(self.values).flatten(0, 1)
+
+    def of_each(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `Vectors.of_each`."""
+        if self.part.rows_are_tokens(self.tensor):
+            return rows.unsqueeze(2), None
+        by_token: Tensor = self.grouping.ungrouped(rows).unflatten(0, self.batch)
+        return by_token, self.experts_of_tokens()
 
     def of_pairs(self, counts: Tensor) -> tuple[Tensor, Tensor]:
         """See `Vectors.of_pairs`: what was counted of a token counts for each of its experts."""

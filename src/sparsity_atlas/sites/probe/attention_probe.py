@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsity_atlas.sites.attention import Attention
-from sparsity_atlas.sites.part import Part, by_layer, layer_path
+from sparsity_atlas.sites.block import layer_path
+from sparsity_atlas.sites.part import Part, by_layer
 from sparsity_atlas.sites.probe.ffn_probe import linear_like
 from sparsity_atlas.sites.projection import Projection
 from sparsity_atlas.terms import EXPERTS

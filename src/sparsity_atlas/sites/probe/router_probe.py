@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.sites.block import layer_path
 from sparsity_atlas.sites.ffn import FFN
-from sparsity_atlas.sites.part import Part, layer_path
+from sparsity_atlas.sites.part import Part
 from sparsity_atlas.sites.probe.hypotheses import relative_error
 
 # Relative errors of rows and weights, and the share of ids that rounding may flip where scores all but tie.

@@ -169,7 +169,7 @@ def test_batch_size_changes_no_count(model: Any) -> None:
         seen = []
 
         def act(grouping: Any, read: Tensor, write: Tensor) -> Tensor:
-            out, zeros, _ = kernels.masked(rule, read, write)
+            out, zeros, *_ = kernels.masked(rule, read, write)
             seen.append(by_token(grouping, zeros).view(ids.shape))
             return out
 

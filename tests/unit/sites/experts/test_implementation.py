@@ -76,7 +76,7 @@ def test_taps_see_and_change(model: Alone, tensor: str) -> None:
     seen: list[tuple[Grouping, Tensor, Tensor]] = []
 
     def act(grouping: Grouping, read: Tensor, write: Tensor) -> Tensor:
-        out, zeros, _ = kernels.masked(rule, read, write)
+        out, zeros, *_ = kernels.masked(rule, read, write)
         seen.append((grouping, read, zeros))
         return out
 
