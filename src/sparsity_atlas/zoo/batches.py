@@ -90,16 +90,14 @@ def window_starts(tokens: Tokens, context: int, generator: np.random.Generator) 
     return np.array(chosen, dtype=np.int64)
 
 
-def training_batches(
+def training_windows(
     tokens: Tokens, context: int, sequences: int, seed: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Inputs and targets, both int64 (sequences, context), without end; shuffled in every pass.
+) -> Iterator[np.ndarray]:
+    """Where the windows of each batch begin, int64 (sequences,), without end; shuffled in every pass.
 
-    An input is the beginning-of-text token and the window without its last token; the target is
-    the window. AtlasError if the text has no whole window.
+    AtlasError if the text has no whole window.
     """
     generator = np.random.default_rng(seed)
-    offsets = np.arange(context)
     waiting = np.empty(0, dtype=np.int64)
     while True:
         fresh = window_starts(tokens, context, generator)
@@ -111,8 +109,21 @@ def training_batches(
         waiting = np.concatenate([waiting, generator.permutation(fresh)])
         while len(waiting) >= sequences:
             now, waiting = waiting[:sequences], waiting[sequences:]
-            targets = tokens.ids[now[:, None] + offsets].astype(np.int64)
-            yield _shifted(targets), targets
+            yield now
+
+
+def training_batches(
+    tokens: Tokens, context: int, sequences: int, seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Inputs and targets, both int64 (sequences, context), without end; of `training_windows`.
+
+    An input is the beginning-of-text token and the window without its last token; the target is
+    the window.
+    """
+    offsets = np.arange(context)
+    for starts in training_windows(tokens, context, sequences, seed):
+        targets = tokens.ids[starts[:, None] + offsets].astype(np.int64)
+        yield _shifted(targets), targets
 
 
 def evaluation_blocks(

@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 
+from sparsity_atlas.zoo.bound import SAMPLES, Bound
 from sparsity_atlas.zoo.loss import Loss
-from sparsity_atlas.zoo.recipe import Architecture, Mixture, Training, described
+from sparsity_atlas.zoo.masked_training import CUT_ONCE_IN
+from sparsity_atlas.zoo.recipe import Architecture, MaskedDiffusion, Mixture, Training, described
+from sparsity_atlas.zoo.tokenizer import MASK
 
 _CARD = """\
 ---
@@ -30,7 +33,7 @@ anything else.
 | parameters | {total_parameters:,}, of them {non_embedding_parameters:,} outside the embedding\
 {active_words} |
 | shape | width {architecture[width]}, {architecture[layers]} layers, {heads} heads, {ffn} |
-| tokenizer | byte-level BPE, {training[vocab_size]:,} tokens, shared by the zoo |
+| tokenizer | byte-level BPE, {training[vocab_size]:,} tokens, shared by the zoo{mask_words} |
 | context | {training[context]} tokens |
 | stored as | bfloat16; meant to be computed in float32 |
 
@@ -54,7 +57,7 @@ separated by one blank line.
 {training[weight_decay]} on matrices |
 | learning rate | {architecture[learning_rate]}, {warmup_steps} steps of warm-up, cosine to zero |
 | gradient clip | {training[gradient_clip]} |
-{balance_row}\
+{balance_row}{objective_rows}\
 | seed | {training[seed]} |
 | arithmetic | {arithmetic}, torch {torch} |
 
@@ -63,19 +66,33 @@ Trained again{sameness} by
     sparsity-atlas zoo train --model {name} --corpus TRAIN --valid VALID --out DIR \\
         --steps {training[steps]} --batch-tokens {training[batch_tokens]} --seed {training[seed]}
 
-## Loss
+{loss_words}
 
-Of the stored weights, in float32, over consecutive blocks of {training[context]} tokens, each
-after `<|endoftext|>`.
-
-| text | tokens | nats per token | bits per byte |
-|---|---|---|---|
-| validation text | {valid[tokens]:,} | {valid[nats_per_token]:.4f} | {valid[bits_per_byte]:.4f} |
-| a sample of the training text | {train[tokens]:,} | {train[nats_per_token]:.4f} | \
-{train[bits_per_byte]:.4f} |
+{loss_table}
 
 {load_table}\
 The loss during training stands in `training.json`.
+"""
+
+_LOSS = """\
+## Loss
+
+Of the stored weights, in float32, over consecutive blocks of {context} tokens, each
+after `<|endoftext|>`."""
+
+_BOUND = """\
+## Bound on the loss
+
+Of the stored weights, in float32, over consecutive blocks of {context} tokens, each after
+`<|endoftext|>`: the mean loss over all orders in which a block's tokens can be filled in, by {samples} random
+sets of masked tokens a block. It bounds from above what a causal model's card states exactly. The standard
+error is over blocks."""
+
+_OBJECTIVE = """\
+| objective | masked diffusion (arXiv 2502.09992): of a sequence l random tokens are masked, l uniform and \
+spread evenly over the batch; the loss is the mean over them |
+| sequences | {whole:g} % whole windows, the others cut into texts that do not see each other: at each \
+paragraph, and at one token in {cut_once_in} |
 """
 
 _LOAD = """\
@@ -95,8 +112,9 @@ even.
 class Record:
     """One training: what was trained, on how much, and what came out.
 
-    `source` says what the training text is. `curve` holds (step, mean training loss in nats a
-    token since the entry before). `load` is `expert_training.load` on the validation text, of a mixture.
+    `source` says what the training text is; `prose` is the loss on further documents. `curve` holds (step,
+    mean training loss in nats a token since the entry before). `load` is `expert_training.load` on the
+    validation text, of a mixture.
     """
 
     name: str
@@ -109,6 +127,7 @@ class Record:
     curve: list[tuple[int, float]]
     train: Loss
     valid: Loss
+    prose: Loss | None = None
     load: list[list[float]] | None = None
 
 
@@ -127,6 +146,7 @@ def write(record: Record, folder: Path) -> None:
         "torch": torch.__version__,
         "train": _rounded(record.train),
         "valid": _rounded(record.valid),
+        **({"prose": _rounded(record.prose)} if record.prose else {}),
         **_mixture_facts(record),
         "curve": [[step, round(value, 5)] for step, value in record.curve],
     }
@@ -141,7 +161,7 @@ def card(facts: dict[str, Any]) -> str:
     return _CARD.format(
         **facts,
         heads=shape.heads,
-        **_mixture_words(shape, facts),
+        **_words(shape, facts),
         warmup_steps=Training(**facts["training"]).warmup_steps,
         passes=facts["tokens_seen"] / facts["corpus_tokens"],
         arithmetic="bfloat16 autocast on one GPU" if on_gpu else "float32 on the CPU",
@@ -158,11 +178,50 @@ def _mixture_facts(record: Record) -> dict[str, Any]:
     }
 
 
-def _mixture_words(shape: Architecture, facts: dict[str, Any]) -> dict[str, str]:
-    """What the card says otherwise of a mixture."""
-    if not isinstance(shape, Mixture):
-        words = {"form": "Llama-shaped", "ffn": f"FFN width {shape.ffn_width}"}
-        return {**words, "active_words": "", "balance_row": "", "load_table": ""}
+def _words(shape: Architecture, facts: dict[str, Any]) -> dict[str, str]:
+    """What cards of different kinds of models say otherwise."""
+    context = facts["training"]["context"]
+    return {
+        **{"form": "Llama-shaped", "ffn": f"FFN width {shape.ffn_width}"},
+        **dict.fromkeys(("active_words", "mask_words", "balance_row", "objective_rows"), ""),
+        **{"load_table": "", "loss_words": _LOSS.format(context=context)},
+        "loss_table": _loss_table(facts),
+        **(_mixture_words(shape, facts) if isinstance(shape, Mixture) else {}),
+        **(_diffusion_words(shape, facts) if isinstance(shape, MaskedDiffusion) else {}),
+    }
+
+
+def _loss_table(facts: dict[str, Any]) -> str:
+    """Losses, with their standard errors where these are bounds."""
+    texts = {
+        "valid": "validation text",
+        "train": "a sample of the training text",
+        "prose": "the project's prose",
+    }
+    measured = {text: facts[key] for key, text in texts.items() if key in facts}
+    columns = ["nats_per_token", "standard_error", "bits_per_byte"]
+    columns = [name for name in columns if name in facts["valid"]]
+    rows = [["text", "tokens", *(name.replace("_", " ") for name in columns)]]
+    rows.append(["---"] * len(rows[0]))
+    for text, loss in measured.items():
+        rows.append([text, f"{loss['tokens']:,}", *(f"{loss[name]:.4f}" for name in columns)])
+    joined = ("| " + " | ".join(row) + " |" for row in rows)
+    return "\n".join(joined).replace(" --- ", "---")
+
+
+def _diffusion_words(shape: MaskedDiffusion, facts: dict[str, Any]) -> dict[str, str]:
+    training = Training(**facts["training"])
+    return {
+        "form": "Llama-shaped masked-diffusion",
+        "mask_words": f", and `{MASK}` (token {shape.mask_token(training)}), which no text has",
+        "objective_rows": _OBJECTIVE.format(
+            whole=100 - 100 * shape.short_texts, cut_once_in=CUT_ONCE_IN
+        ),
+        "loss_words": _BOUND.format(context=training.context - 1, samples=SAMPLES),
+    }
+
+
+def _mixture_words(shape: Mixture, facts: dict[str, Any]) -> dict[str, str]:
     even = 100 * shape.active_experts / shape.experts
     rows = [
         " | ".join(["", str(layer), *(f"{100 * share:.1f}" for share in shares), ""]).strip()
@@ -187,4 +246,5 @@ def _rounded(loss: Loss) -> dict[str, float]:
         "tokens": loss.tokens,
         "nats_per_token": round(loss.nats_per_token, 5),
         "bits_per_byte": round(loss.bits_per_byte, 5),
+        **({"standard_error": round(loss.standard_error, 5)} if isinstance(loss, Bound) else {}),
     }

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -15,7 +17,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeForCausalLM
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.loading.pretrained import moved
-from sparsity_atlas.zoo import batches, expert_training, recipe
+from sparsity_atlas.zoo import batches, expert_training, masked_training, recipe
 from sparsity_atlas.zoo.tokenizer import END_OF_TEXT_ID
 
 log = logging.getLogger(__name__)
@@ -26,7 +28,7 @@ Model: TypeAlias = LlamaForCausalLM | OlmoeForCausalLM
 
 
 def build_model(shape: recipe.Architecture, training: recipe.Training) -> Model:
-    """A freshly initialised model; the same seed gives the same weights, whatever the activation.
+    """A freshly initialised model; the same seed gives the same weights, whatever the activation or the kind.
 
     No padding token is set: torch would keep its embedding, which is also the one that begins
     every sequence, at zero.
@@ -58,6 +60,10 @@ def build_model(shape: recipe.Architecture, training: recipe.Training) -> Model:
         )
     else:
         model = LlamaForCausalLM(LlamaConfig(head_dim=recipe.HEAD_WIDTH, **common))
+    if isinstance(shape, recipe.MaskedDiffusion):
+        mask = shape.mask_token(training)
+        model.resize_token_embeddings(mask + 1, mean_resizing=False)
+        model.config.is_causal, model.config.mask_token_id = False, mask
     model.generation_config.pad_token_id = END_OF_TEXT_ID
     return model
 
@@ -103,6 +109,24 @@ def batch_loss(model: Model, inputs: torch.Tensor, targets: torch.Tensor) -> Bat
     return BatchLoss(entropy, entropy + weight * torch.stack(uneven).mean())
 
 
+def masked_loss(model: LlamaForCausalLM, *batch: torch.Tensor) -> BatchLoss:
+    """`masked_training.masked_loss` of a batch, which is all that training lowers."""
+    bound = masked_training.masked_loss(model, *batch)
+    return BatchLoss(bound, bound)
+
+
+def objective(
+    shape: recipe.Architecture, tokens: batches.Tokens, training: recipe.Training
+) -> tuple[Iterator[tuple[np.ndarray, ...]], Callable[..., BatchLoss]]:
+    """What a model is trained on, without end, and the loss of one of these with the model before it."""
+    drawn = (tokens, training.context, training.sequences, training.seed)
+    if isinstance(shape, recipe.MaskedDiffusion):
+        return masked_training.masked_batches(
+            *drawn, mask_token=shape.mask_token(training), short_texts=shape.short_texts
+        ), masked_loss
+    return batches.training_batches(*drawn), batch_loss
+
+
 def optimizer_for(
     model: Model, peak: float, training: recipe.Training, device: torch.device
 ) -> torch.optim.AdamW:
@@ -119,7 +143,7 @@ def optimizer_for(
 def fit(
     model: Model,
     tokens: batches.Tokens,
-    peak: float,
+    shape: recipe.Architecture,
     training: recipe.Training,
     device: torch.device,
 ) -> list[tuple[int, float]]:
@@ -130,21 +154,20 @@ def fit(
     """
     on_gpu = device.type == "cuda"
     moved(model, device).train()
-    optimizer = optimizer_for(model, peak, training, device)
-    step_loss = torch.compile(batch_loss, dynamic=False) if on_gpu else batch_loss
-    source = batches.training_batches(tokens, training.context, training.sequences, training.seed)
+    optimizer = optimizer_for(model, shape.learning_rate, training, device)
+    source, plain_loss = objective(shape, tokens, training)
+    step_loss = torch.compile(plain_loss, dynamic=False) if on_gpu else plain_loss
     curve: list[tuple[int, float]] = []
     since_last = torch.zeros((), device=device)
     entry_step, entry_time = 0, time.perf_counter()
     for step in range(training.steps):
-        pair = (torch.from_numpy(array) for array in next(source))
+        batch = [torch.from_numpy(array) for array in next(source)]
         if on_gpu:
-            pair = (tensor.pin_memory().to(device, non_blocking=True) for tensor in pair)
-        inputs, targets = pair
+            batch = [tensor.pin_memory().to(device, non_blocking=True) for tensor in batch]
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, peak, training)
+            group["lr"] = learning_rate(step, shape.learning_rate, training)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=on_gpu):
-            value = step_loss(model, inputs, targets)
+            value = step_loss(model, *batch)
         value.total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clip)
         optimizer.step()

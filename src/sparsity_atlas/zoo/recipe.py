@@ -64,6 +64,21 @@ class Mixture(Architecture):
         return self.layers * (attention + routed + 2 * self.width) + self.width
 
 
+@dataclass(frozen=True, kw_only=True)
+class MaskedDiffusion(Architecture):
+    """One Llama-shaped model in which each token sees all others, trained to fill masked tokens in.
+
+    Of its sequences the share `short_texts` is cut into the short texts that it is mostly asked about.
+    """
+
+    short_texts: float = 0.25
+
+    @staticmethod
+    def mask_token(training: Training) -> int:
+        """Id of the mask: the one after the tokenizer's last, since no token of a text is spare."""
+        return training.vocab_size
+
+
 _MEDIUM = Architecture(width=160, layers=5, ffn_width=448, learning_rate=6e-3)
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -76,6 +91,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "medium-moe": Mixture(
         width=160, layers=5, ffn_width=224, learning_rate=6e-3, experts=8, active_experts=2
     ),
+    # Its weights are as many as those of `medium`, and it is trained on the same windows.
+    "medium-diffusion": MaskedDiffusion(width=160, layers=5, ffn_width=448, learning_rate=6e-3),
 }
 
 
@@ -128,4 +145,6 @@ def architecture(name: str) -> Architecture:
 
 def described(facts: dict[str, Any]) -> Architecture:
     """The architecture whose fields `training.json` holds."""
-    return (Mixture if "experts" in facts else Architecture)(**facts)
+    kinds: dict[str, type[Architecture]] = {"experts": Mixture, "short_texts": MaskedDiffusion}
+    kind = next((found for name, found in kinds.items() if name in facts), Architecture)
+    return kind(**facts)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # Begins every sequence, and serves as end and padding too.
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
+# Stands for a token that is to be filled in; no text has it, and the tokenizer was not trained with it.
+MASK = "<|mask|>"
 
 # Word pieces never cross these: an English clitic, a word, one digit, a run of punctuation,
 # line breaks, other space. A single space belongs to the word that follows it.
@@ -73,8 +75,13 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def as_pretrained(tokenizer: Tokenizer, context: int) -> PreTrainedTokenizerFast:
-    """Wrap for transformers: special tokens named, none added on its own when encoding."""
+def as_pretrained(
+    tokenizer: Tokenizer, context: int, *, masks: bool = False
+) -> PreTrainedTokenizerFast:
+    """Wrap for transformers: special tokens named, none added on its own when encoding.
+
+    With `masks` there is one more, `MASK`, behind all that the tokenizer has.
+    """
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
@@ -82,6 +89,7 @@ def as_pretrained(tokenizer: Tokenizer, context: int) -> PreTrainedTokenizerFast
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
+        mask_token=MASK if masks else None,
         model_max_length=context,
         clean_up_tokenization_spaces=False,
     )

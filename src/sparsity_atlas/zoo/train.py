@@ -8,15 +8,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.olmoe.modeling_olmoe import OlmoeForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from sparsity_atlas.activations.text_files import local_documents
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.loading.pretrained import moved
-from sparsity_atlas.zoo import batches, card, corpus, expert_training, loss, recipe
+from sparsity_atlas.zoo import batches, bound, card, corpus, expert_training, loss, recipe
 from sparsity_atlas.zoo.fit import build_model, fit
 from sparsity_atlas.zoo.tokenizer import as_pretrained, load_tokenizer, train_tokenizer
 
@@ -25,12 +27,16 @@ log = logging.getLogger("sparsity_atlas.zoo.train")
 
 @dataclass(frozen=True)
 class Texts:
-    """What models are trained and measured on; `source` says in words what the training text is."""
+    """What models are trained and measured on; `source` says in words what the training text is.
+
+    `prose` holds the token ids of documents that are measured, too, each by itself.
+    """
 
     tokenizer: Tokenizer
     train: batches.Tokens
     valid: batches.Tokens
     source: str
+    prose: tuple[np.ndarray, ...] = ()
 
 
 def train_model(
@@ -51,15 +57,19 @@ def train_model(
     except OSError as error:
         raise AtlasError(f"--out: cannot make the folder {folder} ({error.strerror})") from error
     model = build_model(shape, training)
-    curve = fit(model, texts.train, shape.learning_rate, training, device)
+    curve = fit(model, texts.train, shape, training, device)
     moved(model, "cpu", torch.bfloat16).save_pretrained(folder)
-    as_pretrained(texts.tokenizer, training.context).save_pretrained(folder)
+    masks = isinstance(shape, recipe.MaskedDiffusion)
+    as_pretrained(texts.tokenizer, training.context, masks=masks).save_pretrained(folder)
     saved = moved(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), device)
-    sizes = batches.token_bytes(texts.tokenizer)
-    valid = batches.evaluation_blocks(texts.valid.ids, training.context)
+    context = measured_context(shape, training)
+    valid = batches.evaluation_blocks(texts.valid.ids, context)
     # About as much of the training text as there is validation text, from all over it.
     stride = max(1, len(texts.train.ids) // len(texts.valid.ids))
-    train = batches.evaluation_blocks(texts.train.ids, training.context, stride)
+    train = batches.evaluation_blocks(texts.train.ids, context, stride)
+    documents = [batches.evaluation_blocks(ids, context) for ids in texts.prose]
+    prose = [np.concatenate(arrays) for arrays in zip(*documents, strict=True)]
+    sizes = batches.token_bytes(texts.tokenizer)
     record = card.Record(
         name=name,
         architecture=shape,
@@ -69,12 +79,28 @@ def train_model(
         corpus_tokens=len(texts.train.ids),
         device=device.type,
         curve=curve,
-        train=loss.measure(saved, *train, sizes),
-        valid=loss.measure(saved, *valid, sizes),
+        train=measured(saved, *train, sizes),
+        valid=measured(saved, *valid, sizes),
+        prose=measured(saved, prose[0], prose[1], sizes) if prose else None,
         load=expert_training.load(saved, *valid) if isinstance(saved, OlmoeForCausalLM) else None,
     )
     card.write(record, folder)
     return record
+
+
+def measured_context(shape: recipe.Architecture, training: recipe.Training) -> int:
+    """Tokens of a block that is measured: where each is seen, the one that begins it takes a place."""
+    return training.context - isinstance(shape, recipe.MaskedDiffusion)
+
+
+def measured(
+    model: PreTrainedModel, inputs: np.ndarray, targets: np.ndarray, sizes: np.ndarray
+) -> loss.Loss:
+    """The loss over blocks of `evaluation_blocks`, or its bound where a model fills masks in."""
+    mask = getattr(model.config, "mask_token_id", None)
+    if mask is None:
+        return loss.measure(model, inputs, targets, sizes)
+    return bound.measure(model, targets, sizes, mask)
 
 
 def choose_device(name: str) -> torch.device:
@@ -106,7 +132,15 @@ def read_texts(arguments: argparse.Namespace, training: recipe.Training) -> Text
         tokenizer = load_tokenizer(arguments.tokenizer, training.vocab_size)
     tokens = batches.encode_cached(tokenizer, train, arguments.cache)
     log.info("corpus: %d paragraphs, %.1f M tokens", len(train), len(tokens.ids) / 1e6)
-    return Texts(tokenizer, tokens, batches.encode(tokenizer, valid), arguments.source or origin)
+    documents = local_documents(arguments.prose, "text") if arguments.prose else ()
+    prose = (tokenizer.encode(text, add_special_tokens=False).ids for text in documents)
+    return Texts(
+        tokenizer,
+        tokens,
+        batches.encode(tokenizer, valid),
+        arguments.source or origin,
+        tuple(np.array(ids, dtype=np.uint16) for ids in prose if ids),
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -143,6 +177,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--hub-column", default="text", help="its text column (%(default)s)")
     command.add_argument("--source", help="what the training text is, for the model card")
     command.add_argument("--valid", type=Path, required=True, help="validation text")
+    command.add_argument(
+        "--prose", type=Path, help="documents (.jsonl) to measure the loss on, too, each by itself"
+    )
     command.add_argument("--out", type=Path, required=True, help="each model goes to OUT/NAME")
     command.add_argument(
         "--tokenizer", type=Path, help="folder with a trained tokenizer (trained when left out)"
