@@ -14,6 +14,7 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import read_json
 from sparsity_atlas.loading.adapter import merge_adapter
 from sparsity_atlas.loading.checkpoint import PICKLE_INDEX, SAFE_INDEX, Checkpoint
+from sparsity_atlas.loading.classes import auto_class
 from sparsity_atlas.loading.contents import small_fault
 from sparsity_atlas.loading.devices import own_device, pick_device, pick_dtype
 from sparsity_atlas.loading.layouts import layout_in, layout_of
@@ -39,7 +40,6 @@ def load(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "auto") -
     """
     config = checkpoint.config()
     import torch
-    from transformers import AutoModelForCausalLM
 
     from sparsity_atlas.loading.free_memory import check_weights
     from sparsity_atlas.loading.wholeness import check_types, check_whole, fill_buffers
@@ -51,15 +51,16 @@ def load(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "auto") -
     layout = layout_of(config)
     native = {} if layout is None else {"key_mapping": dict(layout.keys)}
     with _one_line(checkpoint, f"cannot load model type '{config.get('model_type', 'unknown')}'"):
-        loaded = AutoModelForCausalLM.from_pretrained(
+        translated = _config(checkpoint)
+        loaded = auto_class(translated).from_pretrained(
             checkpoint.folder,
+            config=translated,
             dtype=pick_dtype(dtype, target),
             use_safetensors=not checkpoint.pickled(),
             output_loading_info=True,
             # Else they end in an error that does not name them; here they are refused below.
             ignore_mismatched_sizes=True,
             **native,
-            **_configured(checkpoint.folder),
             **_options(checkpoint),
         )
     if not isinstance(loaded, tuple):
@@ -109,16 +110,22 @@ def blank(checkpoint: Checkpoint) -> PreTrainedModel:
     Raises:
         AtlasError: its configuration or its code cannot be used.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     with _one_line(checkpoint, "cannot make the model without its weights"):
-        config = _configured(checkpoint.folder).get("config") or AutoConfig.from_pretrained(
-            checkpoint.folder, **_options(checkpoint)
-        )
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config = _config(checkpoint)
+        model: PreTrainedModel = auto_class(config).from_config(
             config, trust_remote_code=checkpoint.trust_remote_code
         )
     return model
+
+
+def _config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """The configuration that a model is made with."""
+    from transformers import AutoConfig
+
+    found: PretrainedConfig = _configured(checkpoint.folder).get(
+        "config"
+    ) or AutoConfig.from_pretrained(checkpoint.folder, **_options(checkpoint))
+    return found
 
 
 def load_tokenizer(

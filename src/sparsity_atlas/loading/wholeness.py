@@ -205,14 +205,15 @@ def fill_buffers(model: PreTrainedModel, *, trust_remote_code: bool) -> None:
         trust_remote_code: whether its code may run, which has run already.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+
+    from sparsity_atlas.loading.classes import auto_class
 
     kept = set(model.state_dict())
     own = {name: value for name, value in model.named_buffers() if name not in kept}
     if not own:
         return
     with init_empty_weights(include_buffers=False):
-        made = AutoModelForCausalLM.from_config(
+        made = auto_class(model.config).from_config(
             model.config, dtype=model.dtype, trust_remote_code=trust_remote_code
         )
     values = dict(made.named_buffers())

@@ -99,7 +99,7 @@ def test_code_that_is_not_trusted(tmp_path: Path) -> None:
         ({"hidden_size": "many"}, "'llama': .*for field 'hidden_size': .*expected int.*'many'"),
         ({"num_attention_heads": 0}, "cannot load model type 'llama': ZeroDivisionError"),
         ({"hidden_act": "nosuch"}, r"'llama': config\.json: hidden_act: unknown 'nosuch'$"),
-        ({"model_type": "t5"}, "'t5': it is no causal language model"),
+        ({"model_type": "t5"}, "'t5': it is an encoder-decoder"),
         (
             {"dtype": "nosuch"},
             r"config\.json: dtype: found 'nosuch', expected float32, bfloat16 or",
