@@ -30,6 +30,7 @@ def draw(table: pd.DataFrame, path: str) -> None:
         path: the file to write; its ending says which format.
     """
     table = table[(table["status"] == "ok") & (table["task"] != "average")]
+    table = table[table["phase"] == "all"]
     kinds = [kind for kind in MEASURES if kind in set(table["kind"])]
     sites = list(table["site"].unique())
     figure, axes = plt.subplots(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from sparsity_atlas.activations import metrics
 from sparsity_atlas.curves.critical import BARS, critical
 from sparsity_atlas.curves.equal_sparsity import equal_rows, write_equal
-from sparsity_atlas.curves.points import curve_points, estimate_all
+from sparsity_atlas.curves.points import CurvePoint, curve_points, estimate_all
 from sparsity_atlas.evaluation.expert_table import COUNTS, NAME, SCHEMA, ExpertTable
 from sparsity_atlas.files.parquet import write_parquet
 from sparsity_atlas.files.whole import write_manifest
@@ -109,9 +109,13 @@ def samples(
 
 
 def write_curve(
-    folder: Path, tasks: Sequence[TaskSamples], levels: Sequence[str], replicates: int = 100
+    folder: Path,
+    tasks: Sequence[TaskSamples],
+    levels: Sequence[str],
+    replicates: int = 100,
+    phases: Sequence[str] = (),
 ) -> None:
-    """All files of results/M/C/S, of its nodes only eval.json."""
+    """All files of results/M/C/S, of its nodes only eval.json; `phases` are those of its last task."""
     site = plain(folder.name)
     estimates = estimate_all(tasks, replicates, 0)
     shares = {level: (1 - float(level)) ** 0.5 for level in levels}
@@ -139,6 +143,7 @@ def write_curve(
             },
             "scores": {level: {task.task: {} for task in tasks} for level in ("dense", *levels)},
             "cut": {task.task: {"items": 0, "windowed": 0} for task in tasks},
+            **_phases(phases, levels, tasks, TENSORS[site]),
             "failures": failures,
         },
     )
@@ -163,6 +168,34 @@ def write_curve(
                     | {"added_loss": loss, **interval}
                 )
     write_parquet(folder / "sensitivity.parquet", pa.Table.from_pylist(rows, sensitivity.SCHEMA))
+
+
+def _phases(
+    phases: Sequence[str],
+    levels: Sequence[str],
+    tasks: Sequence[TaskSamples],
+    tensors: Sequence[str],
+) -> dict[str, Any]:
+    """What curve.json says by phase; each is a little sparser than the one before."""
+    shares = {level: (1 - float(level)) ** 0.5 for level in levels}
+    unknown = dict.fromkeys(one.name for one in fields(CurvePoint))
+    points = [
+        {**unknown, "task": tasks[-1].task, "kind": tasks[-1].kind, "level": level, "phase": phase}
+        | {"status": "ok", "sparsity": share * (0.8 + 0.1 * place), "parameter_sparsity": share}
+        for place, phase in enumerate(phases)
+        for level, share in {"dense": 0.0, **shares}.items()
+    ]
+    layers = {
+        level: {
+            phase: {
+                tensor: [share * (0.7 + 0.1 * (layer + place)) for layer in range(LAYERS)]
+                for tensor in tensors
+            }
+            for place, phase in enumerate(phases)
+        }
+        for level, share in shares.items()
+    }
+    return {"phase_points": points, "phases": layers}
 
 
 def write_experts(node: Path, tasks: Sequence[str], site: str | None, share: float) -> None:
@@ -224,6 +257,7 @@ def make_results(
     levels: Sequence[str] = LEVELS,
     tasks: dict[str, dict[str, Any]] | None = None,
     replicates: int = 100,
+    phases: Sequence[str] = (),
 ) -> Path:
     """Fill a results folder; returns it.
 
@@ -235,6 +269,7 @@ def make_results(
         levels: and at all of these.
         tasks: arguments of `samples` by name; by default one loss and one accuracy task.
         replicates: of the bootstrap.
+        phases: of the last task, where it has several.
     """
     chosen = {"prose": {"kind": "loss"}, "pairs": {"kind": "accuracy", "chance": 0.5}}
     tasks = chosen if tasks is None else tasks
@@ -257,7 +292,7 @@ def make_results(
                     samples(task, levels=levels, tolerance=bend, seed=seed, **arguments)
                     for task, arguments in tasks.items()
                 ]
-                write_curve(results / name / criterion / site, drawn, levels, replicates)
+                write_curve(results / name / criterion / site, drawn, levels, replicates, phases)
                 for level in levels if routed else ():
                     node = results / name / criterion / site / level
                     write_experts(node, list(tasks), site, (1 - float(level)) ** 0.5)

@@ -47,6 +47,16 @@ ROUTING = ("index", "weights")
 CAUSAL, DIFFUSION = "causal", "diffusion"
 KINDS = (CAUSAL, DIFFUSION)
 
+# What a forward pass is for; whoever calls the model says so.
+Phase = Literal["scoring", "prompt", "generation", "denoising"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+SCORING, PROMPT, GENERATION, DENOISING = PHASES
+# The row of a table that stands for all of them together.
+EVERY_PHASE = "all"
+# What tokens are counted as: in a phase as often as lm-eval runs them, and each token of a document once.
+UNIQUE = "unique"
+ACCOUNTS = (*PHASES, UNIQUE)
+
 
 # The parts beside attention, to some of which an FFN's site may be confined.
 PartBeside = Literal["ffn", "shared", "experts"]

@@ -35,6 +35,7 @@ from sparsity_atlas.loading.checkpoint import Checkpoint
 from sparsity_atlas.report.failures import last_error
 from sparsity_atlas.spelling import canonical_level
 from sparsity_atlas.tasks import local_files
+from sparsity_atlas.terms import ACCOUNTS
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
@@ -150,10 +151,10 @@ def sample_table(folder: Path) -> bytes:
     table = SampleTable([["up", 0, 5]])
     table.tasks["a"] = {"fingerprint": "f", "result": {"status": "ok"}}
     row = {"task": "a", "leaf": "a", "doc_id": 0, "doc_hash": "h", "cluster": None}
-    row |= {"metrics": [("acc,none", 1.0)], "nats": 0.1, "predicted": 3, "prefill_tokens": 4}
+    row |= {"metrics": [("acc,none", 1.0)], "nats": 0.1, "predicted": 3}
     row |= {"cut_tokens": 0, "windows": 0}
-    row |= {"prefill_zeros": [1], "generation_tokens": 0, "generation_zeros": [0]}
-    row |= {"unique_tokens": 4, "unique_zeros": [1]}
+    row |= {f"{account}_tokens": 4 for account in ACCOUNTS}
+    row |= {f"{account}_zeros": [1] for account in ACCOUNTS}
     table.rows["a"] = pa.Table.from_pylist([row], SCHEMA)
     table.write(folder / "samples.parquet")
     return (folder / "samples.parquet").read_bytes()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from sparsity_atlas.criteria.in_experts import why_not
 
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from sparsity_atlas.criteria.place import Place, Sample
     from sparsity_atlas.criteria.reach import Reach
     from sparsity_atlas.kernels.definition import Threshold
-
-Phase = Literal["scoring", "prompt", "generation", "denoising"]
+    from sparsity_atlas.terms import Phase
 
 
 class Criterion(ABC):

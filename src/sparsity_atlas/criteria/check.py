@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sparsity_atlas.criteria.base import Criterion, Phase, SequenceCriterion
+from sparsity_atlas.criteria.base import Criterion, SequenceCriterion
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.terms import Phase
 
 # Entries of a row where no tensor of a model is at hand.
 WIDTH = 24

@@ -10,97 +10,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from sparsity_atlas import cli
 from sparsity_atlas.criteria.level_arguments import add_levels, levels_of
 from sparsity_atlas.curves.critical import critical
 from sparsity_atlas.curves.equal_sparsity import REPLICATES, Of, equal_rows, write_equal
+from sparsity_atlas.curves.node_samples import NodeSamples, Profile
+from sparsity_atlas.curves.phases import mean_profile, phase_profile, phase_rows
 from sparsity_atlas.curves.points import CurvePoint, curve_points, estimate_all
 from sparsity_atlas.errors import AtlasError, TaskFailure
-from sparsity_atlas.evaluation.samples import at_site, read_table
-from sparsity_atlas.files.whole import read_manifest, write_manifest
+from sparsity_atlas.files.whole import write_manifest
 from sparsity_atlas.statistics.bootstrap import Estimates, TaskSamples
 from sparsity_atlas.tasks.score import Kind, choose_metric, sample_values
 from sparsity_atlas.terms import AVERAGE, TENSORS, plain
-
-
-class NodeSamples:
-    """One node's (or dense's) sample table, task by task."""
-
-    def __init__(self, folder: Path, site: str) -> None:
-        self.folder = folder
-        self.manifest = read_manifest(folder / "eval.json")
-        header, self._table = read_table(folder / "samples.parquet")
-        slots = header["slots"]
-        self._slots = [i for i, slot in enumerate(slots) if at_site(slot, site)]
-        self._tensors = [slot[0] for slot in slots]
-        self._widths = np.array([slots[i][2] for i in self._slots])
-        self._count = len(slots)
-
-    def ok(self, task: str) -> bool:
-        """Whether the task ran without NaN and infinity."""
-        return bool(self.manifest["tasks"][task]["status"] == "ok")
-
-    def fail(self, task: str, reason: str) -> None:
-        """Take a task for failed that ran, where its metric cannot be read."""
-        self.manifest["tasks"][task] = {"status": "failed", "reason": reason}
-
-    def rows(self, task: str) -> pa.Table:
-        """The task's rows, in the order of leaf and document, without empty documents."""
-        wanted = pc.equal(self._table["task"], task)
-        return self._table.filter(pc.and_(wanted, pc.greater(self._table["unique_tokens"], 0)))
-
-    def outputs(self, task: str) -> np.ndarray:
-        """How many weights meet an entry of each layer and tensor at the site, int64 [slots].
-
-        Raises:
-            AtlasError: the manifest is of a release that did not say.
-        """
-        shares = self.manifest["tasks"][task]["sparsity"]
-        by_layer = {
-            tensor: iter(self._said(shares[tensor], "outputs")) for tensor in set(self._tensors)
-        }
-        # Of all slots, of which a site may be confined to some.
-        every = [next(by_layer[tensor]) for tensor in self._tensors]
-        return np.array([every[i] for i in self._slots])
-
-    def cut(self, task: str) -> dict[str, int]:
-        """How many of the task's items were cut to the model's context, and how.
-
-        Raises:
-            AtlasError: the manifest is of a release that did not say.
-        """
-        cut: dict[str, int] = self._said(self.manifest["tasks"][task], "cut")
-        return cut
-
-    def _said(self, content: dict[str, Any], key: str) -> Any:
-        if key not in content:
-            raise AtlasError(
-                f"{self.folder}/eval.json: of an earlier release; delete it and run again"
-            )
-        return content[key]
-
-    def zeros(self, rows: pa.Table, counts: np.ndarray | int = 1) -> np.ndarray:
-        """Zeros of each sample at the site, int64 [rows].
-
-        Args:
-            rows: the samples.
-            counts: int64 [slots], how often an entry counts.
-        """
-        total = np.zeros(len(rows), dtype=np.int64)
-        for phase in ("prefill", "generation"):
-            flat = rows[f"{phase}_zeros"].combine_chunks().flatten().to_numpy()
-            total += (flat.reshape(len(rows), self._count)[:, self._slots] * counts).sum(1)
-        return total
-
-    def entries(self, rows: pa.Table, counts: np.ndarray | int = 1) -> np.ndarray:
-        """Entries of each sample at the site, int64 [rows]; `counts` as in `zeros`."""
-        tokens: np.ndarray = (
-            rows["prefill_tokens"].to_numpy() + rows["generation_tokens"].to_numpy()
-        )
-        entries: np.ndarray = tokens * int((self._widths * counts).sum())
-        return entries
 
 
 def task_samples(
@@ -180,24 +102,10 @@ def _values(task: str, rows: pa.Table, kind: Kind, key: str | None) -> np.ndarra
     return np.array(sample_values(task, key, rows["metrics"].to_pylist()))
 
 
-def layer_profile(node: NodeSamples, tasks: list[str]) -> dict[str, list[float | None]]:
-    """Induced sparsity of each layer, mean over tasks, for each tensor at the site; None: left dense."""
+def layer_profile(node: NodeSamples, tasks: list[str]) -> Profile:
+    """Induced sparsity of each layer, mean over tasks, for each tensor at the site."""
     results = [node.manifest["tasks"][task]["sparsity"] for task in tasks if node.ok(task)]
-    profile: dict[str, list[float | None]] = {}
-    for name in results[0] if results else ():
-        shares = np.array([one[name]["layers"] for one in results], dtype=np.float64)
-        profile[name] = [
-            None if np.isnan(mean) else mean for mean in np.mean(shares, axis=0).tolist()
-        ]
-    return profile
-
-
-def phases(node: NodeSamples, task: str) -> dict[str, Any]:
-    """Induced sparsity of a task in prefill and in generation, for each tensor."""
-    return {
-        name: {phase: share[phase] for phase in ("prefill", "generation")}
-        for name, share in node.manifest["tasks"][task]["sparsity"].items()
-    }
+    return mean_profile([{name: one[name]["layers"] for name in one} for one in results])
 
 
 def parameter_sparsity(node: NodeSamples, task: str, site: str) -> float | None:
@@ -268,6 +176,7 @@ def equal_of(
 def build(
     dense: NodeSamples,
     nodes: dict[str, NodeSamples],
+    samples: list[TaskSamples],
     estimates: list[Estimates],
     settings: dict[str, Any],
     site: str,
@@ -277,7 +186,8 @@ def build(
     Args:
         dense: the baseline.
         nodes: by level.
-        estimates: of `all_samples`.
+        samples: as `all_samples` gives them.
+        estimates: of these.
         settings: as `grid.curve_slice` gives it.
         site: of the curve.
     """
@@ -292,12 +202,14 @@ def build(
     return {
         "levels": levels,
         "points": point_rows(curve_points(estimates, levels), {"dense": dense, **nodes}, site),
+        "phase_points": [
+            row
+            for one in samples
+            for row in phase_rows(one, dense, nodes, settings["replicates"], settings["seed"])
+        ],
         "critical": [asdict(row) for row in critical(estimates, settings["bars"])],
         "layers": {level: layer_profile(node, tasks) for level, node in nodes.items()},
-        "phases": {
-            level: {task: phases(node, task) for task in tasks if node.ok(task)}
-            for level, node in nodes.items()
-        },
+        "phases": {level: phase_profile(node, tasks) for level, node in nodes.items()},
         "scores": {
             level: {task: node.manifest["tasks"][task].get("scores") for task in tasks}
             for level, node in {"dense": dense, **nodes}.items()
@@ -331,4 +243,5 @@ def main() -> None:
     samples = all_samples(dense, nodes, settings)
     estimates = estimate_all(samples, settings["replicates"], settings["seed"])
     write_equal(arguments.equal, equal_of(dense, nodes, samples, estimates, settings))
-    write_manifest(arguments.output, build(dense, nodes, estimates, settings, arguments.site))
+    content = build(dense, nodes, samples, estimates, settings, arguments.site)
+    write_manifest(arguments.output, content)

@@ -17,6 +17,7 @@ from sparsity_atlas.statistics.bootstrap import (
     interval,
 )
 from sparsity_atlas.statistics.isotonic import nonincreasing_fit, pool_ties
+from sparsity_atlas.terms import EVERY_PHASE
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Scores:
 class CurvePoint:
     """One row of curves.csv: one level (or "dense") of one task (or "average").
 
-    value: accuracy, or loss in nats per token. retained (accuracy only): value over dense value;
-    added_loss (loss only): value minus dense value; fitted: the monotone fit of that one.
+    phase: whose sparsity it is. value: accuracy, or loss in nats per token. retained (accuracy only): value
+    over dense value; added_loss (loss only): value minus dense value; fitted: the monotone fit of that one.
     *_low, *_high: 95 % interval by paired bootstrap, None with too few units to resample.
     A failed level has no value, and may have no sparsity.
     """
@@ -49,6 +50,7 @@ class CurvePoint:
     task: str
     kind: Kind
     level: str
+    phase: str
     status: Literal["ok", "failed"]
     sparsity: float | None
     sparsity_low: float | None
@@ -143,6 +145,7 @@ def _points(estimates: Estimates, levels: Sequence[str]) -> list[CurvePoint]:
             task=estimates.task,
             kind=estimates.kind,
             level=level,
+            phase=EVERY_PHASE,
             status="failed" if failed[i] else "ok",
             **cells[i],
         )

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from sparsity_atlas.evaluation.samples import SCHEMA
-from sparsity_atlas.lm.usage import PHASES
 from sparsity_atlas.tasks.score import choose_metric, sample_values
+from sparsity_atlas.terms import ACCOUNTS, PHASES
 
 if TYPE_CHECKING:
     from sparsity_atlas.evaluation.samples import SampleTable
@@ -50,9 +50,10 @@ def sample_rows(task: LoadedTask, prepared: Prepared, usage: Usage) -> pa.Table:
         "cut_tokens": pa.array(usage.cut[order]),
         "windows": pa.array(usage.windows[order]),
     }
-    for phase, zeros in usage.zeros.items():
-        columns[f"{phase}_tokens"] = pa.array(usage.tokens[phase][order])
-        columns[f"{phase}_zeros"] = _lists(zeros[order])
+    for account, zeros in usage.zeros.items():
+        tokens = usage.tokens[account][order]
+        columns[f"{account}_tokens"] = pa.array(tokens)
+        columns[f"{account}_zeros"] = _lists(zeros[order] if tokens.any() else zeros[order, :0])
     return pa.table(columns, schema=SCHEMA)
 
 
@@ -106,7 +107,7 @@ def task_result(
         "scores": {name: _numbers(scores[name]) for name in sorted(scores)},
         "higher_is_better": outcome["higher_is_better"],
         "sparsity": sparsity([usage], slots),
-        "tokens": {phase: int(tokens.sum()) for phase, tokens in usage.tokens.items()},
+        "tokens": {account: int(tokens.sum()) for account, tokens in usage.tokens.items()},
         "batches": _batches(prepared.work.abilities),
         "largest": asdict(prepared.work.largest),
         "cut": {
@@ -171,22 +172,23 @@ def _numbers(scores: dict[str, Any]) -> dict[str, float | None]:
 def sparsity(usages: list[Usage], slots: list[Slot]) -> dict[str, Any]:
     """Induced sparsity: zeros over entries of each tensor, pooled and by layer, padding excluded.
 
-    `total` and `layers` weigh a token by how often it was run or would be without sharing; `unique`
-    counts each token of a document once. `outputs` are the weights that meet an entry of each layer;
+    `total`, `layers` and the phases weigh a token by how often it was run or would be without sharing;
+    `unique` counts each token of a document once. `outputs` are the weights that meet an entry of each layer;
     `products` and `zero_products` count entries as often as weights meet them.
     """
-    zeros = {phase: sum(usage.zeros[phase].sum(0) for usage in usages) for phase in PHASES}
-    tokens = {phase: sum(int(usage.tokens[phase].sum()) for usage in usages) for phase in PHASES}
-    run = tokens["prefill"] + tokens["generation"]
+    zeros = {one: sum(usage.zeros[one].sum(0) for usage in usages) for one in ACCOUNTS}
+    tokens = {one: sum(int(usage.tokens[one].sum()) for usage in usages) for one in ACCOUNTS}
+    run = sum(tokens[phase] for phase in PHASES)
     summary: dict[str, Any] = {}
     for tensor in dict.fromkeys(slot.key.tensor for slot in slots):
         index = [i for i, slot in enumerate(slots) if slot.key.tensor == tensor]
         widths = np.array([slots[i].width for i in index])
         outputs = np.array([slots[i].outputs for i in index])
-        every = (zeros["prefill"] + zeros["generation"])[index]
+        every = sum(zeros[phase] for phase in PHASES)[index]
         shares = {
-            phase: _ratio(zeros[phase][index].sum(), tokens[phase] * widths.sum())
-            for phase in PHASES
+            one: _ratio(zeros[one][index].sum(), tokens[one] * widths.sum())
+            for one in ACCOUNTS
+            if tokens[one]
         }
         summary[tensor] = {
             "zeros": int(every.sum()),

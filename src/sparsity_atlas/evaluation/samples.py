@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from sparsity_atlas.evaluation.headed_table import read_headed, write_headed
 from sparsity_atlas.files.parquet import OtherColumns
-from sparsity_atlas.terms import FFN, TENSORS, parts_named, plain
+from sparsity_atlas.terms import ACCOUNTS, FFN, PHASES, TENSORS, parts_named, plain
 
 SCHEMA = pa.schema(
     [
@@ -25,12 +26,10 @@ SCHEMA = pa.schema(
         ("predicted", pa.int64()),  # tokens predicted
         ("cut_tokens", pa.int64()),  # that the longest request lost at its beginning
         ("windows", pa.int64()),  # that a whole document was scored in; 0 for any other
-        ("prefill_tokens", pa.int64()),
-        ("prefill_zeros", pa.list_(pa.int64())),  # by slot
-        ("unique_tokens", pa.int64()),  # of prefill, each token of the document once
-        ("unique_zeros", pa.list_(pa.int64())),
-        ("generation_tokens", pa.int64()),
-        ("generation_zeros", pa.list_(pa.int64())),
+        # Of each phase, and of requests with each token of the document once.
+        *((f"{account}_tokens", pa.int64()) for account in ACCOUNTS),
+        # By slot; empty where the task has no tokens of the kind.
+        *((f"{account}_zeros", pa.list_(pa.int64())) for account in ACCOUNTS),
     ]
 )
 
@@ -72,6 +71,23 @@ def at_site(slot: list[Any], site: str) -> bool:
     return tensor in TENSORS[plain(site)] and (not parts or (part[0] if part else FFN) in parts)
 
 
+def zeros_in(rows: pa.Table, phase: str, slots: int) -> np.ndarray:
+    """Zeros of each sample in a phase, int64 [rows, slots].
+
+    Args:
+        rows: of `SCHEMA`.
+        phase: or another of `ACCOUNTS`.
+        slots: that were counted.
+    """
+    # A task without tokens of the kind has empty lists, and a group may have both.
+    column = rows[f"{phase}_zeros"].combine_chunks()
+    counts = np.zeros((len(rows), slots), np.int64)
+    counts[pc.list_value_length(column).to_numpy() > 0] = (
+        column.flatten().to_numpy().reshape(-1, slots)
+    )
+    return counts
+
+
 def sparsity_at(path: Path, site: str, tasks: list[str]) -> float:
     """Zeros over entries of a table at a site as paths spell it: mean over some tasks."""
     header, table = read_table(path)
@@ -82,9 +98,8 @@ def sparsity_at(path: Path, site: str, tasks: list[str]) -> float:
     for task in tasks:
         rows = table.filter(pc.equal(table["task"], task))
         zeros = entries = 0
-        for phase in ("prefill", "generation"):
-            flat = rows[f"{phase}_zeros"].combine_chunks().flatten().to_numpy()
-            zeros += int(flat.reshape(-1, len(slots))[:, own].sum())
+        for phase in PHASES:
+            zeros += int(zeros_in(rows, phase, len(slots))[:, own].sum())
             entries += width * int(rows[f"{phase}_tokens"].to_numpy().sum())
         shares.append(zeros / entries)
     return sum(shares) / len(shares)

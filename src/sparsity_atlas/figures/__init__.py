@@ -114,6 +114,15 @@ FIGURES = {
         "Share of zeros in each layer at each level, counted while the tasks ran, averaged over "
         "tasks. Levels stand in the order of the sparsity that they induce.",
     ),
+    "phase_sparsity": Entry(
+        "Prompt and generation by layer",
+        "Layers",
+        ("layers",),
+        "Induced sparsity of each layer in each phase of the tasks: of given text that is scored, of "
+        "prompts, and of what is generated after them or denoised. A phase is averaged over the tasks "
+        "that have it. Each line is one level; of many, four from mild to harsh.",
+        missed=False,
+    ),
     "expert_sparsity": Entry(
         "Sparsity of experts by layer",
         "Layers",

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from sparsity_atlas.figures import (
     by_expert,
     by_layer,
+    by_phase,
     by_task,
     critical_points,
     differences,
@@ -33,6 +34,7 @@ DRAW: dict[str, Callable[[Tables], Figure]] = {
     "comparison_error": differences.output_errors,
     "tasks": by_task.tasks,
     "layer_sparsity": by_layer.layer_sparsity,
+    "phase_sparsity": by_phase.phase_sparsity,
     "expert_sparsity": by_expert.spread,
     "expert_load": by_expert.load,
     "sensitivity": layer_by_level.sensitivity,

@@ -15,8 +15,9 @@ from sparsity_atlas.loading.contents import speaks_of_experts
 def wanted(config: Config) -> list[str]:
     """Names of the figures of a run, without those that have nothing to compare or to show.
 
-    Whether tasks have a loss or an accuracy is not known before they ran, nor whether a model of the Hub has
-    experts before it is fetched: such a figure is drawn in any case, and the report leaves it out.
+    Whether tasks have a loss or an accuracy, and which phases, is not known before they ran, nor whether a
+    model of the Hub has experts before it is fetched: such a figure is drawn in any case, and the report
+    leaves it out.
     """
     curves = grid.curves(config)
     places = Counter((curve.model, curve.site) for curve in curves)

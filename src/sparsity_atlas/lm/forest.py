@@ -126,7 +126,7 @@ def times(batch: Batch) -> np.ndarray:
     """How often each token of a batch counts: int64 [2, rows, longest], 0 where padding is.
 
     First as often as it stands in a request that counts, then once for each document that it is new to:
-    added up, what `Usage.tokens` says of `prefill` and `unique`.
+    added up, what `Usage.tokens` says of `scoring` and `unique`.
     """
     rows, longest = batch.tokens.shape
     ends = np.zeros(

@@ -82,8 +82,8 @@ class GeneratingLM(PromptLM):
         counts = np.arange(1, len(steps) + 1)[:, None] <= fed  # [steps, batch]
         return {
             "texts": texts,
-            "prefill_tokens": self._prompt_tokens,
-            "prefill_zeros": prompt.sum(2).T.tolist(),
+            "prompt_tokens": self._prompt_tokens,
+            "prompt_zeros": prompt.sum(2).T.tolist(),
             "generation_tokens": fed.tolist(),
             "generation_zeros": (steps * counts[:, None]).sum(0).T.tolist(),
             **expert_record(experts),

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sparsity_atlas.terms import ACCOUNTS, GENERATION, PROMPT, SCORING, UNIQUE
+
 if TYPE_CHECKING:
     from sparsity_atlas.lm.forest import Batch
     from sparsity_atlas.lm.work import Work
     from sparsity_atlas.sparsify.attach import Counter
-
-# Tokens of requests, as often as lm-eval runs them; the same, each once; tokens generated and fed back.
-PHASES = ("prefill", "unique", "generation")
 
 
 class Usage:
@@ -22,8 +21,8 @@ class Usage:
 
     Attributes:
         documents: (task, document) of each row.
-        tokens: for each phase int64 [documents].
-        zeros: for each phase int64 [documents, slots].
+        tokens: for each of `ACCOUNTS` int64 [documents].
+        zeros: for each of `ACCOUNTS` int64 [documents, slots].
         nats: negative log-likelihood of all that was predicted, float64 [documents].
         predicted: tokens predicted, int64 [documents].
         cut: tokens that the longest request lost at its beginning, int64 [documents].
@@ -36,8 +35,8 @@ class Usage:
         self.by_expert = ExpertUsage(work, counter)
         self.documents = work.documents
         count = len(work.documents)
-        self.tokens = {phase: np.zeros(count, np.int64) for phase in PHASES}
-        self.zeros = {phase: np.zeros((count, slots), np.int64) for phase in PHASES}
+        self.tokens = {account: np.zeros(count, np.int64) for account in ACCOUNTS}
+        self.zeros = {account: np.zeros((count, slots), np.int64) for account in ACCOUNTS}
         self.nats = np.zeros(count)
         self.predicted = np.zeros(count, np.int64)
         self.cut = np.array(work.cut, np.int64)
@@ -49,11 +48,11 @@ class Usage:
         """Add a batch of scored requests."""
         self.by_expert.add_scored(record)
         rows = np.array(batch.documents)
-        self.zeros["prefill"][rows] += np.array(record["zeros"], np.int64)
-        self.zeros["unique"][rows] += np.array(record["unique"], np.int64)
+        self.zeros[SCORING][rows] += np.array(record["zeros"], np.int64)
+        self.zeros[UNIQUE][rows] += np.array(record["unique"], np.int64)
         owners = rows[batch.owners]
-        np.add.at(self.tokens["prefill"], owners, batch.run * batch.counted)
-        np.add.at(self.tokens["unique"], owners, batch.run - batch.brought)
+        np.add.at(self.tokens[SCORING], owners, batch.run * batch.counted)
+        np.add.at(self.tokens[UNIQUE], owners, batch.run - batch.brought)
         np.subtract.at(self.nats, owners, record["scores"])
         np.add.at(self.predicted, owners, np.diff(batch.firsts, append=len(batch.row)))
 
@@ -66,13 +65,13 @@ class Usage:
             record: as `GeneratingLM.generate` gives it.
         """
         self.by_expert.add_generated(record)
-        np.maximum.at(self.cut, owners, np.array(lengths) - record["prefill_tokens"])
-        for phase in ("prefill", "generation"):
+        np.maximum.at(self.cut, owners, np.array(lengths) - record["prompt_tokens"])
+        for phase in (PROMPT, GENERATION):
             np.add.at(self.tokens[phase], owners, record[f"{phase}_tokens"])
             np.add.at(self.zeros[phase], owners, np.array(record[f"{phase}_zeros"], np.int64))
         # A prompt that is sampled from several times is the same each time.
-        self.tokens["unique"][owners] = record["prefill_tokens"]
-        self.zeros["unique"][owners] = record["prefill_zeros"]
+        self.tokens[UNIQUE][owners] = record["prompt_tokens"]
+        self.zeros[UNIQUE][owners] = record["prompt_zeros"]
 
 
 class ExpertUsage:
@@ -86,8 +85,8 @@ class ExpertUsage:
     def __init__(self, work: Work, counter: Counter) -> None:
         self._shape = counter.by_expert.rows, counter.by_expert.experts
         rows, experts = self._shape
-        phases = ["scoring"] if any(work.batches.values()) else []
-        phases += ["prompt", "generation"] if work.prompts else []
+        phases = [SCORING] if any(work.batches.values()) else []
+        phases += [PROMPT, GENERATION] if work.prompts else []
         self.sums = {
             phase: np.zeros((rows, 2, experts), np.int64)
             for phase in phases
@@ -97,14 +96,14 @@ class ExpertUsage:
     def add_scored(self, record: dict[str, Any]) -> None:
         """Add a batch of scored requests."""
         if self.sums:
-            self.sums["scoring"] += self._read(record)[:, :2]
+            self.sums[SCORING] += self._read(record)[:, :2]
 
     def add_generated(self, record: dict[str, Any]) -> None:
         """Add a batch of generation, in which nothing that is generated stands twice."""
         if self.sums:
             found = self._read(record)
-            self.sums["prompt"] += found[:, :2]
-            self.sums["generation"] += found[:, 2:]
+            self.sums[PROMPT] += found[:, :2]
+            self.sums[GENERATION] += found[:, 2:]
 
     def _read(self, record: dict[str, Any]) -> np.ndarray:
         """[rows, 3, experts]: of the first pass both, and of those after it."""

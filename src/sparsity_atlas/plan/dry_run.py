@@ -24,6 +24,7 @@ from sparsity_atlas.lm.forward import Abilities
 from sparsity_atlas.lm.model import AtlasLM, Records, shortest
 from sparsity_atlas.sparsify.attach import Counter
 from sparsity_atlas.sparsify.counted_vectors import Slot
+from sparsity_atlas.terms import GENERATION, PROMPT, SCORING
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -60,7 +61,7 @@ class TaskCost:
 
     Attributes:
         documents: rows of the sample table.
-        prefill: tokens of all requests, as eval.json will count them.
+        requests: tokens of all requests, as eval.json will count them.
         generation: tokens that are generated and fed back, at most.
         positions: computed in all passes over requests; what requests share once, padding included.
         steps: passes of generation, at most.
@@ -70,7 +71,7 @@ class TaskCost:
     """
 
     documents: int
-    prefill: int
+    requests: int
     generation: int
     positions: int
     steps: int
@@ -136,8 +137,8 @@ class DryLM(AtlasLM):
         nothing: list[list[int]] = [[]] * len(rows)
         return {
             "texts": texts,
-            "prefill_tokens": [len(row) for row in rows],
-            "prefill_zeros": nothing,
+            "prompt_tokens": [len(row) for row in rows],
+            "prompt_zeros": nothing,
             "generation_tokens": [self.batches[-1].steps] * len(rows),
             "generation_zeros": nothing,
         }
@@ -180,12 +181,13 @@ def count(lm: DryLM, task: LoadedTask, *, seed: int, folder: Path) -> TaskCost:
     built = time.perf_counter()
     result = evaluate_node(session, None, folder / task.name)["tasks"][task.name]
     overhead = time.perf_counter() - built
+    tokens = result["tokens"]
     ends = list(accumulate(batch.positions for batch in lm.batches))
     middle = int(np.searchsorted(ends, ends[-1] / 2))
     return TaskCost(
         documents=result["items"],
-        prefill=result["tokens"]["prefill"],
-        generation=result["tokens"]["generation"],
+        requests=tokens[SCORING] + tokens[PROMPT],
+        generation=tokens[GENERATION],
         positions=ends[-1],
         steps=sum(batch.steps for batch in lm.batches),
         sample=lm.batches[middle],

@@ -116,7 +116,7 @@ def _sum(amounts: Iterable[Amount]) -> Amount:
 def _tokens(job: Job, outlook: Outlook) -> Amount:
     """Tokens that a job still has to run."""
     return _sum(
-        evaluations * (outlook.costs[task].prefill + outlook.costs[task].generation)
+        evaluations * (outlook.costs[task].requests + outlook.costs[task].generation)
         if task in outlook.costs
         else UNKNOWN
         for task, evaluations in job.evaluations.items()
@@ -154,18 +154,18 @@ def _tasks(forecast: Forecast) -> str:
     models: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     for model, outlook in forecast.outlooks.items():
         for task, cost in outlook.costs.items():
-            models[task, cost.documents, cost.prefill, cost.generation].append(model)
+            models[task, cost.documents, cost.requests, cost.generation].append(model)
     if not models:
         return ""
     rows = [
         [
             task,
             f"{documents:,}",
-            f"{prefill:,}",
+            f"{requests:,}",
             f"≤{new:,}" if new else "0",
             _names(names, forecast),
         ]
-        for (task, documents, prefill, new), names in sorted(models.items())
+        for (task, documents, requests, new), names in sorted(models.items())
     ]
     return _table(["task", "documents", "tokens a node", "generated", "models"], rows)
 

@@ -28,11 +28,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from sparsity_atlas.criteria.base import Phase
     from sparsity_atlas.criteria.place import State
     from sparsity_atlas.sites.find import Part, Vectors
     from sparsity_atlas.sparsify.step import Step
-    from sparsity_atlas.terms import PlaceKey
+    from sparsity_atlas.terms import Phase, PlaceKey
 
 __all__ = ["Counter", "Drop", "NumericalFailure", "applied", "counted", "dropping", "sparsified"]
 

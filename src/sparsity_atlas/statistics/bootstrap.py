@@ -149,11 +149,8 @@ def estimate(samples: TaskSamples, replicates: int, seed: int = 0) -> Estimates:
     columns = np.vstack(
         [value, samples.zeros, samples.entries, dense, samples.weight, dense_zeros, dense_entries]
     )
-    units = samples.items
-    if samples.cluster is not None:
-        ids, member = np.unique(samples.cluster, return_inverse=True)
-        units = len(ids)
-        columns = np.stack([np.bincount(member, column, units) for column in columns])
+    columns = _by_unit(columns, samples.cluster)
+    units = columns.shape[1]
     sums = _resampled_sums(columns, replicates, (seed, samples.task))
     value, zeros, entries = (sums[:, i * levels : (i + 1) * levels] for i in range(3))
     dense, weight, dense_zeros, dense_entries = sums[:, 3 * levels :].T
@@ -176,6 +173,32 @@ def estimate(samples: TaskSamples, replicates: int, seed: int = 0) -> Estimates:
         dense_sparsity=dense_sparsity,
         failed=samples.failed,
     )
+
+
+def resampled_shares(
+    task: str,
+    zeros: np.ndarray,
+    entries: np.ndarray,
+    cluster: np.ndarray | None,
+    replicates: int,
+    seed: int,
+) -> np.ndarray:
+    """Sparsities of any counts of a task's samples, in the draws of its `estimate`.
+
+    Args:
+        task: its name.
+        zeros: [K, n].
+        entries: [K, n].
+        cluster: as `TaskSamples` has it.
+        replicates: B.
+        seed: of the draws.
+
+    Returns:
+        [1 + B, K]: as measured, then of each replicate; NaN without entries.
+    """
+    columns = _by_unit(np.vstack([zeros, entries]), cluster)
+    sums = _resampled_sums(columns, replicates, (seed, task))
+    return _ratio(sums[:, : len(zeros)], sums[:, len(zeros) :])
 
 
 def average(tasks: list[Estimates]) -> Estimates:
@@ -285,6 +308,14 @@ def _round_down(number: float, spread: float) -> float:
     return min(
         float(number), round(math.floor(number * 10.0**places + 1e-6) / 10.0**places, places)
     )
+
+
+def _by_unit(columns: np.ndarray, cluster: np.ndarray | None) -> np.ndarray:
+    """Columns [K, n] added up in what is drawn: [K, units]."""
+    if cluster is None:
+        return columns
+    ids, member = np.unique(cluster, return_inverse=True)
+    return np.stack([np.bincount(member, column, len(ids)) for column in columns])
 
 
 def _resampled_sums(columns: np.ndarray, replicates: int, key: tuple[int, str]) -> np.ndarray:

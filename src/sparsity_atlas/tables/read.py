@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.terms import AVERAGE, SPELLED, plain
+from sparsity_atlas.terms import AVERAGE, EVERY_PHASE, SPELLED, plain
 
 # In figures and tables: the FFN's most tolerant site first, several at once last.
 SITE_ORDER = (
@@ -31,7 +31,11 @@ _FLAGS = {"low_open", "high_open", "non_monotone", "resolved"}
 class Tables:
     """One frame for each CSV file that `summarize` writes, under the file's name.
 
-    Of experts.csv, which may have millions of rows, those of all tasks together.
+    Of experts.csv, which may have millions of rows, those of all tasks together; of curves.csv and layers.csv
+    those of all phases.
+
+    Attributes:
+        phases: rows of layers.csv for single phases; empty where no node has several.
     """
 
     critical_sparsity: pd.DataFrame
@@ -47,6 +51,7 @@ class Tables:
     scaling: pd.DataFrame
     models: pd.DataFrame
     failures: pd.DataFrame
+    phases: pd.DataFrame
 
     def of(self, model: str) -> Tables:
         """The rows of one model; `scaling`, which has no models, becomes empty."""
@@ -132,10 +137,12 @@ def read_tables(paths: Sequence[Path]) -> Tables:
         AtlasError: one of them is not given, missing or damaged.
     """
     given = {path.stem: path for path in paths}
-    missing = [one.name for one in fields(Tables) if one.name not in given]
+    names = [one.name for one in fields(Tables) if one.name != "phases"]
+    missing = [name for name in names if name not in given]
     if missing:
         raise AtlasError(f"tables: expected {missing[0]}.csv, found {', '.join(given) or 'none'}")
     tasks = {"experts": AVERAGE}
-    return Tables(
-        **{one.name: read_csv(given[one.name], tasks.get(one.name)) for one in fields(Tables)}
-    )
+    read = {name: read_csv(given[name], tasks.get(name)) for name in names}
+    single = {name: read[name]["phase"] != EVERY_PHASE for name in ("curves", "layers")}
+    phases = read["layers"][single["layers"]]
+    return Tables(**read | {name: read[name][~one] for name, one in single.items()}, phases=phases)

@@ -1,10 +1,10 @@
 """Stage `summarize`: the tables. Every number that a figure shows stands in one of them.
 
 critical_sparsity.csv   model × criterion × site × task × bar: critical and PPL-p% sparsity
-curves.csv              … × level: induced sparsity, score, retained accuracy, added loss
+curves.csv              … × level (× phase): induced sparsity, score, retained accuracy, added loss
 comparison.csv          model × site × task × sparsity × criterion: scores at equal induced sparsity, and
                         their paired differences from the first criterion
-layers.csv              … × level × tensor × layer: induced sparsity under the tasks, and, from the
+layers.csv              … × level (× phase) × tensor × layer: induced sparsity under the tasks, and, from the
                         captured text, induced sparsity and FFN-output error; of a calibrated
                         criterion what its level asked of the layer, and what its calibration got
 metrics.csv             model × tensor × layer (× part × expert): effective rank, Gini, Hoyer, zeros
@@ -45,6 +45,7 @@ from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.statistics.slopes import SCALING, Scaling
 from sparsity_atlas.tables.comparison import COMPARISON, comparison_rows
 from sparsity_atlas.tables.experts import EXPERTS, expert_rows
+from sparsity_atlas.tables.layer_table import ERRORS, LAYERS, captured_rows, error_rows, layer_rows
 from sparsity_atlas.terms import AVERAGE, NAMED_PARTS, plain
 
 
@@ -58,14 +59,11 @@ SIZES = ["parameters", "non_embedding_parameters", "layers"]
 ACTIVE = ["active_parameters", "active_non_embedding_parameters"]
 CRITICAL = [*KEY, *SIZES, *(one.name for one in fields(CriticalRow)), "cut_items", "windowed_items"]
 POINTS = [*KEY, *(one.name for one in fields(CurvePoint)), "parameter_sparsity"]
-LAYERS = [*KEY, "level", "tensor", "layer", "sparsity", "captured_sparsity", "output_error"]
-LAYERS += ["target_of", "target", "reached"]
 METRICS = ["model", "tensor", "layer", "tokens", "width", "effective_rank", "effective_rank_share"]
 METRICS += ["gini", "hoyer", "near_zero", "exact_zero", "rms"]
 MAGNITUDES = ["model", "tensor", "low", "high", "share"]
 # Further columns of the two where a model has parts that a tensor's name does not tell.
 PART = ["part", "expert"]
-ERRORS = [*KEY, "level", "sparsity", "error", "error_low", "error_high"]
 ALLOCATION = [*KEY, "allocation", "tensor", "layer", "sparsity", "damage", "own_sparsity"]
 SENSITIVITY = [*KEY, "level", "tensor", "layer", "sparsity"]
 SENSITIVITY += ["added_loss", "added_loss_low", "added_loss_high"]
@@ -116,37 +114,6 @@ def critical_rows(
         yield {**key, **sizes[key["model"]], **row, **cut}
 
 
-def layer_rows(
-    key: dict[str, str], curve: dict[str, Any], captured: list[dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
-    """A curve's rows of layers.csv, with those of its sparsity.parquet beside them."""
-    stored = {(row["level"], row["layer"]): row for row in captured}
-    for level, tensors in curve["layers"].items():
-        for tensor, shares in tensors.items():
-            for layer, share in enumerate(shares):
-                if share is None:  # dense here
-                    continue
-                beside = stored.get((level, layer), {})
-                asked = {one["tensor"]: one for one in beside.get("targets") or ()}.get(tensor, {})
-                yield {
-                    **key,
-                    **{"level": level, "tensor": tensor, "layer": layer, "sparsity": share},
-                    "captured_sparsity": beside.get("sparsity"),
-                    "output_error": beside.get("error"),
-                    "target_of": asked.get("of"),
-                    **{name: asked.get(name) for name in ("target", "reached")},
-                }
-
-
-def _captured(path: Path) -> list[dict[str, Any]]:
-    """Rows of a sparsity.parquet."""
-    # The stages' own modules bring zarr, which a model's summary does not need; here and below.
-    from sparsity_atlas.studies.output_error import SCHEMAS
-
-    rows: list[dict[str, Any]] = read_parquet(path, *SCHEMAS).to_pylist()
-    return rows
-
-
 def metric_rows(metrics: list[Path]) -> list[dict[str, Any]]:
     """Rows of metrics.csv and the histograms; `all_inputs` repeats other sites' tensors."""
     from sparsity_atlas.activations.metrics import SCHEMAS
@@ -176,24 +143,6 @@ def magnitude_rows(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 **{"model": model, "tensor": tensor, "part": part},
                 **{"low": float(low), "high": float(high)},
                 "share": float(count / max(counts.sum(), 1)),
-            }
-
-
-def error_rows(key: dict[str, str], captured: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """A curve's rows of output_error.csv, without levels of which a layer's dense output is all zeros."""
-    levels: dict[str, list[dict[str, Any]]] = {}
-    for row in captured:
-        levels.setdefault(row["level"], []).append(row)
-    for level, rows in levels.items():
-        errors = [row["error"] for row in rows]
-        if None not in errors:
-            yield {
-                **key,
-                "level": level,
-                "sparsity": float(np.mean([row["sparsity"] for row in rows])),
-                "error": float(np.mean(errors)),
-                "error_low": min(errors),
-                "error_high": max(errors),
             }
 
 
@@ -274,19 +223,20 @@ def write_tables(
     def read_curves(tables: dict[str, Table]) -> None:
         for path in curves:
             key, curve = _key(path), read_manifest(path)
-            captured = _captured(stored[path.parent]) if path.parent in stored else []
+            captured = captured_rows(stored[path.parent]) if path.parent in stored else []
             critical = list(critical_rows(key, curve, sizes))
             tables["critical_sparsity.csv"].add(critical)
             for row in critical:
                 scaling.add(row)
             tables["curves.csv"].add({**key, **row} for row in curve["points"])
+            tables["curves.csv"].add({**key, **row} for row in curve["phase_points"])
             tables["layers.csv"].add(layer_rows(key, curve, captured))
             tables["failures.csv"].add({**key, **row} for row in curve["failures"])
 
     critical = with_active(CRITICAL, sizes)
     columns = {"critical_sparsity.csv": critical, "curves.csv": POINTS, "layers.csv": LAYERS}
     write_side_by_side(folder, {**columns, "failures.csv": FAILURES}, read_curves)
-    errors = (row for path in sparsity for row in error_rows(_key(path), _captured(path)))
+    errors = (row for path in sparsity for row in error_rows(_key(path), captured_rows(path)))
     write_csv(folder / "output_error.csv", ERRORS, errors)
     write_csv(folder / "scaling.csv", SCALING, scaling.rows())
     write_csv(folder / "models.csv", with_active(MODELS, sizes), described)

@@ -1,4 +1,4 @@
-"""Criteria that take a prompt's mask for what follows it: prefill and decode told apart."""
+"""Criteria that take a prompt's mask for what follows it: prompt and what follows told apart."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_each_layer_remembers_its_own_neurons() -> None:
     assert zeros.sum(-1).tolist() == [[3 * (WIDTH - WIDTH // 4)] * 2] * len(ffns)
 
 
-def test_prefill_is_dense_and_generation_sparse(manifest: Path, tmp_path: Path) -> None:
+def test_the_prompt_is_dense_and_generation_sparse(manifest: Path, tmp_path: Path) -> None:
     tasks = {"words": write_task(tmp_path / "t", "words", rolling_documents(9, 4), **GENERATION)}
     node = Node.make({"rule": "prompt_mask"}, "intermediate", "0.5")
     evaluate_node(open_session(manifest, tasks), node, tmp_path / "node")
@@ -195,7 +195,7 @@ def test_prefill_is_dense_and_generation_sparse(manifest: Path, tmp_path: Path) 
     rows = table.to_pylist()
     assert any(row["generation_tokens"] for row in rows)
     for row in rows:
-        assert set(row["prefill_zeros"]) == {0}
+        assert set(row["prompt_zeros"]) == {0}
         assert set(row["generation_zeros"]) == {20 * row["generation_tokens"]}  # of 40 neurons
 
 
@@ -214,8 +214,8 @@ def test_batches_change_nothing(tmp_path: Path) -> None:
         tables.append(read_table(tmp_path / str(batch) / "samples.parquet")[1])
     one, five = (table.to_pylist() for table in tables)
     for left, right in zip(one, five, strict=True):
-        assert left["prefill_zeros"] == right["prefill_zeros"]
-        assert left["generation_zeros"] == right["generation_zeros"]
+        for phase in ("scoring", "prompt", "generation"):
+            assert left[f"{phase}_zeros"] == right[f"{phase}_zeros"]
         assert left["nats"] == pytest.approx(right["nats"], abs=1e-3)
 
 
@@ -237,7 +237,7 @@ def test_options_of_a_question_do_not_share_their_row(
     evaluate_node(open_session(manifest, tasks), node, tmp_path / "alone")
     tables = [read_table(tmp_path / name / "samples.parquet")[1] for name in ("node", "alone")]
     for left, right in zip(*(table.to_pylist() for table in tables), strict=True):
-        assert left["prefill_zeros"] == right["prefill_zeros"]
+        assert left["scoring_zeros"] == right["scoring_zeros"]
         assert left["nats"] == pytest.approx(right["nats"], abs=1e-4)
 
 

@@ -16,8 +16,9 @@ import pytest
 from sparsity_atlas.curves import curve
 from sparsity_atlas.curves.curve import parameter_sparsity
 from sparsity_atlas.curves.equal_sparsity import read_equal
+from sparsity_atlas.curves.node_samples import NodeSamples
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.evaluation.samples import SCHEMA, SampleTable
+from sparsity_atlas.evaluation.samples import SCHEMA, SampleTable, read_table
 from sparsity_atlas.files.whole import read_manifest, write_manifest
 from sparsity_atlas.tables import summarize
 
@@ -29,12 +30,13 @@ Scores = dict[str, Any]
 
 
 def row(task: str, leaf: str, item: int, slots: list, zeros: int, **values: Any) -> dict[str, Any]:
-    """A sample of 3 prefill tokens and 2 generated ones; `zeros` of each 10 entries are zero."""
+    """A sample of 3 tokens of a prompt and 2 generated ones; `zeros` of each 10 entries are zero."""
     return {
         **{"task": task, "leaf": leaf, "doc_id": item, "doc_hash": f"h{item}", "cluster": None},
-        **{"metrics": [], "nats": 0.0, "predicted": 1, "prefill_tokens": 3, "unique_tokens": 3},
-        **{"generation_tokens": 2, "cut_tokens": 0, "windows": 0},
-        "prefill_zeros": [3 * zeros * (slot[0] == "intermediate") for slot in slots],
+        **{"metrics": [], "nats": 0.0, "predicted": 1, "cut_tokens": 0, "windows": 0},
+        **{"scoring_tokens": 0, "prompt_tokens": 3, "generation_tokens": 2, "denoising_tokens": 0},
+        **{"unique_tokens": 3, "scoring_zeros": [], "denoising_zeros": [], "unique_zeros": []},
+        "prompt_zeros": [3 * zeros * (slot[0] == "intermediate") for slot in slots],
         "generation_zeros": [2 * zeros * (slot[0] == "intermediate") for slot in slots],
         **values,
     }
@@ -51,7 +53,7 @@ def write_node(
     table = SampleTable(slots)
     results: dict[str, Any] = {}
     share = {
-        **{"total": zeros / 10, "prefill": zeros / 10, "generation": zeros / 10},
+        **{"total": zeros / 10, "prompt": zeros / 10, "generation": zeros / 10},
         "layers": [zeros / 10] * 2,
         **{"zero_products": 7 * zeros, "products": 70, "outputs": [7, 7]},
     }
@@ -89,7 +91,7 @@ def write_node(
             for item in range(20)
         ]
         # An empty document, as a text may have.
-        empty = {"prefill_tokens": 0, "unique_tokens": 0, "generation_tokens": 0}
+        empty = {"prompt_tokens": 0, "unique_tokens": 0, "generation_tokens": 0}
         empty |= {"nats": 0.0, "predicted": 0}
         rows["pages"].append(row("pages", "pages", 20, slots, 0, **empty))
         results["pages"] = {
@@ -178,7 +180,9 @@ def test_known_numbers(tmp_path: Path) -> None:
     assert 0.6 <= critical(content, "group", 0.95)["value"] <= 0.8
     assert content["layers"]["0.8"] == {"intermediate": [0.4, 0.4]}
     assert content["layers"]["0.6"] == {}
-    assert content["phases"]["0.8"]["group"]["intermediate"] == {"prefill": 0.4, "generation": 0.4}
+    both = {phase: {"intermediate": [0.4, 0.4]} for phase in ("prompt", "generation")}
+    assert content["phases"]["0.8"] == both
+    assert content["phases"]["0.6"] == {}
     assert content["failures"] == [
         {"level": "0.6", "task": task, "reason": "NaN or infinity in 'intermediate' of layer 1"}
         for task in ("group", "pages")
@@ -214,32 +218,33 @@ def test_a_search_that_chose_no_level(tmp_path: Path) -> None:
 def test_samples_that_differ_from_dense(tmp_path: Path) -> None:
     run(tmp_path)
     node = tmp_path / "small" / "topp" / "intermediate" / "0.8"
-    header, table = curve.read_table(node / "samples.parquet")
+    header, table = read_table(node / "samples.parquet")
     rows = table.to_pylist()
     rows[7]["doc_hash"] = "another"
     by_task = {name: [one for one in rows if one["task"] == name] for name in header["tasks"]}
     tables = {name: pa.Table.from_pylist(some, SCHEMA) for name, some in by_task.items()}
     SampleTable(header["slots"], header["tasks"], tables).write(node / "samples.parquet")
-    dense = curve.NodeSamples(tmp_path / "small" / "dense", "intermediate")
+    dense = NodeSamples(tmp_path / "small" / "dense", "intermediate")
     with pytest.raises(AtlasError, match=r"0\.8: samples of 'group' differ from the dense"):
-        curve.task_samples("group", None, dense, [curve.NodeSamples(node, "intermediate")])
+        curve.task_samples("group", None, dense, [NodeSamples(node, "intermediate")])
 
 
 def test_a_level_whose_metric_lacks_in_a_document(tmp_path: Path) -> None:
     """That level failed for the task; the others, and the other task, have their points."""
     run(tmp_path)
     node = tmp_path / "small" / "topp" / "intermediate" / "0.8"
-    header, table = curve.read_table(node / "samples.parquet")
+    header, table = read_table(node / "samples.parquet")
     rows = table.to_pylist()
     lacking = next(one for one in rows if one["task"] == "group")
     lacking["metrics"] = []
     by_task = {name: [one for one in rows if one["task"] == name] for name in header["tasks"]}
     tables = {name: pa.Table.from_pylist(some, SCHEMA) for name, some in by_task.items()}
     SampleTable(header["slots"], header["tasks"], tables).write(node / "samples.parquet")
-    dense = curve.NodeSamples(tmp_path / "small" / "dense", "intermediate")
-    nodes = {level: curve.NodeSamples(node.parent / level, "intermediate") for level in LEVELS}
-    estimates = curve.estimate_all(curve.all_samples(dense, nodes, SETTINGS), 100, 1)
-    content = curve.build(dense, nodes, estimates, SETTINGS, "intermediate")
+    dense = NodeSamples(tmp_path / "small" / "dense", "intermediate")
+    nodes = {level: NodeSamples(node.parent / level, "intermediate") for level in LEVELS}
+    samples = curve.all_samples(dense, nodes, SETTINGS)
+    estimates = curve.estimate_all(samples, 100, 1)
+    content = curve.build(dense, nodes, samples, estimates, SETTINGS, "intermediate")
     assert {
         **{"level": "0.8", "task": "group"},
         "reason": f"tasks.group: metric: 'acc,none' is missing in 1 of {ITEMS} documents; choose one that "
@@ -254,7 +259,7 @@ def test_a_level_whose_metric_lacks_in_a_document(tmp_path: Path) -> None:
 
 def test_clusters_are_resampled_together(tmp_path: Path) -> None:
     def clustered(folder: Path) -> None:
-        header, table = curve.read_table(folder / "samples.parquet")
+        header, table = read_table(folder / "samples.parquet")
         rows = table.to_pylist()
         for one in rows:
             one["cluster"] = f"c{one['doc_id'] % 5}"
@@ -266,8 +271,8 @@ def test_clusters_are_resampled_together(tmp_path: Path) -> None:
     node = tmp_path / "small" / "topp" / "intermediate" / "0.8"
     clustered(tmp_path / "small" / "dense")
     clustered(node)
-    dense = curve.NodeSamples(tmp_path / "small" / "dense", "intermediate")
-    samples = curve.task_samples("group", None, dense, [curve.NodeSamples(node, "intermediate")])
+    dense = NodeSamples(tmp_path / "small" / "dense", "intermediate")
+    samples = curve.task_samples("group", None, dense, [NodeSamples(node, "intermediate")])
     assert samples is not None
     assert samples.cluster is not None
     assert np.array_equal(samples.cluster, np.arange(ITEMS) % 5)
@@ -303,8 +308,8 @@ def test_the_summary_of_a_model(tmp_path: Path) -> None:
 def two_tensors(folder: Path, zeros: dict[tuple[str, int], int], nats: float) -> None:
     """A node of both tensors in two layers, with these zeros a token; 20 documents of 10 tokens."""
     counts = [10 * zeros.get((tensor, layer), 0) for tensor, layer, _ in SLOTS]
-    values = {"prefill_tokens": 10, "prefill_zeros": counts, "generation_tokens": 0}
-    values |= {"generation_zeros": [0] * len(SLOTS), "predicted": 10}
+    values = {"scoring_tokens": 10, "scoring_zeros": counts, "prompt_tokens": 0, "prompt_zeros": []}
+    values |= {"generation_tokens": 0, "generation_zeros": [0] * len(SLOTS), "predicted": 10}
     rows = [row("pages", "pages", i, SLOTS, 0, **values, nats=10 * nats) for i in range(20)]
     result = {
         **{"status": "ok", "items": 20, "output_types": ["loglikelihood_rolling"]},
@@ -327,8 +332,8 @@ def test_equal_sparsity_is_read_over_parameters_too(tmp_path: Path) -> None:
     two_tensors(tmp_path / "dense", {}, 3.0)
     two_tensors(tmp_path / "0.8", {("input", 0): 4}, 3.1)  # 4 of 28; 80 of 184
     two_tensors(tmp_path / "0.5", {("input", 0): 4, ("input", 1): 4}, 3.4)  # 8 of 28; 104 of 184
-    dense = curve.NodeSamples(tmp_path / "dense", "all_inputs")
-    nodes = {name: curve.NodeSamples(tmp_path / name, "all_inputs") for name in ("0.8", "0.5")}
+    dense = NodeSamples(tmp_path / "dense", "all_inputs")
+    nodes = {name: NodeSamples(tmp_path / name, "all_inputs") for name in ("0.8", "0.5")}
     assert dense.outputs("pages").tolist() == [20, 4, 6, 4]
     for of, wanted in (("entries", [4 / 28, 8 / 28]), ("parameters", [80 / 184, 104 / 184])):
         samples = curve.task_samples("pages", None, dense, list(nodes.values()), of)

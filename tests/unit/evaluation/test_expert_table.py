@@ -347,8 +347,10 @@ def test_experts_add_up_to_the_sample_table(
     for task in tasks:
         own = [row for row in samples.to_pylist() if row["task"] == task]
         counts = found(table, task)
-        for phase, account in (("prefill", 0), ("unique", 1), ("generation", 0)):
-            phases = ("generation",) if phase == "generation" else ("scoring", "prompt")
+        for phase, account in (("scoring", 0), ("prompt", 0), ("generation", 0), ("unique", 1)):
+            phases = ("scoring", "prompt") if phase == "unique" else (phase,)
+            if not any(row[f"{phase}_tokens"] for row in own):
+                continue
             for (tensor, layer), place in zip(slots, places, strict=True):
                 added = sum(counts[one, layer, tensor][account].sum(1) for one in phases)
                 # Each of a token's experts reads the same input.

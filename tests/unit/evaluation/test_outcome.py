@@ -9,7 +9,7 @@ import pytest
 
 from sparsity_atlas.evaluation.outcome import sparsity
 from sparsity_atlas.sparsify.counted_vectors import Slot
-from sparsity_atlas.terms import PlaceKey
+from sparsity_atlas.terms import ACCOUNTS, PlaceKey
 
 
 def test_a_layer_is_stated_once_with_all_of_its_parts() -> None:
@@ -22,8 +22,9 @@ def test_a_layer_is_stated_once_with_all_of_its_parts() -> None:
     ]
     zeros = np.array([[5, 3, 24, 2], [4, 6, 6, 0]])
     usage = SimpleNamespace(
-        zeros={"prefill": zeros, "generation": 0 * zeros, "unique": zeros},
-        tokens={"prefill": np.array([1, 2]), "generation": np.zeros(2), "unique": np.array([1, 2])},
+        zeros=dict.fromkeys(ACCOUNTS, 0 * zeros) | {"scoring": zeros, "unique": zeros},
+        tokens=dict.fromkeys(ACCOUNTS, np.zeros(2))
+        | {"scoring": np.array([1, 2]), "unique": np.array([1, 2])},
     )
     found = sparsity([usage], slots)
     assert list(found) == ["intermediate", "input"]

@@ -142,7 +142,7 @@ def test_dense_zeros_are_those_of_the_parts(session: Session, dense: Path) -> No
     for name in ("ffn", "shared", "experts"):
         samples = NodeSamples(dense, f"intermediate@{name}")
         rows = samples.rows("pages")
-        flat = rows["prefill_zeros"].combine_chunks().flatten().to_numpy().reshape(len(rows), -1)
+        flat = rows["scoring_zeros"].combine_chunks().flatten().to_numpy().reshape(len(rows), -1)
         own = [i for (part, _), i in header.items() if part == name]
         assert samples.zeros(rows).tolist() == flat[:, own].sum(1).tolist()
         zeros[name] = sparsity_at(dense / "samples.parquet", f"intermediate@{name}", ["pages"])

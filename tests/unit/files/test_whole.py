@@ -22,6 +22,7 @@ from sparsity_atlas.files.whole import (
     write_atomically,
     write_manifest,
 )
+from sparsity_atlas.terms import ACCOUNTS
 
 
 def test_a_writer_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
@@ -91,10 +92,10 @@ def test_digests_do_not_depend_on_the_order_of_keys() -> None:
 def sample(task: str, item: int) -> dict:
     return {
         **{"task": task, "leaf": task, "doc_id": item, "doc_hash": "h", "cluster": None},
-        **{"metrics": [("acc,none", 1.0)], "nats": 0.1, "predicted": 3, "prefill_tokens": 4},
+        **{"metrics": [("acc,none", 1.0)], "nats": 0.1, "predicted": 3},
         **{"cut_tokens": 0, "windows": 0},
-        **{"prefill_zeros": [1, 2], "generation_tokens": 0, "generation_zeros": [0, 0]},
-        **{"unique_tokens": 3, "unique_zeros": [1, 1]},
+        **{f"{account}_tokens": 4 for account in ACCOUNTS},
+        **{f"{account}_zeros": [1, 2] for account in ACCOUNTS},
     }
 
 

@@ -16,6 +16,7 @@ from plain_lm import answers, assert_same, flat, plainly, through_atlas
 from sparsity_atlas.evaluation.evaluate import Session, evaluate_node
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.samples import read_table
+from sparsity_atlas.terms import ACCOUNTS
 from tiny_lm import (
     CHOICE,
     GENERATION,
@@ -205,8 +206,9 @@ def test_batch_size_changes_no_accuracy_and_no_count(
                 assert many["scores"][leaf][key] == pytest.approx(value, rel=tolerance, abs=0)
     for one, many in zip(*tables, strict=True):
         assert one["nats"] == pytest.approx(many["nats"], abs=1e-4)
-        for key in ("prefill_zeros", "generation_zeros", "prefill_tokens", "generation_tokens"):
-            assert one[key] == many[key]
+        for account in ACCOUNTS:
+            assert one[f"{account}_zeros"] == many[f"{account}_zeros"]
+            assert one[f"{account}_tokens"] == many[f"{account}_tokens"]
 
 
 # Counts
@@ -259,10 +261,11 @@ def test_counts_of_scored_requests(catalogue: dict, manifest: Path, tmp_path: Pa
             known.add(key)
             scores = logits.log_softmax(-1)[context - 1 :]
             nats -= float(scores.gather(1, torch.tensor(whole[context:])[:, None]).sum())
-        assert row["prefill_zeros"] == zeros.tolist()
-        assert row["prefill_tokens"] == tokens
-        assert row["generation_tokens"] == 0
-        assert row["generation_zeros"] == [0, 0]
+        assert row["scoring_zeros"] == zeros.tolist()
+        assert row["scoring_tokens"] == tokens
+        for phase in ("prompt", "generation", "denoising"):
+            assert row[f"{phase}_tokens"] == 0
+            assert row[f"{phase}_zeros"] == []
         assert row["nats"] == pytest.approx(nats, abs=1e-3)
 
 
@@ -289,7 +292,8 @@ def test_as_many_tokens_as_lm_eval_runs(
     monkeypatch.setattr(HFLM, "_model_call", counting)
     # Windows of whole documents are merged in batches, if at all: not at batch size 1.
     plainly(session, name, Path({**catalogue, "again": entry}[name]["include"]), 1)
-    assert result["tokens"]["prefill"] == run
+    assert result["tokens"]["scoring"] == run
+    assert result["tokens"]["prompt"] == 0
 
 
 def test_a_question_that_comes_again_counts_with_the_first(manifest: Path, tmp_path: Path) -> None:
@@ -298,9 +302,9 @@ def test_a_question_that_comes_again_counts_with_the_first(manifest: Path, tmp_p
     evaluate_node(open_session(manifest, {"again": entry}), node, tmp_path / "node")
     rows = read_table(tmp_path / "node" / "samples.parquet")[1].to_pylist()
     for first, second in zip(rows[:3], rows[3:], strict=True):
-        assert second["prefill_tokens"] == sum(second["prefill_zeros"]) == 0
-        assert first["prefill_tokens"] == first["unique_tokens"] == second["unique_tokens"]
-        assert first["unique_zeros"] == second["unique_zeros"] == first["prefill_zeros"]
+        assert second["scoring_tokens"] == sum(second["scoring_zeros"]) == 0
+        assert first["scoring_tokens"] == first["unique_tokens"] == second["unique_tokens"]
+        assert first["unique_zeros"] == second["unique_zeros"] == first["scoring_zeros"]
         assert first["nats"] == second["nats"]
 
 
@@ -315,8 +319,8 @@ def test_counts_without_repetition(catalogue: dict, manifest: Path, tmp_path: Pa
         if row["leaf"] not in documents:
             # A prompt stands once, however often it is continued.
             share = 2 if row["leaf"] == "twice" else 1
-            assert share * row["unique_tokens"] == row["prefill_tokens"]
-            assert [share * n for n in row["unique_zeros"]] == row["prefill_zeros"]
+            assert share * row["unique_tokens"] == row["prompt_tokens"]
+            assert [share * n for n in row["unique_zeros"]] == row["prompt_zeros"]
             continue
         document = documents[row["leaf"]][row["doc_id"]]
         prefixes = set()
@@ -350,8 +354,8 @@ def test_counts_of_generation(catalogue: dict, manifest: Path, tmp_path: Path) -
             made = decode(ids[prompt:], skip_special_tokens=False)
             if ids[-1] == tokenizer.eos_token_id or "e" in made or "\n" in made:
                 break
-        assert row["prefill_tokens"] == prompt
-        assert row["prefill_zeros"] == by_hand(session, ids[:prompt], 0.45)[0].tolist()
+        assert row["prompt_tokens"] == prompt
+        assert row["prompt_zeros"] == by_hand(session, ids[:prompt], 0.45)[0].tolist()
         # The last token that a row generates is never fed.
         assert row["generation_tokens"] == len(ids) - prompt - 1
         assert row["generation_zeros"] == zeros.tolist()
@@ -382,7 +386,7 @@ def test_requests_in_one_row_are_both_credited(
     assert [shape[0] for shape in shapes] == [len({one["context"] for one in letter_documents()})]
     for row, document in zip(rows, letter_documents(), strict=True):
         ids = session.lm.tok_encode(document["context"])
-        assert row["prefill_tokens"] == len(ids) + len(session.lm.tok_encode(" A")) - 1
+        assert row["scoring_tokens"] == len(ids) + len(session.lm.tok_encode(" A")) - 1
 
 
 def test_all_zero_rows_and_natural_zeros_count(catalogue: dict, tmp_path: Path) -> None:
@@ -549,8 +553,8 @@ def test_empty_documents_cost_nothing(
     session = open_session(manifest, {"pages": entry})
     evaluate_node(session, None, tmp_path / "dense")
     rows = read_table(tmp_path / "dense" / "samples.parquet")[1].to_pylist()
-    assert rows[0]["prefill_tokens"] == rows[0]["predicted"] == rows[0]["nats"] == 0
-    assert rows[1]["prefill_tokens"] == rows[1]["predicted"] > 0
+    assert rows[0]["scoring_tokens"] == rows[0]["predicted"] == rows[0]["nats"] == 0
+    assert rows[1]["scoring_tokens"] == rows[1]["predicted"] > 0
 
 
 def test_a_continuation_longer_than_the_context_fails_its_task(

@@ -25,6 +25,7 @@ from sparsity_atlas.sites.experts.experts_modules import experts_modules
 from sparsity_atlas.sites.experts.routing import recorded, repeated
 from sparsity_atlas.sites.find import find_parts
 from sparsity_atlas.sparsify.attach import counted, sparsified
+from sparsity_atlas.terms import ACCOUNTS
 from tiny_lm import (
     CHOICE,
     GENERATION,
@@ -239,8 +240,9 @@ def test_batch_size_changes_no_accuracy_and_no_count(
     for one, *others in zip(*tables, strict=True):
         for many in others:
             assert one["nats"] == pytest.approx(many["nats"], abs=1e-4)
-            for key in ("prefill_zeros", "generation_zeros", "prefill_tokens", "generation_tokens"):
-                assert one[key] == many[key]
+            for account in ACCOUNTS:
+                assert one[f"{account}_zeros"] == many[f"{account}_zeros"]
+                assert one[f"{account}_tokens"] == many[f"{account}_tokens"]
 
 
 # Routing

@@ -113,7 +113,7 @@ def test_tokens_are_those_of_the_evaluation(
 
     cost = outlook.costs[task]
     assert cost.documents == real["items"] == (limit or len(documents))
-    assert cost.prefill == real["tokens"]["prefill"]
+    assert cost.requests == real["tokens"]["scoring"] + real["tokens"]["prompt"]
     if task == "generation":
         # Of the 12 tokens that it may generate, the last is not fed back.
         assert real["tokens"]["generation"] <= cost.generation == 11 * cost.documents
@@ -154,7 +154,7 @@ def test_equal_requests_are_run_once(model_folder: Path, tmp_path: Path) -> None
     tasks = load_tasks({"letters": entry}, config.seed)
     cost = look(config, "tiny", tasks, tmp_path / "none.json", Unknowns()).costs["letters"]
     # Four options of one token share a row; more than one row's tokens are padding alone.
-    assert cost.prefill <= cost.positions < 2 * cost.prefill
+    assert cost.requests <= cost.positions < 2 * cost.requests
 
 
 @pytest.mark.parametrize("sites", [["input"], ["gate"], ["all_inputs", "up"]])
@@ -454,7 +454,7 @@ def test_a_study_of_single_layers(model_folder: Path, tmp_path: Path) -> None:
 def test_a_job_builds_its_requests_once() -> None:
     cost = TaskCost(
         documents=10,
-        prefill=100,
+        requests=100,
         generation=0,
         positions=100,
         steps=0,

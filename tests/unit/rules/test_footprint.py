@@ -76,7 +76,7 @@ def largest(**numbers: int) -> dict[str, int]:
 def evaluated(results: Path, **tasks: dict[str, int]) -> None:
     """A dense baseline with the largest batches of some tasks."""
     found = {
-        name: {"status": "ok", "tokens": {"prefill": 1}, "largest": one}
+        name: {"status": "ok", "tokens": {"scoring": 1}, "largest": one}
         for name, one in tasks.items()
     }
     failed = {"failed": {"status": "failed", "reason": "NaN"}}
@@ -114,7 +114,7 @@ def test_the_largest_batch_counts_with_the_vocabulary(tmp_path: Path) -> None:
 
 def test_results_of_an_earlier_version_are_no_error(tmp_path: Path) -> None:
     with_manifest(tmp_path)
-    task = {"status": "ok", "tokens": {"prefill": 1}}
+    task = {"status": "ok", "tokens": {"scoring": 1}}
     write_manifest(tmp_path / "m/dense/eval.json", {"tasks": {"a": task}})
     own = Needs(config(device="cpu"), str(tmp_path))
     assert own.largest("m") == Largest(16 * 2048, 2048, 16 * 2048, 16 * 2048**2)
@@ -163,7 +163,7 @@ def test_minutes_come_from_the_tokens_of_the_dense_baseline(tmp_path: Path) -> N
         "a": {
             "status": "ok",
             "largest": largest(),
-            "tokens": {"prefill": 2_000_000, "generation": 1_000_000},
+            "tokens": {"scoring": 2_000_000, "generation": 1_000_000},
         },
         "b": {"status": "failed", "reason": "NaN"},
     }

@@ -13,8 +13,8 @@ from sparsity_atlas.criteria.built_in.topk import TopK
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparsity_atlas.criteria.base import Phase
     from sparsity_atlas.criteria.place import Place
+    from sparsity_atlas.terms import Phase
 
 
 class PromptMask(SequenceCriterion):

@@ -1,0 +1,83 @@
+"""Layer by layer: induced sparsity under the tasks and on the captured text, and output errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsity_atlas.files.parquet import read_parquet
+from sparsity_atlas.terms import EVERY_PHASE
+
+_KEY = ["model", "criterion", "site"]
+LAYERS = [
+    *_KEY,
+    "level",
+    "phase",
+    "tensor",
+    "layer",
+    "sparsity",
+    "captured_sparsity",
+    "output_error",
+]
+LAYERS += ["target_of", "target", "reached"]
+ERRORS = [*_KEY, "level", "sparsity", "error", "error_low", "error_high"]
+
+
+def layer_rows(
+    key: dict[str, str], curve: dict[str, Any], captured: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """A curve's rows of layers.csv, with those of its sparsity.parquet beside them."""
+    stored = {(row["level"], row["layer"]): row for row in captured}
+    for level, tensors in curve["layers"].items():
+        for tensor, shares in tensors.items():
+            for layer, share in enumerate(shares):
+                if share is None:  # dense here
+                    continue
+                beside = stored.get((level, layer), {})
+                asked = {one["tensor"]: one for one in beside.get("targets") or ()}.get(tensor, {})
+                yield {
+                    **key,
+                    **{"level": level, "phase": EVERY_PHASE},
+                    **{"tensor": tensor, "layer": layer, "sparsity": share},
+                    "captured_sparsity": beside.get("sparsity"),
+                    "output_error": beside.get("error"),
+                    "target_of": asked.get("of"),
+                    **{name: asked.get(name) for name in ("target", "reached")},
+                }
+    for level, phases in curve["phases"].items():
+        for phase, tensors in phases.items():
+            for tensor, shares in tensors.items():
+                for layer, share in enumerate(shares):
+                    if share is not None:
+                        place = {"level": level, "phase": phase, "tensor": tensor, "layer": layer}
+                        yield {**dict.fromkeys(LAYERS), **key, **place, "sparsity": share}
+
+
+def captured_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a sparsity.parquet."""
+    # It brings zarr, which a model's summary does not need.
+    from sparsity_atlas.studies.output_error import SCHEMAS
+
+    rows: list[dict[str, Any]] = read_parquet(path, *SCHEMAS).to_pylist()
+    return rows
+
+
+def error_rows(key: dict[str, str], captured: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A curve's rows of output_error.csv, without levels of which a layer's dense output is all zeros."""
+    levels: dict[str, list[dict[str, Any]]] = {}
+    for row in captured:
+        levels.setdefault(row["level"], []).append(row)
+    for level, rows in levels.items():
+        errors = [row["error"] for row in rows]
+        if None not in errors:
+            yield {
+                **key,
+                "level": level,
+                "sparsity": float(np.mean([row["sparsity"] for row in rows])),
+                "error": float(np.mean(errors)),
+                "error_low": min(errors),
+                "error_high": max(errors),
+            }
