@@ -10,14 +10,15 @@ from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config
 from sparsity_atlas.figures import FIGURES
 from sparsity_atlas.loading.contents import speaks_of_experts
+from sparsity_atlas.tasks import local_files
 
 
 def wanted(config: Config) -> list[str]:
     """Names of the figures of a run, without those that have nothing to compare or to show.
 
-    Whether tasks have a loss or an accuracy, and which phases, is not known before they ran, nor whether a
-    model of the Hub has experts before it is fetched: such a figure is drawn in any case, and the report
-    leaves it out.
+    Whether tasks have a loss or an accuracy is not known before they ran, nor whether tasks of lm-eval's own
+    generate, nor whether a model of the Hub has experts before it is fetched: such a figure is drawn in any
+    case, and the report leaves it out.
     """
     curves = grid.curves(config)
     places = Counter((curve.model, curve.site) for curve in curves)
@@ -25,6 +26,7 @@ def wanted(config: Config) -> list[str]:
     there = {
         **dict.fromkeys(("criteria", "comparison", "comparison_error"), max(places.values()) > 1),
         "scaling": len(grid.models(config)) > 1,
+        "phase_sparsity": _may_generate(config),
         **dict.fromkeys(("expert_sparsity", "expert_load"), _may_have_experts(config)),
         "sensitivity": any(curve.sensitivity for curve in curves),
         **dict.fromkeys(
@@ -36,6 +38,16 @@ def wanted(config: Config) -> list[str]:
         ),
     }
     return [name for name in FIGURES if there.get(name, True)]
+
+
+def _may_generate(config: Config) -> bool:
+    """Whether a task may have several phases: a prompt, and what is generated after it."""
+    names = dict.fromkeys(task for curve in grid.curves(config) for task in curve.tasks)
+    types = (
+        local_files.output_types(entry.include, entry.task or name, entry.override)
+        for name, entry in ((name, config.tasks[name]) for name in names)
+    )
+    return any(found is None or local_files.GENERATED in found for found in types)
 
 
 def _may_have_experts(config: Config) -> bool:

@@ -26,6 +26,8 @@ from sparsity_atlas.tasks.code import files_below, import_roots, module_files, r
 LARGEST = 2**20
 # Keys of a task's YAML whose texts say where its documents are: files, folders and patterns.
 _DATA = ("dataset_path", "dataset_kwargs", "metadata")
+# The output type of tasks that are answered by generated text.
+GENERATED = "generate_until"
 # With one of these, code of the task's own does what it likes with the data.
 _OWN = ("custom_dataset", "class")
 
@@ -202,6 +204,40 @@ def members(include: str, name: str) -> set[str]:
         for one in entries
         for member in _named_members(one.content.get("task"), written_out=False)
     }
+
+
+def output_types(
+    include: str | None, name: str, override: dict[str, Any] | None = None
+) -> set[str] | None:
+    """What lm-eval asks a model for in a task of a folder, and in a group's members.
+
+    Args:
+        include: see `find`.
+        name: see `find`.
+        override: see `find`.
+
+    Returns:
+        Values of `output_type`; None where the folder's YAML does not say it of all of them: tasks of
+        lm-eval's own, and such with code of their own.
+
+    Raises:
+        AtlasError: a YAML file of the folder cannot be read.
+    """
+    catalogue = _catalogue(Path(include)) if include is not None else {}
+    entries = _members(catalogue, name, set())
+    found = set()
+    for entry in entries:
+        members = entry.content.get("task")
+        if isinstance(members, list):
+            # Settings that stand in the group itself may be any.
+            if not all(isinstance(one, str) and one in catalogue for one in members):
+                return None
+        elif any(key in entry.content for key in _OWN):
+            return None
+        else:
+            # Where nothing is said lm-eval generates.
+            found.add(str({**entry.content, **(override or {})}.get("output_type", GENERATED)))
+    return found or None
 
 
 def _members(catalogue: dict[str, list[_Entry]], name: str, seen: set[str]) -> list[_Entry]:

@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from checkout import ROOT
 from fake_results import make_results, make_tables
 from mixtures import GIVEN, decorated
 from sparsity_atlas.config.schema import Config, parse
@@ -21,7 +22,9 @@ from sparsity_atlas.tables.read import Tables
 COMPARED = {"criteria", "comparison", "comparison_error"}
 ALLOCATED = {"allocation", "allocation_damage"}
 ROUTED = {"expert_sparsity", "expert_load"}
-ONE = {"models": ["a"], "criteria": ["topp"], "sites": ["input", "up"]}
+PHASES = {"phase_sparsity"}
+TASKS = str(ROOT / "workflow/resources/tasks")
+ONE = {"models": ["a"], "criteria": ["topp"], "sites": ["input", "up"], "tasks": ["prose"]}
 
 
 def config_of(*blocks: dict[str, Any]) -> Config:
@@ -30,7 +33,10 @@ def config_of(*blocks: dict[str, Any]) -> Config:
             "models": {name: {"path": name} for name in ("a", "b")},
             "criteria": {"topp": {}, "topk": {}, "teal": {"allocation": "greedy"}},
             "texts": {"prose": {"file": "prose.jsonl"}},
-            "tasks": {"prose": {}},
+            "tasks": {
+                "prose": {"task": "atlas_prose", "include": TASKS},
+                "gsm8k": {},
+            },
             "calibration": {"tokens": 256},
             "run": list(blocks),
         }
@@ -53,7 +59,7 @@ def config_of(*blocks: dict[str, Any]) -> Config:
     ],
 )
 def test_what_a_run_can_fill(blocks: list[dict[str, Any]], absent: set[str]) -> None:
-    assert set(FIGURES) - set(wanted(config_of(*blocks))) == absent | ROUTED
+    assert set(FIGURES) - set(wanted(config_of(*blocks))) == absent | ROUTED | PHASES
 
 
 @pytest.mark.parametrize("family", ["olmoe", "llama"])
@@ -66,6 +72,12 @@ def test_experts_where_a_model_may_have_some(
     assert not ROUTED & set(wanted(config_of(ONE)))
     both = config_of({**ONE, "models": ["a", "b"]})
     assert bool(ROUTED & set(wanted(both))) == (family == "olmoe")
+
+
+def test_phases_where_a_task_may_generate() -> None:
+    assert not PHASES & set(wanted(config_of(ONE)))
+    # What lm-eval's own task does is known when it is loaded.
+    assert set(wanted(config_of(ONE, {**ONE, "tasks": ["gsm8k"]}))) >= PHASES
 
 
 def test_of_a_model_of_the_hub_nobody_knows_before_it_is_here() -> None:

@@ -130,8 +130,8 @@ def test_links_lead_somewhere_and_what_is_shown_is_named(text):
 def test_every_figure_and_every_model_is_there(finished, text):
     tables, figures = finished
     parsed = Page(text)
-    # No model of this run has experts, and every criterion is uniform.
-    empty = ["expert_sparsity", "expert_load", "allocation_damage", "allocation"]
+    # No model of this run has experts, every criterion is uniform, and tasks have one phase.
+    empty = ["phase_sparsity", "expert_sparsity", "expert_load", "allocation_damage", "allocation"]
     assert {path.stem for path in figures if shows_nothing(path.read_bytes())} == set(empty)
     shown = [figure["id"] for figure in parsed.all("h3") if figure["id"].startswith("figure-")]
     assert shown == [f"figure-{name}" for name in FIGURES if name not in empty]

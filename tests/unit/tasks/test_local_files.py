@@ -508,3 +508,31 @@ def test_an_edited_helper_is_imported_anew(tmp_path: Path) -> None:
         assert first_prompt(lambda entry=entry: load_tasks({"one": entry}, 1)["one"]).startswith(
             prefix
         )
+
+
+def test_what_a_task_asks_a_model_for(tmp_path: Path) -> None:
+    files = {
+        "base": {"output_type": "multiple_choice", "doc_to_text": ""},
+        "options": {"task": "options", "include": "base.yaml"},
+        "pages": {"task": "pages", "tag": "ours", "output_type": "loglikelihood_rolling"},
+        "stories": {"task": "stories", "tag": "ours"},
+        "both": {"group": "both", "task": ["options", "stories"]},
+        "theirs": {"group": "theirs", "task": ["options", "gsm8k"]},
+        "written": {"group": "written", "task": [{"task": "options", "output_type": "?"}]},
+        "own": {"task": "own", "class": "!function own.Own"},
+    }
+    for name, content in files.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+
+    def found(name: str, **override: Any) -> set[str] | None:
+        return local_files.output_types(str(tmp_path), name, override)
+
+    assert found("options") == {"multiple_choice"}
+    # lm-eval generates where nothing is said.
+    assert found("stories") == {"generate_until"}
+    assert found("options", output_type="generate_until") == {"generate_until"}
+    assert found("both") == {"multiple_choice", "generate_until"}
+    assert found("ours") == {"loglikelihood_rolling", "generate_until"}
+    for name in ("theirs", "written", "own", "gsm8k"):
+        assert found(name) is None
+    assert local_files.output_types(None, "gsm8k") is None
