@@ -37,7 +37,7 @@ from sparsity_atlas.files.csv import write_csv
 from sparsity_atlas.files.whole import write_text
 from sparsity_atlas.report import page
 from sparsity_atlas.report.failures import Remains, take_stock
-from sparsity_atlas.tables.read import Tables, read_tables
+from sparsity_atlas.tables.read import FILES, Tables, read_tables
 from sparsity_atlas.tables.summarize import write_tables
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -188,7 +188,7 @@ def partial(results: Path, config: dict[str, Any]) -> Remains:
         remains.metrics,
         remains.sensitivity,
     )
-    tables = read_tables([folder / f"{name}.csv" for name in Tables.__dataclass_fields__])
+    tables = read_tables([folder / f"{name}.csv" for name in FILES])
     draw_all(tables, folder / "figures")
     figures = [folder / "figures" / f"{name}.svg" for name in FIGURES]
     settings = render(parsed)

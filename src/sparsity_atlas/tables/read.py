@@ -82,6 +82,10 @@ class Tables:
         return rows[(rows["task"] == task) & (rows["bar"] == HEADLINE_BAR)]
 
 
+# Stems of the files; `phases` is a part of one.
+FILES = tuple(one.name for one in fields(Tables) if one.name != "phases")
+
+
 def size_column(rows: pd.DataFrame) -> str:
     """What models are compared by: non-embedding parameters, where some are mixtures the active ones."""
     active = "active_non_embedding_parameters"
@@ -137,12 +141,11 @@ def read_tables(paths: Sequence[Path]) -> Tables:
         AtlasError: one of them is not given, missing or damaged.
     """
     given = {path.stem: path for path in paths}
-    names = [one.name for one in fields(Tables) if one.name != "phases"]
-    missing = [name for name in names if name not in given]
+    missing = [name for name in FILES if name not in given]
     if missing:
         raise AtlasError(f"tables: expected {missing[0]}.csv, found {', '.join(given) or 'none'}")
     tasks = {"experts": AVERAGE}
-    read = {name: read_csv(given[name], tasks.get(name)) for name in names}
+    read = {name: read_csv(given[name], tasks.get(name)) for name in FILES}
     single = {name: read[name]["phase"] != EVERY_PHASE for name in ("curves", "layers")}
     phases = read["layers"][single["layers"]]
     return Tables(**read | {name: read[name][~one] for name, one in single.items()}, phases=phases)
