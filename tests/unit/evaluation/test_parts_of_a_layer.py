@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mixtures import wide_mixture
-from sparsity_atlas.curves.curve import NodeSamples, all_samples, build, layer_profile
+from sparsity_atlas.curves.curve import all_samples, build, layer_profile
+from sparsity_atlas.curves.node_samples import NodeSamples
 from sparsity_atlas.curves.points import estimate_all
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation import search as stage
@@ -160,8 +161,8 @@ def test_a_search_and_its_curve(session: Session, dense: Path, tmp_path: Path) -
     nodes = {level: NodeSamples(tmp_path / level, site) for level in levels}
     settings = {"seed": 0, "replicates": 100, "bars": [0.99], "tasks": options["tasks"]}
     base = NodeSamples(dense, site)
-    estimates = estimate_all(all_samples(base, nodes, settings), 100, 0)
-    curve = build(base, nodes, estimates, settings, site)
+    samples = all_samples(base, nodes, settings)
+    curve = build(base, nodes, samples, estimate_all(samples, 100, 0), settings, site)
     for one in found["levels"]:
         shares = curve["layers"][one["level"]]["intermediate"]
         assert shares[0] is None
