@@ -19,6 +19,7 @@ import pandas as pd
 MEASURES = {
     "accuracy": ("retained", "retained accuracy"),
     "loss": ("added_loss", "added loss (nats)"),
+    "bound": ("added_loss", "added bound of the loss (nats)"),
 }
 
 

@@ -105,6 +105,12 @@ class PlaceKey(NamedTuple):
     tensor: str
 
 
+# What a task's score may be: a share of its documents, or nats a token: of a causal model's loss, or of the
+# bound of it that a masked-diffusion model gives.
+Kind = Literal["accuracy", "loss", "bound"]
+SCORE_KINDS: tuple[str, ...] = get_args(Kind)
+IN_NATS = ("loss", "bound")
+
 # How a criterion's level is spread over layers.
 ALLOCATIONS = ("uniform", "equal_cett", "sensitivity", "greedy")
 # Whose rows a calibration looks at together, where a layer has experts.

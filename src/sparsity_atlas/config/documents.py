@@ -16,6 +16,7 @@ from sparsity_atlas.files.whole import write_text
 
 _SECTIONS = {
     "models.<name>": "ModelEntry",
+    "models.<name>.diffusion": "DiffusionSettings",
     "criteria.<name>": "CriterionEntry",
     "texts.<name>": "TextEntry",
     "tasks.<name>": "TaskEntry",

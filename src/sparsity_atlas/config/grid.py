@@ -188,6 +188,7 @@ def evaluation_slice(config: Config, model: str, tasks: tuple[str, ...]) -> str:
             **entry.model_dump(
                 include={"batch_size", "max_length", "add_bos_token", "lm_eval_prefix"}
             ),
+            **entry.model_dump(include={"diffusion"}, exclude_none=True),
             **prompt_slice(config, model),
             "seed": config.seed,
             "tasks": {

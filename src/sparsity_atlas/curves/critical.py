@@ -32,8 +32,9 @@ import numpy as np
 
 from sparsity_atlas.curves.points import Scores, anchored_scores
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.statistics.bootstrap import Estimates, Kind, interval, percentile_interval
+from sparsity_atlas.statistics.bootstrap import Estimates, interval, percentile_interval
 from sparsity_atlas.statistics.isotonic import TOLERANCE, first_crossing
+from sparsity_atlas.terms import IN_NATS, Kind
 
 BARS = (0.995, 0.99, 0.98, 0.95)
 # What a resolved bar needs; see `resolves`.
@@ -130,8 +131,10 @@ def resolves(estimates: Estimates, bar: float, found: dict[str, Any]) -> bool:
 
 
 def bar_label(kind: Kind, bar: float) -> str:
-    """Name of a bar: 99% (of dense accuracy), or PPL-1% for loss."""
-    return f"{100 * bar:.6g}%" if kind == "accuracy" else f"PPL-{100 * (1 - bar):.6g}%"
+    """Name of a bar: 99% (of dense accuracy), PPL-1% for loss, or the same of its bound."""
+    if kind == "accuracy":
+        return f"{100 * bar:.6g}%"
+    return f"PPL-{'bound-' if kind == 'bound' else ''}{100 * (1 - bar):.6g}%"
 
 
 def _threshold(kind: Kind, bar: float) -> float:
@@ -146,7 +149,7 @@ def _has_value(estimates: Estimates) -> bool:
     dense = estimates.dense_value
     if not np.isfinite(dense[0]) or np.isnan(estimates.sparsity[0]).all():
         return False
-    if estimates.kind == "loss":
+    if estimates.kind in IN_NATS:
         return True
     if estimates.chance is None or len(dense) == 1:
         return bool(dense[0] > (estimates.chance or 0.0))

@@ -21,8 +21,8 @@ from sparsity_atlas.curves.points import CurvePoint, curve_points, estimate_all
 from sparsity_atlas.errors import AtlasError, TaskFailure
 from sparsity_atlas.files.whole import write_manifest
 from sparsity_atlas.statistics.bootstrap import Estimates, TaskSamples
-from sparsity_atlas.tasks.score import Kind, choose_metric, sample_values
-from sparsity_atlas.terms import AVERAGE, TENSORS, plain
+from sparsity_atlas.tasks.score import choose_metric, sample_values
+from sparsity_atlas.terms import AVERAGE, IN_NATS, TENSORS, Kind, plain
 
 
 def task_samples(
@@ -78,7 +78,7 @@ def task_samples(
         task=task,
         kind=kind,
         value=np.array(values, dtype=np.float64).reshape(shape),
-        weight=base["predicted"].to_numpy() if kind == "loss" else np.ones(len(base)),
+        weight=base["predicted"].to_numpy() if kind in IN_NATS else np.ones(len(base)),
         dense=_values(task, base, kind, key),
         zeros=np.array(zeros, dtype=np.int64).reshape(shape),
         entries=np.array(entries, dtype=np.int64).reshape(shape),
@@ -96,7 +96,7 @@ def _identity(rows: pa.Table) -> list[tuple[Any, ...]]:
 
 
 def _values(task: str, rows: pa.Table, kind: Kind, key: str | None) -> np.ndarray:
-    if kind == "loss":
+    if kind in IN_NATS:
         nats: np.ndarray = rows["nats"].to_numpy()
         return nats
     return np.array(sample_values(task, key, rows["metrics"].to_pylist()))

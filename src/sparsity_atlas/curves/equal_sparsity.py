@@ -21,6 +21,7 @@ from scipy.interpolate import PchipInterpolator
 from sparsity_atlas.curves.points import anchored_scores
 from sparsity_atlas.files.parquet import read_parquet, write_parquet
 from sparsity_atlas.statistics.bootstrap import Estimates
+from sparsity_atlas.terms import IN_NATS
 
 # What sparsity is a share of: the entries of a site's vectors, or the parameters that they meet.
 Of = Literal["entries", "parameters"]
@@ -47,13 +48,14 @@ SCHEMA = pa.schema(
 
 
 _Scale = Callable[[np.ndarray], np.ndarray]
+# The fit of a loss is the negative added loss.
+_OF_NATS: tuple[_Scale, _Scale] = (
+    lambda fit: np.arcsinh(-fit / ALLOWED_LOSS),
+    lambda value: ALLOWED_LOSS * np.sinh(value),
+)
 _SCALES: dict[str, tuple[_Scale, _Scale]] = {
     "accuracy": (lambda fit: fit, lambda value: value),
-    # The fit of a loss is the negative added loss.
-    "loss": (
-        lambda fit: np.arcsinh(-fit / ALLOWED_LOSS),
-        lambda value: ALLOWED_LOSS * np.sinh(value),
-    ),
+    **dict.fromkeys(IN_NATS, _OF_NATS),
 }
 
 

@@ -10,14 +10,13 @@ import numpy as np
 
 from sparsity_atlas.statistics.bootstrap import (
     Estimates,
-    Kind,
     TaskSamples,
     average,
     estimate,
     interval,
 )
 from sparsity_atlas.statistics.isotonic import nonincreasing_fit, pool_ties
-from sparsity_atlas.terms import EVERY_PHASE
+from sparsity_atlas.terms import EVERY_PHASE, Kind
 
 
 @dataclass(frozen=True)

@@ -86,40 +86,57 @@ def rows_of(number: int, request: Request, samples: int, mask_token: int) -> Ite
 
 def row_scores(
     denoise: Denoise,
-    rows: Sequence[Row],
+    rows: Sequence[Sequence[Row]],
     *,
     mask_token: int,
     padding: int,
     guidance: float = 0.0,
     device: torch.device,
-) -> list[float]:
-    """Sum of the log-probabilities of each row's masked tokens.
+) -> list[tuple[float, bool]]:
+    """What the masked tokens of some rows say.
 
     Args:
         denoise: the model.
-        rows: of one batch.
+        rows: of one batch; those that have the same prompt, tokens and places are given together, and run
+            once.
         mask_token: id of the mask.
         padding: id that rows are filled up with.
         guidance: see `guided`.
         device: of the model.
 
+    Returns:
+        Of each row, in order, the sum of the log-probabilities of its masked tokens, and whether each of
+        these is the likeliest.
+
     Raises:
         NumericalFailure: a sum is NaN or infinite.
     """
-    ids, valid = padded([row.tokens for row in rows], padding, device)
+    firsts = [together[0] for together in rows]
+    ids, valid = padded([row.tokens for row in firsts], padding, device)
     longest = ids.shape[1]
-    where = np.array([n * longest + place for n, row in enumerate(rows) for place in row.places])
-    targets = np.array([target for row in rows for target in row.targets])
-    prompts = torch.tensor([row.prompt for row in rows], device=device)
+    where = np.array([n * longest + place for n, row in enumerate(firsts) for place in row.places])
+    prompts = torch.tensor([row.prompt for row in firsts], device=device)
     prompt = torch.arange(longest, device=device) < prompts[:, None]
     asked = Asked(ids, valid, sent(where, device), prompt)
     pieces = guided(denoise, asked, guidance=guidance, mask_token=mask_token)
-    values = fetched([likelihoods(pieces, np.arange(len(where)), targets)[0]])()[0]
-    counts = np.cumsum([len(row.places) for row in rows])[:-1]
-    sums = [math.fsum(own.tolist()) for own in np.split(values, counts)]
+    ends = np.cumsum([len(row.places) for row in firsts])
+    told = [
+        np.arange(end - len(row.places), end)
+        for end, together in zip(ends, rows, strict=True)
+        for row in together
+    ]
+    flat = [row for together in rows for row in together]
+    predicted = np.concatenate(told)
+    targets = np.array([target for row in flat for target in row.targets])
+    order = np.argsort(predicted, kind="stable")
+    values, hits = np.empty(len(order)), np.empty(len(order), dtype=bool)
+    found = fetched(likelihoods(pieces, predicted[order], targets[order]))
+    values[order], hits[order] = found()
+    places = np.cumsum([len(row.places) for row in flat])[:-1]
+    sums = [math.fsum(own.tolist()) for own in np.split(values, places)]
     if not np.isfinite(sums).all():
         raise NumericalFailure("NaN or infinity in the logits")
-    return sums
+    return [(one, bool(own.all())) for one, own in zip(sums, np.split(hits, places), strict=True)]
 
 
 def bounds(
@@ -158,11 +175,11 @@ def bounds(
         batch = rows[start : start + batch_size]
         scores = row_scores(
             denoise,
-            batch,
+            [[row] for row in batch],
             **{"mask_token": mask_token, "padding": padding},
             guidance=guidance,
             device=device,
         )
-        for row, score in zip(batch, scores, strict=True):
+        for row, (score, _) in zip(batch, scores, strict=True):
             parts[row.request].append(row.weight * score)
     return [math.fsum(own) for own in parts]

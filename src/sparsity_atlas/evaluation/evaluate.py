@@ -32,11 +32,12 @@ from sparsity_atlas.files.whole import canonical, digest, locked, write_manifest
 from sparsity_atlas.loading.pretrained import load, load_tokenizer
 from sparsity_atlas.models.manifest import from_manifest
 from sparsity_atlas.sites.part import Available, Part, chosen
+from sparsity_atlas.terms import KINDS
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-    from sparsity_atlas.lm.model import AtlasLM
+    from sparsity_atlas.lm.journalled import JournalledLM
     from sparsity_atlas.sparsify.attach import Counter
     from sparsity_atlas.sparsify.counted_vectors import Slot
     from sparsity_atlas.tasks.loaded import LoadedTask
@@ -54,7 +55,7 @@ class Session:
         identity: all but the node and the task that a result depends on; goes into fingerprints.
     """
 
-    lm: AtlasLM
+    lm: JournalledLM
     parts: list[Part]
     tasks: dict[str, LoadedTask]
     seed: int
@@ -75,8 +76,8 @@ class Session:
         Raises:
             AtlasError: model or tasks cannot be used.
         """
-        manifest, checkpoint = from_manifest(manifest_path)
-        from sparsity_atlas.lm.model import AtlasLM
+        manifest, checkpoint = from_manifest(manifest_path, kinds=KINDS)
+        from sparsity_atlas.lm.by_kind import language_model
         from sparsity_atlas.lm.prompts import PromptSettings
         from sparsity_atlas.models.memory import Sizes
         from sparsity_atlas.models.positions import check_positions
@@ -86,9 +87,9 @@ class Session:
         tasks = load_tasks(settings["tasks"], settings["seed"])
         model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
         tokenizer = load_tokenizer(checkpoint, add_bos_token=settings["add_bos_token"])
-        lm = AtlasLM(
-            model,
-            tokenizer,
+        lm = language_model(
+            *(manifest, model, tokenizer),
+            diffusion=settings.get("diffusion"),
             batch_size=settings["batch_size"],
             max_length=settings["max_length"],
             prompts=PromptSettings.of(settings),

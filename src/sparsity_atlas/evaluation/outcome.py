@@ -119,7 +119,7 @@ def task_result(
     }
     if kinds == ["loglikelihood_rolling"]:
         # Nats a token, the only perplexity that does not depend on how words or bytes are counted.
-        result["loss"] = float(usage.nats.sum() / usage.predicted.sum())
+        result[prepared.work.likelihood] = float(usage.nats.sum() / usage.predicted.sum())
     return result
 
 

@@ -23,8 +23,8 @@ from sparsity_atlas.evaluation.next_level import Point, Range, Stop, next_level
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.samples import read_table, sparsity_at
 from sparsity_atlas.files.whole import read_manifest, write_manifest
-from sparsity_atlas.tasks.score import Kind, choose_metric, pooled_score
-from sparsity_atlas.terms import AVERAGE, TENSORS, parts_named, plain
+from sparsity_atlas.tasks.score import choose_metric, pooled_score
+from sparsity_atlas.terms import AVERAGE, IN_NATS, TENSORS, Kind, parts_named, plain
 
 HEADLINE = 0.99
 ALLOWED_LOSS = math.log(1.01)
@@ -50,7 +50,7 @@ def read_scores(
 
 def headline_tasks(metrics: dict[str, tuple[Kind, str | None]]) -> list[str]:
     """The tasks that the headline is read from: the first one with a loss, else all."""
-    return [task for task, (kind, _) in metrics.items() if kind == "loss"][:1] or list(metrics)
+    return [task for task, (kind, _) in metrics.items() if kind in IN_NATS][:1] or list(metrics)
 
 
 def damage(
@@ -66,7 +66,7 @@ def damage(
     if scores is None:
         return math.inf
     first = headline_tasks(metrics)[0]
-    if metrics[first][0] == "loss":
+    if metrics[first][0] in IN_NATS:
         return (scores[first] - dense[first]) / ALLOWED_LOSS
     return _lost_accuracy(list(metrics), dense, scores)
 
@@ -137,7 +137,7 @@ def search(
     }
     dense = read_scores(dense_folder, metrics)
     assert dense is not None, "of tasks that did not fail"
-    if not any(kind == "loss" for kind, _ in metrics.values()) and not sum(dense.values()):
+    if not any(kind in IN_NATS for kind, _ in metrics.values()) and not sum(dense.values()):
         return _nothing("the dense model scores 0 on every task")
     rule = create(criterion)
     harshest = rule.lowest if rule.dense_level == rule.highest else rule.highest
@@ -180,7 +180,7 @@ def search(
     cli.logger.info("stopped: %s", level.reason)
     first = read_from[0]
     return {
-        "headline": first if metrics[first][0] == "loss" else AVERAGE,
+        "headline": first if metrics[first][0] in IN_NATS else AVERAGE,
         "stopped": level.reason,
         "levels": [
             {
@@ -202,7 +202,7 @@ def _told(
     if scores is None:
         return "failed"
     tasks = headline_tasks(metrics)
-    if metrics[tasks[0]][0] == "loss":
+    if metrics[tasks[0]][0] in IN_NATS:
         return f"{tasks[0]} {scores[tasks[0]]:.4f} nats (dense {dense[tasks[0]]:.4f})"
     found, base = (100 * sum(one[task] for task in tasks) / len(tasks) for one in (scores, dense))
     return f"{tasks[0] if len(tasks) == 1 else AVERAGE} {found:.1f} % (dense {base:.1f} %)"

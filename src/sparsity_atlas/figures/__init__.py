@@ -37,10 +37,10 @@ FIGURES = {
         "PPL-1% sparsity by site and model",
         "Headline",
         ("critical_sparsity",),
-        "The largest induced sparsity at which perplexity rises by no more than 1 %, with its 95 % "
-        "interval by paired bootstrap. The grey tick is the largest measured sparsity above the "
-        "bar, without a fit. A caret at an interval's end: it goes on beyond what was measured. Open "
-        "symbols: not resolved, too few or too uncertain texts to tell a bar of 1 %.",
+        "The largest induced sparsity at which perplexity (of a masked-diffusion model its bound) rises by "
+        "no more than 1 %, with its 95 % interval by paired bootstrap. The grey tick is the largest measured "
+        "sparsity above the bar, without a fit. A caret at an interval's end: it goes on beyond what was "
+        "measured. Open symbols: not resolved, too few or too uncertain texts to tell a bar of 1 %.",
     ),
     "critical_sparsity": Entry(
         "Critical sparsity by site and model",
@@ -64,7 +64,8 @@ FIGURES = {
         "Added loss",
         "Curves",
         ("curves",),
-        "Loss above the dense model's over induced sparsity, for each site. "
+        "Loss above the dense model's over induced sparsity, for each site; of a masked-diffusion model "
+        "the bound of its loss. "
         + _LINES
         + "The axis is linear up to the bar of PPL + 1 % and logarithmic above it. A cross on the "
         "upper edge is a level that failed numerically.",

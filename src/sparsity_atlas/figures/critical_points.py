@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.markers import CARETLEFT, CARETRIGHT
 
-from sparsity_atlas.figures.panels import empty, label, percent_axis, select_pairs
+from sparsity_atlas.figures.panels import empty, label, of_nats, percent_axis, select_pairs
 from sparsity_atlas.figures.style import GREY, WIDE, Mark, marks, shorten
 from sparsity_atlas.tables.read import Tables, in_order, records
 from sparsity_atlas.terms import AVERAGE
@@ -24,7 +24,10 @@ def ppl_sparsity(tables: Tables) -> Figure:
     task = tables.loss_task()
     if task is None:
         return empty("No task with a loss in this run.")
-    return _points(tables, tables.headline(task), f"PPL-1% sparsity on {task} (%)")
+    rows = tables.headline(task)
+    of = of_nats(rows)
+    whose = "" if of == "loss" else f", of {of},"
+    return _points(tables, rows, f"PPL-1% sparsity{whose} on {task} (%)")
 
 
 def critical_sparsity(tables: Tables) -> Figure:

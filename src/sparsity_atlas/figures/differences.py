@@ -11,6 +11,7 @@ from sparsity_atlas.figures.panels import (
     grid,
     label,
     legend,
+    of_nats,
     percent_axis,
     repeated,
     rule,
@@ -34,7 +35,7 @@ def differences(tables: Tables) -> Figure:
     keys, note = _keys(tables, rows)
     if not keys:
         return empty(NOTHING)
-    loss = rows["kind"].iloc[0] == "loss"
+    nats = of_nats(rows)
     styles = marks(tables.criteria())
     figure, axes = grid(len(keys), height=2.0)
     for ax, (model, site) in zip(axes, keys, strict=True):
@@ -53,7 +54,7 @@ def differences(tables: Tables) -> Figure:
                 x, line["difference"], color=mark.color, marker=mark.marker, linestyle=mark.dashes
             )
         percent_axis(ax.xaxis)
-        if loss:
+        if nats:
             ax.set_yscale("symlog", linthresh=ALLOWED_LOSS, linscale=0.8)
             ax.yaxis.set_major_locator(FixedLocator([-1, -0.1, -0.01, 0, 0.01, 0.1, 1]))
             ax.yaxis.set_minor_locator(NullLocator())
@@ -62,7 +63,9 @@ def differences(tables: Tables) -> Figure:
             percent_axis(ax.yaxis)
     legend(figure, _drawn(styles, rows), rule("the reference", "-"))
     y_label = (
-        "added loss minus the reference's (nats)" if loss else "retained accuracy, difference (%)"
+        f"added {nats} minus the reference's (nats)"
+        if nats
+        else "retained accuracy, difference (%)"
     )
     label(figure, X_LABEL, y_label, note)
     return figure

@@ -56,8 +56,9 @@ def scaling(tables: Tables) -> Figure:
         ].set_index("site")
         lines = lines.loc[in_order(lines.index)]
         ax.set_title(heading(kin, criterion, width=84 // columns))
+        of = "" if (panel["kind"] != "bound").all() else " (bound)"
         ax.set_ylabel(
-            "critical sparsity, 99 % (%)" if task == AVERAGE else f"PPL-1% sparsity, {task} (%)"
+            "critical sparsity, 99 % (%)" if task == AVERAGE else f"PPL-1% sparsity{of}, {task} (%)"
         )
         _panel(ax, panel, lines, styles)
         ax.set_xlabel(_words(panel, lines, 116 // columns), fontsize=6.2, color=GREY)

@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from sparsity_atlas.figures.style import GREY, NARROW, TALL, WIDE, Dashes, Mark, NothingToShow
 from sparsity_atlas.tables.read import Tables
+from sparsity_atlas.terms import IN_NATS
 
 Key = TypeVar("Key")
 
@@ -26,6 +27,11 @@ def select(keys: Sequence[Key], limit: int) -> tuple[list[Key], str]:
         return list(keys), ""
     places = np.linspace(0, len(keys) - 1, limit).round().astype(int)
     return [keys[place] for place in places], left_out(limit, len(keys))
+
+
+def of_nats(rows: pd.DataFrame) -> str:
+    """What is added, where the scores of some rows are nats: a loss, a bound, or either; else nothing."""
+    return " or ".join(kind for kind in IN_NATS if (rows["kind"] == kind).any())
 
 
 def measured_pairs(tables: Tables, rows: pd.DataFrame) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ from sparsity_atlas.figures.panels import (
     label,
     left_out,
     legend,
+    of_nats,
     percent_axis,
     repeated,
     rule,
@@ -28,7 +29,7 @@ from sparsity_atlas.figures.panels import (
 )
 from sparsity_atlas.figures.style import GREY, Mark, heading, marks
 from sparsity_atlas.tables.read import HEADLINE_BAR, Tables, in_order, site_rank
-from sparsity_atlas.terms import AVERAGE
+from sparsity_atlas.terms import AVERAGE, IN_NATS
 
 PANELS, MODEL_PANELS = 20, 12
 ALLOWED_LOSS = math.log(2 - HEADLINE_BAR)
@@ -36,7 +37,7 @@ ALLOWED_LOSS = math.log(2 - HEADLINE_BAR)
 CUT, HIGHEST = 0.8, 1.1
 X_LABEL = "induced sparsity (%)"
 RETAINED_LABEL = "retained accuracy (% of dense)"
-LOSS_LABEL = "added loss (nats/token, log above bar)"
+NATS_LABEL = "added {} (nats/token, log above bar)"
 
 
 @dataclass(frozen=True)
@@ -50,22 +51,22 @@ class Score:
 
 RETAINED = Score("retained", 1.0, HEADLINE_BAR)
 ADDED = Score("added_loss", 0.0, ALLOWED_LOSS)
-_SCORES = {"accuracy": RETAINED, "loss": ADDED}
+_SCORES = {"accuracy": RETAINED, **dict.fromkeys(IN_NATS, ADDED)}
 
 
 def added_loss(tables: Tables) -> Figure:
-    """Added loss of the headline's loss task, one panel a model and criterion, a line a site."""
+    """Added loss, or bound, of the headline's loss task, one panel a model and criterion, a line a site."""
     task = tables.loss_task()
     if task is None:
         return empty("No task with a loss in this run.")
-    return _by_model(tables, task, LOSS_LABEL, f"{X_LABEL} under {task}")
+    return _by_model(tables, task, f"{X_LABEL} under {task}")
 
 
 def retained_accuracy(tables: Tables) -> Figure:
     """Retained accuracy, averaged over the accuracy tasks, like `added_loss`."""
     if not (tables.curves["kind"] == "accuracy").any():
         return empty("No task with an accuracy in this run.")
-    return _by_model(tables, AVERAGE, RETAINED_LABEL, f"{X_LABEL}, average over tasks")
+    return _by_model(tables, AVERAGE, f"{X_LABEL}, average over tasks")
 
 
 def criteria(tables: Tables) -> Figure:
@@ -79,14 +80,13 @@ def criteria(tables: Tables) -> Figure:
     several.sort(key=lambda key: (order[key[0]], site_rank(key[1])))
     keys, note = select(several, PANELS)
     styles = marks(tables.criteria())
-    loss = rows["kind"].iloc[0] == "loss"
     figure, axes = grid(len(keys), height=2.0)
     for ax, (model, site) in zip(axes, keys, strict=True):
         panel = rows[(rows["model"] == model) & (rows["site"] == site)]
         ax.set_title(heading(model, site))
         _lines(ax, panel, "criterion", styles)
     _finish(figure, axes, [rows["kind"].iloc[0]] * len(axes), styles)
-    label(figure, X_LABEL, LOSS_LABEL if loss else RETAINED_LABEL, note)
+    label(figure, X_LABEL, _y_label(rows), note)
     return figure
 
 
@@ -111,7 +111,7 @@ def all_tasks(tables: Tables) -> Figure:
     for ax, (criterion, task) in zip(axes, keys, strict=True):
         panel = rows[(rows["criterion"] == criterion) & (rows["task"] == task)]
         kinds.append(panel["kind"].iloc[0])
-        unit = "added loss (nats)" if kinds[-1] == "loss" else "retained (%)"
+        unit = f"added {kinds[-1]} (nats)" if kinds[-1] in IN_NATS else "retained (%)"
         ax.set_title(heading(task, criterion) if several else heading(task))
         ax.set_ylabel(unit, fontsize=6.5)
         _lines(ax, panel, "site", styles)
@@ -120,7 +120,12 @@ def all_tasks(tables: Tables) -> Figure:
     return figure
 
 
-def _by_model(tables: Tables, task: str, y_label: str, x_label: str) -> Figure:
+def _y_label(rows: pd.DataFrame) -> str:
+    """What the scores of some rows are, all of them of one task or average."""
+    return NATS_LABEL.format(of_nats(rows)) if of_nats(rows) else RETAINED_LABEL
+
+
+def _by_model(tables: Tables, task: str, x_label: str) -> Figure:
     rows = tables.curves[tables.curves["task"] == task]
     if rows.empty:
         return empty("No curve.")
@@ -133,7 +138,7 @@ def _by_model(tables: Tables, task: str, y_label: str, x_label: str) -> Figure:
         ax.set_title(heading(model, criterion) if several else heading(model))
         _lines(ax, panel, "site", styles)
     _finish(figure, axes, [rows["kind"].iloc[0]] * len(axes), styles)
-    label(figure, x_label, y_label, note)
+    label(figure, x_label, _y_label(rows), note)
     return figure
 
 
@@ -164,9 +169,9 @@ def _finish(
         percent_axis(ax.xaxis)
     for kind in dict.fromkeys(kinds):
         same = [ax for ax, one in zip(axes, kinds, strict=True) if one == kind]
-        (_loss_scale if kind == "loss" else _accuracy_scale)(same)
-    names = {"loss": "PPL + 1 %", "accuracy": "99 % of dense"}
-    bars = " / ".join(names[kind] for kind in dict.fromkeys(kinds))
+        (_loss_scale if kind in IN_NATS else _accuracy_scale)(same)
+    names = {"accuracy": "99 % of dense", **dict.fromkeys(IN_NATS, "PPL + 1 %")}
+    bars = " / ".join(dict.fromkeys(names[kind] for kind in kinds))
     legend(figure, styles, rule("dense", "-"), rule(bars))
 
 

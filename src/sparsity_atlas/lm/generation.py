@@ -18,7 +18,7 @@ from transformers import (
 
 from sparsity_atlas.errors import TaskFailure, UnknownTokens
 from sparsity_atlas.lm.generation_options import CacheWatch, check_options
-from sparsity_atlas.lm.prompts import PromptLM
+from sparsity_atlas.lm.journalled import JournalledLM
 from sparsity_atlas.lm.usage import expert_record
 from sparsity_atlas.models.logits import head
 from sparsity_atlas.sparsify.attach import NumericalFailure
@@ -30,13 +30,9 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from torch import Tensor
 
-    from sparsity_atlas.sparsify.attach import Counter
 
-
-class GeneratingLM(PromptLM):
+class GeneratingLM(JournalledLM):
     """HFLM whose generation is counted."""
-
-    _counter: Counter
 
     def generate(self, batch: list[Instance], seed: int, once: list[bool]) -> dict[str, Any]:
         """Generate for one batch of requests with the same options.

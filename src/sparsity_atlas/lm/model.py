@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,11 +21,9 @@ from sparsity_atlas.lm.forward import Abilities
 from sparsity_atlas.lm.generation import GeneratingLM
 from sparsity_atlas.lm.longest import Lengths
 from sparsity_atlas.lm.sharing import abilities
-from sparsity_atlas.lm.usage import Usage, expert_record
-from sparsity_atlas.lm.work import Limits, arrange
-from sparsity_atlas.loading import free_memory
+from sparsity_atlas.lm.usage import expert_record
+from sparsity_atlas.lm.work import Limits, Work, arrange
 from sparsity_atlas.models.logits import head
-from sparsity_atlas.models.memory import of_a_pass
 from sparsity_atlas.sparsify.transfer import fetched, sent
 
 if TYPE_CHECKING:
@@ -33,17 +31,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from sparsity_atlas.lm.journalled import Records
     from sparsity_atlas.lm.longest import Memory
-    from sparsity_atlas.lm.work import Encoding, Work
-    from sparsity_atlas.models.memory import Sizes
+    from sparsity_atlas.lm.work import Arranged, Encoding
     from sparsity_atlas.sparsify.attach import Counter
-
-# Short requests are batched as if they had so many tokens: a GPU that is handed a few at a time waits for
-# the host, which takes as long to start a pass of a small model over a thousand tokens as over ten thousand.
-# More of a narrower model, whose tokens take less memory and time, up to the second number.
-SHORTEST, MOST = {"cuda": 1024}, 4096
-# Width of the residual stream up to which it is more: half as wide, twice as many.
-WIDE = 4096
 
 # Batches that a device gets before the one in front of them is read, so that it need not wait for the host.
 AHEAD = {"cuda": 1}
@@ -56,40 +47,13 @@ SLOWER = {
 }
 
 
-class Records(Protocol):
-    """What finished batches left, in order: a `Journal`, or what lasts as long as the process."""
-
-    records: list[Any]
-
-    def append(self, record: Any) -> None:
-        """Add what a batch left."""
-
-
-def shortest(device: str, hidden: int, max_length: int) -> int:
-    """Tokens that the requests of a batch are taken to have at least.
-
-    Args:
-        device: its kind.
-        hidden: width of the model's residual stream.
-        max_length: longest sequence of the model in tokens.
-    """
-    least = SHORTEST.get(device, 0)
-    while 0 < least < MOST and 2 * hidden <= WIDE:
-        least, hidden = 2 * least, 2 * hidden
-    return min(least, max_length)
-
-
 class AtlasLM(GeneratingLM):
-    """HFLM over a loaded model, whose batches are journalled and counted.
+    """HFLM over a loaded causal model, whose batches are journalled and counted.
 
-    Requests are answered as HFLM answers them, but what they have in common is run once. The order of
-    batches depends on the requests and the batch size alone, so a journal of an earlier run continues
-    at a batch boundary.
-
-    Attributes:
-        usage: what each document cost, since `start`.
-        sizes: of the model, by which it is seen before a task whether it fits; None: nobody looks.
+    Requests are answered as HFLM answers them, but what they have in common is run once.
     """
+
+    _work: Work
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **options: Any
@@ -97,16 +61,8 @@ class AtlasLM(GeneratingLM):
         """See `PromptLM`."""
         super().__init__(model, tokenizer, **options)
         self._told: set[str] = set()
-        # Of a model that names none, as of a wide one.
-        self._hidden: int = getattr(model.config.get_text_config(), "hidden_size", None) or WIDE
         self._lengths = Lengths(model, self.max_length)
         self._known = Answers()
-        self.sizes: Sizes | None = None
-
-    @property
-    def shortest(self) -> int:
-        """Tokens that the requests of a batch are taken to have at least; see `forest.pack`."""
-        return shortest(self.device.type, self._hidden, self.max_length)
 
     def work(
         self,
@@ -114,14 +70,9 @@ class AtlasLM(GeneratingLM):
         encodings: dict[str, list[Encoding]],
         *,
         share: bool = True,
+        greedy: Container[str] | None = None,
     ) -> Work:
-        """Arrange a task's requests in batches; see `work.arrange`.
-
-        Args:
-            requests: by kind.
-            encodings: as `encode` gives them.
-            share: whether requests may share what they have in common, where the model can.
-        """
+        """Arrange a task's requests in batches; see `work.arrange`."""
         limits = Limits(
             self.batch_size,
             self.max_length,
@@ -200,47 +151,28 @@ class AtlasLM(GeneratingLM):
             cli.logger.info("%s: %s", SLOWER[name], why)
             self._told.add(name)
 
-    def start(self, journal: Records, counter: Counter, work: Work) -> None:
-        """Begin a task: answer from `journal` what it holds, compute and record the rest.
-
-        Raises:
-            AtlasError: its batches do not fit into the memory that there is.
-        """
-        self._check_room(work, len(counter.slots))
-        self._journal = journal
-        self._counter = counter
+    def start(self, journal: Records, counter: Counter, work: Arranged) -> None:
+        """Begin a task; see `JournalledLM.start`."""
+        assert isinstance(work, Work)
+        super().start(journal, counter, work)
         self._work = work
-        self._replayed = 0
         self._state: Memory = {}
         self._lengths.restore(self._state)
-        self.usage = Usage(work, counter)
-
-    def _check_room(self, work: Work, slots: int) -> None:
-        if self.sizes is None:
-            return
-        sizes, device, largest = self.sizes, self.model.device, work.largest
-        free_memory.check(
-            device,
-            lambda share: of_a_pass(
-                sizes, largest.shrunk(share), self.model.dtype.itemsize, device.type, slots
-            ),
-            f"'{work.documents[0][0]}': batches of {largest.tokens:,} tokens",
-            (("batch_size", self.batch_size), ("max_length", self.max_length)),
-        )
 
     def _batch(self, compute: Callable[[], Any]) -> Any:
-        """The next batch's record: from the journal if an earlier run got so far."""
+        """See `JournalledLM`; what the model remembers is kept with what it said."""
         follows = self._work.abilities.follows
-        if self._replayed == len(self._journal.records):
+
+        def computed() -> Any:
             if follows:
                 self._lengths.restore(self._state)
             record = compute()
             if follows and (state := self._lengths.state()) != self._state:
                 record["state"] = state
-            self._journal.append(record)
-        record = self._journal.records[self._replayed]
+            return record
+
+        record = super()._batch(computed)
         self._state = record.get("state", self._state)
-        self._replayed += 1
         return record
 
     # Log-likelihoods

@@ -30,7 +30,7 @@ TEXTS_AT_ONCE = 1000
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """What a model's entry says of prompts and of generation; see `schema.ModelEntry`.
+    """What a model's entry says of prompts and of generation; see `model_entry.ModelEntry`.
 
     chat_date: the day that a chat template prints, in ISO format.
     """

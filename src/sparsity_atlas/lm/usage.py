@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparsity_atlas.terms import ACCOUNTS, GENERATION, PROMPT, SCORING, UNIQUE
+from sparsity_atlas.terms import ACCOUNTS, DENOISING, GENERATION, PROMPT, SCORING, UNIQUE
 
 if TYPE_CHECKING:
     from sparsity_atlas.lm.forest import Batch
-    from sparsity_atlas.lm.work import Work
+    from sparsity_atlas.lm.work import Arranged
     from sparsity_atlas.sparsify.attach import Counter
 
 
@@ -30,7 +30,7 @@ class Usage:
         by_expert: sums by expert, over all documents.
     """
 
-    def __init__(self, work: Work, counter: Counter) -> None:
+    def __init__(self, work: Arranged, counter: Counter) -> None:
         slots = len(counter.slots)
         self.by_expert = ExpertUsage(work, counter)
         self.documents = work.documents
@@ -82,14 +82,12 @@ class ExpertUsage:
             and with each token of a document once. Empty for models without experts.
     """
 
-    def __init__(self, work: Work, counter: Counter) -> None:
+    def __init__(self, work: Arranged, counter: Counter) -> None:
         self._shape = counter.by_expert.rows, counter.by_expert.experts
         rows, experts = self._shape
-        phases = [SCORING] if any(work.batches.values()) else []
-        phases += [PROMPT, GENERATION] if work.prompts else []
         self.sums = {
             phase: np.zeros((rows, 2, experts), np.int64)
-            for phase in phases
+            for phase in work.phases
             if counter.by_expert.slots
         }
 
@@ -104,6 +102,11 @@ class ExpertUsage:
             found = self._read(record)
             self.sums[PROMPT] += found[:, :2]
             self.sums[GENERATION] += found[:, 2:]
+
+    def add_denoised(self, record: dict[str, Any]) -> None:
+        """Add passes of denoising."""
+        if self.sums:
+            self.sums[DENOISING] += self._read(record)[:, :2]
 
     def _read(self, record: dict[str, Any]) -> np.ndarray:
         """[rows, 3, experts]: of the first pass both, and of those after it."""

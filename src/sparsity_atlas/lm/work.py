@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from lm_eval import utils
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -13,39 +13,64 @@ from sparsity_atlas.errors import TaskFailure
 from sparsity_atlas.lm import collate, forest
 from sparsity_atlas.lm.forward import Abilities
 from sparsity_atlas.models.memory import Largest
+from sparsity_atlas.terms import GENERATION, PROMPT, SCORING
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
+
+    from sparsity_atlas.terms import Phase
 
 # Token ids of one request of lm-eval's: context and continuation, a whole document, or a prompt.
 Encoding = tuple[list[int], ...]
 
 
 @dataclass
-class Work:
-    """A task's requests in batches.
+class Arranged:
+    """A task's requests in batches, as far as all kinds of models have it in common.
 
     Attributes:
         documents: (task, document) in the order of the requests.
         owners: of each kind's requests, as indices into `documents`.
-        abilities: how the batches are run.
-        batches: of each kind of request that is scored.
         windows: for each window of a whole document the number of its request.
         prompts: batches of generation, as numbers of requests.
         lengths: tokens of each prompt, before it is cut.
         cut: of each document the tokens at the beginning that its longest scored request lost.
+        abilities: how the batches are run, by what the model was seen to do right.
         largest: of all batches.
+        likelihood: what the nats of whole documents are: a `loss`, or a `bound` of one.
     """
 
     documents: list[tuple[str, int]] = field(default_factory=list)
     owners: dict[str, list[int]] = field(default_factory=dict)
-    abilities: Abilities = field(default_factory=Abilities)
-    batches: dict[str, list[forest.Batch]] = field(default_factory=dict)
     windows: list[int] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     cut: list[int] = field(default_factory=list)
+    abilities: Abilities = field(default_factory=Abilities)
     largest: Largest = field(default_factory=Largest)
+    likelihood: ClassVar[str] = "loss"
+
+    @property
+    def phases(self) -> list[Phase]:
+        """What its passes are for."""
+        raise NotImplementedError
+
+
+@dataclass
+class Work(Arranged):
+    """A task's requests in batches of a causal model.
+
+    Attributes:
+        batches: of each kind of request that is scored.
+    """
+
+    batches: dict[str, list[forest.Batch]] = field(default_factory=dict)
+
+    @property
+    def phases(self) -> list[Phase]:
+        """What its passes are for."""
+        scored: list[Phase] = [SCORING] if any(self.batches.values()) else []
+        return scored + ([PROMPT, GENERATION] if self.prompts else [])
 
     def last_prompts(self) -> set[int]:
         """Of each document's prompts the one that is run last, which `Usage` takes for `unique`."""
@@ -107,13 +132,13 @@ def arrange(
         owners = [number[one.task_name, one.doc_id] for one in some]
         work.owners[kind] = owners
         if kind == "generate_until":
-            work.prompts = _prompts(some, encodings[kind], limits.batch_size)
+            work.prompts = generation_batches(some, encodings[kind], limits.batch_size)
             work.lengths = [len(tokens) for (tokens,) in encodings[kind]]
             continue
         if kind == "loglikelihood_rolling":
-            parts = [_windows(tokens, limits) for (tokens,) in encodings[kind]]
-            work.windows = [i for i, windows in enumerate(parts) for _ in windows]
-            pieces = [(i, *window) for i, windows in enumerate(parts) for window in windows]
+            parts = [windows(tokens, limits, limits.max_length) for (tokens,) in encodings[kind]]
+            work.windows = [i for i, own in enumerate(parts) for _ in own]
+            pieces = [(i, *window) for i, own in enumerate(parts) for window in own]
             counted = [True] * len(pieces)
         else:
             pieces = [
@@ -161,14 +186,20 @@ def _largest(work: Work, prompts: list[Instance], limits: Limits) -> Largest:
     return found
 
 
-def _windows(tokens: list[int], limits: Limits) -> list[tuple[list[int], list[int]]]:
-    """A whole document as pairs of context and continuation."""
+def windows(tokens: list[int], limits: Limits, length: int) -> list[tuple[list[int], list[int]]]:
+    """A whole document as pairs of context and continuation.
+
+    Args:
+        tokens: of the document.
+        limits: of the model.
+        length: tokens of a continuation at most.
+    """
     return [
         utils.make_disjoint_window(window)
         for window in utils.get_rolling_token_windows(
             token_list=tokens,
             prefix_token=limits.prefix_token,
-            max_seq_len=limits.max_length,
+            max_seq_len=length,
             context_len=1,
         )
     ]
@@ -214,7 +245,7 @@ def _request(
     return forest.Request(tokens, len(continuation), owner, counted)
 
 
-def _prompts(
+def generation_batches(
     requests: list[Instance], encodings: list[Encoding], batch_size: int
 ) -> list[list[int]]:
     """Batches of generation: requests with the same options, longest first."""

@@ -24,7 +24,7 @@ POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "
 ROUNDING = 1e-5
 # A change is no rounding where it is this many times what the same pass differs from itself.
 REPEATED = 10.0
-NOT_YET = "a masked-diffusion model: it is described, but can be neither evaluated nor captured yet"
+NOT_YET = "a masked-diffusion model: it can be evaluated on tasks, but not captured yet"
 
 
 def kind_of(model: nn.Module, mask_token: int | None = None) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +29,18 @@ if TYPE_CHECKING:
     from sparsity_atlas.sites.part import Part
 
 
-def from_manifest(path: Path) -> tuple[dict[str, Any], Checkpoint]:
-    """A causal model's manifest and its files, checked to be what the manifest was written for.
+def from_manifest(
+    path: Path, *, kinds: Collection[str] = (CAUSAL,)
+) -> tuple[dict[str, Any], Checkpoint]:
+    """A model's manifest and its files, checked to be what the manifest was written for.
+
+    Args:
+        path: of the manifest.
+        kinds: of models that can be used, of `terms.KINDS`.
 
     Raises:
         AtlasError: the files changed since, or are not there any more; an earlier version's manifest, or
-            that of a masked-diffusion model.
+            that of a model of another kind.
     """
     manifest = read_manifest(path)
     if "kind" not in manifest:
@@ -41,7 +48,7 @@ def from_manifest(path: Path) -> tuple[dict[str, Any], Checkpoint]:
             f"{path}: expected `kind`, which this version needs, found none; delete that file and "
             "run again"
         )
-    if manifest["kind"] != CAUSAL:
+    if manifest["kind"] not in kinds:
         from sparsity_atlas.models.causality import NOT_YET
 
         raise AtlasError(f"models.{manifest['name']}: {NOT_YET}")

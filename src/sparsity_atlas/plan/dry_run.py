@@ -21,7 +21,8 @@ from sparsity_atlas.evaluation.evaluate import Session, evaluate_node
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.lm import forest
 from sparsity_atlas.lm.forward import Abilities
-from sparsity_atlas.lm.model import AtlasLM, Records, shortest
+from sparsity_atlas.lm.journalled import Records, shortest
+from sparsity_atlas.lm.model import AtlasLM
 from sparsity_atlas.sparsify.attach import Counter
 from sparsity_atlas.sparsify.counted_vectors import Slot
 from sparsity_atlas.terms import GENERATION, PROMPT, SCORING
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from sparsity_atlas.lm.work import Work
+    from sparsity_atlas.lm.work import Arranged
     from sparsity_atlas.tasks.loaded import LoadedTask
 
 
@@ -102,10 +103,10 @@ class DryLM(AtlasLM):
 
     @property
     def shortest(self) -> int:
-        """See `AtlasLM.shortest`."""
+        """See `JournalledLM.shortest`."""
         return shortest(self.kind, self._hidden, self.max_length)
 
-    def start(self, journal: Records, counter: Counter, work: Work) -> None:
+    def start(self, journal: Records, counter: Counter, work: Arranged) -> None:
         """Begin a task; see `AtlasLM.start`."""
         super().start(journal, counter, work)
         self.batches: list[Batch] = []

@@ -12,7 +12,7 @@ from sparsity_atlas.criteria.reach import missed
 from sparsity_atlas.report.published import PUBLISHED, Published
 from sparsity_atlas.statistics.bootstrap import in_percent
 from sparsity_atlas.tables.read import HEADLINE_BAR, Tables, in_order, records, site_rank
-from sparsity_atlas.terms import AVERAGE, plain
+from sparsity_atlas.terms import AVERAGE, IN_NATS, plain
 
 NOTHING = "–"
 
@@ -180,8 +180,9 @@ def task_table(tables: Tables) -> TaskTable:
 def _dense(row: Any) -> str:
     if pd.isna(row.dense_value):
         return "failed"
-    if row.kind == "loss":
-        return f"{row.dense_value:.3f} nats"
+    if row.kind in IN_NATS:
+        bound = " (bound)" if row.kind == "bound" else ""
+        return f"{row.dense_value:.3f} nats{bound}"
     chance = f", chance {percent(row.chance)}" if pd.notna(row.chance) else ""
     return f"{percent(row.dense_value)} %{chance}"
 

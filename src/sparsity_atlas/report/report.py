@@ -149,6 +149,7 @@ def build(
     )
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         loss_task=tables.loss_task(),
+        bounds=bool((tables.critical_sparsity["kind"] == "bound").any()),
         groups=groups,
         sources=page.sources(groups),
         images=images,

@@ -15,7 +15,8 @@ from typing import Any
 from sparsity_atlas import criteria
 from sparsity_atlas.activations.text_files import kind_of
 from sparsity_atlas.config import grid
-from sparsity_atlas.config.schema import Config, ModelEntry
+from sparsity_atlas.config.model_entry import ModelEntry
+from sparsity_atlas.config.schema import Config
 from sparsity_atlas.criteria.in_experts import check_keys
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import digest, file_digest

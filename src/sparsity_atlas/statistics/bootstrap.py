@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
-from sparsity_atlas.terms import AVERAGE
-
-Kind = Literal["accuracy", "loss"]
+from sparsity_atlas.terms import AVERAGE, IN_NATS, SCORE_KINDS, Kind
 
 # Elements of one block of resampling weights (float64: 32 MiB), so that memory does not grow
 # with replicates x clusters.
@@ -52,8 +49,8 @@ class TaskSamples:
     chance: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("accuracy", "loss"):
-            raise ValueError(f"{self.task}: kind {self.kind!r} is neither accuracy nor loss")
+        if self.kind not in SCORE_KINDS:
+            raise ValueError(f"{self.task}: kind {self.kind!r} is none of {', '.join(SCORE_KINDS)}")
         if self.value.ndim != 2 or self.value.shape[1] == 0:
             raise ValueError(f"{self.task}: value {self.value.shape} is not [levels, samples]")
         both, one = self.value.shape, self.value.shape[1:]
@@ -69,8 +66,8 @@ class TaskSamples:
             raise ValueError(f"{self.task}: the dense model has no counted entries")
         if not (self.weight > 0).all():
             raise ValueError(f"{self.task}: every weight must be positive")
-        if self.kind == "loss" and self.chance is not None:
-            raise ValueError(f"{self.task}: a loss has no chance level")
+        if self.kind in IN_NATS and self.chance is not None:
+            raise ValueError(f"{self.task}: a {self.kind} has no chance level")
         unplaced = (self.entries.sum(axis=1) == 0) & ~self.failed
         if unplaced.any():
             at = int(unplaced.argmax())
@@ -122,7 +119,7 @@ class Estimates:
         A replicate that drew no sample the dense model gets right keeps 1: 0 of 0 is no loss.
         """
         dense = self.dense_value[:, None]
-        if self.kind == "loss":
+        if self.kind in IN_NATS:
             added: np.ndarray = self.value - dense
             return added
         ratio = np.ones_like(self.value)

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.terms import AVERAGE, EVERY_PHASE, SPELLED, plain
+from sparsity_atlas.terms import AVERAGE, EVERY_PHASE, IN_NATS, SPELLED, plain
 
 # In figures and tables: the FFN's most tolerant site first, several at once last.
 SITE_ORDER = (
@@ -72,8 +72,9 @@ class Tables:
         return list(self.models.sort_values(size_column(self.models), kind="stable")["model"])
 
     def loss_task(self) -> str | None:
-        """The task that the headline is read from: the first one with a loss."""
-        losses = self.critical_sparsity.query("kind == 'loss'")["task"]
+        """The task that the headline is read from: the first one with a loss, or a bound of one."""
+        rows = self.critical_sparsity
+        losses = rows[rows["kind"].isin(IN_NATS)]["task"]
         return None if losses.empty else losses.iloc[0]
 
     def headline(self, task: str | None) -> pd.DataFrame:

@@ -46,6 +46,7 @@ from sparsity_atlas.statistics.slopes import SCALING, Scaling
 from sparsity_atlas.tables.comparison import COMPARISON, comparison_rows
 from sparsity_atlas.tables.experts import EXPERTS, expert_rows
 from sparsity_atlas.tables.layer_table import ERRORS, LAYERS, captured_rows, error_rows, layer_rows
+from sparsity_atlas.tables.model_table import ACTIVE, MODELS, SIZES, model_rows, model_sizes
 from sparsity_atlas.terms import AVERAGE, NAMED_PARTS, plain
 
 
@@ -55,8 +56,6 @@ def _key(path: Path) -> dict[str, str]:
 
 
 KEY = ["model", "criterion", "site"]
-SIZES = ["parameters", "non_embedding_parameters", "layers"]
-ACTIVE = ["active_parameters", "active_non_embedding_parameters"]
 CRITICAL = [*KEY, *SIZES, *(one.name for one in fields(CriticalRow)), "cut_items", "windowed_items"]
 POINTS = [*KEY, *(one.name for one in fields(CurvePoint)), "parameter_sparsity"]
 METRICS = ["model", "tensor", "layer", "tokens", "width", "effective_rank", "effective_rank_share"]
@@ -67,30 +66,7 @@ PART = ["part", "expert"]
 ALLOCATION = [*KEY, "allocation", "tensor", "layer", "sparsity", "damage", "own_sparsity"]
 SENSITIVITY = [*KEY, "level", "tensor", "layer", "sparsity"]
 SENSITIVITY += ["added_loss", "added_loss_low", "added_loss_high"]
-MODELS = ["model", "source", "revision", "architecture", "activation", "family", "dtype", *SIZES]
-MODELS += ["hidden", "width", "sites", "digest"]
 FAILURES = [*KEY, "level", "task", "reason"]
-
-
-def model_sizes(paths: list[Path]) -> dict[str, dict[str, int]]:
-    """Sizes of each model, by its folder's name; where one is a mixture of experts the active ones, too."""
-    sizes = {}
-    counts = {path.parent.name: read_manifest(path) for path in paths}
-    mixtures = any("active" in one["parameters"] for one in counts.values())
-    for model, manifest in counts.items():
-        found = manifest["parameters"]
-        sizes[model] = {
-            "parameters": found["total"],
-            "non_embedding_parameters": found["non_embedding"],
-            "layers": manifest["layers"],
-        }
-        if mixtures:
-            # Of a dense model they are all of them.
-            own = found.get("active", found["total"])
-            sizes[model]["active_parameters"] = own
-            own = found.get("active_non_embedding", found["non_embedding"])
-            sizes[model]["active_non_embedding_parameters"] = own
-    return sizes
 
 
 def with_active(columns: list[str], sizes: dict[str, dict[str, int]]) -> list[str]:
@@ -175,26 +151,6 @@ def sensitivity_rows(paths: list[Path]) -> Iterator[dict[str, Any]]:
     for path in paths:
         for row in read_parquet(path, SCHEMA).to_pylist():
             yield {**_key(path), **row}
-
-
-def model_rows(paths: list[Path]) -> list[dict[str, Any]]:
-    """Rows of models.csv. A family shares its architecture and its activation."""
-    sizes = model_sizes(paths)
-    rows = []
-    for path in paths:
-        manifest = read_manifest(path)
-        source = manifest["source"]
-        rows.append(
-            {
-                **{key: manifest[key] for key in MODELS if key in manifest},
-                **sizes[path.parent.name],
-                "model": path.parent.name,
-                "source": source.get("hub") or source["path"],
-                "family": f"{manifest['architecture']}, {manifest['activation']}",
-                "sites": " ".join(manifest["sites"]),
-            }
-        )
-    return rows
 
 
 def write_tables(

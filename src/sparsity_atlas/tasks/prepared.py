@@ -24,8 +24,8 @@ from sparsity_atlas.tasks.request_cache import Row
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-    from sparsity_atlas.lm.model import AtlasLM
-    from sparsity_atlas.lm.work import Encoding, Work
+    from sparsity_atlas.lm.journalled import JournalledLM
+    from sparsity_atlas.lm.work import Arranged, Encoding
     from sparsity_atlas.tasks.loaded import LoadedTask
 
 
@@ -119,7 +119,7 @@ class Prepared:
     """
 
     contents: dict[str, Any]
-    work: Work
+    work: Arranged
     hashes: dict[str, list[str]]
     clusters: dict[str, list[str | None]]
     chance: float | None
@@ -132,7 +132,7 @@ class Prepared:
         return leaves
 
 
-def prepare(lm: AtlasLM, task: LoadedTask, *, seed: int, share: bool = True) -> Prepared:
+def prepare(lm: JournalledLM, task: LoadedTask, *, seed: int, share: bool = True) -> Prepared:
     """Build and tokenise a task's requests.
 
     Args:
@@ -167,7 +167,7 @@ def _no_collection() -> Iterator[None]:
         gc.enable()
 
 
-def _prepare(lm: AtlasLM, task: LoadedTask, seed: int, share: bool) -> Prepared:
+def _prepare(lm: JournalledLM, task: LoadedTask, seed: int, share: bool) -> Prepared:
     made_of = None if task.unfollowed else request_cache.key(lm, task, seed=seed)
     rows = request_cache.read(made_of) if made_of else None
     if rows is None:
@@ -189,7 +189,7 @@ def _prepare(lm: AtlasLM, task: LoadedTask, seed: int, share: bool) -> Prepared:
             encodings[row.kind] += [row.encoding] * row.repeats
     return Prepared(
         contents={**task.contents, "tasks": leaves},
-        work=lm.work(requests, encodings, share=share),
+        work=lm.work(requests, encodings, share=share, greedy=_asking_greedy(leaves)),
         hashes={name: [_hash(one) for one in leaf.documents] for name, leaf in leaves.items()},
         clusters={
             name: [_cluster(task, one) for one in leaf.documents] for name, leaf in leaves.items()
@@ -199,7 +199,18 @@ def _prepare(lm: AtlasLM, task: LoadedTask, seed: int, share: bool) -> Prepared:
     )
 
 
-def _build(lm: AtlasLM, task: LoadedTask, *, seed: int) -> list[Row]:
+def _asking_greedy(leaves: dict[str, PreparedTask]) -> set[str]:
+    """Those of which a metric is whether an answer is the likeliest."""
+    known = {"multiple_choice": "exact_match", "loglikelihood": "acc"}
+    return {
+        name
+        for name, leaf in leaves.items()
+        # Code of a task's own may look at it, whatever its metrics are called.
+        if leaf._copies or known.get(leaf.OUTPUT_TYPE, "") in (leaf._metric_fn_list or ())
+    }
+
+
+def _build(lm: JournalledLM, task: LoadedTask, *, seed: int) -> list[Row]:
     # As lm-eval does, which loads a task and builds its requests in one go.
     task.drawn.restore()
     chat = lm.prompts.apply_chat_template

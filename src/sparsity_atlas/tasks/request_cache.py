@@ -27,7 +27,7 @@ from sparsity_atlas.files.whole import cache_folder, canonical, digest, write_at
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sparsity_atlas.lm.model import AtlasLM
+    from sparsity_atlas.lm.journalled import JournalledLM
     from sparsity_atlas.tasks.loaded import LoadedTask
 
 SCHEMA = pa.schema(
@@ -38,7 +38,7 @@ SCHEMA = pa.schema(
         ("idx", pa.int64()),  # of the document's requests
         ("repeats", pa.int64()),
         ("arguments", pa.string()),  # JSON
-        ("encoding", pa.list_(pa.list_(pa.int32()))),  # as `AtlasLM.encode` gives it
+        ("encoding", pa.list_(pa.list_(pa.int32()))),  # as `PromptLM.encode` gives it
     ]
 )
 _KEY = b"sparsity_atlas"
@@ -87,7 +87,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return digest([type(tokenizer).__name__, tokenizer.special_tokens_map, content, switches])
 
 
-def key(lm: AtlasLM, task: LoadedTask, *, seed: int) -> dict[str, Any] | None:
+def key(lm: JournalledLM, task: LoadedTask, *, seed: int) -> dict[str, Any] | None:
     """All that a task's requests depend on; None if they cannot be kept.
 
     Args:

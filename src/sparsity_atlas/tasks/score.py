@@ -1,19 +1,18 @@
-"""Which number of a task makes its curve: an accuracy-like metric of each sample, or the loss."""
+"""Which number of a task makes its curve: an accuracy-like metric of each sample, the loss, or its bound."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 from sparsity_atlas.errors import AtlasError, TaskFailure
-
-Kind = Literal["accuracy", "loss"]
+from sparsity_atlas.terms import IN_NATS, Kind
 
 # In this order, where the configuration names no metric; the last two are HumanEval's and MBPP's.
 PREFERRED = ("acc", "exact_match", "em", "f1", "pass@1", "pass_at_1")
 # lm-eval's perplexities; for whole documents all of them stand for nats a token.
-PERPLEXITIES = ("word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity", "loss")
+PERPLEXITIES = ("word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity", *IN_NATS)
 
 
 def choose_metric(task: str, wanted: str | None, result: dict[str, Any]) -> tuple[Kind, str | None]:
@@ -25,7 +24,7 @@ def choose_metric(task: str, wanted: str | None, result: dict[str, Any]) -> tupl
         result: what eval.json says of the task (dense).
 
     Returns:
-        ("loss", None), or ("accuracy", "metric,filter").
+        ("loss", None), of a masked-diffusion model ("bound", None), or ("accuracy", "metric,filter").
 
     Raises:
         AtlasError: the task has no such metric, or it does not grow with quality.
@@ -37,7 +36,7 @@ def choose_metric(task: str, wanted: str | None, result: dict[str, Any]) -> tupl
         key for key in leaves[0] if "_stderr," not in key and all(key in leaf for leaf in leaves)
     )
     if rolling and (wanted is None or wanted.split(",")[0] in PERPLEXITIES):
-        return "loss", None
+        return ("bound" if "bound" in result else "loss"), None
     key = _find(wanted, available) if wanted else _prefer(available)
     if key is None:
         found = ", ".join(available) or "none"
@@ -105,7 +104,7 @@ def pooled_score(task: str, kind: Kind, key: str | None, rows: list[dict[str, An
     Raises:
         TaskFailure: see `sample_values`.
     """
-    if kind == "loss":
+    if kind in IN_NATS:
         nats: float = sum(row["nats"] for row in rows)
         predicted: int = sum(row["predicted"] for row in rows)
         return nats / predicted

@@ -18,7 +18,7 @@ from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config, parse
 from sparsity_atlas.evaluation.evaluate import evaluate_node
 from sparsity_atlas.files.whole import read_manifest, write_manifest
-from sparsity_atlas.lm.model import shortest
+from sparsity_atlas.lm.journalled import shortest
 from sparsity_atlas.plan import rates
 from sparsity_atlas.plan.cost import go_offline_if_unreachable
 from sparsity_atlas.plan.dry_run import Batch, TaskCost

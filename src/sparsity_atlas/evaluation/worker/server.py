@@ -37,8 +37,10 @@ class Models:
         """A loaded model with its tasks; see `evaluate.Session.open`."""
         from sparsity_atlas.evaluation.evaluate import Session
         from sparsity_atlas.models.manifest import from_manifest
+        from sparsity_atlas.terms import KINDS
 
-        from_manifest(manifest)  # refuses a model that changed since its manifest was written
+        # It refuses a model that changed since its manifest was written.
+        from_manifest(manifest, kinds=KINDS)
         key = (manifest.read_bytes(), json.dumps(settings), task_files)
         if key != self._key:
             self._key, self._session = None, None

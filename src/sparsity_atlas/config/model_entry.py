@@ -1,0 +1,121 @@
+"""A model's entry in the configuration."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, NonNegativeInt, model_validator
+
+from sparsity_atlas.config.strict import Strict, some
+from sparsity_atlas.spelling import Repository, Revision
+from sparsity_atlas.terms import Site
+
+
+class DiffusionSettings(Strict):
+    """How a masked-diffusion model is asked."""
+
+    samples: int = Field(default=32, gt=0)
+    """Forward passes of a row for each likelihood, at most. An answer of so few tokens that all sets of
+    masked tokens are no more than that has an exact bound (five tokens: 31 sets), any other an estimate."""
+    guidance: float = Field(default=0.0, ge=0)
+    """Weight of classifier-free guidance, which takes a second pass with the prompt masked; 0: none."""
+    steps: int | None = Field(default=None, gt=0)
+    """Passes in which a text is generated; more than its tokens are as many as these. Unset: a token a
+    pass. A task's `generation_kwargs` may say otherwise, as of the next two."""
+    block_length: int = Field(default=32, gt=0)
+    """Tokens of a block; a block is whole before the next one begins."""
+    remasking: Literal["low_confidence", "random"] = "low_confidence"
+    """Which tokens a pass leaves masked: those that the model is least sure of, or any."""
+
+
+class ModelEntry(Strict):
+    """A causal or masked-diffusion language model: a local folder or a Hub repository, in Hugging Face
+    format."""
+
+    path: str | None = None
+    """Folder with config.json, safetensors weights and the tokenizer."""
+    hub: Repository | None = None
+    """Hub repository, for instance meta-llama/Llama-3.2-1B."""
+    revision: Revision | None = None
+    """Hub revision: a commit, tag or branch. It is resolved to a commit, which is recorded."""
+    tokenizer: str | None = None
+    """Folder of another tokenizer than the model's own."""
+    adapter: str | None = None
+    """Folder of a PEFT adapter (adapter_config.json, adapter_model.safetensors), which is merged into the
+    model."""
+    adapter_hub: Repository | None = None
+    """Hub repository of that adapter, if it is there."""
+    adapter_revision: Revision | None = None
+    """Revision of that repository. Resolved and recorded."""
+    trust_remote_code: bool = False
+    """Run the Python code that the model's repository or folder brings. Read it first."""
+    code_revision: Revision | None = None
+    """Revision of that code, where it is in another repository. Resolved and recorded likewise."""
+    mask_token_id: NonNegativeInt | None = None
+    """Token that masks others, of a masked-diffusion model whose config.json names none."""
+    shifted_logits: bool | None = None
+    """Whether a masked-diffusion model's logits at a token are of the next one, as where it was made of a
+    causal model. Unset: as its published layout has it (Dream: yes), else not."""
+    allow_pickle: bool = False
+    """Load pickled weights (*.bin) if there are no safetensors. A pickle may hide code."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Computation type. `auto`: float32 on the CPU, the checkpoint's own type elsewhere."""
+    add_bos_token: bool | None = None
+    """Begin each request, and each captured sequence, with the BOS token. Unset: as the tokenizer does by
+    itself."""
+    lm_eval_prefix: bool = False
+    """Put lm-eval's prefix token before whole texts (`loglikelihood_rolling`) also where they begin with BOS,
+    so that there are two and the second is scored, as lm-eval does. Unset: one."""
+    apply_chat_template: bool = False
+    """Wrap each request in the tokenizer's chat template, few-shot examples as turns of their own."""
+    chat_template_args: dict[str, Any] = Field(default_factory=dict)
+    """What the chat template gets besides, for instance `{enable_thinking: false}`."""
+    system_instruction: str | None = Field(default=None, min_length=1)
+    """System prompt, before a task's own description; without a chat template it begins each prompt."""
+    gen_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Settings of generation, for instance `{max_gen_toks: 512}`; they outweigh a task's own."""
+    think_end_token: str | int | None = None
+    """Token that ends a generated chain of thought; what comes before it is not part of the answer."""
+    max_length: int | None = Field(default=None, gt=1)
+    """Longest sequence in tokens. Unset: the model's own limit. Whole texts are read in windows of this
+    length, whose memory grows with it."""
+    batch_size: int = Field(default=16, gt=0)
+    """Sequences a forward pass, or as many tokens where a task's are shorter than its longest; on a GPU than
+    1,024 tokens, up to 4,096 where the model is narrow. Fixed and recorded: in bfloat16 scores depend on it.
+    Memory grows with it, but for logits, which are made a piece at a time."""
+    diffusion: DiffusionSettings | None = None
+    """Of a masked-diffusion model: how it is asked. Unset: as the defaults have it."""
+    sites: Annotated[list[Site], AfterValidator(some)] | None = None
+    """Sites for the run blocks that name none."""
+    modules: dict[str, str] | None = None
+    """Module paths of the FFN (`up`, `gate`, `down`, or `gate_up` with `order`), if they are not found."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give either `path` (a local folder) or `hub` (a Hub repository)")
+        if self.path is not None and self.revision is not None:
+            raise ValueError("`revision` belongs to `hub`, a local folder has none")
+        if self.adapter is not None and self.adapter_hub is not None:
+            raise ValueError("give either `adapter` (a local folder) or `adapter_hub`, not both")
+        if self.adapter_revision is not None and self.adapter_hub is None:
+            raise ValueError("`adapter_revision` belongs to `adapter_hub`")
+        if self.code_revision is not None and not self.trust_remote_code:
+            raise ValueError("`code_revision` needs `trust_remote_code: true`")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> Self:
+        if self.chat_template_args and not self.apply_chat_template:
+            raise ValueError("`chat_template_args` needs `apply_chat_template: true`")
+        aliases = {"max_new_tokens", "max_tokens", "max_completion_tokens", "max_length"}
+        for key in aliases & self.gen_kwargs.keys():
+            raise ValueError(
+                f"gen_kwargs: {key}: say max_gen_toks, which a task may have said, too"
+            )
+        sampling = {"temperature", "top_p", "top_k", "min_p"} & self.gen_kwargs.keys()
+        if sampling and "do_sample" not in self.gen_kwargs:
+            raise ValueError(
+                f"gen_kwargs: {min(sampling)} without do_sample, which most tasks set to false"
+            )
+        return self

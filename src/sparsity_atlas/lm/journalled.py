@@ -1,0 +1,137 @@
+"""HFLM whose batches are recorded as they are finished, and counted: what models of all kinds share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sparsity_atlas.lm.prompts import PromptLM
+from sparsity_atlas.lm.usage import Usage
+from sparsity_atlas.loading import free_memory
+from sparsity_atlas.models.memory import of_a_pass
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sparsity_atlas.lm.work import Arranged, Encoding
+    from sparsity_atlas.models.memory import Sizes
+    from sparsity_atlas.sparsify.attach import Counter
+
+# Short requests are batched as if they had so many tokens: a GPU that is handed a few at a time waits for
+# the host, which takes as long to start a pass of a small model over a thousand tokens as over ten thousand.
+# More of a narrower model, whose tokens take less memory and time, up to the second number.
+SHORTEST, MOST = {"cuda": 1024}, 4096
+# Width of the residual stream up to which it is more: half as wide, twice as many.
+WIDE = 4096
+
+
+class Records(Protocol):
+    """What finished batches left, in order: a `Journal`, or what lasts as long as the process."""
+
+    records: list[Any]
+
+    def append(self, record: Any) -> None:
+        """Add what a batch left."""
+
+
+def shortest(device: str, hidden: int, max_length: int) -> int:
+    """Tokens that the requests of a batch are taken to have at least.
+
+    Args:
+        device: its kind.
+        hidden: width of the model's residual stream.
+        max_length: longest sequence of the model in tokens.
+    """
+    least = SHORTEST.get(device, 0)
+    while 0 < least < MOST and 2 * hidden <= WIDE:
+        least, hidden = 2 * least, 2 * hidden
+    return min(least, max_length)
+
+
+class JournalledLM(PromptLM):
+    """HFLM over a loaded model, whose batches are journalled and counted.
+
+    The order of batches depends on the requests and the batch size alone, so a journal of an earlier run
+    continues at a batch boundary.
+
+    Attributes:
+        usage: what each document cost, since `start`.
+        sizes: of the model, by which it is seen before a task whether it fits; None: nobody looks.
+    """
+
+    usage: Usage
+    _counter: Counter
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **options: Any
+    ) -> None:
+        """See `PromptLM`."""
+        super().__init__(model, tokenizer, **options)
+        # Of a model that names none, as of a wide one.
+        self._hidden: int = getattr(model.config.get_text_config(), "hidden_size", None) or WIDE
+        self.sizes: Sizes | None = None
+
+    @property
+    def shortest(self) -> int:
+        """Tokens that the requests of a batch are taken to have at least; see `forest.pack`."""
+        return shortest(self.device.type, self._hidden, self.max_length)
+
+    def remember(self, digest: str) -> None:
+        """Keep what is found out about the model for other processes, if anything is.
+
+        Args:
+            digest: of the model's files.
+        """
+
+    def work(
+        self,
+        requests: dict[str, list[Instance]],
+        encodings: dict[str, list[Encoding]],
+        *,
+        share: bool = True,
+        greedy: Container[str] | None = None,
+    ) -> Arranged:
+        """Arrange a task's requests in batches.
+
+        Args:
+            requests: by kind.
+            encodings: as `encode` gives them.
+            share: whether requests may share what they have in common, where the model can.
+            greedy: the tasks that ask whether an answer is the likeliest, where that costs further passes;
+                None: all may.
+        """
+        raise NotImplementedError
+
+    def start(self, journal: Records, counter: Counter, work: Arranged) -> None:
+        """Begin a task: answer from `journal` what it holds, compute and record the rest.
+
+        Raises:
+            AtlasError: its batches do not fit into the memory that there is.
+        """
+        self._check_room(work, len(counter.slots))
+        self._journal = journal
+        self._counter = counter
+        self._replayed = 0
+        self.usage = Usage(work, counter)
+
+    def _check_room(self, work: Arranged, slots: int) -> None:
+        if self.sizes is None:
+            return
+        sizes, device, largest = self.sizes, self.model.device, work.largest
+        free_memory.check(
+            device,
+            lambda share: of_a_pass(
+                sizes, largest.shrunk(share), self.model.dtype.itemsize, device.type, slots
+            ),
+            f"'{work.documents[0][0]}': batches of {largest.tokens:,} tokens",
+            (("batch_size", self.batch_size), ("max_length", self.max_length)),
+        )
+
+    def _batch(self, compute: Callable[[], Any]) -> Any:
+        """The next batch's record: from the journal if an earlier run got so far."""
+        if self._replayed == len(self._journal.records):
+            self._journal.append(compute())
+        record = self._journal.records[self._replayed]
+        self._replayed += 1
+        return record
