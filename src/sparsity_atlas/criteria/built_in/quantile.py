@@ -57,7 +57,11 @@ class Quantile(Criterion):
 
     def _threshold(self, level: float) -> Tensor:
         """The table's threshold at what is this place's own level."""
-        return at_level(self._state["table"], _own(level, self._share))
+        return at_level(self._state["table"], self._own(level))
+
+    def _own(self, level: float) -> float:
+        """The place's own sparsity at a level."""
+        return _own(level, self._share)
 
     def _asked(self, level: float) -> float:
         """The sparsity that a level asks for."""
