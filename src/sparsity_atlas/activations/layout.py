@@ -24,6 +24,11 @@ from sparsity_atlas.terms import ATTENTION, ATTENTION_TENSORS, FFN, NAMED_PARTS,
 _TYPES = {"index": "int32", "weights": "float32"}
 
 
+def stored_type(tensor: str, computed: str) -> str:
+    """Type of a tensor's values in the store, of a model that computes in another."""
+    return _TYPES.get(tensor, computed)
+
+
 def group_name(part: str, tensor: str) -> str:
     """Name of a tensor's group in the store."""
     return f"{part}.{tensor}" if part in NAMED_PARTS else tensor
@@ -69,7 +74,7 @@ class Group:
 
     def dtype(self, computed: str) -> str:
         """Type of the values of a model that computes in another."""
-        return _TYPES.get(self.tensor, computed)
+        return stored_type(self.tensor, computed)
 
     def token_bytes(self, computed: str) -> list[int]:
         """Bytes of one token in each layer's array."""

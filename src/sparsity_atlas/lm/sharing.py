@@ -14,11 +14,14 @@ that one that depends on a neighbour is seen.
 
 from __future__ import annotations
 
+import inspect
 import random
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+_CALLS = inspect.getfile(before_head)
+_PACKAGE = str(Path(_CALLS).parents[1])
 # So much farther off must a row without its mask be.
 DISTINCT = 8
 # Predictions compared at the end of each request.
@@ -169,8 +174,19 @@ def _last(batch: Batch) -> int:
 def _hidden(model: PreTrainedModel, batch: Batch, masks: Masks = Masks.ONE) -> dict[int, Tensor]:
     """What the head gets for each request's predictions, by request."""
     ids, options = inputs(model, batch, masks)
-    every = before_head(model, ids, **options)
-    flat = every.reshape(-1, every.shape[-1])
+    try:
+        every = before_head(model, ids, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except REFUSALS as refusal:
+        if _is_ours(refusal):
+            raise
+        first = (str(refusal).splitlines() or [""])[0]
+        raise _Refusal(f"{type(refusal).__name__}: {first}") from refusal
+    if every.shape[:-1] != ids.shape:
+        found, wanted = list(every.shape), list(ids.shape)
+        raise _Refusal(f"hidden states of shape {found} of tokens of shape {wanted}")
+    flat = every.flatten(0, 1)
     parts = np.split(batch.scored[batch.row], batch.firsts[1:])
     return {
         request: flat[torch.from_numpy(places).to(flat.device)]
@@ -265,11 +281,20 @@ def _interference(
     return "a branch depends on its neighbour"
 
 
+class _Refusal(Exception):
+    """A model that does not run what it is asked to."""
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether an error from within a model's pass was raised by a hook of this package."""
+    where = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    # Where the model itself is called, arguments that it does not take show.
+    return where[-1].startswith(_PACKAGE) and where[-1] != _CALLS
+
+
 def _fault(attempt: Callable[[], str | None]) -> str | None:
     """What an attempt finds wrong, or how the model refuses it."""
     try:
         return attempt()
-    except torch.OutOfMemoryError:
-        raise
-    except REFUSALS as refusal:
-        return f"{type(refusal).__name__}: {(str(refusal).splitlines() or [''])[0]}"
+    except _Refusal as refusal:
+        return str(refusal)

@@ -200,8 +200,7 @@ def main() -> None:
     masks = {key: source.get(key) for key in ("mask_token_id", "shifted_logits")}
     description = describe(checkpoint, modules, **masks)
     available = Available.in_manifest(description)
-    for site in filter(None, arguments.sites.split(",")):
-        available.check(arguments.name, site)
+    available.check_all(arguments.name, filter(None, arguments.sites.split(",")))
     if arguments.not_in_experts and any(one.get("part") == EXPERTS for one in description["ffn"]):
         raise AtlasError(f"models.{arguments.name}: {arguments.not_in_experts[0]}")
     write_manifest(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsity_atlas.activations.layout import stored_type
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config
 from sparsity_atlas.errors import AtlasError
@@ -27,7 +28,7 @@ from sparsity_atlas.plan.rates import TimedLM, free_memory, node_seconds
 from sparsity_atlas.sites.experts.experts_modules import experts_modules
 from sparsity_atlas.sites.find import find_parts
 from sparsity_atlas.sites.part import Available, by_layer
-from sparsity_atlas.terms import ATTENTION
+from sparsity_atlas.terms import ATTENTION, ROUTING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -60,8 +61,8 @@ class Outlook:
         active: of a mixture of experts those that a token meets, once it is known.
         dtype: of the computation, and so of the activations.
         layers: how many.
-        shapes: entries of each tensor of a token, for each part of each layer; attention's are the first
-            part's.
+        shapes: entries of each tensor of a token, for each part of each layer, of routed experts those of
+            the routing as well; attention's are the first part's.
         costs: what one evaluation of each task takes.
         ready: seconds until the weights are loaded and the sites found.
         seconds: of one evaluation's forward passes, by criterion and site, and by task.
@@ -86,9 +87,14 @@ class Outlook:
         return min(weights / (self.active or self.parameters), 1.0)
 
     def store_bytes(self, tokens: int, tensors: Sequence[str]) -> int:
-        """Bytes of some tensors' activations before compression."""
-        width = sum(shape.get(tensor, 0) for tensor in tensors for shape in self.shapes)
-        return tokens * width * ITEM_BYTES[self.dtype]
+        """Bytes of some tensors' activations before compression; with `input` comes the routing."""
+        stored = (*tensors, *(ROUTING if "input" in tensors else ()))
+        of_a_token = (
+            shape.get(tensor, 0) * ITEM_BYTES[stored_type(tensor, self.dtype)]
+            for tensor in stored
+            for shape in self.shapes
+        )
+        return tokens * sum(of_a_token)
 
 
 def captured_tokens(config: Config) -> int:
@@ -181,9 +187,11 @@ def _described(part: dict[str, Any]) -> dict[str, int]:
     """Of a part's tensors, as proved by an earlier run."""
     # Of routed experts, which are K for a token.
     width = part["width"] * part.get("each", 1)
+    routing = dict.fromkeys(ROUTING, part["each"]) if "each" in part else {}
     if "attention" not in part and "part" in part:  # not the first of its layer
-        return {name: width if name in _WIDE else part["hidden"] for name in ("input", *_WIDE)}
-    return _widths(part["hidden"], width, (part.get("attention") or {}).get("width"))
+        own = {name: width if name in _WIDE else part["hidden"] for name in ("input", *_WIDE)}
+        return own | routing
+    return _widths(part["hidden"], width, (part.get("attention") or {}).get("width")) | routing
 
 
 def _configured(model: PreTrainedModel) -> list[dict[str, int]]:
@@ -211,7 +219,11 @@ def _widths(hidden: int, width: int, attended: int | None) -> dict[str, int]:
 
 def _proved(layer: list[Part]) -> Iterator[dict[str, int]]:
     """Of the tensors of each part of a layer; attention's with the first of the others."""
-    sizes = [{tensor: part.size(tensor) for tensor in part.tensors} for part in layer]
+    sizes = []
+    for part in layer:
+        spread = part.routing("input")
+        routing = {} if spread is None else dict.fromkeys(ROUTING, spread.each)
+        sizes.append({tensor: part.size(tensor) for tensor in part.tensors} | routing)
     beside = [size for part, size in zip(layer, sizes, strict=True) if part.name != ATTENTION]
     attention = [size for part, size in zip(layer, sizes, strict=True) if part.name == ATTENTION]
     yield {name: entries for size in (*attention, *beside[:1]) for name, entries in size.items()}
@@ -245,8 +257,7 @@ def measure(config: Config, name: str, outlook: Outlook, nodes: dict[NodeKey, No
     model = moved(load(checkpoint, dtype=outlook.dtype, device="cpu"), device)
     parts = find_parts(model, source.get("modules"))
     available = Available.in_parts(parts)
-    for site in grid.model_sites(config, name):
-        available.check(name, site)
+    available.check_all(name, grid.model_sites(config, name))
     outlook.ready = time.perf_counter() - began
     layers = by_layer(parts).values()
     outlook.layers = len(layers)

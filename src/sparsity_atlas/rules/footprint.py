@@ -18,7 +18,7 @@ from sparsity_atlas.config.schema import Config
 from sparsity_atlas.files.whole import read_json, read_manifest
 from sparsity_atlas.loading.devices import ITEM_BYTES
 from sparsity_atlas.models.memory import MIB, Largest, Sizes, of_a_capture, of_a_pass
-from sparsity_atlas.terms import STORED, TENSORS, plain
+from sparsity_atlas.terms import ATTENTION_TENSORS, FFN, STORED, TENSORS, parts_named, plain
 
 # A stage's process without its model, as measured: Python with torch and what else it imports.
 BASE_MIB = {
@@ -104,7 +104,7 @@ class Needs:
         capture, entry = self._config.capture, self._config.models[model]
         length = capture.sequence_length
         tokens = entry.batch_size * length
-        slots = sizes.layers * len(TENSORS[plain(site)] if site else STORED)
+        slots = self._slots(model, sizes, site)
         match stage:
             case "models":
                 return PROVED_TOKENS * sizes.vocabulary * 4 * PROVED_COPIES
@@ -118,6 +118,15 @@ class Needs:
             case "output_error":
                 return ERROR_BYTES
         return of_a_pass(sizes, self.largest(model), item, device, slots)
+
+    def _slots(self, model: str, sizes: Sizes, site: str | None) -> int:
+        """Counted vectors of a token: of each part of each layer, those of a site or all."""
+        tensors = TENSORS[plain(site)] if site else STORED
+        attention = sum(tensor in ATTENTION_TENSORS for tensor in tensors)
+        described = (self._manifest(model, "model.json") or {}).get("ffn", ())
+        named = parts_named(site) if site else ()
+        parts = sum(not named or one.get("part", FFN) in named for one in described)
+        return sizes.layers * attention + (parts or sizes.layers) * (len(tensors) - attention)
 
     def _held(self, model: str, dtype: str) -> int:
         capture, entry = self._config.capture, self._config.models[model]

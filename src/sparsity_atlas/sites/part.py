@@ -280,6 +280,25 @@ class Available:
             stated["parts"] = {name: list(own) for name, own in self.of_parts.items()}
         return stated
 
+    def check_all(self, model: str, sites: Iterable[str]) -> None:
+        """Refuse sites of a run that a model does not have, or of which two are one.
+
+        Args:
+            model: its name.
+            sites: as paths spell them.
+
+        Raises:
+            AtlasError: as `check`; a site that is confined to all parts that there are, beside itself.
+        """
+        asked = list(sites)
+        for site in asked:
+            self.check(model, site)
+            if set(parts_named(site)) == set(self.of_parts) and plain(site) in asked:
+                raise AtlasError(
+                    f"models.{model}: '{site}' is '{plain(site)}' in this model, which has no other part "
+                    "beside attention: ask for one of them"
+                )
+
     def check(self, model: str, site: str) -> None:
         """Refuse a site that a model does not have.
 

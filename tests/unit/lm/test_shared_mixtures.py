@@ -21,6 +21,7 @@ from sparsity_atlas.lm import forward, sharing
 from sparsity_atlas.lm.forest import Request, pack
 from sparsity_atlas.lm.forward import Abilities
 from sparsity_atlas.lm.sharing import abilities
+from sparsity_atlas.sites.experts import routing as module_of_routing
 from sparsity_atlas.sites.experts.experts_modules import experts_modules
 from sparsity_atlas.sites.experts.routing import recorded, repeated
 from sparsity_atlas.sites.find import find_parts
@@ -246,6 +247,21 @@ def test_batch_size_changes_no_accuracy_and_no_count(
 
 
 # Routing
+
+
+def test_a_mistake_of_ours_is_no_refusal_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wide_mixture("olmoe")
+
+    def refusing(*args: Any, **named: Any) -> Any:
+        raise TypeError("no such mask")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model.layers[1], "forward", refusing)
+        _, faults = abilities(model, questions())
+        assert faults["branches"] == "TypeError: no such mask"
+    monkeypatch.setattr(module_of_routing, "_places", lambda: None)
+    with pytest.raises(TypeError, match="takes 0 positional arguments"):
+        abilities(model, questions())
 
 
 def test_a_routing_is_noted_and_repeated() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import zarr
 
-from mixtures import wide_mixture
+from mixtures import save_mixture, wide_mixture
 from sparsity_atlas.activations import capture
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config, parse
@@ -165,10 +165,43 @@ def test_store_bytes_are_those_of_the_store(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    config, store = captured(sites, manifest, model_folder, tmp_path, monkeypatch)
+    tensors = [name for name, _ in store.groups() if name != "text"]
+    real = sum(array.nbytes for name in tensors for _, array in store[name].arrays())
+
+    outlook = look(config, "tiny", {}, manifest, Unknowns())
+    assert sorted(tensors) == capture.tensors_of(sites)
+    assert outlook.store_bytes(captured_tokens(config), tensors) == real
+    # What the configuration of an unseen model says comes to the same.
+    unseen = look(config, "tiny", {}, tmp_path / "none.json", Unknowns())
+    assert unseen.store_bytes(captured_tokens(config), tensors) == real
+
+
+def test_store_bytes_of_a_mixture_have_its_routing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, sites = save_mixture(tmp_path / "model", "qwen2_moe"), ["gate", "input"]
+    manifest = write_model_manifest(folder, tmp_path / "model.json")
+    config, store = captured(sites, manifest, folder, tmp_path, monkeypatch)
+    arrays = {path: one for path, one in store.members(max_depth=None) if "/" in path}
+    real = sum(one.nbytes for path, one in arrays.items() if not path.startswith("text/"))
+    assert "experts.index/layer_000" in arrays
+    known = look(config, "tiny", {}, manifest, Unknowns())
+    unseen = look(config, "tiny", {}, tmp_path / "none.json", Unknowns())
+    measure(config, "tiny", unseen, {})
+    for outlook in (known, unseen):
+        found = outlook.store_bytes(captured_tokens(config), capture.tensors_of(sites))
+        assert found == real
+
+
+def captured(
+    sites: list[str], manifest: Path, folder: Path, tmp_path: Path, patch: pytest.MonkeyPatch
+) -> tuple[Config, Any]:
+    """A configuration, and the store that a capture of these sites leaves."""
     words = tmp_path / "text.txt"
     words.write_text("the old cat sees a bird over the river and the child hides " * 40)
     config = make_config(
-        {"tiny": {"path": str(model_folder)}},
+        {"tiny": {"path": str(folder)}},
         {"t": {}},
         texts={"prose": {"file": str(words)}},
         capture={"tokens": 100, "sequence_length": 16},
@@ -183,18 +216,9 @@ def test_store_bytes_are_those_of_the_store(
         "--output": tmp_path / "site.json",
     }
     flat = [str(part) for pair in arguments.items() for part in pair]
-    monkeypatch.setattr(sys, "argv", ["capture", *flat])
+    patch.setattr(sys, "argv", ["capture", *flat])
     capture.main()
-    store = zarr.open_group(tmp_path / "a.zarr", mode="r")
-    tensors = [name for name, _ in store.groups() if name != "text"]
-    real = sum(array.nbytes for name in tensors for _, array in store[name].arrays())
-
-    outlook = look(config, "tiny", {}, manifest, Unknowns())
-    assert sorted(tensors) == capture.tensors_of(sites)
-    assert outlook.store_bytes(captured_tokens(config), tensors) == real
-    # What the configuration of an unseen model says comes to the same.
-    unseen = look(config, "tiny", {}, tmp_path / "none.json", Unknowns())
-    assert unseen.store_bytes(captured_tokens(config), tensors) == real
+    return config, zarr.open_group(tmp_path / "a.zarr", mode="r")
 
 
 def write_eval(folder: Path, *tasks: str) -> None:

@@ -194,6 +194,21 @@ def test_a_mixture_takes_memory_for_all_experts_and_time_for_those_that_are_met(
     assert more == pytest.approx(1.25 * 10**5 * 8 * 4 * 64 * 2 / 2**20, abs=1)
 
 
+def test_vectors_are_counted_in_each_part_of_each_layer(tmp_path: Path) -> None:
+    """A dense layer, and one with a shared expert and routed ones; attention's count once a layer."""
+    parts = [{"layer": 0}, {"layer": 1, "part": "shared"}, {"layer": 1, "part": "experts"}]
+    write_model(tmp_path / "m", layers=2, ffn=parts)
+    own = Needs(config(), str(tmp_path))
+    sizes = own.sizes("m")
+    assert sizes is not None
+    counts = {
+        site: own._slots("m", sizes, site) for site in ("input", "all_inputs", "o_input", None)
+    }
+    assert counts == {"input": 3, "all_inputs": 6, "o_input": 2, None: 2 * 2 + 3 * 4}
+    assert own._slots("m", sizes, "input@experts") == 1
+    assert own._slots("m", sizes, "intermediate@shared+experts") == 2
+
+
 def test_each_attempt_asks_for_more(tmp_path: Path) -> None:
     with_manifest(tmp_path)
     ask = Asks(config(device="cuda"), str(tmp_path))

@@ -117,6 +117,20 @@ def test_what_a_model_does_not_have_is_refused(site: str, message: str) -> None:
     available.check("m", "input@experts")
 
 
+def test_a_site_of_all_parts_is_not_asked_for_twice() -> None:
+    olmoe = Available(FFN_SITES, {"experts": FFN_SITES})
+    with pytest.raises(
+        AtlasError,
+        match=r"^models\.m: 'gate@experts' is 'gate' in this model, .*: ask for one of them$",
+    ):
+        olmoe.check_all("m", ["up", "gate", "gate@experts"])
+    olmoe.check_all("m", ["up", "gate@experts"])
+    beside = Available(FFN_SITES, dict.fromkeys(("shared", "experts"), FFN_SITES))
+    beside.check_all("m", ["gate", "gate@experts"])
+    with pytest.raises(AtlasError, match="is 'gate' in this model"):
+        beside.check_all("m", ["gate@shared+experts", "gate"])
+
+
 def test_sites_as_paths_spell_them() -> None:
     assert confined("up", ()) == confined("up", ("experts", "ffn", "shared")) == "up"
     assert confined("up", ("experts", "shared")) == "up@shared+experts"
