@@ -111,8 +111,8 @@ class RunBlock(Strict):
     """Unset: the model's own `sites`, else intermediate and input, which every FFN has."""
     parts: Annotated[list[PartBeside], AfterValidator(some)] | None = None
     """Parts of a layer that are sparsified, beside attention; the others stay dense. Paths then say
-    `intermediate@experts`. Unset: all. Where a model has no other parts, that is the plain site, and not both can be
-    asked for."""
+    `intermediate@experts`. Unset: all. Where a model has no other parts, that is the plain site, and not both
+    can be asked for."""
     levels: Annotated[
         Annotated[Literal["auto"], Tag("literal[auto]")]
         | Annotated[list[Level], AfterValidator(some), Tag("list[levels]")],
