@@ -44,7 +44,7 @@ from sparsity_atlas.models.memory import (
     of_a_capture,
     of_a_pass,
 )
-from sparsity_atlas.sites.part import Available
+from sparsity_atlas.sites.available import Available
 from sparsity_atlas.terms import TENSORS, plain
 
 if TYPE_CHECKING:

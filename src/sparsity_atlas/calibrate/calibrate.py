@@ -23,7 +23,8 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.loading.pretrained import load, load_tokenizer
 from sparsity_atlas.models.manifest import from_manifest
-from sparsity_atlas.sites.part import Available, chosen
+from sparsity_atlas.sites.available import Available
+from sparsity_atlas.sites.part import chosen
 from sparsity_atlas.terms import TENSORS
 
 if TYPE_CHECKING:

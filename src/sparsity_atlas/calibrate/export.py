@@ -28,7 +28,8 @@ from sparsity_atlas.files.whole import (
 )
 from sparsity_atlas.loading.pretrained import load
 from sparsity_atlas.models.manifest import from_manifest
-from sparsity_atlas.sites.part import Available, chosen
+from sparsity_atlas.sites.available import Available
+from sparsity_atlas.sites.part import chosen
 
 
 def main() -> None:

@@ -31,7 +31,8 @@ from sparsity_atlas.files.journal import Journal
 from sparsity_atlas.files.whole import canonical, digest, locked, write_manifest
 from sparsity_atlas.loading.pretrained import load, load_tokenizer
 from sparsity_atlas.models.manifest import from_manifest
-from sparsity_atlas.sites.part import Available, Part, chosen
+from sparsity_atlas.sites.available import Available
+from sparsity_atlas.sites.part import Part, chosen
 from sparsity_atlas.terms import KINDS
 
 if TYPE_CHECKING:

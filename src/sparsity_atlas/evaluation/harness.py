@@ -34,9 +34,10 @@ from sparsity_atlas.models.logits import head
 from sparsity_atlas.models.memory import Sizes
 from sparsity_atlas.models.positions import check_positions
 from sparsity_atlas.models.tokenizer_check import check_tokenizer, embedding_rows
+from sparsity_atlas.sites.available import Available
 from sparsity_atlas.sites.experts.mixture import met
 from sparsity_atlas.sites.find import find_parts
-from sparsity_atlas.sites.part import Available, chosen, measure
+from sparsity_atlas.sites.part import chosen, measure
 from sparsity_atlas.sparsify.attach import counted, sparsified
 from sparsity_atlas.sparsify.counted_vectors import slots_of
 from sparsity_atlas.terms import CAUSAL, plain

@@ -20,7 +20,7 @@ from sparsity_atlas.loading.checkpoint import Checkpoint
 from sparsity_atlas.loading.layouts import layout_of
 from sparsity_atlas.loading.pretrained import load, load_tokenizer
 from sparsity_atlas.loading.source import resolve
-from sparsity_atlas.sites.part import Available
+from sparsity_atlas.sites.available import Available
 from sparsity_atlas.terms import CAUSAL, DIFFUSION, EXPERTS
 
 if TYPE_CHECKING:

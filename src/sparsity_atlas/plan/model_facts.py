@@ -25,9 +25,10 @@ from sparsity_atlas.loading.source import resolve
 from sparsity_atlas.models.parameters import count_resting
 from sparsity_atlas.plan.dry_run import DryLM, TaskCost, count
 from sparsity_atlas.plan.rates import TimedLM, free_memory, node_seconds
+from sparsity_atlas.sites.available import Available
 from sparsity_atlas.sites.experts.experts_modules import experts_modules
 from sparsity_atlas.sites.find import find_parts
-from sparsity_atlas.sites.part import Available, by_layer
+from sparsity_atlas.sites.part import by_layer
 from sparsity_atlas.terms import ATTENTION, ROUTING
 
 if TYPE_CHECKING:

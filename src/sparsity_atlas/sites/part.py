@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
-from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.terms import (
     ATTENTION,
     ATTENTION_TENSORS,
-    FFN,
     FFN_SITES,
     SITES,
     TENSORS,
@@ -236,95 +234,6 @@ def sites_of(parts: Iterable[Part]) -> tuple[str, ...]:
     """The sites that every layer has."""
     layers = [layer_sites(own) for own in by_layer(parts).values()]
     return tuple(site for site in SITES if all(site in own for own in layers))
-
-
-@dataclass(frozen=True)
-class Available:
-    """What a model can be sparsified at.
-
-    Attributes:
-        sites: that every layer has.
-        of_parts: of each part that some layer has beside attention, those of them that it has.
-    """
-
-    sites: tuple[str, ...]
-    of_parts: dict[str, tuple[str, ...]]
-
-    @classmethod
-    def in_parts(cls, parts: Sequence[Part]) -> Available:
-        """Of a model's parts."""
-        sites = sites_of(parts)
-        of_parts = {}
-        for name in dict.fromkeys(part.name for part in parts if part.name != ATTENTION):
-            own = [part for part in parts if part.name == name]
-            of_parts[name] = tuple(
-                site
-                for site in sites
-                if site in FFN_SITES
-                and all(tensor in part.tensors for part in own for tensor in TENSORS[site])
-            )
-        return cls(sites, of_parts)
-
-    @classmethod
-    def in_manifest(cls, manifest: dict[str, Any]) -> Available:
-        """As a model's manifest states it."""
-        sites = tuple(manifest["sites"])
-        dense = {FFN: [site for site in sites if site in FFN_SITES]}
-        of_parts = {name: tuple(own) for name, own in manifest.get("parts", dense).items()}
-        return cls(sites, of_parts)
-
-    def describe(self) -> dict[str, Any]:
-        """As a manifest states it; of a model of dense FFNs alone, its sites say all."""
-        stated: dict[str, Any] = {"sites": list(self.sites)}
-        if set(self.of_parts) != {FFN}:
-            stated["parts"] = {name: list(own) for name, own in self.of_parts.items()}
-        return stated
-
-    def check_all(self, model: str, sites: Iterable[str]) -> None:
-        """Refuse sites of a run that a model does not have, or of which two are one.
-
-        Args:
-            model: its name.
-            sites: as paths spell them.
-
-        Raises:
-            AtlasError: as `check`; a site that is confined to all parts that there are, beside itself.
-        """
-        asked = list(sites)
-        for site in asked:
-            self.check(model, site)
-            if set(parts_named(site)) == set(self.of_parts) and plain(site) in asked:
-                raise AtlasError(
-                    f"models.{model}: '{site}' is '{plain(site)}' in this model, which has no other part "
-                    "beside attention: ask for one of them"
-                )
-
-    def check(self, model: str, site: str) -> None:
-        """Refuse a site that a model does not have.
-
-        Args:
-            model: its name.
-            site: as paths spell it.
-
-        Raises:
-            AtlasError: names what there is in its place.
-        """
-        wanted = plain(site)
-        if wanted not in self.sites:
-            raise AtlasError(
-                f"models.{model}: no site '{wanted}' in this model; it has {', '.join(self.sites)}"
-            )
-        for name in parts_named(site):
-            if name not in self.of_parts:
-                raise AtlasError(
-                    f"models.{model}: '{site}': no part '{name}' in this model; it has "
-                    f"{', '.join(self.of_parts)}"
-                )
-            if wanted not in self.of_parts[name]:
-                raise AtlasError(
-                    f"models.{model}: '{site}': no site '{wanted}' in its part '{name}', which has "
-                    f"{', '.join(self.of_parts[name])}"
-                )
 
 
 def chosen(parts: Sequence[Part], site: str) -> tuple[list[Part], str]:

@@ -254,8 +254,9 @@ def main() -> None:
 
     from sparsity_atlas.criteria.binding import bind_all
     from sparsity_atlas.criteria.place import places
+    from sparsity_atlas.sites.available import Available
     from sparsity_atlas.sites.find import bind_parts
-    from sparsity_atlas.sites.part import Available, by_layer, chosen
+    from sparsity_atlas.sites.part import by_layer, chosen
 
     Available.in_manifest(manifest).check(manifest["name"], arguments.site)
 

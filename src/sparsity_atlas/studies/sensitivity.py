@@ -207,8 +207,9 @@ def main() -> None:
     import torch
 
     from sparsity_atlas.criteria.binding import bind_all
+    from sparsity_atlas.sites.available import Available
     from sparsity_atlas.sites.find import bind_parts
-    from sparsity_atlas.sites.part import Available, chosen
+    from sparsity_atlas.sites.part import chosen
 
     Available.in_manifest(manifest).check(manifest["name"], site)
     ids = ActivationStore(arguments.store).ids()

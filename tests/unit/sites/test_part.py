@@ -11,10 +11,10 @@ from torch import Tensor
 from mixtures import tiny_mixture
 from model_parts import attentions_of, ffns_of
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.sites.available import Available
 from sparsity_atlas.sites.block import layer_path
 from sparsity_atlas.sites.find import Part, Vectors, find_parts
 from sparsity_atlas.sites.part import (
-    Available,
     chosen,
     having,
     layer_sites,
