@@ -184,8 +184,9 @@ class SequenceCriterion(Criterion):
         Args:
             values: [batch, tokens, width].
             valid: bool [batch, tokens], True where a token is no padding.
-            phase: `scoring` of given tokens in one pass, the `prompt` of a generation, or one pass of
-                the `generation` after it, with one new token for each row.
+            phase: `scoring` of given tokens in one pass, the `prompt` of a generation, one pass of the
+                `generation` after it, with one new token for each row, or of the `denoising` of whole
+                sequences.
             level: in [lowest, highest].
 
         Returns:

@@ -164,6 +164,7 @@ def _check_sequences(trial: _Trial, level: float, rows: Tensor) -> None:
     valid = torch.ones(batch.shape[:2], dtype=torch.bool, device=rows.device)
     passes: dict[str, Callable[[Tensor, Tensor], list[Tensor]]] = {
         "scoring": lambda values, valid: [_pass(trial, level, values, valid, "scoring")],
+        "denoising": lambda values, valid: [_pass(trial, level, values, valid, "denoising")],
         "generation": lambda values, valid: [
             _pass(trial, level, values, valid, "prompt"),
             _pass(trial, level, values[:, :1], valid[:, :1], "generation"),

@@ -21,8 +21,9 @@ class PromptMask(SequenceCriterion):
     """Keep, after the prompt, the k = ⌊level · width⌋ neurons with the largest ‖z̄[:, j]‖₂ over it.
 
     z̄ are the prompt's vectors, each divided by its length (GRIFFIN, arXiv 2404.01365). The prompt is
-    dense. In generation it is what was given; where given tokens are only scored, it is the first
-    `prompt_share` of each sequence, and the others take the mask that it leaves. The level is the
+    dense. In generation it is what was given; where given tokens are only scored, or masks
+    among them filled in, it is the first `prompt_share` of each sequence, and the others take the mask that
+    it leaves. The level is the
     kept share after the prompt, so that induced sparsity, counted over all tokens, is lower.
     """
 
@@ -64,7 +65,7 @@ class PromptMask(SequenceCriterion):
             assert self._kept is not None, "a generation begins with its prompt"
             return self._kept[:, None].expand(values.shape)
         prompt = valid
-        if phase == "scoring":
+        if phase in ("scoring", "denoising"):
             length = valid.sum(-1, keepdim=True)
             # Of 100 times 0.07 float64 makes a little more than 7.
             end = (length.double() * self.prompt_share - 1e-9).ceil()
