@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsity_atlas import cli
 from sparsity_atlas.activations.layout import Group, group_name, groups
+from sparsity_atlas.activations.masks import masked
 from sparsity_atlas.activations.store import ActivationStore, check_space, chunk_sequences
 from sparsity_atlas.activations.texts import digest_of, pinned, token_ids
 from sparsity_atlas.code_version import code_version
@@ -45,7 +46,7 @@ from sparsity_atlas.models.memory import (
     of_a_pass,
 )
 from sparsity_atlas.sites.available import Available
-from sparsity_atlas.terms import TENSORS, plain
+from sparsity_atlas.terms import DIFFUSION, KINDS, TENSORS, plain
 
 if TYPE_CHECKING:
     import numpy as np
@@ -270,19 +271,16 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = arguments.settings
 
-    manifest, checkpoint = from_manifest(arguments.model)
+    manifest, checkpoint = from_manifest(arguments.model, kinds=KINDS)
     Available.in_manifest(manifest).check(manifest["name"], arguments.site)
     asked = map(plain, arguments.siblings.split(","))
     siblings = [site for site in dict.fromkeys(asked) if site in manifest["sites"]]
     tokenizer = load_tokenizer(checkpoint, add_bos_token=settings["add_bos_token"])
     text = pinned(settings["text"])
-    ids = token_ids(
-        text,
-        tokenizer,
-        settings["tokens"],
-        settings["sequence_length"],
-        begins_with_bos(tokenizer, settings["add_bos_token"]),
-    )
+    bos = begins_with_bos(tokenizer, settings["add_bos_token"])
+    ids = token_ids(text, tokenizer, settings["tokens"], settings["sequence_length"], bos)
+    if manifest["kind"] == DIFFUSION:
+        ids = masked(ids, manifest["mask_token_id"], kept=int(bos))
     fingerprint = digest(
         {
             "model": manifest["digest"],

@@ -28,15 +28,19 @@ class Request:
     Attributes:
         prompt: token ids.
         answer: token ids, one at least.
+        beside: answer of as many tokens with which it shares its masks, so that what is left out of one is
+            left out of the other and their difference is surer than either; None: its own.
     """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
+    beside: tuple[int, ...] | None = None
 
     @property
     def seed(self) -> str:
         """Of its masks: by what is asked alone, so that any model, level and batch has the same."""
-        return digest({"prompt": list(self.prompt), "answer": list(self.answer)})
+        answer = self.answer if self.beside is None else self.beside
+        return digest({"prompt": list(self.prompt), "answer": list(answer)})
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,10 @@ POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "
 ROUNDING = 1e-5
 # A change is no rounding where it is this many times what the same pass differs from itself.
 REPEATED = 10.0
-NOT_YET = "a masked-diffusion model: it can be evaluated on tasks, but not captured yet"
+NOT_YET = (
+    "a masked-diffusion model: the pipeline evaluates and captures it, but calibrates nothing for it, does "
+    "not take its layers one at a time, and has no model of lm-eval's for it"
+)
 
 
 def kind_of(model: nn.Module, mask_token: int | None = None) -> str:

@@ -24,7 +24,7 @@ from sparsity_atlas.criteria.level_arguments import add_levels, levels_of
 from sparsity_atlas.files.parquet import write_parquet
 from sparsity_atlas.loading.pretrained import load
 from sparsity_atlas.models.manifest import from_manifest
-from sparsity_atlas.terms import NAMED_PARTS, PlaceKey
+from sparsity_atlas.terms import KINDS, NAMED_PARTS, PlaceKey
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -249,7 +249,7 @@ def main() -> None:
     levels = levels_of(arguments)
     for level in levels:
         check_level(criterion, level)
-    manifest, checkpoint = from_manifest(arguments.model)
+    manifest, checkpoint = from_manifest(arguments.model, kinds=KINDS)
     import torch
 
     from sparsity_atlas.criteria.binding import bind_all

@@ -167,7 +167,7 @@ def test_each_pattern_renames_something(tmp_path: Path) -> None:
         assert any(short.rename(name) != layout.rename(name) for name in names), pattern
 
 
-def test_it_is_described_and_not_evaluated_yet(tmp_path: Path) -> None:
+def test_it_is_described_and_refused_where_it_cannot_be_used(tmp_path: Path) -> None:
     """By the stage, with the mask of the model's entry; what reads the manifest refuses it in one line."""
     folder = save_diffusion(tmp_path / "m", mask_token_id=None)
     path = tmp_path / "model.json"
@@ -183,9 +183,7 @@ def test_it_is_described_and_not_evaluated_yet(tmp_path: Path) -> None:
         True,
     )
     assert found["source"] == source
-    with pytest.raises(
-        AtlasError, match=r"^models\.tiny: a masked-diffusion model: it is described"
-    ):
+    with pytest.raises(AtlasError, match=r"^models\.tiny: a masked-diffusion model: the pipeline"):
         from_manifest(path)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
@@ -124,10 +124,11 @@ def arrange_rows(
             work.scored[kind] = [Request(tuple(c), tuple(a)) for own in parts for c, a in own]
             owners = [owners[i] for i in work.windows]
         else:
-            work.scored[kind] = [
+            asked = [
                 _request(request, context, answer, limits.max_length)
                 for request, (context, answer) in zip(some, encodings[kind], strict=True)
             ]
+            work.scored[kind] = _sharing_masks(asked, owners)
             for owner, (context, answer) in zip(owners, encodings[kind], strict=True):
                 lost = len(context) + len(answer) - limits.max_length
                 work.cut[owner] = max(work.cut[owner], lost)
@@ -150,6 +151,21 @@ def _request(request: Instance, context: list[int], answer: list[int], max_lengt
         raise TaskFailure(f"'{request.task_name}', document {request.doc_id}: {fault}")
     left = max_length - len(answer)
     return Request(tuple(context[-left:] if left else ()), tuple(answer))
+
+
+def _sharing_masks(requests: list[Request], owners: list[int]) -> list[Request]:
+    """Requests among which a document's options, after the same prompt and equally long, have the same masks.
+
+    Which option is the likeliest then depends little on the masks that are drawn: sentences that differ in a
+    word share what the sample says of all others.
+    """
+    groups = [
+        (owner, one.prompt, len(one.answer)) for owner, one in zip(owners, requests, strict=True)
+    ]
+    firsts: dict[tuple[int, tuple[int, ...], int], tuple[int, ...]] = {}
+    for group, one in zip(groups, requests, strict=True):
+        firsts[group] = min(firsts.get(group, one.answer), one.answer)
+    return [replace(one, beside=firsts[group]) for group, one in zip(groups, requests, strict=True)]
 
 
 def _row_batches(work: MaskedWork, kind: str, owners: list[int], limits: Limits) -> list[RowBatch]:

@@ -83,10 +83,10 @@ def rows(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def bound_by_hand(
-    logits: Callable[[Tensor], Tensor], prompt: list[int], answer: list[int]
+    logits: Callable[[Tensor], Tensor], prompt: list[int], answer: list[int], beside: list[int]
 ) -> float:
-    """All sets of masked tokens, or those that are drawn for this request."""
-    seed = digest({"prompt": prompt, "answer": answer})
+    """All sets of masked tokens, or those that are drawn for the first of the options of this length."""
+    seed = digest({"prompt": prompt, "answer": beside})
     if 2 ** len(answer) - 1 <= SAMPLES:
         every = itertools.product([False, True], repeat=len(answer))
         sets = [(np.array(one), None) for one in every if any(one)]
@@ -124,7 +124,15 @@ def test_scores_are_those_by_hand(
         owners = [owners[one] for one in work.windows] if name == "pages" else owners
         nats = np.zeros(len(work.documents))
         for owner, request in zip(owners, work.scored[kind], strict=True):
-            nats[owner] -= bound_by_hand(logits, list(request.prompt), list(request.answer))
+            alike = [
+                list(one.answer)
+                for other, one in zip(owners, work.scored[kind], strict=True)
+                if (other, one.prompt) == (owner, request.prompt)
+                and len(one.answer) == len(request.answer)
+            ]
+            beside = min(alike) if name == "choice" else list(request.answer)
+            asked = (list(request.prompt), list(request.answer), beside)
+            nats[owner] -= bound_by_hand(logits, *asked)
         assert [row["nats"] for row in kept[name]] == pytest.approx(nats.tolist(), rel=1e-5)
     pages = kept["pages"]
     assert found["tasks"]["pages"]["bound"] == pytest.approx(
@@ -292,3 +300,34 @@ def test_broken_off_at_each_batch_and_resumed(
         assert not (at / "eval.json").exists()
         assert run(at) == whole[stop:]
         assert products(at) == products(tmp_path / "whole")
+
+
+def test_options_of_a_length_have_the_same_masks(folder: Path, tmp_path: Path) -> None:
+    """So that two sentences which differ in a word are told apart by few samples."""
+    sentences = [
+        "the old cat sees a red dog here",
+        "the old cat sees a red fox here",
+        "the old cat",
+    ]
+    documents = [
+        {"context": "So", "choices": sentences, "label": 0},
+        {
+            "context": "And",
+            "choices": [sentences[0], "a dog here sees the old red cat"],
+            "label": 0,
+        },
+    ]
+    task = write_task(tmp_path / "tasks", "sentences", documents, **CHOICE)
+    manifest = write_model_manifest(folder, tmp_path / "model.json")
+    work = session_of(manifest, {"sentences": task}).prepared("sentences").work
+    own = work.scored["loglikelihood"]
+    one, two, short, *others = (
+        [row.places for row in work.rows("loglikelihood", number)] for number in range(len(own))
+    )
+    assert len(own[0].answer) == len(own[1].answer) > len(own[2].answer)
+    assert one == two
+    assert one != short
+    assert others[0] == others[1]
+    # A row in which the word that differs is masked is one row.
+    rows = sum(len(batch.rows) for batch in work.batches["loglikelihood"])
+    assert rows < sum(len(work.rows("loglikelihood", number)) for number in range(len(own)))
