@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
@@ -24,12 +24,13 @@ from sparsity_atlas.criteria.calibration_file import Calibration, check_disjoint
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation.harness_arguments import Arguments, parse
 from sparsity_atlas.evaluation.outcome import sparsity
-from sparsity_atlas.lm.model import AtlasLM
-from sparsity_atlas.lm.prompts import PromptSettings
+from sparsity_atlas.lm.by_kind import language_model
+from sparsity_atlas.lm.prompts import PromptLM, PromptSettings
 from sparsity_atlas.lm.usage import Usage
+from sparsity_atlas.loading.layouts import layout_in
 from sparsity_atlas.loading.pretrained import load, load_tokenizer
 from sparsity_atlas.loading.source import resolve
-from sparsity_atlas.models.causality import NOT_YET, kind_of
+from sparsity_atlas.models.causality import describe_kind, kind_of
 from sparsity_atlas.models.logits import head
 from sparsity_atlas.models.memory import Sizes
 from sparsity_atlas.models.positions import check_positions
@@ -43,16 +44,12 @@ from sparsity_atlas.sparsify.counted_vectors import slots_of
 from sparsity_atlas.terms import CAUSAL, plain
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from lm_eval.api.instance import Instance
+    from transformers import PreTrainedModel
 
     from sparsity_atlas.criteria import Criterion
     from sparsity_atlas.loading.checkpoint import Checkpoint
     from sparsity_atlas.sparsify.attach import Counter
-
-
-Answer = TypeVar("Answer")
 
 
 class _Memory:
@@ -66,8 +63,11 @@ class _Memory:
 
 
 @register_model("sparsity-atlas")
-class HarnessLM(AtlasLM):
-    """`AtlasLM` as lm-eval makes one from `--model_args`."""
+class HarnessLM(PromptLM):
+    """A model of either kind as lm-eval makes one from `--model_args`.
+
+    It makes prompts, as lm-eval asks for them, and has the class for its kind answer.
+    """
 
     def __init__(self, **given: Any) -> None:
         """Load the model, and make its criterion.
@@ -93,19 +93,20 @@ class HarnessLM(AtlasLM):
         rows = embedding_rows(model)
         check_tokenizer(tokenizer, files.folder, rows)
         _check_prefix(arguments.prefix_token_id, rows)
-        super().__init__(
-            model,
-            tokenizer,
-            batch_size=arguments.batch_size,
-            max_length=arguments.max_length,
-            prompts=PromptSettings.of(arguments.prompts()),
-        )
+        options: dict[str, Any] = {
+            "batch_size": arguments.batch_size,
+            "max_length": arguments.max_length,
+            "prompts": PromptSettings.of(arguments.prompts()),
+        }
+        super().__init__(model, tokenizer, **options)
         check_positions(model, self.max_length, "max_length")
-        self.custom_prefix_token_id = arguments.prefix_token_id
-        if kind_of(model) != CAUSAL:
-            raise AtlasError(f"{arguments.pretrained}: {NOT_YET}")
+        about = _kind(arguments, checkpoint, model)
+        diffusion = None if about["kind"] == CAUSAL else arguments.diffusion()
+        self._lm = language_model(about, model, tokenizer, diffusion=diffusion, **options)
+        for lm in (self, self._lm):
+            lm.custom_prefix_token_id = arguments.prefix_token_id
         self._parts = find_parts(model, arguments.modules)
-        self.sizes = Sizes(
+        self._lm.sizes = Sizes(
             parameters=sum(one.numel() for one in model.parameters()),
             **measure(self._parts),
             **head.describe(model),
@@ -118,6 +119,7 @@ class HarnessLM(AtlasLM):
             **{"criterion": arguments.criterion, "site": arguments.site, "level": level},
             **({"calibration": self._calibration.digest} if self._calibration else {}),
             **parameters,
+            **({} if diffusion is None else {"diffusion": diffusion}),
             **{"model_revision": source.get("revision"), "model_sha": commit},
         }
         self._usages: list[Usage] = []
@@ -142,9 +144,7 @@ class HarnessLM(AtlasLM):
         parts, plain_site = chosen(self._parts, site)
         return sparsified(self.model, parts, plain_site, self._rule, level, states)
 
-    def _run(
-        self, kind: str, requests: list[Instance], answer: Callable[[list[Instance]], list[Answer]]
-    ) -> list[Answer]:
+    def _run(self, kind: str, requests: list[Instance]) -> list[Any]:
         if self._calibration is not None:
             documents: dict[str, list[dict[str, Any]]] = {}
             for request in requests:
@@ -153,17 +153,18 @@ class HarnessLM(AtlasLM):
                 check_disjoint(self._calibration, task, own)
         # As `evaluate` does: such a rule's mask depends on which tokens are run together.
         share = not isinstance(self._rule, SequenceCriterion)
-        work = self.work({kind: requests}, {kind: self.encode(kind, requests)}, share=share)
+        lm = self._lm
+        work = lm.work({kind: requests}, {kind: lm.encode(kind, requests)}, share=share)
         with self._attached() as counter:
-            self.start(_Memory(), counter, work)
-            answers = answer(requests)
-        self._usages.append(self.usage)
+            lm.start(_Memory(), counter, work)
+            answers: list[Any] = getattr(lm, kind)(requests)
+        self._usages.append(lm.usage)
         return answers
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """See `AtlasLM.loglikelihood`.
+        """See `HFLM.loglikelihood`.
 
         Raises:
             AtlasError: a chain of thought is asked for, which an answer option cannot follow.
@@ -173,17 +174,17 @@ class HarnessLM(AtlasLM):
                 f"model_args: enable_thinking: '{requests[0].task_name}' scores given answers, "
                 "which no chain of thought precedes; leave it out, as lm-eval demands, too"
             )
-        return self._run("loglikelihood", requests, super().loglikelihood)
+        return self._run("loglikelihood", requests)
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """See `AtlasLM.loglikelihood_rolling`."""
-        return self._run("loglikelihood_rolling", requests, super().loglikelihood_rolling)
+        """See `HFLM.loglikelihood_rolling`."""
+        return self._run("loglikelihood_rolling", requests)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """See `AtlasLM.generate_until`."""
-        return self._run("generate_until", requests, super().generate_until)
+        """See `HFLM.generate_until`."""
+        return self._run("generate_until", requests)
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes of the model beside its results: the node, and its induced sparsity."""
@@ -195,6 +196,25 @@ class HarnessLM(AtlasLM):
             **self._node,
             "sparsity": sparsity(self._usages, slots) if self._usages else None,
         }
+
+
+def _kind(arguments: Arguments, checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
+    """What a manifest would say of a model's kind.
+
+    Raises:
+        AtlasError: it is neither kind, or there are arguments of the other kind.
+    """
+    kind = kind_of(model, arguments.mask_token_id)
+    if kind == CAUSAL and (said := arguments.of_diffusion()):
+        raise AtlasError(
+            f"model_args: {said[0]}: it is for masked-diffusion models, and {arguments.pretrained} is "
+            "causal; leave it out"
+        )
+    shifted = arguments.shifted_logits
+    if shifted is None:
+        layout = layout_in(checkpoint.folder)
+        shifted = layout is not None and layout.shifted
+    return describe_kind(model, kind, arguments.mask_token_id, shifted)
 
 
 def _source(arguments: Arguments) -> dict[str, Any]:

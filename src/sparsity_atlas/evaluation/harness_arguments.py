@@ -15,12 +15,16 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    NonNegativeFloat,
+    NonNegativeInt,
     PositiveInt,
     ValidationError,
 )
 from pydantic import model_validator as check_model
 
 from sparsity_atlas.config.findings import explain
+from sparsity_atlas.config.model_entry import DiffusionSettings
+from sparsity_atlas.diffusion.unmask import Remasking
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.spelling import Level, Revision
 from sparsity_atlas.terms import SITES, SPELLED
@@ -35,7 +39,7 @@ _INSTEAD = {
     **dict.fromkeys(("parallelize", "device_map", "tp_plan", "offload_folder"), _ONE_DEVICE),
     **dict.fromkeys(("max_memory_per_gpu", "max_cpu_memory"), _ONE_DEVICE),
     "subfolder": "give a local folder as pretrained",
-    "backend": "causal language models only",
+    "backend": "a model's own kind is seen, causal or masked-diffusion",
     "truncation": "what is too long loses its beginning, as in lm-eval's log-likelihoods",
     "logits_cache": "requests that run the same tokens always share them",
     "torch_dtype": "say dtype",
@@ -117,6 +121,16 @@ class Arguments(BaseModel):
     """See the configuration's key of this name."""
     chat_date: date = date(2024, 7, 26)
     """See the configuration's key of this name."""
+    mask_token_id: NonNegativeInt | None = None
+    """Of a masked-diffusion model, likewise."""
+    shifted_logits: bool | None = None
+    """Of a masked-diffusion model, likewise."""
+    samples: PositiveInt | None = None
+    """Of a masked-diffusion model, as the four below: see the configuration's `diffusion`."""
+    guidance: NonNegativeFloat | None = None
+    steps: PositiveInt | None = None
+    block_length: PositiveInt | None = None
+    remasking: Remasking | None = None
 
     @check_model(mode="after")
     def _complete(self) -> Self:
@@ -129,6 +143,16 @@ class Arguments(BaseModel):
         if self.enable_thinking and self.think_end_token is None:
             raise ValueError("enable_thinking: think_end_token is missing")
         return self
+
+    def of_diffusion(self) -> list[str]:
+        """Arguments that are said and mean nothing to a causal model."""
+        names = ("mask_token_id", "shifted_logits", *DiffusionSettings.model_fields)
+        return [name for name in names if getattr(self, name) is not None]
+
+    def diffusion(self) -> dict[str, Any]:
+        """How a masked-diffusion model is asked, as the configuration has it."""
+        own = self.model_dump(include=set(DiffusionSettings.model_fields), exclude_none=True)
+        return DiffusionSettings(**own).model_dump()
 
     def prompts(self) -> dict[str, Any]:
         """The settings of prompts, as `PromptSettings` names them."""

@@ -99,7 +99,7 @@ class JournalledLM(PromptLM):
             encodings: as `encode` gives them.
             share: whether requests may share what they have in common, where the model can.
             greedy: the tasks that ask whether an answer is the likeliest, where that costs further passes;
-                None: all may.
+                None: those that score one answer a document, since a choice goes by its likelihoods.
         """
         raise NotImplementedError
 

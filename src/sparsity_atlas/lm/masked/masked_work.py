@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -213,9 +214,11 @@ def _asked_greedy(
     Where the answer is one token, its one row tells.
     """
     groups: dict[int, list[int]] = {}
-    scored = work.scored["loglikelihood"]
+    scored, owners = work.scored["loglikelihood"], work.owners["loglikelihood"]
+    answers = Counter(owners)
     for number, (request, own) in enumerate(zip(some, scored, strict=True)):
-        if len(own.answer) > 1 and (greedy is None or request.task_name in greedy):
+        asked = answers[owners[number]] == 1 if greedy is None else request.task_name in greedy
+        if len(own.answer) > 1 and asked:
             groups.setdefault(len(own.answer), []).append(number)
     batches = []
     for _, numbers in sorted(groups.items()):
