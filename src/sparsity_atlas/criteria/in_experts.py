@@ -61,5 +61,5 @@ def why_not(constants: Mapping[str, Any], spec: Mapping[str, Any]) -> str | None
             "what it finds is by channel, which no two experts share; say calibration: per_expert"
         )
     if spec.get("allocation", "uniform") != "uniform":
-        return "what an allocation spreads over layers is not measured in mixtures of experts"
+        return "an allocation levels one error a layer, and the parts of a mixture's layer have one each"
     return None

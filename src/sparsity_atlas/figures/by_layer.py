@@ -86,6 +86,8 @@ def _heatmap(ax: Axes, rows: pd.DataFrame) -> None:
 def output_error(tables: Tables) -> Figure:
     """FFN-output error over induced sparsity, both on the captured text."""
     rows = tables.output_error
+    if "part" in rows:  # layers as they are; the table has their parts, too
+        rows = rows[rows["part"] == ""]
     if rows.empty:
         return empty("No node.")
     several = len(tables.criteria()) > 1

@@ -36,6 +36,12 @@ if TYPE_CHECKING:
     from sparsity_atlas.sites.find import Part, Vectors
     from sparsity_atlas.sites.part import Given
 
+_TARGET = [
+    ("tensor", pa.string()),
+    ("of", pa.string()),
+    ("target", pa.float64()),
+    ("reached", pa.float64()),
+]
 SCHEMA = pa.schema(
     [
         ("level", pa.string()),
@@ -43,29 +49,17 @@ SCHEMA = pa.schema(
         ("sparsity", pa.float64()),  # zeros / entries at the site
         ("error", pa.float64()),  # mean over tokens of ‖f(x) − f_sparse(x)‖ / ‖f(x)‖
         # Of a calibrated criterion: what the level asks of each tensor, and what that got in calibration.
-        (
-            "targets",
-            pa.list_(
-                pa.struct(
-                    [
-                        ("tensor", pa.string()),
-                        ("of", pa.string()),
-                        ("target", pa.float64()),
-                        ("reached", pa.float64()),
-                    ]
-                )
-            ),
-        ),
+        ("targets", pa.list_(pa.struct(_TARGET))),
     ]
 )
-# Of a mixture further the parts of each layer, by themselves.
-SCHEMA_OF_PARTS = SCHEMA.append(
-    pa.field(
-        "parts",
-        pa.list_(
-            pa.struct([("part", pa.string()), ("sparsity", pa.float64()), ("error", pa.float64())])
-        ),
-    )
+# Of a mixture further the parts of each layer, by themselves, and of what is asked of a tensor whose it is.
+_PART = pa.struct([("part", pa.string()), ("sparsity", pa.float64()), ("error", pa.float64())])
+SCHEMA_OF_PARTS = pa.schema(
+    [
+        *(field for field in SCHEMA if field.name != "targets"),
+        ("targets", pa.list_(pa.struct([*_TARGET, ("part", pa.string())]))),
+        ("parts", pa.list_(_PART)),
+    ]
 )
 SCHEMAS = (SCHEMA, SCHEMA_OF_PARTS)
 _BLOCK_BYTES = 64 * 2**20
@@ -213,7 +207,7 @@ def targets(
     from sparsity_atlas.criteria.place import state_name
 
     return [
-        {"tensor": place.tensor, **found._asdict()}
+        {"tensor": place.tensor, "part": place.part.name, **found._asdict()}
         for place in places
         if (found := criterion.reach(states.get(state_name(place.key), {}), float(level)))
         is not None

@@ -37,7 +37,9 @@ def layer_rows(
                 if share is None:  # dense here
                     continue
                 beside = stored.get((level, layer), {})
-                asked = {one["tensor"]: one for one in beside.get("targets") or ()}.get(tensor, {})
+                own = (one for one in beside.get("targets") or () if one["tensor"] == tensor)
+                # Of several parts the one that is farthest from what is asked.
+                asked: dict[str, Any] = max(own, key=_distance, default={})
                 yield {
                     **key,
                     **{"level": level, "phase": EVERY_PHASE},
@@ -54,6 +56,10 @@ def layer_rows(
                     if share is not None:
                         place = {"level": level, "phase": phase, "tensor": tensor, "layer": layer}
                         yield {**dict.fromkeys(LAYERS), **key, **place, "sparsity": share}
+
+
+def _distance(asked: dict[str, Any]) -> float:
+    return abs(float(asked["reached"]) - float(asked["target"]))
 
 
 def captured_rows(path: Path) -> list[dict[str, Any]]:
@@ -73,11 +79,19 @@ def error_rows(key: dict[str, str], captured: list[dict[str, Any]]) -> Iterator[
     for level, rows in levels.items():
         errors = [row["error"] for row in rows]
         if None not in errors:
-            yield {
-                **key,
-                "level": level,
-                "sparsity": float(np.mean([row["sparsity"] for row in rows])),
-                "error": float(np.mean(errors)),
-                "error_low": min(errors),
-                "error_high": max(errors),
-            }
+            yield {**key, "level": level, "part": None, **_over_layers(rows)}
+            by_part: dict[str, list[dict[str, Any]]] = {}
+            for one in (part for row in rows for part in row.get("parts") or ()):
+                by_part.setdefault(one["part"], []).append(one)
+            for part, own in by_part.items():
+                yield {**key, "level": level, "part": part, **_over_layers(own)}
+
+
+def _over_layers(rows: list[dict[str, Any]]) -> dict[str, float]:
+    errors = [row["error"] for row in rows]
+    return {
+        "sparsity": float(np.mean([row["sparsity"] for row in rows])),
+        "error": float(np.mean(errors)),
+        "error_low": min(errors),
+        "error_high": max(errors),
+    }

@@ -193,7 +193,8 @@ def write_tables(
     columns = {"critical_sparsity.csv": critical, "curves.csv": POINTS, "layers.csv": LAYERS}
     write_side_by_side(folder, {**columns, "failures.csv": FAILURES}, read_curves)
     errors = (row for path in sparsity for row in error_rows(_key(path), captured_rows(path)))
-    write_csv(folder / "output_error.csv", ERRORS, errors)
+    parted = any("parts" in read_manifest(path) for path in models)
+    write_csv(folder / "output_error.csv", ERRORS + PART[:1] * parted, errors)
     write_csv(folder / "scaling.csv", SCALING, scaling.rows())
     write_csv(folder / "models.csv", with_active(MODELS, sizes), described)
     measured = metric_rows(metrics)
