@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from checkout import ROOT
 from mixtures import EACH, EXPERTS, HIDDEN, first_projection, save_mixture
 from sparsity_atlas.activations import capture as stage
 from sparsity_atlas.activations import expert_rows, metrics, store
@@ -370,6 +372,32 @@ def test_output_error_by_a_plain_loop(captured: Work, tmp_path: Path) -> None:
         assert row["error"] == pytest.approx(np.mean([one["error"] for one in parts.values()]))
         whole = next(row for row in rows if (row["layer"], row["level"]) == (layer, "1"))
         assert whole["error"] == pytest.approx(0, abs=1e-6)
+
+
+def test_intervals_of_single_experts(captured: Work) -> None:
+    """The example: zeros of top-p by a plain loop, and an interval around each share."""
+    example: Any = runpy.run_path(str(ROOT / "examples/expert_sparsity.py"))
+    stored = ActivationStore(captured.store)
+    counts = example["counted"](stored, 0.8)
+    for layer in stored.layers("experts.intermediate"):
+        index = stored.read("experts.index", layer)
+        rows = stored.read("experts.intermediate", layer).astype(np.float64)
+        zeros = np.zeros((EXPERTS, SEQUENCES))
+        for place, (row, expert) in enumerate(zip(rows, index.ravel(), strict=True)):
+            order = np.sort(np.abs(row))[::-1]
+            reached = int((order.cumsum() < 0.8 * order.sum()).sum())
+            kept = np.abs(row) >= order[min(reached, len(order) - 1)]
+            zeros[expert, place // EACH // LENGTH] += (~kept | (row == 0)).sum()
+        for expert in range(EXPERTS):
+            assert np.array_equal(counts[layer, expert][0], zeros[expert])
+            entries = counts[layer, expert][1].sum()
+            assert entries == (index == expert).sum() * rows.shape[1]
+    found = example["table"](counts, 200)
+    described = read_manifest(captured.manifest)["ffn"]
+    dense = sum(one.get("part", "ffn") == "ffn" for one in described)
+    assert len(found) == dense + EXPERTS * len(stored.layers("experts.intermediate"))
+    assert (found["low"] <= found["sparsity"]).all()
+    assert (found["sparsity"] <= found["high"]).all()
 
 
 def second(module: Any, expert: int, values: Tensor) -> Tensor:
