@@ -236,6 +236,15 @@ def test_an_adapter_of_the_hub_is_pinned(
     assert "models: adapter: org/none" in client.refused(NAME, adapter_hub="org/none")
 
 
+def test_one_gguf_file_of_several(hub: HubServer, client: Client) -> None:
+    files = {"a.Q4_0.gguf": b"GGUF 4", "more/a.Q8_0.gguf": b"GGUF 8", "config.json": b"{}"}
+    hub.model(NAME).commit(files)
+    found = client.resolved(NAME, gguf="more/a.Q8_0.gguf")
+    assert found["weights"] == ["a.Q8_0.gguf"]
+    assert not hub.lines(r"Q4_0|config\.json")
+    assert "Q5_0.gguf: no such file" in client.refused(NAME, gguf="a.Q5_0.gguf")
+
+
 def test_an_index_that_names_files_elsewhere(
     hub: HubServer, client: Client, zoo_files: dict[str, bytes]
 ) -> None:

@@ -114,7 +114,7 @@ def fetch_slice(config: Config, model: str) -> str:
     entry = config.models[model]
     allowed = {key for key in ("trust_remote_code", "allow_pickle") if getattr(entry, key)}
     keys = {"path", "hub", "revision", "code_revision", "tokenizer", "modules", *allowed}
-    keys |= {"adapter", "adapter_hub", "adapter_revision"}
+    keys |= {"adapter", "adapter_hub", "adapter_revision", "gguf"}
     keys |= {"mask_token_id", "shifted_logits"}
     return _json(entry.model_dump(include=keys, exclude_none=True))
 

@@ -38,6 +38,9 @@ class ModelEntry(Strict):
     """Hub repository, for instance meta-llama/Llama-3.2-1B."""
     revision: Revision | None = None
     """Hub revision: a commit, tag or branch. It is resolved to a commit, which is recorded."""
+    gguf: str | None = None
+    """GGUF file that holds the model: in the folder or repository, or by its own path. It is dequantised, and
+    its tokenizer used. Needs the package gguf."""
     tokenizer: str | None = None
     """Folder of another tokenizer than the model's own."""
     adapter: str | None = None
@@ -92,9 +95,12 @@ class ModelEntry(Strict):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if (self.path is None) == (self.hub is None):
+        alone = self.gguf is not None and self.path is None
+        if (self.path is None) == (self.hub is None) and not (alone and self.hub is None):
             raise ValueError("give either `path` (a local folder) or `hub` (a Hub repository)")
-        if self.path is not None and self.revision is not None:
+        if self.hub is not None and self.gguf is not None and not _inside(self.gguf):
+            raise ValueError("gguf: a file of the repository is wanted, by its path there")
+        if self.hub is None and self.revision is not None:
             raise ValueError("`revision` belongs to `hub`, a local folder has none")
         if self.adapter is not None and self.adapter_hub is not None:
             raise ValueError("give either `adapter` (a local folder) or `adapter_hub`, not both")
@@ -119,3 +125,8 @@ class ModelEntry(Strict):
                 f"gen_kwargs: {min(sampling)} without do_sample, which most tasks set to false"
             )
         return self
+
+
+def _inside(path: str) -> bool:
+    """Whether a path leads to no other place than below where it begins."""
+    return not path.startswith(("/", "~")) and ".." not in path.split("/")

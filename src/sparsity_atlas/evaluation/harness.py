@@ -91,7 +91,7 @@ class HarnessLM(PromptLM):
         files = _tokenizer_files(arguments) or checkpoint
         tokenizer = load_tokenizer(files, add_bos_token=arguments.add_bos_token)
         rows = embedding_rows(model)
-        check_tokenizer(tokenizer, files.folder, rows)
+        check_tokenizer(tokenizer, files.words, rows)
         _check_prefix(arguments.prefix_token_id, rows)
         options: dict[str, Any] = {
             "batch_size": arguments.batch_size,
@@ -223,6 +223,8 @@ def _source(arguments: Arguments) -> dict[str, Any]:
         include={"trust_remote_code", "allow_pickle", "code_revision"}, exclude_none=True
     )
     folder = os.path.expanduser(arguments.pretrained)
+    if arguments.gguf_file is not None:
+        given["gguf"] = arguments.gguf_file
     if arguments.peft is not None:
         adapter = os.path.expanduser(arguments.peft)
         given["adapter" if os.path.isdir(adapter) else "adapter_hub"] = adapter

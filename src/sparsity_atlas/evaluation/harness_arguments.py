@@ -34,7 +34,7 @@ _ONE_DEVICE = "the model runs on one device; choose it by CUDA_VISIBLE_DEVICES"
 # Arguments of lm-eval's `hf` and of transformers, and what to do in place of them.
 _INSTEAD = {
     "delta": "add the delta weights to the model first",
-    **dict.fromkeys(("autogptq", "gptqmodel", "gguf_file", "quantization_config"), _QUANTISED),
+    **dict.fromkeys(("autogptq", "gptqmodel", "quantization_config"), _QUANTISED),
     **dict.fromkeys(("load_in_8bit", "load_in_4bit"), _QUANTISED),
     **dict.fromkeys(("parallelize", "device_map", "tp_plan", "offload_folder"), _ONE_DEVICE),
     **dict.fromkeys(("max_memory_per_gpu", "max_cpu_memory"), _ONE_DEVICE),
@@ -93,6 +93,8 @@ class Arguments(BaseModel):
     """Revision of that code, where it is in another repository."""
     allow_pickle: bool = False
     """Load pickled weights if there are no safetensors."""
+    gguf_file: str | None = None
+    """GGUF file in that folder or repository, which holds the model."""
     peft: str | None = None
     """A PEFT adapter that is merged into the model: a local folder, or a repository of the Hub."""
     modules: dict[str, str] | None = None

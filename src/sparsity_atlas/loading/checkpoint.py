@@ -16,6 +16,7 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import digest, file_digest, read_json
 from sparsity_atlas.loading.adapter import ADAPTER, adapter_digest, adapter_files
 from sparsity_atlas.loading.contents import check_fetched, check_links, files_digest, files_read
+from sparsity_atlas.loading.gguf_file import check_gguf
 from sparsity_atlas.loading.layouts import layout_in
 
 SAFE_FILE = "model.safetensors"
@@ -34,6 +35,7 @@ class Checkpoint:
     tokenizer: folder of its tokenizer, if that is another.
     adapter: folder of a PEFT adapter that is merged into it.
     adapter_revision: commit of the adapter's repository, if it is on the Hub.
+    gguf: name of the file in the folder that holds all of the model, in that format.
     """
 
     folder: Path
@@ -43,21 +45,31 @@ class Checkpoint:
     tokenizer: Path | None = None
     adapter: Path | None = None
     adapter_revision: str | None = None
+    gguf: str | None = None
 
     def __post_init__(self) -> None:
-        if self.trust_remote_code and layout_in(self.folder) is not None:
+        if self.gguf is not None or (self.trust_remote_code and layout_in(self.folder) is not None):
             object.__setattr__(self, "trust_remote_code", False)
 
     def __str__(self) -> str:
-        return str(self.folder)
+        return str(self.folder if self.gguf is None else self.folder / self.gguf)
+
+    @property
+    def words(self) -> Path:
+        """Where its tokenizer is read from: a folder, or its GGUF file."""
+        return self.tokenizer or (self.folder if self.gguf is None else self.folder / self.gguf)
 
     def config(self) -> dict[str, Any]:
-        """Read config.json, and see that the folder is that of a model which can be used.
+        """Read config.json (nothing of a GGUF file), and see that the files are those of a usable model.
 
         Raises:
             AtlasError: a file is missing or damaged, or the checkpoint is of a kind that is not
                 supported: quantised, or an adapter that the model's entry does not name.
         """
+        if self.gguf is not None:
+            check_gguf(self.folder / self.gguf)
+            self._check_beside()
+            return {}
         path = self.folder / "config.json"
         check_links(self.folder)
         self._refuse_adapter(alone=not path.is_file())
@@ -87,21 +99,27 @@ class Checkpoint:
                 )
         self._check_generation()
         check_fetched([*self.weight_files(), *self._small(self.folder)])
+        self._check_beside()
+        return config
+
+    def _check_beside(self) -> None:
+        """Refuse a tokenizer or an adapter in folders of their own that are not there."""
         if self.tokenizer is not None:
             if not os.path.isdir(self.tokenizer):
                 raise AtlasError(f"models: tokenizer: {self.tokenizer}: no such folder")
             check_fetched(self._small(self.tokenizer))
         if self.adapter is not None:
             adapter_files(self.adapter, pickles=self.allow_pickle)
-        return config
 
     def declared_types(self) -> list[tuple[str, str]]:
         """Keys of config.json that name a type, and the names."""
+        if self.gguf is not None:
+            return []
         return list(_types(read_json(self.folder / "config.json")))
 
     def settings(self) -> Iterator[tuple[str, Any]]:
         """Keys of config.json and of its parts, and their values."""
-        return _flat(read_json(self.folder / "config.json"))
+        return _flat(read_json(self.folder / "config.json") if self.gguf is None else {})
 
     def _check_generation(self) -> None:
         """Refuse a generation_config.json that transformers passes over, or whose tokens are no ids."""
@@ -144,6 +162,8 @@ class Checkpoint:
         Raises:
             AtlasError: there are none that may be used, or an index names files that are missing.
         """
+        if self.gguf is not None:
+            return [self.folder / self.gguf]
         # transformers takes one file before what an index lists, and so the digest is of that one. The
         # index is looked at all the same: one that lists what is not there was not meant to be passed over.
         listed, pickled = self._listed(SAFE_INDEX), self._listed(PICKLE_INDEX)
@@ -178,7 +198,8 @@ class Checkpoint:
             AtlasError: see `weight_files`.
         """
         files: dict[str, Any] = {path.name: file_digest(path) for path in self.weight_files()}
-        files |= files_digest(self.folder, code=self.trust_remote_code)
+        if self.gguf is None:
+            files |= files_digest(self.folder, code=self.trust_remote_code)
         if self.code_revision is not None:
             files["code_revision"] = self.code_revision
         if self.tokenizer is not None:

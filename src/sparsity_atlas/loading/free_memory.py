@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from sparsity_atlas import cli
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.loading.devices import ITEM_BYTES
+from sparsity_atlas.loading.gguf_file import count_numbers
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +122,10 @@ def check_weights(checkpoint: Checkpoint, dtype: str) -> None:
     """
     config = checkpoint.config()
     own = ITEM_BYTES.get(str(config.get("dtype") or config.get("torch_dtype")), 4)
-    files = sum(path.stat().st_size for path in checkpoint.weight_files())
+    if checkpoint.gguf is None:
+        files = sum(path.stat().st_size for path in checkpoint.weight_files())
+    else:
+        files = count_numbers(checkpoint.folder / checkpoint.gguf) * own
     limit, whose = host_limit()
     if files * ITEM_BYTES.get(dtype, own) // own <= limit:
         return

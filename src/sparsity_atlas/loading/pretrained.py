@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from sparsity_atlas.loading.checkpoint import PICKLE_INDEX, SAFE_INDEX, Checkpoi
 from sparsity_atlas.loading.classes import auto_class
 from sparsity_atlas.loading.contents import small_fault
 from sparsity_atlas.loading.devices import own_device, pick_device, pick_dtype
+from sparsity_atlas.loading.gguf_file import alone, dequantised, finish
 from sparsity_atlas.loading.layouts import layout_in, layout_of
 
 if TYPE_CHECKING:
@@ -49,26 +50,33 @@ def load(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "auto") -
     check_weights(checkpoint, pick_dtype(dtype, picked))
     target = own_device(picked)
     layout = layout_of(config)
-    native = {} if layout is None else {"key_mapping": dict(layout.keys)}
-    with _one_line(checkpoint, f"cannot load model type '{config.get('model_type', 'unknown')}'"):
-        translated = _config(checkpoint)
-        loaded = auto_class(translated).from_pretrained(
-            checkpoint.folder,
-            config=translated,
-            dtype=pick_dtype(dtype, target),
-            use_safetensors=not checkpoint.pickled(),
-            output_loading_info=True,
-            # Else they end in an error that does not name them; here they are refused below.
-            ignore_mismatched_sizes=True,
-            **native,
-            **_options(checkpoint),
-        )
+    native: dict[str, Any] = {} if layout is None else {"key_mapping": dict(layout.keys)}
+    what = f"cannot load model type '{config.get('model_type', 'unknown')}'"
+    if checkpoint.gguf is not None:
+        native, what = dequantised(), "cannot load it"
+    with _one_line(checkpoint, what):
+        found = _config(checkpoint)
+        with _files(checkpoint) as files:
+            loaded = auto_class(found).from_pretrained(
+                **files,
+                config=found,
+                dtype=pick_dtype(dtype, target),
+                use_safetensors=not checkpoint.pickled(),
+                output_loading_info=True,
+                # Else they end in an error that does not name them; here they are refused below.
+                ignore_mismatched_sizes=True,
+                **native,
+                **_options(checkpoint),
+            )
     if not isinstance(loaded, tuple):
         raise AtlasError(f"{checkpoint}: its code loads weights and does not report which")
     model, report = loaded
     # First: their scales would be told as tensors that the model does not expect.
-    check_types(checkpoint, model)
+    if checkpoint.gguf is None:
+        check_types(checkpoint, model)
     check_whole(checkpoint, report)
+    if checkpoint.gguf is not None:
+        finish(model, checkpoint.folder / checkpoint.gguf)
     if model.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise AtlasError(f"{checkpoint}: weights of type {model.dtype} are not supported")
     if model.is_custom_code():
@@ -122,10 +130,22 @@ def _config(checkpoint: Checkpoint) -> PretrainedConfig:
     """The configuration that a model is made with."""
     from transformers import AutoConfig
 
-    found: PretrainedConfig = _configured(checkpoint.folder).get(
-        "config"
-    ) or AutoConfig.from_pretrained(checkpoint.folder, **_options(checkpoint))
+    translated = None if checkpoint.gguf else _configured(checkpoint.folder).get("config")
+    if translated is not None:
+        return translated
+    with _files(checkpoint) as files:
+        found: PretrainedConfig = AutoConfig.from_pretrained(**files, **_options(checkpoint))
     return found
+
+
+@contextmanager
+def _files(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
+    """What transformers' `from_pretrained` is to read a model from."""
+    if checkpoint.gguf is None:
+        yield {"pretrained_model_name_or_path": checkpoint.folder}
+    else:
+        with alone(checkpoint.folder / checkpoint.gguf) as files:
+            yield files
 
 
 def load_tokenizer(
@@ -141,18 +161,29 @@ def load_tokenizer(
     Raises:
         AtlasError: it cannot be loaded, or the folder has none.
     """
+    from transformers import AutoTokenizer
+
     folder = checkpoint.tokenizer or checkpoint.folder
+    inside = checkpoint.gguf is not None and checkpoint.tokenizer is None
     options = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
-    with _one_line(checkpoint, "cannot load the tokenizer"), _unremembered():
-        tokenizer: PreTrainedTokenizerBase = _tokenizer_class(folder).from_pretrained(
-            folder, **options, **_configured(folder), **_options(checkpoint)
+    with _one_line(checkpoint, "cannot load the tokenizer"), _unremembered(), ExitStack() as stack:
+        if inside:
+            files = stack.enter_context(_files(checkpoint))
+        else:
+            files = {"pretrained_model_name_or_path": folder, **_configured(folder)}
+        kind = AutoTokenizer if inside else _tokenizer_class(folder)
+        tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(
+            **files, **options, **_options(checkpoint)
         )
+        if inside:
+            tokenizer.name_or_path = str(checkpoint)
         vocabulary = tokenizer.get_vocab().keys()
         added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     # Where its files are missing, transformers makes one that knows its special tokens only.
     if len(vocabulary - added - set(tokenizer.all_special_tokens)) < FEWEST_TOKENS:
         raise AtlasError(_NO_TOKENIZER.format(folder))
-    _give_padding(tokenizer, checkpoint.folder)
+    if not inside:
+        _give_padding(tokenizer, checkpoint.folder)
     return tokenizer
 
 
@@ -246,13 +277,18 @@ def _of_files(checkpoint: Checkpoint, error: BaseException) -> str | None:
     """
     if isinstance(error, pickle.UnpicklingError | EOFError):
         return "its *.bin is damaged, or holds objects that are no tensors, which are not loaded"
-    for folder in (checkpoint.tokenizer, checkpoint.folder):
+    own = checkpoint.folder if checkpoint.gguf is None else None
+    for folder in (checkpoint.tokenizer, own):
         fault = (small_fault(folder) or _no_tokenizer(folder)) if folder is not None else None
         if fault is not None:
             return fault
     for name in (SAFE_INDEX, PICKLE_INDEX):
         path = checkpoint.folder / name
-        if path.is_file() and not isinstance(read_json(path).get("metadata"), dict):
+        if (
+            own is not None
+            and path.is_file()
+            and not isinstance(read_json(path).get("metadata"), dict)
+        ):
             return f"{name}: expected 'metadata', which may be {{}}, beside 'weight_map'"
     named = error.args[0] if isinstance(error, KeyError) and error.args else None
     keys = [key for key, value in checkpoint.settings() if value == named] if named else []

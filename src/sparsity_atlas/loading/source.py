@@ -34,7 +34,7 @@ def resolve(
     Args:
         source: as `grid.fetch_slice` gives it: `path`, or `hub` and `revision`, and what is allowed;
             `tokenizer`, the folder of another tokenizer; `adapter`, that of an adapter, or `adapter_hub` and
-            `adapter_revision`.
+            `adapter_revision`; `gguf`, a file in the folder or repository, or by itself.
         recorded: an earlier manifest, whose commits are used in place of the source's own revisions.
         offline: use the cache only.
         weights: whether the Hub's weights are needed, too.
@@ -46,8 +46,9 @@ def resolve(
         AtlasError: no such folder, or the Hub does not give what is needed.
     """
     allowed = {key: source.get(key, False) for key in ("trust_remote_code", "allow_pickle")}
-    if "path" in source:
-        folder, commit = Path(source["path"]), None
+    inside = source.get("gguf")
+    if "path" in source or "hub" not in source:
+        folder, commit = Path(source.get("path", "")), None
         if not os.path.isdir(folder):
             raise AtlasError(f"models: {folder}: no such folder")
     else:
@@ -55,20 +56,28 @@ def resolve(
         wanted = Repository("models", "model", source["hub"], revision)
         commit = wanted.commit(offline=offline)
         repository = replace(wanted, revision=commit)
-        for pair in contents.patterns(code=False):
+        if inside is not None:
+            folder = repository.fetch([inside], exceptions=(), offline=offline or not weights)
+        for pair in contents.patterns(code=False) if inside is None else ():
             folder = repository.fetch(*pair, offline=offline)
-        if allowed["trust_remote_code"] and layout_in(folder) is None:
+        if inside is None and allowed["trust_remote_code"] and layout_in(folder) is None:
             for pair in contents.patterns(code=True):
                 repository.fetch(*pair, offline=offline)
             if named := contents.named_by_code(folder):
                 wanted_too = [pattern for name in sorted(named) for pattern in (name, f"*/{name}")]
                 repository.fetch(wanted_too, exceptions=(), offline=offline)
-        if weights:
+        if weights and inside is None:
             _fetch_weights(repository, folder, allowed["allow_pickle"], offline)
     tokenizer = Path(source["tokenizer"]) if "tokenizer" in source else None
     if tokenizer is not None and not os.path.isdir(tokenizer):
         raise AtlasError(f"models: tokenizer: {tokenizer}: no such folder")
-    checkpoint = Checkpoint(folder, **allowed, tokenizer=tokenizer)
+    file = None if inside is None else folder / inside
+    checkpoint = Checkpoint(
+        folder if file is None else file.parent,
+        **allowed,
+        tokenizer=tokenizer,
+        gguf=None if file is None else file.name,
+    )
     if "adapter" in source or "adapter_hub" in source:
         adapter, revision = _adapter(source, recorded, offline, allowed["allow_pickle"])
         checkpoint = replace(checkpoint, adapter=adapter, adapter_revision=revision)

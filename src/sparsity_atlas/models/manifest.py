@@ -17,6 +17,7 @@ from sparsity_atlas.errors import AtlasError, NumericalFailure
 from sparsity_atlas.files.whole import file_digest, read_manifest, write_manifest
 from sparsity_atlas.loading.adapter import describe_adapter
 from sparsity_atlas.loading.checkpoint import Checkpoint
+from sparsity_atlas.loading.gguf_file import describe_gguf
 from sparsity_atlas.loading.layouts import layout_of
 from sparsity_atlas.loading.pretrained import load, load_tokenizer
 from sparsity_atlas.loading.source import resolve
@@ -106,7 +107,7 @@ def describe(
         shifted_logits = layout is not None and layout.shifted
     return {
         "architecture": own or type(model).__name__,
-        "model_type": config.get("model_type"),
+        "model_type": config.get("model_type") or model.config.model_type,
         **describe_kind(model, kind, mask_token_id, shifted_logits),
         "dtype": config.get("dtype") or config.get("torch_dtype"),
         "parameters": count_parameters(model, parts),
@@ -154,9 +155,8 @@ def _describe_tokenizer(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[
     from sparsity_atlas.models.tokenizer_check import check_tokenizer, embedding_rows
 
     tokenizer = load_tokenizer(checkpoint)
-    folder = checkpoint.tokenizer or checkpoint.folder
     # First: one that fails does so here, in one line.
-    changes = check_tokenizer(tokenizer, folder, embedding_rows(model))
+    changes = check_tokenizer(tokenizer, checkpoint.words, embedding_rows(model))
     return {
         "class": type(tokenizer).__name__,
         "tokens": len(tokenizer),
@@ -212,6 +212,7 @@ def main() -> None:
             "digest": checkpoint.digest(),
             **code_record(checkpoint, revision),
             **_adapter_record(checkpoint),
+            **_gguf_record(checkpoint),
             **description,
         },
     )
@@ -241,6 +242,13 @@ def _adapter_record(checkpoint: Checkpoint) -> dict[str, Any]:
         return {}
     found = describe_adapter(checkpoint.adapter)
     return {"adapter": {**found, "revision": checkpoint.adapter_revision}}
+
+
+def _gguf_record(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a manifest says of the GGUF file that holds the model; nothing of other formats."""
+    if checkpoint.gguf is None:
+        return {}
+    return {"gguf": describe_gguf(checkpoint.folder / checkpoint.gguf)}
 
 
 def code_record(checkpoint: Checkpoint, revision: str | None) -> dict[str, Any]:

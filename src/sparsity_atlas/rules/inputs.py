@@ -28,8 +28,8 @@ from sparsity_atlas.terms import ALLOCATIONS, FFN_SITES, SPELLED, TENSORS, plain
 
 # Where the configuration names local files: catalogue and key.
 _PATHS = (
-    *(("models", "path"), ("models", "tokenizer"), ("models", "adapter"), ("criteria", "file")),
-    *(("texts", "file"), ("tasks", "include")),
+    *(("models", "path"), ("models", "tokenizer"), ("models", "adapter"), ("models", "gguf")),
+    *(("criteria", "file"), ("texts", "file"), ("tasks", "include")),
 )
 
 
@@ -171,18 +171,21 @@ def model_content(config: Config, model: str) -> str:
     entry = config.models[model]
     other = Path(entry.tokenizer) if entry.tokenizer is not None else None
     adapter = Path(entry.adapter) if entry.adapter is not None else None
-    if entry.path is None:
+    if entry.hub is not None:
         return _beside_the_hub(other, adapter, entry)
-    if not os.path.isdir(entry.path):
+    file = Path(entry.path or "", entry.gguf) if entry.gguf is not None else None
+    folder = Path(entry.path or "") if file is None else file.parent
+    if not os.path.isdir(folder):
         return ""
     try:
         return _model_digest(
             Checkpoint(
-                Path(entry.path),
+                folder,
                 trust_remote_code=entry.trust_remote_code,
                 allow_pickle=entry.allow_pickle,
                 tokenizer=other,
                 adapter=adapter,
+                gguf=None if file is None else file.name,
             )
         )
     except AtlasError as error:

@@ -242,7 +242,7 @@ def make(model_folder: Path, **arguments: Any) -> harness.HarnessLM:
         ({**WHOLE, "calibration": "c.safetensors"}, "calibration: criterion=topp has none"),
         ({**WHOLE, "site": "input@experts"}, "no part 'experts' in this model; it has ffn"),
         ({"peft": "no adapter"}, "models: adapter: no adapter.*not the name of a repository"),
-        ({"gguf_file": "a.gguf"}, "gguf_file: not supported.*quantised"),
+        ({"gguf_file": "a.gguf"}, r"a\.gguf: no such file"),
         ({"load_in_4bit": True}, "load_in_4bit: not supported.*quantised"),
         ({"parallelize": True}, "parallelize: not supported.*one device"),
         ({"device_map": "auto"}, "device_map: not supported"),
