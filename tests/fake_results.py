@@ -14,11 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from fake_steps import write_steps
 from sparsity_atlas.activations import metrics
 from sparsity_atlas.curves.critical import BARS, critical
 from sparsity_atlas.curves.equal_sparsity import equal_rows, write_equal
 from sparsity_atlas.curves.points import CurvePoint, curve_points, estimate_all
-from sparsity_atlas.evaluation.expert_table import COUNTS, NAME, SCHEMA, ExpertTable
+from sparsity_atlas.evaluation.expert_table import COUNTS, NAME, SCHEMA
+from sparsity_atlas.evaluation.headed_table import CountTable
 from sparsity_atlas.files.parquet import write_parquet
 from sparsity_atlas.files.whole import write_manifest
 from sparsity_atlas.statistics.bootstrap import TaskSamples
@@ -229,7 +231,7 @@ def write_experts(node: Path, tasks: Sequence[str], site: str | None, share: flo
         [layer, "experts", tensor, EXPERTS, EACH] for layer in range(LAYERS) for tensor in tensors
     ]
     of_task = {task: table.filter(pc.equal(table["task"], task)) for task in tasks}
-    ExpertTable(slots, dict.fromkeys(tasks, "f"), of_task).write(node / NAME)
+    CountTable(slots, dict.fromkeys(tasks, "f"), of_task).write(node / NAME)
     names = {"by_expert": list(tensors), "fingerprints": dict.fromkeys(tasks, "f")}
     write_manifest(node / "eval.json", {"tasks": {}, **names})
 
@@ -263,7 +265,8 @@ def make_results(
 
     Args:
         results: the folder.
-        models: arguments of `write_model` by name; `tolerance` may be among them, and `experts`: true.
+        models: arguments of `write_model` by name; `tolerance` may be among them, `experts`: true, and
+            `steps` of a masked-diffusion model's generations.
         criteria: every model has all of them,
         sites: at all of these
         levels: and at all of these.
@@ -277,6 +280,8 @@ def make_results(
         about = dict(about)
         tolerance = about.pop("tolerance", 0.5)
         routed = about.pop("experts", False)
+        steps = about.pop("steps", 0)
+        about |= {"kind": "diffusion"} if steps else {}
         if routed:
             about["ffn"] = [{"layer": layer, "part": "experts"} for layer in range(LAYERS)]
         write_model(results / name, **about)
@@ -296,6 +301,9 @@ def make_results(
                 for level in levels if routed else ():
                     node = results / name / criterion / site / level
                     write_experts(node, list(tasks), site, (1 - float(level)) ** 0.5)
+                for level in levels if steps else ():
+                    node = results / name / criterion / site / level
+                    write_steps(node, list(tasks), site, (1 - float(level)) ** 0.5, LAYERS, steps)
     return results
 
 

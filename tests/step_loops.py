@@ -8,8 +8,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sparsity_atlas.sparsify.step import Step
-from sparsity_atlas.sparsify.step_counts import BINS, BLOCK_SUMS, BLOCKS, REGIONS, TOKEN_SUMS
-from sparsity_atlas.sparsify.step_masks import UNIT
+from sparsity_atlas.sparsify.step_sums import (
+    BINS,
+    BLOCK_SUMS,
+    BLOCKS,
+    REGIONS,
+    TOKEN_SUMS,
+    UNIT,
+)
 
 
 @dataclass

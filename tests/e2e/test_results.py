@@ -21,8 +21,10 @@ from sparsity_atlas.activations.store import ActivationStore
 # A file of the smoke run for the names in a documented path.
 NAMES = {"model": "zoo-small", "criterion": "topk", "site": "intermediate", "level": "0.9"}
 SEARCHED = {**NAMES, "criterion": "topp"}
-# Which that run has not; tests/workflow/test_mixture_run.py looks at it.
-OF_MIXTURES = {"{model}/{criterion}/{site}/{level}/experts.parquet"}
+# Which that run has not; test_mixture_run.py and test_step_table.py look at them.
+OF_OTHERS = {
+    f"{{model}}/{{criterion}}/{{site}}/{{level}}/{name}.parquet" for name in ("experts", "steps")
+}
 
 
 def documented() -> dict[str, set[str]]:
@@ -62,7 +64,7 @@ def test_every_kind_of_file_is_documented(smoke: Checkout) -> None:
         assert f"`{kind}`" in text
 
 
-@pytest.mark.parametrize("path", sorted(documented().keys() - OF_MIXTURES))
+@pytest.mark.parametrize("path", sorted(documented().keys() - OF_OTHERS))
 def test_columns_and_keys(smoke: Checkout, path: str) -> None:
     named = documented()[path]
     chosen = SEARCHED if path.endswith("search.json") else NAMES

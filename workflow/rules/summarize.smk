@@ -80,6 +80,7 @@ rule tables:
         allocation="results/allocation.csv",
         sensitivity="results/sensitivity.csv",
         experts="results/experts.csv",
+        steps="results/steps.csv",
         scaling="results/scaling.csv",
         models="results/models.csv",
         failures="results/failures.csv",

@@ -1,8 +1,8 @@
 """Stage `evaluate`: one node (or the dense baseline) on all its tasks.
 
-A node's folder holds `samples.parquet` (of a mixture of experts also `experts.parquet`) with every
-finished task, a journal for the task in hand, and `eval.json`, written last. A task that stands in these
-tables under the same fingerprint is not run again.
+A node's folder holds `samples.parquet` with every finished task (of a mixture of experts also
+`experts.parquet`, of a masked-diffusion model `steps.parquet`), a journal for the task in hand, and
+`eval.json`, written last. A task that stands in these tables under the same fingerprint is not run again.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from sparsity_atlas.evaluation.expert_table import expert_rows
 from sparsity_atlas.evaluation.kept import Finished, Kept
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.outcome import check_measured, headline, sample_rows, task_result
+from sparsity_atlas.evaluation.step_table import step_rows
 from sparsity_atlas.files.journal import Journal
 from sparsity_atlas.files.whole import canonical, digest, locked, write_manifest
 from sparsity_atlas.loading.pretrained import load, load_tokenizer
@@ -201,7 +202,8 @@ def evaluate_node(
     if node is not None:
         Available.in_parts(session.parts).check("of this run", node.site)
     with locked(folder / ".lock"):
-        kept = Kept.read(folder, session.slots(node))
+        by_step = node is not None and session.lm.denoises
+        kept = Kept.read(folder, session.slots(node), by_step=by_step)
         written = time.monotonic()
         for name, task in session.tasks.items():
             fingerprint = {
@@ -232,14 +234,13 @@ def evaluate_node(
 def _manifest(session: Session, node: Node | None, kept: Kept) -> dict[str, Any]:
     tasks = kept.samples.tasks
     results = {name: tasks[name]["result"] for name in session.tasks}
-    by_expert = kept.by_expert()
     data = {name: task.data for name, task in session.tasks.items() if task.data}
     return {
         "status": "failed" if any(one["status"] == "failed" for one in results.values()) else "ok",
         **(node.identity() if node else {"criterion": None}),
         "run": session.identity,
         "fingerprints": {name: tasks[name]["fingerprint"] for name in session.tasks},
-        **({"by_expert": by_expert} if by_expert else {}),
+        **kept.counted(),
         "tasks": results,
         **({"data": data} if data else {}),
     }
@@ -294,7 +295,7 @@ def _run(
         # As a later run reads it from the table, so that eval.json has the same bytes.
         json.loads(canonical(task_result(prepared, outcome, usage, counter.slots))),
         sample_rows(task, prepared, usage),
-        expert_rows(name, usage, counter),
+        {"by_expert": expert_rows(name, usage, counter), "by_step": step_rows(name, usage.by_step)},
     )
 
 

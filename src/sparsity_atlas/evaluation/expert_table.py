@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from sparsity_atlas.evaluation.headed_table import read_headed, write_headed
-from sparsity_atlas.files.parquet import OtherColumns
+from sparsity_atlas.evaluation.headed_table import CountTable, read_counts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,64 +70,16 @@ def expert_rows(task: str, usage: Usage, counter: Counter) -> pa.Table:
     return pa.concat_tables([SCHEMA.empty_table(), *tables])
 
 
-@dataclass
-class ExpertTable:
-    """Contents of `experts.parquet`.
-
-    Attributes:
-        slots: `columns` of what was counted.
-        tasks: fingerprint of each task.
-        rows: for each task its rows, of `SCHEMA`; none of a task that failed.
-    """
-
-    slots: list[list[Any]]
-    tasks: dict[str, str] = field(default_factory=dict)
-    rows: dict[str, pa.Table] = field(default_factory=dict)
-
-    def write(self, path: Path) -> None:
-        """Write the table atomically; the same contents give the same bytes."""
-        order = sorted(self.tasks)
-        header = {"slots": self.slots, "tasks": {k: self.tasks[k] for k in order}}
-        write_headed(path, header, [self.rows[name] for name in order])
-
-
-def read_table(path: Path) -> ExpertTable:
+def read_table(path: Path) -> CountTable:
     """Read a table.
 
     Raises:
         AtlasError: missing, damaged, or of a newer format.
     """
-    header, table = read_headed(path, SCHEMA, _check_header)
-    table = table.replace_schema_metadata(None)
-    rows = {name: table.filter(pc.equal(table["task"], name)) for name in header["tasks"]}
-    return ExpertTable(header["slots"], header["tasks"], rows)
+    return read_counts(path, SCHEMA, _check_slot)
 
 
-def _check_header(header: dict[str, Any]) -> None:
-    """See that a header has the parts that its readers take for granted.
-
-    Raises:
-        KeyError, TypeError, ValueError: it has not.
-    """
-    for layer, part, tensor, experts, each in header["slots"]:
-        numbers = all(isinstance(one, int) and one >= 0 for one in (layer, experts, each))
-        if not (numbers and isinstance(part, str) and isinstance(tensor, str)):
-            raise TypeError("slots are [layer, part, tensor, experts, how many a token meets]")
-    tasks = header["tasks"]
-    if not (isinstance(tasks, dict) and all(isinstance(one, str) for one in tasks.values())):
-        raise TypeError("tasks have a fingerprint")
-
-
-def read_experts(path: Path, slots: list[list[Any]]) -> ExpertTable:
-    """The table at `path`; an empty one if there is none, or other slots or columns are in it.
-
-    Raises:
-        AtlasError: damaged, or of a newer format.
-    """
-    if not path.is_file():
-        return ExpertTable(slots)
-    try:
-        found = read_table(path)
-    except OtherColumns:
-        return ExpertTable(slots)  # of another release, and as good as none
-    return found if found.slots == slots else ExpertTable(slots)
+def _check_slot(layer: Any, part: Any, tensor: Any, experts: Any, each: Any) -> None:
+    numbers = all(isinstance(one, int) and one >= 0 for one in (layer, experts, each))
+    if not (numbers and isinstance(part, str) and isinstance(tensor, str)):
+        raise TypeError("slots are [layer, part, tensor, experts, how many a token meets]")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.files.parquet import read_parquet, write_parquet
+from sparsity_atlas.files.parquet import OtherColumns, read_parquet, write_parquet
 from sparsity_atlas.files.whole import FORMAT, canonical
 
 KEY = b"sparsity_atlas"
@@ -54,3 +56,64 @@ def read_headed(
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise AtlasError(f"{path}: damaged table ({error}); delete it and run again") from None
     return header, table
+
+
+@dataclass
+class CountTable:
+    """What a node counted in its tasks beside the samples: by expert, or by step.
+
+    Attributes:
+        slots: what was counted, in the table's own terms.
+        tasks: fingerprint of each task.
+        rows: for each task its rows; none of a task that failed.
+    """
+
+    slots: list[list[Any]]
+    tasks: dict[str, str] = field(default_factory=dict)
+    rows: dict[str, pa.Table] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        """Write the table atomically; the same contents give the same bytes."""
+        order = sorted(self.tasks)
+        header = {"slots": self.slots, "tasks": {k: self.tasks[k] for k in order}}
+        write_headed(path, header, [self.rows[name] for name in order])
+
+
+def read_counts(path: Path, schema: pa.Schema, check_slot: Callable[..., None]) -> CountTable:
+    """Read a table.
+
+    Args:
+        path: the file.
+        schema: of its rows, among them `task`.
+        check_slot: called with what a slot consists of; raises TypeError if that is wrong.
+
+    Raises:
+        AtlasError: missing, damaged, or of a newer format.
+    """
+
+    def check(header: dict[str, Any]) -> None:
+        for slot in header["slots"]:
+            check_slot(*slot)
+        tasks = header["tasks"]
+        if not (isinstance(tasks, dict) and all(isinstance(one, str) for one in tasks.values())):
+            raise TypeError("tasks have a fingerprint")
+
+    header, table = read_headed(path, schema, check)
+    table = table.replace_schema_metadata(None)
+    rows = {name: table.filter(pc.equal(table["task"], name)) for name in header["tasks"]}
+    return CountTable(header["slots"], header["tasks"], rows)
+
+
+def continued(path: Path, slots: list[list[Any]], read: Callable[[Path], CountTable]) -> CountTable:
+    """The table at `path`; an empty one if there is none, or other slots or columns are in it.
+
+    Raises:
+        AtlasError: damaged, or of a newer format.
+    """
+    if not path.is_file():
+        return CountTable(slots)
+    try:
+        found = read(path)
+    except OtherColumns:
+        return CountTable(slots)  # of another release, and as good as none
+    return found if found.slots == slots else CountTable(slots)

@@ -1,4 +1,4 @@
-"""What a node's folder keeps of finished tasks: the sample table, and what was counted by expert."""
+"""What a node's folder keeps of finished tasks: the sample table, and what was counted beside it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsity_atlas.evaluation import expert_table
-from sparsity_atlas.evaluation.expert_table import ExpertTable, read_experts
+from sparsity_atlas.evaluation import expert_table, step_table
+from sparsity_atlas.evaluation.headed_table import CountTable, continued
 from sparsity_atlas.evaluation.samples import SCHEMA, SampleTable, read_samples
 
 if TYPE_CHECKING:
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from sparsity_atlas.sparsify.counted_vectors import Slot
 
+# The tables beside the samples, by what eval.json says of them.
+COUNTED = {"by_expert": expert_table, "by_step": step_table}
+
 
 @dataclass
 class Finished:
@@ -25,18 +28,18 @@ class Finished:
     Attributes:
         result: its entry in eval.json.
         samples: its rows of the sample table.
-        experts: its rows of the table by expert.
+        counts: its rows of each table of `COUNTED`.
     """
 
     result: dict[str, Any]
     samples: pa.Table
-    experts: pa.Table
+    counts: dict[str, pa.Table]
 
     @classmethod
     def failed(cls, reason: str) -> Finished:
         """A task that could not be run, or whose numbers broke."""
-        result = {"status": "failed", "reason": reason}
-        return cls(result, SCHEMA.empty_table(), expert_table.SCHEMA.empty_table())
+        counts = {name: table.SCHEMA.empty_table() for name, table in COUNTED.items()}
+        return cls({"status": "failed", "reason": reason}, SCHEMA.empty_table(), counts)
 
 
 @dataclass
@@ -46,31 +49,39 @@ class Kept:
     Attributes:
         folder: of the node.
         samples: the sample table.
-        experts: the table by expert; None for nodes that count nothing by expert.
+        counts: those of `COUNTED` that the node has.
         journals: of tasks that are not written yet.
     """
 
     folder: Path
     samples: SampleTable
-    experts: ExpertTable | None
+    counts: dict[str, CountTable]
     journals: list[Path] = field(default_factory=list)
 
     @classmethod
-    def read(cls, folder: Path, slots: Sequence[Slot]) -> Kept:
+    def read(cls, folder: Path, slots: Sequence[Slot], *, by_step: bool = False) -> Kept:
         """What a folder holds of a node that counts these slots.
+
+        Args:
+            folder: of the node.
+            slots: what it counts.
+            by_step: whether it counts masks over steps of denoising.
 
         Raises:
             AtlasError: a table is damaged, or of a newer format.
         """
-        by_expert = expert_table.columns(slots)
         samples = read_samples(folder / "samples.parquet", [slot.columns() for slot in slots])
-        experts = read_experts(folder / expert_table.NAME, by_expert) if by_expert else None
-        return cls(folder, samples, experts)
+        counts = {}
+        for name, table in COUNTED.items():
+            columns = table.columns(slots) if by_step or name != "by_step" else []
+            if columns:
+                counts[name] = continued(folder / table.NAME, columns, table.read_table)
+        return cls(folder, samples, counts)
 
     def has(self, name: str, fingerprint: str) -> bool:
         """Whether a task stands in all tables under this fingerprint."""
         found = [self.samples.tasks.get(name, {}).get("fingerprint")]
-        found += [] if self.experts is None else [self.experts.tasks.get(name)]
+        found += [table.tasks.get(name) for table in self.counts.values()]
         return set(found) == {fingerprint}
 
     def put(self, name: str, fingerprint: str, finished: Finished, journal: Path) -> None:
@@ -78,23 +89,27 @@ class Kept:
         self.journals.append(journal)
         self.samples.tasks[name] = {"fingerprint": fingerprint, "result": finished.result}
         self.samples.rows[name] = finished.samples
-        if self.experts is not None:
-            self.experts.tasks[name] = fingerprint
-            self.experts.rows[name] = finished.experts
+        for kind, table in self.counts.items():
+            table.tasks[name] = fingerprint
+            table.rows[name] = finished.counts[kind]
 
     def write(self) -> None:
         """Write the tables, and only then remove the journals of what they have taken in, if there is any."""
         if not self.journals:
             return
-        if self.experts is not None:
-            self.experts.write(self.folder / expert_table.NAME)
-        else:
-            # Of a model that had experts, and stood under this name.
-            (self.folder / expert_table.NAME).unlink(missing_ok=True)
+        for name, table in COUNTED.items():
+            if name in self.counts:
+                self.counts[name].write(self.folder / table.NAME)
+            else:
+                # Of a model that had experts, or steps, and stood under this name.
+                (self.folder / table.NAME).unlink(missing_ok=True)
         self.samples.write(self.folder / "samples.parquet")
         while self.journals:
             self.journals.pop().unlink(missing_ok=True)
 
-    def by_expert(self) -> list[str]:
-        """The tensors that are counted by expert."""
-        return list(dict.fromkeys(slot[2] for slot in self.experts.slots)) if self.experts else []
+    def counted(self) -> dict[str, list[str]]:
+        """The tensors of each of the tables that the node has."""
+        return {
+            name: list(dict.fromkeys(slot[2] for slot in table.slots))
+            for name, table in self.counts.items()
+        }

@@ -144,6 +144,33 @@ FIGURES = {
         "token reached are not shown.",
         missed=False,
     ),
+    "step_sparsity": Entry(
+        "Sparsity over denoising steps",
+        "Denoising",
+        ("steps",),
+        "Induced sparsity of a masked-diffusion model while it generates: in its prompts, and in the tokens "
+        "of its answers that are still masked, were filled in by the step before, or earlier. Lines are "
+        "means over the layers, bands go from the smallest to the largest. Of all levels the one is "
+        "shown at which the answers' sparsity is nearest to 50 %.",
+        missed=False,
+    ),
+    "step_overlap": Entry(
+        "Overlap of masks over denoising steps",
+        "Denoising",
+        ("steps",),
+        "Jaccard overlap of the masks of all tokens of a region with those of the same tokens in the step "
+        "before and in step 0: entries that both keep, of those that one of them keeps. Lines are means "
+        "over the layers, bands go from the smallest to the largest. Levels as in the figure before.",
+        missed=False,
+    ),
+    "step_layers": Entry(
+        "Overlap of masks with step 0 by layer",
+        "Denoising",
+        ("steps",),
+        "Jaccard overlap of the masks of the answers' tokens with those of the same tokens in step 0, layer "
+        "by layer. Levels as in the two figures before.",
+        missed=False,
+    ),
     "sensitivity": Entry(
         "Sensitivity of single layers",
         "Layers",

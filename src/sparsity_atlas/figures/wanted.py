@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config
 from sparsity_atlas.figures import FIGURES
-from sparsity_atlas.loading.contents import speaks_of_experts
+from sparsity_atlas.loading.contents import speaks_of_experts, speaks_of_masks
 from sparsity_atlas.tasks import local_files
 
 
@@ -17,8 +18,8 @@ def wanted(config: Config) -> list[str]:
     """Names of the figures of a run, without those that have nothing to compare or to show.
 
     Whether tasks have a loss or an accuracy is not known before they ran, nor whether tasks of lm-eval's own
-    generate, nor whether a model of the Hub has experts before it is fetched: such a figure is drawn in any
-    case, and the report leaves it out.
+    generate, nor whether a model of the Hub has experts or fills masks in before it is fetched: such a figure
+    is drawn in any case, and the report leaves it out.
     """
     curves = grid.curves(config)
     places = Counter((curve.model, curve.site) for curve in curves)
@@ -27,7 +28,10 @@ def wanted(config: Config) -> list[str]:
         **dict.fromkeys(("criteria", "comparison", "comparison_error"), max(places.values()) > 1),
         "scaling": len(grid.models(config)) > 1,
         "phase_sparsity": _may_generate(config),
-        **dict.fromkeys(("expert_sparsity", "expert_load"), _may_have_experts(config)),
+        **dict.fromkeys(("expert_sparsity", "expert_load"), _may(config, speaks_of_experts)),
+        **dict.fromkeys(
+            ("step_sparsity", "step_overlap", "step_layers"), _may(config, speaks_of_masks)
+        ),
         "sensitivity": any(curve.sensitivity for curve in curves),
         **dict.fromkeys(
             ("allocation", "allocation_damage"),
@@ -50,6 +54,7 @@ def _may_generate(config: Config) -> bool:
     return any(found is None or local_files.GENERATED in found for found in types)
 
 
-def _may_have_experts(config: Config) -> bool:
+def _may(config: Config, speaks: Callable[[Path], bool]) -> bool:
+    """Whether a model's folder speaks of something, or is not there to be asked."""
     folders = (config.models[name].path for name in grid.models(config))
-    return any(folder is None or speaks_of_experts(Path(folder)) for folder in folders)
+    return any(folder is None or speaks(Path(folder)) for folder in folders)

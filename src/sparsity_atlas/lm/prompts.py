@@ -56,7 +56,10 @@ class PromptLM(HFLM):
     Attributes:
         prompts: its settings.
         bos: whether BOS is put before a text, unless the text begins with it.
+        denoises: whether it generates by steps of denoising.
     """
+
+    denoises = False
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sparsity_atlas.sparsify.step_sums import StepSums
 from sparsity_atlas.terms import ACCOUNTS, DENOISING, GENERATION, PROMPT, SCORING, UNIQUE
 
 if TYPE_CHECKING:
@@ -28,11 +29,13 @@ class Usage:
         cut: tokens that the longest request lost at its beginning, int64 [documents].
         windows: that a whole document was scored in, 0 for any other, int64 [documents].
         by_expert: sums by expert, over all documents.
+        by_step: sums by step of denoising, over all documents.
     """
 
     def __init__(self, work: Arranged, counter: Counter) -> None:
         slots = len(counter.slots)
         self.by_expert = ExpertUsage(work, counter)
+        self.by_step = StepSums(counter.by_step.slots)
         self.documents = work.documents
         count = len(work.documents)
         self.tokens = {account: np.zeros(count, np.int64) for account in ACCOUNTS}

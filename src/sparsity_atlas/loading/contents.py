@@ -164,5 +164,16 @@ def speaks_of_experts(folder: Path) -> bool:
 
     Some dense models' have it, too, from a family that has both.
     """
+    return "expert" in _configuration(folder)
+
+
+def speaks_of_masks(folder: Path) -> bool:
+    """Whether a model's configuration has a word of masks that it fills in, or says that it is not causal."""
+    text = _configuration(folder)
+    return "mask_token" in text or "is_causal" in text
+
+
+def _configuration(folder: Path) -> str:
+    """The text of a configuration; empty if there is none."""
     path = folder / "config.json"
-    return path.is_file() and "expert" in path.read_text(encoding="utf-8", errors="replace").lower()
+    return path.read_text(encoding="utf-8", errors="replace").lower() if path.is_file() else ""

@@ -24,12 +24,21 @@ class Slot:
         width: its entries.
         outputs: weights that each of them meets.
         routing: how its tokens are spread over experts, if they are.
+        of_experts: whether each of these has entries of its own, and does not share them with others.
     """
 
     key: PlaceKey
     width: int
     outputs: int
     routing: Routing | None = None
+    of_experts: bool = False
+
+    @property
+    def neurons(self) -> int:
+        """Entries that the vectors of all tokens have places for: of experts those of all of them."""
+        if self.routing is None or not self.of_experts:
+            return self.width
+        return self.routing.experts * self.routing.width
 
     def columns(self) -> list[str | int]:
         """What stands of it in the header of a sample table: tensor, layer, width; the part if it has to."""
@@ -58,6 +67,7 @@ def slots_of(
             part.size(name),
             part.outputs(name),
             part.routing(name),
+            part.routing(name) is not None and not part.rows_are_tokens(name),
         )
         for part in parts
         for name in STORED

@@ -13,6 +13,7 @@ import torch
 
 from sparsity_atlas.sparsify.packed_bits import ones, packed, words
 from sparsity_atlas.sparsify.step_masks import KeptMasks, StepMasks, overlap
+from sparsity_atlas.sparsify.step_sums import BINS, BLOCK_SUMS, BLOCKS, REGIONS, TOKEN_SUMS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,25 +24,6 @@ if TYPE_CHECKING:
     from sparsity_atlas.sparsify.counted_vectors import Slot
     from sparsity_atlas.sparsify.step import Step
 
-# Where a token stands: in the prompt, or in the answer, where it is still masked at a step, was filled in by
-# the step before, or has been there for longer.
-REGIONS = ("prompt", "masked", "new", "filled")
-BLOCKS = ("prompt", "answer")
-# Sums over a region's tokens: entries kept; against the step before those that it kept of the same tokens,
-# those that both kept, and the tokens' Jaccard indices in units of 1 / `UNIT`; against step 0 likewise.
-TOKEN_SUMS = (
-    "kept",
-    *("previous_kept", "previous_both", "previous_jaccard"),
-    *("first_kept", "first_both", "first_jaccard"),
-)
-# Neurons by the share of a block's tokens that keep them: none, (0, 10 %], ..., (90 %, 100 %), all.
-BINS = 12
-# Sums over rows: neurons that any token of the block keeps; of the step before and of step 0 the same, and
-# those that are among them at both steps; then neurons by frequency.
-BLOCK_SUMS = (
-    *("used", "previous_used", "previous_used_both", "first_used", "first_used_both"),
-    *(f"frequency_{place}" for place in range(BINS)),
-)
 # Entries that are turned into numbers at a time.
 CHUNK = 1 << 24
 
@@ -57,16 +39,14 @@ def mask_bytes(slots: Sequence[Slot], rows: int, tokens: int, steps: int) -> int
     """
     kept = largest = 0
     for slot in slots:
-        routing = slot.routing
-        experts, each = (1, 1) if routing is None else (routing.experts, routing.each)
-        width = slot.width if routing is None else max(routing.width, -(-slot.width // each))
+        each = slot.routing.each if slot.routing is not None and slot.of_experts else 1
         # Of a token at two steps its bits, how many they are, and its experts.
-        token = 2 * 8 * (each * words(width) + 1 + (each if experts > 1 else 0))
+        token = 2 * 8 * (each * words(slot.width // each) + 1 + each * slot.of_experts)
         # Of a block at two steps its bits, and how often each neuron was used.
-        block = 2 * 8 * words(experts * width) + 4 * experts * width
+        block = 2 * 8 * words(slot.neurons) + 4 * slot.neurons
         kept += rows * (tokens * token + len(BLOCKS) * block)
         # A byte an entry while its mask is packed, in up to three copies.
-        largest = max(largest, 3 * rows * tokens * each * width)
+        largest = max(largest, 3 * rows * tokens * slot.width)
     sums = 8 * (len(TOKEN_SUMS) * len(REGIONS) + len(BLOCK_SUMS) * len(BLOCKS))
     return kept + largest + 3 * 4 * CHUNK + steps * len(slots) * sums
 

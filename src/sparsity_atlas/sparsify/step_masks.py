@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sparsity_atlas.sparsify.packed_bits import ones, packed
+from sparsity_atlas.sparsify.step_sums import UNIT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
     from sparsity_atlas.kernels import Masked
     from sparsity_atlas.sites.find import Vectors
     from sparsity_atlas.sparsify.each_expert import Drop
-
-# A Jaccard index of 1, so that sums of them are exact.
-UNIT = 1 << 32
 
 
 def left(drop: Drop, found: Masked, vectors: Vectors, onto: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ CHUNK = 200_000
 _TEXT = {"model", "criterion", "site", "level", "tensor", "task", "kind", "status", "relation"}
 _TEXT |= {"bar_label", "family", "reason", "source", "revision", "architecture", "activation"}
 _TEXT |= {"dtype", "sites", "digest", "reference", "allocation", "sparsity_of", "target_of", "part"}
-_TEXT |= {"phase"}
+_TEXT |= {"phase", "region"}
 _FLAGS = {"low_open", "high_open", "non_monotone", "resolved"}
 
 
@@ -48,6 +48,7 @@ class Tables:
     allocation: pd.DataFrame
     sensitivity: pd.DataFrame
     experts: pd.DataFrame
+    steps: pd.DataFrame
     scaling: pd.DataFrame
     models: pd.DataFrame
     failures: pd.DataFrame

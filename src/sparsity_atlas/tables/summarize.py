@@ -18,6 +18,9 @@ sensitivity.csv         model × criterion × site × level × tensor × layer: 
                         alone, adds to the loss
 experts.csv             model × criterion × site × level × task × phase × layer × tensor × expert, of
                         mixtures of experts: tokens that were routed to it, and their induced sparsity
+steps.csv               model × criterion × site × level × task × step × layer × tensor × region, of
+                        masked-diffusion models' generations: induced sparsity, and the masks'
+                        overlap with those of the step before and of step 0
 scaling.csv             criterion × family × site × task × bar: slope over log10 of the
                         non-embedding parameters; of mixtures of experts, the active ones
 models.csv              one row a model: source, architecture, sizes
@@ -47,6 +50,7 @@ from sparsity_atlas.tables.comparison import COMPARISON, comparison_rows
 from sparsity_atlas.tables.experts import EXPERTS, expert_rows
 from sparsity_atlas.tables.layer_table import ERRORS, LAYERS, captured_rows, error_rows, layer_rows
 from sparsity_atlas.tables.model_table import ACTIVE, MODELS, SIZES, model_rows, model_sizes
+from sparsity_atlas.tables.steps import STEPS, step_rows
 from sparsity_atlas.terms import AVERAGE, NAMED_PARTS, plain
 
 
@@ -204,6 +208,7 @@ def write_tables(
     write_csv(folder / "comparison.csv", COMPARISON, comparison_rows(curves, sparsity))
     write_csv(folder / "allocation.csv", ALLOCATION, allocation_rows(curves))
     write_csv(folder / "experts.csv", EXPERTS, expert_rows(curves, models))
+    write_csv(folder / "steps.csv", STEPS, step_rows(curves, models))
     write_csv(folder / "sensitivity.csv", SENSITIVITY, sensitivity_rows(sensitivity))
 
 

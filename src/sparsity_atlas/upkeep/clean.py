@@ -18,7 +18,7 @@ from pathlib import Path
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config, parse
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.evaluation import expert_table
+from sparsity_atlas.evaluation.kept import COUNTED
 from sparsity_atlas.evaluation.samples import read_table
 from sparsity_atlas.files.whole import abandoned, free, read_manifest
 
@@ -77,7 +77,8 @@ def _node_files(results: Path) -> Iterator[Path]:
     for pattern in ("*/dense", "*/*/*/*"):
         yield from results.glob(f"{pattern}/*.journal")
         yield from results.glob(f"{pattern}/samples.parquet")
-        yield from results.glob(f"{pattern}/{expert_table.NAME}")
+        for table in COUNTED.values():
+            yield from results.glob(f"{pattern}/{table.NAME}")
 
 
 def _node_orphans(results: Path, config: Config, folder: Path) -> Iterator[Orphan]:
@@ -85,7 +86,7 @@ def _node_orphans(results: Path, config: Config, folder: Path) -> Iterator[Orpha
     samples = folder / "samples.parquet"
     whole = (folder / "eval.json").is_file()
     done: set[str] = set()
-    for table in (samples, folder / expert_table.NAME):
+    for table in (samples, *(folder / one.NAME for one in COUNTED.values())):
         if table.is_file() and not whole and not asked:
             yield Orphan(table, "its node is not asked for, and no manifest names it")
     if samples.is_file():

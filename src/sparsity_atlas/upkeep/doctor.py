@@ -21,7 +21,7 @@ from sparsity_atlas.activations.store import ActivationStore
 from sparsity_atlas.criteria.calibration_file import read_calibration
 from sparsity_atlas.curves import equal_sparsity
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.evaluation import expert_table
+from sparsity_atlas.evaluation.kept import COUNTED
 from sparsity_atlas.evaluation.samples import read_table
 from sparsity_atlas.files.journal import whole_lines
 from sparsity_atlas.files.parquet import read_parquet
@@ -68,7 +68,8 @@ def examine(results: Path) -> Iterator[Finding]:
     for pattern in ("*/dense", "*/*/*/*"):
         nodes = {path.parent for path in results.glob(f"{pattern}/eval.json")}
         nodes |= {path.parent for path in results.glob(f"{pattern}/samples.parquet")}
-        nodes |= {path.parent for path in results.glob(f"{pattern}/{expert_table.NAME}")}
+        for table in COUNTED.values():
+            nodes |= {path.parent for path in results.glob(f"{pattern}/{table.NAME}")}
         nodes |= {path.parent for path in results.glob(f"{pattern}/*.journal")}
         for node in sorted(nodes):
             yield from _node(node)
@@ -144,7 +145,7 @@ def _capture(model: Path) -> Iterator[Finding]:
 def _node(folder: Path) -> Iterator[Finding]:
     """A node's tables and journals, and what its eval.json says of them."""
     result, samples = folder / "eval.json", folder / "samples.parquet"
-    experts = folder / expert_table.NAME
+    counts = {name: folder / table.NAME for name, table in COUNTED.items()}
     with free(folder / ".lock") as idle:
         if not idle:
             yield Finding(folder, note="in use, not looked at")
@@ -154,9 +155,13 @@ def _node(folder: Path) -> Iterator[Finding]:
         try:
             manifest = read_manifest(result) if result.is_file() else None
             header, table = read_table(samples) if samples.is_file() else ({"tasks": {}}, None)
-            routed = expert_table.read_table(experts).tasks if experts.is_file() else {}
+            counted = {
+                name: COUNTED[name].read_table(path).tasks if path.is_file() else {}
+                for name, path in counts.items()
+            }
         except AtlasError as error:
-            files = tuple(path for path in (result, samples, experts) if path.is_file())
+            every = (result, samples, *counts.values())
+            files = tuple(path for path in every if path.is_file())
             yield Finding(folder, str(error).removeprefix(f"{folder}/"), files, (result,))
             return
     if manifest is None:
@@ -171,8 +176,12 @@ def _node(folder: Path) -> Iterator[Finding]:
             problem = f"samples.parquet has not the '{task}' that eval.json tells of"
         elif outcome["status"] == "ok" and task not in rows:
             problem = f"samples.parquet has no sample of '{task}'"
-        elif "by_expert" in manifest and routed.get(task) != fingerprint:
-            problem = f"{experts.name} has not the '{task}' that eval.json tells of"
+        elif lacking := [
+            path.name
+            for name, path in counts.items()
+            if name in manifest and counted[name].get(task) != fingerprint
+        ]:
+            problem = f"{lacking[0]} has not the '{task}' that eval.json tells of"
         else:
             continue
         yield Finding(folder, problem, (result,), (result,))

@@ -17,7 +17,8 @@ from interruptions import Interrupted, products, watch
 from sparsity_atlas.config.schema import parse
 from sparsity_atlas.evaluation import evaluate as evaluation
 from sparsity_atlas.evaluation.evaluate import Session, evaluate_node
-from sparsity_atlas.evaluation.expert_table import COUNTS, NAME, ExpertTable, read_table
+from sparsity_atlas.evaluation.expert_table import COUNTS, NAME, read_table
+from sparsity_atlas.evaluation.headed_table import CountTable
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.samples import read_table as read_samples
 from sparsity_atlas.files.whole import read_manifest
@@ -182,7 +183,7 @@ def expected(
 
 def evaluate(
     session: Session, node: Node | None, folder: Path, *, share: bool = True
-) -> tuple[ExpertTable, dict[str, list], dict[str, list]]:
+) -> tuple[CountTable, dict[str, list], dict[str, list]]:
     """Evaluate: the table by expert, and by task the requests and the generations."""
     requests: dict[str, list[forest.Request]] = defaultdict(list)
     prompts: dict[str, list[tuple[int, list[int], list[int]]]] = defaultdict(list)
@@ -228,7 +229,7 @@ def evaluate(
     return read_table(folder / NAME), requests, prompts
 
 
-def found(table: ExpertTable, task: str) -> Counts:
+def found(table: CountTable, task: str) -> Counts:
     counts: Counts = defaultdict(lambda: np.zeros((2, 2, EXPERTS), np.int64))
     for row in table.rows[task].to_pylist():
         sums = counts[row["phase"], row["layer"], row["tensor"]]

@@ -22,6 +22,7 @@ from sparsity_atlas.tables.read import Tables
 COMPARED = {"criteria", "comparison", "comparison_error"}
 ALLOCATED = {"allocation", "allocation_damage"}
 ROUTED = {"expert_sparsity", "expert_load"}
+DENOISED = {"step_sparsity", "step_overlap", "step_layers"}
 PHASES = {"phase_sparsity"}
 TASKS = str(ROOT / "workflow/resources/tasks")
 ONE = {"models": ["a"], "criteria": ["topp"], "sites": ["input", "up"], "tasks": ["prose"]}
@@ -59,7 +60,7 @@ def config_of(*blocks: dict[str, Any]) -> Config:
     ],
 )
 def test_what_a_run_can_fill(blocks: list[dict[str, Any]], absent: set[str]) -> None:
-    assert set(FIGURES) - set(wanted(config_of(*blocks))) == absent | ROUTED | PHASES
+    assert set(FIGURES) - set(wanted(config_of(*blocks))) == absent | ROUTED | DENOISED | PHASES
 
 
 @pytest.mark.parametrize("family", ["olmoe", "llama"])
@@ -80,10 +81,19 @@ def test_phases_where_a_task_may_generate() -> None:
     assert set(wanted(config_of(ONE, {**ONE, "tasks": ["gsm8k"]}))) >= PHASES
 
 
+@pytest.mark.parametrize("said", [{"is_causal": False}, {"mask_token_id": 5}, {}])
+def test_steps_where_a_model_may_fill_masks_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: dict[str, Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    AutoConfig.for_model("llama", **said).save_pretrained("a")
+    assert bool(DENOISED & set(wanted(config_of(ONE)))) == bool(said)
+
+
 def test_of_a_model_of_the_hub_nobody_knows_before_it_is_here() -> None:
     config = config_of(ONE)
     model = config.models["a"].model_copy(update={"path": None, "hub": "some/model"})
-    assert set(wanted(config.model_copy(update={"models": {"a": model}}))) >= ROUTED
+    assert set(wanted(config.model_copy(update={"models": {"a": model}}))) >= ROUTED | DENOISED
 
 
 @pytest.mark.parametrize("family", decorated())

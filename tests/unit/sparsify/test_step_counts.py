@@ -17,7 +17,8 @@ from sparsity_atlas.sparsify import packed_bits, step_counts
 from sparsity_atlas.sparsify.counted_vectors import Slot
 from sparsity_atlas.sparsify.packed_bits import ones, packed, words
 from sparsity_atlas.sparsify.step import Step
-from sparsity_atlas.sparsify.step_counts import BLOCK_SUMS, TOKEN_SUMS, ByStep, mask_bytes
+from sparsity_atlas.sparsify.step_counts import ByStep, mask_bytes
+from sparsity_atlas.sparsify.step_sums import BLOCK_SUMS, TOKEN_SUMS
 from sparsity_atlas.terms import PlaceKey
 from step_loops import Seen, by_loops, sets
 
@@ -75,7 +76,13 @@ def test_sums_are_those_of_loops() -> None:
 def test_experts_are_told_apart() -> None:
     """Two masks of a token have in common what the same expert keeps."""
     width = 8
-    slot = Slot(PlaceKey(0, "experts", "up"), EACH * width, 4, Routing(EXPERTS, EACH, width))
+    slot = Slot(
+        PlaceKey(0, "experts", "up"),
+        EACH * width,
+        4,
+        Routing(EXPERTS, EACH, width),
+        of_experts=True,
+    )
     by_step = ByStep([slot])
     draw = torch.Generator().manual_seed(2)
     passes = []
