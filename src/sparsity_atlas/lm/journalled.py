@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sparsity_atlas.lm.work import Arranged, Encoding
-    from sparsity_atlas.models.memory import Sizes
+    from sparsity_atlas.models.memory import Largest, Sizes
     from sparsity_atlas.sparsify.attach import Counter
 
 # Short requests are batched as if they had so many tokens: a GPU that is handed a few at a time waits for
@@ -109,20 +109,28 @@ class JournalledLM(PromptLM):
         Raises:
             AtlasError: its batches do not fit into the memory that there is.
         """
-        self._check_room(work, len(counter.slots))
+        self._check_room(work, counter)
         self._journal = journal
         self._counter = counter
         self._replayed = 0
         self.usage = Usage(work, counter)
 
-    def _check_room(self, work: Arranged, slots: int) -> None:
+    def _beside(self, work: Arranged, counter: Counter, batch: Largest) -> int:
+        """Bytes that a batch takes beside its passes."""
+        return 0
+
+    def _check_room(self, work: Arranged, counter: Counter) -> None:
         if self.sizes is None:
             return
         sizes, device, largest = self.sizes, self.model.device, work.largest
         free_memory.check(
             device,
-            lambda share: of_a_pass(
-                sizes, largest.shrunk(share), self.model.dtype.itemsize, device.type, slots
+            lambda share: (
+                of_a_pass(
+                    *(sizes, largest.shrunk(share), self.model.dtype.itemsize, device.type),
+                    slots=len(counter.slots),
+                )
+                + self._beside(work, counter, largest.shrunk(share))
             ),
             f"'{work.documents[0][0]}': batches of {largest.tokens:,} tokens",
             (("batch_size", self.batch_size), ("max_length", self.max_length)),

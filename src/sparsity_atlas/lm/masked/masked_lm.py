@@ -20,6 +20,7 @@ from sparsity_atlas.lm.masked.masked_usage import MaskedUsage
 from sparsity_atlas.lm.masked.masked_work import MaskedWork, RowBatch, arrange_rows
 from sparsity_atlas.lm.masked.passes import Passes
 from sparsity_atlas.lm.work import Limits
+from sparsity_atlas.sparsify.step_counts import mask_bytes
 from sparsity_atlas.terms import DENOISING, SCORING
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from sparsity_atlas.lm.journalled import Records
     from sparsity_atlas.lm.work import Arranged, Encoding
+    from sparsity_atlas.models.memory import Largest
     from sparsity_atlas.sparsify.attach import Counter
     from sparsity_atlas.terms import Phase
 
@@ -40,6 +42,7 @@ class MaskedLM(JournalledLM):
     each level, for the dense model and in any batch.
     """
 
+    denoises = True
     usage: MaskedUsage
 
     def __init__(
@@ -109,6 +112,14 @@ class MaskedLM(JournalledLM):
         super().start(journal, counter, work)
         self._work = work
         self.usage = MaskedUsage(work, counter)
+
+    def _beside(self, work: Arranged, counter: Counter, batch: Largest) -> int:
+        """See `JournalledLM._beside`: masks of two steps."""
+        if DENOISING not in work.phases:
+            return 0
+        rows = -(-batch.tokens // max(batch.longest, 1))
+        # No more steps than tokens.
+        return mask_bytes(counter.by_step.slots, rows, batch.longest, batch.longest)
 
     def _passes(self, phase: Phase, sequences: int) -> Passes:
         return Passes(self.denoise, self._counter, phase, sequences, self.mask_token)

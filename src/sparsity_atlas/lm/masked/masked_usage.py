@@ -31,6 +31,7 @@ class MaskedUsage(Usage):
     def add_denoised(self, owners: Sequence[int], record: dict[str, Any]) -> None:
         """Add a batch of rows that were filled in, in all their steps."""
         self.by_expert.add_denoised(record)
+        self.by_step.add(record)
         self._add(DENOISING, owners, record)
 
     def _add(self, phase: Phase, owners: Sequence[int], record: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from sparsity_atlas.lm.usage import expert_record
 from sparsity_atlas.sparsify.step import Step
+from sparsity_atlas.sparsify.step_sums import step_record
 from sparsity_atlas.terms import DENOISING
 
 if TYPE_CHECKING:
@@ -73,9 +74,10 @@ class Passes:
         return Step(asked.step, asked.rows, asked.prompt, masked, asked.guide)
 
     def record(self) -> dict[str, Any]:
-        """What was run: `tokens` of each sequence, its `zeros` [sequence][slot], and sums by expert."""
+        """What was run: `tokens` of each sequence, its `zeros` [sequence][slot], sums by expert and step."""
         return {
             "tokens": self._tokens.tolist(),
             "zeros": self._zeros.T.tolist(),
             **expert_record([sums.cpu().numpy() for sums in self._experts]),
+            **step_record(self._counter.by_step.take()),
         }

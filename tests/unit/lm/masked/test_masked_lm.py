@@ -300,6 +300,7 @@ def test_broken_off_at_each_batch_and_resumed(
         assert not (at / "eval.json").exists()
         assert run(at) == whole[stop:]
         assert products(at) == products(tmp_path / "whole")
+        assert "steps.parquet" in products(at)
 
 
 def test_options_of_a_length_have_the_same_masks(folder: Path, tmp_path: Path) -> None:
