@@ -32,11 +32,11 @@ def test_smoke_grid(empty: Checkout) -> None:
 
 
 def test_default_grid(empty: Checkout) -> None:
-    # 4 models × 2 sites, a mixture of experts at one, 3 more sites of one model, and 2 more criteria at one
-    # of its sites; of that model the layers of 2 sites one at a time.
+    # 4 models × 2 sites, a mixture of experts and a masked-diffusion model at one, 3 more sites of one model,
+    # and 2 more criteria at one of its sites; of that model the layers of 2 sites one at a time.
     assert counts(empty.plan("--configfile", "config.yaml")) == {
-        **{"all": 1, "run_config": 1, "model": 5, "dense": 5, "model_summary": 5, "tables": 1},
-        **{"capture": 12, "metrics": 12, "output_error": 14, "curve": 14, "search": 14},
+        **{"all": 1, "run_config": 1, "model": 6, "dense": 6, "model_summary": 6, "tables": 1},
+        **{"capture": 13, "metrics": 13, "output_error": 15, "curve": 15, "search": 15},
         "sensitivity": 2,
     }
 
