@@ -25,8 +25,8 @@ from sparsity_atlas.activations.texts import documents
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import parse
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.evaluation import expert_table
 from sparsity_atlas.evaluation.headed_table import KEY
+from sparsity_atlas.evaluation.kept import COUNTED
 from sparsity_atlas.evaluation.samples import SCHEMA, SampleTable, read_table
 from sparsity_atlas.files import parquet
 from sparsity_atlas.files.journal import Journal
@@ -179,12 +179,19 @@ def read_header(folder: Path, header: Any) -> None:
     read_table(folder / "samples.parquet")
 
 
-def read_expert_header(folder: Path, header: Any) -> None:
-    """A table by expert with another header."""
-    schema = expert_table.SCHEMA.empty_table()
-    table = schema.replace_schema_metadata({KEY: json.dumps(header).encode()})
-    parquet.write_parquet(folder / expert_table.NAME, table)
-    expert_table.read_table(folder / expert_table.NAME)
+def read_counts_header(folder: Path, header: Any) -> None:
+    """Tables by expert and by step with another header."""
+    faults = []
+    for table in COUNTED.values():
+        empty = table.SCHEMA.empty_table()
+        headed = empty.replace_schema_metadata({KEY: json.dumps(header).encode()})
+        parquet.write_parquet(folder / table.NAME, headed)
+        try:
+            table.read_table(folder / table.NAME)
+        except AtlasError as fault:
+            faults.append(fault)
+    if faults:
+        raise faults[0]
 
 
 def journal_lines(*records: Any) -> bytes:
@@ -295,7 +302,7 @@ def targets(folder: Path) -> dict[str, Target]:
         "table": Target(mutated(table), write("a.parquet", read_table)),
         "sealed table": Target(mutated(table), read_sealed),
         "table header": Target(JSON, read_header),
-        "expert header": Target(JSON, read_expert_header),
+        "counts header": Target(JSON, read_counts_header),
         "journal": Target(mutated(journal), write("a", read_journal)),
         "crafted journal": Target(
             st.lists(JSON.map(lambda x: json.dumps(x).encode()) | st.binary(max_size=20)).map(
@@ -330,7 +337,7 @@ def _printable(text: str) -> None:
 
 NAMES = ["config", "level", "manifest", "table", "sealed table", "table header", "journal"]
 NAMES += [
-    "expert header",
+    "counts header",
     "crafted journal",
     "task",
     "text",

@@ -27,10 +27,13 @@ def wanted(config: Config) -> list[str]:
     there = {
         **dict.fromkeys(("criteria", "comparison", "comparison_error"), max(places.values()) > 1),
         "scaling": len(grid.models(config)) > 1,
-        "phase_sparsity": _may_generate(config),
+        "phase_sparsity": _may_ask(config, local_files.GENERATED),
         **dict.fromkeys(("expert_sparsity", "expert_load"), _may(config, speaks_of_experts)),
         **dict.fromkeys(
-            ("step_sparsity", "step_overlap", "step_layers"), _may(config, speaks_of_masks)
+            ("step_sparsity", "step_overlap", "step_layers"),
+            # Whether a given answer is the likeliest is seen by filling it in.
+            _may(config, speaks_of_masks)
+            and _may_ask(config, local_files.GENERATED, "loglikelihood"),
         ),
         "sensitivity": any(curve.sensitivity for curve in curves),
         **dict.fromkeys(
@@ -44,14 +47,14 @@ def wanted(config: Config) -> list[str]:
     return [name for name in FIGURES if there.get(name, True)]
 
 
-def _may_generate(config: Config) -> bool:
-    """Whether a task may have several phases: a prompt, and what is generated after it."""
+def _may_ask(config: Config, *kinds: str) -> bool:
+    """Whether a task may have requests of some of these kinds."""
     names = dict.fromkeys(task for curve in grid.curves(config) for task in curve.tasks)
     types = (
         local_files.output_types(entry.include, entry.task or name, entry.override)
         for name, entry in ((name, config.tasks[name]) for name in names)
     )
-    return any(found is None or local_files.GENERATED in found for found in types)
+    return any(found is None or not found.isdisjoint(kinds) for found in types)
 
 
 def _may(config: Config, speaks: Callable[[Path], bool]) -> bool:

@@ -82,16 +82,19 @@ def test_phases_where_a_task_may_generate() -> None:
 
 
 @pytest.mark.parametrize("said", [{"is_causal": False}, {"mask_token_id": 5}, {}])
-def test_steps_where_a_model_may_fill_masks_in(
+def test_steps_where_a_model_may_fill_masks_in_and_a_task_may_generate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: dict[str, Any]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     AutoConfig.for_model("llama", **said).save_pretrained("a")
-    assert bool(DENOISED & set(wanted(config_of(ONE)))) == bool(said)
+    generated = {**ONE, "tasks": ["gsm8k"]}
+    assert bool(DENOISED & set(wanted(config_of(generated)))) == bool(said)
+    # Texts and options are scored.
+    assert not DENOISED & set(wanted(config_of(ONE)))
 
 
 def test_of_a_model_of_the_hub_nobody_knows_before_it_is_here() -> None:
-    config = config_of(ONE)
+    config = config_of({**ONE, "tasks": ["gsm8k"]})
     model = config.models["a"].model_copy(update={"path": None, "hub": "some/model"})
     assert set(wanted(config.model_copy(update={"models": {"a": model}}))) >= ROUTED | DENOISED
 

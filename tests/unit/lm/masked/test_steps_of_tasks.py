@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from masked_diffusion import save_diffusion
 from sparsity_atlas.errors import AtlasError
@@ -16,6 +17,7 @@ from sparsity_atlas.evaluation.samples import read_table as read_samples
 from sparsity_atlas.evaluation.step_table import NAME, read_table
 from sparsity_atlas.models.memory import Largest
 from sparsity_atlas.sparsify.step_counts import mask_bytes
+from sparsity_atlas.upkeep.doctor import examine
 from tiny_lm import (
     CHOICE,
     GENERATION,
@@ -129,3 +131,43 @@ def test_masks_that_do_not_fit_are_refused(
     monkeypatch.setattr(type(lm), "_beside", lambda *_: 1 << 60)
     with pytest.raises(AtlasError, match="batch_size"):
         evaluate_node(session, NODE, tmp_path)
+
+
+def test_doctor_knows_the_table(manifest: Path, tasks: dict, tmp_path: Path) -> None:
+    node = tmp_path / "results/tiny/topk/all_inputs/0.4"
+    evaluate_node(session_of(manifest, tasks), NODE, node)
+
+    def problems() -> list[str]:
+        return [found.problem for found in examine(tmp_path / "results") if found.problem]
+
+    assert problems() == []
+    content = (node / NAME).read_bytes()
+    (node / NAME).unlink()
+    assert problems() == ["steps.parquet has not the 'choice' that eval.json tells of"]
+    (node / NAME).write_bytes(content[:-9] + b"x" + content[-8:])
+    (problem,) = problems()
+    assert problem.startswith("steps.parquet: damaged table")
+
+
+def test_a_model_that_fails_has_no_rows(manifest: Path, tasks: dict, tmp_path: Path) -> None:
+    """And does not leave half a batch to the next task."""
+    session = session_of(manifest, {"words": tasks["words"], "again": tasks["words"]})
+    weight = session.lm.model.model.layers[1].mlp.down_proj.weight
+    original, passes = weight.detach().clone(), []
+
+    def spoil(*_: Any) -> None:
+        passes.append(0)
+        weight.data[:] = torch.nan if len(passes) == 2 else original
+
+    handle = session.lm.model.register_forward_pre_hook(spoil)
+    session.prepared("words"), session.prepared("again")
+    passes.clear()
+    found = evaluate_node(session, NODE, tmp_path)
+    handle.remove()
+    assert found["tasks"]["words"]["status"] == "failed"
+    table = read_table(tmp_path / NAME)
+    assert table.rows["words"].num_rows == 0
+    whole = evaluate_node(session, NODE, tmp_path / "whole")
+    assert whole["tasks"]["words"]["status"] == "ok"
+    again = read_table(tmp_path / "whole" / NAME).rows["again"]
+    assert table.rows["again"].equals(again)
