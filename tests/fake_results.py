@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from fake_steps import write_steps
 from sparsity_atlas.activations import metrics
 from sparsity_atlas.curves.critical import BARS, critical
-from sparsity_atlas.curves.equal_sparsity import equal_rows, write_equal
+from sparsity_atlas.curves.equal_sparsity import crossing_rows, equal_rows, write_equal
 from sparsity_atlas.curves.points import CurvePoint, curve_points, estimate_all
 from sparsity_atlas.evaluation.expert_table import COUNTS, NAME, SCHEMA
 from sparsity_atlas.evaluation.headed_table import CountTable
@@ -145,11 +145,16 @@ def write_curve(
             },
             "scores": {level: {task.task: {} for task in tasks} for level in ("dense", *levels)},
             "cut": {task.task: {"items": 0, "windowed": 0} for task in tasks},
+            "samples": {
+                task.task: {"items": task.items, "documents": str(task.items), "tokens": "t"}
+                for task in tasks
+            },
             **_phases(phases, levels, tasks, TENSORS[site]),
             "failures": failures,
         },
     )
-    write_equal(folder / "equal_sparsity.parquet", equal_rows(estimates))
+    equal = equal_rows(estimates) + crossing_rows(estimates, BARS)
+    write_equal(folder / "equal_sparsity.parquet", equal)
     write_manifest(folder / "search.json", {"levels": [{"level": level} for level in levels]})
     for level in levels:
         write_manifest(folder / level / "eval.json", {"tasks": {}})
@@ -322,7 +327,7 @@ def result_files(results: Path, last: str = "") -> tuple[list[Path], ...]:
     )
 
 
-def make_tables(results: Path, last: str = "") -> Tables:
+def make_tables(results: Path, last: str = "", pairs: Sequence[tuple[str, str]] = ()) -> Tables:
     """Write a run's tables, and read them."""
-    summarize.write_tables(results, *result_files(results, last))
+    summarize.write_tables(results, *result_files(results, last), pairs)
     return read_tables(sorted(results.glob("*.csv")))

@@ -73,6 +73,7 @@ rule tables:
         critical=report("results/critical_sparsity.csv", category="Tables"),
         curves=report("results/curves.csv", category="Tables"),
         comparison=report("results/comparison.csv", category="Tables"),
+        twins=report("results/twins.csv", category="Tables"),
         layers="results/layers.csv",
         metrics="results/metrics.csv",
         magnitudes="results/magnitudes.csv",
@@ -94,6 +95,7 @@ rule tables:
         # The input files by what they have in common: their names would exceed a command line.
         curves=ask.selection,
         studies=ask.studies,
+        pairs=ask.pairs,
         results=subpath(output.critical, parent=True),
         code=code_version("summarize"),
     shell:
@@ -101,5 +103,6 @@ rule tables:
         python -m sparsity_atlas summarize tables \
             --curves {params.curves:q} \
             --studies {params.studies:q} \
+            --pairs {params.pairs:q} \
             --results {params.results} >{log} 2>&1
         """

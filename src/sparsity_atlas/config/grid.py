@@ -89,6 +89,18 @@ def models(config: Config) -> tuple[str, ...]:
     return tuple(name for name in config.models if name in used)
 
 
+def pairs(config: Config) -> tuple[tuple[str, str], ...]:
+    """Pairs of `compare` of which the run has curves of both at one criterion and site."""
+    places: dict[str, set[tuple[str, str]]] = {}
+    for curve in curves(config):
+        places.setdefault(curve.model, set()).add((curve.criterion, curve.site))
+    return tuple(
+        (first, second)
+        for first, second in config.compare
+        if places.get(first, set()) & places.get(second, set())
+    )
+
+
 def model_tasks(config: Config, model: str) -> tuple[str, ...]:
     """Tasks of a model's dense baseline: those of all its curves."""
     names = {task: None for curve in curves(config) if curve.model == model for task in curve.tasks}

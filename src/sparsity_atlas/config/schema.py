@@ -8,6 +8,7 @@ Catalogues (`models`, `criteria`, `texts`, `tasks`) are mappings and say what ex
 from __future__ import annotations
 
 from datetime import date
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -182,6 +183,11 @@ class Config(Strict):
     texts: dict[Name, TextEntry]
     tasks: dict[Name, TaskEntry]
     run: Annotated[list[RunBlock], AfterValidator(some)]
+    compare: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = Field(
+        default_factory=list
+    )
+    """Pairs of models that are set side by side wherever the run has curves of both at one criterion and
+    site, for instance `[[base, instruct]]`: what the second one loses more than the first."""
 
     @model_validator(mode="before")
     @classmethod
@@ -214,6 +220,7 @@ class Config(Strict):
             raise ValueError(_unknown("capture.text", self.capture.text, self.texts))
         if self.calibration is not None:
             self._check_calibration(self.calibration)
+        self._check_pairs()
         for number, block in enumerate(self.run):
             for key in ("models", "criteria", "tasks"):
                 catalogue = getattr(self, key)
@@ -221,6 +228,17 @@ class Config(Strict):
                     if name not in catalogue:
                         raise ValueError(_unknown(f"run.{number}.{key}", name, catalogue))
         return self
+
+    def _check_pairs(self) -> None:
+        known: set[frozenset[str]] = set()
+        for number, pair in enumerate(self.compare):
+            for name in pair:
+                if name not in self.models:
+                    raise ValueError(_unknown(f"compare.{number}", name, self.models))
+            if frozenset(pair) in known or pair[0] == pair[1]:
+                why = "a model with itself" if pair[0] == pair[1] else "there twice"
+                raise ValueError(f"compare.{number}: [{', '.join(pair)}]: {why}")
+            known.add(frozenset(pair))
 
     def _check_calibration(self, calibration: CalibrationSettings) -> None:
         length = self.capture.sequence_length
@@ -237,7 +255,9 @@ class Config(Strict):
 
 
 def _unknown(key: str, name: str, catalogue: dict[str, Any]) -> str:
-    return f"{key}: unknown '{name}'; known: {', '.join(catalogue) or 'none'}"
+    near = get_close_matches(name, catalogue, 1)
+    meant = f"; did you mean '{near[0]}'?" if near else ""
+    return f"{key}: unknown '{name}'; known: {', '.join(catalogue) or 'none'}{meant}"
 
 
 def parse(data: dict[str, Any]) -> Config:

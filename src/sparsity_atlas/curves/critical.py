@@ -97,9 +97,28 @@ def critical(every: Sequence[Estimates], bars: Sequence[float] = BARS) -> list[C
             raise AtlasError(f"bars: {bar} found, each must lie strictly between 0 and 1")
     rows = []
     for estimates in every:
-        scores = anchored_scores(estimates) if _has_value(estimates) else None
+        scores = usable(estimates)
         rows += [_row(estimates, scores, bar) for bar in bars]
     return rows
+
+
+def crossings(estimates: Estimates, scores: Scores, bar: float) -> np.ndarray:
+    """Where the fit falls below a bar: [1 + B], row 0 as measured.
+
+    +inf: it never does; -inf: it is below the bar at its first level.
+
+    Args:
+        estimates: of a task or the average.
+        scores: its `anchored_scores`.
+        bar: share of dense accuracy, or for a loss the matching rise in perplexity.
+    """
+    position, index = first_crossing(scores.x, scores.fit, _threshold(estimates.kind, bar))
+    return np.where(index == 1, -np.inf, np.where(np.isnan(position), np.inf, position))
+
+
+def usable(estimates: Estimates) -> Scores | None:
+    """The scores of a task or the average; None where no bar has a meaning, see `CriticalRow.relation`."""
+    return anchored_scores(estimates) if _has_value(estimates) else None
 
 
 def resolves(estimates: Estimates, bar: float, found: dict[str, Any]) -> bool:
@@ -183,8 +202,7 @@ def _row(estimates: Estimates, scores: Scores | None, bar: float) -> CriticalRow
             resolved=False,
         )
     threshold = _threshold(estimates.kind, bar)
-    position, index = first_crossing(scores.x, scores.fit, threshold)
-    crossing = np.where(index == 1, -np.inf, np.where(np.isnan(position), np.inf, position))
+    crossing = crossings(estimates, scores, bar)
     smallest, largest = float(scores.x[0, 1]), float(scores.x[0, -1])
     value = float(np.clip(crossing[0], smallest, largest))
     relation: Relation = "="

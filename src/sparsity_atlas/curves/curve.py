@@ -14,12 +14,18 @@ import pyarrow as pa
 from sparsity_atlas import cli
 from sparsity_atlas.criteria.level_arguments import add_levels, levels_of
 from sparsity_atlas.curves.critical import critical
-from sparsity_atlas.curves.equal_sparsity import REPLICATES, Of, equal_rows, write_equal
+from sparsity_atlas.curves.equal_sparsity import (
+    REPLICATES,
+    Of,
+    crossing_rows,
+    equal_rows,
+    write_equal,
+)
 from sparsity_atlas.curves.node_samples import NodeSamples, Profile
 from sparsity_atlas.curves.phases import mean_profile, phase_profile, phase_rows
 from sparsity_atlas.curves.points import CurvePoint, curve_points, estimate_all
 from sparsity_atlas.errors import AtlasError, TaskFailure
-from sparsity_atlas.files.whole import write_manifest
+from sparsity_atlas.files.whole import digest, write_manifest
 from sparsity_atlas.statistics.bootstrap import Estimates, TaskSamples
 from sparsity_atlas.tasks.score import choose_metric, sample_values
 from sparsity_atlas.terms import AVERAGE, IN_NATS, TENSORS, Kind, plain
@@ -95,6 +101,21 @@ def _identity(rows: pa.Table) -> list[tuple[Any, ...]]:
     )
 
 
+def identity(rows: pa.Table) -> dict[str, Any]:
+    """What tells whether a task's samples are those of another model: digests of documents and tokens.
+
+    Documents are equal whatever template or tokenizer they were put in; of tokens there is the number that
+    was predicted of each.
+    """
+    keys = _identity(rows)
+    clusters = rows["cluster"].to_pylist()
+    return {
+        "items": len(rows),
+        "documents": digest([keys, clusters]),
+        "tokens": digest(rows["predicted"].to_pylist()),
+    }
+
+
 def _values(task: str, rows: pa.Table, kind: Kind, key: str | None) -> np.ndarray:
     if kind in IN_NATS:
         nats: np.ndarray = rows["nats"].to_numpy()
@@ -165,7 +186,7 @@ def equal_of(
     settings: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """The rows of equal_sparsity.parquet: over entries and, where that is another thing, parameters."""
-    rows = equal_rows(estimates)
+    rows = equal_rows(estimates) + crossing_rows(estimates, settings["bars"])
     if samples and len(set(dense.outputs(samples[0].task).tolist())) > 1:
         weighed = all_samples(dense, nodes, settings, "parameters")
         replicates = min(settings["replicates"], REPLICATES)
@@ -214,6 +235,7 @@ def build(
             level: {task: node.manifest["tasks"][task].get("scores") for task in tasks}
             for level, node in {"dense": dense, **nodes}.items()
         },
+        "samples": {one.task: identity(dense.rows(one.task)) for one in samples},
         "cut": {task: dense.cut(task) for task in tasks if dense.ok(task)},
         "failures": failures,
     }

@@ -1,4 +1,4 @@
-"""Scores of a curve at fixed induced sparsities, so that criteria can be compared at equal ones.
+"""Scores of a curve at fixed induced sparsities, so that criteria and models can be compared at equal ones.
 
 Levels of two criteria hardly ever induce the same sparsity, so each curve is read between its levels:
 on the monotone fit, by monotone cubic interpolation, in every bootstrap replicate. Added loss grows like
@@ -6,6 +6,7 @@ a power of sparsity, so it is interpolated on a scale that is logarithmic above 
 linear below. With points 20 % of sparsity apart, values are off by some 5 %, of which no interval knows:
 list the levels that are to be compared where that matters. Curves of one model
 draw the same samples in the same replicate (`bootstrap.estimate`), so that their differences are paired.
+The same holds of where they cross the bars, which stands beside them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from scipy.interpolate import PchipInterpolator
 
+from sparsity_atlas.curves.critical import crossings, usable
 from sparsity_atlas.curves.points import anchored_scores
 from sparsity_atlas.files.parquet import read_parquet, write_parquet
 from sparsity_atlas.statistics.bootstrap import Estimates
@@ -40,8 +42,11 @@ SCHEMA = pa.schema(
         ("task", pa.string()),
         ("kind", pa.string()),
         ("sparsity_of", pa.string()),
-        ("sparsity", pa.float64()),
-        ("value", pa.float64()),  # added loss in nats per token, or retained accuracy
+        ("sparsity", pa.float64()),  # null in rows of a bar
+        ("bar", pa.float64()),  # null in rows at a sparsity
+        # Added loss in nats per token, or retained accuracy; in rows of a bar the sparsity where it is
+        # crossed, infinite where that lies beyond what was measured.
+        ("value", pa.float64()),
         ("replicates", pa.list_(pa.float64())),  # the same, in each bootstrap replicate
     ]
 )
@@ -126,11 +131,29 @@ def equal_rows(every: Sequence[Estimates], of: Of = "entries") -> list[dict[str,
                 rows.append(
                     {
                         **{"task": estimates.task, "kind": estimates.kind},
-                        **{"sparsity_of": of, "sparsity": sparsity},
+                        **{"sparsity_of": of, "sparsity": sparsity, "bar": None},
                         "value": float(values[0, place]),
                         "replicates": values[1:, place].tolist(),
                     }
                 )
+    return rows
+
+
+def crossing_rows(every: Sequence[Estimates], bars: Sequence[float]) -> list[dict[str, Any]]:
+    """Rows of `SCHEMA` for the bars of one curve: each of `estimate_all` that has a critical sparsity."""
+    rows = []
+    for whole in every:
+        estimates = whole.first(REPLICATES)
+        scores = usable(estimates)
+        for bar in bars if scores is not None else ():
+            found = crossings(estimates, scores, bar)
+            rows.append(
+                {
+                    **{"task": estimates.task, "kind": estimates.kind},
+                    **{"sparsity_of": "entries", "sparsity": None, "bar": bar},
+                    **{"value": float(found[0]), "replicates": found[1:].tolist()},
+                }
+            )
     return rows
 
 
@@ -140,10 +163,19 @@ def write_equal(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_equal(path: Path) -> list[dict[str, Any]]:
-    """Read a curve's rows, replicates as arrays.
+    """Read a curve's rows at fixed sparsities, replicates as arrays.
 
     Raises:
         AtlasError: the file is missing or damaged.
     """
+    return [row for row in _read(path) if row["bar"] is None]
+
+
+def read_crossings(path: Path) -> list[dict[str, Any]]:
+    """Read a curve's rows of bars, as `read_equal` does the others."""
+    return [row for row in _read(path) if row["bar"] is not None]
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
     rows = read_parquet(path, SCHEMA).to_pylist()
-    return [{**row, "replicates": np.array(row["replicates"])} for row in rows]
+    return [{**row, "replicates": np.array(row["replicates"], dtype=float)} for row in rows]

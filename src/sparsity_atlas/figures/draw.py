@@ -19,6 +19,7 @@ from sparsity_atlas.figures import (
     layer_by_level,
     model_size,
     score_curves,
+    twin_curves,
 )
 from sparsity_atlas.figures.style import SUFFIXES, arrange, save, styled
 from sparsity_atlas.tables.read import Tables, read_tables
@@ -32,6 +33,7 @@ DRAW: dict[str, Callable[[Tables], Figure]] = {
     "retained_accuracy": score_curves.retained_accuracy,
     "criteria": score_curves.criteria,
     "comparison": differences.differences,
+    "twins": twin_curves.twins,
     "comparison_error": differences.output_errors,
     "tasks": by_task.tasks,
     "layer_sparsity": by_layer.layer_sparsity,

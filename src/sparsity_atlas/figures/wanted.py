@@ -26,6 +26,7 @@ def wanted(config: Config) -> list[str]:
     specs = {curve.criterion: grid.criterion_slice(config, curve.criterion) for curve in curves}
     there = {
         **dict.fromkeys(("criteria", "comparison", "comparison_error"), max(places.values()) > 1),
+        "twins": bool(grid.pairs(config)),
         "scaling": len(grid.models(config)) > 1,
         "phase_sparsity": _may_ask(config, local_files.GENERATED),
         **dict.fromkeys(("expert_sparsity", "expert_load"), _may(config, speaks_of_experts)),

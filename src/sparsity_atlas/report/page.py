@@ -214,6 +214,25 @@ def numeric_failures(tables: Tables) -> list[dict[str, str]]:
     ]
 
 
+def not_compared(tables: Tables, config: dict[str, Any]) -> list[str]:
+    """Pairs of `compare` that the run has one model of, or both and nothing to set side by side; and why.
+
+    Args:
+        tables: of the run.
+        config: content of run_config.yaml.
+    """
+    run = {model for block in config.get("run") or () for model in block["models"]}
+    pairs = [list(pair) for pair in config.get("compare") or ()]
+    shown = tables.twins[["first", "second"]].drop_duplicates().to_numpy().tolist()
+    found = []
+    for pair in pairs:
+        missing = [model for model in pair if model not in run]
+        if pair not in shown and len(missing) < len(pair):
+            why = f"{missing[0]} is not in this run" if missing else "they have no curve in common"
+            found.append(f"{pair[0]} and {pair[1]} ({why})")
+    return found
+
+
 def missed_targets(tables: Tables) -> list[dict[str, str]]:
     """Levels of calibrated criteria that places did not come near, one row a curve and level."""
     rows = tables.layers[tables.layers["target"].notna()]

@@ -20,6 +20,7 @@ import jinja2
 import yaml
 
 from sparsity_atlas import cli
+from sparsity_atlas.config import grid
 from sparsity_atlas.config.record import render
 from sparsity_atlas.config.schema import parse
 from sparsity_atlas.errors import AtlasError
@@ -128,7 +129,8 @@ def build(
         remains: what is missing, for a run that did not finish.
     """
     versions, settings = page.split_config(config)
-    groups = page.headline(tables, yaml.safe_load(settings) or {})
+    content = yaml.safe_load(settings) or {}
+    groups = page.headline(tables, content)
     sections = []
     with styled():
         for about in tables.models.to_dict("records"):
@@ -156,6 +158,7 @@ def build(
         left_out=[
             entry.title for name, entry in FIGURES.items() if entry.missed and name not in shown
         ],
+        not_compared=page.not_compared(tables, content),
         sections=sections,
         remains=remains,
         numeric=page.numeric_failures(tables),
@@ -188,6 +191,7 @@ def partial(results: Path, config: dict[str, Any]) -> Remains:
         remains.sparsity,
         remains.metrics,
         remains.sensitivity,
+        grid.pairs(parsed),
     )
     tables = read_tables([folder / f"{name}.csv" for name in FILES])
     draw_all(tables, folder / "figures")

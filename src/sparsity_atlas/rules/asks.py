@@ -97,6 +97,11 @@ class Asks(Resources):
         """The curves of the run, folded."""
         return fold(self.curves)
 
+    @functools.cached_property
+    def pairs(self) -> str:
+        """Pairs of models that are set side by side: JSON."""
+        return json.dumps(grid.pairs(self._config))
+
     # Files of one model or curve
 
     def curve_of(self, wildcards: Wildcards) -> grid.Curve:

@@ -23,8 +23,8 @@ CHUNK = 200_000
 _TEXT = {"model", "criterion", "site", "level", "tensor", "task", "kind", "status", "relation"}
 _TEXT |= {"bar_label", "family", "reason", "source", "revision", "architecture", "activation"}
 _TEXT |= {"dtype", "sites", "digest", "reference", "allocation", "sparsity_of", "target_of", "part"}
-_TEXT |= {"phase", "region"}
-_FLAGS = {"low_open", "high_open", "non_monotone", "resolved"}
+_TEXT |= {"phase", "region", "first", "second", "measure", "label", "note"}
+_FLAGS = {"low_open", "high_open", "non_monotone", "resolved", "paired"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Tables:
     critical_sparsity: pd.DataFrame
     curves: pd.DataFrame
     comparison: pd.DataFrame
+    twins: pd.DataFrame
     layers: pd.DataFrame
     metrics: pd.DataFrame
     magnitudes: pd.DataFrame

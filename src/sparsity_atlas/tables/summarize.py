@@ -4,6 +4,8 @@ critical_sparsity.csv   model × criterion × site × task × bar: critical and 
 curves.csv              … × level (× phase): induced sparsity, score, retained accuracy, added loss
 comparison.csv          model × site × task × sparsity × criterion: scores at equal induced sparsity, and
                         their paired differences from the first criterion
+twins.csv               pair × criterion × site × task × sparsity or bar: what the second model of a pair
+                        loses more than the first, and how much earlier or later it crosses a bar
 layers.csv              … × level (× phase) × tensor × layer: induced sparsity under the tasks, and, from the
                         captured text, induced sparsity and FFN-output error; of a calibrated
                         criterion what its level asked of the layer, and what its calibration got
@@ -30,7 +32,8 @@ failures.csv            every task that failed at a level, and why
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -51,6 +54,7 @@ from sparsity_atlas.tables.experts import EXPERTS, expert_rows
 from sparsity_atlas.tables.layer_table import ERRORS, LAYERS, captured_rows, error_rows, layer_rows
 from sparsity_atlas.tables.model_table import ACTIVE, MODELS, SIZES, model_rows, model_sizes
 from sparsity_atlas.tables.steps import STEPS, step_rows
+from sparsity_atlas.tables.twins import TWINS, twin_rows
 from sparsity_atlas.terms import AVERAGE, NAMED_PARTS, plain
 
 
@@ -164,6 +168,7 @@ def write_tables(
     sparsity: list[Path],
     metrics: list[Path],
     sensitivity: list[Path],
+    pairs: Sequence[tuple[str, str]] = (),
 ) -> None:
     """Write all tables of a run into a folder. One curve is in memory at a time.
 
@@ -174,6 +179,7 @@ def write_tables(
         sparsity: sparsity.parquet files.
         metrics: Parquet files of `metrics`.
         sensitivity: Parquet files of `sensitivity`.
+        pairs: models that are set side by side.
     """
     sizes = model_sizes(models)
     described = model_rows(models)
@@ -206,6 +212,7 @@ def write_tables(
     write_csv(folder / "metrics.csv", METRICS + PART * named, measured)
     write_csv(folder / "magnitudes.csv", MAGNITUDES + PART[:1] * named, magnitude_rows(measured))
     write_csv(folder / "comparison.csv", COMPARISON, comparison_rows(curves, sparsity))
+    write_csv(folder / "twins.csv", TWINS, twin_rows(pairs, curves))
     write_csv(folder / "allocation.csv", ALLOCATION, allocation_rows(curves))
     write_csv(folder / "experts.csv", EXPERTS, expert_rows(curves, models))
     write_csv(folder / "steps.csv", STEPS, step_rows(curves, models))
@@ -232,6 +239,9 @@ def main() -> None:
     every.add_argument(
         "--studies", required=True, help="JSON: the curves whose layers were looked at one by one"
     )
+    every.add_argument(
+        "--pairs", type=json.loads, default=[], help="JSON: pairs of models to set side by side"
+    )
     every.add_argument("--results", required=True, type=Path, help="the results' folder")
     arguments = parser.parse_args()
 
@@ -247,4 +257,5 @@ def main() -> None:
         [results.joinpath(*key, "sparsity.parquet") for key in keys],
         [results / model / "metrics" / f"{site}.parquet" for model, site in sites],
         [results.joinpath(*key, "sensitivity.parquet") for key in unfold(arguments.studies)],
+        arguments.pairs,
     )

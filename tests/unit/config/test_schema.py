@@ -119,6 +119,19 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("bars", [0.99, 1.0], "bars: values between 0 and 1, 0.99"),
         ("models", {}, "run.0.models: unknown 'small'; known: none"),
         ("device", "gpu", "device: input should be 'auto', .*found 'gpu'"),
+        (
+            "compare",
+            [["small", "lrage"]],
+            r"compare.0: unknown 'lrage'; known: small, large; did you mean 'large'\?$",
+        ),
+        ("compare", [["small", "small"]], r"compare.0: \[small, small\]: a model with itself"),
+        (
+            "compare",
+            [["small", "large"], ["large", "small"]],
+            r"compare.1: \[large, small\]: there twice",
+        ),
+        ("compare", [["small"]], "compare.0: .*at least 2"),
+        ("compare", [["small", "large", "small"]], "compare.0: .*at most 2"),
     ],
 )
 def test_one_mistake_is_one_clause(path: str, value: Any, message: str | None) -> None:

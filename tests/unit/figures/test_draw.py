@@ -298,6 +298,7 @@ def test_many_models_fit_on_a_page_and_the_figure_says_what_is_left_out(tmp_path
                 "allocation_damage",
                 "allocation",
                 "phase_sparsity",
+                "twins",
             ):
                 assert re.search(r"\d+ of 50 shown", words(figure)), name
 

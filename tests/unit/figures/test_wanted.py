@@ -12,6 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from checkout import ROOT
 from fake_results import make_results, make_tables
 from mixtures import GIVEN, decorated
+from sparsity_atlas.config.grid import pairs
 from sparsity_atlas.config.schema import Config, parse
 from sparsity_atlas.figures import FIGURES, draw
 from sparsity_atlas.figures.style import shows_nothing
@@ -23,7 +24,7 @@ COMPARED = {"criteria", "comparison", "comparison_error"}
 ALLOCATED = {"allocation", "allocation_damage"}
 ROUTED = {"expert_sparsity", "expert_load"}
 DENOISED = {"step_sparsity", "step_overlap", "step_layers"}
-PHASES = {"phase_sparsity"}
+PHASES, TWINS = {"phase_sparsity"}, {"twins"}
 TASKS = str(ROOT / "workflow/resources/tasks")
 ONE = {"models": ["a"], "criteria": ["topp"], "sites": ["input", "up"], "tasks": ["prose"]}
 
@@ -60,7 +61,8 @@ def config_of(*blocks: dict[str, Any]) -> Config:
     ],
 )
 def test_what_a_run_can_fill(blocks: list[dict[str, Any]], absent: set[str]) -> None:
-    assert set(FIGURES) - set(wanted(config_of(*blocks))) == absent | ROUTED | DENOISED | PHASES
+    missing = set(FIGURES) - set(wanted(config_of(*blocks)))
+    assert missing == absent | ROUTED | DENOISED | PHASES | TWINS
 
 
 @pytest.mark.parametrize("family", ["olmoe", "llama"])
@@ -91,6 +93,24 @@ def test_steps_where_a_model_may_fill_masks_in_and_a_task_may_generate(
     assert bool(DENOISED & set(wanted(config_of(generated)))) == bool(said)
     # Texts and options are scored.
     assert not DENOISED & set(wanted(config_of(ONE)))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "pair", "there"),
+    [
+        ([{**ONE, "models": ["a", "b"]}], ["a", "b"], True),
+        ([ONE], ["b", "a"], False),
+        ([ONE, {**ONE, "models": ["b"], "sites": ["gate"]}], ["a", "b"], False),
+        ([ONE, {**ONE, "models": ["b"], "criteria": ["topk"]}], ["a", "b"], False),
+        ([ONE, {**ONE, "models": ["b"], "sites": ["gate", "up"]}], ["b", "a"], True),
+    ],
+)
+def test_pairs_that_meet_at_a_criterion_and_site(
+    blocks: list[dict[str, Any]], pair: list[str], there: bool
+) -> None:
+    config = config_of(*blocks).model_copy(update={"compare": [pair]})
+    assert (set(wanted(config)) >= TWINS) == there
+    assert pairs(config) == ((tuple(pair),) if there else ())
 
 
 def test_of_a_model_of_the_hub_nobody_knows_before_it_is_here() -> None:

@@ -130,8 +130,16 @@ def test_links_lead_somewhere_and_what_is_shown_is_named(text):
 def test_every_figure_and_every_model_is_there(finished, text):
     tables, figures = finished
     parsed = Page(text)
-    # No model of this run has experts, every criterion is uniform, and tasks have one phase.
-    empty = ["phase_sparsity", "expert_sparsity", "expert_load", "allocation_damage", "allocation"]
+    # No model of this run has experts, every criterion is uniform, tasks have one phase, and no models
+    # are compared.
+    empty = [
+        "twins",
+        "phase_sparsity",
+        "expert_sparsity",
+        "expert_load",
+        "allocation_damage",
+        "allocation",
+    ]
     assert {path.stem for path in figures if shows_nothing(path.read_bytes())} == set(empty)
     shown = [figure["id"] for figure in parsed.all("h3") if figure["id"].startswith("figure-")]
     assert shown == [f"figure-{name}" for name in FIGURES if name not in empty]
@@ -144,6 +152,19 @@ def test_every_figure_and_every_model_is_there(finished, text):
     said = f"Left out, since this run has nothing to show in them: {titles}."
     assert parsed.text.count(said) == 1
     assert "revision c0ffee" in parsed.text
+
+
+def test_pairs_that_cannot_be_set_side_by_side_are_named(finished, one_figure_a_model):
+    config = (
+        "run:\n- models: [qwen, <script>x]\n"
+        "compare: [[qwen, <script>x], [away, qwen], [away, elsewhere]]\n"
+    )
+    said = Page(report.build(*finished, SETTINGS + config, None)).text
+    assert (
+        "Not set side by side, though the configuration asks for it: qwen and <script>x (they have no "
+        "curve in common); away and qwen (away is not in this run)."
+    ) in said
+    assert "side by side" not in Page(report.build(*finished, SETTINGS, None)).text
 
 
 @pytest.fixture
