@@ -132,7 +132,7 @@ def write_curve(
         {
             "levels": list(levels),
             "points": [
-                {**asdict(one), "parameter_sparsity": one.sparsity}
+                {**asdict(one), "parameter_sparsity": one.sparsity, "unfinished_items": 0}
                 for one in curve_points(estimates, levels)
             ],
             "critical": [asdict(one) for one in critical(estimates, BARS)],
@@ -144,7 +144,7 @@ def write_curve(
                 for level, share in shares.items()
             },
             "scores": {level: {task.task: {} for task in tasks} for level in ("dense", *levels)},
-            "cut": {task.task: {"items": 0, "windowed": 0} for task in tasks},
+            "cut": {task.task: {"items": 0, "windowed": 0, "unfinished": 0} for task in tasks},
             "samples": {
                 task.task: {"items": task.items, "documents": str(task.items), "tokens": "t"}
                 for task in tasks
@@ -189,6 +189,7 @@ def _phases(
     points = [
         {**unknown, "task": tasks[-1].task, "kind": tasks[-1].kind, "level": level, "phase": phase}
         | {"status": "ok", "sparsity": share * (0.8 + 0.1 * place), "parameter_sparsity": share}
+        | {"unfinished_items": None}
         for place, phase in enumerate(phases)
         for level, share in {"dense": 0.0, **shares}.items()
     ]

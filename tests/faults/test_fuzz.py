@@ -152,7 +152,7 @@ def sample_table(folder: Path) -> bytes:
     table.tasks["a"] = {"fingerprint": "f", "result": {"status": "ok"}}
     row = {"task": "a", "leaf": "a", "doc_id": 0, "doc_hash": "h", "cluster": None}
     row |= {"metrics": [("acc,none", 1.0)], "nats": 0.1, "predicted": 3}
-    row |= {"cut_tokens": 0, "windows": 0}
+    row |= {"cut_tokens": 0, "windows": 0, "unfinished": 0}
     row |= {f"{account}_tokens": 4 for account in ACCOUNTS}
     row |= {f"{account}_zeros": [1] for account in ACCOUNTS}
     table.rows["a"] = pa.Table.from_pylist([row], SCHEMA)

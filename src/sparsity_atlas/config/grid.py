@@ -179,7 +179,7 @@ def sensitivity_slice(config: Config, model: str) -> str:
 def prompt_slice(config: Config, model: str) -> dict[str, Any]:
     """How prompts are made and continued, beside their special tokens."""
     entry = config.models[model]
-    keys = {"system_instruction", "gen_kwargs", "think_end_token"}
+    keys = {"system_instruction", "gen_kwargs", "think_end_token", "fewshot_as_multiturn"}
     found = entry.model_dump(include=keys, exclude_defaults=True)
     if not entry.apply_chat_template:
         return {"apply_chat_template": False, **found}

@@ -70,7 +70,9 @@ class ModelEntry(Strict):
     """Put lm-eval's prefix token before whole texts (`loglikelihood_rolling`) also where they begin with BOS,
     so that there are two and the second is scored, as lm-eval does. Unset: one."""
     apply_chat_template: bool = False
-    """Wrap each request in the tokenizer's chat template, few-shot examples as turns of their own."""
+    """Wrap each request in the tokenizer's chat template."""
+    fewshot_as_multiturn: bool = True
+    """With a chat template: few-shot examples are turns of their own; false: all stand in the user's one."""
     chat_template_args: dict[str, Any] = Field(default_factory=dict)
     """What the chat template gets besides, for instance `{enable_thinking: false}`."""
     system_instruction: str | None = Field(default=None, min_length=1)
@@ -114,6 +116,8 @@ class ModelEntry(Strict):
     def _settings_have_an_effect(self) -> Self:
         if self.chat_template_args and not self.apply_chat_template:
             raise ValueError("`chat_template_args` needs `apply_chat_template: true`")
+        if not self.fewshot_as_multiturn and not self.apply_chat_template:
+            raise ValueError("`fewshot_as_multiturn: false` needs `apply_chat_template: true`")
         aliases = {"max_new_tokens", "max_tokens", "max_completion_tokens", "max_length"}
         for key in aliases & self.gen_kwargs.keys():
             raise ValueError(

@@ -94,6 +94,9 @@ class TaskEntry(Strict):
     """Solved examples in the prompt. Unset: as the task says."""
     limit: int | None = Field(default=None, gt=0)
     """First so many documents only."""
+    max_gen_toks: int | None = Field(default=None, gt=0)
+    """Tokens that an answer of a task that generates may have; those that are cut there are counted. A
+    model's `gen_kwargs` outweigh it. Unset: as the task says, else 256."""
     cluster: str | None = None
     """Document field that names items made alike (a template); the bootstrap resamples these."""
     allow_code: bool = False

@@ -145,7 +145,7 @@ def parameter_sparsity(node: NodeSamples, task: str, site: str) -> float | None:
 def point_rows(
     points: list[CurvePoint], nodes: dict[str, NodeSamples], site: str
 ) -> list[dict[str, Any]]:
-    """Rows of curves.csv: the points, and the sparsity by parameters beside each."""
+    """Rows of curves.csv: the points, and the sparsity by parameters and texts that were cut beside each."""
     accuracies = {point.task for point in points if point.kind == "accuracy"} - {AVERAGE}
     rows = []
     for point in points:
@@ -153,7 +153,9 @@ def point_rows(
         shares = [parameter_sparsity(nodes[point.level], task, site) for task in sorted(tasks)]
         known = [share for share in shares if share is not None]
         mean = sum(known) / len(known) if len(known) == len(shares) else None
-        rows.append({**asdict(point), "parameter_sparsity": mean})
+        node = nodes[point.level]
+        cut = sum(node.cut(task)["unfinished"] for task in tasks if node.ok(task))
+        rows.append({**asdict(point), "parameter_sparsity": mean, "unfinished_items": cut})
     return rows
 
 

@@ -61,6 +61,7 @@ def phase_rows(
             "status": "ok" if every[level].ok(task) else "failed",
             **_with_interval("sparsity", shares[:, place]),
             "parameter_sparsity": zero / whole if whole else None,
+            "unfinished_items": None,
         }
         for place, ((phase, level), (zero, whole)) in enumerate(zip(keys, products, strict=True))
     ]

@@ -48,6 +48,7 @@ def sample_rows(task: LoadedTask, prepared: Prepared, usage: Usage) -> pa.Table:
         "nats": pa.array(usage.nats[order]),
         "predicted": pa.array(usage.predicted[order]),
         "cut_tokens": pa.array(usage.cut[order]),
+        "unfinished": pa.array(usage.unfinished[order]),
         "windows": pa.array(usage.windows[order]),
     }
     for account, zeros in usage.zeros.items():
@@ -113,6 +114,7 @@ def task_result(
         "cut": {
             "items": int((usage.cut > 0).sum()),
             "tokens": int(usage.cut.sum()),
+            "unfinished": int((usage.unfinished > 0).sum()),
             "windowed": int((usage.windows > 1).sum()),
             "windows": int(usage.windows.sum()),
         },

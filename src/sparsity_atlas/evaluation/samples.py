@@ -25,6 +25,7 @@ SCHEMA = pa.schema(
         ("nats", pa.float64()),  # negative log-likelihood of all that was predicted
         ("predicted", pa.int64()),  # tokens predicted
         ("cut_tokens", pa.int64()),  # that the longest request lost at its beginning
+        ("unfinished", pa.int64()),  # texts that were generated up to their budget of tokens
         ("windows", pa.int64()),  # that a whole document was scored in; 0 for any other
         # Of each phase, and of requests with each token of the document once.
         *((f"{account}_tokens", pa.int64()) for account in ACCOUNTS),

@@ -43,8 +43,9 @@ class GeneratingLM(JournalledLM):
             once: of each request, whether its prompt counts where each token of a document does once.
 
         Returns:
-            Of each row its text, tokens run and zeros [row][slots] of the prompt and of what was
-            generated and fed back; sums by expert, as `expert_record` puts them.
+            Of each row its text, whether it came to the end of its budget of tokens before its own, tokens
+            run and zeros [row][slots] of the prompt and of what was generated and fed back; sums by expert,
+            as `expert_record` puts them.
 
         Raises:
             TaskFailure: options, or a model, that cannot be counted.
@@ -78,6 +79,7 @@ class GeneratingLM(JournalledLM):
         counts = np.arange(1, len(steps) + 1)[:, None] <= fed  # [steps, batch]
         return {
             "texts": texts,
+            "unfinished": self._unfinished,
             "prompt_tokens": self._prompt_tokens,
             "prompt_zeros": prompt.sum(2).T.tolist(),
             "generation_tokens": fed.tolist(),
@@ -114,6 +116,7 @@ class GeneratingLM(JournalledLM):
                 **generation_kwargs,
             )
         generated = output.shape[1] - context.shape[1]
+        self._unfinished = (watch.finished_at == 0).tolist()
         self._finished_at = np.where(watch.finished_at > 0, watch.finished_at, generated)
         return output
 

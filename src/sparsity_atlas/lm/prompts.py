@@ -38,6 +38,7 @@ class PromptSettings:
     add_bos_token: bool | None = None
     lm_eval_prefix: bool = False
     apply_chat_template: bool = False
+    fewshot_as_multiturn: bool = True
     chat_template_args: dict[str, Any] = field(default_factory=dict)
     chat_date: str = "2024-07-26"
     system_instruction: str | None = None
@@ -131,6 +132,8 @@ class PromptLM(HFLM):
             "gen_kwargs": prompts.gen_kwargs,
             "think_end_token": prompts.think_end_token,
         }
+        if not prompts.fewshot_as_multiturn:
+            optional["fewshot_as_multiturn"] = False
         if self._template is not None and chat.asks_for_date(self._template):
             optional["chat_date"] = prompts.chat_date
         return {

@@ -27,6 +27,7 @@ class Usage:
         nats: negative log-likelihood of all that was predicted, float64 [documents].
         predicted: tokens predicted, int64 [documents].
         cut: tokens that the longest request lost at its beginning, int64 [documents].
+        unfinished: texts that were generated up to their budget of tokens, int64 [documents].
         windows: that a whole document was scored in, 0 for any other, int64 [documents].
         by_expert: sums by expert, over all documents.
         by_step: sums by step of denoising, over all documents.
@@ -43,6 +44,7 @@ class Usage:
         self.nats = np.zeros(count)
         self.predicted = np.zeros(count, np.int64)
         self.cut = np.array(work.cut, np.int64)
+        self.unfinished = np.zeros(count, np.int64)
         self.windows = np.zeros(count, np.int64)
         owners = work.owners.get("loglikelihood_rolling", [])
         np.add.at(self.windows, [owners[request] for request in work.windows], 1)
@@ -69,6 +71,7 @@ class Usage:
         """
         self.by_expert.add_generated(record)
         np.maximum.at(self.cut, owners, np.array(lengths) - record["prompt_tokens"])
+        np.add.at(self.unfinished, owners, record["unfinished"])
         for phase in (PROMPT, GENERATION):
             np.add.at(self.tokens[phase], owners, record[f"{phase}_tokens"])
             np.add.at(self.zeros[phase], owners, np.array(record[f"{phase}_zeros"], np.int64))

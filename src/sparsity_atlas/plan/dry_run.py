@@ -138,6 +138,7 @@ class DryLM(AtlasLM):
         nothing: list[list[int]] = [[]] * len(rows)
         return {
             "texts": texts,
+            "unfinished": [False] * len(rows),
             "prompt_tokens": [len(row) for row in rows],
             "prompt_zeros": nothing,
             "generation_tokens": [self.batches[-1].steps] * len(rows),

@@ -188,16 +188,23 @@ def _dense(row: Any) -> str:
 
 
 def items(tables: Tables) -> list[str]:
-    """Samples of each task in the order of `task_table`, and how many the context has cut."""
-    return [_items(row) for row in records(tables.critical_sparsity.drop_duplicates("task"))]
+    """Samples of each task in the order of `task_table`, and how many the context or a budget has cut."""
+    cut = tables.curves.groupby("task")["unfinished_items"].max()
+    rows = tables.critical_sparsity.drop_duplicates("task")
+    return [_items(row, cut.get(row.task, 0)) for row in records(rows)]
 
 
-def _items(row: Any) -> str:
+def _items(row: Any, at_most: float) -> str:
+    """A task's samples; `at_most` answers were cut at any of its levels."""
     text = f"{int(row.items):,} samples"
     if row.cut_items:
         text += f", {int(row.cut_items):,} without their beginning"
     if row.windowed_items:
         text += f", {int(row.windowed_items):,} in windows"
+    most = max(row.unfinished_items, at_most)
+    if most:
+        text += f", {int(row.unfinished_items):,} answers cut at their budget of tokens"
+        text += f" (up to {int(most):,} at a level)" * (most > row.unfinished_items)
     return text
 
 

@@ -64,8 +64,9 @@ def _key(path: Path) -> dict[str, str]:
 
 
 KEY = ["model", "criterion", "site"]
-CRITICAL = [*KEY, *SIZES, *(one.name for one in fields(CriticalRow)), "cut_items", "windowed_items"]
-POINTS = [*KEY, *(one.name for one in fields(CurvePoint)), "parameter_sparsity"]
+CRITICAL = [*KEY, *SIZES, *(one.name for one in fields(CriticalRow))]
+CRITICAL += ["cut_items", "windowed_items", "unfinished_items"]
+POINTS = [*KEY, *(one.name for one in fields(CurvePoint)), "parameter_sparsity", "unfinished_items"]
 METRICS = ["model", "tensor", "layer", "tokens", "width", "effective_rank", "effective_rank_share"]
 METRICS += ["gini", "hoyer", "near_zero", "exact_zero", "rms"]
 MAGNITUDES = ["model", "tensor", "low", "high", "share"]
@@ -93,7 +94,10 @@ def critical_rows(
         tasks = accuracies if row["task"] == AVERAGE else {row["task"]}
         cut = {
             f"{name}_items": sum(curve["cut"][task][count] for task in tasks)
-            for name, count in (("cut", "items"), ("windowed", "windowed"))
+            for name, count in (
+                *(("cut", "items"), ("windowed", "windowed")),
+                ("unfinished", "unfinished"),
+            )
         }
         yield {**key, **sizes[key["model"]], **row, **cut}
 

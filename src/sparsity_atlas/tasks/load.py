@@ -115,9 +115,11 @@ def _load(name: str, entry: dict[str, Any], seed: int) -> LoadedTask:
             *(name, ", ".join(sorted(path.name for path in files.unsteady))),
         )
     variables = surroundings.values(files.variables)
+    budget = entry.get("max_gen_toks")
     identity = {
         "limit": limit,
         "cluster": cluster,
+        **({"max_gen_toks": budget} if budget else {}),
         "seed": seed,
         "code": code_digest(files.code | modules.files()),
         "leaves": leaves,
@@ -129,6 +131,7 @@ def _load(name: str, entry: dict[str, Any], seed: int) -> LoadedTask:
         drawn=drawn,
         unfollowed=bool(files.computed | files.unsteady),
         allow_code=allow_code,
+        max_gen_toks=budget,
     )
 
 

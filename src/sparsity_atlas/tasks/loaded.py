@@ -73,6 +73,7 @@ class LoadedTask:
         unfollowed: its code reads by names that it computes, or asks for what is another at each call, so
             that its identity may lack something.
         allow_code: whether it may run code that the model writes.
+        max_gen_toks: tokens that an answer may have; None: as the task says.
     """
 
     name: str
@@ -86,6 +87,7 @@ class LoadedTask:
     drawn: RandomState = field(default_factory=RandomState.now, repr=False)
     unfollowed: bool = False
     allow_code: bool = False
+    max_gen_toks: int | None = None
 
     @property
     def leaves(self) -> dict[str, Task]:

@@ -214,6 +214,8 @@ def _build(lm: JournalledLM, task: LoadedTask, *, seed: int) -> list[Row]:
     # As lm-eval does, which loads a task and builds its requests in one go.
     task.drawn.restore()
     chat = lm.prompts.apply_chat_template
+    budget = {"max_gen_toks": task.max_gen_toks} if task.max_gen_toks else {}
+    settings = {**budget, **lm.prompts.gen_kwargs}
     built: list[tuple[str, Instance]] = []
     for name, leaf in task.leaves.items():
         leaf.set_fewshot_seed(seed)
@@ -221,10 +223,12 @@ def _build(lm: JournalledLM, task: LoadedTask, *, seed: int) -> list[Row]:
             limit=task.limit,
             system_instruction=lm.prompts.system_instruction,
             apply_chat_template=chat,
-            fewshot_as_multiturn=chat,
+            fewshot_as_multiturn=chat and lm.prompts.fewshot_as_multiturn,
             chat_template=lm.apply_chat_template if chat else None,
         )
-        built += [(name, _with(lm.prompts.gen_kwargs, one)) for one in leaf.instances]
+        built += [(name, _with(settings, one)) for one in leaf.instances]
+    if budget and not any(one.request_type == "generate_until" for _, one in built):
+        raise TaskFailure(f"max_gen_toks: '{task.lm_eval_name}' generates nothing")
     rows = []
     for kind in dict.fromkeys(instance.request_type for _, instance in built):
         some = [(name, instance) for name, instance in built if instance.request_type == kind]

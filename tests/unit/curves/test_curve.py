@@ -34,6 +34,7 @@ def row(task: str, leaf: str, item: int, slots: list, zeros: int, **values: Any)
     return {
         **{"task": task, "leaf": leaf, "doc_id": item, "doc_hash": f"h{item}", "cluster": None},
         **{"metrics": [], "nats": 0.0, "predicted": 1, "cut_tokens": 0, "windows": 0},
+        "unfinished": 0,
         **{"scoring_tokens": 0, "prompt_tokens": 3, "generation_tokens": 2, "denoising_tokens": 0},
         **{"unique_tokens": 3, "scoring_zeros": [], "denoising_zeros": [], "unique_zeros": []},
         "prompt_zeros": [3 * zeros * (slot[0] == "intermediate") for slot in slots],
@@ -60,7 +61,7 @@ def write_node(
     common = {
         "status": "ok",
         "items": ITEMS,
-        "cut": {"items": 2, "tokens": 9, "windowed": 0, "windows": 0},
+        "cut": {"items": 2, "tokens": 9, "windowed": 0, "windows": 0, "unfinished": 1 + zeros},
         "sparsity": {name: share for name in dict.fromkeys(slot[0] for slot in slots)},
     }
     failed = {"status": "failed", "reason": "NaN or infinity in 'intermediate' of layer 1"}
@@ -161,6 +162,10 @@ def test_known_numbers(tmp_path: Path) -> None:
     assert group["0.7"]["parameter_sparsity"] == pytest.approx(0.6)
     assert points(content, "average")["0.7"]["parameter_sparsity"] == pytest.approx(0.6)
     assert group["0.6"]["status"] == "failed"
+    # How many answers each level left unfinished.
+    assert [group[level]["unfinished_items"] for level in ("dense", "0.9", "0.7")] == [1, 3, 7]
+    assert points(content, "average")["0.7"]["unfinished_items"] == 7
+    assert group["0.6"]["unfinished_items"] == 0
     assert group["0.6"]["parameter_sparsity"] is None
     # The average over accuracies is that of the one task; the loss stays out of it.
     assert points(content, "average")["0.7"]["value"] == group["0.7"]["value"]
@@ -301,8 +306,9 @@ def test_the_summary_of_a_model(tmp_path: Path) -> None:
     )
     assert float(headline["value"]) == pytest.approx(0.5)
     assert headline["non_embedding_parameters"] == "600"
-    cut = {one["task"]: one["cut_items"] for one in rows}
-    assert cut == {"group": "2", "pages": "2", "average": "2"}
+    for name, count in (("cut", "2"), ("unfinished", "1"), ("windowed", "0")):
+        found = {one["task"]: one[f"{name}_items"] for one in rows}
+        assert found == {"group": count, "pages": count, "average": count}
 
 
 def two_tensors(folder: Path, zeros: dict[tuple[str, int], int], nats: float) -> None:
@@ -313,7 +319,7 @@ def two_tensors(folder: Path, zeros: dict[tuple[str, int], int], nats: float) ->
     rows = [row("pages", "pages", i, SLOTS, 0, **values, nats=10 * nats) for i in range(20)]
     result = {
         **{"status": "ok", "items": 20, "output_types": ["loglikelihood_rolling"]},
-        "cut": {"items": 0, "tokens": 0, "windowed": 3, "windows": 23},
+        "cut": {"items": 0, "tokens": 0, "windowed": 3, "windows": 23, "unfinished": 0},
         **{"leaves": ["pages"], "chance": None},
         "scores": {"pages": {"word_perplexity,none": math.exp(nats)}},
         "higher_is_better": {"pages": {"word_perplexity": False}},

@@ -37,7 +37,7 @@ def entry(
     return {
         **{"leaf": "leaf", "doc_id": item, "doc_hash": f"h{item}", "cluster": None},
         **{"metrics": [("acc,none", right)], "nats": 1.0, "predicted": 1},
-        **{"cut_tokens": 0, "windows": 0},
+        **{"cut_tokens": 0, "windows": 0, "unfinished": 0},
         **{f"{one}_tokens": tokens.get(one, 0) for one in ACCOUNTS},
         **{
             f"{one}_zeros": [tokens[one] * n for n in zeros[one]] if one in zeros else []
@@ -61,7 +61,7 @@ def write(
         **{"status": "ok", "items": ITEMS, "output_types": ["generate_until"], "leaves": ["leaf"]},
         **{"chance": None, "scores": {"leaf": {"acc,none": 1.0}}, "sparsity": shares},
         **{"higher_is_better": {"leaf": {"acc": True}}},
-        "cut": {"items": 0, "tokens": 0, "windowed": 0, "windows": 0},
+        "cut": {"items": 0, "tokens": 0, "windowed": 0, "windows": 0, "unfinished": 0},
     }
     results = {
         name: {"status": "failed", "reason": "NaN"} if name in failed else result for name in tasks

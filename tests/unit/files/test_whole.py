@@ -93,7 +93,7 @@ def sample(task: str, item: int) -> dict:
     return {
         **{"task": task, "leaf": task, "doc_id": item, "doc_hash": "h", "cluster": None},
         **{"metrics": [("acc,none", 1.0)], "nats": 0.1, "predicted": 3},
-        **{"cut_tokens": 0, "windows": 0},
+        **{"cut_tokens": 0, "windows": 0, "unfinished": 0},
         **{f"{account}_tokens": 4 for account in ACCOUNTS},
         **{f"{account}_zeros": [1, 2] for account in ACCOUNTS},
     }

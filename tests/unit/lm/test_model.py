@@ -347,19 +347,24 @@ def test_counts_of_generation(catalogue: dict, manifest: Path, tmp_path: Path) -
     decode, tokenizer = session.lm.tok_decode, session.lm.tokenizer
     for row, document in zip(rows, rolling_documents(9, 4), strict=True):
         ids = session.lm.tok_encode(document["page"])[-(MAX_LENGTH - 12) :]
-        prompt, zeros = len(ids), None
+        prompt, zeros, unfinished = len(ids), None, 1
         for _ in range(12):
             zeros, logits = by_hand(session, ids, 0.45, prompt)
             ids.append(int(logits[-1].argmax()))
             made = decode(ids[prompt:], skip_special_tokens=False)
             if ids[-1] == tokenizer.eos_token_id or "e" in made or "\n" in made:
+                unfinished = 0
                 break
+        assert row["unfinished"] == unfinished
         assert row["prompt_tokens"] == prompt
         assert row["prompt_zeros"] == by_hand(session, ids[:prompt], 0.45)[0].tolist()
         # The last token that a row generates is never fed.
         assert row["generation_tokens"] == len(ids) - prompt - 1
         assert row["generation_zeros"] == zeros.tolist()
     fed = [row["generation_tokens"] for row in rows]
+    unfinished = [row["unfinished"] for row in rows]
+    assert set(unfinished) == {0, 1}
+    assert result["cut"]["unfinished"] == sum(unfinished)
     assert len(set(fed)) > 2  # rows of one batch that finish apart
     assert result["tokens"]["generation"] == sum(fed)
     share = result["sparsity"]["intermediate"]
@@ -534,6 +539,7 @@ def test_what_is_longer_than_the_context_is_counted(
         assert result["cut"] == {
             "items": sum(one > 0 for one in cut),
             "tokens": sum(cut),
+            "unfinished": sum(row["unfinished"] > 0 for row in rows[name]),
             "windowed": sum(row["windows"] > 1 for row in rows[name]),
             "windows": sum(row["windows"] for row in rows[name]),
         }

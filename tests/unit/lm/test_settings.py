@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from plain_lm import assert_same_prompts, flat, merged, plainly, through_atlas
+from sparsity_atlas.errors import TaskFailure
 from sparsity_atlas.lm import chat
 from tiny_lm import (
     CHAT,
@@ -102,6 +104,26 @@ CASES = {
         {"gen_kwargs": {"max_gen_toks": 3}},
         {"override": {"generation_kwargs": {"until": ["i"], "max_gen_toks": 9}}},
         options={"gen_kwargs": {"max_gen_toks": 3}},
+    ),
+    "max_gen_toks": Case(
+        {"words"},
+        task={"max_gen_toks": 3},
+        options={"gen_kwargs": {"max_gen_toks": 3}},
+        only=("words",),
+    ),
+    "max_gen_toks-gen_kwargs": Case(
+        {"words"},
+        {"gen_kwargs": {"max_gen_toks": 2}},
+        {"max_gen_toks": 5},
+        options={"gen_kwargs": {"max_gen_toks": 2}},
+        only=("words",),
+    ),
+    "num_fewshot-chat": chatting(PROMPTED, {}, task={"num_fewshot": 2}, options={"num_fewshot": 2}),
+    "fewshot_as_multiturn": chatting(
+        PROMPTED,
+        {"fewshot_as_multiturn": False},
+        task={"num_fewshot": 2},
+        options={"num_fewshot": 2, "fewshot_as_multiturn": False},
     ),
     "think_end_token": Case({"words"}, {"think_end_token": "h"}, lm={"think_end_token": "h"}),
     "num_fewshot": Case(PROMPTED, task={"num_fewshot": 2}, options={"num_fewshot": 2}),
@@ -195,6 +217,23 @@ def test_a_setting_has_lm_eval_s_effect(
     assert_same_prompts(ours, plain)
     before = without(case.beside, monkeypatch)
     assert {task for task in case.only if seen(ours, task) != seen(before, task)} == case.changes
+
+
+def test_examples_are_turns_or_one_turn(tasks: dict, manifest: Path) -> None:
+    def turns(**model: Any) -> list[str]:
+        entry = {"last": tasks["last"] | {"num_fewshot": 2}}
+        session = open_session(manifest, entry, apply_chat_template=True, **model)
+        prompt = session.prepared("last").leaves["last"].instances[0].args[0]
+        return re.findall(r"<(\w+)> ", prompt)
+
+    assert turns() == ["user", "assistant", "user", "assistant", "user", "assistant"]
+    assert turns(fewshot_as_multiturn=False) == ["user", "assistant"]
+
+
+def test_a_budget_of_what_generates_nothing(tasks: dict, manifest: Path) -> None:
+    session = open_session(manifest, {"last": tasks["last"] | {"max_gen_toks": 5}})
+    with pytest.raises(TaskFailure, match=r"^max_gen_toks: 'last' generates nothing$"):
+        session.prepared("last")
 
 
 def test_examples_that_a_task_does_without(

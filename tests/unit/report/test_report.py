@@ -230,10 +230,16 @@ def test_what_the_context_cut_stands_beside_the_samples(finished):
     rows["windowed_items"] = 0
     rows.iloc[0, rows.columns.get_loc("cut_items")] = 7
     rows.iloc[1, rows.columns.get_loc("windowed_items")] = 1100
-    assert page.items(replace(tables, critical_sparsity=rows))[:3] == [
-        "1,200 samples, 7 without their beginning",
+    rows.iloc[0, rows.columns.get_loc("unfinished_items")] = 4
+    rows.iloc[2, rows.columns.get_loc("unfinished_items")] = 5
+    curves = tables.curves.copy()
+    level = (curves["task"] == rows["task"].iloc[0]) & (curves["level"] == "0.5")
+    curves.loc[level, "unfinished_items"] = 1100
+    assert page.items(replace(tables, critical_sparsity=rows, curves=curves))[:3] == [
+        "1,200 samples, 7 without their beginning, 4 answers cut at their budget of tokens (up to 1,100 at "
+        "a level)",
         "1,200 samples, 1,100 in windows",
-        "1,200 samples",
+        "1,200 samples, 5 answers cut at their budget of tokens",
     ]
 
 
