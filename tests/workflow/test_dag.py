@@ -10,6 +10,7 @@ import yaml
 from snakemake.utils import update_config
 
 from checkout import Checkout, Planned
+from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import parse
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.rules.asks import Asks
@@ -47,6 +48,63 @@ def test_paper_grid(empty: Checkout) -> None:
         **{"all": 1, "run_config": 1, "model": 13, "dense": 13, "model_summary": 13, "tables": 1},
         **{"capture": 65, "metrics": 65, "output_error": 65, "curve": 65, "evaluate": 1690},
     }
+
+
+FIVE = ("intermediate", "input", "gate", "up", "all_inputs")
+NINE = ("arc_easy", "arc_challenge", "boolq", "winogrande", "piqa", "sciq", "lambada")
+NINE += ("hellaswag", "triviaqa")
+# Of the paper's other parts: models, sites, levels and tasks.
+PARTS = {
+    "reasoning": (
+        {"Qwen/Qwen3-4B-Instruct-2507", "Qwen/Qwen3-4B-Thinking-2507"},
+        *(FIVE, ("1", "0.99", "0.95", "0.9")),
+        ("mmlu_redux", "triviaqa", "truthfulqa_gen", "gsm8k"),
+    ),
+    "moe": (
+        {"allenai/OLMoE-1B-7B-0125", "Qwen/Qwen3-30B-A3B"},
+        *(FIVE, ("1", "0.99", "0.98", "0.97", "0.95", "0.92", "0.9", "0.75", "0.5")),
+        NINE,
+    ),
+    "diffusion": (
+        {"GSAI-ML/LLaDA-8B-Base"},
+        ("intermediate", "all_inputs"),
+        ("0.9", "0.85", "0.8", "0.775", "0.75", "0.65", "0.6"),
+        *[("humaneval", "mbpp", "mmlu", "winogrande", "ceval", "cmmlu")],
+        ("arc_challenge", "piqa", "hellaswag", "gpqa"),
+    ),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_grid_of_a_part_of_the_paper(
+    empty: Checkout, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """Exactly the paper's models, sites and levels; the tasks of one with guidance apart."""
+    hub, sites, levels, *tasks = PARTS[part]
+    name = f"workflow/config/paper_{part}.yaml"
+    count = 2 * len(sites)
+    assert counts(empty.plan("--configfile", name)) == {
+        **{"all": 1, "run_config": 1, "model": 2, "dense": 2, "model_summary": 2, "tables": 1},
+        **dict.fromkeys(("capture", "metrics", "output_error", "curve"), count),
+        "evaluate": count * len(levels),
+    }
+    monkeypatch.chdir(empty.path)
+    merged = yaml.safe_load(Path("config.yaml").read_text(encoding="utf-8"))
+    update_config(merged, yaml.safe_load(Path(name).read_text(encoding="utf-8")))
+    config = parse(merged)
+    curves = grid.curves(config)
+    assert {config.models[curve.model].hub for curve in curves} == hub
+    assert {curve.tasks for curve in curves} == set(map(tuple, tasks))
+    for model in grid.models(config):
+        own = [curve for curve in curves if curve.model == model]
+        assert tuple(curve.site for curve in own) == sites
+        assert {(curve.criterion, curve.levels, curve.auto) for curve in own} == {
+            ("topp", levels, False)
+        }
+    budget = {"reasoning": 4096, "moe": 128, "diffusion": 1024}[part]
+    written = {"mmlu_redux", "triviaqa", "truthfulqa_gen", "gsm8k", "humaneval", "mbpp"}
+    for task in {task for some in tasks for task in some}:
+        assert config.tasks[task].max_gen_toks == (budget if task in written else None)
 
 
 def test_criteria_grid(empty: Checkout) -> None:
