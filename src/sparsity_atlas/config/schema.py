@@ -258,9 +258,9 @@ class Config(Strict):
 
 
 def _unknown(key: str, name: str, catalogue: dict[str, Any]) -> str:
-    near = get_close_matches(name, catalogue, 1)
-    meant = f"; did you mean '{near[0]}'?" if near else ""
-    return f"{key}: unknown '{name}'; known: {', '.join(catalogue) or 'none'}{meant}"
+    near = get_close_matches(name, catalogue, 1, cutoff=0.7)
+    meant = f" (did you mean '{near[0]}'?)" if near else ""
+    return f"{key}: unknown '{name}'{meant}; known: {', '.join(catalogue) or 'none'}"
 
 
 def parse(data: dict[str, Any]) -> Config:

@@ -204,7 +204,8 @@ def _items(row: Any, at_most: float) -> str:
     most = max(row.unfinished_items, at_most)
     if most:
         text += f", {int(row.unfinished_items):,} answers cut at their budget of tokens"
-        text += f" (up to {int(most):,} at a level)" * (most > row.unfinished_items)
+        if most > row.unfinished_items:
+            text += f" (up to {int(most):,} at a level)"
     return text
 
 

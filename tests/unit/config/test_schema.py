@@ -98,7 +98,11 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("run.0.models", ["tiny"], r"run.0.models: unknown 'tiny'; known: small, large$"),
         ("run.0.models", [], "run.0.models: the list is empty"),
         ("run.0.models", ["small", "small"], "run.0.models: given twice: small"),
-        ("run.0.criteria", ["topq"], "run.0.criteria: unknown 'topq'; known: topp, topk"),
+        (
+            "run.0.criteria",
+            ["topq"],
+            r"run.0.criteria: unknown 'topq' \(did you mean 'topp'\?\); known",
+        ),
         ("run.0.tasks", ["blimp"], "run.0.tasks: unknown 'blimp'; known: pairs, pages"),
         ("run.0.sites", ["down"], "run.0.sites.0: input should be 'input', .*found 'down'"),
         ("run.0.sites", [], "run.0.sites: the list is empty"),
@@ -122,7 +126,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         (
             "compare",
             [["small", "lrage"]],
-            r"compare.0: unknown 'lrage'; known: small, large; did you mean 'large'\?$",
+            r"compare.0: unknown 'lrage' \(did you mean 'large'\?\); known: small, large$",
         ),
         ("compare", [["small", "small"]], r"compare.0: \[small, small\]: a model with itself"),
         (
