@@ -145,7 +145,9 @@ def crossing_rows(every: Sequence[Estimates], bars: Sequence[float]) -> list[dic
     for whole in every:
         estimates = whole.first(REPLICATES)
         scores = usable(estimates)
-        for bar in bars if scores is not None else ():
+        if scores is None:
+            continue
+        for bar in bars:
             found = crossings(estimates, scores, bar)
             rows.append(
                 {

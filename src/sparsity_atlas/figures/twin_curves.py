@@ -11,7 +11,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from sparsity_atlas.figures.panels import empty, grid, label, legend, percent_axis, rule, select
 from sparsity_atlas.figures.score_curves import ALLOWED_LOSS
 from sparsity_atlas.figures.style import GREY, Mark, heading, marks
-from sparsity_atlas.tables.read import HEADLINE_BAR, Tables, in_order
+from sparsity_atlas.tables.read import HEADLINE_BAR, Tables, in_order, records
 from sparsity_atlas.tables.twins import ACCURACY, CRITICAL, SCORE
 from sparsity_atlas.terms import AVERAGE
 
@@ -39,7 +39,8 @@ def twins(tables: Tables) -> Figure:
         _differences(left, own[own["measure"] == SCORE], styles)
         _bars(right, own[(own["measure"] == CRITICAL) & (own["at"] == HEADLINE_BAR)], styles)
         several = len(tables.criteria()) > 1
-        left.set_title(heading(f"{second} − {first}", *([criterion] if several else [])))
+        parts = [f"{second} − {first}", *([str(criterion)] if several else [])]
+        left.set_title(heading(*parts))
         right.set_title(f"{tasks[criterion, first, second]}, {_named(own)}")
     unpaired = Line2D([], [], color=GREY, marker="o", mfc="white", linestyle="", label="not paired")
     legend(figure, styles, rule("the first", "-"), unpaired)
@@ -100,7 +101,7 @@ def _bars(ax: Axes, rows: pd.DataFrame, styles: dict[str, Mark]) -> None:
     ax.set_ylim(len(sites) - 0.5, -0.5)
     percent_axis(ax.xaxis)
     for place, site in enumerate(sites):
-        (row,) = rows[rows["site"] == site].itertuples()
+        (row,) = records(rows[rows["site"] == site])
         mark = styles[site]
         if pd.isna(row.difference):
             ax.text(0, place, " beyond what was measured", va="center", fontsize=6, color=GREY)
