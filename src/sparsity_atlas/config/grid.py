@@ -13,6 +13,7 @@ from typing import Any
 
 from sparsity_atlas.config.schema import Config, RunBlock
 from sparsity_atlas.files.whole import read_manifest
+from sparsity_atlas.loading.source import ALLOWED
 from sparsity_atlas.terms import confined, plain
 
 DEFAULT_SITES = ("intermediate", "input")
@@ -124,7 +125,7 @@ def _json(value: Any) -> str:
 def fetch_slice(config: Config, model: str) -> str:
     """What `models` depends on: where the model comes from and how its FFN is named."""
     entry = config.models[model]
-    allowed = {key for key in ("trust_remote_code", "allow_pickle") if getattr(entry, key)}
+    allowed = {key for key in ALLOWED if getattr(entry, key)}
     keys = {"path", "hub", "revision", "code_revision", "tokenizer", "modules", *allowed}
     keys |= {"adapter", "adapter_hub", "adapter_revision", "gguf"}
     keys |= {"mask_token_id", "shifted_logits"}

@@ -61,6 +61,8 @@ class ModelEntry(Strict):
     causal model. Unset: as its published layout has it (Dream: yes), else not."""
     allow_pickle: bool = False
     """Load pickled weights (*.bin) if there are no safetensors. A pickle may hide code."""
+    dequantise: bool = False
+    """Use a quantised checkpoint (FP8, mxfp4, compressed-tensors, bitsandbytes) in plain numbers."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Computation type. `auto`: float32 on the CPU, the checkpoint's own type elsewhere."""
     add_bos_token: bool | None = None
@@ -102,6 +104,8 @@ class ModelEntry(Strict):
             raise ValueError("give either `path` (a local folder) or `hub` (a Hub repository)")
         if self.hub is not None and self.gguf is not None and not _inside(self.gguf):
             raise ValueError("gguf: a file of the repository is wanted, by its path there")
+        if self.dequantise and self.gguf is not None:
+            raise ValueError("dequantise: a GGUF file always is")
         if self.hub is None and self.revision is not None:
             raise ValueError("`revision` belongs to `hub`, a local folder has none")
         if self.adapter is not None and self.adapter_hub is not None:

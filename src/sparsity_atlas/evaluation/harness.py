@@ -220,7 +220,8 @@ def _kind(arguments: Arguments, checkpoint: Checkpoint, model: PreTrainedModel) 
 def _source(arguments: Arguments) -> dict[str, Any]:
     """Where the model comes from, as `source.resolve` takes it."""
     given = arguments.model_dump(
-        include={"trust_remote_code", "allow_pickle", "code_revision"}, exclude_none=True
+        include={"trust_remote_code", "allow_pickle", "code_revision", "dequantise"},
+        exclude_none=True,
     )
     folder = os.path.expanduser(arguments.pretrained)
     if arguments.gguf_file is not None:

@@ -29,7 +29,7 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.spelling import Level, Revision
 from sparsity_atlas.terms import SITES, SPELLED
 
-_QUANTISED = "quantised checkpoints are not supported"
+_QUANTISED = "weights are run in plain numbers; dequantise=True has a quantised checkpoint's so"
 _ONE_DEVICE = "the model runs on one device; choose it by CUDA_VISIBLE_DEVICES"
 # Arguments of lm-eval's `hf` and of transformers, and what to do in place of them.
 _INSTEAD = {
@@ -93,6 +93,8 @@ class Arguments(BaseModel):
     """Revision of that code, where it is in another repository."""
     allow_pickle: bool = False
     """Load pickled weights if there are no safetensors."""
+    dequantise: bool = False
+    """Use a quantised checkpoint in plain numbers."""
     gguf_file: str | None = None
     """GGUF file in that folder or repository, which holds the model."""
     peft: str | None = None

@@ -18,6 +18,7 @@ from sparsity_atlas.loading.adapter import ADAPTER, adapter_digest, adapter_file
 from sparsity_atlas.loading.contents import check_fetched, check_links, files_digest, files_read
 from sparsity_atlas.loading.gguf_file import check_gguf
 from sparsity_atlas.loading.layouts import layout_in
+from sparsity_atlas.loading.quantised import check_quantised
 
 SAFE_FILE = "model.safetensors"
 SAFE_INDEX = "model.safetensors.index.json"
@@ -36,6 +37,7 @@ class Checkpoint:
     adapter: folder of a PEFT adapter that is merged into it.
     adapter_revision: commit of the adapter's repository, if it is on the Hub.
     gguf: name of the file in the folder that holds all of the model, in that format.
+    dequantise: whether quantised weights are turned into plain numbers; else they are refused.
     """
 
     folder: Path
@@ -46,6 +48,7 @@ class Checkpoint:
     adapter: Path | None = None
     adapter_revision: str | None = None
     gguf: str | None = None
+    dequantise: bool = False
 
     def __post_init__(self) -> None:
         if self.gguf is not None or (self.trust_remote_code and layout_in(self.folder) is not None):
@@ -79,13 +82,7 @@ class Checkpoint:
         config = read_json(path)
         if not isinstance(config, dict):
             raise AtlasError(f"{path}: expected a JSON object, found {type(config).__name__}")
-        for part in (config, *(one for one in config.values() if isinstance(one, dict))):
-            quantised = part.get("quantization_config")
-            if quantised is not None:
-                method = (
-                    quantised.get("quant_method") if isinstance(quantised, dict) else None
-                ) or "unknown method"
-                raise AtlasError(f"{self}: a quantised checkpoint ({method}) is not supported yet")
+        check_quantised(str(self), config, self.dequantise)
         if config.get("transformers_weights") is not None:
             raise AtlasError(
                 f"{path}: transformers_weights: not supported; name the weights {SAFE_FILE}"

@@ -11,6 +11,7 @@ from sparsity_atlas import cli
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.loading.devices import ITEM_BYTES
 from sparsity_atlas.loading.gguf_file import count_numbers
+from sparsity_atlas.loading.quantised import METHODS, method_of
 
 if TYPE_CHECKING:
     import torch
@@ -124,6 +125,8 @@ def check_weights(checkpoint: Checkpoint, dtype: str) -> None:
     own = ITEM_BYTES.get(str(config.get("dtype") or config.get("torch_dtype")), 4)
     if checkpoint.gguf is None:
         files = sum(path.stat().st_size for path in checkpoint.weight_files())
+        if checkpoint.dequantise:
+            files *= METHODS[method_of(config) or ""].growth
     else:
         files = count_numbers(checkpoint.folder / checkpoint.gguf) * own
     limit, whose = host_limit()

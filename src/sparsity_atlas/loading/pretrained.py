@@ -19,6 +19,7 @@ from sparsity_atlas.loading.contents import small_fault
 from sparsity_atlas.loading.devices import own_device, pick_device, pick_dtype
 from sparsity_atlas.loading.gguf_file import alone, dequantised, finish
 from sparsity_atlas.loading.layouts import layout_in, layout_of
+from sparsity_atlas.loading.quantised import as_numbers, in_numbers
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,8 @@ def load(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "auto") -
         native, what = dequantised(), "cannot load it"
     with _one_line(checkpoint, what):
         found = _config(checkpoint)
+        if checkpoint.dequantise:
+            as_numbers(found)
         with _files(checkpoint) as files:
             loaded = auto_class(found).from_pretrained(
                 **files,
@@ -72,7 +75,10 @@ def load(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "auto") -
         raise AtlasError(f"{checkpoint}: its code loads weights and does not report which")
     model, report = loaded
     # First: their scales would be told as tensors that the model does not expect.
-    if checkpoint.gguf is None:
+    if checkpoint.dequantise:
+        with _one_line(checkpoint, "cannot dequantise it"):
+            model = in_numbers(model, pick_dtype(dtype, target))
+    elif checkpoint.gguf is None:
         check_types(checkpoint, model)
     check_whole(checkpoint, report)
     if checkpoint.gguf is not None:

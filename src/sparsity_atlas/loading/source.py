@@ -21,6 +21,9 @@ from sparsity_atlas.loading.checkpoint import (
 from sparsity_atlas.loading.hub import Repository
 from sparsity_atlas.loading.layouts import layout_in
 
+# What a model's entry may say of its files.
+ALLOWED = ("trust_remote_code", "allow_pickle", "dequantise")
+
 
 def resolve(
     source: dict[str, Any],
@@ -45,7 +48,7 @@ def resolve(
     Raises:
         AtlasError: no such folder, or the Hub does not give what is needed.
     """
-    allowed = {key: source.get(key, False) for key in ("trust_remote_code", "allow_pickle")}
+    allowed = {key: source.get(key, False) for key in ALLOWED}
     inside = source.get("gguf")
     if "path" in source or "hub" not in source:
         folder, commit = Path(source.get("path", "")), None

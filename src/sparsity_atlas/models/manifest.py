@@ -20,6 +20,7 @@ from sparsity_atlas.loading.checkpoint import Checkpoint
 from sparsity_atlas.loading.gguf_file import describe_gguf
 from sparsity_atlas.loading.layouts import layout_of
 from sparsity_atlas.loading.pretrained import load, load_tokenizer
+from sparsity_atlas.loading.quantised import method_of
 from sparsity_atlas.loading.source import resolve
 from sparsity_atlas.sites.available import Available
 from sparsity_atlas.terms import CAUSAL, DIFFUSION, EXPERTS
@@ -213,6 +214,7 @@ def main() -> None:
             **code_record(checkpoint, revision),
             **_adapter_record(checkpoint),
             **_gguf_record(checkpoint),
+            **({"dequantised": method_of(checkpoint.config())} if checkpoint.dequantise else {}),
             **description,
         },
     )

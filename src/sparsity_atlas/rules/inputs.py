@@ -183,6 +183,7 @@ def model_content(config: Config, model: str) -> str:
                 folder,
                 trust_remote_code=entry.trust_remote_code,
                 allow_pickle=entry.allow_pickle,
+                dequantise=entry.dequantise,
                 tokenizer=other,
                 adapter=adapter,
                 gguf=None if file is None else file.name,

@@ -23,6 +23,11 @@ class Projection:
         """Its weight [outputs, inputs]; None where the module holds it in a way of its own."""
         if not isinstance(self.module, nn.Linear):
             return None
+        weight = self.module.weight
+        # Classes of quantised maps are Linear, too, and hold bytes.
+        plain = weight.shape == (self.module.out_features, self.module.in_features)
+        if not (plain and weight.is_floating_point()):
+            return None
         return self.columns(self.module.weight.detach().T).T
 
     def __call__(self, x: Tensor) -> Tensor:
