@@ -21,6 +21,7 @@ from sparsity_atlas.figures.panels import (
     rule,
     select,
     select_pairs,
+    with_parts,
 )
 from sparsity_atlas.figures.style import GREY, heading, marks
 from sparsity_atlas.tables.read import Tables, in_order, site_rank
@@ -113,7 +114,7 @@ def output_error(tables: Tables) -> Figure:
 def effective_rank(tables: Tables) -> Figure:
     """Effective rank of each layer's activations, as a share of their width; of experts one by one."""
     # Experts with few rows have none.
-    rows = _with_parts(tables.metrics.dropna(subset="effective_rank_share"))
+    rows = with_parts(tables.metrics.dropna(subset="effective_rank_share"))
     if rows.empty:
         return empty("No captured activations.")
     keys, note = select(_models_and_parts(tables, rows), PANELS)
@@ -143,12 +144,6 @@ def effective_rank(tables: Tables) -> Figure:
     return figure
 
 
-def _with_parts(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows with the part of each that has a panel of its own; empty: it shares the model's."""
-    part = rows["part"].where(rows["part"].isin(NAMED_PARTS), "") if "part" in rows else ""
-    return rows.assign(part=part)
-
-
 def _models_and_parts(tables: Tables, rows: pd.DataFrame) -> list[tuple[str, str]]:
     """What has a panel: models by their size, and the parts of each."""
     there = set(rows[["model", "part"]].itertuples(index=False, name=None))
@@ -163,7 +158,7 @@ def _of(rows: pd.DataFrame, key: tuple[str, str], tensor: str) -> pd.DataFrame:
 
 def magnitudes(tables: Tables) -> Figure:
     """Distribution of the entries' magnitudes over all layers, on a logarithmic axis."""
-    rows = _with_parts(tables.magnitudes)
+    rows = with_parts(tables.magnitudes)
     if rows.empty:
         return empty("No captured activations.")
     keys, note = select(_models_and_parts(tables, rows), PANELS)

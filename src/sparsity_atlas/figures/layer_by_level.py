@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from sparsity_atlas.figures.by_layer import COLORS, PANELS
-from sparsity_atlas.figures.panels import empty, grid, label, select
+from sparsity_atlas.figures.panels import empty, grid, label, select, with_parts
 from sparsity_atlas.figures.style import heading
 from sparsity_atlas.tables.read import Tables, site_rank
 from sparsity_atlas.terms import plain
@@ -75,7 +75,8 @@ def _heatmaps(
     x_label: str = "sparsity (%)",
 ) -> Figure:
     """Heat maps of a column, layer by `level`, in the order of the sparsity that levels induce."""
-    columns = ["model", "criterion", "site", "tensor"]
+    columns = ["model", "criterion", "site", "tensor", "part"]
+    rows = with_parts(rows)
     sizes, criteria = tables.by_size(), list(rows["criterion"].unique())
     found = list(rows[columns].drop_duplicates().itertuples(index=False, name=None))
     found.sort(key=lambda key: (sizes.index(key[0]), criteria.index(key[1]), site_rank(key[2])))
@@ -83,7 +84,7 @@ def _heatmaps(
     figure, axes = grid(len(keys), share_x=False, share_y=False)
     groups = rows.groupby(columns, sort=False)
     for ax, key in zip(axes, keys, strict=True):
-        model, criterion, site, tensor = key
+        model, criterion, site, tensor, part = key
         group = groups.get_group(key)
         levels = group.groupby("level", sort=False)["sparsity"].mean().sort_values().index
         table = group.pivot(index="layer", columns="level", values=column)[list(levels)]
@@ -97,7 +98,7 @@ def _heatmaps(
         ax.tick_params(length=1.5, labelsize=6)
         ax.grid(visible=False)
         what = site if plain(site) == tensor else f"{site}: {tensor}"
-        ax.set_title(f"{heading(model, criterion)}\n{what}")
+        ax.set_title(f"{heading(model, criterion)}\n{what}" + (f", {part}" if part else ""))
     scale = ScalarMappable(norm, COLORS)
     digits = FuncFormatter(lambda value, _: f"{value:g}")
     bar = figure.colorbar(scale, ax=axes, shrink=0.5, aspect=30, pad=0.01, format=digits)

@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from sparsity_atlas.figures.style import GREY, NARROW, TALL, WIDE, Dashes, Mark, NothingToShow
 from sparsity_atlas.tables.read import Tables
-from sparsity_atlas.terms import IN_NATS
+from sparsity_atlas.terms import IN_NATS, NAMED_PARTS
 
 Key = TypeVar("Key")
 
@@ -62,6 +62,12 @@ def select_pairs(
 def left_out(shown: int, all_of_them: int) -> str:
     """What a figure says where it does not show everything."""
     return f"{shown} of {all_of_them} shown; the tables hold the others"
+
+
+def with_parts(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with the part of each that has a panel of its own; empty: it shares the model's."""
+    part = rows["part"].where(rows["part"].isin(NAMED_PARTS), "") if "part" in rows else ""
+    return rows.assign(part=part)
 
 
 def columns_for(count: int) -> int:

@@ -19,7 +19,7 @@ from sparsity_atlas.errors import AtlasError, one_line
 from sparsity_atlas.files.parquet import read_parquet
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.studies.output_error import SCHEMAS as OUTPUT_ERROR
-from sparsity_atlas.studies.sensitivity import SCHEMA as SENSITIVITY
+from sparsity_atlas.studies.sensitivity import SCHEMAS as SENSITIVITY
 from sparsity_atlas.terms import plain
 
 _ERROR = re.compile(r"error: |[\w.]*(Error|Exception|Interrupt|Exit)\b")
@@ -96,7 +96,7 @@ def take_stock(results: Path, config: Config) -> Remains:
             *_damaged(calibrations, lambda path: read_calibration(path, "np")),
             *_damaged(metrics, lambda path: read_parquet(path, *METRICS)),
             *_damaged(sparsity, lambda path: read_parquet(path, *OUTPUT_ERROR)),
-            *_damaged(sensitivity, lambda path: read_parquet(path, SENSITIVITY)),
+            *_damaged(sensitivity, lambda path: read_parquet(path, *SENSITIVITY)),
         )
     }
     missing = list(

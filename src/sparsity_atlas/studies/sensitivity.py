@@ -28,6 +28,7 @@ from sparsity_atlas.files.whole import digest, file_digest
 from sparsity_atlas.loading.pretrained import load
 from sparsity_atlas.models.manifest import from_manifest
 from sparsity_atlas.statistics.bootstrap import TaskSamples, estimate, interval
+from sparsity_atlas.terms import NAMED_PARTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,6 +54,9 @@ SCHEMA = pa.schema(
         ("added_loss_high", pa.float64()),
     ]
 )
+# Of a mixture further the part, of which a layer may have several with such a tensor.
+SCHEMA_OF_PARTS = pa.schema([*SCHEMA, ("part", pa.string())])
+SCHEMAS = (SCHEMA, SCHEMA_OF_PARTS)
 
 
 def numbers(
@@ -173,7 +177,8 @@ def rows(
         width = place.part.size(place.tensor)
         found = numbers(own, dense, positions, width, replicates, seed)
         for level, row in zip(levels, found, strict=True):
-            yield {"level": level, "tensor": place.tensor, "layer": place.layer, **row}
+            where = {"tensor": place.tensor, "layer": place.layer, "part": place.part.name}
+            yield {"level": level, **where, **row}
 
 
 def main() -> None:
@@ -235,5 +240,7 @@ def main() -> None:
         journal.close()
     bootstrap = settings["replicates"], settings["seed"]
     found = rows(parts, plain_site, levels, made, ids.shape[1], *bootstrap)
-    write_parquet(arguments.output, pa.Table.from_pylist(list(found), SCHEMA))
+    named = any(part.name in NAMED_PARTS for part in parts)
+    schema = SCHEMA_OF_PARTS if named else SCHEMA
+    write_parquet(arguments.output, pa.Table.from_pylist(list(found), schema))
     journal.delete()

@@ -158,11 +158,11 @@ def allocation_rows(curves: list[Path]) -> Iterator[dict[str, Any]]:
 
 def sensitivity_rows(paths: list[Path]) -> Iterator[dict[str, Any]]:
     """Rows of sensitivity.csv."""
-    from sparsity_atlas.studies.sensitivity import SCHEMA
+    from sparsity_atlas.studies.sensitivity import SCHEMAS
 
     for path in paths:
-        for row in read_parquet(path, SCHEMA).to_pylist():
-            yield {**_key(path), **row}
+        for row in read_parquet(path, *SCHEMAS).to_pylist():
+            yield {**_key(path), "part": None, **row}
 
 
 def write_tables(
@@ -220,7 +220,8 @@ def write_tables(
     write_csv(folder / "allocation.csv", ALLOCATION, allocation_rows(curves))
     write_csv(folder / "experts.csv", EXPERTS, expert_rows(curves, models))
     write_csv(folder / "steps.csv", STEPS, step_rows(curves, models))
-    write_csv(folder / "sensitivity.csv", SENSITIVITY, sensitivity_rows(sensitivity))
+    of_one = SENSITIVITY + PART[:1] * parted
+    write_csv(folder / "sensitivity.csv", of_one, sensitivity_rows(sensitivity))
 
 
 def write_summary(path: Path, model: Path, curves: list[Path]) -> None:

@@ -78,7 +78,7 @@ def examine(results: Path) -> Iterator[Finding]:
             yield _file(path, read_manifest)
     for name, schemas in (
         ("sparsity", output_error.SCHEMAS),
-        ("sensitivity", (sensitivity.SCHEMA,)),
+        ("sensitivity", sensitivity.SCHEMAS),
         ("equal_sparsity", (equal_sparsity.SCHEMA,)),
     ):
         for path in sorted(results.glob(f"*/*/*/{name}.parquet")):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fake_results import make_results, make_tables
+from mixtures import tiny_mixture
 from model_parts import by_tensor, find_ffns
 from sparsity_atlas.activations import capture
 from sparsity_atlas.activations.store import ActivationStore
@@ -26,6 +28,7 @@ from sparsity_atlas.criteria.built_in.topk import TopK
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.figures import layer_by_level
 from sparsity_atlas.files.journal import whole_lines
+from sparsity_atlas.sites.find import find_parts
 from sparsity_atlas.studies import sensitivity
 from sparsity_atlas.studies.sensitivity import numbers, passes, rows
 from sparsity_atlas.studies.single_layer import Pass, run, run_alone
@@ -325,3 +328,27 @@ def test_the_figure_is_layer_by_level(tmp_path: Path) -> None:
     assert "No run block names" in layer_by_level.sensitivity(none).texts[0].get_text()
     better = replace(tables, sensitivity=tables.sensitivity.assign(added_loss=-0.1))
     assert "No layer by itself" in layer_by_level.sensitivity(better).texts[0].get_text()
+
+
+def test_parts_of_a_layer_have_panels_of_their_own(tmp_path: Path) -> None:
+    make_results(tmp_path, {"m": {}}, sites=("intermediate",))
+    tables = make_tables(tmp_path)
+    halves = [tables.sensitivity.assign(part=part) for part in ("shared", "experts")]
+    figure = layer_by_level.sensitivity(replace(tables, sensitivity=pd.concat(halves)))
+    assert [ax.get_title() for ax in figure.axes[:2]] == [
+        "m · topp\nintermediate, shared",
+        "m · topp\nintermediate, experts",
+    ]
+
+
+def test_rows_say_which_part_they_are_of() -> None:
+    """A layer with a shared expert and routed ones has two vectors of that name."""
+    model = tiny_mixture("qwen2_moe")
+    parts = find_parts(model)
+    bound = bind_all(create({"rule": "topk"}), parts, "intermediate")
+    ids = torch.randint(3, 90, (4, 8), generator=torch.Generator().manual_seed(1))
+    made = passes(parts, "intermediate", bound, ["0.5"], ids, 4, Memory())
+    found = list(rows(parts, "intermediate", ["0.5"], made, 8, 100, 0))
+    places = [(layer, part) for layer in (0, 1) for part in ("shared", "experts")]
+    assert [(row["layer"], row["part"]) for row in found] == places
+    assert all(row["sparsity"] == pytest.approx(0.5) for row in found)
