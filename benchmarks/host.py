@@ -80,7 +80,7 @@ def name_phases(phases: Phases) -> None:
     from lm_eval import evaluator
     from lm_eval.api.task import ConfigurableTask
 
-    from sparsity_atlas.evaluation import evaluate, search
+    from sparsity_atlas.evaluation import evaluate, kept, search
     from sparsity_atlas.evaluation.samples import SampleTable
     from sparsity_atlas.files.journal import Journal
     from sparsity_atlas.lm import forward
@@ -113,7 +113,7 @@ def name_phases(phases: Phases) -> None:
         "forward passes": [(AtlasLM, "_model_call")],
         "journal": [(Journal, "append"), (Journal, "__init__"), (Journal, "close")],
         "sample rows": [(evaluate, "sample_rows"), (evaluate, "task_result")],
-        "Parquet": [(SampleTable, "write"), (evaluate, "read_samples")],
+        "Parquet": [(SampleTable, "write"), (kept, "read_samples")],
         "manifests": [(evaluate, "write_manifest"), (evaluate, "check_measured")],
         "scores of a search": [(search, "read_scores")],
     }
