@@ -133,4 +133,7 @@ def _own_gpu() -> int:
     index = claim_gpu(uuids)
     # Kernels and allocations that name no device would go to the first GPU, which is another job's.
     torch.cuda.set_device(index)
+    # From Hopper on torch prefers cuDNN's attention, which makes a plan of 0.1 s and more for each shape that
+    # a process has not seen; nearly every batch here has a shape of its own.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return index

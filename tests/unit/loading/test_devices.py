@@ -86,6 +86,7 @@ torch.cuda.set_device = lambda index: print(index, end=" ")
 from sparsity_atlas.loading.devices import own_device
 first = own_device(torch.device("cuda"))
 assert own_device(torch.device("cuda")) == first
+assert not torch.backends.cuda.cudnn_sdp_enabled()
 print(first.index, visible[first.index], flush=True)
 sys.stdin.read()
 """
