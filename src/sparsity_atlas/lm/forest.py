@@ -7,19 +7,18 @@ do not branch is an ordinary sequence.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-# Requests share a row if this part of the later one is common to both: a token that they share is
-# saved, but all others of the row become longer to attend over.
-WORTH_SHARING = 0.25
-# Tokens of a row that branches: at most so many, or this multiple of its first request.
-SMALL_TREE, GROWTH = 64, 2
+from sparsity_atlas.lm.trees import planting
+from sparsity_atlas.lm.trees.planting import Forest
+from sparsity_atlas.lm.trees.sequences import Sequences, pieces
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """A sequence to score.
 
     Attributes:
@@ -38,45 +37,6 @@ class Request:
     def run(self) -> list[int]:
         """Tokens that go through the model."""
         return self.tokens[:-1]
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """Where a request ends in its tree.
-
-    Attributes:
-        request: its number.
-        node: of its last token that is run.
-        known: node of its last token that the document's request before brought as well; -1 for none.
-        brought: how many tokens that makes.
-        scored: nodes whose next token is predicted.
-        targets: these tokens.
-    """
-
-    request: int
-    node: int
-    known: int
-    brought: int
-    scored: list[int]
-    targets: list[int]
-
-
-@dataclass
-class Tree:
-    """Requests with a common beginning; nodes are numbered depth-first.
-
-    Attributes:
-        tokens: of the nodes.
-        depth: of the nodes, the root's 0.
-        closed: for some nodes the number behind their last descendant's; it is behind the last node's for
-            the others, those of the latest request among them.
-        leaves: the requests.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    depth: list[int] = field(default_factory=list)
-    closed: dict[int, int] = field(default_factory=dict)
-    leaves: list[Leaf] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -158,15 +118,16 @@ def pack(
     """
     if not requests:
         return []
-    budget = batch_size * max(shortest, *(len(request.run) for request in requests))
-    trees = _plant(requests, budget, share)
+    sequences = Sequences(requests)
+    budget = batch_size * max(shortest, int(sequences.lengths.max()))
+    forest = planting.grow(sequences, budget, share=share)
     # Longest first: running out of memory shows at once.
-    trees.sort(key=lambda tree: (-len(tree.tokens), tree.tokens, tree.leaves[0].request))
+    order = sorted(range(len(forest.sizes)), key=lambda tree: forest.sort_key(tree))
     batches = []
-    while trees:
-        rows = max(budget // len(trees[0].tokens), 1)
-        batches.append(_batch(trees[:rows], requests))
-        trees = trees[rows:]
+    while order:
+        rows = max(budget // int(forest.sizes[order[0]]), 1)
+        batches.append(_batch(forest, order[:rows], requests))
+        order = order[rows:]
     return batches
 
 
@@ -177,123 +138,54 @@ def arranged(requests: list[Request], batches: list[list[list[int]]]) -> list[Ba
         requests: in any order.
         batches: [batch][row][request], the longest row first; a row's requests run the same tokens.
     """
-    known = _known(requests, _in_order(requests))
-    found = []
-    for batch in batches:
-        trees = []
-        for row in batch:
-            tokens = requests[row[0]].run
-            path = list(range(len(tokens)))
-            leaves = [_leaf(one, requests[one], path, known[one]) for one in row]
-            trees.append(Tree(tokens, path, leaves=leaves))
-        found.append(_batch(trees, requests))
-    return found
+    forest = planting.rows(Sequences(requests), [row for batch in batches for row in batch])
+    ends = np.cumsum([len(batch) for batch in batches]).tolist()
+    return [
+        _batch(forest, range(end - len(batch), end), requests)
+        for batch, end in zip(batches, ends, strict=True)
+    ]
 
 
-def _in_order(requests: list[Request]) -> list[tuple[int, list[int]]]:
-    """The requests' numbers and what they run, in the order of these tokens."""
-    return sorted(((i, one.run) for i, one in enumerate(requests)), key=lambda pair: pair[1])
-
-
-def _known(requests: list[Request], order: list[tuple[int, list[int]]]) -> list[int]:
-    """How many tokens of each request its document has brought before."""
-    known = [0] * len(requests)
-    brought: dict[int, list[int]] = {}  # the last request of each document
-    for number, tokens in order:
-        owner = requests[number].owner
-        # In this order no earlier request of the document has more in common than the one before.
-        known[number] = _common(brought.get(owner, []), tokens)
-        brought[owner] = tokens
-    return known
-
-
-def _leaf(number: int, request: Request, path: list[int], known: int) -> Leaf:
-    """The leaf of a request whose tokens are the nodes of `path`."""
-    return Leaf(
-        number,
-        path[-1],
-        path[known - 1] if known else -1,
-        known,
-        path[-request.scored :],
-        list(request.tokens[-request.scored :]),
-    )
-
-
-def _plant(requests: list[Request], budget: int, share: bool) -> list[Tree]:
-    trees: list[Tree] = []
-    limit = 0
-    before: list[int] = []
-    path: list[int] = []  # nodes of the request before, root first
-    order = _in_order(requests)
-    known = _known(requests, order)
-    for number, tokens in order:
-        shared = _common(before, tokens)
-        same = shared == len(tokens) == len(before)
-        grown = len(trees[-1].tokens) + len(tokens) - shared if trees else 0
-        worthwhile = share and shared >= WORTH_SHARING * len(tokens) and grown <= limit
-        if not same and not worthwhile:
-            trees.append(Tree())
-            limit = min(max(GROWTH * len(tokens), SMALL_TREE), budget)
-            shared, path = 0, []
-        tree = trees[-1]
-        next_node = len(tree.tokens)
-        tree.closed.update(dict.fromkeys(path[shared:], next_node))
-        path = [*path[:shared], *range(next_node, next_node + len(tokens) - shared)]
-        tree.tokens += tokens[shared:]
-        tree.depth += range(shared, len(tokens))
-        tree.leaves.append(_leaf(number, requests[number], path, known[number]))
-        before = tokens
-    return trees
-
-
-def _common(one: list[int], other: list[int]) -> int:
-    """How many tokens two sequences begin with alike."""
-    alike, beyond = 0, min(len(one), len(other)) + 1
-    # Halving, by comparisons of slices: most pairs are long and differ near their end.
-    while beyond - alike > 1:
-        middle = (alike + beyond) // 2
-        if one[alike:middle] == other[alike:middle]:
-            alike = middle
-        else:
-            beyond = middle
-    return alike
-
-
-def _batch(trees: list[Tree], requests: list[Request]) -> Batch:
-    longest = len(trees[0].tokens)
+def _batch(forest: Forest, trees: Sequence[int], requests: list[Request]) -> Batch:
+    """A batch of these trees, the longest first."""
+    longest = int(forest.sizes[trees[0]])
     shape = (len(trees), longest)
     tokens, depth = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     # Padding sees itself, since a softmax over nothing is NaN.
     ends = np.tile(np.arange(1, longest + 1), (len(trees), 1))
-    leaves: list[tuple[int, Leaf]] = []
     for row, tree in enumerate(trees):
-        length = len(tree.tokens)
-        tokens[row, :length] = tree.tokens
-        depth[row, :length] = tree.depth
-        ends[row, :length] = length
-        ends[row, list(tree.closed)] = list(tree.closed.values())
-        leaves += [(row * longest, leaf) for leaf in tree.leaves]
-    predictions = np.concatenate([start + np.array(leaf.scored) for start, leaf in leaves])
-    scored, row_of = np.unique(predictions, return_inverse=True)
-    owners = [requests[leaf.request].owner for _, leaf in leaves]
-    documents, owner_of = np.unique(owners, return_inverse=True)
-    counts = [len(leaf.scored) for _, leaf in leaves]
+        nodes = forest.nodes(tree)
+        length = nodes.stop - nodes.start
+        tokens[row, :length] = forest.tokens[nodes]
+        depth[row, :length] = forest.depth[nodes]
+        ends[row, :length] = forest.ends[nodes]
+    # Of the requests, by their places in the forest.
+    of_trees = [forest.leaves(tree) for tree in trees]
+    leaves = np.concatenate([np.arange(one.start, one.stop) for one in of_trees])
+    starts = np.repeat(np.arange(len(trees)) * longest, [one.stop - one.start for one in of_trees])
+    numbers = forest.requests[leaves].tolist()
+    counts = forest.scored[leaves]
+    predictions = pieces(forest.predictions, forest.firsts[leaves], counts)
+    scored, row_of = np.unique(predictions + np.repeat(starts, counts), return_inverse=True)
+    documents, owner_of = np.unique([requests[i].owner for i in numbers], return_inverse=True)
+    known = forest.known[leaves]
+    lengths = forest.sizes[list(trees)]
     return Batch(
         tokens=tokens,
-        lengths=np.array([len(tree.tokens) for tree in trees]),
+        lengths=lengths,
         depth=depth,
         ends=ends,
-        branched=any(tree.depth[-1] != len(tree.depth) - 1 for tree in trees),
-        requests=[leaf.request for _, leaf in leaves],
+        branched=bool((depth[np.arange(len(trees)), lengths - 1] != lengths - 1).any()),
+        requests=numbers,
         owners=owner_of,
         documents=documents.tolist(),
-        last=np.array([start + leaf.node for start, leaf in leaves]),
-        known=np.array([start + leaf.known if leaf.known >= 0 else -1 for start, leaf in leaves]),
-        run=np.array([len(requests[leaf.request].run) for _, leaf in leaves]),
-        counted=np.array([int(requests[leaf.request].counted) for _, leaf in leaves]),
-        brought=np.array([leaf.brought for _, leaf in leaves]),
+        last=starts + forest.last[leaves],
+        known=np.where(known >= 0, starts + known, -1),
+        run=forest.run[leaves],
+        counted=np.array([int(requests[i].counted) for i in numbers]),
+        brought=forest.brought[leaves],
         scored=scored,
         row=row_of,
-        targets=np.array([token for _, leaf in leaves for token in leaf.targets]),
+        targets=pieces(forest.targets, forest.firsts[leaves], counts),
         firsts=np.cumsum([0, *counts[:-1]]),
     )

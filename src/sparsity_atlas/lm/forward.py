@@ -179,10 +179,8 @@ def scores(pieces: Iterable[Tensor], batch: Batch) -> Callable[[], tuple[list[fl
     return read
 
 
-def zeros_by_document(
-    zeros: Tensor, batch: Batch
-) -> Callable[[], tuple[list[list[int]], list[list[int]]]]:
-    """Zeros of each document's requests, [documents][slots].
+def zeros_by_document(zeros: Tensor, batch: Batch) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
+    """Zeros of each document's requests, int64 [documents, slots].
 
     Args:
         zeros: of each token, [slots, rows, longest].
@@ -211,8 +209,8 @@ def zeros_by_document(
     once = empty.index_add(0, owners, last - known)
     wait = fetched((every, once))
 
-    def read() -> tuple[list[list[int]], list[list[int]]]:
+    def read() -> tuple[np.ndarray, np.ndarray]:
         every, once = wait()
-        return every.tolist(), once.tolist()
+        return every, once
 
     return read

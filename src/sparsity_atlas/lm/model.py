@@ -21,7 +21,7 @@ from sparsity_atlas.lm.forward import Abilities
 from sparsity_atlas.lm.generation import GeneratingLM
 from sparsity_atlas.lm.longest import Lengths
 from sparsity_atlas.lm.sharing import abilities
-from sparsity_atlas.lm.usage import expert_record
+from sparsity_atlas.lm.usage import expert_record, packed
 from sparsity_atlas.lm.work import Limits, Work, arrange
 from sparsity_atlas.models.logits import head
 from sparsity_atlas.sparsify.transfer import fetched, sent
@@ -133,7 +133,7 @@ class AtlasLM(GeneratingLM):
         return follows
 
     def _abilities(self, requests: list[forest.Request], branching: bool) -> Abilities:
-        longest = max(len(request.run) for request in requests)
+        longest = max(len(request.tokens) for request in requests) - 1
         found, faults = abilities(
             self.model,
             requests,
@@ -225,8 +225,8 @@ class AtlasLM(GeneratingLM):
         """Begin one batch.
 
         Returns:
-            What waits for it, and gives zeros of its documents [document][slot] and the scores of its
-            requests.
+            What waits for it, and gives zeros of its documents [documents, slots] (`packed`) and the scores
+            of its requests.
         """
         valid = np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
         counter = self._counter
@@ -251,7 +251,8 @@ class AtlasLM(GeneratingLM):
             every, once = counts()
             sums, greedy = scores()
             return {
-                **{"zeros": every, "unique": once, "scores": sums, "greedy": greedy},
+                **{"zeros": packed(every), "unique": packed(once)},
+                **{"scores": sums, "greedy": greedy},
                 **expert_record(experts),
             }
 

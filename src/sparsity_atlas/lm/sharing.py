@@ -28,8 +28,9 @@ import numpy as np
 import torch
 
 from sparsity_atlas.lm.answers import Answers, Proof
-from sparsity_atlas.lm.forest import GROWTH, SMALL_TREE, Batch, Request, pack
+from sparsity_atlas.lm.forest import Batch, Request, pack
 from sparsity_atlas.lm.forward import Abilities, Masks, before_head, inputs
+from sparsity_atlas.lm.trees.planting import GROWTH, SMALL_TREE
 from sparsity_atlas.models.logits import head
 from sparsity_atlas.models.logits.head import EXACT, REFUSALS, ROUNDED
 from sparsity_atlas.sites.experts.experts_modules import experts_modules

@@ -53,8 +53,9 @@ class Usage:
         """Add a batch of scored requests."""
         self.by_expert.add_scored(record)
         rows = np.array(batch.documents)
-        self.zeros[SCORING][rows] += np.array(record["zeros"], np.int64)
-        self.zeros[UNIQUE][rows] += np.array(record["unique"], np.int64)
+        shape = len(rows), self.zeros[SCORING].shape[1]
+        self.zeros[SCORING][rows] += unpacked(record["zeros"]).reshape(shape)
+        self.zeros[UNIQUE][rows] += unpacked(record["unique"]).reshape(shape)
         owners = rows[batch.owners]
         np.add.at(self.tokens[SCORING], owners, batch.run * batch.counted)
         np.add.at(self.tokens[UNIQUE], owners, batch.run - batch.brought)
@@ -78,6 +79,16 @@ class Usage:
         # A prompt that is sampled from several times is the same each time.
         self.tokens[UNIQUE][owners] = record["prompt_tokens"]
         self.zeros[UNIQUE][owners] = record["prompt_zeros"]
+
+
+def packed(values: np.ndarray) -> str:
+    """Integers as text for a batch's record: spelt out, they would take longer than all else in it."""
+    return base64.b64encode(values.astype("<i8").tobytes()).decode()
+
+
+def unpacked(text: str) -> np.ndarray:
+    """The integers of a text, int64 in one row; see `packed`."""
+    return np.frombuffer(base64.b64decode(text), "<i8")
 
 
 class ExpertUsage:

@@ -138,21 +138,19 @@ def arrange(
         if kind == "loglikelihood_rolling":
             parts = [windows(tokens, limits, limits.max_length) for (tokens,) in encodings[kind]]
             work.windows = [i for i, own in enumerate(parts) for _ in own]
-            pieces = [(i, *window) for i, own in enumerate(parts) for window in own]
-            counted = [True] * len(pieces)
+            pairs[kind] = [window for own in parts for window in own]
+            asked = [(some[i], owners[i]) for i in work.windows]
+            counted = [True] * len(asked)
         else:
-            pieces = [
-                (i, context, continuation)
-                for i, (context, continuation) in enumerate(encodings[kind])
-            ]
-            counted = _first_of_equals(encodings[kind])
-            for owner, (context, continuation) in zip(owners, encodings[kind], strict=True):
+            pairs[kind] = [(context, continuation) for context, continuation in encodings[kind]]
+            asked = list(zip(some, owners, strict=True))
+            counted = _first_of_equals(pairs[kind])
+            for owner, (context, continuation) in zip(owners, pairs[kind], strict=True):
                 lost = len(context) + len(continuation) - (limits.max_length + 1)
                 work.cut[owner] = max(work.cut[owner], lost)
-        pairs[kind] = [(context, continuation) for _, context, continuation in pieces]
         scored[kind] = [
-            _request(some[i], context, continuation, owners[i], limits.max_length, counts)
-            for (i, context, continuation), counts in zip(pieces, counted, strict=True)
+            _request(one, *pair, owner, limits.max_length, counts)
+            for (one, owner), pair, counts in zip(asked, pairs[kind], counted, strict=True)
         ]
 
     def pack(some: list[forest.Request], *, share: bool) -> list[forest.Batch]:
@@ -205,7 +203,7 @@ def windows(tokens: list[int], limits: Limits, length: int) -> list[tuple[list[i
     ]
 
 
-def _first_of_equals(encodings: list[Encoding]) -> list[bool]:
+def _first_of_equals(pairs: list[collate.Pair]) -> list[bool]:
     """Whether each request is the first that runs its tokens: lm-eval answers the others with it.
 
     Windows of whole documents are no such requests: which of them lm-eval merges, if any, depends on
@@ -213,8 +211,8 @@ def _first_of_equals(encodings: list[Encoding]) -> list[bool]:
     """
     seen: set[tuple[int, ...]] = set()
     first = []
-    for context, continuation in encodings:
-        run = collate.run_tokens((context, continuation))
+    for pair in pairs:
+        run = collate.run_tokens(pair)
         first.append(run not in seen)
         seen.add(run)
     return first

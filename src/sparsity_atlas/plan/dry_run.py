@@ -124,10 +124,9 @@ class DryLM(AtlasLM):
         ]
         predicted = np.bincount(batch.scored // longest, minlength=len(rows)).tolist()
         self.batches.append(Batch(rows, predicted))
-        nothing: list[list[int]] = [[]] * len(batch.documents)
         count = len(batch.requests)
         return {
-            **{"zeros": nothing, "unique": nothing},
+            **{"zeros": "", "unique": ""},  # no slot is counted
             **{"scores": [0.0] * count, "greedy": [False] * count},
         }
 

@@ -168,7 +168,7 @@ def run(
                 model, lambda ids, **o: model(ids, **o).logits, batch, select=True
             )
             zeros, _ = counter.take()
-            counts = forward.zeros_by_document(zeros, batch)()[0]
+            counts = forward.zeros_by_document(zeros, batch)()[0].tolist()
             for owner, own in zip(batch.documents, counts, strict=True):
                 every[owner] = every.get(owner, 0) + np.array(own)
             scores = zip(batch.requests, *forward.scores(pieces, batch)(), strict=True)

@@ -1,0 +1,1 @@
+"""Requests that begin alike, as trees; start at `planting`."""
