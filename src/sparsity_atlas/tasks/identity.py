@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import os
 import re
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +24,12 @@ _PLACES = {"dataset_kwargs", "metadata"}
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
-def leaf_identity(task: Task, limit: int | None) -> dict[str, str]:
+def leaf_identity(task: Task, documents: list[Any]) -> dict[str, str]:
     """Digests of a task's configuration, with the code that it names, and of the documents that it uses.
 
     Args:
         task: as lm-eval loaded it.
-        limit: first so many documents, or None.
+        documents: that are evaluated.
     """
     config = {
         one.name: getattr(task.config, one.name)
@@ -39,12 +39,12 @@ def leaf_identity(task: Task, limit: int | None) -> dict[str, str]:
     if os.path.exists(str(config.get("dataset_path"))):
         del config["dataset_path"]
     shots = _shots(task) if task.get_config("num_fewshot") else ()
-    documents = hashlib.sha256()
-    for document in [*islice(task.eval_docs, limit), *shots]:
-        documents.update(json.dumps(document, sort_keys=True, default=describe).encode())
+    content = hashlib.sha256()
+    for document in itertools.chain(documents, shots):
+        content.update(json.dumps(document, sort_keys=True, default=describe).encode())
     return {
         "config": digest(describe([type(task), config])),
-        "documents": documents.hexdigest(),
+        "documents": content.hexdigest(),
     }
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +99,14 @@ def _load(name: str, entry: dict[str, Any], seed: int) -> LoadedTask:
             check_found(leaf)
             leaf.set_config(key="num_fewshot", value=_shots(leaf, entry.get("num_fewshot")))
             _keep_documents(leaf)
-        leaves = {leaf.task_name: leaf_identity(leaf, limit) for leaf in contents["tasks"].values()}
+        documents = {
+            leaf.task_name: list(islice(leaf.eval_docs, limit))
+            for leaf in contents["tasks"].values()
+        }
+        leaves = {
+            leaf.task_name: leaf_identity(leaf, documents[leaf.task_name])
+            for leaf in contents["tasks"].values()
+        }
     empty = [name for name, leaf in contents["tasks"].items() if len(leaf.eval_docs) == 0]
     if empty or not contents["tasks"]:
         raise TaskFailure(f"'{(empty or [lm_eval_name])[0]}' has no documents")
@@ -127,6 +135,7 @@ def _load(name: str, entry: dict[str, Any], seed: int) -> LoadedTask:
     }
     return LoadedTask(
         *(name, lm_eval_name, contents, limit, cluster, identity),
+        documents=documents,
         modules=modules,
         drawn=drawn,
         unfollowed=bool(files.computed | files.unsteady),

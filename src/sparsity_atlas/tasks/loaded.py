@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
 
+_MAKING = ("custom_dataset", "process_docs")
+
+
 @dataclass(frozen=True)
 class RandomState:
     """Where the three generators are."""
@@ -70,6 +73,7 @@ class LoadedTask:
         problem: why it cannot be evaluated on any model, or None.
         modules: of its own code.
         drawn: where random numbers stood when it was loaded; its requests go on from there.
+        documents: of each leaf those that are evaluated, as they were read.
         unfollowed: its code reads by names that it computes, or asks for what is another at each call, so
             that its identity may lack something.
         allow_code: whether it may run code that the model writes.
@@ -85,6 +89,7 @@ class LoadedTask:
     problem: str | None = None
     modules: OwnModules = field(default_factory=OwnModules, repr=False)
     drawn: RandomState = field(default_factory=RandomState.now, repr=False)
+    documents: dict[str, list[Any]] = field(default_factory=dict, repr=False)
     unfollowed: bool = False
     allow_code: bool = False
     max_gen_toks: int | None = None
@@ -94,6 +99,20 @@ class LoadedTask:
         """lm-eval's tasks by name; one unless this is a group."""
         leaves: dict[str, Task] = self.contents["tasks"]
         return leaves
+
+    def may_change(self, name: str) -> bool:
+        """Whether code of a leaf's own reads its documents, and so may change them."""
+        leaf = self.leaves[name]
+        # What made the documents has done its work.
+        read = {key: one for key, one in vars(leaf.config).items() if key not in _MAKING}
+        built_in = type(leaf).__module__.startswith("lm_eval.api.")
+        return not built_in or any(callable(one) for one in read.values())
+
+    def documents_of(self, name: str) -> list[Any]:
+        """A leaf's documents that are evaluated, as they were read."""
+        if not self.may_change(name):
+            return self.documents[name]
+        return [document for _, document in self.leaves[name].doc_iterator(limit=self.limit)]
 
     @property
     def data(self) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import gc
@@ -17,9 +18,9 @@ from lm_eval.utils import handle_non_serializable, hash_string
 
 from sparsity_atlas.errors import TaskFailure
 from sparsity_atlas.tasks import request_cache
-from sparsity_atlas.tasks.choices import Choices, can_score
+from sparsity_atlas.tasks.choices import Choices, Group, can_score, grouped
 from sparsity_atlas.tasks.reported_metrics import mislabelled
-from sparsity_atlas.tasks.request_cache import Row
+from sparsity_atlas.tasks.request_cache import Labels, Row
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from sparsity_atlas.lm.journalled import JournalledLM
     from sparsity_atlas.lm.work import Arranged, Encoding
     from sparsity_atlas.tasks.loaded import LoadedTask
+
+
+# Libraries look for what is left of them when the process ends.
+atexit.register(gc.unfreeze)
 
 
 class PreparedTask:
@@ -42,10 +47,11 @@ class PreparedTask:
         self._task = task
         self.eval_docs = task.eval_docs  # a property that may process every document anew
         self.documents = documents
+        name = task.task_name  # lm-eval makes a random one up at each call, in case there is none
         self.instances = [
             Instance(
                 *(row.kind, documents[row.doc_id], row.arguments, row.idx),
-                metadata=(task.task_name, row.doc_id, row.repeats),
+                metadata=(name, row.doc_id, row.repeats),
             )
             for row in rows
         ]
@@ -59,11 +65,20 @@ class PreparedTask:
         if not self._copies:
             for name in ("doc_to_text", "doc_to_choice", "doc_to_target"):
                 setattr(task, name, _remembered(getattr(task, name), documents))
-            if can_score(task):
-                self._choices = Choices(task, documents, self.instances)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._task, name)
+
+    def choices(self, documents: list[dict[str, Any]]) -> list[Group] | None:
+        """What `take` takes; None where lm-eval itself must look at each document."""
+        if self._copies or not can_score(self._task):
+            return None
+        return grouped(self._task, documents, self.instances)
+
+    def take(self, choices: list[Group] | None) -> None:
+        """Score by these."""
+        if choices is not None:
+            self._choices = Choices(self._task, choices, self.instances)
 
     def build_all_requests(self, **_: Any) -> None:
         """Forget earlier answers; the requests are built."""
@@ -155,7 +170,8 @@ def prepare(lm: JournalledLM, task: LoadedTask, *, seed: int, share: bool = True
 def _no_collection() -> Iterator[None]:
     """Look for no garbage: among objects that all stay, each search takes longer than the one before.
 
-    It was half of the time that requests take which lie in the cache.
+    It was half of the time that requests take which lie in the cache. What was built is not looked at later
+    either, until `Session.open` begins with another model.
     """
     if not gc.isenabled():
         yield
@@ -164,38 +180,41 @@ def _no_collection() -> Iterator[None]:
     try:
         yield
     finally:
+        gc.freeze()
         gc.enable()
 
 
 def _prepare(lm: JournalledLM, task: LoadedTask, seed: int, share: bool) -> Prepared:
     made_of = None if task.unfollowed else request_cache.key(lm, task, seed=seed)
-    rows = request_cache.read(made_of) if made_of else None
-    if rows is None:
-        rows = _build(lm, task, seed=seed)
-        if made_of:
-            request_cache.write(made_of, rows)
+    kept = request_cache.read(made_of) if made_of else None
+    rows = _build(lm, task, seed=seed) if kept is None else kept[0]
     leaves = {}
     requests: dict[str, list[Instance]] = defaultdict(list)
     encodings: dict[str, list[Encoding]] = defaultdict(list)
     for name, loaded in task.leaves.items():
         # A copy: a task may be prepared in two ways, and answers for one of them.
         leaf = copy.copy(loaded)
-        documents = [document for _, document in leaf.doc_iterator(limit=task.limit)]
+        documents = task.documents_of(name)
         own = [row for row in rows if row.leaf == name]
         leaves[name] = PreparedTask(leaf, documents, own)
         for row, instance in zip(own, leaves[name].instances, strict=True):
             # As often as lm-eval will ask for it.
             requests[row.kind] += [instance] * row.repeats
             encodings[row.kind] += [row.encoding] * row.repeats
+    labels = _labels(task, leaves) if kept is None else kept[1]
+    if kept is None and made_of:
+        request_cache.write(made_of, rows, labels)
+    for name, leaf in leaves.items():
+        leaf.take(labels.choices.get(name))
     return Prepared(
         contents={**task.contents, "tasks": leaves},
         work=lm.work(requests, encodings, share=share, greedy=_asking_greedy(leaves)),
-        hashes={name: [_hash(one) for one in leaf.documents] for name, leaf in leaves.items()},
+        hashes=labels.hashes,
         clusters={
             name: [_cluster(task, one) for one in leaf.documents] for name, leaf in leaves.items()
         },
-        chance=_chance(leaves),
-        mislabelled=sum(mislabelled(leaf, leaf.documents) for leaf in leaves.values()),
+        chance=labels.chance,
+        mislabelled=labels.mislabelled,
     )
 
 
@@ -208,6 +227,25 @@ def _asking_greedy(leaves: dict[str, PreparedTask]) -> set[str]:
         # Code of a task's own may look at it, whatever its metrics are called.
         if leaf._copies or known.get(leaf.OUTPUT_TYPE, "") in (leaf._metric_fn_list or ())
     }
+
+
+def _labels(task: LoadedTask, leaves: dict[str, PreparedTask]) -> Labels:
+    hashes, choices = {}, {}
+    wrong = 0
+    shares: list[float] | None = []
+    for name, leaf in leaves.items():
+        hashes[name] = [_hash(one) for one in leaf.documents]
+        # As they are where labels are read, and nothing has looked at the documents.
+        documents = copy.deepcopy(leaf.documents) if task.may_change(name) else leaf.documents
+        wrong += mislabelled(leaf, documents)
+        if leaf.OUTPUT_TYPE != "multiple_choice":
+            shares = None
+        elif shares is not None:
+            shares += [1 / len(leaf.doc_to_choice(one)) for one in documents]
+        found = leaf.choices(documents)
+        if found is not None:
+            choices[name] = found
+    return Labels(hashes, sum(shares) / len(shares) if shares else None, wrong, choices)
 
 
 def _build(lm: JournalledLM, task: LoadedTask, *, seed: int) -> list[Row]:
@@ -263,15 +301,3 @@ def _cluster(task: LoadedTask, document: dict[str, Any]) -> str | None:
             f"cluster: documents have no field '{task.cluster}'; they have {', '.join(document)}"
         )
     return str(document[task.cluster])
-
-
-def _chance(leaves: dict[str, PreparedTask]) -> float | None:
-    """Accuracy of a guess: mean of 1 / options over a multiple-choice task's documents."""
-    if any(leaf.OUTPUT_TYPE != "multiple_choice" for leaf in leaves.values()):
-        return None
-    shares = [
-        1 / len(leaf.doc_to_choice(document))
-        for leaf in leaves.values()
-        for document in leaf.documents
-    ]
-    return sum(shares) / len(shares)

@@ -10,19 +10,21 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparsity_atlas import cli
 from sparsity_atlas.code_version import code_version
 from sparsity_atlas.files.whole import cache_folder, canonical, digest, write_atomically
+from sparsity_atlas.tasks.choices import Group
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,15 +43,14 @@ SCHEMA = pa.schema(
         ("encoding", pa.list_(pa.list_(pa.int32()))),  # as `PromptLM.encode` gives it
     ]
 )
-_KEY = b"sparsity_atlas"
+_KEY, _LABELS = b"sparsity_atlas", b"labels"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 UNUSED_DAYS = 30
 # They make the prompts and their tokens.
 PACKAGES = ("lm-eval", "tokenizers", "transformers", "jinja2")
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One request of lm-eval's; see `SCHEMA`."""
 
     leaf: str
@@ -59,6 +60,22 @@ class Row:
     repeats: int
     arguments: tuple[Any, ...]
     encoding: tuple[list[int], ...]
+
+
+class Labels(NamedTuple):
+    """What a task's documents ask for, whatever a model answers.
+
+    Attributes:
+        hashes: of each leaf's documents, as lm-eval logs them.
+        chance: accuracy of a guess; None where there is nothing to choose.
+        mislabelled: documents whose label is none of their options.
+        choices: of leaves of which `Choices` can answer: the right ones.
+    """
+
+    hashes: dict[str, list[str]]
+    chance: float | None
+    mislabelled: int
+    choices: dict[str, list[Group]]
 
 
 # Of one session's: a large vocabulary is read once, and not for each task.
@@ -117,7 +134,7 @@ def _path(made_of: dict[str, Any]) -> Path:
     return cache_folder("requests") / f"{digest(made_of)}.parquet"
 
 
-def read(made_of: dict[str, Any]) -> list[Row] | None:
+def read(made_of: dict[str, Any]) -> tuple[list[Row], Labels] | None:
     """The requests of that key; None if there are none that are whole."""
     path = _path(made_of)
     try:
@@ -131,26 +148,65 @@ def read(made_of: dict[str, Any]) -> list[Row] | None:
     table = pq.read_table(pa.BufferReader(payload))
     if table.schema.metadata[_KEY] != canonical(made_of).encode():
         return None
-    columns = [table[name].to_pylist() for name in SCHEMA.names]
-    return [
-        Row(leaf, kind, doc_id, idx, repeats, tuple(json.loads(arguments)), tuple(encoding))
-        for leaf, kind, doc_id, idx, repeats, arguments, encoding in zip(*columns, strict=True)
-    ]
+    columns = [table[name].to_pylist() for name in SCHEMA.names[:-2]]
+    arguments = map(tuple, _loaded(table["arguments"].to_pylist()))
+    encodings = _encodings(table["encoding"])
+    rows = [Row(*one) for one in zip(*columns, arguments, encodings, strict=True)]
+    hashes, chance, wrong, choices = json.loads(table.schema.metadata[_LABELS])
+    groups = {name: [Group(*one) for one in some] for name, some in choices.items()}
+    return rows, Labels(hashes, chance, wrong, groups)
 
 
-def write(made_of: dict[str, Any], rows: list[Row]) -> None:
+def _loaded(texts: list[str]) -> list[Any]:
+    """What JSON texts say; read as one, since a call for each of them is most of the time otherwise."""
+    found: list[Any] = json.loads(f"[{','.join(texts)}]")
+    return found
+
+
+def _column(encodings: list[tuple[list[int], ...]]) -> pa.Array:
+    """Lists of tokens as a column; see `_encodings`."""
+    parts = [part for one in encodings for part in one]
+    counts = [len(part) for part in parts]
+    tokens = np.fromiter(itertools.chain.from_iterable(parts), np.int32, sum(counts))
+    inner = pa.ListArray.from_arrays(_offsets(counts), pa.array(tokens))
+    return pa.ListArray.from_arrays(_offsets([len(one) for one in encodings]), inner)
+
+
+def _offsets(counts: list[int]) -> pa.Array:
+    return pa.array(np.cumsum([0, *counts]), pa.int32())
+
+
+def _encodings(column: pa.ChunkedArray) -> list[tuple[list[int], ...]]:
+    """A column of lists of tokens; as numbers in one piece they are there in a fraction of the time."""
+    rows = column.combine_chunks()
+    parts = rows.flatten()
+    tokens = parts.flatten().to_numpy().tolist()
+    ends = [0, *parts.value_lengths().to_numpy().cumsum().tolist()]
+    lists = [tokens[start:end] for start, end in itertools.pairwise(ends)]
+    ends = [0, *rows.value_lengths().to_numpy().cumsum().tolist()]
+    return [tuple(lists[start:end]) for start, end in itertools.pairwise(ends)]
+
+
+def write(made_of: dict[str, Any], rows: list[Row], labels: Labels) -> None:
     """Keep requests, unless they hold what JSON cannot; forget those that nobody asked for lately."""
     try:
         texts = [json.dumps(row.arguments) for row in rows]
     except TypeError:
         return
-    if any(tuple(json.loads(text)) != row.arguments for text, row in zip(texts, rows, strict=True)):
+    if [tuple(one) for one in _loaded(texts)] != [row.arguments for row in rows]:
         return
+    names = [name for name in SCHEMA.names if name not in ("arguments", "encoding")]
     columns = {
-        **{name: [getattr(row, name) for row in rows] for name in SCHEMA.names},
+        **{name: [getattr(row, name) for row in rows] for name in names},
         "arguments": texts,
+        "encoding": _column([row.encoding for row in rows]),
     }
-    table = pa.table(columns, schema=SCHEMA.with_metadata({_KEY: canonical(made_of)}))
+    choices = {
+        name: [[one.numbers, one.lengths, one.right] for one in some]
+        for name, some in labels.choices.items()
+    }
+    about = {_KEY: canonical(made_of), _LABELS: canonical([*labels[:-1], choices])}
+    table = pa.table(columns, schema=SCHEMA.with_metadata(about))
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, compression="zstd")
     payload = buffer.getvalue().to_pybytes()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from lm_eval.api.instance import Instance
 
-from sparsity_atlas.tasks.choices import Choices, can_score
+from sparsity_atlas.tasks.choices import Choices, can_score, grouped
 from sparsity_atlas.tasks.load import load_tasks
 from tiny_lm import CHOICE, write_task
 
@@ -57,7 +57,7 @@ def test_every_document_scores_as_lm_eval_has_it(form: str, tmp_path: Path) -> N
             one.filtered_resps["none"] = (-float(draw.randint(1, 4)), False)
             instances.append(one)
     draw.shuffle(instances)
-    found = Choices(task, every, instances).score("none")
+    found = Choices(task, grouped(task, every, instances), instances).score("none")
     left = 0
     for number, document in enumerate(every):
         own = sorted((one for one in instances if one.doc_id == number), key=lambda one: one.idx)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import time
@@ -260,3 +261,48 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(
         session: Session = open_session(manifest, tasks)
         assert session.prepared("choice").work.batches
     assert "tokenised requests are not kept" in caplog.text
+
+
+def test_labels_are_read_with_the_requests(
+    manifest: Path, tasks: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = open_session(manifest, tasks).prepared("choice")
+    for name in ("_hash", "grouped", "mislabelled"):
+        monkeypatch.delattr(f"sparsity_atlas.tasks.prepared.{name}")
+    second = open_session(manifest, tasks).prepared("choice")
+    for name in ("hashes", "clusters", "chance", "mislabelled"):
+        assert getattr(first, name) == getattr(second, name)
+
+
+def test_documents_that_code_of_the_task_changes_are_read_anew(
+    manifest: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tasks"
+    tasks = {"own": write_task(folder, "own", choice_documents(), **CHOICE)}
+    (folder / "own_u.py").write_text(
+        "def f(doc):\n    doc['context'] += '!'\n    return doc['label']\n"
+    )
+    with (folder / "own.yaml").open("a") as file:
+        file.write("doc_to_target: !function own_u.f\n")
+    contexts = [one["context"] for one in choice_documents()]
+    for _ in range(2):  # built, and read
+        session = open_session(manifest, tasks)
+        for share in (True, False):
+            prepared = session.prepared("own", share=share)
+            (leaf,) = prepared.leaves.values()
+            assert [one["context"] for one in leaf.documents] == contexts
+            assert prepared.mislabelled == 0
+            leaf.doc_to_target(leaf.documents[0])  # as a scoring may
+            assert leaf.documents[0]["context"] == contexts[0] + "!"
+
+
+def test_what_was_built_is_not_searched_for_garbage_before_the_next_session(
+    manifest: Path, tasks: dict
+) -> None:
+    session = open_session(manifest, tasks)
+    assert gc.get_freeze_count() == 0
+    session.prepared("choice")
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 0
+    open_session(manifest, tasks)
+    assert gc.get_freeze_count() == 0
