@@ -215,10 +215,11 @@ def make_curve(folder: Path, levels: list[str]) -> None:
 
     dense = curve.NodeSamples(folder / "dense", SITE)
     nodes = {level: curve.NodeSamples(folder / level, SITE) for level in levels}
-    settings = {"tasks": {name: {} for name in dense.manifest["tasks"]}, "bars": [0.99]}
+    tasks = {name: {} for name in dense.manifest["tasks"]}
+    settings = {"tasks": tasks, "bars": [0.99], "replicates": 10_000, "seed": 1234}
     samples = curve.all_samples(dense, nodes, settings)
-    estimates = curve.estimate_all(samples, 10_000, 1234)
-    content = curve.build(dense, nodes, estimates, settings, SITE)
+    estimates = curve.estimate_all(samples, settings["replicates"], settings["seed"])
+    content = curve.build(dense, nodes, samples, estimates, settings, SITE)
     assert np.isfinite(content["points"][0]["value"])
 
 
