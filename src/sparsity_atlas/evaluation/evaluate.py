@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -79,7 +78,6 @@ class Session:
         Raises:
             AtlasError: model or tasks cannot be used.
         """
-        gc.unfreeze()  # what an earlier session's requests were
         manifest, checkpoint = from_manifest(manifest_path, kinds=KINDS)
         from sparsity_atlas.lm.by_kind import language_model
         from sparsity_atlas.lm.prompts import PromptSettings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import re
@@ -55,6 +56,7 @@ def load_tasks(
     Raises:
         AtlasError: the Hub does not give a data set.
     """
+    gc.unfreeze()  # requests of tasks that were loaded before
     loaded = {}
     for name, entry in entries.items():
         try:

@@ -171,7 +171,7 @@ def _no_collection() -> Iterator[None]:
     """Look for no garbage: among objects that all stay, each search takes longer than the one before.
 
     It was half of the time that requests take which lie in the cache. What was built is not looked at later
-    either, until `Session.open` begins with another model.
+    either, until `load_tasks` begins with others.
     """
     if not gc.isenabled():
         yield
