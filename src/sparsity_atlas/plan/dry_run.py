@@ -21,11 +21,11 @@ from sparsity_atlas.evaluation.evaluate import Session, evaluate_node
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.lm import forest
 from sparsity_atlas.lm.forward import Abilities
-from sparsity_atlas.lm.journalled import Records, shortest
+from sparsity_atlas.lm.journalled import JournalledLM, Records, shortest
 from sparsity_atlas.lm.model import AtlasLM
 from sparsity_atlas.sparsify.attach import Counter
 from sparsity_atlas.sparsify.counted_vectors import Slot
-from sparsity_atlas.terms import GENERATION, PROMPT, SCORING
+from sparsity_atlas.terms import DENOISING, GENERATION, PROMPT, SCORING
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -62,7 +62,8 @@ class TaskCost:
 
     Attributes:
         documents: rows of the sample table.
-        requests: tokens of all requests, as eval.json will count them.
+        requests: tokens of all requests, as eval.json will count them; of a masked-diffusion model those of
+            all rows and passes, in generation at most.
         generation: tokens that are generated and fed back, at most.
         positions: computed in all passes over requests; what requests share once, padding included.
         steps: passes of generation, at most.
@@ -81,8 +82,8 @@ class TaskCost:
     overhead: float
 
 
-class DryLM(AtlasLM):
-    """Answers at once: every log-probability is 0, every generated text empty.
+class Dry(JournalledLM):
+    """Answers at once.
 
     Attributes:
         batches: the forward passes that it was spared, since `start`.
@@ -107,9 +108,13 @@ class DryLM(AtlasLM):
         return shortest(self.kind, self._hidden, self.max_length)
 
     def start(self, journal: Records, counter: Counter, work: Arranged) -> None:
-        """Begin a task; see `AtlasLM.start`."""
+        """Begin a task; see `JournalledLM.start`."""
         super().start(journal, counter, work)
         self.batches: list[Batch] = []
+
+
+class DryLM(Dry, AtlasLM):
+    """A causal model: every log-probability is 0, every generated text empty."""
 
     def _follows(self, requests: list[forest.Request], prompts: list[Any]) -> bool:
         return False
@@ -165,7 +170,7 @@ class _DrySession(Session):
         return contextlib.nullcontext(Counter([]))
 
 
-def count(lm: DryLM, task: LoadedTask, *, seed: int, folder: Path) -> TaskCost:
+def count(lm: Dry, task: LoadedTask, *, seed: int, folder: Path) -> TaskCost:
     """Go through one task.
 
     Args:
@@ -187,7 +192,7 @@ def count(lm: DryLM, task: LoadedTask, *, seed: int, folder: Path) -> TaskCost:
     middle = int(np.searchsorted(ends, ends[-1] / 2))
     return TaskCost(
         documents=result["items"],
-        requests=tokens[SCORING] + tokens[PROMPT],
+        requests=tokens[SCORING] + tokens[PROMPT] + tokens[DENOISING],
         generation=tokens[GENERATION],
         positions=ends[-1],
         steps=sum(batch.steps for batch in lm.batches),

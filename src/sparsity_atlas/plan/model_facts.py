@@ -13,6 +13,7 @@ import torch
 
 from sparsity_atlas.activations.layout import stored_type
 from sparsity_atlas.config import grid
+from sparsity_atlas.config.model_entry import DiffusionSettings
 from sparsity_atlas.config.schema import Config
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation.evaluate import Session
@@ -22,19 +23,21 @@ from sparsity_atlas.lm.prompts import PromptSettings
 from sparsity_atlas.loading.devices import ITEM_BYTES, pick_device, pick_dtype
 from sparsity_atlas.loading.pretrained import blank, load, load_tokenizer, moved
 from sparsity_atlas.loading.source import resolve
+from sparsity_atlas.models.causality import mask_token_of
 from sparsity_atlas.models.parameters import count_resting
-from sparsity_atlas.plan.dry_run import DryLM, TaskCost, count
+from sparsity_atlas.plan.dry_masked import DryMaskedLM
+from sparsity_atlas.plan.dry_run import Dry, DryLM, TaskCost, count
 from sparsity_atlas.plan.rates import TimedLM, free_memory, node_seconds
 from sparsity_atlas.sites.available import Available
 from sparsity_atlas.sites.experts.experts_modules import experts_modules
-from sparsity_atlas.sites.find import find_parts
+from sparsity_atlas.sites.find import find_parts, sees_earlier_only
 from sparsity_atlas.sites.part import by_layer
 from sparsity_atlas.terms import ATTENTION, ROUTING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sparsity_atlas.loading.checkpoint import Checkpoint
     from sparsity_atlas.sites.part import Part
@@ -140,13 +143,8 @@ def look(
         checkpoint = find(json.loads(grid.fetch_slice(config, name)))
         with torch.device("meta"):
             empty = blank(checkpoint)
-        lm = DryLM(
-            empty,
-            load_tokenizer(checkpoint, add_bos_token=settings["add_bos_token"]),
-            **{key: settings[key] for key in ("batch_size", "max_length")},
-            prompts=PromptSettings.of(settings),
-            kind=_device(settings).type,
-        )
+        tokenizer = load_tokenizer(checkpoint, add_bos_token=settings["add_bos_token"])
+        lm = _dry(empty, tokenizer, settings, config.models[name].mask_token_id)
     except (AtlasError, OSError, ValueError, KeyError) as error:
         unknowns.note(name, error)
         return outlook
@@ -169,6 +167,29 @@ def look(
         else:
             outlook.costs[task.name] = cost
     return outlook
+
+
+def _dry(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: dict[str, Any],
+    mask_token: int | None,
+) -> Dry:
+    """What stands for a model without weights, by the kind that its configuration says."""
+    options = {
+        **{key: settings[key] for key in ("batch_size", "max_length")},
+        **{"prompts": PromptSettings.of(settings), "kind": _device(settings).type},
+    }
+    if sees_earlier_only(model.config.get_text_config()):
+        return DryLM(model, tokenizer, **options)
+    return DryMaskedLM(
+        model,
+        tokenizer,
+        mask_token=mask_token_of(model, mask_token) or 0,
+        shifted=False,
+        diffusion=DiffusionSettings(**settings.get("diffusion", {})),
+        **options,
+    )
 
 
 def _device(settings: dict[str, Any]) -> torch.device:
