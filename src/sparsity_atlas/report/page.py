@@ -60,7 +60,7 @@ def cell(row: Any) -> Cell:
     if row.relation == "none":
         return Cell("no value")
     sign = {"=": "", ">=": "≥ ", "<": "< "}[row.relation]
-    flags = []
+    flags = ["of a bound"] if row.kind == "bound" else []
     if not row.resolved:
         flags.append("not resolved")
     if row.non_monotone:
