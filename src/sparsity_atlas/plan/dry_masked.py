@@ -52,6 +52,7 @@ class DryMaskedLM(Dry, MaskedLM):
         return {
             "texts": [""] * len(rows),
             "cut": [len(a) - len(p) for a, p in zip(asked, prompts, strict=True)],
+            "unfinished": [False] * len(rows),
             **self._spared(rows, [schedule.block_length] * len(rows), schedule.steps),
         }
 

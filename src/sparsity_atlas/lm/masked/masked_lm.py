@@ -218,13 +218,13 @@ class MaskedLM(JournalledLM):
             record = self._batch(partial(self._generate, requests[numbers[0]], numbers))
             own = [owners[one] for one in numbers]
             self.usage.add_denoised(own, record)
-            self.usage.add_cut(own, record["cut"])
+            self.usage.add_ends(own, record["cut"], record["unfinished"])
             for number, text in zip(numbers, record["texts"], strict=True):
                 answers[number] = text
         return answers
 
     def _generate(self, request: Instance, numbers: list[int]) -> dict[str, Any]:
-        """Texts of one batch of prompts, and what these lost; see `Passes.record`.
+        """Texts of one batch of prompts, and what both lost; see `Passes.record`.
 
         Args:
             request: one of them; all have the same options.
@@ -252,6 +252,7 @@ class MaskedLM(JournalledLM):
         return {
             "texts": [self._text(tokens, options.stops) for tokens in found],
             "cut": [len(a) - len(p) for a, p in zip(asked, prompts, strict=True)],
+            "unfinished": [not finished(row, tokens) for row, tokens in enumerate(found)],
             **passes.record(),
         }
 

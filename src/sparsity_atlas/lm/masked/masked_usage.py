@@ -46,6 +46,9 @@ class MaskedUsage(Usage):
         np.subtract.at(self.nats, owners, bounds)
         np.add.at(self.predicted, owners, [len(one.answer) for one in requests])
 
-    def add_cut(self, owners: Sequence[int], lost: Sequence[int]) -> None:
-        """Note how many tokens each prompt lost at its beginning."""
+    def add_ends(
+        self, owners: Sequence[int], lost: Sequence[int], unfinished: Sequence[bool]
+    ) -> None:
+        """Note how many tokens each prompt lost at its beginning, and which texts did not come to an end."""
         np.maximum.at(self.cut, owners, lost)
+        np.add.at(self.unfinished, owners, unfinished)

@@ -112,12 +112,15 @@ def test_texts_are_those_of_a_loop_over_one_row(
         assert row["denoising_tokens"] == len(seen) * (len(prompt) + LENGTH)
         assert row["unique_tokens"] == row["denoising_tokens"]
         assert row["scoring_tokens"] == 0
+        said = session.lm.tokenizer.decode(tokens, skip_special_tokens=True)
+        assert row["unfinished"] == (not ends and not any(stop in said for stop in STOPS))
         assert row["cut_tokens"] == len(asked) - len(prompt)
         lengths.append(len(seen))
         early += len(seen) < STEPS
     # Some are finished before the last block; and some prompts are too long.
     assert 0 < early < len(rows)
     assert any(row["cut_tokens"] for row in rows)
+    assert 0 < sum(row["unfinished"] for row in rows) < len(rows)
     # Batches one after the other; in each a pass for every step, over the rows that go on.
     batches = iter(work.prompts)
     for phase, valid, step in announced:
