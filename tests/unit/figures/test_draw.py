@@ -20,6 +20,7 @@ from sparsity_atlas.figures import (
     by_layer,
     by_task,
     critical_points,
+    differences,
     model_size,
     panels,
     score_curves,
@@ -131,6 +132,20 @@ def test_a_site_looks_the_same_whatever_else_was_measured():
 def test_two_criteria_never_look_alike():
     names = ["topp", "topk", "maxp", "fat", "wina", "cett", "chess", "mine"]
     assert len({(mark.color, mark.marker) for mark in style.marks(names).values()}) == len(names)
+
+
+def test_bounds_are_not_called_losses(tmp_path):
+    bounds = {"text": {"kind": "bound"}}
+    tables = tables_of(tmp_path, models={"a": {}}, criteria=("topp", "topk"), tasks=bounds)
+    drawn = [
+        *(score_curves.added_loss, score_curves.criteria, score_curves.all_tasks),
+        *(differences.differences, critical_points.ppl_sparsity),
+    ]
+    with style.styled():
+        for draw in drawn:
+            said = words(draw(tables)).lower()
+            assert "bound" in said, draw
+            assert "loss" not in said, draw
 
 
 def test_harsh_levels_do_not_squash_the_bar(tmp_path):
