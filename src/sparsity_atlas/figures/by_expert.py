@@ -20,6 +20,8 @@ NOTHING = "No mixture of experts in this run."
 BOXES = "0.75"
 # Of all levels the one at which the experts' sparsity is nearest to this is shown.
 MIDDLE = 0.5
+# Characters that fit above a panel.
+_LINE = 28
 DENSE = "dense"
 _KEY = ["model", "criterion", "site", "tensor"]
 
@@ -50,7 +52,8 @@ def spread(tables: Tables) -> Figure:
                 linestyle=mark.dashes,
             )
         ax.set_title(_title(key, rows))
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        # One tick will do, where one layer alone has experts: else there were fractions of it.
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         percent_axis(ax.yaxis)
     box = Line2D([], [], color=BOXES, linewidth=6, label="a layer's experts")
     legend(figure, styles, box)
@@ -81,7 +84,7 @@ def load(tables: Tables) -> Figure:
         percent_axis(ax.yaxis)
     bar = figure.colorbar(
         ScalarMappable(scale, COLORS), ax=axes, shrink=0.5, aspect=30, pad=0.01,
-        ticks=MaxNLocator(5, integer=True),
+        ticks=MaxNLocator(5, integer=True, min_n_ticks=1),
     )  # fmt: skip
     bar.set_label("layer")
     bar.outline.set_visible(False)
@@ -134,4 +137,6 @@ def _shown(tables: Tables, key: tuple[str, ...]) -> tuple[pd.DataFrame, dict[str
 def _title(key: tuple[str, ...], rows: pd.DataFrame) -> str:
     model, criterion, site, tensor = key
     what = site if plain(site) == tensor else f"{site}: {tensor}"
-    return f"{heading(model)}\n{what}, {criterion} {rows['level'].iloc[0]}"
+    rule_and_level = f"{criterion} {rows['level'].iloc[0]}"
+    between = ", " if len(what) + len(rule_and_level) < _LINE else "\n"
+    return f"{heading(model)}\n{what}{between}{rule_and_level}"

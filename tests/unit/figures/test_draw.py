@@ -415,9 +415,9 @@ def test_experts_stand_beside_the_layers_of_dense_models(routed):
     figure = by_expert.spread(routed)
     titles = [ax.get_title() for ax in figure.axes]
     assert titles == [
-        f"moe\n{what}, {criterion} 0.75"
+        f"moe\n{what}{criterion} 0.75"
         for criterion in ("topk", "topp")
-        for what in ("intermediate", "all_inputs: intermediate", "all_inputs: input")
+        for what in ("intermediate, ", "all_inputs: intermediate\n", "all_inputs: input, ")
     ]
     rows = routed.experts.query(FIRST)
     layers = routed.layers.query(FIRST)
@@ -430,6 +430,14 @@ def test_experts_stand_beside_the_layers_of_dense_models(routed):
         assert own["sparsity"].median() == pytest.approx(drawn[5 * int(layer) + 4][0])
     dense = [list(line) for line in drawn[5 * rows["layer"].nunique() :]]
     assert dense == [list(layers[layers["model"] == name]["sparsity"]) for name in ("a", "b")]
+
+
+def test_one_layer_of_experts_has_one_tick(routed):
+    alone = {"experts": routed.experts.query("layer == 1"), "layers": routed.layers[:0]}
+    figure = by_expert.spread(replace(routed, **alone))
+    figure.canvas.draw()
+    low, high = figure.axes[0].get_xlim()
+    assert [tick for tick in figure.axes[0].get_xticks() if low <= tick <= high] == [1]
 
 
 def test_sparsity_stands_over_load(routed):
