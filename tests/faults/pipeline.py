@@ -1,4 +1,4 @@
-"""The workflow's own commands on the smallest model there is, one process at a time."""
+"""The workflow's own commands on a tiny mixture of experts, one process at a time."""
 
 from __future__ import annotations
 
@@ -49,10 +49,18 @@ def configuration() -> dict[str, Any]:
     }
 
 
+# A dense layer, and one with a shared expert beside routed ones: all kinds of files that a model has.
+MIXTURE: dict[str, Any] = {
+    **{"kind": "qwen2_moe", "num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [0]},
+    **{"moe_intermediate_size": 16, "shared_expert_intermediate_size": 24},
+    "num_key_value_heads": 2,
+}
+
+
 def make(path: Path) -> Checkout:
     """A working copy with the tiny model, its text and its task."""
     checkout = Checkout.make(path)
-    save_model(checkout.path / "models/tiny")
+    save_model(checkout.path / "models/tiny", **MIXTURE)
     lines = (json.dumps({"text": text}) + "\n" for text in sentences(80))
     (checkout.path / "words.jsonl").write_text("".join(lines))
     write_task(checkout.path / "my_tasks", "choice", choice_documents(24), **CHOICE)

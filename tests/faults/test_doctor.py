@@ -36,16 +36,19 @@ def flip(path: Path, place: float = 0.5) -> None:
 
 def chunk(results: Path) -> Path:
     """A chunk of the store that holds activations."""
-    return max((results / "tiny/activations.zarr/input/layer_001/c").rglob("0"), key=str)
+    return max((results / "tiny/activations.zarr/experts.input/layer_001/c").rglob("0"), key=str)
 
 
 # What is done, and the words that the doctor has for it.
 SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
-    "chunk flipped": (lambda r: flip(chunk(r)), "activations.zarr: 'input', layer 1|activations"),
-    "chunk gone": (lambda r: chunk(r).unlink(), "activations.zarr: 'input', layer 1"),
+    "chunk flipped": (
+        lambda r: flip(chunk(r)),
+        "activations.zarr: 'experts.input', layer 1|activations",
+    ),
+    "chunk gone": (lambda r: chunk(r).unlink(), "activations.zarr: 'experts.input', layer 1"),
     "chunk truncated": (
         lambda r: chunk(r).write_bytes(chunk(r).read_bytes()[:20]),
-        "activations.zarr: damaged activation store|activations.zarr: 'input', layer 1",
+        "activations.zarr: damaged activation store|activations.zarr: 'experts.input', layer 1",
     ),
     "token ids gone": (
         lambda r: shutil.rmtree(r / "tiny/activations.zarr/text/ids/c"),
@@ -56,6 +59,11 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
         "intermediate.json: activations.zarr is not there",
     ),
     "samples flipped": (lambda r: flip(r / NODE / "samples.parquet"), f"{NODE}: samples.parquet"),
+    "experts flipped": (lambda r: flip(r / NODE / "experts.parquet"), f"{NODE}: experts.parquet"),
+    "experts gone": (
+        lambda r: (r / NODE / "experts.parquet").unlink(),
+        f"{NODE}: experts.parquet has not the 'choice'",
+    ),
     "samples gone": (
         lambda r: (r / NODE / "samples.parquet").unlink(),
         f"{NODE}: samples.parquet has not the 'choice'",
