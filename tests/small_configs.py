@@ -60,7 +60,7 @@ def small_config(kind: str, **sizes: int) -> PretrainedConfig:
 def _shrunk(config: Any, sizes: dict[str, int]) -> Any:
     for name, size in {**_SIZE, **_TOKENS, **sizes}.items():
         known = name in vars(config) or name in getattr(type(config), "attribute_map", {})
-        now = getattr(config, name, None) if known else None
+        now = _get(config, name) if known else None
         if now is None and not (known and name == "head_dim"):
             continue
         _set(config, name, [size] * LAYERS if isinstance(now, list | tuple) else size)
@@ -71,6 +71,9 @@ def _shrunk(config: Any, sizes: dict[str, int]) -> Any:
             count = max(LAYERS, len(kinds))
             _set(config, name, (kinds + kinds)[:count])
             _set(config, "num_hidden_layers", count)
+    for part in vars(config).values():
+        if isinstance(part, dict):
+            part |= {name: size for name, size in _SIZE.items() if isinstance(part.get(name), int)}
     # Latent attention has one key for each head, and axes of an image share a head's rotations.
     if getattr(config, "kv_lora_rank", None):
         _set(config, "num_key_value_heads", HEADS)
@@ -82,6 +85,13 @@ def _shrunk(config: Any, sizes: dict[str, int]) -> Any:
         if hasattr(part, "to_dict"):
             _shrunk(part, sizes)
     return config
+
+
+def _get(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except Exception:  # noqa: BLE001 (one that differs from layer to layer has no value of its own)
+        return None
 
 
 def _set(config: Any, name: str, value: Any) -> None:
