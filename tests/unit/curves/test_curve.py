@@ -14,8 +14,8 @@ import pyarrow as pa
 import pytest
 
 from sparsity_atlas.curves import curve
-from sparsity_atlas.curves.curve import parameter_sparsity
-from sparsity_atlas.curves.equal_sparsity import read_equal
+from sparsity_atlas.curves.curve import identity, parameter_sparsity
+from sparsity_atlas.curves.equal_sparsity import read_crossings, read_equal
 from sparsity_atlas.curves.node_samples import NodeSamples
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation.samples import SCHEMA, SampleTable, read_table
@@ -192,6 +192,40 @@ def test_known_numbers(tmp_path: Path) -> None:
         {"level": "0.6", "task": task, "reason": "NaN or infinity in 'intermediate' of layer 1"}
         for task in ("group", "pages")
     ]
+
+
+def test_crossings_are_kept_for_pairs_of_models(tmp_path: Path) -> None:
+    """Beside the scores at equal sparsity, where each replicate crosses a bar."""
+    content = run(tmp_path)
+    rows = read_crossings(tmp_path / "small" / "topp" / "intermediate" / "equal.parquet")
+    assert [(one["task"], one["bar"]) for one in rows] == [
+        (task, bar) for task in ("group", "pages", "average") for bar in (0.99, 0.95)
+    ]
+    for one in rows:
+        known = critical(content, one["task"], one["bar"])
+        assert one["value"] == pytest.approx(known["value"])
+        assert len(one["replicates"]) == 100
+        finite = one["replicates"][np.isfinite(one["replicates"])]
+        if not (known["low_open"] or known["high_open"]):
+            assert known["interval_low"] <= np.median(finite) <= known["interval_high"]
+
+
+def test_samples_are_told_apart_by_documents_and_tokens(tmp_path: Path) -> None:
+    def samples(**changes: Any) -> dict[str, Any]:
+        rows = [row("group", "a", item, SLOTS, 0) for item in range(3)]
+        rows[1] |= changes
+        return identity(pa.Table.from_pylist(rows, SCHEMA))
+
+    first = samples()
+    # What a model answers, and what it cost, is not what it was asked.
+    assert samples(metrics=[("acc,none", 1.0)], nats=7.0, prompt_tokens=9) == first
+    assert first["items"] == 3
+    for changes in ({"doc_hash": "other"}, {"doc_id": 7}, {"leaf": "b"}, {"cluster": "c"}):
+        assert samples(**changes)["documents"] != first["documents"], changes
+        assert samples(**changes)["tokens"] == first["tokens"]
+    other = samples(predicted=2)
+    assert other["documents"] == first["documents"]
+    assert other["tokens"] != first["tokens"]
 
 
 def test_dense_zeros_are_those_of_the_site(tmp_path: Path) -> None:
