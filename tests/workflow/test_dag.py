@@ -128,6 +128,15 @@ def test_criteria_by_accuracy_grid(empty: Checkout) -> None:
     }
 
 
+def test_denoising_grid(empty: Checkout) -> None:
+    # 8 sites of one model at a level of one criterion, one of them at one of another, too.
+    found = counts(empty.plan("--configfile", "workflow/config/denoising.yaml"))
+    assert found == {
+        **{"all": 1, "run_config": 1, "model": 1, "dense": 1, "model_summary": 1, "tables": 1},
+        **{"capture": 8, "metrics": 8, "evaluate": 9, "output_error": 9, "curve": 9},
+    }
+
+
 def test_a_calibrated_node_by_its_path(empty: Checkout, config: dict[str, Any]) -> None:
     config["criteria"] = {"teal": {}}
     config["calibration"] = {"tokens": 256}

@@ -112,6 +112,8 @@ class ByStep:
             return
         place = self._index[vectors.key]
         rows, experts = vectors.of_each(kept)
+        if rows.device.type == "mps":  # which adds up no 64-bit integers
+            rows, experts = rows.cpu(), None if experts is None else experts.cpu()
         step = self._step.to(rows.device)
         state = self._kept[place]
         masks = StepMasks.of(rows, experts)
