@@ -46,10 +46,11 @@ REASONS = {
 
 INTRO = """# Model types
 
-What is found in each of the {count} causal model types of transformers {release}, in a random model of two layers,
-otherwise as its default configuration has it. Made by `python tests/type_survey.py`; a test compares it. Sites are
-found by structure and proved for each checkpoint anew: a type that is not in this list is looked at like any other.
-How checkpoints for more than text, those in GGUF and quantised ones are loaded: [hub.md](hub.md).
+What is found in each of the {count} causal model types of transformers {release}, in a random model of two
+layers, otherwise as its default configuration has it. Made by `python tests/type_survey.py`; a test compares
+it. Sites are found by structure and proved for each checkpoint anew: a type that is not in this list is
+looked at like any other. How checkpoints for more than text, those in GGUF and quantised ones are loaded:
+[hub.md](hub.md).
 
 """
 
