@@ -13,11 +13,19 @@ from sparsity_atlas.criteria import create, declared
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.plan.jobs import UNKNOWN, USUAL_LEVELS, Amount, Job, jobs
-from sparsity_atlas.plan.model_facts import NodeKey, Outlook, Unknowns, look, measure
-from sparsity_atlas.plan.rates import curve_seconds, import_seconds, recorded
+from sparsity_atlas.plan.model_facts import (
+    NodeKey,
+    Outlook,
+    Unknowns,
+    captured_tokens,
+    look,
+    measure,
+)
+from sparsity_atlas.plan.rates import curve_seconds, import_seconds, metrics_seconds, recorded
 from sparsity_atlas.plan.targets import missed_targets
 from sparsity_atlas.tasks.load import load_tasks
 from sparsity_atlas.tasks.loaded import LoadedTask
+from sparsity_atlas.terms import ROUTING, TENSORS
 
 # Rules whose jobs run a model, with what their stages import.
 HEAVY = {
@@ -109,6 +117,8 @@ def forecast(config: Config, results: Path) -> Forecast:
             captured.add(job.model)
         if job.rule == "curve" and not job.done and job.rule not in start.recorded:
             took += statistics[job.model]
+        if job.rule == "metrics" and not job.done and job.rule not in start.recorded:
+            took += _metrics_seconds(config, outlooks[job.model], job.site)
         if job.rule == "sensitivity" and not job.done:
             layers = outlooks[job.model].layers
             took += once[job.model] * (1 + layers * job.passes) if layers else UNKNOWN
@@ -188,6 +198,22 @@ def _statistics_seconds(config: Config, outlook: Outlook) -> Amount:
     mean = max(sum(documents) // len(documents), 1)
     one = curve_seconds(config.replicates, mean, USUAL_LEVELS)
     return Amount.exactly(one * (len(documents) + 1))  # of the average as well
+
+
+def _metrics_seconds(config: Config, outlook: Outlook, site: str) -> Amount:
+    """Seconds of a captured site's metrics."""
+    if not outlook.shapes:
+        return UNKNOWN
+    tokens = captured_tokens(config)
+    widths = [
+        (shape[tensor], ROUTING[0] not in shape)
+        for shape in outlook.shapes
+        for tensor in TENSORS[site]
+        if tensor in shape
+    ]
+    return Amount.exactly(
+        sum(metrics_seconds(tokens, width, ranked=ranked) for width, ranked in widths)
+    )
 
 
 def _seconds(job: Job, outlook: Outlook | None, start: Start) -> Amount:

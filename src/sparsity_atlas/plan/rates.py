@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sparsity_atlas.activations.metrics import layer_metrics
 from sparsity_atlas.curves.critical import critical
 from sparsity_atlas.curves.equal_sparsity import REPLICATES, equal_rows
 from sparsity_atlas.curves.points import curve_points, estimate_all
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 ENOUGH_SECONDS = 0.4
 SMALLEST = (1, 32)  # rows, tokens
 FEW_REPLICATES = 1000  # of the bootstrap, to time it
+FEW_TOKENS, SMALL_SIDE = 128, 384  # of a tensor and its Gram matrix, to time their metrics
 
 
 class TimedLM(AtlasLM):
@@ -162,6 +165,34 @@ def curve_seconds(replicates: int, documents: int, levels: int) -> float:
     total = (fitted - began) * replicates + (read - fitted) * min(replicates, REPLICATES)
     # Of the task and of the average, which is of as many.
     return total / few / 2
+
+
+@functools.cache
+def metrics_seconds(tokens: int, width: int, *, ranked: bool = True) -> float:
+    """Seconds of a layer's metrics, from a few of its tokens and a small Gram matrix.
+
+    Args:
+        tokens: that are captured.
+        width: of the tensor.
+        ranked: whether all its rows have an effective rank together; those of routed experts have not.
+    """
+    values = np.random.default_rng(0).standard_normal((FEW_TOKENS, width), dtype=np.float32)
+    layer_metrics(values)  # the first one loads what the others find
+    began = time.perf_counter()
+    layer_metrics(values)
+    total = (time.perf_counter() - began) * tokens / FEW_TOKENS
+    if not ranked:
+        return total
+    small, other = sorted((tokens, width))
+    side = min(small, SMALL_SIDE)
+    square = np.random.default_rng(0).random((side, side))
+    began = time.perf_counter()
+    product = square.T @ square
+    made = time.perf_counter()
+    np.linalg.eigvalsh(product)
+    solved = time.perf_counter()
+    total += (made - began) * (small / side) ** 2 * other / side
+    return total + (solved - made) * (small / side) ** 3
 
 
 def recorded(benchmarks: Path) -> dict[str, float]:

@@ -406,6 +406,41 @@ def test_a_quick_batch_is_timed_whole_and_a_slow_one_in_part() -> None:
     assert 0.05 < between.positions / 1000 < 0.8
 
 
+def test_metrics_are_planned_by_what_is_captured(
+    monkeypatch: pytest.MonkeyPatch, model_folder: Path, tmp_path: Path
+) -> None:
+    asked = []
+
+    def seconds(tokens: int, width: int, *, ranked: bool = True) -> float:
+        asked.append((tokens, width, ranked))
+        return 100.0
+
+    monkeypatch.setattr("sparsity_atlas.plan.forecast.metrics_seconds", seconds)
+    config = make_config(
+        {"m": {"path": str(model_folder)}},
+        {"choice": write_task(tmp_path / "tasks", "choice", choice_documents(), **CHOICE)},
+        block={"sites": ["intermediate", "input"], "levels": [0.5]},
+    )
+    found = forecast(config, tmp_path / "results")
+    layers = found.outlooks["m"].layers
+    metrics = [
+        took.expected
+        for job, took in zip(found.jobs, found.seconds, strict=True)
+        if job.rule == "metrics"
+    ]
+    assert asked
+    assert {tokens for tokens, _, _ in asked} == {captured_tokens(config)}
+    assert all(ranked for _, _, ranked in asked)
+    assert sum(metrics) == pytest.approx(100.0 * len(asked), rel=0.2)
+    assert len(asked) == layers * len(metrics)
+
+
+def test_a_layer_of_more_tokens_takes_longer() -> None:
+    few, many = (rates.metrics_seconds(tokens, 64) for tokens in (1_000, 1_000_000))
+    assert many > 10 * few > 0
+    assert rates.metrics_seconds(1_000_000, 64, ranked=False) > 0
+
+
 def test_recorded_times_are_means_by_rule(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a/x.jsonl").write_text(
