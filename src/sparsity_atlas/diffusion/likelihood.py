@@ -75,15 +75,15 @@ def rows_of(number: int, request: Request, samples: int, mask_token: int) -> Ite
     """
     sets = mask_sets(len(request.answer), samples, request.seed)
     begin = len(request.prompt)
+    answer = np.array(request.answer)
     for masked, weight in zip(sets.masked, sets.weights.tolist(), strict=True):
-        shown = (mask_token if m else t for m, t in zip(masked, request.answer, strict=True))
-        hidden = np.flatnonzero(masked).tolist()
+        hidden = np.flatnonzero(masked)
         yield Row(
             number,
             begin,
-            (*request.prompt, *shown),
-            tuple(begin + place for place in hidden),
-            tuple(request.answer[place] for place in hidden),
+            (*request.prompt, *np.where(masked, mask_token, answer).tolist()),
+            tuple((begin + hidden).tolist()),
+            tuple(answer[hidden].tolist()),
             weight,
         )
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -33,6 +34,8 @@ class MaskSets:
     exact: bool
 
 
+# Options of a document that are equally long have the same ones, and are asked for one after the other.
+@lru_cache(maxsize=64)
 def mask_sets(length: int, samples: int, seed: str) -> MaskSets:
     """The sets of an answer: all 2^L − 1 where these are no more than `samples`, else a sample of them.
 

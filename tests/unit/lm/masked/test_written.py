@@ -11,7 +11,7 @@ import torch
 
 from masked_diffusion import MASK, logits_by_hand, save_diffusion
 from sparsity_atlas.config.model_entry import DiffusionSettings
-from sparsity_atlas.errors import TaskFailure
+from sparsity_atlas.errors import AtlasError, TaskFailure
 from sparsity_atlas.evaluation.evaluate import Session, evaluate_node
 from sparsity_atlas.evaluation.expert_table import NAME
 from sparsity_atlas.evaluation.expert_table import read_table as read_experts
@@ -224,3 +224,10 @@ def test_a_task_that_is_refused_is_a_result(
     result = evaluate_node(open_session(manifest, own), None, tmp_path)["tasks"]["words"]
     assert result["status"] == "failed"
     assert "do_sample" in result["reason"]
+
+
+def test_a_causal_model_is_not_asked_with_masks(
+    manifest: Path, tasks: dict[str, dict[str, Any]]
+) -> None:
+    with pytest.raises(AtlasError, match=r"^models\.\w+: diffusion: .* causal; leave it out"):
+        open_session(manifest, tasks, diffusion={"samples": 3})
