@@ -7,6 +7,7 @@ configuration reruns what depends on it and nothing else.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,12 @@ def fetch_slice(config: Config, model: str) -> str:
     keys = {"path", "hub", "revision", "code_revision", "tokenizer", "modules", *allowed}
     keys |= {"adapter", "adapter_hub", "adapter_revision", "gguf"}
     keys |= {"mask_token_id", "shifted_logits"}
-    return _json(entry.model_dump(include=keys, exclude_none=True))
+    found = entry.model_dump(include=keys, exclude_none=True)
+    if "gguf" in found and not {"path", "hub"} & found.keys():
+        # One way to say it: a file in a folder.
+        folder, found["gguf"] = os.path.split(found["gguf"])
+        found["path"] = folder or "."
+    return _json(found)
 
 
 def loading_slice(config: Config, model: str) -> dict[str, Any]:

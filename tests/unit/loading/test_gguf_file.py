@@ -255,6 +255,9 @@ def test_where_it_may_lie(file: Path, tmp_path: Path, monkeypatch: pytest.Monkey
             "run": [{"models": ["mine"]}],
         }
         config = parse(locate(data, tmp_path))
-        checkpoint, commit = resolve(json.loads(fetch_slice(config, "mine")))
+        source = json.loads(fetch_slice(config, "mine"))
+        # Tables and the plan read where a model comes from.
+        assert source == {"path": str(file.parent), "gguf": file.name}
+        checkpoint, commit = resolve(source)
         assert (checkpoint, commit) == (checkpoint_of(file), None)
         assert model_content(config, "mine") == checkpoint.digest()
