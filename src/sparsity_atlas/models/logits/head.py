@@ -149,6 +149,8 @@ def without_cache(model: PreTrainedModel) -> dict[str, Any]:
 def _decoders(model: PreTrainedModel) -> list[nn.Module]:
     """Modules that a model's class may call for its hidden states."""
     found = [one for one in (model.base_model, model.get_decoder()) if one not in (None, model)]
+    if not found:  # Llama 4's text model names itself: what it holds with an embedding is one
+        found = [one for one in model.children() if getattr(one, "get_input_embeddings", None)]
     if not found:
         raise AttributeError(f"{type(model).__name__} names no decoder of its own")
     return list(dict.fromkeys(found))

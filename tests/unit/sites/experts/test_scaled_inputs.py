@@ -14,6 +14,7 @@ from mixtures import EXPERTS, HIDDEN, tiny_mixture
 from sparsity_atlas.criteria import create
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.lm.forest import Request
+from sparsity_atlas.lm.forward import Abilities
 from sparsity_atlas.lm.sharing import abilities
 from sparsity_atlas.sites.experts.experts_modules import experts_modules
 from sparsity_atlas.sites.experts.implementation import installed
@@ -219,7 +220,7 @@ def test_a_routing_can_be_made_again(model: Any) -> None:
 def test_contexts_are_shared(model: Any) -> None:
     context = list(range(5, 25))
     able, faults = abilities(model, [Request([*context, 30 + n, 40 + n], 2, 0) for n in range(4)])
-    assert able.branches, faults
+    assert (able, faults) == (Abilities(branches=True, selects=True), {})
 
 
 def test_several_experts_a_token_are_refused() -> None:
