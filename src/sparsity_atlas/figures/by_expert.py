@@ -16,7 +16,7 @@ from sparsity_atlas.figures.style import GREY, heading, marks
 from sparsity_atlas.tables.read import SITE_ORDER, Tables, site_rank
 from sparsity_atlas.terms import plain
 
-NOTHING = "No mixture of experts in this run."
+NOTHING = "No node of a mixture of experts in this run."
 BOXES = "0.75"
 # Of all levels the one at which the experts' sparsity is nearest to this is shown.
 MIDDLE = 0.5
@@ -28,9 +28,9 @@ _KEY = ["model", "criterion", "site", "tensor"]
 
 def spread(tables: Tables) -> Figure:
     """The experts' sparsity layer by layer, with that of dense models' layers at the same level."""
-    if tables.experts.empty:
-        return empty(NOTHING)
     keys, note = select(_panels(tables), PANELS)
+    if not keys:
+        return empty(NOTHING)
     shown = {key: _shown(tables, key) for key in keys}
     beside = [model for model in tables.by_size() if any(model in one[1] for one in shown.values())]
     styles = marks(beside)
@@ -63,9 +63,9 @@ def spread(tables: Tables) -> Figure:
 
 def load(tables: Tables) -> Figure:
     """Each expert's sparsity over the share of tokens that were routed to it."""
-    if tables.experts.empty:
-        return empty(NOTHING)
     keys, note = select(_panels(tables), PANELS)
+    if not keys:
+        return empty(NOTHING)
     shown = {key: _shown(tables, key)[0] for key in keys}
     scale = Normalize(0, max(1, *(rows["layer"].max() for rows in shown.values())))
     figure, axes = grid(len(keys), height=2.2, share_x=False)

@@ -317,6 +317,9 @@ def test_many_models_fit_on_a_page_and_the_figure_says_what_is_left_out(tmp_path
                 "step_overlap",
                 "step_layers",
                 "twins",
+                "step_sparsity",
+                "step_overlap",
+                "step_layers",
             ):
                 assert re.search(r"\d+ of 50 shown", words(figure)), name
 
@@ -459,6 +462,14 @@ def test_without_dense_models_experts_stand_alone(tmp_path):
     tables = tables_of(tmp_path, models={"moe": {"experts": True}}, sites=("input",))
     figure = by_expert.spread(tables)
     assert [ax.get_title() for ax in figure.axes] == ["moe\ninput, topp 0.75"]
+
+
+def test_experts_of_the_baseline_alone_are_no_figure(routed):
+    # As where no node of a mixture has ended yet, or all have failed.
+    dense = replace(routed, experts=routed.experts.query("level == 'dense'"))
+    assert len(dense.experts)
+    for draw in (by_expert.spread, by_expert.load):
+        assert "No node of a mixture of experts" in words(draw(dense))
 
 
 def test_experts_of_dense_models_are_no_figure(plain):
