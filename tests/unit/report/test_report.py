@@ -140,6 +140,9 @@ def test_every_figure_and_every_model_is_there(finished, text):
         "phase_sparsity",
         "expert_sparsity",
         "expert_load",
+        "step_sparsity",
+        "step_overlap",
+        "step_layers",
         "allocation_damage",
         "allocation",
     ]
@@ -200,7 +203,7 @@ def test_headline_numbers_are_those_of_the_table(finished, text):
 
 def row(**other):
     about = {
-        "relation": "=", "value": 0.4567, "interval_low": 0.4, "interval_high": 0.5,
+        "kind": "loss", "relation": "=", "value": 0.4567, "interval_low": 0.4, "interval_high": 0.5,
         "low_open": False, "high_open": False, "resolved": True, "non_monotone": False,
     }  # fmt: skip
     return type("Row", (), {**about, **other})
@@ -213,6 +216,7 @@ def row(**other):
         ({"relation": ">=", "high_open": True}, page.Cell("≥ 45.7", "40 to >50")),
         ({"relation": "<", "low_open": True}, page.Cell("< 45.7", "<40 to 50")),
         ({"interval_low": 0.447}, page.Cell("45.7", "44.7 to 50")),
+        ({"kind": "bound"}, page.Cell("45.7", "40 to 50", ("of a bound",))),
         # Outwards, as the ends themselves are.
         ({"interval_low": 0.4448, "interval_high": 0.5001}, page.Cell("45.7", "44.4 to 50.1")),
         ({"interval_low": float("nan")}, page.Cell("45.7")),
