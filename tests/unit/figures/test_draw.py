@@ -317,9 +317,6 @@ def test_many_models_fit_on_a_page_and_the_figure_says_what_is_left_out(tmp_path
                 "step_overlap",
                 "step_layers",
                 "twins",
-                "step_sparsity",
-                "step_overlap",
-                "step_layers",
             ):
                 assert re.search(r"\d+ of 50 shown", words(figure)), name
 
