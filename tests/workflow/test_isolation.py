@@ -46,7 +46,7 @@ SPOILT: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "weightless": (without_weights, ["models/weightless", "*.safetensors"]),
     "speechless": (without_tokenizer, ["models/speechless", "tokenizer"]),
     "truncated": (truncated, ["models/truncated", "damaged safetensors"]),
-    "quantised": (quantised, ["models/quantised", "quantised", "gptq", "not supported"]),
+    "quantised": (quantised, ["models/quantised", "quantised", "gptq", "plain numbers"]),
     "missing": (missing, ["models/missing", "no such folder"]),
 }
 

@@ -334,7 +334,7 @@ REFUSED = {
     "tda": "it looks at whole sequences",
     "r_sparse": "low-rank part of the weights of each expert",
 }
-BY_CHANNEL = ("chess", "mean_compensation")
+BY_CHANNEL = ("bias_compensation", "chess", "mean_compensation")
 
 
 @pytest.mark.parametrize("rule", rule_names())
@@ -388,7 +388,7 @@ def test_what_is_refused_is_known_without_a_model() -> None:
 @pytest.mark.parametrize("allocation", ["equal_cett", "sensitivity", "greedy"])
 def test_allocations_are_refused(experts: list[Any], allocation: str) -> None:
     criterion = create({"rule": "teal", "allocation": allocation})
-    with pytest.raises(AtlasError, match="what an allocation spreads over layers"):
+    with pytest.raises(AtlasError, match="an allocation levels one error a layer"):
         check_places(criterion, experts, "all_inputs", "teal")
 
 

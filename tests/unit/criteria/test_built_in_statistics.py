@@ -108,7 +108,7 @@ def test_bias_compensation_by_hand(ffn: FFN) -> None:
     rule, place = create({"rule": "bias_compensation"}), Place(ffn, "input")
     bound = rule.bind(place, rule.calibrate(place, seen))
     values = torch.tensor([[3.0, 7.0], [-9.0, 1.0]])
-    out, zeros, _ = dropping(bound, 0.5)(values, values)
+    out, zeros, *_ = dropping(bound, 0.5)(values, values)
     # (1 + 2) / 4 and (0.5 - 3) / 4.
     assert out.tolist() == [[0.75, 7 - 0.625], [-9 + 0.75, -0.625]]
     assert zeros.tolist() == [1, 1]
@@ -140,10 +140,10 @@ def bound_to(rule: str, place: Place, values: Tensor):
 def test_all_that_is_kept_stays_as_it_is(rule: str, ffn: FFN) -> None:
     values = torch.randn(20, ffn.hidden, generator=torch.Generator().manual_seed(3))
     bound = bound_to(rule, Place(ffn, "input"), values)
-    out, zeros, _ = dropping(bound, 1.0)(values, values)
+    out, zeros, *_ = dropping(bound, 1.0)(values, values)
     assert torch.equal(out, values)
     assert not zeros.any()
-    out, zeros, _ = dropping(bound, 0.0)(values, values)
+    out, zeros, *_ = dropping(bound, 0.0)(values, values)
     assert not out.any()
     assert (zeros == ffn.hidden).all()
 
@@ -152,7 +152,7 @@ def test_all_that_is_kept_stays_as_it_is(rule: str, ffn: FFN) -> None:
 def test_rotated_wina_drops_what_costs_least(level: float, ffn: FFN) -> None:
     values = torch.randn(200, ffn.hidden, generator=torch.Generator().manual_seed(4))
     place = Place(ffn, "input")
-    out, zeros, _ = dropping(bound_to("rotated_wina", place, values), level)(values, values)
+    out, zeros, *_ = dropping(bound_to("rotated_wina", place, values), level)(values, values)
     dropped = ffn.hidden - math.floor(level * ffn.hidden)
     assert (zeros == dropped).all()
     # In float64, by the SVD itself: what is lost is the sum of the least squares.
@@ -169,7 +169,7 @@ def test_rotated_topk_of_a_subspace_loses_nothing(ffn: FFN) -> None:
     few = torch.randn(ffn.hidden // 4, ffn.hidden, generator=generator)
     values = torch.randn(300, len(few), generator=generator) @ few
     bound = bound_to("rotated_topk", Place(ffn, "input"), values)
-    out, zeros, _ = dropping(bound, 0.25)(values, values)
+    out, zeros, *_ = dropping(bound, 0.25)(values, values)
     assert (zeros == ffn.hidden - ffn.hidden // 4).all()
     assert torch.allclose(out, values, atol=1e-3)
     # Top-k as it lies loses most of it.
