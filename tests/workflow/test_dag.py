@@ -108,7 +108,7 @@ def test_the_grid_of_a_part_of_the_paper(
 
 
 def test_criteria_grid(empty: Checkout) -> None:
-    # 4 models at 5 sites of the FFN: 15 + 13 + 8 + 5 + 4 criteria there, 4 + 6 + 5 + 3 + 2 of them calibrated;
+    # 4 models at 5 sites of the FFN: 15 + 13 + 8 + 5 + 4 criteria, 4 + 6 + 5 + 3 + 2 of them calibrated;
     # and at 3 of attention: 7 + 7 + 7, of these 3 + 3 + 4. Layers one at a time: 2 criteria at 3 sites.
     found = counts(empty.plan("--configfile", "workflow/config/criteria.yaml"))
     assert found == {

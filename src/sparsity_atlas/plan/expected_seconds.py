@@ -71,7 +71,13 @@ def expected(config: Config, results: Path) -> list[tuple[Key, float]]:
     planned = _planned(results / FILE, config)
     sizes = {name: _bytes(entry.path) for name, entry in config.models.items()}
     left = [job for job in jobs(config, results) if not job.done]
-    usual = [_usual_seconds(job, sizes) for job in left]
+    # A request of a masked-diffusion model is as many rows as it has samples; short answers have fewer. With
+    # eight samples the zoo's takes 4.6 times as long as its causal twin.
+    rows = {
+        name: 1.0 if entry.diffusion is None else (1 + entry.diffusion.samples) / 2
+        for name, entry in config.models.items()
+    }
+    usual = [_usual_seconds(job, sizes, rows.get(job.model, 1.0)) for job in left]
     # What was not planned is put on the scale of what was.
     both: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for job, seconds in zip(left, usual, strict=True):
@@ -112,11 +118,11 @@ def _bytes(path: str | None) -> int:
     return sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
 
 
-def _usual_seconds(job: Job, sizes: dict[str, int]) -> float:
-    """By rule, evaluations, and the model's size beside the others'."""
+def _usual_seconds(job: Job, sizes: dict[str, int], rows: float) -> float:
+    """By rule, evaluations (of so many rows a request), and the model's size beside the others'."""
     known = [size for size in sizes.values() if size]
     mean = sum(known) / len(known) if known else 0
     size = (sizes.get(job.model) or mean) / mean if mean else 1.0
     evaluations = max((amount.expected for amount in job.evaluations.values()), default=0.0)
     # Half of an evaluation of a small model is the same for all of them.
-    return SECONDS.get(job.rule, 1.0) + EVALUATION * evaluations * (0.5 + 0.5 * size)
+    return SECONDS.get(job.rule, 1.0) + EVALUATION * rows * evaluations * (0.5 + 0.5 * size)

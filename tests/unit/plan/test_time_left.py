@@ -160,6 +160,7 @@ def test_the_default_run_is_foretold_from_a_tenth_on(slow: float, cores: int) ->
     config = parse(yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8")))
     forecast = expected(config, ROOT / "none")
     evaluation = {"zoo-small": 1.6, "zoo-medium": 2.5, "zoo-large": 4.4, "zoo-medium-relu": 2.5}
+    evaluation |= {"zoo-medium-moe": 3.0, "zoo-medium-diffusion": 11.5}
     draw = random.Random(cores)
     jobs = [key for key, _ in forecast]
     draw.shuffle(jobs)
