@@ -14,11 +14,22 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from sparsity_atlas.figures.style import GREY, NARROW, TALL, WIDE, Dashes, Mark, NothingToShow
+from sparsity_atlas.figures.style import (
+    GREY,
+    NARROW,
+    TALL,
+    WIDE,
+    Dashes,
+    Mark,
+    NothingToShow,
+    wrap,
+)
 from sparsity_atlas.tables.read import Tables
 from sparsity_atlas.terms import IN_NATS, NAMED_PARTS
 
 Key = TypeVar("Key")
+# Inches that a character of a note takes, on the average.
+CHARACTER = 0.062
 
 
 def select(keys: Sequence[Key], limit: int) -> tuple[list[Key], str]:
@@ -114,8 +125,9 @@ def empty(message: str) -> Figure:
 
 
 def label(figure: Figure, x: str, y: str = "", note: str = "") -> None:
-    """Label the axes of the whole figure; `note` goes on a line of its own below."""
-    figure.supxlabel("\n".join(filter(None, (x, note))), fontsize=7.5)
+    """Label the axes of the whole figure; `note` goes on lines of its own below, as wide as the figure."""
+    lines = [wrap(line, int(figure.get_figwidth() / CHARACTER)) for line in note.splitlines()]
+    figure.supxlabel("\n".join(filter(None, (x, *lines))), fontsize=7.5)
     if y:
         figure.supylabel(y, fontsize=7.5)
 

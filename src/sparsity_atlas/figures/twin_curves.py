@@ -68,6 +68,13 @@ def _named(rows: pd.DataFrame) -> str:
 
 
 def _differences(ax: Axes, rows: pd.DataFrame, styles: dict[str, Mark]) -> None:
+    if rows.empty:  # a loss beside a bound of one, or curves that have no sparsity in common
+        ax.set_axis_off()
+        ax.text(
+            *(0.5, 0.5, "nothing to compare\nat equal sparsity"), ha="center", va="center",
+            fontsize=7, color=GREY, transform=ax.transAxes,
+        )  # fmt: skip
+        return
     ax.axhline(0, color=GREY, linewidth=0.8)
     percent_axis(ax.xaxis)
     for site, mark in styles.items():

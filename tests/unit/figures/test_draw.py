@@ -321,6 +321,18 @@ def test_many_models_fit_on_a_page_and_the_figure_says_what_is_left_out(tmp_path
                 assert re.search(r"\d+ of 50 shown", words(figure)), name
 
 
+def test_a_long_note_stays_within_its_figure():
+    figure, _ = panels.grid(1)
+    panels.label(
+        figure, "x", note="one model only, not shown: " + "; ".join(["a long family"] * 20)
+    )
+    figure.canvas.draw()
+    (written,) = [text for text in figure.texts if "not shown" in text.get_text()]
+    box = written.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
+
+
 def test_a_selection_keeps_both_ends():
     kept, note = panels.select(list(range(50)), 7)
     assert kept[0] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,18 @@ def test_accuracies_alone_are_shown_by_their_average(tmp_path: Path) -> None:
     figure = twins(make_tables(tmp_path, pairs=[("base", "tuned")]))
     assert figure.axes[1].get_title() == "average, 99%"
     assert figure.axes[0].get_ylabel() == "retained accuracy (%)"
+
+
+def test_where_no_scores_can_be_compared_a_panel_says_so(tmp_path: Path) -> None:
+    make_results(tmp_path, MODELS, sites=("input",))
+    tables = make_tables(tmp_path, pairs=[("base", "tuned")])
+    # As of a loss beside a bound of one: only where each rises.
+    rows = tables.twins[tables.twins["measure"] != "score"]
+    left, right = twins(replace(tables, twins=rows)).axes[:2]
+    assert not left.axison
+    assert [text.get_text() for text in left.texts] == ["nothing to compare\nat equal sparsity"]
+    assert left.get_title() == "tuned − base"
+    assert right.lines
 
 
 def test_no_pair_is_no_figure(tmp_path: Path) -> None:
