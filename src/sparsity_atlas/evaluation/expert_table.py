@@ -76,10 +76,4 @@ def read_table(path: Path) -> CountTable:
     Raises:
         AtlasError: missing, damaged, or of a newer format.
     """
-    return read_counts(path, SCHEMA, _check_slot)
-
-
-def _check_slot(layer: Any, part: Any, tensor: Any, experts: Any, each: Any) -> None:
-    numbers = all(isinstance(one, int) and one >= 0 for one in (layer, experts, each))
-    if not (numbers and isinstance(part, str) and isinstance(tensor, str)):
-        raise TypeError("slots are [layer, part, tensor, experts, how many a token meets]")
+    return read_counts(path, SCHEMA, "experts, how many a token meets")

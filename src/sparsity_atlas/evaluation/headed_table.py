@@ -79,21 +79,23 @@ class CountTable:
         write_headed(path, header, [self.rows[name] for name in order])
 
 
-def read_counts(path: Path, schema: pa.Schema, check_slot: Callable[..., None]) -> CountTable:
-    """Read a table.
+def read_counts(path: Path, schema: pa.Schema, numbers: str) -> CountTable:
+    """Read a table of counts.
 
     Args:
         path: the file.
-        schema: of its rows, among them `task`.
-        check_slot: called with what a slot consists of; raises TypeError if that is wrong.
+        schema: of its rows.
+        numbers: what the two numbers of a slot are, which stand behind its layer, part and tensor.
 
     Raises:
         AtlasError: missing, damaged, or of a newer format.
     """
 
     def check(header: dict[str, Any]) -> None:
-        for slot in header["slots"]:
-            check_slot(*slot)
+        for layer, part, tensor, *two in header["slots"]:
+            whole = all(isinstance(one, int) and one >= 0 for one in (layer, *two))
+            if not (whole and len(two) == 2 and isinstance(part, str) and isinstance(tensor, str)):
+                raise TypeError(f"slots are [layer, part, tensor, {numbers}]")
         tasks = header["tasks"]
         if not (isinstance(tasks, dict) and all(isinstance(one, str) for one in tasks.values())):
             raise TypeError("tasks have a fingerprint")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sparsity_atlas.lm.prompts import PromptLM
 from sparsity_atlas.lm.usage import Usage
+from sparsity_atlas.lm.work import Limits
 from sparsity_atlas.loading import free_memory
 from sparsity_atlas.models.memory import of_a_pass
 
@@ -76,6 +77,17 @@ class JournalledLM(PromptLM):
     def shortest(self) -> int:
         """Tokens that the requests of a batch are taken to have at least; see `forest.pack`."""
         return shortest(self.device.type, self._hidden, self.max_length)
+
+    @property
+    def limits(self) -> Limits:
+        """Settings that batches depend on."""
+        return Limits(
+            self.batch_size,
+            self.max_length,
+            self.prefix_token_id,
+            self.max_gen_toks,
+            self.shortest,
+        )
 
     def remember(self, digest: str) -> None:
         """Keep what is found out about the model for other processes, if anything is.

@@ -22,7 +22,7 @@ from sparsity_atlas.lm.generation import GeneratingLM
 from sparsity_atlas.lm.longest import Lengths
 from sparsity_atlas.lm.sharing import abilities
 from sparsity_atlas.lm.usage import expert_record, packed
-from sparsity_atlas.lm.work import Limits, Work, arrange
+from sparsity_atlas.lm.work import Work, arrange
 from sparsity_atlas.models.logits import head
 from sparsity_atlas.sparsify.transfer import fetched, sent
 
@@ -73,13 +73,6 @@ class AtlasLM(GeneratingLM):
         greedy: Container[str] | None = None,
     ) -> Work:
         """Arrange a task's requests in batches; see `work.arrange`."""
-        limits = Limits(
-            self.batch_size,
-            self.max_length,
-            self.prefix_token_id,
-            self.max_gen_toks,
-            self.shortest,
-        )
         prompts = list(
             zip(
                 requests.get("generate_until", []), encodings.get("generate_until", []), strict=True
@@ -94,7 +87,7 @@ class AtlasLM(GeneratingLM):
             able = self._abilities(some, branching and not follows) if some else Abilities()
             return replace(able, follows=follows)
 
-        return arrange(requests, encodings, limits, found, share=share)
+        return arrange(requests, encodings, self.limits, found, share=share)
 
     def remember(self, digest: str) -> None:
         """Keep what the model is seen to do right in the user's cache, for other processes.

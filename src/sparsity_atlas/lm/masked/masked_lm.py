@@ -19,7 +19,6 @@ from sparsity_atlas.lm.masked.denoising_options import options_of
 from sparsity_atlas.lm.masked.masked_usage import MaskedUsage
 from sparsity_atlas.lm.masked.masked_work import MaskedWork, RowBatch, arrange_rows
 from sparsity_atlas.lm.masked.passes import Passes
-from sparsity_atlas.lm.work import Limits
 from sparsity_atlas.sparsify.step_counts import mask_bytes
 from sparsity_atlas.terms import DENOISING, SCORING
 
@@ -91,16 +90,9 @@ class MaskedLM(JournalledLM):
         assert callable(self.denoise)
         for request in requests.get("generate_until", ()):
             self._options(request)
-        limits = Limits(
-            self.batch_size,
-            self.max_length,
-            self.prefix_token_id,
-            self.max_gen_toks,
-            self.shortest,
-        )
         samples = self.diffusion.samples
         return arrange_rows(
-            *(requests, encodings, limits),
+            *(requests, encodings, self.limits),
             samples=samples,
             mask_token=self.mask_token,
             greedy=greedy,
