@@ -23,6 +23,7 @@ from sparsity_atlas.curves.critical import crossings, usable
 from sparsity_atlas.curves.points import anchored_scores
 from sparsity_atlas.files.parquet import read_parquet, write_parquet
 from sparsity_atlas.statistics.bootstrap import Estimates
+from sparsity_atlas.statistics.monotone_cubic import monotone_cubic
 from sparsity_atlas.terms import IN_NATS
 
 # What sparsity is a share of: the entries of a site's vectors, or the parameters that they meet.
@@ -97,18 +98,26 @@ def at_sparsities(estimates: Estimates, at: Sequence[float] = SPARSITIES) -> np.
     """
     scores = anchored_scores(estimates)
     scale, unscale = _SCALES[estimates.kind]
-    measured = read_between(scores.x[0], scale(scores.fit[0]), at)
-    found = np.full((len(scores.x), len(measured)), np.nan)
+    x, y = scores.x, scale(scores.fit)
+    measured = read_between(x[0], y[0], at)
+    found = np.full((len(x), len(measured)), np.nan)
     found[0] = measured
     inside = np.isfinite(measured)
     places = np.asarray(at, dtype=np.float64)[inside]
-    for row in range(1, len(found)):
-        x, y = scores.x[row], scale(scores.fit[row])
-        x, first = np.unique(x[np.isfinite(y)], return_index=True)
-        y = y[np.isfinite(y)][first]
-        clipped = np.clip(places, x[0], x[-1])
+    # A failed level ends a fit, and points at one place are one point; what is left of each row comes first.
+    kept = np.isfinite(y)
+    kept[:, 1:] &= x[:, 1:] != x[:, :-1]
+    first = np.argsort(~kept, axis=1, kind="stable")
+    x, y = np.take_along_axis(x, first, axis=1), np.take_along_axis(y, first, axis=1)
+    points = kept.sum(axis=1)
+    for count in np.unique(points[1:]):
+        rows = 1 + np.flatnonzero(points[1:] == count)
+        own_x, own_y = x[rows, :count], y[rows, :count]
         # One point where a replicate's levels all tie with dense.
-        found[row, inside] = PchipInterpolator(x, y)(clipped) if len(x) > 1 else y[0]
+        values = np.broadcast_to(own_y[:, :1], (len(rows), len(places)))
+        if count > 1:
+            values = monotone_cubic(own_x, own_y, np.clip(places, own_x[:, :1], own_x[:, -1:]))
+        found[np.ix_(rows, inside)] = values
     return unscale(found)
 
 

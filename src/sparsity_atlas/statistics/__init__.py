@@ -1,1 +1,1 @@
-"""Bootstrap, monotone fits and slopes, of any numbers. Start with `bootstrap`."""
+"""Bootstrap, monotone fits, interpolation and slopes, of any numbers. Start with `bootstrap`."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.interpolate import PchipInterpolator
 
 from fake_results import ENTRIES, make_results, make_tables, samples, write_curve, write_model
 from sparsity_atlas.curves.equal_sparsity import (
@@ -18,7 +19,7 @@ from sparsity_atlas.curves.equal_sparsity import (
     read_equal,
     write_equal,
 )
-from sparsity_atlas.curves.points import estimate_all
+from sparsity_atlas.curves.points import anchored_scores, estimate_all
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.figures import differences
 from sparsity_atlas.statistics.bootstrap import TaskSamples, estimate
@@ -81,6 +82,30 @@ def test_added_loss_at_a_measured_sparsity_is_that_level_s() -> None:
     measured = np.isfinite(found[0])
     assert [s for s, ok in zip(SPARSITIES, measured, strict=True) if ok] == list(SPARSITIES[:12])
     assert np.isfinite(found[:, measured]).all()
+
+
+def test_each_replicate_is_read_as_a_curve_of_its_own() -> None:
+    """Against one interpolation a replicate; levels tie with dense and with each other in some of them."""
+    rng = np.random.default_rng(2)
+    dense = rng.normal(4, 0.3, 12)
+    value = dense + np.array([[0.0], [0.05], [0.1], [np.inf]]) * rng.random(12)
+    samples = loss_samples(value, [0.1, 0.2, 0.4, 0.6], dense)
+    zeros = samples.zeros * (1 + (rng.random(12) < 0.1) * rng.random((4, 12)))
+    zeros[:2] = np.where(rng.random(12) < 0.8, 100, zeros[:2])
+    estimates = estimate(replace(samples, zeros=zeros.astype(int)), 200)
+    found, scores = at_sparsities(estimates), anchored_scores(estimates)
+    inside = np.isfinite(found[0])
+    points = set()
+    for row in range(1, 201):
+        finite = np.isfinite(scores.fit[row])
+        x, first = np.unique(scores.x[row][finite], return_index=True)
+        y = np.arcsinh(-scores.fit[row][finite][first] / np.log(1.01))
+        places = np.clip(np.array(SPARSITIES)[inside], x[0], x[-1])
+        wanted = np.log(1.01) * np.sinh(PchipInterpolator(x, y)(places))
+        assert found[row, inside] == pytest.approx(wanted, rel=1e-12, abs=1e-15)
+        points.add(len(x))
+    assert len(points) > 1
+    assert np.isnan(found[:, ~inside]).all()
 
 
 def test_paired_differences_are_sharper_than_the_curves() -> None:
