@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from sparsity_atlas.activations import expert_rows
 from sparsity_atlas.activations.layout import group_name, part_of
+from sparsity_atlas.activations.quantiles import MagnitudeQuantiles
 from sparsity_atlas.activations.store import ActivationStore, Rows, read_ahead
 from sparsity_atlas.files.parquet import write_parquet
 from sparsity_atlas.files.whole import read_manifest
@@ -29,6 +30,8 @@ BIN_EDGES = np.linspace(-6.0, 2.0, 161)
 # Rows below which an expert has no metrics but their number: no more than so many directions can be seen in
 # as many rows, and an average over fewer wanders by more than a few percent.
 LEAST_ROWS = 128
+# Quantiles of the magnitudes, as shares of the RMS.
+QUANTILES = {"quantile_10": 0.1, "quantile_50": 0.5, "quantile_90": 0.9, "quantile_99": 0.99}
 BLOCK_BYTES = 64 * 2**20  # of a block in float64, or one chunk of the store if that is more
 
 
@@ -109,6 +112,37 @@ def hoyer(magnitude: np.ndarray) -> np.ndarray:
     return sparsity
 
 
+class Moments:
+    """Sums of the first four powers of values that are seen a block at a time.
+
+    They are taken around the mean of the first block, so that nothing cancels where the values lie far from
+    zero.
+    """
+
+    def __init__(self) -> None:
+        self._centre: float | None = None
+        self._sums = np.zeros(4)
+        self._count = 0
+
+    def add(self, block: np.ndarray) -> None:
+        """Count a block."""
+        wide = block.astype(np.float64)
+        if self._centre is None:
+            self._centre = float(wide.mean())
+        wide -= self._centre
+        squares = wide * wide
+        self._sums += [wide.sum(), squares.sum(), (squares * wide).sum(), (squares**2).sum()]
+        self._count += block.size
+
+    def kurtosis(self) -> float | None:
+        """Fourth central moment over the squared variance (3 if normal); None without variance."""
+        mean, second, third, fourth = self._sums / self._count
+        variance = second - mean**2
+        if not variance > 0:
+            return None
+        return float((fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4) / variance**2)
+
+
 def layer_metrics(values: np.ndarray | Rows) -> dict[str, Any]:
     """Every metric of one layer.
 
@@ -117,14 +151,16 @@ def layer_metrics(values: np.ndarray | Rows) -> dict[str, Any]:
 
     Returns:
         tokens, width, effective_rank, effective_rank_share (of the width), gini and hoyer (means
-        over tokens), near_zero and exact_zero (shares of entries; near includes exact), rms, and
-        histogram: counts of log10(|v| / rms) in BIN_EDGES (zeros and what lies outside left out).
+        over tokens), near_zero, exact_zero and at_most_zero (shares of entries; near includes exact), rms,
+        kurtosis (of all entries together; 3 if they were normal), the quantiles of QUANTILES as shares of
+        the rms, and histogram: counts of log10(|v| / rms) in BIN_EDGES (without zeros and what is outside).
     """
     tokens, width = values.shape
     entries = tokens * width
     sums = {"gini": 0.0, "hoyer": 0.0}
-    counted = near = exact = 0
+    counted = near = exact = low = 0
     squares = 0.0
+    moments, quantiles = Moments(), MagnitudeQuantiles(tuple(QUANTILES.values()))
     for _, block in blocks(values):
         magnitude = np.abs(block)
         counted += int((magnitude.max(1) > 0).sum())
@@ -133,11 +169,15 @@ def layer_metrics(values: np.ndarray | Rows) -> dict[str, Any]:
         sums["hoyer"] += float(np.nansum(hoyer(magnitude)))
         near += int((magnitude <= NEAR_ZERO * magnitude.max(1, keepdims=True)).sum())
         exact += int((magnitude == 0).sum())
+        low += int((block <= 0).sum())
+        moments.add(block)
+        quantiles.first(magnitude)
     rms = (squares / entries) ** 0.5
     histogram = np.zeros(len(BIN_EDGES) - 1, dtype=np.int64)
     for _, block in blocks(values):
         magnitude = np.abs(block)
         histogram += np.histogram(np.log10(magnitude[magnitude > 0] / rms), BIN_EDGES)[0]
+        quantiles.second(magnitude)
     rank = effective_rank(values)
     means = {name: total / counted if counted else None for name, total in sums.items()}
     return {
@@ -148,7 +188,13 @@ def layer_metrics(values: np.ndarray | Rows) -> dict[str, Any]:
         **means,
         "near_zero": near / entries,
         "exact_zero": exact / entries,
+        "at_most_zero": low / entries,
         "rms": rms,
+        "kurtosis": moments.kurtosis(),
+        **{
+            name: value / rms if rms else None
+            for name, value in zip(QUANTILES, quantiles.found(), strict=True)
+        },
         "histogram": histogram.tolist(),
     }
 
@@ -185,7 +231,8 @@ SCHEMA = pa.schema(
             (name, pa.float64())
             for name in ("effective_rank", "effective_rank_share", "gini", "hoyer")
         ),
-        *((name, pa.float64()) for name in ("near_zero", "exact_zero", "rms")),
+        *((name, pa.float64()) for name in ("near_zero", "exact_zero", "at_most_zero", "rms")),
+        *((name, pa.float64()) for name in ("kurtosis", *QUANTILES)),
         ("histogram", pa.list_(pa.int64())),
     ]
 )

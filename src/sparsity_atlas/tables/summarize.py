@@ -9,7 +9,8 @@ twins.csv               pair × criterion × site × task × sparsity or bar: wh
 layers.csv              … × level (× phase) × tensor × layer: induced sparsity under the tasks, and, from the
                         captured text, induced sparsity and FFN-output error; of a calibrated
                         criterion what its level asked of the layer, and what its calibration got
-metrics.csv             model × tensor × layer (× part × expert): effective rank, Gini, Hoyer, zeros
+metrics.csv             model × tensor × layer (× part × expert): effective rank, Gini, Hoyer, zeros,
+                        kurtosis, quantiles of the magnitudes
 magnitudes.csv          model × tensor (× part): histogram of log10(|v| / RMS)
 output_error.csv        model × criterion × site × level: over the layers, mean induced sparsity
                         and mean, smallest and largest FFN-output error on the captured text
@@ -68,7 +69,8 @@ CRITICAL = [*KEY, *SIZES, *(one.name for one in fields(CriticalRow))]
 CRITICAL += ["cut_items", "windowed_items", "unfinished_items"]
 POINTS = [*KEY, *(one.name for one in fields(CurvePoint)), "parameter_sparsity", "unfinished_items"]
 METRICS = ["model", "tensor", "layer", "tokens", "width", "effective_rank", "effective_rank_share"]
-METRICS += ["gini", "hoyer", "near_zero", "exact_zero", "rms"]
+METRICS += ["gini", "hoyer", "near_zero", "exact_zero", "at_most_zero", "rms", "kurtosis"]
+METRICS += ["quantile_10", "quantile_50", "quantile_90", "quantile_99"]
 MAGNITUDES = ["model", "tensor", "low", "high", "share"]
 # Further columns of the two where a model has parts that a tensor's name does not tell.
 PART = ["part", "expert"]

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import entropy
+from scipy.stats import entropy, kurtosis
 
 from sparsity_atlas.activations import metrics
 from sparsity_atlas.activations.metrics import effective_rank, gini, hoyer, layer_metrics
+from sparsity_atlas.activations.quantiles import MagnitudeQuantiles
 
 
 def matrix(rows: int, columns: int, seed: int = 0, rank: int | None = None) -> np.ndarray:
@@ -161,3 +162,47 @@ def test_a_layer_of_zeros() -> None:
     assert found["gini"] is found["hoyer"] is None
     assert found["exact_zero"] == found["near_zero"] == 1
     assert found["effective_rank"] == found["rms"] == sum(found["histogram"]) == 0
+
+
+def test_signs_kurtosis_and_quantiles_of_known_values() -> None:
+    # Mean 0.5, deviations -1.5 0.5 -0.5 1.5: fourth moment 2.5625, variance 1.25.
+    values = np.array([[-1, 1, 0, 2]], dtype=np.float32)
+    found = layer_metrics(values)
+    assert found["at_most_zero"] == 0.5
+    assert found["kurtosis"] == pytest.approx(2.5625 / 1.25**2)
+    rms = 1.5**0.5
+    names = ("quantile_10", "quantile_50", "quantile_90", "quantile_99")
+    assert [found[name] for name in names] == pytest.approx([0, 1 / rms, 2 / rms, 2 / rms])
+
+
+@pytest.mark.parametrize("shift", [0, 3, 1e4])
+def test_kurtosis_is_scipys_wherever_the_values_lie(
+    shift: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "BLOCK_BYTES", 8 * 11 * 5)
+    values = np.random.default_rng(1).standard_t(5, (53, 11)).astype(np.float32)
+    values[:20] *= 2
+    values = (values + shift).astype(np.float32)
+    expected = kurtosis(values.astype(np.float64), axis=None, fisher=False)
+    assert layer_metrics(values)["kurtosis"] == pytest.approx(expected, rel=1e-6)
+    assert layer_metrics(np.full((3, 2), 7, dtype=np.float32))["kurtosis"] is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=60),
+    st.lists(st.floats(0.01, 1), min_size=1, max_size=4),
+)
+def test_quantiles_are_those_of_the_sorted_values(
+    entries: list[float], shares: list[float]
+) -> None:
+    values = np.array(entries, dtype=np.float32)
+    quantiles = MagnitudeQuantiles(tuple(shares))
+    halves = (values[: len(values) // 2], values[len(values) // 2 :])
+    for half in halves:
+        quantiles.first(half)
+    for half in halves:
+        quantiles.second(half)
+    ordered = np.sort(values)
+    expected = [ordered[max(int(np.ceil(share * len(values))), 1) - 1] for share in shares]
+    assert quantiles.found() == expected
