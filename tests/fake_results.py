@@ -32,6 +32,8 @@ from sparsity_atlas.terms import STORED, TENSORS, plain
 LEVELS = ("0.97", "0.9", "0.75", "0.5")
 ENTRIES = 1000
 LAYERS = 3
+# That a token meets at a site: half of a model of a million.
+WEIGHTS = 500_000
 # Of a mixture, and how many of them a token meets.
 EXPERTS, EACH = 8, 2
 
@@ -131,6 +133,7 @@ def write_curve(
         folder / "curve.json",
         {
             "levels": list(levels),
+            "weights": WEIGHTS,
             "points": [
                 {**asdict(one), "parameter_sparsity": one.sparsity, "unfinished_items": 0}
                 for one in curve_points(estimates, levels)

@@ -224,6 +224,7 @@ def build(
     ]
     return {
         "levels": levels,
+        "weights": dense.weights(samples[0].task) if samples else None,
         "points": point_rows(curve_points(estimates, levels), {"dense": dense, **nodes}, site),
         "phase_points": [
             row

@@ -15,6 +15,8 @@ from sparsity_atlas.evaluation.samples import at_site, read_table, zeros_in
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.terms import PHASES
 
+# Whose zeros are known before the other factor is made. Both maps have rows of the FFN's input's width.
+FACTORS = ("up", "gate")
 Profile = dict[str, list[float | None]]
 """Of each tensor a number for each layer; None: left dense."""
 
@@ -59,6 +61,18 @@ class NodeSamples:
         # Of all slots, of which a site may be confined to some.
         every = [next(by_layer[tensor]) for tensor in self._tensors]
         return np.array([every[i] for i in self._slots])
+
+    def weights(self, task: str) -> int:
+        """Weights that one token meets, and that need not be read where the site's entries are all zero.
+
+        Of a gated FFN's factor, u or g, these are a row of the other factor's map and a column of W_d for
+        each entry; of every other tensor those that its entries meet.
+
+        Raises:
+            AtlasError: the manifest is of a release that did not say.
+        """
+        rows = np.array([2 if self._tensors[i] in FACTORS else 1 for i in self._slots])
+        return int((self._widths * self.outputs(task) * rows).sum())
 
     def cut(self, task: str) -> dict[str, int]:
         """How many of the task's items were cut to the model's context, and how.

@@ -52,6 +52,7 @@ from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.statistics.slopes import SCALING, Scaling
 from sparsity_atlas.tables.comparison import COMPARISON, comparison_rows
 from sparsity_atlas.tables.experts import EXPERTS, expert_rows
+from sparsity_atlas.tables.ideal import Ideal, weights_of_a_token
 from sparsity_atlas.tables.layer_table import ERRORS, LAYERS, captured_rows, error_rows, layer_rows
 from sparsity_atlas.tables.model_table import ACTIVE, MODELS, SIZES, model_rows, model_sizes
 from sparsity_atlas.tables.steps import STEPS, step_rows
@@ -66,8 +67,9 @@ def _key(path: Path) -> dict[str, str]:
 
 KEY = ["model", "criterion", "site"]
 CRITICAL = [*KEY, *SIZES, *(one.name for one in fields(CriticalRow))]
-CRITICAL += ["cut_items", "windowed_items", "unfinished_items"]
-POINTS = [*KEY, *(one.name for one in fields(CurvePoint)), "parameter_sparsity", "unfinished_items"]
+CRITICAL += ["cut_items", "windowed_items", "unfinished_items", "ideal_speedup"]
+POINTS = [*KEY, *(one.name for one in fields(CurvePoint)), "parameter_sparsity", "ideal_speedup"]
+POINTS += ["unfinished_items"]
 METRICS = ["model", "tensor", "layer", "tokens", "width", "effective_rank", "effective_rank_share"]
 METRICS += ["gini", "hoyer", "near_zero", "exact_zero", "at_most_zero", "rms", "kurtosis"]
 METRICS += ["quantile_10", "quantile_50", "quantile_90", "quantile_99"]
@@ -88,9 +90,17 @@ def with_active(columns: list[str], sizes: dict[str, dict[str, int]]) -> list[st
 
 
 def critical_rows(
-    key: dict[str, str], curve: dict[str, Any], sizes: dict[str, dict[str, int]]
+    key: dict[str, str], curve: dict[str, Any], sizes: dict[str, dict[str, int]], whole: int
 ) -> Iterator[dict[str, Any]]:
-    """A curve's rows of critical_sparsity.csv."""
+    """A curve's rows of critical_sparsity.csv.
+
+    Args:
+        key: model, criterion and site.
+        curve: content of curve.json.
+        sizes: as `model_sizes` gives them.
+        whole: the model's `weights_of_a_token`.
+    """
+    ideal = Ideal(curve, whole)
     accuracies = {row["task"] for row in curve["critical"] if row["kind"] == "accuracy"} - {AVERAGE}
     for row in curve["critical"]:
         tasks = accuracies if row["task"] == AVERAGE else {row["task"]}
@@ -101,7 +111,15 @@ def critical_rows(
                 ("unfinished", "unfinished"),
             )
         }
-        yield {**key, **sizes[key["model"]], **row, **cut}
+        speedup = ideal.at(row["task"], row["value"])
+        yield {**key, **sizes[key["model"]], **row, **cut, "ideal_speedup": speedup}
+
+
+def point_rows(key: dict[str, str], curve: dict[str, Any], whole: int) -> Iterator[dict[str, Any]]:
+    """A curve's rows of curves.csv; arguments as those of `critical_rows`."""
+    ideal = Ideal(curve, whole)
+    for row in (*curve["points"], *curve["phase_points"]):
+        yield {**key, **row, "ideal_speedup": ideal.of(row["parameter_sparsity"])}
 
 
 def metric_rows(metrics: list[Path]) -> list[dict[str, Any]]:
@@ -188,6 +206,7 @@ def write_tables(
         pairs: models that are set side by side.
     """
     sizes = model_sizes(models)
+    whole = {path.parent.name: weights_of_a_token(read_manifest(path)) for path in models}
     described = model_rows(models)
     scaling = Scaling({row["model"]: row["family"] for row in described})
     stored = {path.parent: path for path in sparsity}
@@ -196,12 +215,11 @@ def write_tables(
         for path in curves:
             key, curve = _key(path), read_manifest(path)
             captured = captured_rows(stored[path.parent]) if path.parent in stored else []
-            critical = list(critical_rows(key, curve, sizes))
+            critical = list(critical_rows(key, curve, sizes, whole[key["model"]]))
             tables["critical_sparsity.csv"].add(critical)
             for row in critical:
                 scaling.add(row)
-            tables["curves.csv"].add({**key, **row} for row in curve["points"])
-            tables["curves.csv"].add({**key, **row} for row in curve["phase_points"])
+            tables["curves.csv"].add(point_rows(key, curve, whole[key["model"]]))
             tables["layers.csv"].add(layer_rows(key, curve, captured))
             tables["failures.csv"].add({**key, **row} for row in curve["failures"])
 
@@ -228,8 +246,10 @@ def write_tables(
 
 def write_summary(path: Path, model: Path, curves: list[Path]) -> None:
     """Write the rows of critical_sparsity.csv of one model's curves."""
-    sizes = model_sizes([model])
-    rows = (row for one in curves for row in critical_rows(_key(one), read_manifest(one), sizes))
+    sizes, whole = model_sizes([model]), weights_of_a_token(read_manifest(model))
+    rows = (
+        row for one in curves for row in critical_rows(_key(one), read_manifest(one), sizes, whole)
+    )
     write_csv(path, with_active(CRITICAL, sizes), rows)
 
 

@@ -322,7 +322,9 @@ def test_the_summary_of_a_model(tmp_path: Path) -> None:
     run(tmp_path)
     model = tmp_path / "small" / "model.json"
     write_manifest(
-        model, {"parameters": {"total": 1000, "non_embedding": 600}, "layers": 2, "name": "small"}
+        model,
+        {"parameters": {"total": 1000, "non_embedding": 600}, "layers": 2, "name": "small"}
+        | {"hidden": 10, "memory": {"vocabulary": 10}},
     )
     output = tmp_path / "small" / "summary.csv"
     arguments = ["model", "--model", model, "--curves"]
@@ -341,6 +343,8 @@ def test_the_summary_of_a_model(tmp_path: Path) -> None:
     )
     assert float(headline["value"]) == pytest.approx(0.5)
     assert headline["non_embedding_parameters"] == "600"
+    # 2 × 10 entries meet 7 weights each, of 600 and a head of 100; half of them are zeros there.
+    assert float(headline["ideal_speedup"]) == pytest.approx(1 / (1 - 0.5 * 140 / 700))
     for name, count in (("cut", "2"), ("unfinished", "1"), ("windowed", "0")):
         found = {one["task"]: one[f"{name}_items"] for one in rows}
         assert found == {"group": count, "pages": count, "average": count}
@@ -376,6 +380,7 @@ def test_equal_sparsity_is_read_over_parameters_too(tmp_path: Path) -> None:
     dense = NodeSamples(tmp_path / "dense", "all_inputs")
     nodes = {name: NodeSamples(tmp_path / name, "all_inputs") for name in ("0.8", "0.5")}
     assert dense.outputs("pages").tolist() == [20, 4, 6, 4]
+    assert dense.weights("pages") == 184
     for of, wanted in (("entries", [4 / 28, 8 / 28]), ("parameters", [80 / 184, 104 / 184])):
         samples = curve.task_samples("pages", None, dense, list(nodes.values()), of)
         share = samples.zeros.sum(1) / samples.entries.sum(1)
@@ -390,6 +395,19 @@ def test_equal_sparsity_is_read_over_parameters_too(tmp_path: Path) -> None:
     }
     # Between 0 and 43 % of the parameters nothing was measured.
     assert measured == {"entries": [0.05, 0.1, 0.15, 0.2, 0.25], "parameters": [0.45, 0.5, 0.55]}
+
+
+def test_zeros_of_a_factor_spare_the_other_one_too(tmp_path: Path) -> None:
+    """An entry of g that is zero leaves out its column of W_d, 7 weights, and its row of W_u, 7 more."""
+    slots = [["gate", 0, 10], ["gate", 1, 10], ["intermediate", 0, 10], ["intermediate", 1, 10]]
+    table = SampleTable(slots)
+    table.rows = {"pages": pa.Table.from_pylist([row("pages", "pages", 0, slots, 0)], SCHEMA)}
+    table.tasks = {"pages": {"fingerprint": "f", "result": {"status": "ok"}}}
+    table.write(tmp_path / "samples.parquet")
+    shares = {"gate": {"outputs": [7, 7]}, "intermediate": {"outputs": [7, 7]}}
+    write_manifest(tmp_path / "eval.json", {"tasks": {"pages": {"sparsity": shares}}})
+    assert NodeSamples(tmp_path, "gate").weights("pages") == 2 * 10 * 14
+    assert NodeSamples(tmp_path, "intermediate").weights("pages") == 2 * 10 * 7
 
 
 def test_one_tensor_has_one_sparsity(tmp_path: Path) -> None:
