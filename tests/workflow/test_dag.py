@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,37 @@ def test_the_grid_of_a_part_of_the_paper(
     written = {"mmlu_redux", "triviaqa", "truthfulqa_gen", "gsm8k", "humaneval", "mbpp"}
     for task in {task for some in tasks for task in some}:
         assert config.tasks[task].max_gen_toks == (budget if task in written else None)
+
+
+@pytest.mark.parametrize("source", ["files", "hub"])
+def test_the_grid_of_a_real_model(
+    empty: Checkout, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    """A GGUF file at all sites by eight rules; the same from the Hub, with nothing of the files left."""
+    names = ["workflow/config/real.yaml", "workflow/config/real_hub.yaml"]
+    used = names if source == "hub" else names[:1]
+    # 2 criteria at 8 sites, 2 at 6, 2 at 1 and 2 at another; with the chat template 1 at 5; in float32 2 at
+    # 2. Calibrated: one of those at 6 sites, and four at one.
+    assert counts(empty.plan("--configfile", *used)) == {
+        **{"all": 1, "run_config": 1, "model": 3, "dense": 3, "model_summary": 3, "tables": 1},
+        **{"capture": 15, "metrics": 15, "calibrate": 10},
+        **dict.fromkeys(("search", "output_error", "curve"), 41),
+    }
+    monkeypatch.chdir(empty.path)
+    merged = yaml.safe_load(Path("config.yaml").read_text(encoding="utf-8"))
+    for name in used:
+        update_config(merged, yaml.safe_load(Path(name).read_text(encoding="utf-8")))
+    config = parse(merged)
+    for model in grid.models(config):
+        named = json.loads(grid.fetch_slice(config, model))
+        assert {key for key in named if key in ("path", "gguf", "hub")} == (
+            {"hub"} if source == "hub" else {"path", "gguf"}
+        )
+        tasks = json.loads(grid.evaluation_slice(config, model, tuple(config.tasks)))["tasks"]
+        of_files = {
+            name for name, task in tasks.items() if "data/" in json.dumps(task.get("override", {}))
+        }
+        assert of_files == (set() if source == "hub" else {"arc_easy", "sciq", "lambada_openai"})
 
 
 def test_criteria_grid(empty: Checkout) -> None:

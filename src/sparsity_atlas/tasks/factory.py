@@ -129,6 +129,9 @@ def _prepared(config: dict[str, Any], folder: Path | None) -> dict[str, Any]:
         config["task"] = [
             _prepared(one, folder) if isinstance(one, dict) else one for one in config["task"]
         ]
+        # The format that members have in common, whose files each of them names.
+        if config.get("dataset_path") in _PACKAGED_DATASETS_MODULES:
+            return config
     return with_data(config)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import json
 import os
@@ -12,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lm_eval.tasks
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import TaskIndex
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -21,6 +19,7 @@ from sparsity_atlas import cli
 from sparsity_atlas.errors import AtlasError, TaskFailure
 from sparsity_atlas.tasks import local_files, surroundings
 from sparsity_atlas.tasks.boundary import boundary
+from sparsity_atlas.tasks.built_in.index import built_in_tasks
 from sparsity_atlas.tasks.error_messages import RUNS_CODE, close
 from sparsity_atlas.tasks.factory import LocalFactory, fresh_transforms, kept_by_content
 from sparsity_atlas.tasks.identity import code_digest, leaf_identity
@@ -146,13 +145,6 @@ def _load(name: str, entry: dict[str, Any], seed: int) -> LoadedTask:
     )
 
 
-@functools.cache
-def _defaults() -> dict[str, Entry]:
-    """lm-eval's own tasks. Eight seconds: it reads every YAML. Only for runs that use one of them."""
-    index: dict[str, Entry] = TaskIndex.build([Path(lm_eval.tasks.__file__).parent])
-    return index
-
-
 def _index(entry: dict[str, Any], lm_eval_name: str) -> dict[str, Entry]:
     """The tasks that an entry may name: those of its own folder, then lm-eval's.
 
@@ -167,7 +159,7 @@ def _index(entry: dict[str, Any], lm_eval_name: str) -> dict[str, Entry]:
         own = TaskIndex.build([Path(include)])
         if lm_eval_name in own and local_files.members(include, lm_eval_name) <= own.keys():
             return own
-    index = {**_defaults(), **own}
+    index = {**built_in_tasks(), **own}
     if lm_eval_name not in index:
         if include is not None:
             _check_readable(Path(include), lm_eval_name)

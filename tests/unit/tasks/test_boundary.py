@@ -363,7 +363,7 @@ def outcome(
 def _quick() -> Any:
     """Without lm-eval's own catalogue, which takes seconds; it is asked where a name is not found."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "_defaults", dict)
+        patch.setattr(loading, "built_in_tasks", dict)
         yield
 
 

@@ -98,7 +98,7 @@ def test_one_that_cannot_be_loaded_says_why(
 ) -> None:
     entry = relative_task(tmp_path / "tasks")
     # lm-eval's own catalogue is read where a name is not found, which takes seconds.
-    monkeypatch.setattr(load, "_defaults", dict)
+    monkeypatch.setattr(load, "built_in_tasks", dict)
     loaded = load_tasks({"mine": {**entry, **change}, "good": entry}, 1)
     assert re.fullmatch(problem, loaded["mine"].problem)
     assert not loaded["mine"].leaves

@@ -16,8 +16,9 @@ from checkout import ROOT
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import parse
 from sparsity_atlas.evaluation.evaluate import evaluate_node
+from sparsity_atlas.tasks.load import load_tasks
 from sparsity_atlas.tasks.local_files import files_digest
-from tiny_lm import open_session
+from tiny_lm import CHOICE, letter_documents, open_session
 
 # Where lm-eval keeps these tasks: its whole index takes seconds to read.
 FOLDERS = {"arc_easy": "arc", "lambada_openai": "lambada", "sciq": "sciq"}
@@ -92,3 +93,27 @@ def test_an_edit_of_a_file_is_noticed(
     path = tmp_path / "data" / file
     path.write_bytes(path.read_bytes() + b"\n")
     assert files_digest(None, task, override) != before
+
+
+def test_members_of_a_group_name_files_of_a_format_that_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `blimp_dozen_files` has it: the format is no data set of the Hub."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    base = {"dataset_path": "none/of-these", "test_split": "test", **CHOICE}
+    group: dict[str, Any] = {"group": "both", "dataset_path": "json", "task": []}
+    for name in ("one", "two"):
+        rows = "".join(json.dumps(row) + "\n" for row in letter_documents())
+        (tmp_path / "data" / f"{name}.jsonl").write_text(rows)
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **base}))
+        files = {"data_files": {"test": f"data/{name}.jsonl"}}
+        group["task"].append({"task": name, "dataset_kwargs": files})
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump(group))
+    (task,) = load_tasks({"both": {"include": str(tmp_path)}}, 1).values()
+    found = {name: [dict(row) for row in leaf.eval_docs] for name, leaf in task.leaves.items()}
+    assert found == dict.fromkeys(("one", "two"), letter_documents())
+    before = files_digest(str(tmp_path), "both")
+    with (tmp_path / "data/two.jsonl").open("a") as file:
+        file.write("\n")
+    assert files_digest(str(tmp_path), "both") != before
