@@ -9,6 +9,8 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,7 +55,14 @@ def code_version(stage: str, criterion_file: str | None = None) -> str:
 @functools.cache
 def _content(name: str) -> bytes:
     source = _module_file(name)
-    return b"".join(one.read_bytes() for one in sorted(source.parent.glob(f"{source.stem}.*")))
+    beside = _names(source.parent)
+    own = sorted(one for one in beside if one.startswith(f"{source.stem}."))
+    return b"".join((source.parent / one).read_bytes() for one in own)
+
+
+@functools.cache
+def _names(folder: Path) -> list[str]:
+    return os.listdir(folder)
 
 
 @functools.cache
@@ -69,11 +78,22 @@ def _closure(stage: str) -> frozenset[str]:
     return frozenset(found)
 
 
+# An import of this package as nearly all are written.
+_PLAIN = re.compile(
+    rb"^[ \t]*((?:from|import) sparsity_atlas\b[^\n(\\;#]*(?:\([\w\s,]*\))?)$", re.MULTILINE
+)
+
+
 @functools.cache
 def _imports(path: Path) -> list[str]:
     """Modules of this package that a source file imports, anywhere in it."""
     names = []
-    for node in _statements(ast.parse(path.read_bytes())):
+    source = path.read_bytes()
+    # Each start of Snakemake asks for all files, and to parse them would be a third of it: where the package
+    # is named in plain imports and nowhere else, only these are parsed.
+    if PACKAGE.name.encode() not in _PLAIN.sub(b"", source):
+        source = b"\n".join(_PLAIN.findall(source))
+    for node in _statements(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):
@@ -102,6 +122,7 @@ def _is_module(name: str) -> bool:
     return _module_file(name).exists()
 
 
+@functools.cache
 def _module_file(name: str) -> Path:
     path = PACKAGE.joinpath(*name.split("."))
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")

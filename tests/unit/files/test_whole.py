@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sparsity_atlas import code_version
+from sparsity_atlas.commands import COMMANDS
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation.samples import SCHEMA, SampleTable, read_samples, read_table
 from sparsity_atlas.files.parquet import write_parquet
@@ -205,3 +207,35 @@ def test_a_criterion_s_file_is_part_of_its_version(package: Path) -> None:
     after = code_version.code_version("evaluate", topp), code_version.code_version("evaluate", topk)
     assert before[0] != after[0]
     assert before[1] == after[1]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from sparsity_atlas.zoo import train",
+        "import sparsity_atlas.zoo.train as other",
+        "from sparsity_atlas.zoo import (  # (and others)\n    train,\n)",
+        "from sparsity_atlas.zoo \\\n    import train",
+        "import json, sparsity_atlas.zoo.train",
+        "def late():\n    from sparsity_atlas.zoo import train",
+        "if True: from sparsity_atlas.zoo import train",
+        "'''Is told.'''; from sparsity_atlas.zoo import train",
+    ],
+)
+def test_an_import_is_found_however_it_is_written(package: Path, statement: str) -> None:
+    rule = package / "criteria/built_in/topk.py"
+    rule.write_text(f"{rule.read_text()}\n{statement}\n")
+    before = code_version.code_version("evaluate", str(rule))
+    with (package / "zoo/train.py").open("a") as source:
+        source.write("\n# edited\n")
+    forget()
+    assert code_version.code_version("evaluate", str(rule)) != before
+
+
+def test_what_is_parsed_alone_is_what_the_files_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    forget()
+    found = {stage: code_version._closure(stage) for stage in COMMANDS}
+    forget()
+    monkeypatch.setattr(code_version, "_PLAIN", re.compile(b"(?!)"))  # every file is parsed
+    assert {stage: code_version._closure(stage) for stage in COMMANDS} == found
+    forget()
