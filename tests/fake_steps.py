@@ -64,7 +64,7 @@ def write_steps(
                 own[drifts] = rng.random(int(drifts.sum()))
                 kept = torch.from_numpy(own >= share * (1 - 0.02 * step))
                 by_step.add(_Rows(slot.key), kept)  # type: ignore[arg-type]
-        sums.add(step_record(by_step.take()))
+        sums.add(step_record([one.numpy() for one in by_step.take()]))
         rows[task] = step_rows(task, sums)
     CountTable(columns(slots), dict.fromkeys(tasks, "f"), rows).write(node / NAME)
     names = {"by_step": list(tensors), "fingerprints": dict.fromkeys(tasks, "f")}

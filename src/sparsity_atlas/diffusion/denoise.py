@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sparsity_atlas.models.logits import head
+from sparsity_atlas.sparsify.transfer import sent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,9 +104,9 @@ def padded(
 
     Padding comes last, so that each row's positions begin at 0: some models look them up in a table.
     """
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.full((len(rows), int(lengths.max())), padding)
+    lengths = np.array([len(row) for row in rows])
+    ids = np.full((len(rows), int(lengths.max())), padding)
     for number, row in enumerate(rows):
-        ids[number, : len(row)] = torch.as_tensor(row)
-    valid = torch.arange(ids.shape[1]) < lengths[:, None]
-    return ids.to(device), valid.to(device)
+        ids[number, : len(row)] = row
+    valid = np.arange(ids.shape[1]) < lengths[:, None]
+    return sent(ids, device), sent(valid, device)

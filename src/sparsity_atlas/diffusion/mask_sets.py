@@ -54,15 +54,48 @@ def mask_sets(length: int, samples: int, seed: str) -> MaskSets:
         places = (np.arange(samples) + generator.random()) / samples
         # Rounding could bring the last place up to the end.
         sizes = np.minimum(np.floor(places * length).astype(int) + 1, length)
-        masked = np.concatenate([_drawn(generator, length, int(size), 1) for size in sizes])
-        return MaskSets(masked, length / (samples * sizes), exact=False)
-    parts, weights, exact = [], [], True
-    for size, count in sorted(_shares(length, samples).items()):
-        some = math.comb(length, size) > count
-        parts.append(_drawn(generator, length, size, count) if some else _all(length, size))
-        weights.append(np.full(count, 1 / (size * count)))
-        exact &= not some
-    return MaskSets(np.concatenate(parts), np.concatenate(weights), exact)
+        return MaskSets(_drawn(generator, length, sizes), length / (samples * sizes), exact=False)
+    shared = _shared(length, samples)
+    masked = shared.masked
+    if not shared.exact:
+        masked = masked.copy()
+        masked[shared.drawn] = _drawn(generator, length, shared.sizes)
+    return MaskSets(masked, shared.weights, shared.exact)
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What all answers of a length have in common.
+
+    Attributes:
+        masked: bool [sets, length], of numbers of masked tokens of which all sets are there.
+        drawn: bool [sets], which of them are drawn.
+        sizes: int64, masked tokens of each that is drawn.
+        weights: see `MaskSets`.
+        exact: likewise.
+    """
+
+    masked: np.ndarray
+    drawn: np.ndarray
+    sizes: np.ndarray
+    weights: np.ndarray
+    exact: bool
+
+
+@lru_cache(maxsize=64)
+def _shared(length: int, samples: int) -> _Shared:
+    shares = sorted(_shares(length, samples).items())
+    sizes = np.repeat(*np.transpose(shares))
+    masked = np.zeros((len(sizes), length), dtype=bool)
+    drawn = np.ones(len(sizes), dtype=bool)
+    for size, count in shares:
+        if count == math.comb(length, size):
+            masked[sizes == size] = _all(length, size)
+            drawn[sizes == size] = False
+    weights = np.concatenate([np.full(count, 1 / (size * count)) for size, count in shares])
+    for one in (masked, weights):
+        one.setflags(write=False)
+    return _Shared(masked, drawn, sizes[drawn], weights, not drawn.any())
 
 
 def _shares(length: int, samples: int) -> dict[int, int]:
@@ -82,9 +115,9 @@ def _all(length: int, size: int) -> np.ndarray:
     return masked
 
 
-def _drawn(generator: np.random.Generator, length: int, size: int, count: int) -> np.ndarray:
-    """Uniformly random sets, with repetition."""
-    order = np.argsort(generator.random((count, length)), axis=1, kind="stable")
-    masked = np.zeros((count, length), dtype=bool)
-    np.put_along_axis(masked, order[:, :size], True, axis=1)
+def _drawn(generator: np.random.Generator, length: int, sizes: np.ndarray) -> np.ndarray:
+    """A uniformly random set of each size, bool [sizes, length]; with repetition."""
+    order = np.argsort(generator.random((len(sizes), length)), axis=1, kind="stable")
+    masked = np.zeros(order.shape, dtype=bool)
+    np.put_along_axis(masked, order, np.arange(length) < sizes[:, None], axis=1)
     return masked

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparsity_atlas.diffusion.denoise import Asked, Denoise, guided, padded
 from sparsity_atlas.errors import AtlasError, NumericalFailure
+from sparsity_atlas.sparsify.transfer import sent
 
 Remasking = Literal["low_confidence", "random"]
 
@@ -19,6 +20,11 @@ Remasking = Literal["low_confidence", "random"]
 @dataclass(frozen=True)
 class Schedule:
     """How many tokens each step fills in.
+
+    Where everything divides these are LLaDA's numbers: `steps` / blocks for each block. Its sampler refuses
+    anything else. Here what does not divide goes to what comes first: earlier blocks take the steps that are
+    left over, and earlier steps of a block its tokens, as in LLaDA's, too (ML-GSAI/LLaDA, generate.py:
+    `get_num_transfer_tokens`).
 
     Attributes:
         length: tokens to generate.
@@ -97,53 +103,63 @@ def unmask(
     if remasking not in get_args(Remasking):
         known = ", ".join(get_args(Remasking))
         raise AtlasError(f"remasking: unknown '{remasking}'; known: {known}")
-    begins = [len(prompt) for prompt in prompts]
-    rows = [[*prompt, *[mask_token] * schedule.length] for prompt in prompts]
-    orders = [_order(seed, schedule.length) for seed in seeds] if remasking == "random" else []
+    drawn = remasking == "random"
+    length = schedule.length
+    rows = [[*prompt, *[mask_token] * length] for prompt in prompts]
+    ids, valid = padded(rows, padding, device)
+    begins = sent(np.array([len(prompt) for prompt in prompts]), device)[:, None]
+    # Of each place its rank: the first is filled in first.
+    ranks = sent(np.array([_ranks(seed, length) for seed in seeds]), device) if drawn else None
     running = list(range(len(rows)))
     done: list[list[int]] = [[] for _ in rows]
     step = 0
     for start, end, counts in schedule.blocks:
-        left = {row: list(range(start, end)) for row in running}
+        # Nothing here waits for the device before the block is whole.
+        left = torch.arange(start, end, device=device).expand(len(running), -1)
+        offsets = torch.arange(len(running), device=device)[:, None] * ids.shape[1]
+        whole = torch.ones((), dtype=torch.bool, device=device)
         for count in counts:
-            ids, valid = padded([rows[row] for row in running], padding, device)
-            where = [
-                n * ids.shape[1] + begins[row] + place
-                for n, row in enumerate(running)
-                for place in left[row]
-            ]
-            prompted = torch.tensor([begins[row] for row in running], device=device)
             asked = Asked(
-                *(ids, valid, torch.tensor(where, device=device)),
-                torch.arange(ids.shape[1], device=device) < prompted[:, None],
+                *(ids, valid, (offsets + begins + left).flatten()),
+                torch.arange(ids.shape[1], device=device) < begins,
                 step=step,
                 rows=tuple(running),
             )
             step += 1
             pieces = guided(denoise, asked, guidance=guidance, mask_token=mask_token)
-            tokens, surest = _likeliest(pieces, mask_token)
-            for n, row in enumerate(running):
-                own = slice(n * len(left[row]), (n + 1) * len(left[row]))
-                sure = orders[row][left[row]] if orders else surest[own]
-                chosen = np.argsort(-sure, kind="stable")[:count].tolist()
-                for one in chosen:
-                    rows[row][begins[row] + left[row][one]] = int(tokens[own][one])
-                kept = set(chosen)
-                left[row] = [place for one, place in enumerate(left[row]) if one not in kept]
-        for row in running:
-            done[row] = rows[row][begins[row] : begins[row] + end]
-        running = [row for row in running if not finished(row, done[row])]
-        if not running:
+            tokens, odds = (one.view(left.shape) for one in _likeliest(pieces, mask_token))
+            whole = whole & ~odds.isnan().any()
+            sure = odds if ranks is None else -ranks.gather(1, left)
+            order = sure.sort(dim=1, descending=True, stable=True).indices
+            chosen, others = order[:, :count], order[:, count:].sort(dim=1).values
+            ids = ids.scatter(1, begins + left.gather(1, chosen), tokens.gather(1, chosen))
+            left = left.gather(1, others)
+        written = ids.gather(1, begins + torch.arange(end, device=device)).tolist()
+        if not whole:
+            raise NumericalFailure("NaN or infinity in the logits")
+        for row, found in zip(running, written, strict=True):
+            done[row] = found
+        kept = [n for n, row in enumerate(running) if not finished(row, done[row])]
+        if not kept:
             break
+        if len(kept) < len(running):
+            running = [running[n] for n in kept]
+            longest = max(len(rows[row]) for row in running)
+            places = sent(np.array(kept), device)
+            ids, valid = ids[places, :longest], valid[places, :longest]
+            begins = begins[places]
+            ranks = None if ranks is None else ranks[places]
     return done
 
 
-def _order(seed: str, length: int) -> np.ndarray:
-    """A random number for each place: the largest is filled in first."""
-    return np.random.Generator(np.random.PCG64(int(seed, 16))).random(length)
+def _ranks(seed: str, length: int) -> np.ndarray:
+    """A random order of places: int64 [length], of each which in turn it is."""
+    drawn = np.random.Generator(np.random.PCG64(int(seed, 16))).random(length)
+    ranks: np.ndarray = np.argsort(np.argsort(-drawn, kind="stable"), kind="stable")
+    return ranks
 
 
-def _likeliest(pieces: Iterable[Tensor], mask_token: int) -> tuple[np.ndarray, np.ndarray]:
+def _likeliest(pieces: Iterable[Tensor], mask_token: int) -> tuple[Tensor, Tensor]:
     """The likeliest token of each place but the mask, and the logarithm of its odds against all others.
 
     Odds order places as probabilities do, and still where these are rounded to 1.
@@ -156,7 +172,4 @@ def _likeliest(pieces: Iterable[Tensor], mask_token: int) -> tuple[np.ndarray, n
         others = logits.scatter_(1, token, -torch.inf).logsumexp(dim=1)
         tokens.append(token[:, 0])
         odds.append(best[:, 0] - others)
-    found = torch.cat(odds).cpu().numpy()
-    if np.isnan(found).any():
-        raise NumericalFailure("NaN or infinity in the logits")
-    return torch.cat(tokens).cpu().numpy(), found
+    return torch.cat(tokens), torch.cat(odds)

@@ -142,7 +142,8 @@ class HarnessLM(PromptLM):
         site, level = self._node["site"], self._node["level"]
         states = self._calibration.states if self._calibration else None
         parts, plain_site = chosen(self._parts, site)
-        return sparsified(self.model, parts, plain_site, self._rule, level, states)
+        # lm-eval's results have no place for what masks do from step to step.
+        return sparsified(self.model, parts, plain_site, self._rule, level, states, by_step=False)
 
     def _run(self, kind: str, requests: list[Instance]) -> list[Any]:
         if self._calibration is not None:

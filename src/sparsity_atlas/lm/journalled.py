@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sparsity_atlas.lm.prompts import PromptLM
@@ -23,8 +25,14 @@ if TYPE_CHECKING:
 # the host, which takes as long to start a pass of a small model over a thousand tokens as over ten thousand.
 # More of a narrower model, whose tokens take less memory and time, up to the second number.
 SHORTEST, MOST = {"cuda": 1024}, 4096
+# Batches that a device gets before the one in front of them is read, so that it need not wait for the host.
+AHEAD = {"cuda": 1}
 # Width of the residual stream up to which it is more: half as wide, twice as many.
 WIDE = 4096
+
+
+# Begins a batch, and gives what waits for it and makes its record.
+Begin = Callable[[], Callable[[], Any]]
 
 
 class Records(Protocol):
@@ -34,6 +42,10 @@ class Records(Protocol):
 
     def append(self, record: Any) -> None:
         """Add what a batch left."""
+
+
+def _at_once(begin: Begin) -> Any:
+    return begin()()
 
 
 def shortest(device: str, hidden: int, max_length: int) -> int:
@@ -147,6 +159,24 @@ class JournalledLM(PromptLM):
             f"'{work.documents[0][0]}': batches of {largest.tokens:,} tokens",
             (("batch_size", self.batch_size), ("max_length", self.max_length)),
         )
+
+    def _in_flight(self, batches: Iterable[Begin], *, ahead: bool = True) -> Iterator[Any]:
+        """What each of some batches left, in order; a device has the next one while one is read.
+
+        Args:
+            batches: each begins one, and gives what waits for it.
+            ahead: whether a batch may begin before the one in front of it is read.
+        """
+        most = AHEAD.get(self.device.type, 0) if ahead else 0
+        known = len(self._journal.records) - self._replayed
+        begun: deque[Callable[[], Any]] = deque()
+        for number, begin in enumerate(batches):
+            early = most and number >= known
+            begun.append(begin() if early else partial(_at_once, begin))
+            if len(begun) > most:
+                yield self._batch(begun.popleft())
+        while begun:
+            yield self._batch(begun.popleft())
 
     def _batch(self, compute: Callable[[], Any]) -> Any:
         """The next batch's record: from the journal if an earlier run got so far."""

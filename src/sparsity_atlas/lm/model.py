@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections import deque
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -35,9 +34,6 @@ if TYPE_CHECKING:
     from sparsity_atlas.lm.longest import Memory
     from sparsity_atlas.lm.work import Arranged, Encoding
     from sparsity_atlas.sparsify.attach import Counter
-
-# Batches that a device gets before the one in front of them is read, so that it need not wait for the host.
-AHEAD = {"cuda": 1}
 
 # What is said, once, of a model that cannot do something.
 SLOWER = {
@@ -190,29 +186,16 @@ class AtlasLM(GeneratingLM):
     def _answers(self, kind: str, count: int) -> list[tuple[float, bool]]:
         answers: list[tuple[float, bool]] = [(0.0, False)] * count
         batches = self._work.batches[kind]
-        for batch, record in zip(batches, self._records(batches), strict=True):
+        # A model that remembers earlier batches is seen after each of them.
+        records = self._in_flight(
+            (partial(self._score, one) for one in batches), ahead=not self._work.abilities.follows
+        )
+        for batch, record in zip(batches, records, strict=True):
             self.usage.add_scored(batch, record)
             found = zip(record["scores"], record["greedy"], strict=True)
             for number, answer in zip(batch.requests, found, strict=True):
                 answers[number] = answer
         return answers
-
-    def _records(self, batches: list[forest.Batch]) -> Iterator[Any]:
-        """What each batch left, in order."""
-        # A model that remembers earlier batches is seen after each of them.
-        ahead = 0 if self._work.abilities.follows else AHEAD.get(self.device.type, 0)
-        known = len(self._journal.records) - self._replayed
-        begun: deque[Callable[[], Any]] = deque()
-        for number, batch in enumerate(batches):
-            early = ahead and number >= known
-            begun.append(self._score(batch) if early else partial(self._scored, batch))
-            if len(begun) > ahead:
-                yield self._batch(begun.popleft())
-        while begun:
-            yield self._batch(begun.popleft())
-
-    def _scored(self, batch: forest.Batch) -> dict[str, Any]:
-        return self._score(batch)()
 
     def _score(self, batch: forest.Batch) -> Callable[[], dict[str, Any]]:
         """Begin one batch.

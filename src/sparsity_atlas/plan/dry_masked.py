@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from sparsity_atlas.diffusion.denoise import Denoise
 from sparsity_atlas.lm.masked.masked_lm import MaskedLM
+from sparsity_atlas.lm.usage import packed
 from sparsity_atlas.plan.dry_run import Batch, Dry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from lm_eval.api.instance import Instance
     from torch import Tensor
@@ -30,13 +33,15 @@ class DryMaskedLM(Dry, MaskedLM):
         """Note passes over some rows, and give what they leave; see `Passes.record`."""
         passes = steps * (2 if self.diffusion.guidance else 1)
         self.batches += [Batch([list(row) for row in rows], predicted)] * passes
-        return {"tokens": [passes * len(row) for row in rows], "zeros": [[]] * len(rows)}
+        return {"tokens": [passes * len(row) for row in rows], "zeros": packed(np.zeros(0))}
 
-    def _score(self, kind: str, batch: RowBatch) -> dict[str, Any]:
-        rows = [self._work.rows(kind, own[0][0])[own[0][1]] for own in batch.rows]
-        read = sum(len(own) for own in batch.rows)
-        spared = self._spared([row.tokens for row in rows], [len(row.places) for row in rows])
-        return {"parts": [0.0] * read, "likeliest": [False] * read, **spared}
+    def _score(self, kind: str, batch: RowBatch) -> Callable[[], dict[str, Any]]:
+        rows, read = self._work.rows(kind, batch, self.padding_id), len(batch.number)
+        firsts = np.flatnonzero(np.diff(batch.row, prepend=-1))
+        masked = np.diff(rows.starts, append=len(rows.targets))[firsts]
+        tokens = [own[valid].tolist() for own, valid in zip(rows.tokens, rows.valid, strict=True)]
+        spared = self._spared(tokens, masked.tolist())
+        return lambda: {"parts": [0.0] * read, "likeliest": [False] * read, **spared}
 
     def _said(self, numbers: list[int]) -> dict[str, Any]:
         own = [self._work.scored["loglikelihood"][one] for one in numbers]

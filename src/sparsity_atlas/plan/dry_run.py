@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -122,7 +123,7 @@ class DryLM(Dry, AtlasLM):
     def _abilities(self, requests: list[forest.Request], branching: bool) -> Abilities:
         return Abilities(branches=branching, selects=True)  # as nearly every model
 
-    def _scored(self, batch: forest.Batch) -> dict[str, Any]:
+    def _score(self, batch: forest.Batch) -> Callable[[], dict[str, Any]]:
         longest = batch.tokens.shape[1]
         rows = [
             row[:length].tolist() for row, length in zip(batch.tokens, batch.lengths, strict=True)
@@ -130,7 +131,7 @@ class DryLM(Dry, AtlasLM):
         predicted = np.bincount(batch.scored // longest, minlength=len(rows)).tolist()
         self.batches.append(Batch(rows, predicted))
         count = len(batch.requests)
-        return {
+        return lambda: {
             **{"zeros": "", "unique": ""},  # no slot is counted
             **{"scores": [0.0] * count, "greedy": [False] * count},
         }

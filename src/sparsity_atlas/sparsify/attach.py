@@ -287,13 +287,16 @@ def sparsified(
     criterion: Criterion,
     level: float,
     calibration: Mapping[str, State] | None = None,
+    *,
+    by_step: bool = True,
 ) -> Iterator[Counter]:
     """Drop what `criterion` drops at `site` in every layer, and count zeros there.
 
     A dropped entry counts as a zero also where the criterion puts something in its place.
+    `by_step=False`: masks of a generation by denoising are not followed from step to step.
     """
     bound = bind_all(criterion, parts, site, calibration)
-    with applied(model, parts, site, bound, level) as counter:
+    with applied(model, parts, site, bound, level, by_step=by_step) as counter:
         yield counter
 
 
@@ -304,6 +307,8 @@ def applied(
     site: str,
     bound: Mapping[PlaceKey, Criterion],
     level: float,
+    *,
+    by_step: bool = True,
 ) -> Iterator[Counter]:
     """Drop what bound criteria drop at their places of a site, and count zeros there.
 
@@ -313,11 +318,12 @@ def applied(
         site: where.
         bound: a criterion by place; a place of the site that is not among them stays dense.
         level: of all of them.
+        by_step: see `sparsified`.
     """
     if any(isinstance(rule, ExpertRules) for rule in bound.values()):
         parts = [part.apart() for part in parts]
     slots = [slot for slot in slots_of(parts, site) if slot.key in bound]
-    counter = Counter(slots)
+    counter = Counter(slots, masked=by_step)
     drops = {place: dropping(rule, level, counter.sequences) for place, rule in bound.items()}
 
     def rewrite(vectors: Vectors, onto: Tensor) -> Tensor | None:

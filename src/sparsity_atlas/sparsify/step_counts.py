@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from sparsity_atlas.sparsify.packed_bits import ones, packed, words
 from sparsity_atlas.sparsify.step_masks import KeptMasks, StepMasks, overlap
 from sparsity_atlas.sparsify.step_sums import BINS, BLOCK_SUMS, BLOCKS, REGIONS, TOKEN_SUMS
+from sparsity_atlas.sparsify.transfer import sent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -202,7 +204,7 @@ class _Step:
             torch.stack([prompt, masked, new, answer & ~masked & ~new]).long(),
             member.float(),
             member.sum(-1),
-            torch.tensor(step.rows, device=valid.device),
+            sent(np.array(step.rows), valid.device),
         )
 
     def shrunk(self, places: Tensor) -> _Step:

@@ -11,8 +11,6 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
-
     from sparsity_atlas.sparsify.counted_vectors import Slot
 
 # Where a token stands: in the prompt, or in the answer, where it is still masked at a step, was filled in by
@@ -43,14 +41,14 @@ _OF_TOKENS, _OF_BLOCKS = len(TOKEN_SUMS) * len(REGIONS), len(BLOCK_SUMS) * len(B
 _OVER = BINS * len(BLOCKS)
 
 
-def step_record(taken: Sequence[Tensor]) -> dict[str, str]:
+def step_record(taken: Sequence[np.ndarray]) -> dict[str, str]:
     """What a batch's record has of its sums by step, as `ByStep.take` gives them.
 
     Compressed, since as numbers in JSON they would outweigh all else that a journal holds.
     """
     if not taken:
         return {}
-    content = b"".join(one.cpu().numpy().astype("<i8").tobytes() for one in taken)
+    content = b"".join(one.astype("<i8").tobytes() for one in taken)
     return {KEY: base64.b64encode(zlib.compress(content, 1)).decode()}
 
 

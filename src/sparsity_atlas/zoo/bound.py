@@ -9,7 +9,8 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from sparsity_atlas.diffusion.denoise import denoiser
-from sparsity_atlas.diffusion.likelihood import Request, bounds
+from sparsity_atlas.diffusion.likelihood import bounds
+from sparsity_atlas.diffusion.rows import Request
 from sparsity_atlas.zoo.batches import IGNORED
 from sparsity_atlas.zoo.loss import Loss
 from sparsity_atlas.zoo.tokenizer import END_OF_TEXT_ID

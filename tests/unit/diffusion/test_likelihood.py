@@ -14,8 +14,9 @@ import torch
 
 from masked_diffusion import MASK, logits_by_hand, save_diffusion
 from sparsity_atlas.diffusion.denoise import Asked, denoiser, told_by
-from sparsity_atlas.diffusion.likelihood import Request, bounds, rows_of
+from sparsity_atlas.diffusion.likelihood import bounds
 from sparsity_atlas.diffusion.mask_sets import mask_sets
+from sparsity_atlas.diffusion.rows import Request, Rows, rows_of
 from sparsity_atlas.errors import NumericalFailure
 from sparsity_atlas.files.whole import digest
 from sparsity_atlas.loading.checkpoint import Checkpoint
@@ -143,20 +144,47 @@ def test_each_number_of_masks_comes_up_as_often(length: int, samples: int) -> No
     assert max(abs(count - wanted) for count in counts.values()) < 4.5 * wanted**0.5
 
 
+def rows_of_all(request: Request, beside: Request | None = None) -> Rows:
+    """All rows of a request, behind those of another one."""
+    asked = [request] if beside is None else [beside, request]
+    number = np.repeat(np.arange(len(asked)), 16)
+    place = np.tile(np.arange(16), len(asked))
+    settings = {"samples": 16, "mask_token": MASK, "padding": 0}
+    return rows_of(asked, number, place, np.arange(len(number)), **settings)
+
+
 def test_masks_follow_from_what_is_asked() -> None:
     request = Request((1, 2, 3), tuple(range(10, 22)))
-    rows = list(rows_of(0, request, 16, MASK))
-    again = list(rows_of(5, request, 16, MASK))
-    assert [row.tokens for row in rows] == [row.tokens for row in again]
-    other = list(rows_of(0, Request((1, 2), tuple(range(10, 22))), 16, MASK))
-    assert [row.places for row in rows] != [tuple(p + 1 for p in row.places) for row in other]
-    for row in rows:
-        assert row.tokens[:3] == (1, 2, 3)
-        assert [row.tokens[place] for place in row.places] == [MASK] * len(row.places)
-        filled = list(row.tokens)
-        for place, target in zip(row.places, row.targets, strict=True):
-            filled[place] = target
-        assert filled == [1, 2, 3, *range(10, 22)]
+    rows = rows_of_all(request)
+    other = rows_of_all(Request((1, 2), request.answer))
+    assert np.array_equal(
+        rows_of_all(request, Request((8,), (9,) * 20)).tokens[16:, :15], rows.tokens
+    )
+    assert not np.array_equal(rows.tokens[:, 1:] == MASK, other.tokens == MASK)
+    assert rows.lengths.tolist() == [15] * 16
+    assert rows.prompts.tolist() == [3] * 16
+    for number, tokens in enumerate(rows.tokens.tolist()):
+        masked = [place for place, token in enumerate(tokens) if token == MASK]
+        own = slice(*[*rows.starts, len(rows.targets)][number : number + 2])
+        assert (rows.where[rows.predicted[own]] - number * 15).tolist() == masked
+        for place, target in zip(masked, rows.targets[own].tolist(), strict=True):
+            tokens[place] = target
+        assert tokens == [1, 2, 3, *range(10, 22)]
+
+
+def test_a_row_that_tells_several_readings() -> None:
+    """Options of one token, and a sentence beside one that differs in a masked word."""
+    asked = [Request((1,), (5,)), Request((1,), (6,)), Request((4, 4), (7, 8))]
+    number, row = np.array([0, 1, 2, 2]), np.array([0, 0, 1, 2])
+    settings = {"samples": 3, "mask_token": MASK, "padding": 0}
+    rows = rows_of(asked, number, np.array([0, 0, 0, 2]), row, **settings)
+    assert rows.tokens.tolist() == [[1, MASK, 0, 0], [4, 4, MASK, 8], [4, 4, MASK, MASK]]
+    assert rows.valid.sum(1).tolist() == [2, 4, 4]
+    assert rows.where.tolist() == [1, 6, 10, 11]
+    assert rows.predicted.tolist() == [0, 0, 1, 2, 3]
+    assert rows.targets.tolist() == [5, 6, 7, 7, 8]
+    assert rows.starts.tolist() == [0, 1, 2, 3]
+    assert rows.weights.tolist() == [1.0, 1.0, 0.5, 0.5]
 
 
 @pytest.fixture(scope="module")

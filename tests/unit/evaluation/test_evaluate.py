@@ -17,7 +17,7 @@ from sparsity_atlas.evaluation import evaluate as evaluation
 from sparsity_atlas.evaluation.evaluate import evaluate_node
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.samples import read_table
-from sparsity_atlas.lm import model
+from sparsity_atlas.lm import journalled
 from sparsity_atlas.loading import free_memory
 from tiny_lm import (
     CHOICE,
@@ -80,7 +80,7 @@ def test_a_batch_that_is_begun_early_changes_nothing(
 ) -> None:
     whole = evaluate(manifest, tasks, tmp_path / "whole")
     # As on a GPU.
-    monkeypatch.setattr(model, "AHEAD", {"cpu": 1})
+    monkeypatch.setattr(journalled, "AHEAD", {"cpu": 1})
     assert evaluate(manifest, tasks, tmp_path / "ahead") == whole
     assert products(tmp_path / "ahead") == products(tmp_path / "whole")
     for stop in (1, 3, 7):

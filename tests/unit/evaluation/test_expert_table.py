@@ -22,7 +22,7 @@ from sparsity_atlas.evaluation.headed_table import CountTable
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.samples import read_table as read_samples
 from sparsity_atlas.files.whole import read_manifest
-from sparsity_atlas.lm import forest, model
+from sparsity_atlas.lm import forest, journalled
 from sparsity_atlas.lm.forward import Abilities
 from sparsity_atlas.upkeep.clean import orphans
 from sparsity_atlas.upkeep.doctor import examine
@@ -384,7 +384,7 @@ def test_begun_early_as_on_a_gpu(
     manifest: Path, tasks: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate_node(open_session(manifest, tasks), node_of("up"), tmp_path / "whole")
-    monkeypatch.setattr(model, "AHEAD", {"cpu": 1})
+    monkeypatch.setattr(journalled, "AHEAD", {"cpu": 1})
     evaluate_node(open_session(manifest, tasks), node_of("up"), tmp_path / "ahead")
     assert products(tmp_path / "ahead") == products(tmp_path / "whole")
 

@@ -60,6 +60,15 @@ def test_simple_evaluate_gives_the_node_s_numbers(tmp_path: Path) -> None:
         assert theirs["config"]["diffusion"] == diffusion
 
 
+def test_masks_are_not_followed_from_step_to_step(tmp_path: Path) -> None:
+    """lm-eval's results have no place for that, and it takes time and memory."""
+    given = {"criterion": "topp", "site": "intermediate", "level": 0.6}
+    lm = harness.HarnessLM(pretrained=str(save_diffusion(tmp_path / "m")), device="cpu", **given)
+    with lm._attached() as counter:
+        assert len(counter.slots) == 2
+        assert len(counter.by_step.slots) == 0
+
+
 @pytest.mark.parametrize("said", ["samples=5", "steps=3", "mask_token_id=4", "remasking=random"])
 def test_a_causal_model_is_not_asked_with_masks(model_folder: Path, said: str) -> None:
     name, value = said.split("=")

@@ -42,7 +42,8 @@ def sums() -> StepSums:
         (STEPS, len(SLOTS), len(BLOCK_SUMS), len(BLOCKS)),
         (len(SLOTS), BINS, len(BLOCKS)),
     ]
-    found.add(step_record([torch.randint(0, 1 << 30, shape, generator=draw) for shape in shapes]))
+    numbers = [torch.randint(0, 1 << 30, shape, generator=draw).numpy() for shape in shapes]
+    found.add(step_record(numbers))
     # Of the neurons of two prompts and three answers each has one frequency.
     for place, slot in enumerate(SLOTS):
         found.over[place] = 0

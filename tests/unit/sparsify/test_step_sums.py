@@ -38,7 +38,9 @@ def taken(steps: int) -> list[Tensor]:
 def test_batches_of_different_lengths_add_up() -> None:
     sums = StepSums(SLOTS)
     for steps in (2, 4, 1):
-        record = json.loads(json.dumps({"texts": [], **step_record(taken(steps))}))
+        record = json.loads(
+            json.dumps({"texts": [], **step_record([one.numpy() for one in taken(steps)])})
+        )
         sums.add(record)
         assert record == {"texts": []}  # nothing of it is kept in memory
     each = [[one.numpy() for one in taken(steps)] for steps in (2, 4, 1)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+from collections.abc import Callable, Container
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -118,10 +118,8 @@ class MaskedLM(JournalledLM):
 
     @property
     def _asking(self) -> dict[str, Any]:
-        return {
-            **{"mask_token": self.mask_token, "padding": self.padding_id},
-            **{"guidance": self.diffusion.guidance, "device": self.device},
-        }
+        guidance = self.diffusion.guidance
+        return {"mask_token": self.mask_token, "guidance": guidance, "device": self.device}
 
     # Log-likelihoods
 
@@ -149,14 +147,13 @@ class MaskedLM(JournalledLM):
 
     def _bounds(self, kind: str) -> tuple[list[float], list[bool]]:
         """Of each request the bound, and of answers of one token whether it is the likeliest."""
-        scored = self._work.scored[kind]
+        scored, batches = self._work.scored[kind], self._work.batches[kind]
         parts: list[list[float]] = [[] for _ in scored]
         likeliest = [False] * len(scored)
-        for batch in self._work.batches[kind]:
-            record = self._batch(partial(self._score, kind, batch))
+        records = self._in_flight(partial(self._score, kind, one) for one in batches)
+        for batch, record in zip(batches, records, strict=True):
             self.usage.add_rows(batch.owners, record)
-            read = (number for own in batch.rows for number, _ in own)
-            found = zip(read, record["parts"], record["likeliest"], strict=True)
+            found = zip(batch.number.tolist(), record["parts"], record["likeliest"], strict=True)
             for number, part, hit in found:
                 parts[number].append(part)
                 likeliest[number] = hit and len(scored[number].answer) == 1
@@ -168,17 +165,28 @@ class MaskedLM(JournalledLM):
         self.usage.add_bounds(owners, scored, bounds)
         return bounds, likeliest
 
-    def _score(self, kind: str, batch: RowBatch) -> dict[str, Any]:
-        """Of each row and what is read of it its part of the bound; see `Passes.record`."""
-        rows = [[self._work.rows(kind, n)[place] for n, place in own] for own in batch.rows]
-        passes = self._passes(SCORING, len(rows))
-        found = row_scores(passes, rows, **self._asking)
-        weights = [row.weight for own in rows for row in own]
-        return {
-            "parts": [weight * score for weight, (score, _) in zip(weights, found, strict=True)],
-            "likeliest": [hit for _, hit in found],
-            **passes.record(),
-        }
+    def _score(self, kind: str, batch: RowBatch) -> Callable[[], dict[str, Any]]:
+        """Begin one batch.
+
+        Returns:
+            What waits for it, and gives the part of the bound of each reading; see `Passes.record`.
+        """
+        rows = self._work.rows(kind, batch, self.padding_id)
+        passes = self._passes(SCORING, len(batch.owners))
+        scores = row_scores(passes, rows, **self._asking)
+        record = passes.record()
+
+        def read() -> dict[str, Any]:
+            counted, found = record(), scores()
+            return {
+                "parts": [
+                    w * score for w, (score, _) in zip(rows.weights.tolist(), found, strict=True)
+                ],
+                "likeliest": [hit for _, hit in found],
+                **counted,
+            }
+
+        return read
 
     def _greedy(self) -> dict[int, bool]:
         """Whether answers of several tokens are what the model would say, of requests by number."""
@@ -196,9 +204,10 @@ class MaskedLM(JournalledLM):
         length = len(own[0].answer)
         passes = self._passes(DENOISING, len(own))
         schedule = Schedule(length, length, length)
-        texts = unmask(passes, [one.prompt for one in own], schedule, **self._asking)
+        prompts = [one.prompt for one in own]
+        texts = unmask(passes, prompts, schedule, padding=self.padding_id, **self._asking)
         said = [text == list(one.answer) for text, one in zip(texts, own, strict=True)]
-        return {"said": said, **passes.record()}
+        return {"said": said, **passes.record()()}
 
     # Generation
 
@@ -236,6 +245,7 @@ class MaskedLM(JournalledLM):
         found = unmask(
             passes,
             *(prompts, options.schedule),
+            padding=self.padding_id,
             remasking=options.remasking,
             seeds=[digest(prompt) for prompt in prompts],
             finished=finished,
@@ -245,7 +255,7 @@ class MaskedLM(JournalledLM):
             "texts": [self._text(tokens, options.stops) for tokens in found],
             "cut": [len(a) - len(p) for a, p in zip(asked, prompts, strict=True)],
             "unfinished": [not finished(row, tokens) for row, tokens in enumerate(found)],
-            **passes.record(),
+            **passes.record()(),
         }
 
     def _options(self, request: Instance) -> Any:

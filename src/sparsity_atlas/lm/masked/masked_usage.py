@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparsity_atlas.lm.usage import Usage
+from sparsity_atlas.lm.usage import Usage, unpacked
 from sparsity_atlas.terms import DENOISING, SCORING, UNIQUE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sparsity_atlas.diffusion.likelihood import Request
+    from sparsity_atlas.diffusion.rows import Request
     from sparsity_atlas.terms import Phase
 
 
@@ -23,7 +23,7 @@ class MaskedUsage(Usage):
     steps, differ in their masks: each token of each is one that it has once, so that `unique` is all.
     """
 
-    def add_rows(self, owners: Sequence[int], record: dict[str, Any]) -> None:
+    def add_rows(self, owners: Sequence[int] | np.ndarray, record: dict[str, Any]) -> None:
         """Add a batch of rows that were scored, each of them one of its owner's."""
         self.by_expert.add_scored(record)
         self._add(SCORING, owners, record)
@@ -34,10 +34,13 @@ class MaskedUsage(Usage):
         self.by_step.add(record)
         self._add(DENOISING, owners, record)
 
-    def _add(self, phase: Phase, owners: Sequence[int], record: dict[str, Any]) -> None:
+    def _add(
+        self, phase: Phase, owners: Sequence[int] | np.ndarray, record: dict[str, Any]
+    ) -> None:
+        zeros = unpacked(record["zeros"]).reshape(len(owners), self.zeros[phase].shape[1])
         for account in (phase, UNIQUE):
             np.add.at(self.tokens[account], owners, record["tokens"])
-            np.add.at(self.zeros[account], owners, np.array(record["zeros"], np.int64))
+            np.add.at(self.zeros[account], owners, zeros)
 
     def add_bounds(
         self, owners: Sequence[int], requests: Sequence[Request], bounds: Sequence[float]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar
 
-from sparsity_atlas.diffusion.likelihood import Request, Row, rows_of
+import numpy as np
+
+from sparsity_atlas.diffusion.rows import Request, Rows, rows_of
 from sparsity_atlas.errors import TaskFailure
 from sparsity_atlas.lm.work import Arranged, Limits, generation_batches, windows
 from sparsity_atlas.models.memory import Largest
@@ -20,27 +21,23 @@ if TYPE_CHECKING:
     from sparsity_atlas.lm.work import Encoding
     from sparsity_atlas.terms import Phase
 
-# Which set of masked tokens of which request: both by number.
-Reading = tuple[int, int]
-# Requests whose rows are kept: those of a batch lie side by side.
-KEPT = 64
-
-Item = TypeVar("Item")
-
 
 @dataclass(frozen=True)
 class RowBatch:
     """One forward pass over rows of one document each.
 
     Attributes:
-        rows: of each row what is read of it: options of one token read one row, and others may.
-        owners: of each row its document.
-        length: tokens of the longest.
+        owners: int64 [rows], of each row its document.
+        number: int64 [readings], of the request that is read; options of one token read one row, and others
+            may.
+        place: int64 [readings], of the set of masked tokens among those of the request.
+        row: int64 [readings], which row tells it, from 0 on.
     """
 
-    rows: list[list[Reading]]
-    owners: list[int]
-    length: int
+    owners: np.ndarray
+    number: np.ndarray
+    place: np.ndarray
+    row: np.ndarray
 
 
 @dataclass
@@ -65,21 +62,26 @@ class MaskedWork(Arranged):
     mask_token: int = 0
     likelihood: ClassVar[str] = "bound"
 
-    def __post_init__(self) -> None:
-        self._rows: Callable[[str, int], list[Row]] = lru_cache(KEPT)(self._made)
-
     @property
     def phases(self) -> list[Phase]:
         """What its passes are for."""
         scored: list[Phase] = [SCORING] if any(self.batches.values()) else []
         return scored + ([DENOISING] if self.prompts or self.greedy else [])
 
-    def rows(self, kind: str, number: int) -> list[Row]:
-        """The rows of a request, by its number among those of its kind that are scored."""
-        return self._rows(kind, number)
+    def rows(self, kind: str, batch: RowBatch, padding: int) -> Rows:
+        """The rows of a batch.
 
-    def _made(self, kind: str, number: int) -> list[Row]:
-        return list(rows_of(number, self.scored[kind][number], self.samples, self.mask_token))
+        Args:
+            kind: of its requests.
+            batch: one of `batches`.
+            padding: id that rows are filled up with.
+        """
+        return rows_of(
+            *(self.scored[kind], batch.number, batch.place, batch.row),
+            samples=self.samples,
+            mask_token=self.mask_token,
+            padding=padding,
+        )
 
 
 def arrange_rows(
@@ -171,39 +173,83 @@ def _sharing_masks(requests: list[Request], owners: list[int]) -> list[Request]:
 
 def _row_batches(work: MaskedWork, kind: str, owners: list[int], limits: Limits) -> list[RowBatch]:
     """Rows of all requests of a kind, the longest first; what a document runs twice is run once."""
-    distinct: list[tuple[int, int, list[Reading]]] = []  # length, document, readings
-    by_document: dict[int, list[int]] = {}
-    for number, owner in enumerate(owners):
-        by_document.setdefault(owner, []).append(number)
-    for owner, numbers in by_document.items():
-        known: dict[tuple[int, tuple[int, ...], tuple[int, ...]], list[Reading]] = {}
-        for number in numbers:
-            for place, row in enumerate(work.rows(kind, number)):
-                key = (row.prompt, row.tokens, row.places)
-                known.setdefault(key, []).append((number, place))
-        distinct += [(len(tokens), owner, own) for (_, tokens, _), own in known.items()]
-    distinct.sort(key=lambda one: (-one[0], one[2][0]))
-    return [
-        RowBatch([own for *_, own in some], [owner for _, owner, _ in some], some[0][0])
-        for some in _parted(distinct, [length for length, *_ in distinct], limits)
-    ]
+    requests = work.scored[kind]
+    if not requests:
+        return []
+    number, place, twin = (np.concatenate(some) for some in _readings(work, kind, owners))
+    # Rows by the first of their readings: the longest, then in the order of the requests.
+    lengths = np.array([len(one.prompt) + len(one.answer) for one in requests])
+    own = np.flatnonzero(twin == np.arange(len(twin)))
+    own = own[np.lexsort([place[own], number[own], -lengths[number[own]]])]
+    rank = np.empty(len(twin), np.int64)
+    rank[own] = np.arange(len(own))
+    rank = rank[twin]
+    order = np.lexsort([place, number, rank])
+    number, place, rank = number[order], place[order], rank[order]
+    document = np.array(owners)
+    batches = []
+    for start, end in _parted(lengths[number[np.searchsorted(rank, np.arange(len(own)))]], limits):
+        some = slice(*np.searchsorted(rank, [start, end]))
+        firsts = number[some][np.diff(rank[some], prepend=-1) > 0]
+        batches.append(RowBatch(document[firsts], number[some], place[some], rank[some] - start))
+    return batches
 
 
-def _parted(items: Sequence[Item], lengths: Sequence[int], limits: Limits) -> list[list[Item]]:
+def _readings(
+    work: MaskedWork, kind: str, owners: list[int]
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Numbers, places and twins of all readings: a twin is the first reading that the same row tells."""
+    groups: dict[tuple[int, tuple[int, ...], int], list[int]] = {}
+    for number, (owner, one) in enumerate(zip(owners, work.scored[kind], strict=True)):
+        groups.setdefault((owner, one.prompt, len(one.answer)), []).append(number)
+    found, done = [], 0
+    for numbers in groups.values():
+        requests = [work.scored[kind][number] for number in numbers]
+        sets = [one.sets(work.samples) for one in requests]
+        sizes = [len(one.weights) for one in sets]
+        place = np.concatenate([np.arange(size) for size in sizes])
+        twin = np.arange(len(place))
+        if len(numbers) > 1 or not sets[0].exact:
+            # Where a mask stands the row differs from that of any token, the mask's own among them.
+            tokens = np.concatenate(
+                [
+                    np.where(own.masked, -1, np.array(one.answer))
+                    for own, one in zip(sets, requests, strict=True)
+                ]
+            )
+            twin = _firsts(tokens)
+        found.append((np.repeat(numbers, sizes), place, done + twin))
+        done += len(place)
+    return zip(*found, strict=True)
+
+
+def _firsts(rows: np.ndarray) -> np.ndarray:
+    """Of each row of integers the first that equals it: int64 [rows]."""
+    # Sums with random factors differ where rows do, nearly always; one number is sorted faster than a row.
+    factors = np.random.default_rng(0).integers(1 << 62, size=rows.shape[1])
+    _, first, inverse = np.unique(rows @ factors, return_index=True, return_inverse=True)
+    if not np.array_equal(rows[first[inverse]], rows):
+        _, first, inverse = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    found: np.ndarray = first[inverse.reshape(-1)]
+    return found
+
+
+def _parted(lengths: Sequence[int] | np.ndarray, limits: Limits) -> Iterator[tuple[int, int]]:
     """Batches that hold as many tokens, padding included, as `batch_size` of the longest item.
 
     Args:
-        items: the longest first.
-        lengths: of them, in tokens.
+        lengths: of all items in tokens, the longest first.
         limits: of the model.
+
+    Yields:
+        Of each batch its first item, and the one after its last.
     """
-    found, start = [], 0
+    start = 0
     budget = limits.batch_size * max(limits.shortest, *lengths[:1], 1)
-    while start < len(items):
-        rows = max(budget // max(lengths[start], 1), 1)
-        found.append(list(items[start : start + rows]))
-        start += rows
-    return found
+    while start < len(lengths):
+        end = min(start + max(int(budget // max(lengths[start], 1)), 1), len(lengths))
+        yield start, end
+        start = end
 
 
 def _asked_greedy(
@@ -224,31 +270,29 @@ def _asked_greedy(
     for _, numbers in sorted(groups.items()):
         numbers.sort(key=lambda one: (-len(scored[one].prompt), one))
         lengths = [len(scored[one].prompt) + len(scored[one].answer) for one in numbers]
-        batches += _parted(numbers, lengths, limits)
+        batches += [numbers[start:end] for start, end in _parted(lengths, limits)]
     return batches
 
 
 def _largest(work: MaskedWork, prompts: list[Instance], limits: Limits) -> Largest:
     found = Largest()
 
-    def add(lengths: list[int], scored: int) -> None:
+    def add(lengths: np.ndarray | list[int], scored: int) -> None:
         nonlocal found
-        rows, longest = len(lengths), max(lengths)
+        rows, longest = len(lengths), int(max(lengths))
         # Where no row is padded, nobody needs a mask.
         pairs = rows * longest**2 if min(lengths) < longest else 0
         found |= Largest(rows * longest, longest, scored, pairs)
 
     for kind, batches in work.batches.items():
-        requests = work.scored[kind]
+        answers = np.array([len(one.answer) for one in work.scored[kind]])
+        lengths = answers + [len(one.prompt) for one in work.scored[kind]]
         for batch in batches:
-            firsts = [requests[readings[0][0]] for readings in batch.rows]
-            add(
-                [len(one.prompt) + len(one.answer) for one in firsts],
-                sum(len(one.answer) for one in firsts),
-            )
+            own = batch.number[np.flatnonzero(np.diff(batch.row, prepend=-1))]
+            add(lengths[own], int(answers[own].sum()))
     for numbers in work.greedy:
-        own = [work.scored["loglikelihood"][one] for one in numbers]
-        add([len(one.prompt) + len(one.answer) for one in own], sum(len(o.answer) for o in own))
+        asked = [work.scored["loglikelihood"][one] for one in numbers]
+        add([len(o.prompt) + len(o.answer) for o in asked], sum(len(o.answer) for o in asked))
     for numbers in work.prompts:
         room = limits.room(prompts[numbers[0]])
         kept = max(limits.max_length - room, 0)

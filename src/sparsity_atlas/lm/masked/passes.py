@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from sparsity_atlas.lm.usage import expert_record
+from sparsity_atlas.lm.usage import expert_record, packed
 from sparsity_atlas.sparsify.step import Step
 from sparsity_atlas.sparsify.step_sums import step_record
+from sparsity_atlas.sparsify.transfer import fetched, sent
 from sparsity_atlas.terms import DENOISING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from torch import Tensor
 
@@ -44,28 +46,39 @@ class Passes:
         self._counter = counter
         self._phase: Phase = phase
         self._mask_token = mask_token
-        self._tokens = torch.zeros(sequences, dtype=torch.int64)
-        self._zeros = torch.zeros(len(counter.slots), sequences, dtype=torch.int64)
+        self._sequences = sequences
+        # Of all passes so far: tokens [sequences], zeros [slots, sequences], and what `check` wants to see.
+        self._sums: list[Tensor] = []
         self._experts: list[Tensor] = []
 
     def __call__(self, asked: Asked) -> Iterable[Tensor]:
-        """Make a pass; see `Denoise`.
-
-        Raises:
-            NumericalFailure: NaN or an infinity where zeros are counted.
-        """
+        """Make a pass, without waiting for it; see `Denoise`."""
         counter, valid = self._counter, asked.valid
         # As often as it is run, and each once, which is the same.
         times = torch.stack([valid, valid]).long() if counter.by_expert.slots else None
         counter.expect(valid, self._phase, times, step=self._step(asked))
         pieces = self._denoise(asked)
-        zeros, _ = counter.take()
-        rows = torch.tensor(asked.rows or range(len(valid)))
-        self._tokens.index_add_(0, rows, valid.sum(1).cpu())
-        self._zeros.index_add_(1, rows, zeros.sum(2).cpu())
+        zeros, _, whole = counter.take_unseen()
+        rows = np.array(asked.rows or range(len(valid)))
+        self._add(rows, valid.sum(1), zeros.sum(2), whole)
         for sums in counter.by_expert.take():
             self._experts = [sums + one for one in self._experts] or [sums]
         return pieces
+
+    def _add(self, rows: np.ndarray, tokens: Tensor, zeros: Tensor, whole: Tensor) -> None:
+        if tokens.device.type == "mps":  # which adds up no 64-bit integers
+            tokens, zeros, whole = tokens.cpu(), zeros.cpu(), whole.cpu()
+        if not self._sums:
+            count = len(zeros)
+            self._sums = [
+                tokens.new_zeros(self._sequences),
+                zeros.new_zeros(count, self._sequences),
+                torch.ones_like(whole),
+            ]
+        index = sent(rows, tokens.device)
+        self._sums[0].index_add_(0, index, tokens)
+        self._sums[1].index_add_(1, index, zeros)
+        self._sums[2] &= whole
 
     def _step(self, asked: Asked) -> Step | None:
         if self._phase != DENOISING:
@@ -73,11 +86,26 @@ class Passes:
         masked = (asked.ids == self._mask_token) & ~asked.prompt
         return Step(asked.step, asked.rows, asked.prompt, masked, asked.guide)
 
-    def record(self) -> dict[str, Any]:
-        """What was run: `tokens` of each sequence, its `zeros` [sequence][slot], sums by expert and step."""
-        return {
-            "tokens": self._tokens.tolist(),
-            "zeros": self._zeros.T.tolist(),
-            **expert_record([sums.cpu().numpy() for sums in self._experts]),
-            **step_record(self._counter.by_step.take()),
-        }
+    def record(self) -> Callable[[], dict[str, Any]]:
+        """What was run, when the passes are made.
+
+        Returns:
+            What waits for them, and gives `tokens` of each sequence, its `zeros` [sequences, slots]
+            (`packed`), and sums by expert and step. It raises `NumericalFailure` where zeros were counted
+            among NaN or infinities.
+        """
+        read = fetched([*self._sums, *self._experts])
+        by_step = self._counter.by_step.take()
+        steps = fetched(by_step) if by_step else list
+
+        def found() -> dict[str, Any]:
+            tokens, zeros, whole, *experts = read()
+            self._counter.check(whole.tolist())
+            return {
+                "tokens": tokens.tolist(),
+                "zeros": packed(zeros.T),
+                **expert_record(experts),
+                **step_record(steps()),
+            }
+
+        return found

@@ -16,10 +16,12 @@ from torch import Tensor
 from interruptions import Interrupted, products
 from masked_diffusion import MASK, logits_by_hand, save_diffusion
 from sparsity_atlas.diffusion.mask_sets import mask_sets
+from sparsity_atlas.diffusion.rows import Request
 from sparsity_atlas.evaluation.evaluate import Session, evaluate_node
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.samples import read_table
 from sparsity_atlas.files.whole import digest
+from sparsity_atlas.lm import journalled
 from sparsity_atlas.lm.masked import masked_lm
 from tiny_lm import (
     CHOICE,
@@ -154,6 +156,14 @@ def test_scores_are_those_by_hand(
     assert answers == session.lm.tok_encode(request.args[0])
 
 
+def rows_by_hand(request: Request) -> list[tuple[int, ...]]:
+    """Tokens of each of a request's rows."""
+    return [
+        (*request.prompt, *np.where(masked, MASK, request.answer).tolist())
+        for masked in request.sets(SAMPLES).masked
+    ]
+
+
 def counted_by_hand(session: Session, name: str, kind: str) -> list[tuple[int, int]]:
     """Tokens and zeros of each document's rows at NODE, each by itself."""
     work = session.prepared(name).work
@@ -162,7 +172,7 @@ def counted_by_hand(session: Session, name: str, kind: str) -> list[tuple[int, i
         sorted(range(len(work.owners[kind])), key=lambda n: work.owners[kind][n]),
         key=lambda n: work.owners[kind][n],
     ):
-        distinct = {row.tokens for number in numbers for row in work.rows(kind, number)}
+        distinct = {row for number in numbers for row in rows_by_hand(work.scored[kind][number])}
         tokens = zeros = 0
         for ids in distinct:
             with session.attach(NODE) as counter, torch.no_grad():
@@ -303,6 +313,30 @@ def test_broken_off_at_each_batch_and_resumed(
         assert "steps.parquet" in products(at)
 
 
+def test_begun_early_as_on_a_gpu(
+    manifest: Path, tasks: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate_node(session_of(manifest, tasks), NODE, tmp_path / "whole")
+    whole = products(tmp_path / "whole")
+    monkeypatch.setattr(journalled, "AHEAD", {"cpu": 1})
+    session = session_of(manifest, tasks)
+    with monkeypatch.context() as patch:
+        every = stopping(session, patch)
+        evaluate_node(session, NODE, tmp_path / "ahead")
+    assert products(tmp_path / "ahead") == whole
+    session = session_of(manifest, tasks)
+    with monkeypatch.context() as patch:
+        stopping(session, patch, 3)
+        with pytest.raises(Interrupted):
+            evaluate_node(session, NODE, tmp_path / "stopped")
+    session = session_of(manifest, tasks)
+    left = stopping(session, monkeypatch)
+    evaluate_node(session, NODE, tmp_path / "stopped")
+    assert products(tmp_path / "stopped") == whole
+    # Of the three that were begun one was not read.
+    assert left == every[2:]
+
+
 def test_options_of_a_length_have_the_same_masks(folder: Path, tmp_path: Path) -> None:
     """So that two sentences which differ in a word are told apart by few samples."""
     sentences = [
@@ -322,13 +356,11 @@ def test_options_of_a_length_have_the_same_masks(folder: Path, tmp_path: Path) -
     manifest = write_model_manifest(folder, tmp_path / "model.json")
     work = session_of(manifest, {"sentences": task}).prepared("sentences").work
     own = work.scored["loglikelihood"]
-    one, two, short, *others = (
-        [row.places for row in work.rows("loglikelihood", number)] for number in range(len(own))
-    )
+    one, two, short, *others = (request.sets(SAMPLES).masked.tolist() for request in own)
     assert len(own[0].answer) == len(own[1].answer) > len(own[2].answer)
     assert one == two
     assert one != short
     assert others[0] == others[1]
     # A row in which the word that differs is masked is one row.
-    rows = sum(len(batch.rows) for batch in work.batches["loglikelihood"])
-    assert rows < sum(len(work.rows("loglikelihood", number)) for number in range(len(own)))
+    rows = sum(len(batch.owners) for batch in work.batches["loglikelihood"])
+    assert rows < sum(len(request.sets(SAMPLES).masked) for request in own)
