@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
 from fake_steps import write_steps
 from sparsity_atlas.activations import metrics
@@ -25,9 +26,10 @@ from sparsity_atlas.files.parquet import write_parquet
 from sparsity_atlas.files.whole import write_manifest
 from sparsity_atlas.statistics.bootstrap import TaskSamples
 from sparsity_atlas.studies import output_error, sensitivity
+from sparsity_atlas.studies.token_masks import MaskTables
 from sparsity_atlas.tables import summarize
 from sparsity_atlas.tables.read import Tables, read_tables
-from sparsity_atlas.terms import STORED, TENSORS, plain
+from sparsity_atlas.terms import STORED, TENSORS, PlaceKey, plain
 
 LEVELS = ("0.97", "0.9", "0.75", "0.5")
 ENTRIES = 1000
@@ -167,6 +169,7 @@ def write_curve(
         for layer in range(LAYERS)
     ]
     write_parquet(folder / "sparsity.parquet", pa.Table.from_pylist(rows, output_error.SCHEMA))
+    write_masks(folder, shares, site)
     rows = []
     for level, share in shares.items():
         for tensor in TENSORS[site]:
@@ -178,6 +181,17 @@ def write_curve(
                     | {"added_loss": loss, **interval}
                 )
     write_parquet(folder / "sensitivity.parquet", pa.Table.from_pylist(rows, sensitivity.SCHEMA))
+
+
+def write_masks(folder: Path, shares: dict[str, float], site: str) -> None:
+    """masks.parquet of four sequences of eight tokens."""
+    masks = MaskTables(8)
+    draw = np.random.default_rng(0).random((4, 8, 64))
+    for level, share in shares.items():
+        for tensor, layer in itertools.product(TENSORS[site], range(LAYERS)):
+            kept = torch.from_numpy(draw >= share * (0.8 + 0.1 * layer))
+            masks.add(level, PlaceKey(layer, "ffn", tensor), kept)
+    write_parquet(folder / "masks.parquet", masks.table())
 
 
 def _phases(

@@ -1,7 +1,8 @@
 """What the store alone tells.
 
 In:  captured activations; for the output error the model's FFNs and the levels of its curves.
-Out: metrics of each layer and site; induced sparsity and FFN-output error of each level and layer.
+Out: metrics of each layer and site; of each level and layer induced sparsity, FFN-output error, and how the
+     masks of neighbouring tokens go together.
 """
 
 
@@ -38,7 +39,8 @@ rule output_error:
         search=ask.curve_search,
         calibration=ask.calibration,
     output:
-        "results/{model}/{criterion}/{site}/sparsity.parquet",
+        sparsity="results/{model}/{criterion}/{site}/sparsity.parquet",
+        masks="results/{model}/{criterion}/{site}/masks.parquet",
     log:
         "results/logs/{model}/{criterion}/{site}/sparsity.log",
     benchmark:
@@ -68,5 +70,6 @@ rule output_error:
             --search={input.search:q} \
             --calibration={input.calibration:q} \
             --settings {params.settings:q} \
-            --output {output} >{log} 2>&1
+            --output {output.sparsity} \
+            --masks {output.masks} >{log} 2>&1
         """

@@ -67,6 +67,7 @@ rule tables:
         curves=ask.curve_files("curve.json"),
         equal=ask.curve_files("equal_sparsity.parquet"),
         sparsity=ask.curve_files("sparsity.parquet"),
+        masks=ask.curve_files("masks.parquet"),
         metrics=ask.metric_files(),
         sensitivity=ask.sensitivity_files(),
     output:
@@ -78,6 +79,7 @@ rule tables:
         metrics="results/metrics.csv",
         magnitudes="results/magnitudes.csv",
         output_error="results/output_error.csv",
+        masks="results/masks.csv",
         allocation="results/allocation.csv",
         sensitivity="results/sensitivity.csv",
         experts="results/experts.csv",

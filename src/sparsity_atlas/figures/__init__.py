@@ -213,6 +213,38 @@ FIGURES = {
         "output, as a mean over tokens and layers of the captured text; bands span the layers. Each "
         "layer has its dense input, so that errors do not add up over depth.",
     ),
+    "unused_neurons": Entry(
+        "Neurons that several tokens leave unused",
+        "Neurons",
+        ("masks",),
+        "Share of neurons that none of t consecutive tokens keeps, on the captured text: what a batch or "
+        "speculative decoding of t tokens can still skip. Of all levels the one is shown whose sparsity is "
+        "nearest to 50 %. Lines are means over the layers, bands go from the smallest to the largest. "
+        "Dashed: what is left if each entry were dropped by itself, the sparsity to the power of t; "
+        "dotted: if each neuron were kept by itself, as often as it is.",
+    ),
+    "mask_reuse": Entry(
+        "What tokens keep of the neurons of earlier ones",
+        "Neurons",
+        ("masks",),
+        "Of the neurons that a token keeps, the share that the token so many places before it keeps, too; "
+        "mean over the tokens. Lines, bands, levels and what chance would give as in the figure before.",
+    ),
+    "position_sparsity": Entry(
+        "Sparsity over the position in the sequence",
+        "Neurons",
+        ("masks",),
+        "Share of entries that are dropped or zero, by the token's position: a point stands for the "
+        "positions from its own up to the next. Lines, bands and levels as in the figures before.",
+    ),
+    "neuron_frequency": Entry(
+        "How often neurons are kept",
+        "Neurons",
+        ("masks",),
+        "Share of the neurons of a layer that at most so many of the tokens keep: where a line begins above "
+        "zero, neurons are never on; where it ends below 100 %, neurons are nearly always on. Lines, bands "
+        "and levels as in the figures before.",
+    ),
     "effective_rank": Entry(
         "Effective rank by layer",
         "Layers",

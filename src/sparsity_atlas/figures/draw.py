@@ -21,6 +21,7 @@ from sparsity_atlas.figures import (
     score_curves,
     twin_curves,
 )
+from sparsity_atlas.figures.studies import token_masks
 from sparsity_atlas.figures.style import SUFFIXES, arrange, save, styled
 from sparsity_atlas.tables.read import Tables, read_tables
 
@@ -47,6 +48,10 @@ DRAW: dict[str, Callable[[Tables], Figure]] = {
     "allocation_damage": layer_by_level.damage,
     "allocation": layer_by_level.own_sparsity,
     "output_error": by_layer.output_error,
+    "unused_neurons": token_masks.unused,
+    "mask_reuse": token_masks.reuse,
+    "position_sparsity": token_masks.position,
+    "neuron_frequency": token_masks.frequency,
     "effective_rank": by_layer.effective_rank,
     "magnitudes": by_layer.magnitudes,
 }

@@ -18,12 +18,15 @@ from sparsity_atlas.curves.equal_sparsity import SCHEMA as EQUAL
 from sparsity_atlas.errors import AtlasError, one_line
 from sparsity_atlas.files.parquet import read_parquet
 from sparsity_atlas.files.whole import read_manifest
+from sparsity_atlas.studies.mask_table import SCHEMA as MASKS
 from sparsity_atlas.studies.output_error import SCHEMAS as OUTPUT_ERROR
 from sparsity_atlas.studies.sensitivity import SCHEMAS as SENSITIVITY
 from sparsity_atlas.terms import plain
 
 _ERROR = re.compile(r"error: |[\w.]*(Error|Exception|Interrupt|Exit)\b")
 _LONGEST = 500
+# Made by the jobs that make curve.json and sparsity.parquet, whose logs tell of both.
+BESIDE = ("equal_sparsity.parquet", "masks.parquet")
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,9 @@ def take_stock(results: Path, config: Config) -> Remains:
         (*chain, folders[name] / "metrics" / f"{site}.parquet")
         for (name, site), chain in captures.items()
     ]
-    curves, equals, calibrations, sparsity, sensitivity = [], [], [], [], []
+    curves, equals, calibrations, sensitivity = [], [], [], []
+    masks: list[tuple[Path, ...]] = []
+    sparsity: list[tuple[Path, ...]] = []
     for curve in grid.curves(config):
         folder = results / curve.folder
         search = (folder / "search.json",) if curve.auto else ()
@@ -83,7 +88,8 @@ def take_stock(results: Path, config: Config) -> Remains:
             (*models[curve.model], dense, *search, *nodes, folder / "equal_sparsity.parquet")
         )
         curves.append((*equals[-1], folder / "curve.json"))
-        sparsity.append((*captured, *search, folder / "sparsity.parquet"))
+        masks.append((*captured, *search, folder / "masks.parquet"))
+        sparsity.append((*masks[-1], folder / "sparsity.parquet"))
         if curve.sensitivity:
             sensitivity.append((*captured, folder / "sensitivity.parquet"))
     damaged = {
@@ -95,6 +101,7 @@ def take_stock(results: Path, config: Config) -> Remains:
             *_damaged(equals, lambda path: read_parquet(path, EQUAL)),
             *_damaged(calibrations, lambda path: read_calibration(path, "np")),
             *_damaged(metrics, lambda path: read_parquet(path, *METRICS)),
+            *_damaged(masks, lambda path: read_parquet(path, MASKS)),
             *_damaged(sparsity, lambda path: read_parquet(path, *OUTPUT_ERROR)),
             *_damaged(sensitivity, lambda path: read_parquet(path, *SENSITIVITY)),
         )
@@ -108,8 +115,7 @@ def take_stock(results: Path, config: Config) -> Remains:
             )
             for chain in chains
             for path in chain
-            # Made by the job that makes curve.json, whose log tells of both.
-            if not path.is_file() and path.name != "equal_sparsity.parquet"
+            if not path.is_file() and path.name not in BESIDE
         )
     )
     reasons = {path: last_error(_log(path, results)) for path in missing}

@@ -82,12 +82,11 @@ def run_images(figures: Sequence[Path]) -> Iterator[Image]:
     A large SVG gives way to the PNG beside it.
     """
     given = {path.stem: path for path in figures}
-    share = BUDGET / 2 / len(FIGURES)
-    for name, entry in FIGURES.items():
-        path = given.get(name)
-        content = path.read_bytes() if path else b""
-        if path is None or shows_nothing(content):
-            continue
+    contents = {name: path.read_bytes() for name, path in given.items() if name in FIGURES}
+    shown = [name for name in FIGURES if name in contents and not shows_nothing(contents[name])]
+    share = BUDGET / 2 / max(len(shown), 1)
+    for name in shown:
+        entry, path, content = FIGURES[name], given[name], contents[name]
         width = _SVG_WIDTH.search(content)
         if width is None:
             raise AtlasError(f"{path}: not a figure of ours; delete it and run again")

@@ -2,6 +2,7 @@
 
 No forward pass of the model: each layer's captured input goes through that layer's FFN alone. At an input of
 the attention's maps the output is theirs; at all linear inputs at once the error is the mean of the three.
+How the masks of a sequence's tokens go together is counted on the way, see `token_masks`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,7 +29,7 @@ from sparsity_atlas.models.manifest import from_manifest
 from sparsity_atlas.terms import KINDS, NAMED_PARTS, PlaceKey
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
     from sparsity_atlas.criteria.place import Place, State
     from sparsity_atlas.sites.find import Part, Vectors
     from sparsity_atlas.sites.part import Given
+    from sparsity_atlas.studies.token_masks import MaskTables
+
+    Look = Callable[[PlaceKey, Tensor], None]
 
 _TARGET = [
     ("tensor", pa.string()),
@@ -83,6 +88,7 @@ def sparse_output(
     rules: Mapping[PlaceKey, Criterion],
     level: float,
     length: int = 1,
+    look: Look | None = None,
 ) -> tuple[Tensor, int, int]:
     """`Part.run` with a criterion at the output's site.
 
@@ -92,12 +98,15 @@ def sparse_output(
         rules: the criterion as it is bound to each place.
         level: its number.
         length: tokens of a sequence; whole sequences stand one after the other.
+        look: is shown what is kept and not zero at each place whose rows are whole sequences: bool
+            [sequences, length, width].
 
     Returns:
         output [tokens, outputs], zeros and entries at the site.
     """
     from sparsity_atlas.criteria.expert_rules import ExpertRules
     from sparsity_atlas.sparsify.attach import dropping
+    from sparsity_atlas.sparsify.step_masks import left
 
     zeros = entries = 0
 
@@ -107,8 +116,12 @@ def sparse_output(
         by_token = vectors.part.rows_are_tokens(vectors.tensor)
         shape = (-1, length, values.shape[-1]) if by_token else values.shape
         dropped = dropping(rules[vectors.key], level)
-        masked = dropped(values.view(shape), onto.view(shape), vectors.spread)
+        seen = values.view(shape)
+        written = seen if onto is values else onto.view(shape)
+        masked = dropped(seen, written, vectors.spread)
         zeros += int(masked.zeros.sum())
+        if look is not None and by_token:
+            look(vectors.key, left(dropped, masked, replace(vectors, values=seen), written))
         entries += values.numel()
         return masked.out.view(values.shape)
 
@@ -132,8 +145,12 @@ def layer_rows(
     rules: Mapping[PlaceKey, Criterion],
     levels: list[str],
     first: int = 0,
+    masks: MaskTables | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of `SCHEMA` for the parts of one layer, a block of tokens at a time, from the token `first` on."""
+    """Rows of `SCHEMA` for the parts of one layer, a block of tokens at a time, from the token `first` on.
+
+    `masks` counts the masks of each level, and what is exactly zero.
+    """
     layer = parts[0].layer
     ids = store.ids()
     length = ids.shape[1]
@@ -141,13 +158,19 @@ def layer_rows(
     step = max(1, _BLOCK_BYTES // (4 * widest * length)) * length
     changed = outputs_at(parts, site)
     sums = {(level, output): _Sums() for level in levels for output in changed}
+
+    def exact(vectors: Vectors, onto: Tensor) -> None:
+        if masks is not None and vectors.part.rows_are_tokens(vectors.tensor):
+            masks.add_exact(vectors.key, vectors.values.view(-1, length, vectors.values.shape[-1]))
+
     for output in changed:
         places = [slice(start, start + step) for start in range(first, ids.size, step)]
         for _, block in read_ahead(reader(store, *output), places):
             own = given(block, output.part)
-            dense = output.part.run(own, output.site)
+            dense = output.part.run(own, output.site, None if masks is None else exact)
             for level in levels:
-                made, zeros, entries = sparse_output(output, own, rules, float(level), length)
+                look = None if masks is None else partial(masks.add, level)
+                made, zeros, entries = sparse_output(output, own, rules, float(level), length, look)
                 error, count = relative(dense, made)
                 sums[level, output].add(zeros, entries, error, count)
     return [
@@ -237,6 +260,7 @@ def main() -> None:
         help="JSON: model loading, calibration tokens (these are left out)",
     )
     parser.add_argument("--output", required=True, type=Path, help="Parquet file to write")
+    parser.add_argument("--masks", required=True, type=Path, help="Parquet file of the masks")
     arguments = parser.parse_args()
 
     criterion = create(arguments.criterion)
@@ -251,6 +275,7 @@ def main() -> None:
     from sparsity_atlas.sites.available import Available
     from sparsity_atlas.sites.find import bind_parts
     from sparsity_atlas.sites.part import by_layer, chosen
+    from sparsity_atlas.studies.token_masks import MaskTables
 
     Available.in_manifest(manifest).check(manifest["name"], arguments.site)
 
@@ -260,6 +285,7 @@ def main() -> None:
     states = read_calibration(arguments.calibration).states if arguments.calibration else {}
     first = settings.get("calibration_tokens", 0)
     rows = []
+    masks = MaskTables(store.ids().shape[1])
     parts, site = chosen(bind_parts(model, manifest["ffn"]), arguments.site)
     sources = {name for one in outputs_at(parts, site) for name in source_names(*one)}
     for tensor in sorted(sources):
@@ -270,7 +296,8 @@ def main() -> None:
             there = list(places(layer, site))
             rows += [
                 {**row, "targets": targets(criterion, there, states, row["level"])}
-                for row in layer_rows(layer, store, site, rules, levels, first)
+                for row in layer_rows(layer, store, site, rules, levels, first, masks)
             ]
     table = pa.Table.from_pylist(rows, schema_of(parts))
+    write_parquet(arguments.masks, masks.table())
     write_parquet(arguments.output, table)

@@ -9,31 +9,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-SCHEMA = pa.schema(
-    [
-        *((name, pa.string()) for name in ("level", "part", "tensor")),
-        ("layer", pa.int64()),
-        ("quantity", pa.string()),
-        ("at", pa.float64()),
-        *((name, pa.float64()) for name in ("value", "independent", "by_frequency")),
-    ]
+from sparsity_atlas.sparsify.packed_bits import ones, packed
+from sparsity_atlas.studies.mask_table import (
+    ALWAYS,
+    EXACT,
+    FREQUENCY,
+    JACCARD,
+    POSITION,
+    REUSE,
+    SCHEMA,
+    UNUSED,
 )
-UNUSED, REUSE, JACCARD, POSITION, FREQUENCY = (
-    "unused",
-    "reuse",
-    "jaccard",
-    "sparsity",
-    "frequency",
-)
-QUANTITIES = (UNUSED, REUSE, JACCARD, POSITION, FREQUENCY)
-# A neuron's frequency is the share of tokens that keep it; below 0.5 as many steps as above.
-FREQUENCIES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
-# The level of masks that no criterion made: what is not exactly zero.
-EXACT = "exact"
+from sparsity_atlas.terms import PlaceKey
+
+# Shares of the tokens that keep a neuron.
+FREQUENCIES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
+# Share of exact zeros from which on they are counted by themselves.
+EXACT_SHARE = 0.01
 
 
 def powers_of_two(most: int) -> list[int]:
@@ -73,25 +70,22 @@ class MaskSums:
         """
         sequences, _, self.width = kept.shape
         self.sequences += sequences
-        used, window = [], kept
+        bits = packed(kept)
+        count = ones(bits)
+        used, window = [], bits
         for size in self.windows:
             if size > 1:
                 whole = window.shape[1] // 2 * 2
                 window = window[:, 0:whole:2] | window[:, 1:whole:2]
-            used.append(window.sum())
-        count = kept.sum(-1)
+            used.append(ones(window).sum())
         shared = [
-            _overlap(kept[:, :-distance] & kept[:, distance:], count, distance)
+            _overlap(ones(bits[:, :-distance] & bits[:, distance:]), count, distance)
             for distance in self.distances
         ]
-        found = (
-            *(count.sum(0), kept.sum((0, 1))),
-            *(torch.stack(used), torch.stack(shared) if shared else None),
-        )
-        self._by_position = _plus(self._by_position, found[0])
-        self._by_neuron = _plus(self._by_neuron, found[1])
-        self._used = _plus(self._used, found[2])
-        self._shared = _plus(self._shared, found[3])
+        self._by_position = _plus(self._by_position, count.sum(0))
+        self._by_neuron = _plus(self._by_neuron, by_neuron(kept))
+        self._used = _plus(self._used, torch.stack(used))
+        self._shared = _plus(self._shared, torch.stack(shared) if shared else None)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Rows of SCHEMA without what names them: quantity, at, value, and what it would be by chance.
@@ -99,7 +93,8 @@ class MaskSums:
         unused: share of neurons that none of `at` consecutive tokens keeps. reuse: of what a token keeps the
         share that the token `at` before it keeps, too, and jaccard: of what one of the two keeps the share
         that both do; means over the tokens that keep something. sparsity: of the tokens from position `at` on
-        up to twice that. frequency: share of neurons that at most a share `at` of the tokens keep.
+        up to twice that. frequency: share of neurons that at most a share `at` of the tokens keep, and
+        always: that all of them keep.
 
         independent: if each entry were kept by itself, with the layer's sparsity s: s^t, 1 - s and
         (1 - s) / (1 + s). by_frequency: if each neuron were kept by itself, as often as it is.
@@ -124,12 +119,11 @@ class MaskSums:
             if own:
                 share = sum(own) / (len(own) * self.sequences * self.width)
                 yield {"quantity": POSITION, "at": first, "value": 1 - share}
-        for most in FREQUENCIES[:-1]:
-            # As integers, or a share of exactly that many tokens might miss it.
+        for most in FREQUENCIES:
             rare = (self._by_neuron.cpu() <= most * tokens).double().mean()
             yield {"quantity": FREQUENCY, "at": most, "value": float(rare)}
         always = float((self._by_neuron.cpu() == tokens).double().mean())
-        yield {"quantity": "always", "at": 1.0, "value": always}
+        yield {"quantity": ALWAYS, "at": 1, "value": always}
 
     def _overlaps(self, frequency: Tensor, density: float) -> Iterator[dict[str, Any]]:
         if self._shared is None:
@@ -152,15 +146,23 @@ class MaskSums:
             }
 
 
-def _overlap(both: Tensor, count: Tensor, distance: int) -> Tensor:
+def by_neuron(kept: Tensor) -> Tensor:
+    """How many tokens keep each neuron: int64 [width] of bool [sequences, tokens, width]."""
+    rows = kept.flatten(0, 1).view(torch.uint8)
+    if rows.device.type != "cpu":
+        return rows.sum(0, dtype=torch.int64)
+    # Ten times as fast as torch's own sum over rows.
+    return torch.from_numpy(rows.numpy().sum(0, dtype=np.int32).astype(np.int64))
+
+
+def _overlap(shared: Tensor, count: Tensor, distance: int) -> Tensor:
     """Sums of reuse and of Jaccard indices, and of how many tokens: float64 [4].
 
     Args:
-        both: bool [sequences, tokens, width], what a token and the one `distance` before it keep.
-        count: of each token.
+        shared: [sequences, tokens], entries that a token and the one `distance` before it keep.
+        count: entries that each token keeps.
         distance: in tokens.
     """
-    shared = both.sum(-1)
     own, before = count[:, distance:], count[:, :-distance]
     either = own + before - shared
     return torch.stack(
@@ -175,3 +177,44 @@ def _overlap(both: Tensor, count: Tensor, distance: int) -> Tensor:
 
 def _plus(before: Tensor | None, found: Tensor | None) -> Tensor | None:
     return found if before is None or found is None else before + found
+
+
+class MaskTables:
+    """What is counted of a site's masks: of every level, layer, part and tensor.
+
+    Of routed experts nothing is: a token's rows are of the experts that it meets, so that neighbours have no
+    neurons in common unless they meet the same ones.
+    """
+
+    def __init__(self, length: int) -> None:
+        """Begin.
+
+        Args:
+            length: tokens of a sequence.
+        """
+        self._length = length
+        self._sums: dict[tuple[str, PlaceKey], MaskSums] = {}
+
+    def add(self, level: str, place: PlaceKey, kept: Tensor) -> None:
+        """Count the masks of some sequences, bool [sequences, length, width]."""
+        self._sums.setdefault((level, place), MaskSums(self._length)).add(kept)
+
+    def add_exact(self, place: PlaceKey, values: Tensor) -> None:
+        """Count what is not exactly zero, where the first sequences that are seen have zeros.
+
+        Args:
+            place: where.
+            values: [sequences, length, width], untouched.
+        """
+        kept = values != 0
+        if (EXACT, place) in self._sums or 1 - float(kept.double().mean()) >= EXACT_SHARE:
+            self.add(EXACT, place, kept)
+
+    def table(self) -> pa.Table:
+        """Rows of SCHEMA."""
+        rows = [
+            {"level": level, **place._asdict(), **row}
+            for (level, place), sums in self._sums.items()
+            for row in sums.rows()
+        ]
+        return pa.Table.from_pylist(rows, SCHEMA)

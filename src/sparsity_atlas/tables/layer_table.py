@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sparsity_atlas.files.parquet import read_parquet
+from sparsity_atlas.tables.masks import NEIGHBOURS, neighbours
 from sparsity_atlas.terms import EVERY_PHASE
 
 _KEY = ["model", "criterion", "site"]
@@ -22,14 +23,18 @@ LAYERS = [
     "captured_sparsity",
     "output_error",
 ]
-LAYERS += ["target_of", "target", "reached"]
+LAYERS += ["target_of", "target", "reached", *NEIGHBOURS]
 ERRORS = [*_KEY, "level", "sparsity", "error", "error_low", "error_high"]
 
 
 def layer_rows(
-    key: dict[str, str], curve: dict[str, Any], captured: list[dict[str, Any]]
+    key: dict[str, str],
+    curve: dict[str, Any],
+    captured: list[dict[str, Any]],
+    masks: Iterable[dict[str, Any]] = (),
 ) -> Iterator[dict[str, Any]]:
-    """A curve's rows of layers.csv, with those of its sparsity.parquet beside them."""
+    """A curve's rows of layers.csv, with those of its sparsity.parquet and masks.parquet beside them."""
+    near = neighbours(masks)
     stored = {(row["level"], row["layer"]): row for row in captured}
     for level, tensors in curve["layers"].items():
         for tensor, shares in tensors.items():
@@ -48,6 +53,7 @@ def layer_rows(
                     "output_error": beside.get("error"),
                     "target_of": asked.get("of"),
                     **{name: asked.get(name) for name in ("target", "reached")},
+                    **near.get((level, tensor, layer), {}),
                 }
     for level, phases in curve["phases"].items():
         for phase, tensors in phases.items():

@@ -23,7 +23,7 @@ CHUNK = 200_000
 _TEXT = {"model", "criterion", "site", "level", "tensor", "task", "kind", "status", "relation"}
 _TEXT |= {"bar_label", "family", "reason", "source", "revision", "architecture", "activation"}
 _TEXT |= {"dtype", "sites", "digest", "reference", "allocation", "sparsity_of", "target_of", "part"}
-_TEXT |= {"phase", "region", "first", "second", "measure", "label", "note"}
+_TEXT |= {"phase", "region", "quantity", "first", "second", "measure", "label", "note"}
 _FLAGS = {"low_open", "high_open", "non_monotone", "resolved", "paired"}
 
 
@@ -46,6 +46,7 @@ class Tables:
     metrics: pd.DataFrame
     magnitudes: pd.DataFrame
     output_error: pd.DataFrame
+    masks: pd.DataFrame
     allocation: pd.DataFrame
     sensitivity: pd.DataFrame
     experts: pd.DataFrame

@@ -14,6 +14,8 @@ metrics.csv             model × tensor × layer (× part × expert): effective 
 magnitudes.csv          model × tensor (× part): histogram of log10(|v| / RMS)
 output_error.csv        model × criterion × site × level: over the layers, mean induced sparsity
                         and mean, smallest and largest FFN-output error on the captured text
+masks.csv               model × criterion × site × level × tensor × quantity × place, on the captured text:
+                        neurons that several tokens leave unused, and what neighbours share
 allocation.csv          model × criterion × site × tensor × layer × sparsity, of criteria with an
                         allocation: damage of this layer alone at this sparsity, and its own sparsity
                         where this is the target
@@ -54,6 +56,7 @@ from sparsity_atlas.tables.comparison import COMPARISON, comparison_rows
 from sparsity_atlas.tables.experts import EXPERTS, expert_rows
 from sparsity_atlas.tables.ideal import Ideal, weights_of_a_token
 from sparsity_atlas.tables.layer_table import ERRORS, LAYERS, captured_rows, error_rows, layer_rows
+from sparsity_atlas.tables.masks import MASKS, mask_rows, read_masks
 from sparsity_atlas.tables.model_table import ACTIVE, MODELS, SIZES, model_rows, model_sizes
 from sparsity_atlas.tables.steps import STEPS, step_rows
 from sparsity_atlas.tables.twins import TWINS, twin_rows
@@ -200,7 +203,7 @@ def write_tables(
         folder: where the CSV files go.
         models: manifests of the models; every file of the other lists belongs to one of them.
         curves: curve.json files, with equal_sparsity.parquet beside each.
-        sparsity: sparsity.parquet files.
+        sparsity: sparsity.parquet files, with masks.parquet beside each.
         metrics: Parquet files of `metrics`.
         sensitivity: Parquet files of `sensitivity`.
         pairs: models that are set side by side.
@@ -220,7 +223,8 @@ def write_tables(
             for row in critical:
                 scaling.add(row)
             tables["curves.csv"].add(point_rows(key, curve, whole[key["model"]]))
-            tables["layers.csv"].add(layer_rows(key, curve, captured))
+            masks = read_masks(stored[path.parent]) if path.parent in stored else []
+            tables["layers.csv"].add(layer_rows(key, curve, captured, masks))
             tables["failures.csv"].add({**key, **row} for row in curve["failures"])
 
     critical = with_active(CRITICAL, sizes)
@@ -229,6 +233,8 @@ def write_tables(
     errors = (row for path in sparsity for row in error_rows(_key(path), captured_rows(path)))
     parted = any("parts" in read_manifest(path) for path in models)
     write_csv(folder / "output_error.csv", ERRORS + PART[:1] * parted, errors)
+    together = (row for path in sparsity for row in mask_rows(_key(path), read_masks(path)))
+    write_csv(folder / "masks.csv", MASKS + PART[:1] * parted, together)
     write_csv(folder / "scaling.csv", SCALING, scaling.rows())
     write_csv(folder / "models.csv", with_active(MODELS, sizes), described)
     measured = metric_rows(metrics)

@@ -1,0 +1,19 @@
+"""The table of what `token_masks` counts: light, since tables and the report read it."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in ("level", "part", "tensor")),
+        ("layer", pa.int64()),
+        ("quantity", pa.string()),
+        ("at", pa.float64()),
+        *((name, pa.float64()) for name in ("value", "independent", "by_frequency")),
+    ]
+)
+QUANTITIES = ("unused", "reuse", "jaccard", "sparsity", "frequency", "always")
+UNUSED, REUSE, JACCARD, POSITION, FREQUENCY, ALWAYS = QUANTITIES
+# The level of masks that no criterion made: what is not exactly zero.
+EXACT = "exact"
