@@ -117,3 +117,5 @@ ALLOCATIONS = ("uniform", "equal_cett", "sensitivity", "greedy")
 CALIBRATIONS = ("per_layer", "per_expert")
 # The row of a table that stands for all tasks of a kind together.
 AVERAGE = "average"
+# Models below which nothing is said about an order of them.
+LEAST_MODELS = 5

@@ -85,6 +85,7 @@ rule tables:
         experts="results/experts.csv",
         steps="results/steps.csv",
         scaling="results/scaling.csv",
+        foretelling="results/foretelling.csv",
         models="results/models.csv",
         failures="results/failures.csv",
     log:

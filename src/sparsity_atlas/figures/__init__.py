@@ -60,6 +60,16 @@ FIGURES = {
         "where the 95 % interval of its slope lies on one side of zero; that interval is the wider "
         "of the one propagated from the points and Student's t on their scatter.",
     ),
+    "foretelling": Entry(
+        "What foretells how much can be dropped",
+        "Headline",
+        ("foretelling",),
+        "Spearman rank correlation over the models, between numbers that need no evaluation and PPL-1% or "
+        "critical sparsity, at each site and at all sites of a criterion together. Whiskers are 95 % "
+        "intervals by a bootstrap over the models, which are too short where these are few; filled symbols "
+        "are resolved: 10 models or more, and an interval on one side of zero.",
+        missed=False,
+    ),
     "added_loss": Entry(
         "Added loss",
         "Curves",

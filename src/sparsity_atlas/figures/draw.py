@@ -21,7 +21,7 @@ from sparsity_atlas.figures import (
     score_curves,
     twin_curves,
 )
-from sparsity_atlas.figures.studies import token_masks
+from sparsity_atlas.figures.studies import foretelling, token_masks
 from sparsity_atlas.figures.style import SUFFIXES, arrange, save, styled
 from sparsity_atlas.tables.read import Tables, read_tables
 
@@ -30,6 +30,7 @@ DRAW: dict[str, Callable[[Tables], Figure]] = {
     "ppl_sparsity": critical_points.ppl_sparsity,
     "critical_sparsity": critical_points.critical_sparsity,
     "scaling": model_size.scaling,
+    "foretelling": foretelling.foretelling,
     "added_loss": score_curves.added_loss,
     "retained_accuracy": score_curves.retained_accuracy,
     "criteria": score_curves.criteria,

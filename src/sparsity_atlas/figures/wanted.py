@@ -12,6 +12,7 @@ from sparsity_atlas.config.schema import Config
 from sparsity_atlas.figures import FIGURES
 from sparsity_atlas.loading.contents import speaks_of_experts, speaks_of_masks
 from sparsity_atlas.tasks import local_files
+from sparsity_atlas.terms import LEAST_MODELS
 
 
 def wanted(config: Config) -> list[str]:
@@ -28,6 +29,7 @@ def wanted(config: Config) -> list[str]:
         **dict.fromkeys(("criteria", "comparison", "comparison_error"), max(places.values()) > 1),
         "twins": bool(grid.pairs(config)),
         "scaling": len(grid.models(config)) > 1,
+        "foretelling": len(grid.models(config)) >= LEAST_MODELS,
         "phase_sparsity": _may_ask(config, local_files.GENERATED),
         **dict.fromkeys(("expert_sparsity", "expert_load"), _may(config, speaks_of_experts)),
         **dict.fromkeys(

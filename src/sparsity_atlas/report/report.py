@@ -36,7 +36,7 @@ from sparsity_atlas.figures.style import (
 )
 from sparsity_atlas.files.csv import write_csv
 from sparsity_atlas.files.whole import write_text
-from sparsity_atlas.report import page
+from sparsity_atlas.report import beside_published, page
 from sparsity_atlas.report.failures import Remains, take_stock
 from sparsity_atlas.tables.read import FILES, Tables, read_tables
 from sparsity_atlas.tables.summarize import write_tables
@@ -158,6 +158,7 @@ def build(
             entry.title for name, entry in FIGURES.items() if entry.missed and name not in shown
         ],
         not_compared=page.not_compared(tables, content),
+        beside=list(beside_published.shown(tables, content)),
         sections=sections,
         remains=remains,
         numeric=page.numeric_failures(tables),
@@ -167,10 +168,12 @@ def build(
     )
 
 
-def whole(tables: Tables, figures: Sequence[Path], config: str, output: Path, table: Path) -> None:
-    """Write the page of a finished run, then its headline table; clear away a partial run's."""
+def whole(
+    tables: Tables, figures: Sequence[Path], config: str, output: Path, table: Path, beside: Path
+) -> None:
+    """Write the page of a finished run, then its tables; clear away a partial run's."""
     write_text(output, build(tables, figures, config))
-    _write_headline(tables, config, table)
+    _write_tables(tables, config, table, beside)
     shutil.rmtree(output.parent / PARTIAL, ignore_errors=True)
 
 
@@ -197,15 +200,17 @@ def partial(results: Path, config: dict[str, Any]) -> Remains:
     figures = [folder / "figures" / f"{name}.svg" for name in FIGURES]
     settings = render(parsed)
     (results / "headline.csv").unlink(missing_ok=True)
-    _write_headline(tables, settings, folder / "headline.csv")
+    _write_tables(tables, settings, folder / "headline.csv", folder / "published.csv")
     write_text(results / "index.html", build(tables, figures, settings, remains))
     return remains
 
 
-def _write_headline(tables: Tables, config: str, path: Path) -> None:
-    """The headline table as the page shows it, in percent."""
-    groups = page.headline(tables, yaml.safe_load(config) or {})
-    write_csv(path, page.HEADLINE, page.headline_records(groups))
+def _write_tables(tables: Tables, config: str, headline: Path, beside: Path) -> None:
+    """The headline table as the page shows it, and ours beside every published number; in percent."""
+    content = yaml.safe_load(config) or {}
+    write_csv(beside, beside_published.COLUMNS, beside_published.rows(tables, content))
+    groups = page.headline(tables, content)
+    write_csv(headline, page.HEADLINE, page.headline_records(groups))
 
 
 def main() -> None:
@@ -218,6 +223,7 @@ def main() -> None:
     done.add_argument("--config", required=True, type=Path, help="run_config.yaml")
     done.add_argument("--output", required=True, type=Path, help="HTML file to write")
     done.add_argument("--headline", required=True, type=Path, help="CSV file to write")
+    done.add_argument("--published", required=True, type=Path, help="CSV file to write")
     rest = stages.add_parser("partial", help="of a run that did not finish")
     rest.add_argument("--results", required=True, type=Path, help="the results folder")
     rest.add_argument(
@@ -228,7 +234,8 @@ def main() -> None:
     if arguments.what == "page":
         tables = read_tables(arguments.tables)
         config = arguments.config.read_text(encoding="utf-8")
-        whole(tables, arguments.figures, config, arguments.output, arguments.headline)
+        outputs = arguments.output, arguments.headline, arguments.published
+        whole(tables, arguments.figures, config, *outputs)
         return
     remains = partial(arguments.results, arguments.config)
     cli.logger.info(

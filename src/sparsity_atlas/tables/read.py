@@ -23,7 +23,7 @@ CHUNK = 200_000
 _TEXT = {"model", "criterion", "site", "level", "tensor", "task", "kind", "status", "relation"}
 _TEXT |= {"bar_label", "family", "reason", "source", "revision", "architecture", "activation"}
 _TEXT |= {"dtype", "sites", "digest", "reference", "allocation", "sparsity_of", "target_of", "part"}
-_TEXT |= {"phase", "region", "quantity", "first", "second", "measure", "label", "note"}
+_TEXT |= {"phase", "region", "quantity", "metric", "first", "second", "measure", "label", "note"}
 _FLAGS = {"low_open", "high_open", "non_monotone", "resolved", "paired"}
 
 
@@ -52,6 +52,7 @@ class Tables:
     experts: pd.DataFrame
     steps: pd.DataFrame
     scaling: pd.DataFrame
+    foretelling: pd.DataFrame
     models: pd.DataFrame
     failures: pd.DataFrame
     phases: pd.DataFrame

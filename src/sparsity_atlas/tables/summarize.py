@@ -28,6 +28,7 @@ steps.csv               model × criterion × site × level × task × step × l
                         overlap with those of the step before and of step 0
 scaling.csv             criterion × family × site × task × bar: slope over log10 of the
                         non-embedding parameters; of mixtures of experts, the active ones
+foretelling.csv         measure × criterion × site × cheap number: rank correlation over the models
 models.csv              one row a model: source, architecture, sizes
 failures.csv            every task that failed at a level, and why
 """
@@ -54,6 +55,7 @@ from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.statistics.slopes import SCALING, Scaling
 from sparsity_atlas.tables.comparison import COMPARISON, comparison_rows
 from sparsity_atlas.tables.experts import EXPERTS, expert_rows
+from sparsity_atlas.tables.foretelling import FORETELLING, Foretelling
 from sparsity_atlas.tables.ideal import Ideal, weights_of_a_token
 from sparsity_atlas.tables.layer_table import ERRORS, LAYERS, captured_rows, error_rows, layer_rows
 from sparsity_atlas.tables.masks import MASKS, mask_rows, read_masks
@@ -212,6 +214,7 @@ def write_tables(
     whole = {path.parent.name: weights_of_a_token(read_manifest(path)) for path in models}
     described = model_rows(models)
     scaling = Scaling({row["model"]: row["family"] for row in described})
+    foretelling = Foretelling()
     stored = {path.parent: path for path in sparsity}
 
     def read_curves(tables: dict[str, Table]) -> None:
@@ -220,11 +223,14 @@ def write_tables(
             captured = captured_rows(stored[path.parent]) if path.parent in stored else []
             critical = list(critical_rows(key, curve, sizes, whole[key["model"]]))
             tables["critical_sparsity.csv"].add(critical)
+            foretelling.add_critical(critical)
             for row in critical:
                 scaling.add(row)
             tables["curves.csv"].add(point_rows(key, curve, whole[key["model"]]))
             masks = read_masks(stored[path.parent]) if path.parent in stored else []
             tables["layers.csv"].add(layer_rows(key, curve, captured, masks))
+            looks = list(error_rows(key, captured)), list(mask_rows(key, masks))
+            foretelling.add_captured((key["model"], key["criterion"], key["site"]), *looks)
             tables["failures.csv"].add({**key, **row} for row in curve["failures"])
 
     critical = with_active(CRITICAL, sizes)
@@ -240,6 +246,8 @@ def write_tables(
     measured = metric_rows(metrics)
     named = any(row["part"] in NAMED_PARTS for row in measured)
     write_csv(folder / "metrics.csv", METRICS + PART * named, measured)
+    foretelling.add_metrics(measured)
+    write_csv(folder / "foretelling.csv", FORETELLING, foretelling.rows())
     write_csv(folder / "magnitudes.csv", MAGNITUDES + PART[:1] * named, magnitude_rows(measured))
     write_csv(folder / "comparison.csv", COMPARISON, comparison_rows(curves, sparsity))
     write_csv(folder / "twins.csv", TWINS, twin_rows(pairs, curves))

@@ -113,25 +113,34 @@ def twin_rows(pairs: Sequence[tuple[str, str]], curves: Sequence[Path]) -> Itera
             other = known.get((second, criterion, site))
             if model == first and other is not None:
                 key = {"first": first, "second": second, "criterion": criterion, "site": site}
-                both = _Curve.read(known[model, criterion, site]), _Curve.read(other)
-                for row in _rows(*both):
-                    yield {
-                        **dict.fromkeys(TWINS),
-                        "low_open": False,
-                        "high_open": False,
-                        **key,
-                        **row,
-                    }
+                yield from (
+                    {**row, **key} for row in differences(known[model, criterion, site], other)
+                )
 
 
-def _rows(first: _Curve, second: _Curve) -> Iterator[dict[str, Any]]:
+def differences(first: Path, second: Path, *, same_draws: bool = True) -> Iterator[dict[str, Any]]:
+    """Rows of twins.csv, without what names them, of any two curves.
+
+    Differences are the second's minus the first's.
+
+    Args:
+        first: curve.json, with equal_sparsity.parquet beside it.
+        second: likewise.
+        same_draws: whether replicates of the same documents were drawn alike: with the same seed and from the
+            same clusters. If not, nothing is paired.
+    """
+    for row in _rows(_Curve.read(first), _Curve.read(second), same_draws=same_draws):
+        yield {**dict.fromkeys(TWINS), "low_open": False, "high_open": False, **row}
+
+
+def _rows(first: _Curve, second: _Curve, *, same_draws: bool) -> Iterator[dict[str, Any]]:
     others = second.kinds()
     for task, kind in first.kinds().items():
         if task not in others:
             continue
         if task == AVERAGE and first.accuracies() != second.accuracies():
             continue  # of other tasks it is another average
-        paired = first.same(second, task, "documents")
+        paired = same_draws and first.same(second, task, "documents")
         alike = kind == others[task]
         about = {
             **{
