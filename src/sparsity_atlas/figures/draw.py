@@ -21,7 +21,7 @@ from sparsity_atlas.figures import (
     score_curves,
     twin_curves,
 )
-from sparsity_atlas.figures.studies import foretelling, token_masks
+from sparsity_atlas.figures.studies import neurons, rank_correlations
 from sparsity_atlas.figures.style import SUFFIXES, arrange, save, styled
 from sparsity_atlas.tables.read import Tables, read_tables
 
@@ -30,7 +30,7 @@ DRAW: dict[str, Callable[[Tables], Figure]] = {
     "ppl_sparsity": critical_points.ppl_sparsity,
     "critical_sparsity": critical_points.critical_sparsity,
     "scaling": model_size.scaling,
-    "foretelling": foretelling.foretelling,
+    "foretelling": rank_correlations.foretelling,
     "added_loss": score_curves.added_loss,
     "retained_accuracy": score_curves.retained_accuracy,
     "criteria": score_curves.criteria,
@@ -49,10 +49,10 @@ DRAW: dict[str, Callable[[Tables], Figure]] = {
     "allocation_damage": layer_by_level.damage,
     "allocation": layer_by_level.own_sparsity,
     "output_error": by_layer.output_error,
-    "unused_neurons": token_masks.unused,
-    "mask_reuse": token_masks.reuse,
-    "position_sparsity": token_masks.position,
-    "neuron_frequency": token_masks.frequency,
+    "unused_neurons": neurons.unused,
+    "mask_reuse": neurons.reuse,
+    "position_sparsity": neurons.position,
+    "neuron_frequency": neurons.frequency,
     "effective_rank": by_layer.effective_rank,
     "magnitudes": by_layer.magnitudes,
 }

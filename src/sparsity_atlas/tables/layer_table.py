@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sparsity_atlas.files.parquet import read_parquet
-from sparsity_atlas.tables.masks import NEIGHBOURS, neighbours
+from sparsity_atlas.tables.mask_summary import NEIGHBOURS, neighbours
 from sparsity_atlas.terms import EVERY_PHASE
 
 _KEY = ["model", "criterion", "site"]

@@ -58,7 +58,7 @@ from sparsity_atlas.tables.experts import EXPERTS, expert_rows
 from sparsity_atlas.tables.foretelling import FORETELLING, Foretelling
 from sparsity_atlas.tables.ideal import Ideal, weights_of_a_token
 from sparsity_atlas.tables.layer_table import ERRORS, LAYERS, captured_rows, error_rows, layer_rows
-from sparsity_atlas.tables.masks import MASKS, mask_rows, read_masks
+from sparsity_atlas.tables.mask_summary import MASKS, mask_rows, read_masks
 from sparsity_atlas.tables.model_table import ACTIVE, MODELS, SIZES, model_rows, model_sizes
 from sparsity_atlas.tables.steps import STEPS, step_rows
 from sparsity_atlas.tables.twins import TWINS, twin_rows

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fake_results import make_results, make_tables
-from sparsity_atlas.figures.studies.foretelling import foretelling
+from sparsity_atlas.figures.studies.rank_correlations import foretelling
 from sparsity_atlas.figures.style import NothingToShow
 from sparsity_atlas.tables.foretelling import CHEAP, Foretelling
 

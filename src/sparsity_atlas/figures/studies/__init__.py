@@ -1,1 +1,1 @@
-"""Figures of what is measured beside the curves. Start with `token_masks`."""
+"""Figures of what is measured beside the curves. Start with `neurons`."""
