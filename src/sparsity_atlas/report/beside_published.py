@@ -60,7 +60,7 @@ def rows(tables: Tables, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
         found = [
             one for name in names.get(score.model, []) for one in _ours(tables, config, score, name)
         ]
-        yield from ({**about, **one} for one in found or [{}])
+        yield from ({**dict.fromkeys(COLUMNS), **about, **one} for one in found or [{}])
 
 
 def shown(tables: Tables, config: dict[str, Any]) -> Iterator[dict[str, str]]:

@@ -53,6 +53,7 @@ def layer_rows(
                     "output_error": beside.get("error"),
                     "target_of": asked.get("of"),
                     **{name: asked.get(name) for name in ("target", "reached")},
+                    **dict.fromkeys(NEIGHBOURS),
                     **near.get((level, tensor, layer), {}),
                 }
     for level, phases in curve["phases"].items():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fake_results import make_results, make_tables
-from sparsity_atlas.report.beside_published import follows, published_scores, rows, shown
+from sparsity_atlas.report.beside_published import COLUMNS, follows, published_scores, rows, shown
 from sparsity_atlas.report.published_scores import SCORES
 from sparsity_atlas.tables.read import Tables
 from sparsity_atlas.terms import SITES
@@ -65,6 +65,7 @@ def test_every_published_number_has_a_row_also_without_ours(tables: Tables) -> N
     found = list(rows(tables, CONFIG))
     assert len(found) >= len(published_scores()) > len(SCORES)
     assert not of(found, "own")
+    assert all(set(row) == set(COLUMNS) for row in found)
     texts = list(shown(tables, CONFIG))
     assert {row["model"] for row in texts} == {"mistral", "qwen"}
     assert "69.94 → 68.90 (98.5 %)" in {row["published"] for row in texts}

@@ -455,6 +455,7 @@ def test_the_command_line(results, monkeypatch, tmp_path):
             *("--figures", *map(str, sorted(results.glob("partial/figures/*.svg")))),
             *("--config", str(settings), "--output", str(results / "index.html")),
             *("--headline", str(results / "headline.csv")),
+            *("--published", str(results / "published.csv")),
         ],
     )
     report.main()
