@@ -22,12 +22,14 @@ rule metrics:
     threads: 1
     params:
         model=subpath(input.capture, ancestor=2),
+        points=ask.dimension_points,
         code=code_version("metrics"),
     shell:
         """
         python -m sparsity_atlas metrics \
             --capture {input.capture} \
             --store {params.model}/activations.zarr \
+            --points {params.points} \
             --output {output} >{log} 2>&1
         """
 
@@ -54,7 +56,7 @@ rule output_error:
         gpu_mb=ask.gpu_memory("output_error"),
         runtime=ask.error_minutes,
     params:
-        settings=ask.store_settings,
+        settings=ask.error_settings,
         criterion=ask.criterion,
         levels=ask.listed_levels,
         model=subpath(input.capture, ancestor=2),

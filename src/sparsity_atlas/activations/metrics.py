@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from sparsity_atlas.activations import expert_rows
+from sparsity_atlas.activations.dimension import dimension, sample
 from sparsity_atlas.activations.layout import group_name, part_of
 from sparsity_atlas.activations.quantiles import MagnitudeQuantiles
 from sparsity_atlas.activations.store import ActivationStore, Rows, read_ahead
@@ -143,17 +144,19 @@ class Moments:
         return float((fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4) / variance**2)
 
 
-def layer_metrics(values: np.ndarray | Rows) -> dict[str, Any]:
+def layer_metrics(values: np.ndarray | Rows, points: int = 0) -> dict[str, Any]:
     """Every metric of one layer.
 
     Args:
         values: [tokens, channel], float32, in memory or in the store.
+        points: tokens among which the local dimension is estimated, evenly spread; 0: it is not.
 
     Returns:
         tokens, width, effective_rank, effective_rank_share (of the width), gini and hoyer (means
         over tokens), near_zero, exact_zero and at_most_zero (shares of entries; near includes exact), rms,
         kurtosis (of all entries together; 3 if they were normal), the quantiles of QUANTILES as shares of
-        the rms, and histogram: counts of log10(|v| / rms) in BIN_EDGES (without zeros and what is outside).
+        the rms, histogram: counts of log10(|v| / rms) in BIN_EDGES (without zeros and what is outside), and
+        lid and lid_geomle (see `dimension`) where they are asked for.
     """
     tokens, width = values.shape
     entries = tokens * width
@@ -195,12 +198,20 @@ def layer_metrics(values: np.ndarray | Rows) -> dict[str, Any]:
             name: value / rms if rms else None
             for name, value in zip(QUANTILES, quantiles.found(), strict=True)
         },
+        **_local(values, points),
         "histogram": histogram.tolist(),
     }
 
 
+def _local(values: np.ndarray | Rows, points: int) -> dict[str, float | None]:
+    if not points:
+        return {}
+    found = dimension(sample(values, points))
+    return {"lid": found.mle, "lid_geomle": found.geomle}
+
+
 def part_metrics(
-    store: ActivationStore, part: str, tensor: str, layer: int
+    store: ActivationStore, part: str, tensor: str, layer: int, points: int = 0
 ) -> Iterator[dict[str, Any]]:
     """Rows of a part's tensor in one layer: one; of routed experts one an expert, with its number.
 
@@ -208,13 +219,13 @@ def part_metrics(
     anything. Of an expert with fewer than LEAST_ROWS there is only how many.
     """
     if part != EXPERTS:
-        yield layer_metrics(store.rows(group_name(part, tensor), layer))
+        yield layer_metrics(store.rows(group_name(part, tensor), layer), points)
         return
     width = store.shape(group_name(part, tensor), layer)[1]
     counts = expert_rows.loads(store, layer)
     enough = [expert for expert, count in enumerate(counts) if count >= LEAST_ROWS]
     found = {
-        expert: layer_metrics(rows)
+        expert: layer_metrics(rows, points)
         for expert, rows in expert_rows.of_experts(store, tensor, layer, enough)
     }
     for expert, count in enumerate(counts):
@@ -232,7 +243,7 @@ SCHEMA = pa.schema(
             for name in ("effective_rank", "effective_rank_share", "gini", "hoyer")
         ),
         *((name, pa.float64()) for name in ("near_zero", "exact_zero", "at_most_zero", "rms")),
-        *((name, pa.float64()) for name in ("kurtosis", *QUANTILES)),
+        *((name, pa.float64()) for name in ("kurtosis", *QUANTILES, "lid", "lid_geomle")),
         ("histogram", pa.list_(pa.int64())),
     ]
 )
@@ -247,6 +258,7 @@ def main() -> None:
     parser.add_argument("--capture", required=True, type=Path, help="manifest of the captured site")
     parser.add_argument("--store", required=True, type=Path, help="the Zarr store")
     parser.add_argument("--output", required=True, type=Path, help="Parquet file to write")
+    parser.add_argument("--points", type=int, default=0, help="tokens for the local dimension")
     arguments = parser.parse_args()
 
     manifest = read_manifest(arguments.capture)
@@ -260,7 +272,7 @@ def main() -> None:
         for part in PARTS
         if (part, tensor) in named
         for layer in store.layers(named[part, tensor])
-        for row in part_metrics(store, part, tensor, layer)
+        for row in part_metrics(store, part, tensor, layer, arguments.points)
     ]
     schema = SCHEMA_OF_PARTS if any(part in NAMED_PARTS for part, _ in named) else SCHEMA
     write_parquet(arguments.output, pa.Table.from_pylist(rows, schema))

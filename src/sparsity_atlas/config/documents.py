@@ -24,6 +24,7 @@ _SECTIONS = {
     "capture": "CaptureSettings",
     "calibration": "CalibrationSettings",
     "search": "SearchSettings",
+    "studies": "StudySettings",
 }
 
 

@@ -170,6 +170,12 @@ def store_slice(config: Config, model: str) -> str:
     return _json({**loading_slice(config, model), "calibration_tokens": calibration_tokens(config)})
 
 
+def error_slice(config: Config, model: str) -> str:
+    """What `output_error` depends on beside its criterion, site and levels."""
+    studies = config.studies.model_dump(include={"predictors", "coactivation"}, exclude_none=True)
+    return _json({**json.loads(store_slice(config, model)), **studies})
+
+
 def sensitivity_slice(config: Config, model: str) -> str:
     """What `sensitivity` depends on beside its criterion, site and levels."""
     return _json(

@@ -18,6 +18,7 @@ from pydantic import (
     Discriminator,
     Field,
     NonNegativeInt,
+    PositiveInt,
     Tag,
     ValidationError,
     model_validator,
@@ -150,6 +151,20 @@ class CalibrationSettings(Strict):
     others. No task may evaluate this text."""
 
 
+class StudySettings(Strict):
+    """What is measured of the captured activations only if it is asked for, since it takes its time."""
+
+    predictors: Annotated[list[PositiveInt], AfterValidator(some)] | None = None
+    """Ranks of predictors of masks from the FFN's input, of every curve at `up`, `gate` or `intermediate`:
+    recall and predicted sparsity, in `masks.csv`. Each level takes a pass through the FFNs for each rank,
+    and four more."""
+    coactivation: int | None = Field(default=None, ge=2)
+    """Neurons of each layer that are drawn to count which are kept together, of every curve: in
+    `masks.csv`."""
+    lid: int | None = Field(default=None, ge=100)
+    """Captured tokens among which the local intrinsic dimension is estimated, in `metrics.csv`."""
+
+
 class SearchSettings(Strict):
     """How `levels: auto` chooses levels."""
 
@@ -181,6 +196,7 @@ class Config(Strict):
     calibration: CalibrationSettings | None = None
     """Needed by criteria that are calibrated."""
     search: SearchSettings = SearchSettings()
+    studies: StudySettings = StudySettings()
     models: dict[Name, ModelEntry]
     criteria: dict[Name, CriterionEntry]
     texts: dict[Name, TextEntry]

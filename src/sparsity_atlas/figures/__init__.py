@@ -255,6 +255,26 @@ FIGURES = {
         "zero, neurons are never on; where it ends below 100 %, neurons are nearly always on. Lines, bands "
         "and levels as in the figures before.",
     ),
+    "mask_recall": Entry(
+        "What a low-rank predictor foretells of the masks",
+        "Neurons",
+        ("masks",),
+        "Of the neurons that a token keeps, the share that a predictor keeps, too, which sees the FFN's "
+        "input alone; over the predictor's rank. Solid: the FFN's own maps cut to their largest singular "
+        "values, and the criterion on what comes out. Dashed: a least-squares map onto the mask, fitted on "
+        "half of the captured sequences, its size that of the masks there. Both on the other half. Lines, "
+        "bands and levels as in the figures before.",
+        missed=False,
+    ),
+    "local_dimension": Entry(
+        "Local intrinsic dimension by layer",
+        "Layers",
+        ("metrics",),
+        "How many directions the captured activations have around each of them, by the distances to their "
+        "neighbours: by maximum likelihood, and extrapolated to no distance (GeoMLE). Effective rank counts "
+        "directions of all tokens together.",
+        missed=False,
+    ),
     "effective_rank": Entry(
         "Effective rank by layer",
         "Layers",

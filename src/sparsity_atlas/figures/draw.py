@@ -21,7 +21,7 @@ from sparsity_atlas.figures import (
     score_curves,
     twin_curves,
 )
-from sparsity_atlas.figures.studies import neurons, rank_correlations
+from sparsity_atlas.figures.studies import local_dimension, neurons, rank_correlations, recall
 from sparsity_atlas.figures.style import SUFFIXES, arrange, save, styled
 from sparsity_atlas.tables.read import Tables, read_tables
 
@@ -53,6 +53,8 @@ DRAW: dict[str, Callable[[Tables], Figure]] = {
     "mask_reuse": neurons.reuse,
     "position_sparsity": neurons.position,
     "neuron_frequency": neurons.frequency,
+    "mask_recall": recall.recall,
+    "local_dimension": local_dimension.local_dimension,
     "effective_rank": by_layer.effective_rank,
     "magnitudes": by_layer.magnitudes,
 }

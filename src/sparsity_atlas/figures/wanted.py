@@ -38,6 +38,8 @@ def wanted(config: Config) -> list[str]:
             _may(config, speaks_of_masks)
             and _may_ask(config, local_files.GENERATED, "loglikelihood"),
         ),
+        "mask_recall": config.studies.predictors is not None,
+        "local_dimension": config.studies.lid is not None,
         "sensitivity": any(curve.sensitivity for curve in curves),
         **dict.fromkeys(
             ("allocation", "allocation_damage"),

@@ -21,11 +21,17 @@ from sparsity_atlas.plan.model_facts import (
     look,
     measure,
 )
-from sparsity_atlas.plan.rates import curve_seconds, import_seconds, metrics_seconds, recorded
+from sparsity_atlas.plan.rates import (
+    curve_seconds,
+    dimension_seconds,
+    import_seconds,
+    metrics_seconds,
+    recorded,
+)
 from sparsity_atlas.plan.targets import missed_targets
 from sparsity_atlas.tasks.load import load_tasks
 from sparsity_atlas.tasks.loaded import LoadedTask
-from sparsity_atlas.terms import ROUTING, TENSORS
+from sparsity_atlas.terms import ROUTING, TENSORS, plain
 
 # Rules whose jobs run a model, with what their stages import.
 HEAVY = {
@@ -129,10 +135,20 @@ def forecast(config: Config, results: Path) -> Forecast:
             if share is None or not whole.complete:
                 took += UNKNOWN
             else:
-                took += levels * (share * whole.expected)
+                took += levels * (share * whole.expected * _passes_of_a_level(config, job))
         seconds.append(took)
     targets = list(missed_targets(config, results, unknowns))
     return Forecast(every, seconds, outlooks, unknowns, targets)
+
+
+def _passes_of_a_level(config: Config, job: Job) -> float:
+    """Passes through the FFNs that a level of `output_error` takes: its own, and those of its predictors.
+
+    These read the masks three times, once for each rank compute the FFN anew, and fit in float64.
+    """
+    site = job.node[1] if job.node is not None else ""
+    ranks = config.studies.predictors or ()
+    return 1 + (4 + len(ranks) if ranks and plain(site) in ("up", "gate", "intermediate") else 0)
 
 
 def _same_curve(one: Job, other: Job) -> bool:
@@ -211,8 +227,12 @@ def _metrics_seconds(config: Config, outlook: Outlook, site: str) -> Amount:
         for tensor in TENSORS[site]
         if tensor in shape
     ]
+    points = min(config.studies.lid or 0, tokens)
     return Amount.exactly(
-        sum(metrics_seconds(tokens, width, ranked=ranked) for width, ranked in widths)
+        sum(
+            metrics_seconds(tokens, width, ranked=ranked) + dimension_seconds(points, width)
+            for width, ranked in widths
+        )
     )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sparsity_atlas.activations.dimension import dimension
 from sparsity_atlas.activations.metrics import layer_metrics
 from sparsity_atlas.curves.critical import critical
 from sparsity_atlas.curves.equal_sparsity import REPLICATES, equal_rows
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 ENOUGH_SECONDS = 0.4
 SMALLEST = (1, 32)  # rows, tokens
 FEW_REPLICATES = 1000  # of the bootstrap, to time it
+FEW_POINTS = 200  # of a layer, to time their local dimension
 FEW_TOKENS, SMALL_SIDE = 128, 384  # of a tensor and its Gram matrix, to time their metrics
 
 
@@ -193,6 +195,23 @@ def metrics_seconds(tokens: int, width: int, *, ranked: bool = True) -> float:
     solved = time.perf_counter()
     total += (made - began) * (small / side) ** 2 * other / side
     return total + (solved - made) * (small / side) ** 3
+
+
+@functools.cache
+def dimension_seconds(points: int, width: int) -> float:
+    """Seconds of a layer's local dimension, from a few of its points: all pairs of them are looked at.
+
+    Args:
+        points: tokens among which it is estimated; 0: it is not.
+        width: of the tensor.
+    """
+    if not points:
+        return 0.0
+    few = min(points, FEW_POINTS)
+    values = np.random.default_rng(0).standard_normal((few, width))
+    began = time.perf_counter()
+    dimension(values)
+    return (time.perf_counter() - began) * (points / few) ** 2
 
 
 def recorded(benchmarks: Path) -> dict[str, float]:

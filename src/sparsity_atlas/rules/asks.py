@@ -244,6 +244,16 @@ class Asks(Resources):
         return grid.store_slice(self._config, wildcards.model)
 
     @question
+    def error_settings(self, wildcards: Wildcards) -> str:
+        """How output errors and masks are measured."""
+        return grid.error_slice(self._config, wildcards.model)
+
+    @property
+    def dimension_points(self) -> int:
+        """Captured tokens among which local dimensions are estimated; 0: they are not."""
+        return self._config.studies.lid or 0
+
+    @question
     def capture_settings(self, wildcards: Wildcards) -> str:
         """How a model's activations are captured."""
         return grid.capture_slice(self._config, wildcards.model)

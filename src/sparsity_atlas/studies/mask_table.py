@@ -17,3 +17,7 @@ QUANTITIES = ("unused", "reuse", "jaccard", "sparsity", "frequency", "always")
 UNUSED, REUSE, JACCARD, POSITION, FREQUENCY, ALWAYS = QUANTITIES
 # The level of masks that no criterion made: what is not exactly zero.
 EXACT = "exact"
+# Only where the configuration asks for them: pairs of neurons, and predictors of masks.
+COACTIVATION, BEST_PARTNER = "coactivation", "best_partner"
+RECALL = {"weights": "recall_by_weights", "probe": "recall_by_probe"}
+PREDICTED = {"weights": "sparsity_by_weights", "probe": "sparsity_by_probe"}

@@ -273,8 +273,10 @@ def main() -> None:
     from sparsity_atlas.criteria.binding import bind_all
     from sparsity_atlas.criteria.place import places
     from sparsity_atlas.sites.available import Available
+    from sparsity_atlas.sites.ffn import FFN
     from sparsity_atlas.sites.find import bind_parts
     from sparsity_atlas.sites.part import by_layer, chosen
+    from sparsity_atlas.studies.mask_predictors import PREDICTABLE, predictor_rows
     from sparsity_atlas.studies.token_masks import MaskTables
 
     Available.in_manifest(manifest).check(manifest["name"], arguments.site)
@@ -285,7 +287,7 @@ def main() -> None:
     states = read_calibration(arguments.calibration).states if arguments.calibration else {}
     first = settings.get("calibration_tokens", 0)
     rows = []
-    masks = MaskTables(store.ids().shape[1])
+    masks = MaskTables(store.ids().shape[1], settings.get("coactivation", 0))
     parts, site = chosen(bind_parts(model, manifest["ffn"]), arguments.site)
     sources = {name for one in outputs_at(parts, site) for name in source_names(*one)}
     for tensor in sorted(sources):
@@ -298,6 +300,12 @@ def main() -> None:
                 {**row, "targets": targets(criterion, there, states, row["level"])}
                 for row in layer_rows(layer, store, site, rules, levels, first, masks)
             ]
+            for place in there if settings.get("predictors") else ():
+                for ffn in layer:
+                    if isinstance(ffn, FFN) and ffn.name == place.part.name and site in PREDICTABLE:
+                        asked = (settings["predictors"], levels, first)
+                        made = predictor_rows(ffn, store, site, rules[place.key], *asked)
+                        masks.extend(place.key, made)
     table = pa.Table.from_pylist(rows, schema_of(parts))
     write_parquet(arguments.masks, masks.table())
     write_parquet(arguments.output, table)

@@ -6,7 +6,7 @@ criterion keeps it and it is not zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsity_atlas.sparsify.packed_bits import ones, packed
+from sparsity_atlas.studies.coactivation import CoActivation
 from sparsity_atlas.studies.mask_table import (
     ALWAYS,
     EXACT,
@@ -186,18 +187,29 @@ class MaskTables:
     neurons in common unless they meet the same ones.
     """
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, neurons: int = 0) -> None:
         """Begin.
 
         Args:
             length: tokens of a sequence.
+            neurons: of each layer whose pairs are counted; 0: none.
         """
         self._length = length
-        self._sums: dict[tuple[str, PlaceKey], MaskSums] = {}
+        self._neurons = neurons
+        self._sums: dict[tuple[str, PlaceKey], list[MaskSums | CoActivation]] = {}
+        self._others: list[dict[str, Any]] = []
 
     def add(self, level: str, place: PlaceKey, kept: Tensor) -> None:
         """Count the masks of some sequences, bool [sequences, length, width]."""
-        self._sums.setdefault((level, place), MaskSums(self._length)).add(kept)
+        if (level, place) not in self._sums:
+            pairs = [CoActivation(self._neurons)] if self._neurons else []
+            self._sums[level, place] = [MaskSums(self._length), *pairs]
+        for one in self._sums[level, place]:
+            one.add(kept)
+
+    def extend(self, place: PlaceKey, rows: Iterable[dict[str, Any]]) -> None:
+        """Take in what others counted of a place: rows of SCHEMA without what names it."""
+        self._others += [{**place._asdict(), **row} for row in rows]
 
     def add_exact(self, place: PlaceKey, values: Tensor) -> None:
         """Count what is not exactly zero, where the first sequences that are seen have zeros.
@@ -214,7 +226,8 @@ class MaskTables:
         """Rows of SCHEMA."""
         rows = [
             {"level": level, **place._asdict(), **row}
-            for (level, place), sums in self._sums.items()
+            for (level, place), counts in self._sums.items()
+            for sums in counts
             for row in sums.rows()
         ]
-        return pa.Table.from_pylist(rows, SCHEMA)
+        return pa.Table.from_pylist(rows + self._others, SCHEMA)

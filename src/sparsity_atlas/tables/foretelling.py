@@ -27,7 +27,7 @@ PPL, CRITICAL = "ppl_sparsity", "critical_sparsity"
 TARGETS = (PPL, CRITICAL)
 STORED = (
     *("effective_rank_share", "gini", "hoyer", "near_zero", "exact_zero", "at_most_zero"),
-    *("kurtosis", "quantile_10", "quantile_50", "quantile_90", "quantile_99"),
+    *("kurtosis", "quantile_10", "quantile_50", "quantile_90", "quantile_99", "lid"),
 )
 # At this induced sparsity of the captured text, on straight lines between the levels.
 HALF = 0.5

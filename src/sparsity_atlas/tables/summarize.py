@@ -77,7 +77,7 @@ POINTS = [*KEY, *(one.name for one in fields(CurvePoint)), "parameter_sparsity",
 POINTS += ["unfinished_items"]
 METRICS = ["model", "tensor", "layer", "tokens", "width", "effective_rank", "effective_rank_share"]
 METRICS += ["gini", "hoyer", "near_zero", "exact_zero", "at_most_zero", "rms", "kurtosis"]
-METRICS += ["quantile_10", "quantile_50", "quantile_90", "quantile_99"]
+METRICS += ["quantile_10", "quantile_50", "quantile_90", "quantile_99", "lid", "lid_geomle"]
 MAGNITUDES = ["model", "tensor", "low", "high", "share"]
 # Further columns of the two where a model has parts that a tensor's name does not tell.
 PART = ["part", "expert"]

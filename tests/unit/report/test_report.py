@@ -138,6 +138,8 @@ def test_every_figure_and_every_model_is_there(finished, text):
         "step_layers",
         "twins",
         "foretelling",
+        "mask_recall",
+        "local_dimension",
         "phase_sparsity",
         "expert_sparsity",
         "expert_load",

@@ -77,7 +77,7 @@ def _draw(tables: Tables, quantity: str, x: str, y: str) -> tuple[Figure, list[A
     rows = rows[rows["quantity"] == quantity]
     if rows.empty:
         return empty(NOTHING), []
-    rows = rows.merge(_levels(with_parts(tables.masks)))
+    rows = rows.merge(levels_shown(tables))
     criteria, sizes = tables.criteria(), tables.by_size()
     found = list(rows[_KEY].drop_duplicates().itertuples(index=False, name=None))
     found.sort(key=lambda key: (criteria.index(key[0]), sizes.index(key[1]), key[2]))
@@ -105,8 +105,9 @@ def _draw(tables: Tables, quantity: str, x: str, y: str) -> tuple[Figure, list[A
     return figure, axes
 
 
-def _levels(rows: pd.DataFrame) -> pd.DataFrame:
+def levels_shown(tables: Tables) -> pd.DataFrame:
     """Of each criterion, model, part, site and tensor the level whose sparsity is nearest to MIDDLE."""
+    rows = with_parts(tables.masks)
     names = [*_KEY, "site", "tensor", "level"]
     alone = rows[(rows["quantity"] == UNUSED) & (rows["at"] == 1) & (rows["level"] != EXACT)]
     alone = alone.assign(distance=(alone["value"] - MIDDLE).abs())
