@@ -21,6 +21,11 @@ def pool_ties(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     starts[:, 1:] = x[:, 1:] != x[:, :-1]
     group = np.cumsum(starts.ravel()) - 1
     means = np.bincount(group, weights=y.ravel()) / np.bincount(group)
+    # A mean of equal numbers is that number, whatever their sum is rounded to.
+    first = np.flatnonzero(starts.ravel())
+    means = np.clip(
+        means, np.minimum.reduceat(y.ravel(), first), np.maximum.reduceat(y.ravel(), first)
+    )
     fitted: np.ndarray = means[group].reshape(rows, width)
     return fitted
 
@@ -39,7 +44,11 @@ def nonincreasing_fit(y: np.ndarray) -> np.ndarray:
     _, width = y.shape
     fit = np.full(y.shape, np.inf)
     for a in range(width):
-        means = np.cumsum(y[:, a:], axis=1) / np.arange(1, width - a + 1)
+        rest = y[:, a:]
+        means = np.cumsum(rest, axis=1) / np.arange(1, width - a + 1)
+        # As in `pool_ties`.
+        low, high = (each.accumulate(rest, axis=1) for each in (np.minimum, np.maximum))
+        means = np.clip(means, low, high)
         best_end = np.maximum.accumulate(means[:, ::-1], axis=1)[:, ::-1]
         np.minimum(fit[:, a:], best_end, out=fit[:, a:])
     return fit
