@@ -66,13 +66,6 @@ PARTS = {
         *(FIVE, ("1", "0.99", "0.98", "0.97", "0.95", "0.92", "0.9", "0.75", "0.5")),
         NINE,
     ),
-    "diffusion": (
-        {"GSAI-ML/LLaDA-8B-Base"},
-        ("intermediate", "all_inputs"),
-        ("0.9", "0.85", "0.8", "0.775", "0.75", "0.65", "0.6"),
-        *[("humaneval", "mbpp", "mmlu", "winogrande", "ceval", "cmmlu")],
-        ("arc_challenge", "piqa", "hellaswag", "gpqa"),
-    ),
 }
 
 
@@ -80,8 +73,8 @@ PARTS = {
 def test_the_grid_of_a_part_of_the_paper(
     empty: Checkout, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
-    """Exactly the paper's models, sites and levels; the tasks of one with guidance apart."""
-    hub, sites, levels, *tasks = PARTS[part]
+    """Exactly the paper's models, sites and levels."""
+    hub, sites, levels, tasks = PARTS[part]
     name = f"workflow/config/paper_{part}.yaml"
     count = 2 * len(sites)
     assert counts(empty.plan("--configfile", name)) == {
@@ -95,17 +88,66 @@ def test_the_grid_of_a_part_of_the_paper(
     config = parse(merged)
     curves = grid.curves(config)
     assert {config.models[curve.model].hub for curve in curves} == hub
-    assert {curve.tasks for curve in curves} == set(map(tuple, tasks))
+    assert {curve.tasks for curve in curves} == {tasks}
     for model in grid.models(config):
         own = [curve for curve in curves if curve.model == model]
         assert tuple(curve.site for curve in own) == sites
         assert {(curve.criterion, curve.levels, curve.auto) for curve in own} == {
             ("topp", levels, False)
         }
-    budget = {"reasoning": 4096, "moe": 128, "diffusion": 1024}[part]
-    written = {"mmlu_redux", "triviaqa", "truthfulqa_gen", "gsm8k", "humaneval", "mbpp"}
-    for task in {task for some in tasks for task in some}:
+    budget = {"reasoning": 4096, "moe": 128}[part]
+    written = {"mmlu_redux", "triviaqa", "truthfulqa_gen", "gsm8k"}
+    for task in tasks:
         assert config.tasks[task].max_gen_toks == (budget if task in written else None)
+
+
+# Of the paper's masked-diffusion model: each task's level at `intermediate` and at `all_inputs`, and the weight
+# of guidance.
+LLADA = {
+    "humaneval": ("0.6", "0.6", 0.0),
+    "mbpp": ("0.775", "0.775", 0.0),
+    "mmlu": ("0.8", "0.8", 0.0),
+    "winogrande": ("0.8", "0.8", 0.0),
+    "ceval": ("0.85", "0.85", 0.0),
+    "cmmlu": ("0.8", "0.75", 0.0),
+    "arc_challenge": ("0.9", "0.9", 0.5),
+    "piqa": ("0.6", "0.6", 0.5),
+    "hellaswag": ("0.85", "0.85", 0.5),
+    "gpqa": ("0.9", "0.9", 0.5),
+}
+
+
+def test_the_grid_of_the_paper_s_diffusion_model(
+    empty: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "workflow/config/paper_diffusion.yaml"
+    assert counts(empty.plan("--configfile", name)) == {
+        **{"all": 1, "run_config": 1, "model": 2, "dense": 2, "model_summary": 2, "tables": 1},
+        **dict.fromkeys(("capture", "metrics"), 4),
+        **dict.fromkeys(("output_error", "curve", "evaluate"), 15),
+    }
+    monkeypatch.chdir(empty.path)
+    merged = yaml.safe_load(Path("config.yaml").read_text(encoding="utf-8"))
+    update_config(merged, yaml.safe_load(Path(name).read_text(encoding="utf-8")))
+    config = parse(merged)
+    found: dict[str, dict[str, Any]] = {}
+    for curve in grid.curves(config):
+        entry = config.models[curve.model]
+        assert entry.hub == "GSAI-ML/LLaDA-8B-Base"
+        assert config.criteria[curve.criterion].rule == "topp"
+        (level,) = curve.levels
+        for task in curve.tasks:
+            own = found.setdefault(task, {"guidance": entry.diffusion.guidance})
+            assert own["guidance"] == entry.diffusion.guidance
+            assert curve.site not in own
+            own[curve.site] = level
+    assert {
+        task: (own["intermediate"], own["all_inputs"], own["guidance"])
+        for task, own in found.items()
+    } == LLADA
+    for task in LLADA:
+        written = task in ("humaneval", "mbpp")
+        assert config.tasks[task].max_gen_toks == (1024 if written else None)
 
 
 @pytest.mark.parametrize("source", ["files", "hub"])
