@@ -101,8 +101,8 @@ def test_the_grid_of_a_part_of_the_paper(
         assert config.tasks[task].max_gen_toks == (budget if task in written else None)
 
 
-# Of the paper's masked-diffusion model: each task's level at `intermediate` and at `all_inputs`, and the weight
-# of guidance.
+# Of the paper's masked-diffusion model: each task's levels at `intermediate` and at `all_inputs`, and its
+# guidance.
 LLADA = {
     "humaneval": ("0.6", "0.6", 0.0),
     "mbpp": ("0.775", "0.775", 0.0),
