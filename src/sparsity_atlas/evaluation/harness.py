@@ -155,7 +155,8 @@ class HarnessLM(PromptLM):
         # As `evaluate` does: such a rule's mask depends on which tokens are run together.
         share = not isinstance(self._rule, SequenceCriterion)
         lm = self._lm
-        work = lm.work({kind: requests}, {kind: lm.encode(kind, requests)}, share=share)
+        encodings = {kind: lm.encode(kind, requests)}
+        work = lm.work({kind: requests}, lambda: encodings, share=share)
         with self._attached() as counter:
             lm.start(_Memory(), counter, work)
             answers: list[Any] = getattr(lm, kind)(requests)

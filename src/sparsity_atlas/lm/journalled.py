@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from sparsity_atlas.lm.work import Arranged, Encoding
+    from sparsity_atlas.lm.work import Arranged, Encoding, Keep
     from sparsity_atlas.models.memory import Largest, Sizes
     from sparsity_atlas.sparsify.attach import Counter
 
@@ -111,19 +111,21 @@ class JournalledLM(PromptLM):
     def work(
         self,
         requests: dict[str, list[Instance]],
-        encodings: dict[str, list[Encoding]],
+        encodings: Callable[[], dict[str, list[Encoding]]],
         *,
         share: bool = True,
         greedy: Container[str] | None = None,
+        keep: Keep | None = None,
     ) -> Arranged:
         """Arrange a task's requests in batches.
 
         Args:
             requests: by kind.
-            encodings: as `encode` gives them.
+            encodings: gives what `encode` gives of them, by kind.
             share: whether requests may share what they have in common, where the model can.
             greedy: the tasks that ask whether an answer is the likeliest, where that costs further passes;
                 None: those that score one answer a document, since a choice goes by its likelihoods.
+            keep: where what was arranged is kept for other processes; None: nowhere.
         """
         raise NotImplementedError
 

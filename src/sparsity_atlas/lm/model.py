@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from collections.abc import Callable, Container
 from dataclasses import replace
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from sparsity_atlas.lm.journalled import Records
     from sparsity_atlas.lm.longest import Memory
-    from sparsity_atlas.lm.work import Arranged, Encoding
+    from sparsity_atlas.lm.work import Arranged, Encoding, Keep
     from sparsity_atlas.sparsify.attach import Counter
 
 # What is said, once, of a model that cannot do something.
@@ -63,27 +64,28 @@ class AtlasLM(GeneratingLM):
     def work(
         self,
         requests: dict[str, list[Instance]],
-        encodings: dict[str, list[Encoding]],
+        encodings: Callable[[], dict[str, list[Encoding]]],
         *,
         share: bool = True,
         greedy: Container[str] | None = None,
+        keep: Keep | None = None,
     ) -> Work:
         """Arrange a task's requests in batches; see `work.arrange`."""
-        prompts = list(
-            zip(
-                requests.get("generate_until", []), encodings.get("generate_until", []), strict=True
-            )
-        )
-
-        if prompts:
+        encodings = functools.cache(encodings)
+        generated = requests.get("generate_until", [])
+        if generated:
             head.able(self.model)  # found out before anything is attached
 
         def found(some: list[forest.Request], branching: bool) -> Abilities:
-            follows = self._follows(some, prompts)
+            follows = self._lengths.watched and self._follows(
+                some, list(zip(generated, encodings().get("generate_until", []), strict=True))
+            )
             able = self._abilities(some, branching and not follows) if some else Abilities()
             return replace(able, follows=follows)
 
-        return arrange(requests, encodings, self.limits, found, share=share)
+        # Whether its numbers follow the longest sequence is found out with all of them.
+        keep = None if self._lengths.watched else keep
+        return arrange(requests, encodings, self.limits, found, share=share, keep=keep)
 
     def remember(self, digest: str) -> None:
         """Keep what the model is seen to do right in the user's cache, for other processes.
@@ -108,8 +110,6 @@ class AtlasLM(GeneratingLM):
         self, requests: list[forest.Request], prompts: list[tuple[Instance, Encoding]]
     ) -> bool:
         """Whether the model's numbers of these follow the longest of them."""
-        if not self._lengths.watched:
-            return False
         sequences = [request.run for request in requests]
         reach = max(map(len, sequences), default=0)
         for request, (tokens,) in prompts:

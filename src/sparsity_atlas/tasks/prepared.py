@@ -186,29 +186,41 @@ def _no_collection() -> Iterator[None]:
 
 def _prepare(lm: JournalledLM, task: LoadedTask, seed: int, share: bool) -> Prepared:
     made_of = None if task.unfollowed else request_cache.key(lm, task, seed=seed)
-    kept = request_cache.read(made_of) if made_of else None
-    rows = _build(lm, task, seed=seed) if kept is None else kept[0]
+    known = request_cache.read(made_of) if made_of else None
+    rows, encoded = _build(lm, task, seed=seed) if known is None else (known.rows, [])
     leaves = {}
     requests: dict[str, list[Instance]] = defaultdict(list)
-    encodings: dict[str, list[Encoding]] = defaultdict(list)
+    numbers: dict[str, list[int]] = defaultdict(list)  # of their rows
     for name, loaded in task.leaves.items():
         # A copy: a task may be prepared in two ways, and answers for one of them.
         leaf = copy.copy(loaded)
         documents = task.documents_of(name)
-        own = [row for row in rows if row.leaf == name]
-        leaves[name] = PreparedTask(leaf, documents, own)
-        for row, instance in zip(own, leaves[name].instances, strict=True):
+        own = [number for number, row in enumerate(rows) if row.leaf == name]
+        leaves[name] = PreparedTask(leaf, documents, [rows[number] for number in own])
+        for number, instance in zip(own, leaves[name].instances, strict=True):
+            row = rows[number]
             # As often as lm-eval will ask for it.
             requests[row.kind] += [instance] * row.repeats
-            encodings[row.kind] += [row.encoding] * row.repeats
-    labels = _labels(task, leaves) if kept is None else kept[1]
-    if kept is None and made_of:
-        request_cache.write(made_of, rows, labels)
+            numbers[row.kind] += [number] * row.repeats
+    labels = _labels(task, leaves) if known is None else known.labels
+    if known is None and made_of:
+        request_cache.write(made_of, rows, encoded, labels)
     for name, leaf in leaves.items():
         leaf.take(labels.choices.get(name))
+
+    def encodings() -> dict[str, list[Encoding]]:
+        every = encoded if known is None else known.encodings()
+        return {kind: [every[number] for number in some] for kind, some in numbers.items()}
+
     return Prepared(
         contents={**task.contents, "tasks": leaves},
-        work=lm.work(requests, encodings, share=share, greedy=_asking_greedy(leaves)),
+        work=lm.work(
+            requests,
+            encodings,
+            share=share,
+            greedy=_asking_greedy(leaves),
+            keep=request_cache.Beside(made_of) if made_of else None,
+        ),
         hashes=labels.hashes,
         clusters={
             name: [_cluster(task, one) for one in leaf.documents] for name, leaf in leaves.items()
@@ -248,7 +260,7 @@ def _labels(task: LoadedTask, leaves: dict[str, PreparedTask]) -> Labels:
     return Labels(hashes, sum(shares) / len(shares) if shares else None, wrong, choices)
 
 
-def _build(lm: JournalledLM, task: LoadedTask, *, seed: int) -> list[Row]:
+def _build(lm: JournalledLM, task: LoadedTask, *, seed: int) -> tuple[list[Row], list[Encoding]]:
     # As lm-eval does, which loads a task and builds its requests in one go.
     task.drawn.restore()
     chat = lm.prompts.apply_chat_template
@@ -267,15 +279,13 @@ def _build(lm: JournalledLM, task: LoadedTask, *, seed: int) -> list[Row]:
         built += [(name, _with(settings, one)) for one in leaf.instances]
     if budget and not any(one.request_type == "generate_until" for _, one in built):
         raise TaskFailure(f"max_gen_toks: '{task.lm_eval_name}' generates nothing")
-    rows = []
+    rows: list[Row] = []
+    encodings: list[Encoding] = []
     for kind in dict.fromkeys(instance.request_type for _, instance in built):
         some = [(name, instance) for name, instance in built if instance.request_type == kind]
-        encoded = lm.encode(kind, [instance for _, instance in some])
-        rows += [
-            Row(name, kind, one.doc_id, one.idx, one.repeats, one.args, encoding)
-            for (name, one), encoding in zip(some, encoded, strict=True)
-        ]
-    return rows
+        encodings += lm.encode(kind, [instance for _, instance in some])
+        rows += [Row(name, kind, one.doc_id, one.idx, one.repeats, one.args) for name, one in some]
+    return rows, encodings
 
 
 def _with(gen_kwargs: dict[str, Any], request: Instance) -> Instance:

@@ -1,8 +1,8 @@
 """Built and tokenised requests on disk, for every node of every model with that tokenizer.
 
 They lie in the user's cache and not among the results: runs in other folders find them as well, and
-results stay what was measured. A file bears the digest of all that its content depends on as its name,
-and of its own bytes at its start; what does not match is built again.
+results stay what was measured. What is not whole is built again. Beside them lie the batches that they were
+arranged in, for models of the same limits.
 """
 
 from __future__ import annotations
@@ -12,24 +12,25 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
-import os
-import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sparsity_atlas import cli
 from sparsity_atlas.code_version import code_version
-from sparsity_atlas.files.whole import cache_folder, canonical, digest, write_atomically
+from sparsity_atlas.files.kept_bytes import keep, kept_path, read_kept
+from sparsity_atlas.files.whole import canonical, digest
 from sparsity_atlas.tasks.choices import Group
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedTokenizerBase
 
     from sparsity_atlas.lm.journalled import JournalledLM
+    from sparsity_atlas.lm.work import Encoding
     from sparsity_atlas.tasks.loaded import LoadedTask
 
 SCHEMA = pa.schema(
@@ -44,14 +45,12 @@ SCHEMA = pa.schema(
     ]
 )
 _KEY, _LABELS = b"sparsity_atlas", b"labels"
-_DIGEST_BYTES = hashlib.sha256().digest_size
-UNUSED_DAYS = 30
 # They make the prompts and their tokens.
 PACKAGES = ("lm-eval", "tokenizers", "transformers", "jinja2")
 
 
 class Row(NamedTuple):
-    """One request of lm-eval's; see `SCHEMA`."""
+    """One request of lm-eval's, without its tokens; see `SCHEMA`."""
 
     leaf: str
     kind: str
@@ -59,7 +58,6 @@ class Row(NamedTuple):
     idx: int
     repeats: int
     arguments: tuple[Any, ...]
-    encoding: tuple[list[int], ...]
 
 
 class Labels(NamedTuple):
@@ -131,30 +129,58 @@ def _versions() -> dict[str, str]:
 
 
 def _path(made_of: dict[str, Any]) -> Path:
-    return cache_folder("requests") / f"{digest(made_of)}.parquet"
+    return kept_path("requests", made_of, ".parquet")
 
 
-def read(made_of: dict[str, Any]) -> tuple[list[Row], Labels] | None:
+class Beside:
+    """Where batches of a task's requests are kept; a `Keep`."""
+
+    def __init__(self, made_of: dict[str, Any]) -> None:
+        """Take the requests' key."""
+        self._made_of = made_of
+
+    def _path(self, how: dict[str, Any]) -> Path:
+        return kept_path("batches", [self._made_of, how], ".arrow")
+
+    def read(self, how: dict[str, Any]) -> bytes | None:
+        """See `Keep`."""
+        return read_kept(self._path(how))
+
+    def write(self, how: dict[str, Any], content: bytes) -> None:
+        """See `Keep`."""
+        keep(self._path(how), content, "batches of requests")
+
+
+class Known(NamedTuple):
+    """What lies in the cache of a task.
+
+    Attributes:
+        rows: its requests, without their tokens.
+        labels: see `Labels`.
+        encodings: gives these tokens, which nobody asks for whose batches are there, too.
+    """
+
+    rows: list[Row]
+    labels: Labels
+    encodings: Callable[[], list[Encoding]]
+
+
+def read(made_of: dict[str, Any]) -> Known | None:
     """The requests of that key; None if there are none that are whole."""
-    path = _path(made_of)
-    try:
-        content = path.read_bytes()
-        os.utime(path)
-    except OSError:
+    payload = read_kept(_path(made_of))
+    if payload is None:
         return None
-    payload = content[_DIGEST_BYTES:]
-    if hashlib.sha256(payload).digest() != content[:_DIGEST_BYTES]:
-        return None
-    table = pq.read_table(pa.BufferReader(payload))
+    # Not `read_table`, which first makes a data set of the file: that takes longer than reading it.
+    table = pq.ParquetFile(pa.BufferReader(payload)).read(use_threads=False)
     if table.schema.metadata[_KEY] != canonical(made_of).encode():
         return None
     columns = [table[name].to_pylist() for name in SCHEMA.names[:-2]]
     arguments = map(tuple, _loaded(table["arguments"].to_pylist()))
-    encodings = _encodings(table["encoding"])
-    rows = [Row(*one) for one in zip(*columns, arguments, encodings, strict=True)]
+    rows = [Row(*one) for one in zip(*columns, arguments, strict=True)]
     hashes, chance, wrong, choices = json.loads(table.schema.metadata[_LABELS])
     groups = {name: [Group(*one) for one in some] for name, some in choices.items()}
-    return rows, Labels(hashes, chance, wrong, groups)
+    encodings = functools.partial(_encodings, table["encoding"])
+    return Known(rows, Labels(hashes, chance, wrong, groups), encodings)
 
 
 def _loaded(texts: list[str]) -> list[Any]:
@@ -163,7 +189,7 @@ def _loaded(texts: list[str]) -> list[Any]:
     return found
 
 
-def _column(encodings: list[tuple[list[int], ...]]) -> pa.Array:
+def _column(encodings: list[Encoding]) -> pa.Array:
     """Lists of tokens as a column; see `_encodings`."""
     parts = [part for one in encodings for part in one]
     counts = [len(part) for part in parts]
@@ -176,7 +202,7 @@ def _offsets(counts: list[int]) -> pa.Array:
     return pa.array(np.cumsum([0, *counts]), pa.int32())
 
 
-def _encodings(column: pa.ChunkedArray) -> list[tuple[list[int], ...]]:
+def _encodings(column: pa.ChunkedArray) -> list[Encoding]:
     """A column of lists of tokens; as numbers in one piece they are there in a fraction of the time."""
     rows = column.combine_chunks()
     parts = rows.flatten()
@@ -187,8 +213,10 @@ def _encodings(column: pa.ChunkedArray) -> list[tuple[list[int], ...]]:
     return [tuple(lists[start:end]) for start, end in itertools.pairwise(ends)]
 
 
-def write(made_of: dict[str, Any], rows: list[Row], labels: Labels) -> None:
-    """Keep requests, unless they hold what JSON cannot; forget those that nobody asked for lately."""
+def write(
+    made_of: dict[str, Any], rows: list[Row], encodings: list[Encoding], labels: Labels
+) -> None:
+    """Keep requests, unless they hold what JSON cannot."""
     try:
         texts = [json.dumps(row.arguments) for row in rows]
     except TypeError:
@@ -199,7 +227,7 @@ def write(made_of: dict[str, Any], rows: list[Row], labels: Labels) -> None:
     columns = {
         **{name: [getattr(row, name) for row in rows] for name in names},
         "arguments": texts,
-        "encoding": _column([row.encoding for row in rows]),
+        "encoding": _column(encodings),
     }
     choices = {
         name: [[one.numbers, one.lengths, one.right] for one in some]
@@ -209,18 +237,4 @@ def write(made_of: dict[str, Any], rows: list[Row], labels: Labels) -> None:
     table = pa.table(columns, schema=SCHEMA.with_metadata(about))
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, compression="zstd")
-    payload = buffer.getvalue().to_pybytes()
-    content = hashlib.sha256(payload).digest() + payload
-    path = _path(made_of)
-    try:
-        write_atomically(path, lambda temporary: temporary.write_bytes(content))
-        _forget(path.parent)
-    except OSError as error:
-        cli.logger.info("tokenised requests are not kept: %s", error)
-
-
-def _forget(folder: Path) -> None:
-    oldest = time.time() - UNUSED_DAYS * 24 * 3600
-    for path in folder.glob("*.parquet"):
-        if path.stat().st_mtime < oldest:
-            path.unlink(missing_ok=True)
+    keep(_path(made_of), buffer.getvalue().to_pybytes(), "tokenised requests")

@@ -13,6 +13,10 @@ import pytest
 from lm_eval.api.task import Task
 
 from sparsity_atlas.evaluation.evaluate import Session, evaluate_node
+from sparsity_atlas.files.kept_bytes import UNUSED_DAYS
+from sparsity_atlas.lm import forest
+from sparsity_atlas.lm.forward import Abilities
+from sparsity_atlas.lm.model import AtlasLM
 from sparsity_atlas.loading.checkpoint import Checkpoint
 from sparsity_atlas.loading.pretrained import load_tokenizer
 from sparsity_atlas.tasks import request_cache
@@ -114,6 +118,62 @@ def test_the_length_of_the_context_changes_no_request(
     fresh = evaluate_node(open_session(manifest, tasks, max_length=40), None, tmp_path / "fresh")
     assert built == list(tasks) * 2
     assert shared == fresh
+
+
+@pytest.fixture
+def packed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether rows might branch, of each time that requests of a task were arranged."""
+    found: list[bool] = []
+    original = forest.pack
+
+    def pack(requests: list[forest.Request], *arguments: Any, share: bool, **options: Any) -> Any:
+        if len(requests) > 10:  # proofs of sharing arrange a few of their own
+            found.append(share)
+        return original(requests, *arguments, share=share, **options)
+
+    monkeypatch.setattr(forest, "pack", pack)
+    return found
+
+
+def test_batches_are_arranged_once_for_models_of_the_same_limits(
+    manifest: Path, tasks: dict, packed: list[bool], tmp_path: Path
+) -> None:
+    def work(**settings: Any) -> Any:
+        return (
+            open_session(manifest, {"choice": tasks["choice"]}, **settings).prepared("choice").work
+        )
+
+    first = work()
+    again = work()
+    assert packed == [True]
+    for one, other in zip(
+        first.batches["loglikelihood"], again.batches["loglikelihood"], strict=True
+    ):
+        assert repr(one) == repr(other)
+    assert {**vars(first), "batches": None} == {**vars(again), "batches": None}
+    work(batch_size=3)
+    work(max_length=40)
+    assert packed == [True] * 3
+    for file in tmp_path.rglob("batches/*"):
+        file.write_bytes(file.read_bytes()[:-1])
+    assert repr(work()) == repr(first)
+    assert packed == [True] * 4
+
+
+def test_a_model_that_cannot_share_gets_batches_of_its_own(
+    manifest: Path, tasks: dict, packed: list[bool], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    choice = {"choice": tasks["choice"]}
+    open_session(manifest, choice).prepared("choice")
+    monkeypatch.setattr(AtlasLM, "_abilities", lambda *_: Abilities())
+    kept = [open_session(manifest, choice).prepared("choice").work for _ in range(2)]
+    assert packed == [True, False]
+    for file in tmp_path.rglob("batches/*"):
+        file.unlink()
+    monkeypatch.setattr(request_cache, "Beside", lambda _: None)
+    fresh = open_session(manifest, choice).prepared("choice").work
+    assert packed == [True, False, True, False]
+    assert repr(kept[0]) == repr(kept[1]) == repr(fresh)
 
 
 def other_tokenizer(tasks: dict, folder: Path) -> tuple[dict, dict, Path | None]:
@@ -245,7 +305,7 @@ def test_what_nobody_used_for_long_goes(manifest: Path, tasks: dict, cache: Path
     for name in ("choice", "last"):
         open_session(manifest, tasks).prepared(name)
     old, young = sorted(cache.iterdir())
-    month = time.time() - (request_cache.UNUSED_DAYS + 1) * 24 * 3600
+    month = time.time() - (UNUSED_DAYS + 1) * 24 * 3600
     os.utime(old, (month, month))
     open_session(manifest, tasks).prepared("words")
     assert not old.exists()

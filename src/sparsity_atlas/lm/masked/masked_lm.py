@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sparsity_atlas.lm.journalled import Records
-    from sparsity_atlas.lm.work import Arranged, Encoding
+    from sparsity_atlas.lm.work import Arranged, Encoding, Keep
     from sparsity_atlas.models.memory import Largest
     from sparsity_atlas.sparsify.attach import Counter
     from sparsity_atlas.terms import Phase
@@ -81,10 +81,11 @@ class MaskedLM(JournalledLM):
     def work(
         self,
         requests: dict[str, list[Instance]],
-        encodings: dict[str, list[Encoding]],
+        encodings: Callable[[], dict[str, list[Encoding]]],
         *,
         share: bool = True,
         greedy: Container[str] | None = None,
+        keep: Keep | None = None,
     ) -> MaskedWork:
         """Arrange a task's requests in batches; see `arrange_rows`."""
         assert callable(self.denoise)
@@ -92,7 +93,7 @@ class MaskedLM(JournalledLM):
             self._options(request)
         samples = self.diffusion.samples
         return arrange_rows(
-            *(requests, encodings, self.limits),
+            *(requests, encodings(), self.limits),
             samples=samples,
             mask_token=self.mask_token,
             greedy=greedy,
