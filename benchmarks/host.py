@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from measure import machine
@@ -209,8 +210,6 @@ def settings_of(arguments: argparse.Namespace, tasks: dict[str, Any]) -> dict[st
 
 def make_curve(folder: Path, levels: list[str]) -> None:
     """The stage `curve` on the levels below a folder."""
-    import numpy as np
-
     from sparsity_atlas.curves import curve
 
     dense = curve.NodeSamples(folder / "dense", SITE)
@@ -258,6 +257,7 @@ def main() -> None:
     from sparsity_atlas.evaluation.search import read_scores
     from sparsity_atlas.files.whole import read_manifest, write_manifest
     from sparsity_atlas.loading.checkpoint import Checkpoint
+    from sparsity_atlas.models.logits.likelihoods import likelihoods
     from sparsity_atlas.models.manifest import describe
     from sparsity_atlas.tasks.score import choose_metric
 
@@ -296,9 +296,12 @@ def main() -> None:
         nodes = {"dense": None} | {
             level: Node.make({"rule": "topp"}, SITE, level) for level in levels
         }
-        for node in nodes.values():  # kernels are compiled, once a machine
+        for node in nodes.values():  # kernels are compiled, which is kept: once a machine
             with torch.no_grad(), session.attach(node):
-                session.lm.model(torch.zeros(2, 8, dtype=torch.long, device=session.lm.device))
+                found = session.lm.model(
+                    torch.zeros(2, 8, dtype=torch.long, device=session.lm.device)
+                )
+                likelihoods([found.logits[0]], np.arange(8), np.zeros(8, dtype=np.int64))
         phases.take()
         for name, node in nodes.items():
             with part(phases, arguments.profile, f"{name}-{seed}"):

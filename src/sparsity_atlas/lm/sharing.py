@@ -48,6 +48,10 @@ _PACKAGE = str(Path(_CALLS).parents[1])
 DISTINCT = 8
 # Predictions compared at the end of each request.
 PREDICTIONS = 16
+# Tokens of the shortest sample. A GPU waits for the host in passes over fewer than these, and so one sample
+# serves the tasks of short requests, which on the CPU cost what they are long.
+SHORTEST_SAMPLE = {"cuda": 512}
+SMALLEST = 64
 
 
 def abilities(
@@ -101,7 +105,8 @@ def abilities(
 def _proof(model: PreTrainedModel, tokens: list[int], most: int, answers: Answers) -> Proof:
     """What is known, or is now found, of requests as long as `tokens`."""
     length = len(tokens) - 1
-    for tried in dict.fromkeys((max(min(_round_up(length), most), length), length)):
+    rounded = round_up(length, SHORTEST_SAMPLE.get(model.device.type, SMALLEST), _window(model))
+    for tried in dict.fromkeys((max(min(rounded, most), length), length)):
         known = answers.about(length)
         if known is not None:
             return known
@@ -111,12 +116,21 @@ def _proof(model: PreTrainedModel, tokens: list[int], most: int, answers: Answer
     return found
 
 
-def _round_up(length: int) -> int:
-    """The next of 64, 96, 128, 192, 256, ..."""
-    size = 64
+def round_up(length: int, least: int, window: int | None) -> int:
+    """The next of 64, 96, 128, 192, 256, ..., not below `least`, nor beyond a window that holds the request.
+
+    Beyond its window a model may want other masks.
+    """
+    size = least
     while size < length:
         size *= 2
-    return 3 * size // 4 if length <= 3 * size // 4 and size > 64 else size
+    size = 3 * size // 4 if least < size and length <= 3 * size // 4 else size
+    return min(size, window) if window and length <= window else size
+
+
+def _window(model: PreTrainedModel) -> int | None:
+    window: int | None = getattr(model.config.get_text_config(), "sliding_window", None)
+    return window
 
 
 def _stretched(tokens: list[int], length: int) -> list[int]:
@@ -144,11 +158,10 @@ def _prove(model: PreTrainedModel, tokens: list[int]) -> Proof:
 
 def _ways(model: PreTrainedModel, length: int) -> Iterator[Masks]:
     """Masks that a model may want for requests of this length."""
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
+    window = _window(model)
     windowed = []
     if window:
-        layers = getattr(config, "layer_types", None) or []
+        layers = getattr(model.config.get_text_config(), "layer_types", None) or []
         windowed = [Masks.BY_LAYER] if len(set(layers)) > 1 else [Masks.WINDOWED]
     # A window that no request reaches needs no mask.
     yield from [*windowed, Masks.ONE] if window and length > window else [Masks.ONE]

@@ -19,7 +19,7 @@ from sparsity_atlas.lm import forward
 from sparsity_atlas.lm.answers import Answers
 from sparsity_atlas.lm.forest import Request, pack
 from sparsity_atlas.lm.forward import Abilities, Masks
-from sparsity_atlas.lm.sharing import abilities
+from sparsity_atlas.lm.sharing import abilities, round_up
 from sparsity_atlas.models import memory
 from sparsity_atlas.sites.find import find_parts, sites_of
 from sparsity_atlas.sparsify.attach import NumericalFailure, counted, sparsified
@@ -37,6 +37,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # No place for a mask of who sees whom or for positions, or a state that follows the row.
 UNABLE = {"bloom", "mpt", "rwkv", "openai-gpt", "lfm2", "recurrent_gemma"}
+
+
+@pytest.mark.parametrize(
+    ("length", "least", "window", "wanted"),
+    [
+        *((9, 64, None, 64), (65, 64, None, 96), (97, 64, None, 128), (129, 64, None, 192)),
+        *((9, 512, None, 512), (513, 512, None, 768), (800, 512, None, 1024)),
+        *((9, 512, 100, 100), (100, 512, 100, 100), (101, 64, 100, 128), (97, 64, 4096, 128)),
+    ],
+)
+def test_a_sample_is_longer_than_its_request_but_not_than_a_window_that_holds_it(
+    length: int, least: int, window: int | None, wanted: int
+) -> None:
+    assert round_up(length, least, window) == wanted
 
 
 def questions(count: int = 6, seed: int = 0, longest: int = 14) -> list[Request]:
