@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from sparsity_atlas.lm.work import Arranged, Encoding, Keep
+    from sparsity_atlas.lm.kept.kept_work import Keep
+    from sparsity_atlas.lm.work import Arranged, Encoding
     from sparsity_atlas.models.memory import Largest, Sizes
     from sparsity_atlas.sparsify.attach import Counter
 

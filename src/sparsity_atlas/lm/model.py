@@ -19,6 +19,7 @@ from sparsity_atlas.lm import forest, forward
 from sparsity_atlas.lm.answers import Answers
 from sparsity_atlas.lm.forward import Abilities
 from sparsity_atlas.lm.generation import GeneratingLM
+from sparsity_atlas.lm.kept.kept_work import arrange_once
 from sparsity_atlas.lm.longest import Lengths
 from sparsity_atlas.lm.sharing import abilities
 from sparsity_atlas.lm.usage import expert_record, packed
@@ -32,8 +33,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sparsity_atlas.lm.journalled import Records
+    from sparsity_atlas.lm.kept.kept_work import Keep
     from sparsity_atlas.lm.longest import Memory
-    from sparsity_atlas.lm.work import Arranged, Encoding, Keep
+    from sparsity_atlas.lm.work import Arranged, Encoding
     from sparsity_atlas.sparsify.attach import Counter
 
 # What is said, once, of a model that cannot do something.
@@ -84,8 +86,9 @@ class AtlasLM(GeneratingLM):
             return replace(able, follows=follows)
 
         # Whether its numbers follow the longest sequence is found out with all of them.
-        keep = None if self._lengths.watched else keep
-        return arrange(requests, encodings, self.limits, found, share=share, keep=keep)
+        if keep is None or self._lengths.watched:
+            return arrange(requests, encodings(), self.limits, found, share=share)
+        return arrange_once(requests, encodings, self.limits, found, share=share, keep=keep)
 
     def remember(self, digest: str) -> None:
         """Keep what the model is seen to do right in the user's cache, for other processes.

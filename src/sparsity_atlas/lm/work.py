@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from lm_eval import utils
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from sparsity_atlas.code_version import code_version
 from sparsity_atlas.errors import TaskFailure
 from sparsity_atlas.lm import collate, forest
 from sparsity_atlas.lm.forward import Abilities
-from sparsity_atlas.lm.trees import batch_file
 from sparsity_atlas.models.memory import Largest
 from sparsity_atlas.terms import GENERATION, PROMPT, SCORING
 
@@ -24,16 +22,6 @@ if TYPE_CHECKING:
 
 # Token ids of one request of lm-eval's: context and continuation, a whole document, or a prompt.
 Encoding = tuple[list[int], ...]
-
-
-class Keep(Protocol):
-    """Where what was arranged is kept for other processes, of one task's requests."""
-
-    def read(self, how: dict[str, Any]) -> bytes | None:
-        """What was made of them in that way; None: nothing that is whole."""
-
-    def write(self, how: dict[str, Any], content: bytes) -> None:
-        """Keep that."""
 
 
 @dataclass
@@ -84,6 +72,11 @@ class Work(Arranged):
         scored: list[Phase] = [SCORING] if any(self.batches.values()) else []
         return scored + ([PROMPT, GENERATION] if self.prompts else [])
 
+    @property
+    def branching(self) -> bool:
+        """Whether rows are more than one sequence."""
+        return any(batch.branched for batches in self.batches.values() for batch in batches)
+
     def last_prompts(self) -> set[int]:
         """Of each document's prompts the one that is run last, which `Usage` takes for `unique`."""
         owners = self.owners["generate_until"]
@@ -114,7 +107,7 @@ class Limits:
         return room
 
 
-class _Scored(NamedTuple):
+class Scored(NamedTuple):
     """What is scored of a task, by kind: requests as they are run, and as lm-eval has them."""
 
     requests: dict[str, list[forest.Request]]
@@ -123,31 +116,26 @@ class _Scored(NamedTuple):
 
 def arrange(
     requests: dict[str, list[Instance]],
-    encodings: Callable[[], dict[str, list[Encoding]]],
+    encodings: dict[str, list[Encoding]],
     limits: Limits,
     abilities: Callable[[list[forest.Request], bool], Abilities],
     *,
     share: bool,
-    keep: Keep | None = None,
 ) -> Work:
     """Arrange a task's requests.
 
     Args:
         requests: by kind (lm-eval's request type).
-        encodings: gives those of the same.
+        encodings: of the same.
         limits: of the model.
-        abilities: finds out what the model does right with some requests, whose rows branch or do not, by
-            the longest of them.
+        abilities: finds out what the model does right with some requests, whose rows branch or do not.
         share: whether rows may branch, if the model can do it.
-        keep: where this is kept; None: nowhere, as of a model whose abilities follow from all requests.
 
     Raises:
         TaskFailure: a request that cannot be scored.
     """
-    if keep is not None:
-        return _arranged_once(requests, encodings, limits, abilities, share=share, keep=keep)
-    work, scored = _arranged(requests, encodings(), limits, share=share)
-    branching = _branching(work)
+    work, scored = arranged(requests, encodings, limits, share=share)
+    branching = work.branching
     work.abilities = abilities(
         [one for some in scored.requests.values() for one in some], branching
     )
@@ -164,48 +152,19 @@ def arrange(
     return work
 
 
-def _arranged_once(
-    requests: dict[str, list[Instance]],
-    encodings: Callable[[], dict[str, list[Encoding]]],
-    limits: Limits,
-    abilities: Callable[[list[forest.Request], bool], Abilities],
-    *,
-    share: bool,
-    keep: Keep,
-) -> Work:
-    """`arrange` with what is kept, or is now: as much as follows without the model."""
-    how = {"limits": asdict(limits), "share": share, "code": code_version("lm.work")}
-    known = keep.read(how)
-    if known is None:
-        work, scored = _arranged(requests, encodings(), limits, share=share)
-        longest = _longest(scored)
-        keep.write(how, _written(work, longest))
-    else:
-        work, longest = _read(known)
-    branching = _branching(work)
-    work.abilities = abilities(longest, branching)
-    if branching and not work.abilities.branches:
-        return _arranged_once(requests, encodings, limits, abilities, share=False, keep=keep)
-    return work
-
-
-def _branching(work: Work) -> bool:
-    return any(batch.branched for batches in work.batches.values() for batch in batches)
-
-
-def _arranged(
+def arranged(
     requests: dict[str, list[Instance]],
     encodings: dict[str, list[Encoding]],
     limits: Limits,
     *,
     share: bool,
-) -> tuple[Work, _Scored]:
-    """As much of it as follows without the model."""
+) -> tuple[Work, Scored]:
+    """As much of `arrange` as follows without the model, and what it was made of."""
     every = [(one.task_name, one.doc_id) for some in requests.values() for one in some]
     work = Work(documents=list(dict.fromkeys(every)))
     work.cut = [0] * len(work.documents)
     number = {document: row for row, document in enumerate(work.documents)}
-    scored = _Scored({}, {})
+    scored = Scored({}, {})
     for kind, some in requests.items():
         owners = [number[one.task_name, one.doc_id] for one in some]
         work.owners[kind] = owners
@@ -240,31 +199,6 @@ def _arranged(
 
 def _packed(requests: list[forest.Request], limits: Limits, *, share: bool) -> list[forest.Batch]:
     return forest.pack(requests, limits.batch_size, share=share, shortest=limits.shortest)
-
-
-def _longest(scored: _Scored) -> list[forest.Request]:
-    """The first of the longest requests, if there are any."""
-    every = [one for some in scored.requests.values() for one in some]
-    return [max(every, key=lambda one: len(one.tokens))] if every else []
-
-
-# What is kept of `Work` beside its batches.
-_KEPT = ("documents", "owners", "windows", "prompts", "lengths", "cut")
-
-
-def _written(work: Work, longest: list[forest.Request]) -> bytes:
-    about = {name: getattr(work, name) for name in _KEPT}
-    return batch_file.written(
-        work.batches, {**about, "largest": asdict(work.largest), "longest": longest}
-    )
-
-
-def _read(content: bytes) -> tuple[Work, list[forest.Request]]:
-    batches, about = batch_file.read(content)
-    longest = [forest.Request(*one) for one in about.pop("longest")]
-    about["documents"] = [(task, document) for task, document in about["documents"]]
-    largest = Largest(**about.pop("largest"))
-    return Work(**about, largest=largest, batches=batches), longest
 
 
 def _largest(work: Work, prompts: list[Instance], limits: Limits) -> Largest:

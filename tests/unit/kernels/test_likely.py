@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from sparsity_atlas import kernels
 from sparsity_atlas.kernels import cuda_likely
 from sparsity_atlas.models.logits.likelihoods import likelihoods
+from sparsity_atlas.models.memory import CHUNK
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -45,6 +48,25 @@ def test_likelihoods_with_the_kernel_and_without(monkeypatch: pytest.MonkeyPatch
     found = likelihoods(pieces, rows, targets)
     torch.testing.assert_close(found[0], values)
     assert torch.equal(found[1], hits)
+
+
+def test_parts_of_pieces_are_copied_to_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(11, 300, requires_grad=True)
+    rows, targets = np.arange(11), np.arange(11) * 25
+    expected = F.log_softmax(logits, -1)[rows, targets]
+    places = set()
+    original = torch.log_softmax
+
+    def recorded(*arguments: Any, out: torch.Tensor, **options: Any) -> torch.Tensor:
+        places.add((out.data_ptr(), out.shape[0]))
+        return original(*arguments, out=out, **options)
+
+    monkeypatch.setattr(torch, "log_softmax", recorded)
+    monkeypatch.setitem(CHUNK, "cpu", 900)
+    values, _ = likelihoods(logits.split(7), rows, targets)
+    torch.testing.assert_close(values, expected, rtol=0, atol=0)
+    assert {rows for _, rows in places} == {1, 3}
+    assert len({place for place, _ in places}) == 1
 
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])

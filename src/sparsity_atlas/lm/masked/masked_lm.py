@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sparsity_atlas.lm.journalled import Records
-    from sparsity_atlas.lm.work import Arranged, Encoding, Keep
+    from sparsity_atlas.lm.kept.kept_work import Keep
+    from sparsity_atlas.lm.work import Arranged, Encoding
     from sparsity_atlas.models.memory import Largest
     from sparsity_atlas.sparsify.attach import Counter
     from sparsity_atlas.terms import Phase

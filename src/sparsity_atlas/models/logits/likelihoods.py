@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparsity_atlas import kernels
@@ -14,6 +13,7 @@ from sparsity_atlas.models.memory import CHUNK
 from sparsity_atlas.sparsify.transfer import sent
 
 
+@torch.no_grad()
 def likelihoods(
     pieces: Iterable[Tensor], rows: np.ndarray, targets: np.ndarray
 ) -> tuple[Tensor, Tensor]:
@@ -29,9 +29,12 @@ def likelihoods(
     """
     values, hits = [], []
     done = 0
+    # One place for all copies: memory that is taken and given back for each of them is hardly ever taken
+    # again by glibc, and a batch ended up with half a gigabyte of it.
+    room: Tensor | None = None
 
     def read(piece: Tensor) -> None:
-        nonlocal done
+        nonlocal done, room
         totals = kernels.totals(piece.device.type)
         step = max(CHUNK.get(piece.device.type, CHUNK["cuda"]) // piece.shape[-1], 1)
         if totals is not None:  # which makes no copy
@@ -44,10 +47,12 @@ def likelihoods(
                 values.append(part[row, target].float() - total[row])
                 hits.append(likeliest[row] == target)
             else:
-                likely = F.log_softmax(part, dim=-1, dtype=torch.float32)
+                if room is None or len(room) < len(part):
+                    room = torch.empty(part.shape, dtype=torch.float32, device=part.device)
+                likely = room[: len(part)]
+                torch.log_softmax(part, dim=-1, dtype=torch.float32, out=likely)
                 values.append(likely[row, target])
                 hits.append(likely.argmax(-1)[row] == target)
-                del likely  # before the next copy is made
             done += len(part)
 
     # By map and not in a loop, whose variable would hold a piece while the next one is made.

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsity_atlas.lm.forest import Batch, Request, pack
-from sparsity_atlas.lm.trees.batch_file import read, written
+from sparsity_atlas.lm.kept.batch_file import read, written
 
 SEQUENCES = st.lists(
     st.tuples(st.lists(st.integers(0, 2), min_size=2, max_size=12), st.integers(1, 4)), max_size=20
