@@ -1,0 +1,105 @@
+"""The products of one step of decoding on a CPU, compiled with Numba; `cpu_products` parts them among threads.
+
+All compiled functions stand in this one file: Numba keeps what it compiled for as long as the file of the
+outermost function is the same, and would not see an edit of another one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.extending import intrinsic
+
+# Columns that are summed up at a time: their float32 sums, and as much of a few rows, stay in the first
+# cache.
+_BLOCK = 2048
+# Products and sums may be one instruction, and a sum may have any order: the same one each time.
+_summing = njit(
+    nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"}
+)
+
+
+def _read(typing, bits):
+    """The float32 that begins with the 16 bits of a bfloat16, or is given as it is."""
+
+    def widen(context, builder, signature, arguments):
+        if isinstance(bits, types.Float):
+            return arguments[0]
+        wide = builder.zext(arguments[0], context.get_value_type(types.int32))
+        wide = builder.shl(wide, context.get_constant(types.int32, 16))
+        return builder.bitcast(wide, context.get_value_type(types.float32))
+
+    return types.float32(bits), widen
+
+
+# In compiled code a function of one number.
+_number: Any = intrinsic(_read)
+
+
+@_summing
+def sum_rows(values, places, weight, sums, first, last):
+    """Add x_k · row k of a weight [K, N] for each k of `places`, in columns [first, last).
+
+    Args:
+        values: float32 [tokens, K], zero where a token drops what another keeps.
+        places: int64, the rows that any token keeps, ascending.
+        weight: float32, or the bits of bfloat16.
+        sums: float32 [tokens, N], which is written.
+        first: column.
+        last: column.
+    """
+    tokens = values.shape[0]
+    count = len(places)
+    for start in range(first, last, _BLOCK):
+        end = min(start + _BLOCK, last)
+        sums[:, start:end] = 0
+        for token in range(tokens):
+            total = sums[token, start:end]
+            x = values[token]
+            done = 0
+            # Four rows at a time: a sum is fetched and put back once for all of them.
+            while done + 4 <= count:
+                a, b, c, d = places[done], places[done + 1], places[done + 2], places[done + 3]
+                one, two = weight[a, start:end], weight[b, start:end]
+                three, four = weight[c, start:end], weight[d, start:end]
+                xa, xb, xc, xd = x[a], x[b], x[c], x[d]
+                for j in range(end - start):
+                    total[j] += (
+                        xa * _number(one[j])
+                        + xb * _number(two[j])
+                        + xc * _number(three[j])
+                        + xd * _number(four[j])
+                    )
+                done += 4
+            for rest in range(done, count):
+                row = weight[places[rest], start:end]
+                xr = x[places[rest]]
+                for j in range(end - start):
+                    total[j] += xr * _number(row[j])
+
+
+@_summing
+def dot_rows(values, wanted, weight, out, first, last):
+    """x · row n of a weight [N, K] for rows [first, last) that are wanted; zero for the others.
+
+    Args:
+        values: float32 [tokens, K].
+        wanted: bool [N].
+        weight: float32, or the bits of bfloat16.
+        out: float32 [tokens, N], which is written.
+        first: row.
+        last: row.
+    """
+    for n in range(first, last):
+        if not wanted[n]:
+            out[:, n] = 0
+            continue
+        row = weight[n]
+        for token in range(values.shape[0]):
+            x = values[token]
+            total = np.float32(0)
+            for k in range(len(row)):
+                total += x[k] * _number(row[k])
+            out[token, n] = total

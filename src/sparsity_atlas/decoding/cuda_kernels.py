@@ -1,0 +1,336 @@
+"""The products of one step of decoding, in Triton; `cuda_products` launches them.
+
+Sums have a fixed order: a program adds up in registers, and the last program of a tile adds the partial
+sums of all of them in their own order. So results are the same in each run, and no memory has to be
+cleared first.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+# What is done with the first of two maps before it is multiplied by the second.
+ACTIVATIONS = {"silu": 1, "relu": 2}
+SILU, RELU = (tl.constexpr(number) for number in ACTIVATIONS.values())
+# How an entry of the vector is kept: all are, those that are not zero, those that reach a constant.
+ALL, NONZERO, REACHES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def _kept(x, cuts, channel, inside, BY_CHANNEL: tl.constexpr, KEEP: tl.constexpr):
+    """Which entries of a vector are kept. NaN, which compares with nothing, is."""
+    if KEEP == ALL:
+        return inside & (x == x) | (inside & (x != x))
+    if KEEP == NONZERO:
+        return inside & (x != 0)
+    cut = tl.load(cuts + channel, mask=inside, other=0.0) if BY_CHANNEL else tl.load(cuts)
+    return inside & ((tl.abs(x) < cut) == 0)
+
+
+@triton.jit
+def _product(up, gate, kind: tl.constexpr, ACTIVATION: tl.constexpr):
+    """u ⊙ σ(g), rounded to the type where torch rounds."""
+    u = up.to(kind).to(tl.float32)
+    g = gate.to(kind).to(tl.float32)
+    return u * _activated(g, kind, ACTIVATION)
+
+
+@triton.jit
+def _activated(g, kind: tl.constexpr, ACTIVATION: tl.constexpr):
+    g = g / (1 + tl.exp(-g)) if ACTIVATION == SILU else tl.where(g < 0, 0.0, g)
+    return g.to(kind).to(tl.float32)
+
+
+@triton.jit
+def by_inputs(
+    x,
+    weight,
+    second,
+    bias,
+    out,
+    partial,
+    arrived,
+    lists,
+    cuts,
+    K,
+    N,
+    rows,
+    parts,
+    KEEP: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,
+    BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BATCH: tl.constexpr,
+    ALONE: tl.constexpr,
+    BK: tl.constexpr,
+    BN: tl.constexpr,
+    LANES: tl.constexpr,
+    PER: tl.constexpr,
+    LISTED: tl.constexpr,
+    UNIT: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    """y = W (x ⊙ m) from rows of Wᵀ [K, N], of which those that no x keeps are not read.
+
+    A program has BN columns and a part of the rows, BK at a time. LISTED: it first lists the rows
+    that it needs, so that all that it asks for at once is needed. With an activation there are two maps, u
+    and g, and u ⊙ σ(g) is made. With BATCH the vectors of several tokens meet a row together, on the
+    matrix units.
+    """
+    if CHAINED:
+        # The next launch may take its place already; this one waits for what the last one wrote.
+        gdc_launch_dependents()
+        gdc_wait()
+    tile, split = tl.program_id(0), tl.program_id(1)
+    n = tile * BN + tl.arange(0, BN)
+    there = n < N
+    # A multiple of BK, so that tiles are aligned.
+    per = tl.cdiv(tl.cdiv(K, parts), BK) * BK
+    low = split * per
+    high = tl.minimum(low + per, K)
+    token = tl.arange(0, BATCH)
+    count = high - low
+    places = lists
+    if LISTED:
+        own = low + tl.arange(0, PER)
+        if BATCH == 1:
+            entry = tl.load(x + own, mask=own < high, other=0.0).to(tl.float32)
+            listed = _kept(entry, cuts, own, own < high, BY_CHANNEL, KEEP)
+        else:
+            among = (token < rows)[:, None] & (own < high)[None, :]
+            entries = tl.load(x + token[:, None] * K + own[None, :], mask=among, other=0.0)
+            of = tl.broadcast_to(own[None, :], (BATCH, PER))
+            held = _kept(entries.to(tl.float32), cuts, of, among, BY_CHANNEL, KEEP)
+            listed = tl.max(held.to(tl.int32), 0) > 0
+        place = tl.cumsum(listed.to(tl.int32), 0) - 1
+        places = lists + (tile * parts + split) * PER
+        tl.store(places + place, own, mask=listed)
+        count = tl.sum(listed.to(tl.int32), 0)
+        tl.debug_barrier()
+    if BATCH == 1:
+        sums = tl.zeros((LANES, BN), tl.float32)
+        gates = tl.zeros((LANES, BN), tl.float32)
+    else:
+        sums = tl.zeros((BATCH, BN), tl.float32)
+        gates = tl.zeros((BATCH, BN), tl.float32)
+    for first in range(0, count, BK):
+        slot = first + tl.arange(0, BK)
+        k = tl.load(places + slot, mask=slot < count, other=0) if LISTED else low + slot
+        inside = slot < count
+        if BATCH == 1:
+            value = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
+            wanted = inside
+            if not LISTED:
+                wanted = _kept(value, cuts, k, inside, BY_CHANNEL, KEEP)
+        else:
+            within = (token < rows)[:, None] & inside[None, :]
+            values = tl.load(x + token[:, None] * K + k[None, :], mask=within, other=0.0)
+            channel = tl.broadcast_to(k[None, :], (BATCH, BK))
+            kept = _kept(values.to(tl.float32), cuts, channel, within, BY_CHANNEL, KEEP)
+            wanted = tl.max(kept.to(tl.int32), 0) > 0
+            values = tl.where(kept, values, 0.0)
+        where = k[:, None].to(tl.int64) * N + n[None, :]
+        needed = wanted[:, None] & there[None, :]
+        w = tl.load(weight + where, mask=needed, other=0.0, eviction_policy="evict_first")
+        if ACTIVATION:
+            v = tl.load(second + where, mask=needed, other=0.0, eviction_policy="evict_first")
+        if BATCH == 1:
+            # Rows that a thread holds are added up in it, and those of other threads at the end.
+            made = w.to(tl.float32) * value[:, None]
+            sums += tl.sum(tl.reshape(made, (BK // LANES, LANES, BN)), 0)
+            if ACTIVATION:
+                made = v.to(tl.float32) * value[:, None]
+                gates += tl.sum(tl.reshape(made, (BK // LANES, LANES, BN)), 0)
+        else:
+            sums = tl.dot(values.to(UNIT), w.to(UNIT), sums, input_precision="ieee")
+            if ACTIVATION:
+                gates = tl.dot(values.to(UNIT), v.to(UNIT), gates, input_precision="ieee")
+    kind = out.dtype.element_ty
+    if BATCH == 1:
+        sums = tl.sum(sums, 0)[None, :]
+        gates = tl.sum(gates, 0)[None, :]
+    cell = token[:, None] * N + n[None, :]
+    known = (token < rows)[:, None] & there[None, :]
+    if ALONE:
+        total, other = sums, gates
+        last = 0
+    else:
+        layer = BATCH * N
+        tl.store(partial + split * layer + cell, sums, mask=known)
+        if ACTIVATION:
+            tl.store(partial + (parts + split) * layer + cell, gates, mask=known)
+        tl.debug_barrier()
+        last = tl.atomic_add(arrived + tile, 1, sem="acq_rel")
+        total = tl.zeros((BATCH, BN), tl.float32)
+        other = tl.zeros((BATCH, BN), tl.float32)
+    if ALONE or last == parts - 1:
+        if not ALONE:
+            # In the programs' own order, whichever came last. Not from this processor's own cache.
+            for one in range(parts):
+                total += tl.load(partial + one * layer + cell, mask=known, cache_modifier=".cg")
+                if ACTIVATION:
+                    other += tl.load(
+                        partial + (parts + one) * layer + cell, mask=known, cache_modifier=".cg"
+                    )
+            tl.store(arrived + tile, 0)
+        if BIAS:
+            total += tl.load(bias + n, mask=there, other=0.0).to(tl.float32)[None, :]
+        if ACTIVATION:
+            total = _product(total, other, kind, ACTIVATION)
+        tl.store(out + cell, total.to(kind), mask=known)
+
+
+@triton.jit
+def by_outputs(
+    x,
+    weight,
+    second,
+    bias,
+    flags,
+    out,
+    cuts,
+    K,
+    N,
+    rows,
+    KEEP: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,
+    BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    DECIDES: tl.constexpr,
+    BATCH: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+    UNIT: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    """Entries of W x from rows of W [N, K], of which those that are not wanted are not read.
+
+    A program has BR rows. Without an activation: y = f ⊙ (W x) for the factors f in `flags`, where they
+    are not zero. With one: u ⊙ σ(g) of two maps; where DECIDES, `weight` is that map of the two whose
+    entries decide which of the other's rows are read: 1 it is g, 2 it is u. Of what it drops, zeros are
+    left.
+    """
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
+    n = tl.program_id(0) * BR + tl.arange(0, BR)
+    there = n < N
+    token = tl.arange(0, BATCH)
+    kind = out.dtype.element_ty
+    cell = token[:, None] * N + n[None, :]
+    known = (token < rows)[:, None] & there[None, :]
+    channel = tl.broadcast_to(n[None, :], (BATCH, BR))
+    factor = tl.zeros((BATCH, BR), tl.float32)
+    kept = known
+    wanted = there
+    if ACTIVATION == 0 and KEEP == NONZERO:
+        factor = tl.load(flags + cell, mask=known, other=0.0).to(tl.float32)
+        kept = _kept(factor, cuts, channel, known, False, KEEP)
+        wanted = tl.max(kept.to(tl.int32), 0) > 0
+    if DECIDES:
+        first = _rows_by(x, weight, n, wanted, token, K, rows, BATCH, BR, BK, UNIT)
+        first = first.to(kind).to(tl.float32)
+        if DECIDES == 1:
+            first = _activated(first, kind, ACTIVATION)
+        kept = _kept(first, cuts, channel, known, BY_CHANNEL, KEEP)
+        wanted = tl.max(kept.to(tl.int32), 0) > 0
+        found = _rows_by(x, second, n, wanted, token, K, rows, BATCH, BR, BK, UNIT)
+        found = found.to(kind).to(tl.float32)
+        if DECIDES == 2:
+            found = _activated(found, kind, ACTIVATION)
+        total = tl.where(kept, first * found, 0.0)
+    elif ACTIVATION:
+        up, gate = _rows_by_two(x, weight, second, n, there, token, K, rows, BATCH, BR, BK, UNIT)
+        total = _product(up, gate, kind, ACTIVATION)
+    else:
+        total = _rows_by(x, weight, n, wanted, token, K, rows, BATCH, BR, BK, UNIT)
+        if BIAS:
+            total += tl.load(bias + n, mask=there, other=0.0).to(tl.float32)[None, :]
+        if KEEP == NONZERO:
+            total = tl.where(kept, total.to(kind).to(tl.float32) * factor, 0.0)
+    tl.store(out + cell, total.to(kind), mask=known)
+
+
+@triton.jit
+def _rows_by(
+    x,
+    weight,
+    n,
+    wanted,
+    token,
+    K,
+    rows,
+    BATCH: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """W x for some rows of W, float32 [BATCH, BR]; zero where a row is not wanted."""
+    sums = tl.zeros((BR, BK), tl.float32) if BATCH == 1 else tl.zeros((BATCH, BR), tl.float32)
+    for low in range(0, K, BK):
+        k = low + tl.arange(0, BK)
+        inside = k < K
+        where = n[:, None].to(tl.int64) * K + k[None, :]
+        w = tl.load(
+            weight + where,
+            mask=wanted[:, None] & inside[None, :],
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        if BATCH == 1:
+            value = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
+            sums += w.to(tl.float32) * value[None, :]
+        else:
+            within = (token < rows)[:, None] & inside[None, :]
+            values = tl.load(x + token[:, None] * K + k[None, :], mask=within, other=0.0)
+            sums = tl.dot(values.to(UNIT), tl.trans(w).to(UNIT), sums, input_precision="ieee")
+    if BATCH == 1:
+        return tl.sum(sums, 1)[None, :]
+    else:
+        return sums
+
+
+@triton.jit
+def _rows_by_two(
+    x,
+    weight,
+    second,
+    n,
+    there,
+    token,
+    K,
+    rows,
+    BATCH: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """As `_rows_by`, of two maps side by side."""
+    if BATCH == 1:
+        sums = tl.zeros((BR, BK), tl.float32)
+        gates = tl.zeros((BR, BK), tl.float32)
+    else:
+        sums = tl.zeros((BATCH, BR), tl.float32)
+        gates = tl.zeros((BATCH, BR), tl.float32)
+    for low in range(0, K, BK):
+        k = low + tl.arange(0, BK)
+        inside = k < K
+        where = n[:, None].to(tl.int64) * K + k[None, :]
+        needed = there[:, None] & inside[None, :]
+        w = tl.load(weight + where, mask=needed, other=0.0, eviction_policy="evict_first")
+        v = tl.load(second + where, mask=needed, other=0.0, eviction_policy="evict_first")
+        if BATCH == 1:
+            value = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
+            sums += w.to(tl.float32) * value[None, :]
+            gates += v.to(tl.float32) * value[None, :]
+        else:
+            within = (token < rows)[:, None] & inside[None, :]
+            values = tl.load(x + token[:, None] * K + k[None, :], mask=within, other=0.0)
+            sums = tl.dot(values.to(UNIT), tl.trans(w).to(UNIT), sums, input_precision="ieee")
+            gates = tl.dot(values.to(UNIT), tl.trans(v).to(UNIT), gates, input_precision="ieee")
+    if BATCH == 1:
+        return tl.sum(sums, 1)[None, :], tl.sum(gates, 1)[None, :]
+    else:
+        return sums, gates

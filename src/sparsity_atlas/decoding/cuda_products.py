@@ -1,0 +1,248 @@
+"""The products of `maps` on CUDA: what is launched, and how it is cut into programs."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from sparsity_atlas.decoding import cuda_kernels
+from sparsity_atlas.decoding.cuda_kernels import ACTIVATIONS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparsity_atlas.decoding.vector import Vector
+
+# Bytes that a warp loads at once of a row: 16 of each thread.
+_WARP_BYTES = 512
+# Tokens of several rows are padded to what the matrix units take.
+_TOKENS = 16
+
+
+_UNITS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Cut(NamedTuple):
+    """How a product by inputs is cut into programs.
+
+    Attributes:
+        rows: of the transposed weight that a program asks for at once.
+        columns: that a program makes.
+        split: programs that share these columns.
+        warps: of a program.
+        listed: whether a program lists the rows that it needs first.
+    """
+
+    rows: int
+    columns: int
+    split: int
+    warps: int
+    listed: bool
+
+
+class OutputCut(NamedTuple):
+    """How a product by outputs is cut into programs.
+
+    Attributes:
+        rows: of the weight that a program makes entries of.
+        columns: that it asks for at once.
+        warps: of a program.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+
+
+def by_inputs(
+    vector: Vector,
+    weight: Tensor,
+    second: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    cut: Cut | None = None,
+) -> Tensor:
+    """W (x ⊙ m), or u ⊙ σ(g) of two maps, reading the rows of the transposed weights that x meets.
+
+    Args:
+        vector: x [tokens, K] and its mask.
+        weight: Wᵀ, or W_uᵀ, [K, N], contiguous.
+        second: W_gᵀ, of the same shape; with an activation.
+        bias: [N]; without an activation.
+        activation: one of `ACTIVATIONS`.
+        cut: into programs; None: what was best on an H200.
+
+    Returns:
+        [tokens, N], of the type of x.
+    """
+    x = vector.values.contiguous()
+    (tokens, inputs), outputs = x.shape, weight.shape[1]
+    if cut is None:
+        cut = _cut(inputs, outputs, x.element_size(), second is not None, tokens > 1, x.device)
+    batch = 1 if tokens == 1 else _TOKENS
+    per = triton.cdiv(triton.cdiv(inputs, cut.split), cut.rows) * cut.rows
+    tiles = triton.cdiv(outputs, cut.columns)
+    room = _room(x.device)
+    floats = cut.split * batch * outputs * (1 if second is None else 2)
+    reach = triton.next_power_of_2(per)
+    partial, arrived, lists = room.of(floats, tiles, tiles * cut.split * reach if cut.listed else 1)
+    out = torch.empty((tokens, outputs), dtype=x.dtype, device=x.device)
+    with _on(x.device):
+        cuda_kernels.by_inputs[(tiles, cut.split)](
+            *(x, weight, weight if second is None else second, weight if bias is None else bias),
+            *(out, partial, arrived, lists, x if vector.constants is None else vector.constants),
+            *(inputs, outputs, tokens, cut.split),
+            KEEP=int(vector.keep),
+            BY_CHANNEL=vector.by_channel,
+            BIAS=bias is not None,
+            ACTIVATION=ACTIVATIONS[activation] if activation else 0,
+            BATCH=batch,
+            ALONE=cut.split == 1,
+            BK=cut.rows,
+            BN=cut.columns,
+            LANES=min(max(1, cut.warps * _WARP_BYTES // x.element_size() // cut.columns), cut.rows),
+            PER=reach if cut.listed else 1,
+            LISTED=cut.listed,
+            UNIT=_unit(x),
+            CHAINED=_chained(x.device),
+            num_warps=cut.warps,
+            launch_pdl=_chained(x.device),
+        )
+    return out
+
+
+def by_outputs(
+    x: Tensor,
+    weight: Tensor,
+    second: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    factor: Tensor | None = None,
+    decides: str | None = None,
+    rule: Vector | None = None,
+    cut: OutputCut | None = None,
+) -> Tensor:
+    """Entries of W x from rows of W as it lies, and of these only the ones that are wanted.
+
+    Args:
+        x: [tokens, K].
+        weight: W [N, K]; of two maps W_u, or where one decides that one's.
+        second: the other map's, with an activation.
+        bias: [N], without an activation.
+        activation: as above.
+        factor: [tokens, N], the other factor; entries where it is zero are not made, and the product of
+            both is
+            returned.
+        decides: `gate` or `up`, whose entries, g after the nonlinearity, decide which rows of `second` are
+            read.
+        rule: how they decide: a mask without values.
+        cut: into programs.
+
+    Returns:
+        [tokens, N], of the type of x.
+    """
+    x = x.contiguous()
+    (tokens, inputs), outputs = x.shape, weight.shape[0]
+    cut = cut or _output_cut(inputs, x.element_size(), tokens > 1)
+    out = torch.empty((tokens, outputs), dtype=x.dtype, device=x.device)
+    keep = 1 if factor is not None else 0 if rule is None else int(rule.keep)
+    constants = None if rule is None else rule.constants
+    with _on(x.device):
+        cuda_kernels.by_outputs[(triton.cdiv(outputs, cut.rows),)](
+            *(x, weight, weight if second is None else second, weight if bias is None else bias),
+            *(x if factor is None else factor.contiguous(), out),
+            *(x if constants is None else constants, inputs, outputs, tokens),
+            KEEP=keep,
+            BY_CHANNEL=rule is not None and rule.by_channel,
+            BIAS=bias is not None,
+            ACTIVATION=ACTIVATIONS[activation] if activation else 0,
+            DECIDES={None: 0, "gate": 1, "up": 2}[decides],
+            BATCH=1 if tokens == 1 else _TOKENS,
+            BR=cut.rows,
+            BK=cut.columns,
+            UNIT=_unit(x),
+            CHAINED=_chained(x.device),
+            num_warps=cut.warps,
+            launch_pdl=_chained(x.device),
+        )
+    return out
+
+
+def _cut(
+    inputs: int, outputs: int, size: int, gated: bool, batched: bool, device: torch.device
+) -> Cut:
+    columns = min(_WARP_BYTES // size, max(16, triton.next_power_of_2(outputs)))
+    warps = 4
+    rows = 32 if gated or batched else 64
+    programs = 4 * _processors(device)
+    split = programs // triton.cdiv(outputs, columns)
+    # At least one tile of rows each.
+    split = max(1, min(split, triton.cdiv(inputs, rows), 64))
+    return Cut(rows, columns, split, warps, not batched)
+
+
+def _output_cut(inputs: int, size: int, batched: bool) -> OutputCut:
+    if batched:
+        return OutputCut(16, min(256 // size * 2, max(16, triton.next_power_of_2(inputs))), 4)
+    return OutputCut(4, min(4096 // size, max(16, triton.next_power_of_2(inputs))), 4)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":  # Triton's interpreter
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _chained(device: torch.device) -> bool:
+    """Whether a launch may begin to take its place before the last one has ended: from Hopper on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+class _Room:
+    """Memory of a device that launches pass their partial sums through; one launch at a time uses it.
+
+    Counters are zero between launches: the last program of a tile puts its own back.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._partial = torch.empty(0, device=device)
+        self._arrived = torch.zeros(0, dtype=torch.int32, device=device)
+        self._lists = torch.empty(0, dtype=torch.int32, device=device)
+        # Graphs that were captured go on using what was there before.
+        self._kept: list[Tensor] = []
+
+    def of(self, floats: int, tiles: int, listed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Partial sums, counters, and places of lists, at least as many."""
+        if self._partial.numel() < floats:
+            self._kept.append(self._partial)
+            self._partial = self._partial.new_empty(floats)
+        if self._arrived.numel() < tiles:
+            self._kept.append(self._arrived)
+            self._arrived = self._arrived.new_zeros(tiles)
+        if self._lists.numel() < listed:
+            self._kept.append(self._lists)
+            self._lists = self._lists.new_empty(listed)
+        return self._partial, self._arrived, self._lists
+
+
+@functools.cache
+def _room(device: torch.device) -> _Room:
+    return _Room(device)
+
+
+def _unit(x: Tensor) -> tl.dtype:
+    """The type in which the matrix units multiply; Triton's interpreter has no products of bfloat16."""
+    return _UNITS[x.dtype] if x.is_cuda else tl.float32
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

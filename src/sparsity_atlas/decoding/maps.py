@@ -1,0 +1,125 @@
+"""A linear map and a gated FFN that leave out the weights which dropped entries meet, for up to 16 tokens.
+
+The masks are those of `kernels`, bit for bit, and the results those of dense products of the masked
+vectors, but for the order of their float32 sums. Tokens share what is read: a row of weights is left out
+where no token wants it. What the kernels are not made for is computed the dense way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+
+from sparsity_atlas import kernels
+from sparsity_atlas.decoding.backend import ACTIVATIONS, activated, backend_of
+from sparsity_atlas.decoding.vector import Keep, Vector, prepared
+from sparsity_atlas.terms import TENSORS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparsity_atlas.kernels.definition import Threshold
+
+SITES = ("input", "up", "gate", "intermediate", "all_inputs")
+
+
+class InputMap:
+    """y = W (x ⊙ m) + b, for `input`, `intermediate`, `qkv_input` and `o_input`.
+
+    Rows of a transposed copy are left out, which takes as much memory as the weight.
+
+    Args:
+        weight: W [outputs, inputs]; it is kept for the dense way.
+        bias: [outputs].
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        self.transposed = self.weight.t().contiguous()
+
+    def __call__(self, x: Tensor, rule: Threshold | None) -> Tensor:
+        """The map of a masked vector.
+
+        Args:
+            x: [tokens, inputs].
+            rule: with its tensors on the device of x; None keeps everything.
+
+        Returns:
+            [tokens, outputs], of the type of x.
+        """
+        backend = backend_of(x, self.weight)
+        if backend is None or rule is None:
+            return F.linear(_masked(rule, x), self.weight, self.bias)
+        return backend.by_inputs(prepared(rule, x, fused=True), self.transposed, self.bias)
+
+
+class GatedFFN:
+    """W_d (u ⊙ g) with u = W_u x and g = σ(W_g x), sparsified at one site.
+
+    Transposed copies are made of the maps whose inputs are masked: of W_u and W_g for `input`, of W_d for
+    all else.
+
+    Args:
+        up: W_u [width, hidden].
+        gate: W_g, of the same shape.
+        down: W_d [hidden, width].
+        activation: σ, one of `ACTIVATIONS`.
+        site: one of `SITES`.
+    """
+
+    def __init__(self, up: Tensor, gate: Tensor, down: Tensor, activation: str, site: str) -> None:
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected {', '.join(ACTIVATIONS)}, found '{activation}'")
+        if site not in SITES:
+            raise ValueError(f"site: expected {', '.join(SITES)}, found '{site}'")
+        self.up, self.gate, self.down = (one.detach() for one in (up, gate, down))
+        self.activation, self.tensors = activation, TENSORS[site]
+        copied = {"up": self.up, "gate": self.gate} if "input" in self.tensors else {}
+        if self.tensors != ("input",):
+            copied["down"] = self.down
+        self.transposed = {name: one.t().contiguous() for name, one in copied.items()}
+
+    def __call__(self, x: Tensor, rules: Mapping[str, Threshold]) -> Tensor:
+        """The FFN's output.
+
+        Args:
+            x: [tokens, hidden].
+            rules: of each tensor of the site, with their tensors on the device of x.
+
+        Returns:
+            [tokens, hidden], of the type of x.
+        """
+        if set(rules) != set(self.tensors):
+            raise ValueError(f"rules: expected those of {self.tensors}, found {tuple(rules)}")
+        backend = backend_of(x, self.up)
+        if backend is None:
+            return self._dense(x, rules)
+        if "input" in rules:
+            seen = prepared(rules["input"], x, fused=True)
+            maps = self.transposed["up"], self.transposed["gate"]
+            i = backend.factors_by_inputs(seen, *maps, self.activation)
+        elif "intermediate" in rules:
+            i = backend.factors(x, self.up, self.gate, self.activation)
+        else:
+            ((name, rule),) = rules.items()
+            i = backend.factors_by_rule(x, self.up, self.gate, self.activation, name, rule)
+        if "down" not in self.transposed:
+            return F.linear(i, self.down)
+        # What a factor dropped are zeros by now.
+        vector = Vector(i, Keep.NONZERO)
+        if "intermediate" in rules:
+            vector = prepared(rules["intermediate"], i, fused=True)
+        return backend.by_inputs(vector, self.transposed["down"], None)
+
+    def _dense(self, x: Tensor, rules: Mapping[str, Threshold]) -> Tensor:
+        """The same with dense products of masked vectors."""
+        x = _masked(rules.get("input"), x)
+        u = _masked(rules.get("up"), F.linear(x, self.up))
+        g = _masked(rules.get("gate"), activated(F.linear(x, self.gate), self.activation))
+        return F.linear(_masked(rules.get("intermediate"), u * g), self.down)
+
+
+def _masked(rule: Threshold | None, values: Tensor) -> Tensor:
+    return values if rule is None else kernels.masked(rule, values, values).out
