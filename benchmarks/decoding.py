@@ -96,10 +96,10 @@ def matrix(rows: int, columns: int, dtype: torch.dtype, device: str) -> Tensor:
 
 
 def fixed(values: Tensor, sparsity: float) -> Threshold:
-    """The constant that drops this share of some entries."""
-    magnitude = values.abs().float().flatten()
-    rank = min(max(int(sparsity * len(magnitude)), 0), len(magnitude) - 1)
-    cut = magnitude.sort().values[rank] if sparsity > 0 else torch.zeros((), device=values.device)
+    """The constant that drops this share of some entries, between two of them."""
+    ranked = values.abs().float().flatten().sort().values
+    rank = min(max(int(sparsity * len(ranked)), 1), len(ranked) - 1)
+    cut = ranked[rank - 1 : rank + 1].mean() if sparsity > 0 else 0 * ranked[0]
     return Threshold("fixed", constants=cut[None])
 
 
@@ -107,8 +107,9 @@ def share_of_mass(values: Tensor, sparsity: float) -> Threshold:
     """Top-p that drops about this share of some entries."""
     ranked = values.abs().float().sort(-1, descending=True).values
     kept = min(max(int((1 - sparsity) * ranked.shape[-1]), 1), ranked.shape[-1])
-    shares = ranked[:, :kept].sum(-1) / ranked.sum(-1)
-    return Threshold("share", min(float(shares.mean()), 1.0))
+    # In the middle of an entry, so that rounding moves none across.
+    shares = (ranked[:, :kept].sum(-1) - ranked[:, kept - 1] / 2) / ranked.sum(-1)
+    return Threshold("share", float(shares.mean()) if sparsity > 0 else 1.0)
 
 
 RULES = {"fixed": fixed, "top-p": share_of_mass}
@@ -280,8 +281,14 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", choices=TYPES, default=["bf16"])
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--batches", nargs="*", type=int, default=[])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="file for the numbers")
+    parser.add_argument("--cuts", type=Path, help="what `decoding_tune.py` chose")
     arguments = parser.parse_args()
+    if arguments.cuts:
+        from sparsity_atlas.decoding import cuda_products
+
+        for inputs, outputs, gated, cut in json.loads(arguments.cuts.read_text()):
+            cuda_products.CUTS[inputs, outputs, gated] = cuda_products.Cut(*cut)
     torch.manual_seed(0)
     print(machine(arguments.device), flush=True)
     kept: list[dict[str, Any]] = []

@@ -1,50 +1,68 @@
-"""On a GPU: how the products of `decoding.cuda` are best cut into programs; see `decoding.py`."""
+"""On a GPU: how the products of `decoding.cuda_products` are best cut into programs; see `decoding.py`."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
+import math
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import triton
+from torch import Tensor
 
 from decoding import SHAPES, TYPES, fixed, layers_of, matrix, timed
 from measure import machine
 from sparsity_atlas.decoding import cuda_products
-from sparsity_atlas.decoding.vector import Vector, prepared
+from sparsity_atlas.decoding.vector import prepared
 
-SPARSITIES = (0.0, 0.5, 0.89)
+Cut, OutputCut = cuda_products.Cut, cuda_products.OutputCut
+PROCESSORS = 132
+# Of the first, the best go on to the others.
+SPARSITIES = (0.5, 0.05, 0.3, 0.89)
+FINALISTS = 8
 
 
-def input_cuts(
-    inputs: int, outputs: int, size: int, gated: bool, processors: int
-) -> list[cuda_products.Cut]:
+def input_cuts(inputs: int, outputs: int, size: int, gated: bool) -> list[Cut]:
     """Cuts worth trying."""
     found = []
+    maps = 2 if gated else 1
+    warp = 512 // size
     for columns, warps, entries, load, listed in itertools.product(
-        (512 // size, 1024 // size, 2048 // size), (4, 8), (64, 128), (2, 4, 8), (False, True)
+        (warp, 2 * warp, 4 * warp, 8 * warp), (4, 8), (64, 128), (2, 4, 8), (False, True)
     ):
-        rows = entries * warps * 32 // columns // (2 if gated else 1)
-        lanes = max(1, warps * 512 // size // columns)
-        split = max(1, round(load * 4 / warps * processors / triton.cdiv(outputs, columns)))
-        split = min(split, triton.cdiv(inputs, rows))
-        if rows >= lanes and rows * split <= 2 * inputs:
-            found.append(cuda_products.Cut(rows, columns, split, warps, listed))
+        rows = entries * warps * 32 // columns // maps
+        lanes = max(1, warps * warp // columns)
+        tiles = triton.cdiv(outputs, columns)
+        split = max(1, round(load * 4 / warps * PROCESSORS / tiles))
+        split = min(split, triton.cdiv(inputs, max(rows, 1)))
+        if rows >= 2 * lanes and split <= 128:
+            found.append(Cut(rows, columns, split, warps, listed))
+    for columns, rows, load, listed in itertools.product(
+        (128, 256, 512), (32, 64), (1, 2, 3), (False, True)
+    ):
+        split = max(1, round(load * PROCESSORS / triton.cdiv(outputs, columns)))
+        split = min(split, triton.cdiv(inputs, 2 * rows))
+        # Of shared memory there are 227 KB.
+        if 3 * columns * rows * size * maps * load < 220e3:
+            found.append(Cut(rows, columns, split, 4, listed, True, 3))
     return list(dict.fromkeys(found))
 
 
 OUTPUT_CUTS = [
-    cuda_products.OutputCut(rows, columns, warps)
+    OutputCut(rows, columns, warps)
     for rows, columns, warps in itertools.product((1, 2, 4, 8), (512, 1024, 2048, 4096), (2, 4, 8))
-    if 1024 <= rows * columns <= 16384 and rows * columns // warps // 32 in (16, 32, 64, 128)
+    if rows * columns // warps // 32 in (16, 32, 64, 128)
 ]
 
 
-def cases(processors: int, dtype: torch.dtype) -> list[tuple[str, int, int, bool]]:
+def cases() -> list[tuple[str, int, int, bool]]:
     """Name, inputs, outputs, and whether two maps are made together."""
     found = []
     for name, (hidden, width) in SHAPES.items():
@@ -53,90 +71,127 @@ def cases(processors: int, dtype: torch.dtype) -> list[tuple[str, int, int, bool
     return found
 
 
-def compile_some(job: tuple[int, int, int, bool, torch.dtype, int]) -> int:
-    """Compile the cuts of one case, of some workers' share."""
-    place, inputs, outputs, gated, dtype, workers = job
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
+def compile_one(job: tuple[int, int, bool, torch.dtype, Cut | OutputCut]) -> str | None:
+    """Compile one kernel by launching it."""
+    inputs, outputs, gated, dtype, cut = job
     weight = torch.empty(inputs, outputs, device="cuda", dtype=dtype)
     x = torch.zeros(1, inputs, device="cuda", dtype=dtype)
     vector = prepared(fixed(x + 1, 0.5), x, fused=True)
-    count = 0
     second, activation = (weight, "silu") if gated else (None, None)
-    for cut in input_cuts(inputs, outputs, dtype.itemsize, gated, processors)[place::workers]:
-        cuda_products.by_inputs(vector, weight, second, activation=activation, cut=cut)
-        count += 1
-    if gated:
-        other = weight.view(outputs, inputs)
-        for cut in OUTPUT_CUTS[place::workers]:
-            cuda_products.by_outputs(x, other, other, activation="silu", cut=cut)
-            cuda_products.by_outputs(
-                x, other, other, activation="silu", decides="gate", rule=vector, cut=cut
-            )
-            count += 2
-    torch.cuda.synchronize()
-    return count
+    try:
+        if isinstance(cut, Cut):
+            cuda_products.by_inputs(vector, weight, second, activation=activation, cut=cut)
+        else:
+            other = weight.view(outputs, inputs)
+            for decides, rule in ((None, None), ("gate", vector)):
+                options = {"activation": "silu", "decides": decides, "rule": rule, "cut": cut}
+                cuda_products.by_outputs(x, other, other, **options)
+        torch.cuda.synchronize()
+    # One that does not fit must not hide the others.
+    except Exception as error:  # noqa: BLE001
+        return f"{cut}: {type(error).__name__} {str(error)[:100]}"
+    return None
+
+
+def jobs(dtype: torch.dtype) -> list[tuple[int, int, bool, torch.dtype, Cut | OutputCut]]:
+    """Each kernel once, whatever its shape."""
+    found: dict[tuple[object, ...], tuple[int, int, bool, torch.dtype, Cut | OutputCut]] = {}
+    for _, inputs, outputs, gated in cases():
+        for cut in input_cuts(inputs, outputs, dtype.itemsize, gated):
+            per = triton.cdiv(triton.cdiv(inputs, cut.split), cut.rows) * cut.rows
+            reach = triton.next_power_of_2(per) if cut.listed else 1
+            key = (gated, cut._replace(split=0), cut.split == 1, reach)
+            found.setdefault(key, (inputs, outputs, gated, dtype, cut))
+    for cut in OUTPUT_CUTS:
+        found[(cut,)] = (2048, 8192, True, dtype, cut)
+    return list(found.values())
+
+
+def best_of(
+    name: str, inputs: int, outputs: int, gated: bool, dtype: torch.dtype, show: int
+) -> Cut:
+    """The cut that is best all in all, over the sparsities."""
+    layers = layers_of(inputs * outputs * (1 + gated), dtype, "cuda")
+    weights = [
+        tuple(matrix(inputs, outputs, dtype, "cuda") for _ in range(1 + gated))
+        for _ in range(layers)
+    ]
+    x = torch.randn(1, inputs, device="cuda").to(dtype)
+    activation = "silu" if gated else None
+    cuts = input_cuts(inputs, outputs, dtype.itemsize, gated)
+    took: dict[Cut, list[float]] = {}
+    for sparsity in SPARSITIES:
+        vector = prepared(fixed(x, sparsity), x, fused=True)
+        for cut in cuts:
+            calls = [
+                partial(cuda_products.by_inputs, vector, *three, activation=activation, cut=cut)
+                for three in weights
+            ]
+            try:
+                took.setdefault(cut, []).append(timed(calls, "cuda", 7).median)
+            except Exception as error:  # noqa: BLE001
+                print(f"{name} {cut}: {type(error).__name__}", flush=True)
+                took.pop(cut, None)
+        cuts = sorted(took, key=lambda cut: took[cut][0])[:FINALISTS]
+        ranked = sorted(
+            (one for one in took if len(took[one]) == len(took[cuts[0]])),
+            key=lambda cut: took[cut][-1],
+        )
+        for cut in ranked[:show]:
+            print(f"{name} {sparsity:.2f}: {took[cut][-1]:6.1f} us {tuple(cut)}", flush=True)
+    least = [min(took[cut][place] for cut in cuts) for place in range(len(SPARSITIES))]
+    chosen = min(
+        cuts,
+        key=lambda cut: sum(math.log(a / b) for a, b in zip(took[cut], least, strict=True)),
+    )
+    print(f"{name}: {tuple(chosen)} {[round(one, 1) for one in took[chosen]]}", flush=True)
+    return chosen
+
+
+def best_outputs(name: str, inputs: int, outputs: int, dtype: torch.dtype, show: int) -> None:
+    """Print the best cuts of products by outputs."""
+    layers = layers_of(inputs * outputs * 2, dtype, "cuda")
+    weights: list[tuple[Tensor, Tensor]] = [
+        (matrix(outputs, inputs, dtype, "cuda"), matrix(outputs, inputs, dtype, "cuda"))
+        for _ in range(layers)
+    ]
+    x = torch.randn(1, inputs, device="cuda").to(dtype)
+    gates = F.silu(F.linear(x, weights[0][0]))
+    for decides, rule in (
+        (None, None),
+        ("gate", prepared(fixed(gates, 0.5), gates, fused=True)),
+    ):
+        found = []
+        for cut in OUTPUT_CUTS:
+            options = {"activation": "silu", "decides": decides, "rule": rule, "cut": cut}
+            calls = [partial(cuda_products.by_outputs, x, *two, **options) for two in weights]
+            found.append((timed(calls, "cuda", 7), cut))
+        for took, cut in sorted(found, key=lambda one: one[0].median)[:show]:
+            print(f"{name} {decides} {took} us {tuple(cut)}", flush=True)
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--type", choices=TYPES, default="bf16")
-    parser.add_argument("--best", type=int, default=3)
-    parser.add_argument("--compile", action="store_true", help="do nothing else")
+    parser.add_argument("--show", type=int, default=4)
+    parser.add_argument("--output", type=Path, help="JSON file for what is chosen")
     arguments = parser.parse_args()
     dtype = TYPES[arguments.type]
-    workers = max(1, min(14, (os.cpu_count() or 2) - 2))
-    jobs = [
-        (place, inputs, outputs, gated, dtype, workers)
-        for _, inputs, outputs, gated in cases(0, dtype)
-        for place in range(workers)
-    ]
+    workers = max(1, min(15, (os.cpu_count() or 2) - 1))
+    todo = jobs(dtype)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        print(f"compiled {sum(pool.map(compile_some, jobs))}", flush=True)
-    if arguments.compile:
-        return
+        failures = [one for one in pool.map(compile_one, todo) if one]
+    print(f"compiled {len(todo)}", *failures, sep="\n", flush=True)
     print(machine("cuda"))
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
-    for name, inputs, outputs, gated in cases(processors, dtype):
-        layers = layers_of(inputs * outputs * (1 + gated), dtype, "cuda")
-        weights = [
-            tuple(matrix(inputs, outputs, dtype, "cuda") for _ in range(1 + gated))
-            for _ in range(layers)
-        ]
-        x = torch.randn(1, inputs, device="cuda").to(dtype)
-        activation = "silu" if gated else None
-        for sparsity in SPARSITIES:
-            vector = prepared(fixed(x, sparsity), x, fused=True) if sparsity else Vector(x)
-            found = []
-            for cut in input_cuts(inputs, outputs, dtype.itemsize, gated, processors):
-                calls = [
-                    partial(cuda_products.by_inputs, vector, *three, activation=activation, cut=cut)
-                    for three in weights
-                ]
-                found.append((timed(calls, "cuda", 5), cut))
-            best = sorted(found, key=lambda one: one[0].median)[: arguments.best]
-            for took, cut in best:
-                print(f"{name} {sparsity:.2f} in {took} {tuple(cut)}", flush=True)
-        if not gated:
-            continue
-        weights = [tuple(one.view(outputs, inputs) for one in three) for three in weights]
-        for decides, sparsity in ((None, 0.0), ("gate", 0.5)):
-            found = []
-            for cut in OUTPUT_CUTS:
-                rule = None
-                if decides:
-                    gates = torch.nn.functional.silu(torch.nn.functional.linear(x, weights[0][0]))
-                    rule = prepared(fixed(gates, sparsity), gates, fused=True)
-                calls = [
-                    partial(
-                        *(cuda_products.by_outputs, x, *three),
-                        **{"activation": "silu", "decides": decides, "rule": rule, "cut": cut},
-                    )
-                    for three in weights
-                ]
-                found.append((timed(calls, "cuda", 5), cut))
-            for took, cut in sorted(found, key=lambda one: one[0].median)[: arguments.best]:
-                print(f"{name} {decides} {sparsity:.2f} out {took} {tuple(cut)}", flush=True)
+    chosen = []
+    for name, inputs, outputs, gated in cases():
+        cut = best_of(name, inputs, outputs, gated, dtype, arguments.show)
+        chosen.append([inputs, outputs, gated, list(cut)])
+        if arguments.output:
+            arguments.output.write_text(json.dumps(chosen))
+        if gated:
+            best_outputs(name, inputs, outputs, dtype, arguments.show)
 
 
 if __name__ == "__main__":

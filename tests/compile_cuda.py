@@ -49,7 +49,7 @@ def compile_kernel(kernel: triton.JITFunction, rule: Threshold, dtype: torch.dty
 def compile_product(kernel: triton.JITFunction, dtype: str, **choices: int | bool) -> None:
     """Compile a product of one step of decoding."""
     units = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
-    common = {"KEEP": 2, "BY_CHANNEL": False, "BIAS": False, "ACTIVATION": 0, "BATCH": 1}
+    common = {"KEEP": 2, "BY_CHANNEL": False, "BIAS": False, "ACTIVATION": 0}
     # Which is what a launch on Hopper asks for.
     constants = {**common, "UNIT": units[dtype], "CHAINED": True, **choices}
     types = dict.fromkeys(("x", "weight", "second", "bias", "flags", "out"), f"*{dtype}")
@@ -69,12 +69,26 @@ for rule in RULES:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         compile_kernel(cuda._mask, rule, dtype)
 
-CUT = {"ALONE": False, "BK": 32, "BN": 256, "LANES": 4, "PER": 1, "LISTED": False}
+CUT = {
+    "LINES": 1,
+    "UNITS": False,
+    "STAGES": 1,
+    "ALONE": False,
+    "BK": 32,
+    "BN": 256,
+    "LANES": 4,
+    "PER": 1,
+    "LISTED": False,
+}
 LISTED = {**CUT, "PER": 512, "LISTED": True}
-for choices in ({**CUT, "ACTIVATION": 1}, LISTED, {**LISTED, "BATCH": 16, "KEEP": 1}):
+for choices in (
+    {**CUT, "ACTIVATION": 1},
+    LISTED,
+    {**LISTED, "LINES": 16, "UNITS": True, "KEEP": 1},
+):
     compile_product(cuda_kernels.by_inputs, "bf16", **choices)
 compile_product(cuda_kernels.by_inputs, "fp32", **CUT, BIAS=True, BY_CHANNEL=True)
-ROWS = {"DECIDES": 0, "BR": 4, "BK": 512}
+ROWS = {"BATCH": 1, "DECIDES": 0, "BR": 4, "BK": 512}
 for choices in ({"KEEP": 0, "ACTIVATION": 1}, {"DECIDES": 1, "ACTIVATION": 2}, {"KEEP": 1}):
     compile_product(cuda_kernels.by_outputs, "bf16", **ROWS | choices)
 compile_product(cuda_kernels.by_outputs, "fp32", **ROWS | {"BATCH": 16, "BR": 16, "BK": 64})

@@ -1,4 +1,4 @@
-"""The products of one step of decoding on a CPU, compiled with Numba; `cpu_products` parts them among threads.
+"""The products of one step of decoding on a CPU, compiled with Numba; `cpu_products` shares them out.
 
 All compiled functions stand in this one file: Numba keeps what it compiled for as long as the file of the
 outermost function is the same, and would not see an edit of another one.

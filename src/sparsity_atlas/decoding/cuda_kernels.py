@@ -62,7 +62,8 @@ def by_inputs(
     BY_CHANNEL: tl.constexpr,
     BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    BATCH: tl.constexpr,
+    LINES: tl.constexpr,
+    UNITS: tl.constexpr,
     ALONE: tl.constexpr,
     BK: tl.constexpr,
     BN: tl.constexpr,
@@ -71,13 +72,14 @@ def by_inputs(
     LISTED: tl.constexpr,
     UNIT: tl.constexpr,
     CHAINED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """y = W (x ⊙ m) from rows of Wᵀ [K, N], of which those that no x keeps are not read.
 
     A program has BN columns and a part of the rows, BK at a time. LISTED: it first lists the rows
     that it needs, so that all that it asks for at once is needed. With an activation there are two maps, u
-    and g, and u ⊙ σ(g) is made. With BATCH the vectors of several tokens meet a row together, on the
-    matrix units.
+    and g, and u ⊙ σ(g) is made. With UNITS the vectors of up to 16 tokens meet a row together on the matrix
+    units, to which a single one is a sixteenth; LINES is 1 for it, and 16 for several.
     """
     if CHAINED:
         # The next launch may take its place already; this one waits for what the last one wrote.
@@ -90,6 +92,7 @@ def by_inputs(
     per = tl.cdiv(tl.cdiv(K, parts), BK) * BK
     low = split * per
     high = tl.minimum(low + per, K)
+    BATCH: tl.constexpr = 16 if UNITS else 1
     token = tl.arange(0, BATCH)
     count = high - low
     places = lists
@@ -115,7 +118,7 @@ def by_inputs(
     else:
         sums = tl.zeros((BATCH, BN), tl.float32)
         gates = tl.zeros((BATCH, BN), tl.float32)
-    for first in range(0, count, BK):
+    for first in tl.range(0, count, BK, num_stages=STAGES):
         slot = first + tl.arange(0, BK)
         k = tl.load(places + slot, mask=slot < count, other=0) if LISTED else low + slot
         inside = slot < count
@@ -148,38 +151,57 @@ def by_inputs(
             if ACTIVATION:
                 gates = tl.dot(values.to(UNIT), v.to(UNIT), gates, input_precision="ieee")
     kind = out.dtype.element_ty
-    if BATCH == 1:
+    if LINES == 1:
+        # Of a single token on the matrix units all other lines are zero.
         sums = tl.sum(sums, 0)[None, :]
         gates = tl.sum(gates, 0)[None, :]
-    cell = token[:, None] * N + n[None, :]
-    known = (token < rows)[:, None] & there[None, :]
-    if ALONE:
-        total, other = sums, gates
-        last = 0
-    else:
-        layer = BATCH * N
+    line = tl.arange(0, LINES)
+    cell = line[:, None] * N + n[None, :]
+    known = (line < rows)[:, None] & there[None, :]
+    layer = LINES * N
+    last = 0
+    if not ALONE:
         tl.store(partial + split * layer + cell, sums, mask=known)
         if ACTIVATION:
             tl.store(partial + (parts + split) * layer + cell, gates, mask=known)
         tl.debug_barrier()
         last = tl.atomic_add(arrived + tile, 1, sem="acq_rel")
-        total = tl.zeros((BATCH, BN), tl.float32)
-        other = tl.zeros((BATCH, BN), tl.float32)
     if ALONE or last == parts - 1:
         if not ALONE:
-            # In the programs' own order, whichever came last. Not from this processor's own cache.
-            for one in range(parts):
-                total += tl.load(partial + one * layer + cell, mask=known, cache_modifier=".cg")
-                if ACTIVATION:
-                    other += tl.load(
-                        partial + (parts + one) * layer + cell, mask=known, cache_modifier=".cg"
-                    )
             tl.store(arrived + tile, 0)
+            if LINES == 1:
+                sums = _whole(partial, 0, parts, n, there, N, BN)[None, :]
+                if ACTIVATION:
+                    gates = _whole(partial, parts, parts, n, there, N, BN)[None, :]
+            else:
+                sums = tl.zeros((LINES, BN), tl.float32)
+                gates = tl.zeros((LINES, BN), tl.float32)
+                for one in range(parts):
+                    spot = partial + one * layer + cell
+                    sums += tl.load(spot, mask=known, cache_modifier=".cg")
+                    if ACTIVATION:
+                        spot += parts * layer
+                        gates += tl.load(spot, mask=known, cache_modifier=".cg")
         if BIAS:
-            total += tl.load(bias + n, mask=there, other=0.0).to(tl.float32)[None, :]
+            sums += tl.load(bias + n, mask=there, other=0.0).to(tl.float32)[None, :]
         if ACTIVATION:
-            total = _product(total, other, kind, ACTIVATION)
-        tl.store(out + cell, total.to(kind), mask=known)
+            sums = _product(sums, gates, kind, ACTIVATION)
+        tl.store(out + cell, sums.to(kind), mask=known)
+
+
+@triton.jit
+def _whole(partial, begin, parts, n, there, N, BN: tl.constexpr):
+    """The sum of all programs' parts in their own order, eight of them read at once.
+
+    They are not read from this processor's own cache, which may have what lay there before.
+    """
+    total = tl.zeros((BN,), tl.float32)
+    for first in range(0, parts, 8):
+        part = first + tl.arange(0, 8)
+        place = (begin + part)[:, None] * N + n[None, :]
+        mask = (part < parts)[:, None] & there[None, :]
+        total += tl.sum(tl.load(partial + place, mask=mask, other=0.0, cache_modifier=".cg"), 0)
+    return total
 
 
 @triton.jit

@@ -36,6 +36,8 @@ class Cut(NamedTuple):
         split: programs that share these columns.
         warps: of a program.
         listed: whether a program lists the rows that it needs first.
+        units: whether the matrix units multiply, as they do for several tokens anyway.
+        stages: tiles that are asked for ahead, with `units`.
     """
 
     rows: int
@@ -43,6 +45,13 @@ class Cut(NamedTuple):
     split: int
     warps: int
     listed: bool
+    units: bool = False
+    stages: int = 1
+
+
+# Of 16-bit maps of these inputs and outputs, two of them together or not, for one token: the best on an
+# H200.
+CUTS: dict[tuple[int, int, bool], Cut] = {}
 
 
 class OutputCut(NamedTuple):
@@ -85,11 +94,11 @@ def by_inputs(
     (tokens, inputs), outputs = x.shape, weight.shape[1]
     if cut is None:
         cut = _cut(inputs, outputs, x.element_size(), second is not None, tokens > 1, x.device)
-    batch = 1 if tokens == 1 else _TOKENS
+    lines = 1 if tokens == 1 else _TOKENS
     per = triton.cdiv(triton.cdiv(inputs, cut.split), cut.rows) * cut.rows
     tiles = triton.cdiv(outputs, cut.columns)
     room = _room(x.device)
-    floats = cut.split * batch * outputs * (1 if second is None else 2)
+    floats = cut.split * lines * outputs * (1 if second is None else 2)
     reach = triton.next_power_of_2(per)
     partial, arrived, lists = room.of(floats, tiles, tiles * cut.split * reach if cut.listed else 1)
     out = torch.empty((tokens, outputs), dtype=x.dtype, device=x.device)
@@ -102,7 +111,8 @@ def by_inputs(
             BY_CHANNEL=vector.by_channel,
             BIAS=bias is not None,
             ACTIVATION=ACTIVATIONS[activation] if activation else 0,
-            BATCH=batch,
+            LINES=lines,
+            UNITS=cut.units or tokens > 1,
             ALONE=cut.split == 1,
             BK=cut.rows,
             BN=cut.columns,
@@ -111,6 +121,7 @@ def by_inputs(
             LISTED=cut.listed,
             UNIT=_unit(x),
             CHAINED=_chained(x.device),
+            STAGES=cut.stages,
             num_warps=cut.warps,
             launch_pdl=_chained(x.device),
         )
@@ -178,6 +189,9 @@ def by_outputs(
 def _cut(
     inputs: int, outputs: int, size: int, gated: bool, batched: bool, device: torch.device
 ) -> Cut:
+    known = CUTS.get((inputs, outputs, gated))
+    if known and size == 2 and not batched:
+        return known
     columns = min(_WARP_BYTES // size, max(16, triton.next_power_of_2(outputs)))
     warps = 4
     rows = 32 if gated or batched else 64

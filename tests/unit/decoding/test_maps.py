@@ -145,14 +145,15 @@ def test_the_same_bits_each_time_and_at_each_number_of_threads(device: str) -> N
 @pytest.mark.parametrize("listed", [False, True])
 @pytest.mark.parametrize("tokens", [1, 16])
 @pytest.mark.parametrize("split", [1, 3])
-def test_every_way_to_cut_a_product(listed: bool, tokens: int, split: int) -> None:
+@pytest.mark.parametrize("units", [False, True])
+def test_every_way_to_cut_a_product(listed: bool, tokens: int, split: int, units: bool) -> None:
     """Programs without a row, tiles that reach beyond both ends."""
     x = drawn(tokens, 90, dtype=torch.float32)
     weight = drawn(70, 90, dtype=torch.float32, seed=1)
     rule = RULES["fixed"](90)
     vector = maps.prepared(rule, x, fused=True)
     wanted = F.linear(vector.masked(), weight)
-    cut = cuda_products.Cut(rows=32, columns=32, split=split, warps=4, listed=listed)
+    cut = cuda_products.Cut(rows=32, columns=32, split=split, warps=4, listed=listed, units=units)
     for _ in range(2):  # counters are as they were
         near(cuda_products.by_inputs(vector, weight.t().contiguous(), cut=cut), wanted, 1e-6)
 
