@@ -38,6 +38,7 @@ from sparsity_atlas.files.csv import write_csv
 from sparsity_atlas.files.whole import write_text
 from sparsity_atlas.report import beside_published, page
 from sparsity_atlas.report.failures import Remains, take_stock
+from sparsity_atlas.report.guidelines import guidelines
 from sparsity_atlas.tables.read import FILES, Tables, read_tables
 from sparsity_atlas.tables.summarize import write_tables
 
@@ -163,6 +164,7 @@ def build(
         remains=remains,
         numeric=page.numeric_failures(tables),
         missed=page.missed_targets(tables),
+        advised=[one for one in guidelines(tables) if one.advices],
         versions=versions,
         settings=settings,
     )

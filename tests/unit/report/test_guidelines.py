@@ -1,0 +1,156 @@
+"""What is advised, of tables made up so that each rule shows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from html import unescape
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from fake_results import make_results, make_tables
+from sparsity_atlas.report import report
+from sparsity_atlas.report.guidelines import Guideline, guidelines
+from sparsity_atlas.tables.read import Tables
+
+# Of what a token reads, what zeros at a site could spare.
+WHOLE = {"intermediate": 0.2, "input": 0.4}
+
+
+@pytest.fixture(scope="module")
+def some(tmp_path_factory: pytest.TempPathFactory) -> Tables:
+    """Tables with every column."""
+    models = {"small": {"parameters": 10**6}}
+    return make_tables(make_results(tmp_path_factory.mktemp("results"), models, replicates=20))
+
+
+def tables(some: Tables, *curves: dict[str, Any], sites: str = "input gate intermediate") -> Tables:
+    """Of one model with these curves: criterion, site, value, and what else is not as usual."""
+    rows, points = [], []
+    for curve in curves:
+        usual = {"criterion": "topp", "task": "prose", "kind": "loss", "relation": "="}
+        usual |= {"resolved": True, "low_open": False, "high_open": False, "dense": 0.0}
+        one = usual | {
+            "interval_low": curve["value"] - 0.02,
+            "interval_high": curve["value"] + 0.02,
+        }
+        one |= curve
+        share = WHOLE[one["site"]]
+        label = "PPL-1%" if one["kind"] == "loss" else "99%"
+        one |= {"model": "small", "bar": 0.99, "bar_label": label}
+        rows.append(one | {"ideal_speedup": 1 / (1 - share * one["value"])})
+        for level, sparsity in (("dense", one["dense"]), ("0.9", 0.5), ("0.5", 0.9)):
+            point = {name: one[name] for name in ("model", "criterion", "site", "task", "kind")}
+            point |= {"level": level, "phase": "all", "sparsity": sparsity}
+            points.append(point | {"ideal_speedup": 1 / (1 - share * sparsity)})
+    models = some.models.assign(sites=sites)
+    return replace(
+        some, critical_sparsity=pd.DataFrame(rows), curves=pd.DataFrame(points), models=models
+    )
+
+
+def said(found: list[Guideline], heading: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Texts and rows under a heading of the one model."""
+    (one,) = found
+    return [
+        (advice.text, advice.rows)
+        for name, advices in one.advices
+        for advice in advices
+        if name.startswith(heading)
+    ]
+
+
+def test_the_largest_ideal_speedup_is_recommended_and_not_the_largest_sparsity(
+    some: Tables,
+) -> None:
+    found = guidelines(
+        tables(some, {"site": "intermediate", "value": 0.6}, {"site": "input", "value": 0.4})
+    )
+    ((text, rows),) = said(found, "When nothing")
+    # 1 / (1 - .4 · .4) = 1.19 against 1 / (1 - .2 · .6) = 1.14; ends at 38 and 42 %.
+    assert text.startswith(
+        "topp at input: PPL-1% sparsity 40.0 % (38 to 42), where the perplexity of prose"
+    )
+    assert "take 84% of its time, 1.19 times as fast (1.18 to 1.20)" in text
+    assert "Not told apart" not in text
+    assert rows == ("critical_sparsity.csv: small, topp, input, prose, PPL-1%",)
+
+
+def test_curves_whose_intervals_overlap_are_named(some: Tables) -> None:
+    found = guidelines(
+        tables(
+            some,
+            {"site": "input", "value": 0.4},
+            {"site": "input", "value": 0.37, "criterion": "topk"},
+            {"site": "input", "value": 0.3, "criterion": "maxp"},
+        )
+    )
+    ((text, rows),) = said(found, "When nothing")
+    assert text.endswith("Not told apart from it: topk at input (1.17).")
+    assert len(rows) == 2
+
+
+def test_what_is_not_resolved_is_not_recommended_but_said(some: Tables) -> None:
+    found = guidelines(
+        tables(
+            some,
+            {"site": "input", "value": 0.8, "resolved": False},
+            {"site": "intermediate", "value": 0.4},
+        )
+    )
+    assert said(found, "When nothing")[0][0].startswith("topp at intermediate")
+    ((text, rows),) = said(found, "What cannot")
+    assert text == (
+        "By prose, of topp at input: its interval is too wide, or it was drawn from too few samples."
+    )
+    assert rows == ("critical_sparsity.csv: small, topp, input, prose, PPL-1%",)
+
+
+def test_accuracy_is_told_beside_the_loss(some: Tables) -> None:
+    found = guidelines(
+        tables(
+            some,
+            {"site": "input", "value": 0.4},
+            {"site": "input", "value": 0.5, "task": "average", "kind": "accuracy"},
+        )
+    )
+    texts = [text for text, _ in said(found, "When nothing")]
+    assert "critical sparsity 50.0 %" in texts[1]
+    assert "1 % of the accuracy over all tasks" in texts[1]
+
+
+@pytest.mark.parametrize(("sites", "maps"), [("input gate intermediate", 3), ("intermediate", 2)])
+def test_a_predictor_spares_the_factors_too(some: Tables, sites: str, maps: int) -> None:
+    made = tables(some, {"site": "intermediate", "value": 0.5}, sites=sites)
+    ((text, _),) = said(guidelines(made), "When a predictor")
+    assert f"{1 / (1 - maps * 0.1):.2f} times as fast" in text
+    assert "where without it are 1.11" in text
+
+
+def test_zeros_that_are_there_already(some: Tables) -> None:
+    for dense, words in (
+        (0.9, "may be left out at no loss, at most 1.22"),
+        (0.001, "Next to nothing"),
+    ):
+        made = tables(some, {"site": "intermediate", "value": 0.5, "dense": dense})
+        ((text, rows),) = said(guidelines(made), "What is sparse")
+        assert words in text
+        assert rows == ("curves.csv: small, topp, intermediate, prose, dense",)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(0.8, "3 together still gain 5%"), (0.1, "less than it takes")]
+)
+def test_a_batch_reads_what_any_of_its_tokens_wants(some: Tables, value: float, words: str) -> None:
+    """.4 · .8^3 = .20 spares 1.26; .4 · .8^B >= .0476 up to B = 9; .4 · .1 = .04 alone is less."""
+    ((text, _),) = said(guidelines(tables(some, {"site": "input", "value": value})), "When nothing")
+    assert words.replace("3 together", "9 together") in text
+
+
+def test_the_page_has_them(some: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "model_images", lambda tables, share: [])
+    ((text, rows),) = said(guidelines(some), "What is sparse")
+    page = unescape(report.build(some, [], "models: {}\n", None)).replace("\u00a0", " ")
+    assert text in page
+    assert f"[{rows[0]}]" in page
