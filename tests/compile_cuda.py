@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparsity_atlas.decoding import cuda_kernels
+from sparsity_atlas.decoding import cuda_inputs, cuda_outputs
 from sparsity_atlas.kernels import cuda
 from sparsity_atlas.kernels.cuda_row import GROUP
 from sparsity_atlas.kernels.definition import Threshold
@@ -86,9 +86,9 @@ for choices in (
     LISTED,
     {**LISTED, "LINES": 16, "UNITS": True, "KEEP": 1},
 ):
-    compile_product(cuda_kernels.by_inputs, "bf16", **choices)
-compile_product(cuda_kernels.by_inputs, "fp32", **CUT, BIAS=True, BY_CHANNEL=True)
+    compile_product(cuda_inputs.by_inputs, "bf16", **choices)
+compile_product(cuda_inputs.by_inputs, "fp32", **CUT, BIAS=True, BY_CHANNEL=True)
 ROWS = {"BATCH": 1, "DECIDES": 0, "BR": 4, "BK": 512}
 for choices in ({"KEEP": 0, "ACTIVATION": 1}, {"DECIDES": 1, "ACTIVATION": 2}, {"KEEP": 1}):
-    compile_product(cuda_kernels.by_outputs, "bf16", **ROWS | choices)
-compile_product(cuda_kernels.by_outputs, "fp32", **ROWS | {"BATCH": 16, "BR": 16, "BK": 64})
+    compile_product(cuda_outputs.by_outputs, "bf16", **ROWS | choices)
+compile_product(cuda_outputs.by_outputs, "fp32", **ROWS | {"BATCH": 16, "BR": 16, "BK": 64})

@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from sparsity_atlas.decoding import cuda_kernels
-from sparsity_atlas.decoding.cuda_kernels import ACTIVATIONS
+from sparsity_atlas.decoding import cuda_inputs, cuda_outputs
+from sparsity_atlas.decoding.cuda_entries import ACTIVATIONS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,7 +103,7 @@ def by_inputs(
     partial, arrived, lists = room.of(floats, tiles, tiles * cut.split * reach if cut.listed else 1)
     out = torch.empty((tokens, outputs), dtype=x.dtype, device=x.device)
     with _on(x.device):
-        cuda_kernels.by_inputs[(tiles, cut.split)](
+        cuda_inputs.by_inputs[(tiles, cut.split)](
             *(x, weight, weight if second is None else second, weight if bias is None else bias),
             *(out, partial, arrived, lists, x if vector.constants is None else vector.constants),
             *(inputs, outputs, tokens, cut.split),
@@ -166,7 +166,7 @@ def by_outputs(
     keep = 1 if factor is not None else 0 if rule is None else int(rule.keep)
     constants = None if rule is None else rule.constants
     with _on(x.device):
-        cuda_kernels.by_outputs[(triton.cdiv(outputs, cut.rows),)](
+        cuda_outputs.by_outputs[(triton.cdiv(outputs, cut.rows),)](
             *(x, weight, weight if second is None else second, weight if bias is None else bias),
             *(x if factor is None else factor.contiguous(), out),
             *(x if constants is None else constants, inputs, outputs, tokens),
