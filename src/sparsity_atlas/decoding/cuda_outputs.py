@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sparsity_atlas.decoding.cuda_entries import NONZERO, activated, product
+from sparsity_atlas.decoding.cuda_entries import NONZERO, activated, product, which_kept
 
 
 @triton.jit

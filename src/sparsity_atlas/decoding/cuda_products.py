@@ -49,9 +49,19 @@ class Cut(NamedTuple):
     stages: int = 1
 
 
-# Of 16-bit maps of these inputs and outputs, two of them together or not, for one token: the best on an
-# H200.
-CUTS: dict[tuple[int, int, bool], Cut] = {}
+# By inputs, outputs, and whether two maps are made together: what was best on an H200 for one token of
+# bfloat16 over sparsities of 5 to 89 %, as `benchmarks/decoding_tune.py` finds it; Llama 3.2 1B, 3.1 8B, 70B.
+CUTS: dict[tuple[int, int, bool], Cut] = {
+    (2048, 8192, False): Cut(16, 1024, 33, 4, True),
+    (8192, 2048, False): Cut(32, 512, 66, 4, True),
+    (2048, 8192, True): Cut(16, 512, 16, 4, True),
+    (4096, 14336, False): Cut(16, 1024, 38, 4, True),
+    (14336, 4096, False): Cut(32, 1024, 66, 8, True),
+    (4096, 14336, True): Cut(32, 256, 5, 4, True, units=True, stages=3),
+    (8192, 28672, False): Cut(16, 1024, 19, 4, True),
+    (28672, 8192, False): Cut(32, 1024, 66, 8, True),
+    (8192, 28672, True): Cut(16, 512, 9, 4, True),
+}
 
 
 class OutputCut(NamedTuple):
@@ -192,20 +202,25 @@ def _cut(
     known = CUTS.get((inputs, outputs, gated))
     if known and size == 2 and not batched:
         return known
-    columns = min(_WARP_BYTES // size, max(16, triton.next_power_of_2(outputs)))
-    warps = 4
-    rows = 32 if gated or batched else 64
-    programs = 4 * _processors(device)
+    if batched:
+        columns, rows = _WARP_BYTES // size, 32
+        programs = 4 * _processors(device)
+    else:
+        # Four times what a warp loads of a row at once: memory gives long stretches faster.
+        columns, rows = 4 * _WARP_BYTES // size, 8 if gated else 16
+        programs = 5 * _processors(device)
+    while columns > 32 and columns >= 2 * outputs:
+        columns, rows = columns // 2, 2 * rows
     split = programs // triton.cdiv(outputs, columns)
     # At least one tile of rows each.
     split = max(1, min(split, triton.cdiv(inputs, rows), 64))
-    return Cut(rows, columns, split, warps, not batched)
+    return Cut(rows, columns, split, 4, not batched)
 
 
 def _output_cut(inputs: int, size: int, batched: bool) -> OutputCut:
     if batched:
         return OutputCut(16, min(256 // size * 2, max(16, triton.next_power_of_2(inputs))), 4)
-    return OutputCut(4, min(4096 // size, max(16, triton.next_power_of_2(inputs))), 4)
+    return OutputCut(2, min(4096 // size, max(64, triton.next_power_of_2(inputs))), 2)
 
 
 @functools.cache
