@@ -172,7 +172,9 @@ def store_slice(config: Config, model: str) -> str:
 
 def error_slice(config: Config, model: str) -> str:
     """What `output_error` depends on beside its criterion, site and levels."""
-    studies = config.studies.model_dump(include={"predictors", "coactivation"}, exclude_none=True)
+    studies = config.studies.model_dump(
+        include={"predictors", "cett", "coactivation"}, exclude_none=True
+    )
     return _json({**json.loads(store_slice(config, model)), **studies})
 
 

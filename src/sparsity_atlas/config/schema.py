@@ -18,6 +18,7 @@ from pydantic import (
     Discriminator,
     Field,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     Tag,
     ValidationError,
@@ -158,6 +159,9 @@ class StudySettings(Strict):
     """Ranks of predictors of masks from the FFN's input, of every curve at `up`, `gate` or `intermediate`:
     recall and predicted sparsity, in `masks.csv`. Each level takes a pass through the FFNs for each rank,
     and four more."""
+    cett: Annotated[list[PositiveFloat], AfterValidator(some)] | None = None
+    """Thresholds of the norm of what a neuron adds to the FFN's output, of every curve at `intermediate`:
+    CETT and the share below, in `masks.csv`. Each takes a third of a pass through the FFNs."""
     coactivation: int | None = Field(default=None, ge=2)
     """Neurons of each layer that are drawn to count which are kept together, of every curve: in
     `masks.csv`."""

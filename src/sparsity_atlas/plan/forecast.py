@@ -135,20 +135,25 @@ def forecast(config: Config, results: Path) -> Forecast:
             if share is None or not whole.complete:
                 took += UNKNOWN
             else:
-                took += levels * (share * whole.expected * _passes_of_a_level(config, job))
+                took += levels * (share * whole.expected * passes_of_a_level(config, job))
+                thresholds = len(config.studies.cett or ()) if _site(job) == "intermediate" else 0
+                took += Amount.exactly(share * whole.expected * thresholds / 3)
         seconds.append(took)
     targets = list(missed_targets(config, results, unknowns))
     return Forecast(every, seconds, outlooks, unknowns, targets)
 
 
-def _passes_of_a_level(config: Config, job: Job) -> float:
+def passes_of_a_level(config: Config, job: Job) -> float:
     """Passes through the FFNs that a level of `output_error` takes: its own, and those of its predictors.
 
     These read the masks three times, once for each rank compute the FFN anew, and fit in float64.
     """
-    site = job.node[1] if job.node is not None else ""
     ranks = config.studies.predictors or ()
-    return 1 + (4 + len(ranks) if ranks and plain(site) in ("up", "gate", "intermediate") else 0)
+    return 1 + (4 + len(ranks) if ranks and _site(job) in ("up", "gate", "intermediate") else 0)
+
+
+def _site(job: Job) -> str:
+    return plain(job.node[1]) if job.node is not None else ""
 
 
 def _same_curve(one: Job, other: Job) -> bool:

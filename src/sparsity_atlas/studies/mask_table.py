@@ -21,3 +21,6 @@ EXACT = "exact"
 COACTIVATION, BEST_PARTNER = "coactivation", "best_partner"
 RECALL = {"weights": "recall_by_weights", "probe": "recall_by_probe"}
 PREDICTED = {"weights": "sparsity_by_weights", "probe": "sparsity_by_probe"}
+# At thresholds of what a neuron adds; of no criterion, and so of no level of one.
+CETT, CETT_SPARSITY = "cett", "cett_sparsity"
+DENSE = "dense"

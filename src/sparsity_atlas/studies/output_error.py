@@ -276,6 +276,7 @@ def main() -> None:
     from sparsity_atlas.sites.ffn import FFN
     from sparsity_atlas.sites.find import bind_parts
     from sparsity_atlas.sites.part import by_layer, chosen
+    from sparsity_atlas.studies.cett_at import cett_rows
     from sparsity_atlas.studies.mask_predictors import PREDICTABLE, predictor_rows
     from sparsity_atlas.studies.token_masks import MaskTables
 
@@ -300,6 +301,10 @@ def main() -> None:
                 {**row, "targets": targets(criterion, there, states, row["level"])}
                 for row in layer_rows(layer, store, site, rules, levels, first, masks)
             ]
+            for ffn in layer if settings.get("cett") and site == "intermediate" else ():
+                if isinstance(ffn, FFN):
+                    key = PlaceKey(ffn.layer, ffn.name, site)
+                    masks.extend(key, cett_rows(ffn, store, settings["cett"], first))
             for place in there if settings.get("predictors") else ():
                 for ffn in layer:
                     if isinstance(ffn, FFN) and ffn.name == place.part.name and site in PREDICTABLE:

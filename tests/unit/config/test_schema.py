@@ -280,7 +280,7 @@ def test_parts_of_a_layer_are_another_curve() -> None:
     [
         ("models.large.batch_size", 3, set()),
         ("models.small.batch_size", 3, {"evaluation", "capture", "sensitivity"}),
-        ("models.small.dtype", "bfloat16", {"evaluation", "capture", "sensitivity"}),
+        ("models.small.dtype", "bfloat16", {"evaluation", "capture", "sensitivity", "error"}),
         ("models.small.apply_chat_template", True, {"evaluation"}),
         ("models.small.lm_eval_prefix", True, {"evaluation"}),
         ("models.small.system_instruction", "Be brief.", {"evaluation"}),
@@ -297,6 +297,8 @@ def test_parts_of_a_layer_are_another_curve() -> None:
         ("capture.tokens", 9, {"capture"}),
         ("texts.prose.column", "page", {"capture"}),
         ("search.max_levels", 5, {"search"}),
+        ("studies", {"coactivation": 8}, {"error"}),
+        ("studies", {"lid": 500}, set()),
         ("criteria.topp.power", 2, {"criterion"}),
         ("criteria.topk", {"extra": 2}, set()),
     ],
@@ -312,6 +314,7 @@ def test_a_slice_holds_what_its_job_depends_on(path: str, value: Any, slices: se
             "search": grid.search_slice(config, tasks),
             "curve": grid.curve_slice(config, tasks),
             "sensitivity": grid.sensitivity_slice(config, "small"),
+            "error": grid.error_slice(config, "small"),
             "criterion": grid.criterion_slice(config, "topp"),
         }
 

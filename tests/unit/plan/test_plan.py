@@ -15,16 +15,22 @@ import zarr
 from mixtures import save_mixture, wide_mixture
 from sparsity_atlas.activations import capture
 from sparsity_atlas.config import grid
-from sparsity_atlas.config.schema import Config, parse
+from sparsity_atlas.config.schema import Config, StudySettings, parse
 from sparsity_atlas.evaluation.evaluate import evaluate_node
 from sparsity_atlas.files.whole import read_manifest, write_manifest
 from sparsity_atlas.lm.journalled import shortest
 from sparsity_atlas.plan import rates
 from sparsity_atlas.plan.cost import go_offline_if_unreachable
 from sparsity_atlas.plan.dry_run import Batch, TaskCost
-from sparsity_atlas.plan.forecast import Start, evaluation_seconds, forecast
+from sparsity_atlas.plan.forecast import (
+    Start,
+    evaluation_seconds,
+    forecast,
+    passes_of_a_level,
+)
 from sparsity_atlas.plan.jobs import UNKNOWN, Amount, Job, jobs
 from sparsity_atlas.plan.model_facts import Outlook, Unknowns, captured_tokens, look, measure
+from sparsity_atlas.plan.rates import dimension_seconds
 from sparsity_atlas.plan.text import duration, show, size, text
 from sparsity_atlas.sites.find import find_parts
 from sparsity_atlas.tasks.load import load_tasks
@@ -508,6 +514,21 @@ def test_a_study_of_single_layers(model_folder: Path, tmp_path: Path) -> None:
     # The FFNs alone, dense and at one level.
     ffns = sum(3 * shape["input"] * shape["intermediate"] for shape in outlook.shapes)
     assert passes["output_error"] == pytest.approx(2 * once * ffns / outlook.parameters)
+
+
+@pytest.mark.parametrize(("site", "passes"), [("gate", 7), ("intermediate", 7), ("input", 1)])
+def test_predictors_of_masks_take_their_passes(site: str, passes: int) -> None:
+    config = make_config({"m": {"path": "m"}}, {"any": {}})
+    job = Job("output_error", "m", False, ("topp", site))
+    assert passes_of_a_level(config, job) == 1
+    asked = config.model_copy(update={"studies": StudySettings(predictors=[4, 16])})
+    assert passes_of_a_level(asked, job) == passes
+
+
+def test_a_local_dimension_takes_as_the_square_of_its_points() -> None:
+    assert dimension_seconds(0, 64) == 0
+    few, many = dimension_seconds(100, 64), dimension_seconds(2000, 64)
+    assert many > 4 * few > 0
 
 
 def test_a_job_builds_its_requests_once() -> None:
