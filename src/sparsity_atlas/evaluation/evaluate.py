@@ -199,11 +199,11 @@ def evaluate_node(
     for name, metric in (metrics or {}).items():
         session.check_metric(name, metric)
     identity = {**session.identity, **(node.identity() if node else {"criterion": None})}
-    if node is not None:
-        Available.in_parts(session.parts).check("of this run", node.site)
+    names = Available.in_parts(session.parts).names("of this run", node.site) if node else ()
+    identity |= {"site": names[0]} if names else {}
     with locked(folder / ".lock"):
         by_step = node is not None and session.lm.denoises
-        kept = Kept.read(folder, session.slots(node), by_step=by_step)
+        kept = Kept.read(folder, session.slots(node), by_step=by_step, names=names)
         written = time.monotonic()
         for name, task in session.tasks.items():
             fingerprint = {

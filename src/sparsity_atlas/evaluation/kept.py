@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsity_atlas.evaluation import expert_table, step_table
 from sparsity_atlas.evaluation.headed_table import CountTable, continued
 from sparsity_atlas.evaluation.samples import SCHEMA, SampleTable, read_samples
+from sparsity_atlas.files.whole import write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,6 +45,23 @@ class Finished:
         return cls({"status": "failed", "reason": reason}, SCHEMA.empty_table(), counts)
 
 
+def _borrow(folder: Path, names: Sequence[str]) -> None:
+    """Take over what a node has under another name of its site, if that is finished and this one not begun.
+
+    Args:
+        folder: of the node: .../{site}/{level}.
+        names: all names of its site in this model.
+    """
+    if folder.parent.name not in names or (folder / "samples.parquet").exists():
+        return
+    for other in (folder.parents[1] / name / folder.name for name in names):
+        if other != folder and (other / "eval.json").exists():
+            # As they are written: the samples, which say what is finished, last.
+            for name in (*(table.NAME for table in COUNTED.values()), "samples.parquet"):
+                if (other / name).exists():
+                    write_atomically(folder / name, partial(shutil.copyfile, other / name))
+
+
 @dataclass
 class Kept:
     """The tables of a node's folder.
@@ -59,17 +79,26 @@ class Kept:
     journals: list[Path] = field(default_factory=list)
 
     @classmethod
-    def read(cls, folder: Path, slots: Sequence[Slot], *, by_step: bool = False) -> Kept:
+    def read(
+        cls,
+        folder: Path,
+        slots: Sequence[Slot],
+        *,
+        by_step: bool = False,
+        names: Sequence[str] = (),
+    ) -> Kept:
         """What a folder holds of a node that counts these slots.
 
         Args:
             folder: of the node.
             slots: what it counts.
             by_step: whether it counts masks over steps of denoising.
+            names: all names of its site in this model; what it has under another one is taken over.
 
         Raises:
             AtlasError: a table is damaged, or of a newer format.
         """
+        _borrow(folder, names)
         samples = read_samples(folder / "samples.parquet", [slot.columns() for slot in slots])
         counts = {}
         for name, table in COUNTED.items():

@@ -8,7 +8,16 @@ from typing import Any
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.sites.part import Part, sites_of
-from sparsity_atlas.terms import ATTENTION, FFN, FFN_SITES, TENSORS, parts_named, plain
+from sparsity_atlas.terms import (
+    ATTENTION,
+    BESIDE,
+    FFN,
+    FFN_SITES,
+    TENSORS,
+    confined,
+    parts_named,
+    plain,
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,20 @@ class Available:
         if set(self.of_parts) != {FFN}:
             stated["parts"] = {name: list(own) for name, own in self.of_parts.items()}
         return stated
+
+    def names(self, model: str, site: str) -> tuple[str, ...]:
+        """All spellings of a site in this model, the plain one first.
+
+        Two where it is confined to all parts that there are, or could be.
+
+        Raises:
+            AtlasError: see `check`.
+        """
+        self.check(model, site)
+        every = tuple(name for name in BESIDE if name in self.of_parts)
+        if plain(site) not in FFN_SITES or parts_named(site) not in ((), every):
+            return (site,)
+        return tuple(dict.fromkeys((plain(site), confined(plain(site), every))))
 
     def check_all(self, model: str, sites: Iterable[str]) -> None:
         """Refuse sites of a run that a model does not have, or of which two are one.

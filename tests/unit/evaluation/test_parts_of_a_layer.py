@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from interruptions import products, watch
 from mixtures import wide_mixture
 from sparsity_atlas.curves.curve import all_samples, build, layer_profile
 from sparsity_atlas.curves.node_samples import NodeSamples
@@ -27,6 +28,7 @@ from tiny_lm import (
     choice_documents,
     open_session,
     rolling_documents,
+    save_model,
     tiny_tokenizer,
     write_model_manifest,
     write_task,
@@ -65,6 +67,25 @@ def dense(session: Session, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dense")
     evaluate_node(session, None, folder)
     return folder
+
+
+def test_two_names_for_one_site_are_run_once(tmp_path: Path, tasks: dict[str, Any]) -> None:
+    """In a model of experts alone, asked for by path: the second takes over what the first has."""
+    save_model(tmp_path / "olmoe", kind="olmoe", num_experts=4, num_experts_per_tok=2)
+    session = open_session(write_model_manifest(tmp_path / "olmoe", tmp_path / "m.json"), tasks)
+    calls = watch(session)
+    found, counts = {}, []
+    for site in ("intermediate@experts", "intermediate"):
+        folder = tmp_path / "results/olmoe/topp" / site / "0.8"
+        found[site] = evaluate_node(session, Node.make(TOPP, site, "0.8"), folder)
+        counts.append(len(calls))
+    assert counts[0] == counts[1] > 0
+    first, second = found.values()
+    assert (first.pop("site"), second.pop("site")) == tuple(found)
+    assert first == second
+    tables = [products(tmp_path / "results/olmoe/topp" / site / "0.8") for site in found]
+    assert tables[0].keys() == tables[1].keys() >= {"experts.parquet", "samples.parquet"}
+    assert all(tables[0][name] == tables[1][name] for name in tables[0] if name != "eval.json")
 
 
 def logits(session: Session, node: Node | None) -> Tensor:
@@ -215,7 +236,7 @@ def test_a_dense_model_has_no_experts(model_folder: Path, tasks: dict, tmp_path:
         open_session(path, tasks), Node.make(TOPP, "up@ffn", "0.9"), tmp_path / "b"
     )
     assert plainly["tasks"] == named["tasks"]
-    assert plainly["fingerprints"] != named["fingerprints"]
+    assert plainly["fingerprints"] == named["fingerprints"]  # two names for one node
 
 
 def test_single_layers_of_some_parts(session: Session, tmp_path: Path) -> None:
