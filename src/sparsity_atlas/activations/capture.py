@@ -17,6 +17,7 @@ powers of two.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
@@ -33,7 +34,7 @@ from sparsity_atlas.code_version import code_version
 from sparsity_atlas.errors import NumericalFailure
 from sparsity_atlas.files.journal import Journal
 from sparsity_atlas.files.whole import digest, locked, write_manifest
-from sparsity_atlas.loading.devices import pick_device, pick_dtype
+from sparsity_atlas.loading.devices import how, pick_device, pick_dtype
 from sparsity_atlas.loading.pretrained import load, load_tokenizer
 from sparsity_atlas.models.bos import begins_with_bos
 from sparsity_atlas.models.manifest import from_manifest
@@ -92,7 +93,7 @@ def capture(
     from sparsity_atlas.models.positions import check_positions
     from sparsity_atlas.sites.find import bind_parts, observe_places
 
-    model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
+    model = load(checkpoint, **how(settings))
     check_positions(model, ids.shape[1], "capture: sequence_length")
     # Nobody looks at the logits: those of a batch may be larger than all that is captured of it.
     headless = head.shown_the_last(model)
@@ -140,7 +141,7 @@ def capture(
         for name in one.observable
         if group_name(one.name, name) in missing
     ]
-    stream = copy_stream(model.device)
+    stream = functools.cache(copy_stream)
     recorded: deque[Future[None]] = deque()
     # All of a part and its record.
     pending = PENDING if under_way == 1 else len(arrays) + 1
@@ -167,7 +168,8 @@ def capture(
                 write: Callable[[int, str, list[HostCopy]], int] = write,
             ) -> None:
                 layer, name = vectors.part.layer, group_name(vectors.part.name, vectors.tensor)
-                arrived[name, layer].append(HostCopy(vectors.in_order(), stream))
+                values = vectors.in_order()
+                arrived[name, layer].append(HostCopy(values, stream(values.device)))
                 # As soon as it is whole: a large model's part is one batch of one layer.
                 if len(arrived[name, layer]) == count:
                     copies = arrived.pop((name, layer))
@@ -220,9 +222,10 @@ def _check_room(
     import torch
 
     from sparsity_atlas.loading import free_memory
+    from sparsity_atlas.loading.placement import tightest
 
     positions, batch = shape
-    item, device, sizes = model.dtype.itemsize, model.device, Sizes.of(manifest)
+    item, device, sizes = model.dtype.itemsize, tightest(model), Sizes.of(manifest)
 
     def running(share: float) -> int:
         tokens = int(batch * positions * share)

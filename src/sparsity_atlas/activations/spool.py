@@ -24,7 +24,7 @@ class HostCopy:
 
         Args:
             values: the model's tensor.
-            stream: for the copies from a CUDA device, see `copy_stream`.
+            stream: for the copies from its device, see `copy_stream`.
         """
         self._arrived: torch.cuda.Event | None = None
         self._finite: Tensor | None = None

@@ -28,6 +28,7 @@ from sparsity_atlas.criteria.level_table import TARGETS
 from sparsity_atlas.criteria.place import places, state_name
 from sparsity_atlas.errors import NumericalFailure
 from sparsity_atlas.sites.block import Block, blocks
+from sparsity_atlas.sites.offloading import device_of
 from sparsity_atlas.sites.part import by_layer
 from sparsity_atlas.sparsify.attach import Drop, dropping
 from sparsity_atlas.studies.output_error import outputs_at, relative, sparse_output
@@ -261,7 +262,7 @@ def allocate(
             grid = ERROR_GRID
             if criterion.allocation == "greedy" and site == "all_linear_inputs":
                 few = torch.from_numpy(ids[: max(1, ERROR_TOKENS // ids.shape[1])])
-                whole = blocks(parts, few.to(next(parts[0].model.parameters()).device))
+                whole = blocks(parts, few.to(device_of(parts[0].model)))
                 errors = [block_error(*one) for one in zip(whole, rules, strict=True)]
             else:
                 errors = [

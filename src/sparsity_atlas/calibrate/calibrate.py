@@ -21,6 +21,7 @@ from sparsity_atlas.criteria import create, source_file
 from sparsity_atlas.criteria.calibration_file import write_calibration
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import read_manifest
+from sparsity_atlas.loading.devices import how
 from sparsity_atlas.loading.pretrained import load, load_tokenizer
 from sparsity_atlas.models.manifest import from_manifest
 from sparsity_atlas.sites.available import Available
@@ -173,7 +174,7 @@ def main() -> None:
     from sparsity_atlas.calibrate.expert_states import served_by_layer
     from sparsity_atlas.sites.find import bind_parts
 
-    model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
+    model = load(checkpoint, **how(settings))
     store = ActivationStore(arguments.store)
     for tensor in captured["tensors"]:
         store.check(tensor)

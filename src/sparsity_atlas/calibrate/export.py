@@ -26,6 +26,7 @@ from sparsity_atlas.files.whole import (
     write_atomically,
     write_manifest,
 )
+from sparsity_atlas.loading.devices import how
 from sparsity_atlas.loading.pretrained import load
 from sparsity_atlas.models.manifest import from_manifest
 from sparsity_atlas.sites.available import Available
@@ -60,7 +61,7 @@ def main() -> None:
     from sparsity_atlas.sites.find import bind_parts
 
     settings = arguments.settings
-    model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
+    model = load(checkpoint, **how(settings))
     parts, site = chosen(bind_parts(model, manifest["ffn"]), arguments.site)
     bound = bind_all(criterion, parts, site, calibration.states)
     about: dict[str, Any] = {

@@ -129,7 +129,7 @@ def fetch_slice(config: Config, model: str) -> str:
     allowed = {key for key in ALLOWED if getattr(entry, key)}
     keys = {"path", "hub", "revision", "code_revision", "tokenizer", "modules", *allowed}
     keys |= {"adapter", "adapter_hub", "adapter_revision", "gguf"}
-    keys |= {"mask_token_id", "shifted_logits"}
+    keys |= {"mask_token_id", "shifted_logits", "device_map"}
     found = entry.model_dump(include=keys, exclude_none=True)
     if "gguf" in found and not {"path", "hub"} & found.keys():
         # One way to say it: a file in a folder.
@@ -141,7 +141,8 @@ def fetch_slice(config: Config, model: str) -> str:
 def loading_slice(config: Config, model: str) -> dict[str, Any]:
     """How a model is loaded for computation."""
     entry = config.models[model]
-    return {"dtype": entry.dtype, "device": config.device}
+    spread = entry.model_dump(include={"device_map"}, exclude_none=True)
+    return {"dtype": entry.dtype, "device": config.device, **spread}
 
 
 def capture_slice(config: Config, model: str) -> str:

@@ -65,6 +65,9 @@ class ModelEntry(Strict):
     """Use a quantised checkpoint (FP8, mxfp4, compressed-tensors, bitsandbytes) in plain numbers."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Computation type. `auto`: float32 on the CPU, the checkpoint's own type elsewhere."""
+    device_map: Literal["auto"] | None = None
+    """`auto`: spread a model that is larger than a GPU over all of them, and over host memory where they do
+    not hold it; each of its jobs then has all GPUs to itself. Unset: on one device."""
     add_bos_token: bool | None = None
     """Begin each request, and each captured sequence, with the BOS token. Unset: as the tokenizer does by
     itself."""

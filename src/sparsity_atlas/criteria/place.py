@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from sparsity_atlas.sites.offloading import device_of
 from sparsity_atlas.terms import ATTENTION, FFN, TENSORS, PlaceKey
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Place:
     @property
     def device(self) -> torch.device:
         """Where masks are made: with the model, on the CPU where it has no float64 (Apple's MPS)."""
-        device = next(self.readers()[0].module.parameters()).device
+        device = device_of(self.readers()[0].module)
         return torch.device("cpu") if device.type == "mps" else device
 
     def readers(self) -> tuple[Projection, ...]:
@@ -66,8 +67,9 @@ class Place:
 
     def outputs(self, values: Tensor) -> Tensor:
         """What the readers make of rows [rows, width], biases included: float32 [rows, outputs]."""
-        like = next(self.readers()[0].module.parameters())
-        made = [reader(values.to(like)) for reader in self.readers()]
+        module = self.readers()[0].module
+        like = values.to(device_of(module), next(module.parameters()).dtype)
+        made = [reader(like) for reader in self.readers()]
         return torch.cat(made, -1).float().to(self.device)
 
     def product(self, values: Tensor) -> Tensor:
@@ -123,13 +125,17 @@ def matrix(projection: Projection, width: int) -> Tensor:
     weight = projection.weight()
     if weight is not None:
         return weight.float()
-    like = next(projection.module.parameters())
+    module = projection.module
+    options: dict[str, Any] = {
+        "dtype": next(module.parameters()).dtype,
+        "device": device_of(module),
+    }
     with torch.no_grad():
-        zero = like.new_zeros(1, width)
+        zero = torch.zeros(1, width, **options)
         bias = projection(zero).float()
         rows = [
             projection(unit).float() - bias
-            for unit in torch.eye(width, dtype=like.dtype, device=like.device).split(UNIT_VECTORS)
+            for unit in torch.eye(width, **options).split(UNIT_VECTORS)
         ]
     return torch.cat(rows).T
 

@@ -30,6 +30,7 @@ from sparsity_atlas.evaluation.outcome import check_measured, headline, sample_r
 from sparsity_atlas.evaluation.step_table import step_rows
 from sparsity_atlas.files.journal import Journal
 from sparsity_atlas.files.whole import canonical, digest, locked, write_manifest
+from sparsity_atlas.loading.devices import how
 from sparsity_atlas.loading.pretrained import load, load_tokenizer
 from sparsity_atlas.models.manifest import from_manifest
 from sparsity_atlas.sites.available import Available
@@ -87,7 +88,7 @@ class Session:
         from sparsity_atlas.tasks.load import load_tasks
 
         tasks = load_tasks(settings["tasks"], settings["seed"])
-        model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
+        model = load(checkpoint, **how(settings))
         tokenizer = load_tokenizer(checkpoint, add_bos_token=settings["add_bos_token"])
         lm = language_model(
             *(manifest, model, tokenizer),

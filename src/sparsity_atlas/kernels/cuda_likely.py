@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,9 +26,10 @@ def totals(logits: Tensor) -> tuple[Tensor, Tensor]:
     total = torch.empty(rows, dtype=torch.float32, device=logits.device)
     likeliest = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows:
-        _totals[(rows,)](
-            *(logits, total, likeliest, width, logits.stride(0)), BLOCK=_BLOCK, num_warps=_WARPS
-        )
+        with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
+            _totals[(rows,)](
+                *(logits, total, likeliest, width, logits.stride(0)), BLOCK=_BLOCK, num_warps=_WARPS
+            )
     return total, likeliest
 
 

@@ -11,6 +11,7 @@ from sparsity_atlas.lm.prompts import PromptLM
 from sparsity_atlas.lm.usage import Usage
 from sparsity_atlas.lm.work import Limits
 from sparsity_atlas.loading import free_memory
+from sparsity_atlas.loading.placement import tightest
 from sparsity_atlas.models.memory import of_a_pass
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class JournalledLM(PromptLM):
     def _check_room(self, work: Arranged, counter: Counter) -> None:
         if self.sizes is None:
             return
-        sizes, device, largest = self.sizes, self.model.device, work.largest
+        sizes, device, largest = self.sizes, tightest(self.model), work.largest
         free_memory.check(
             device,
             lambda share: (

@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from sparsity_atlas.errors import AtlasError
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("sparsity_atlas")
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
+
+# Of the environment: jobs that may be on a GPU at once, for models that leave most of it idle.
+SHARES = "SPARSITY_ATLAS_GPU_SHARES"
 
 # GPUs that this process holds until it ends: the lock, and the file that those share who wait for it.
 _claimed: list[tuple[IO[str], Path]] = []
@@ -50,6 +53,11 @@ def pick_dtype(dtype: str, device: torch.device) -> str:
     return "float32" if dtype == "auto" and device.type == "cpu" else dtype
 
 
+def how(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a stage's settings say of where and how a model is loaded, as `grid.loading_slice` gives it."""
+    return {key: settings[key] for key in ("dtype", "device", "device_map") if key in settings}
+
+
 def visible_gpus() -> int:
     """NVIDIA GPUs that a job of this machine may use, without importing torch."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -64,7 +72,24 @@ def inside_allocation() -> bool:
     return any(name in os.environ for name in names)
 
 
-def claim_gpu(identities: list[str], folder: Path | None = None, poll: float = 1.0) -> int:
+def gpu_shares() -> int:
+    """Jobs that may be on a GPU at once: one, or what the environment says.
+
+    Raises:
+        AtlasError: it says no such number.
+    """
+    value = os.environ.get(SHARES, "1")
+    if not value.isdecimal() or int(value) < 1:
+        raise AtlasError(f"{SHARES}: expected a number of jobs, 1 or more, found '{value}'")
+    return int(value)
+
+
+def claim_gpu(
+    identities: list[str],
+    folder: Path | None = None,
+    poll: float = 1.0,
+    shares: int | None = None,
+) -> int:
     """Wait for a GPU that no other job of ours uses, and keep it until this process ends.
 
     Snakemake starts as many jobs as there are cores and assigns no GPU to them.
@@ -73,6 +98,7 @@ def claim_gpu(identities: list[str], folder: Path | None = None, poll: float = 1
         identities: a name for each visible GPU that holds on the whole machine.
         folder: of the lock files; by default the system's for temporary files.
         poll: seconds between two looks.
+        shares: jobs that may be on each; None: as the environment says.
 
     Returns:
         Index of the GPU.
@@ -80,7 +106,8 @@ def claim_gpu(identities: list[str], folder: Path | None = None, poll: float = 1
     locks = Path(folder or tempfile.gettempdir())
     told = False
     # Named by the user: nobody may open the lock file of another one in a shared /tmp.
-    stems = [f"sparsity-atlas-{os.getuid()}-gpu-{identity}" for identity in identities]
+    names = [_share(one, share) for share in range(shares or gpu_shares()) for one in identities]
+    stems = [f"sparsity-atlas-{os.getuid()}-gpu-{name}" for name in names]
     with contextlib.ExitStack() as waiting:
         while True:
             for index, stem in enumerate(stems):
@@ -91,7 +118,7 @@ def claim_gpu(identities: list[str], folder: Path | None = None, poll: float = 1
                     file.close()
                     continue
                 _claimed.append((file, locks / f"{stem}.wanted"))
-                return index
+                return index % len(identities)
             if not told:
                 logger.info("all %d GPUs are in use by other jobs; waiting", len(identities))
                 told = True
@@ -99,6 +126,11 @@ def claim_gpu(identities: list[str], folder: Path | None = None, poll: float = 1
                     wanted = waiting.enter_context((locks / f"{stem}.wanted").open("a"))
                     fcntl.flock(wanted, fcntl.LOCK_SH)
             time.sleep(poll)
+
+
+def _share(identity: str, number: int) -> str:
+    """Name of a share of a GPU; that of a job that has it for itself is the first."""
+    return f"{identity}-{number}" if number else identity
 
 
 def others_wait() -> bool:
@@ -122,18 +154,49 @@ def own_device(device: torch.device) -> torch.device:
     return torch.device("cuda", _own_gpu()) if device.type == "cuda" else device
 
 
+def own_devices(device: torch.device) -> list[torch.device]:
+    """All devices of a kind for a model that is spread over them, each of them this process's own.
+
+    Ask before the model is loaded, as for `own_device`.
+    """
+    import torch
+
+    if device.type != "cuda":
+        return [device]
+    return [torch.device("cuda", index) for index in _all_gpus()]
+
+
+@functools.cache
+def _all_gpus() -> tuple[int, ...]:
+    """All GPUs, each share claimed in its turn: of two processes that want all, one waits for the first."""
+    uuids = _uuids()
+    for share in range(gpu_shares()):
+        for one in uuids:
+            claim_gpu([_share(one, share)], shares=1)
+    _settle(0)
+    return tuple(range(len(uuids)))
+
+
+def _uuids() -> list[str]:
+    import torch
+
+    return [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+
+
 @functools.cache
 def _own_gpu() -> int:
     """This process's GPU, among those that CUDA_VISIBLE_DEVICES leaves; made the current one."""
+    index = claim_gpu(_uuids())
+    _settle(index)
+    return index
+
+
+def _settle(index: int) -> None:
+    """Set this process up for its GPU, or for the first one of all."""
     import torch
 
-    uuids = [
-        str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())
-    ]
-    index = claim_gpu(uuids)
     # Kernels and allocations that name no device would go to the first GPU, which is another job's.
     torch.cuda.set_device(index)
     # From Hopper on torch prefers cuDNN's attention, which makes a plan of 0.1 s and more for each shape that
     # a process has not seen; nearly every batch here has a shape of its own.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    return index

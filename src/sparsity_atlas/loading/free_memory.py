@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,12 +111,15 @@ def check(
     cli.logger.warning("%s", message)
 
 
-def check_weights(checkpoint: Checkpoint, dtype: str) -> None:
+def check_weights(checkpoint: Checkpoint, dtype: str) -> int:
     """Refuse weights that are larger than the memory that they are read into.
 
     Args:
         checkpoint: the model's files.
         dtype: that they are held in; `auto`: their own.
+
+    Returns:
+        Bytes that they take.
 
     Raises:
         AtlasError: in one line.
@@ -130,13 +133,46 @@ def check_weights(checkpoint: Checkpoint, dtype: str) -> None:
     else:
         files = count_numbers(checkpoint.folder / checkpoint.gguf) * own
     limit, whose = host_limit()
-    if files * ITEM_BYTES.get(dtype, own) // own <= limit:
-        return
-    wanted = files * ITEM_BYTES.get(dtype, own) / own
+    wanted = files * ITEM_BYTES.get(dtype, own) // own
+    if wanted <= limit:
+        return wanted
     less = "dtype: bfloat16 would fit" if files * 2 // own <= limit else "no dtype would fit"
     raise AtlasError(
         f"{checkpoint}: its weights take {wanted / GIB:.1f} GiB, and {whose} {limit / GIB:.1f} GiB; {less}"
     )
+
+
+def check_on_device(
+    what: str, wanted: int, devices: Sequence[torch.device], *, spread: bool
+) -> None:
+    """Say what a model's weights need and what there is, and refuse those that do not fit on one GPU.
+
+    Args:
+        what: the model.
+        wanted: bytes of its weights.
+        devices: that it is to be on.
+        spread: whether it may be on several, and in host memory.
+
+    Raises:
+        AtlasError: in one line.
+    """
+    if devices[0].type != "cuda":
+        return
+    rooms = [free(one)[0] for one in devices]
+    if spread:
+        limit, whose = host_limit()
+        shown = " + ".join(f"{room / GIB:.1f}" for room in rooms)
+        cli.logger.info(
+            "%s: its weights take %.1f GiB; %s GiB are left on the GPUs, and %s %.1f GiB of memory",
+            *(what, wanted / GIB, shown, whose, limit / GIB),
+        )
+        return
+    if wanted > rooms[0]:
+        raise AtlasError(
+            f"{what}: its weights take {wanted / GIB:.1f} GiB, and of this GPU's memory "
+            f"{rooms[0] / GIB:.1f} GiB are left; device_map: auto in the model's entry spreads them over all "
+            "GPUs and host memory"
+        )
 
 
 def _smaller(value: int) -> list[int]:

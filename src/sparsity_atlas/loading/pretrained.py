@@ -16,7 +16,7 @@ from sparsity_atlas.loading.adapter import merge_adapter
 from sparsity_atlas.loading.checkpoint import PICKLE_INDEX, SAFE_INDEX, Checkpoint
 from sparsity_atlas.loading.classes import auto_class
 from sparsity_atlas.loading.contents import small_fault
-from sparsity_atlas.loading.devices import own_device, pick_device, pick_dtype
+from sparsity_atlas.loading.devices import own_device, own_devices, pick_device, pick_dtype
 from sparsity_atlas.loading.gguf_file import alone, dequantised, finish
 from sparsity_atlas.loading.layouts import layout_in, layout_of
 from sparsity_atlas.loading.quantised import as_numbers, in_numbers
@@ -33,8 +33,20 @@ _NO_TOKENIZER = (
 )
 
 
-def load(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+def load(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    device_map: str | None = None,
+) -> PreTrainedModel:
     """Load a language model for inference: causal, or a decoder in which each token sees all others.
+
+    Args:
+        checkpoint: its files.
+        dtype: that it computes in; see `pick_dtype`.
+        device: where; see `pick_device`.
+        device_map: `auto`: spread over all GPUs and host memory, see `placement`; None: on one device.
 
     Raises:
         AtlasError: the folder or its weights cannot be used, or the weights are not all of the model's
@@ -43,13 +55,15 @@ def load(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "auto") -
     config = checkpoint.config()
     import torch
 
-    from sparsity_atlas.loading.free_memory import check_weights
+    from sparsity_atlas.loading.free_memory import check_on_device, check_weights
+    from sparsity_atlas.loading.placement import spread
     from sparsity_atlas.loading.wholeness import check_types, check_whole, fill_buffers
 
     _check_declared_types(checkpoint)
-    picked = pick_device(device)
-    check_weights(checkpoint, pick_dtype(dtype, picked))
-    target = own_device(picked)
+    picked, whole = pick_device(device), device_map is None
+    wanted = check_weights(checkpoint, pick_dtype(dtype, picked))
+    target, *others = [own_device(picked)] if whole else own_devices(picked)
+    check_on_device(str(checkpoint), wanted, [target, *others], spread=not whole)
     layout = layout_of(config)
     native: dict[str, Any] = {} if layout is None else {"key_mapping": dict(layout.keys)}
     what = f"cannot load model type '{config.get('model_type', 'unknown')}'"
@@ -91,8 +105,8 @@ def load(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "auto") -
     if checkpoint.adapter is not None:
         with _one_line(checkpoint, f"cannot merge the adapter {checkpoint.adapter}"):
             model = merge_adapter(model, checkpoint.adapter, pickles=checkpoint.allow_pickle)
-    ready: PreTrainedModel = model.to(target).eval()
-    return ready
+    ready: PreTrainedModel = model.eval()
+    return moved(ready, target) if whole else spread(ready, [target, *others])
 
 
 def moved(model: PreTrainedModel, *where: torch.device | torch.dtype | str) -> PreTrainedModel:

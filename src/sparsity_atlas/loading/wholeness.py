@@ -7,12 +7,13 @@ does not expect; both it only notes in its log.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.loading.checkpoint import Checkpoint
 from sparsity_atlas.loading.layouts import layout_in
+from sparsity_atlas.sites.offloading import offloaded, present
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -182,9 +183,19 @@ def is_constant(tensor: Tensor) -> bool:
     return falling and bool(row[0] == 1) and bool(((ratios / ratios[0] - 1).abs() < 0.02).all())
 
 
+def _numbers(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Parameters with their numbers, also where these wait in host memory."""
+    if not offloaded(model):
+        yield from model.named_parameters()
+        return
+    for path, module in model.named_modules():
+        with present(module):
+            yield from module.named_parameters(path, recurse=False)
+
+
 def not_finite(model: PreTrainedModel) -> str | None:
     """Which weights are no numbers, in words; None if all are."""
-    bad = {name: value for name, value in model.named_parameters() if not value.isfinite().all()}
+    bad = {name: value for name, value in _numbers(model) if not value.isfinite().all()}
     if not bad:
         return None
     first, value = next(iter(bad.items()))

@@ -76,6 +76,7 @@ def describe(
     *,
     mask_token_id: int | None = None,
     shifted_logits: bool | None = None,
+    device_map: str | None = None,
 ) -> dict[str, Any]:
     """Architecture, kind, sizes, tokenizer and proven sites of a model, as its manifest states them.
 
@@ -84,6 +85,7 @@ def describe(
         modules: see `find_parts`.
         mask_token_id: of the model's entry.
         shifted_logits: of the model's entry.
+        device_map: likewise.
 
     Raises:
         AtlasError: it is not a whole model of numbers, causal or masked-diffusion, whose FFNs can be found,
@@ -99,7 +101,7 @@ def describe(
     config = checkpoint.config()
     named = config.get("architectures")
     # A probe on meta weights would prove nothing: the real ones are loaded, once, on the CPU.
-    model = load(checkpoint, dtype="auto", device="auto")
+    model = load(checkpoint, dtype="auto", device="auto", device_map=device_map)
     kind, parts = _prove(checkpoint, model, modules, mask_token_id)
     tokenizer = _describe_tokenizer(checkpoint, model)
     layout = layout_of(config)
@@ -198,8 +200,8 @@ def main() -> None:
     modules = source.pop("modules", None)
     checkpoint, revision = resolve(source)
     checkpoint.config()
-    masks = {key: source.get(key) for key in ("mask_token_id", "shifted_logits")}
-    description = describe(checkpoint, modules, **masks)
+    given = {key: source.get(key) for key in ("mask_token_id", "shifted_logits", "device_map")}
+    description = describe(checkpoint, modules, **given)
     available = Available.in_manifest(description)
     available.check_all(arguments.name, filter(None, arguments.sites.split(",")))
     if arguments.not_in_experts and any(one.get("part") == EXPERTS for one in description["ffn"]):

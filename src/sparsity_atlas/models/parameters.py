@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from sparsity_atlas.sites.experts.mixture import Experts
 from sparsity_atlas.sites.find import forward_of, random_ids
+from sparsity_atlas.sites.offloading import waits
 
 if TYPE_CHECKING:
     from sparsity_atlas.sites.part import Part
@@ -31,8 +33,9 @@ def count_parameters(model: nn.Module, parts: Iterable[Part] = ()) -> dict[str, 
         `active_non_embedding`: the same as `total` and `non_embedding`, but of E routed experts only
         the K that a token meets.
     """
+    # First: a pass makes new objects of parameters that are brought to a device for it.
+    used = {id(one) for one in [*_reached(model), *_brought(model)]}
     everything = {id(one): one for one in model.parameters()}
-    used = {id(one) for one in _reached(model)}
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     ask = getattr(model, "get_output_embeddings", None)
     head = None if ask is None else ask()
@@ -53,6 +56,23 @@ def count_parameters(model: nn.Module, parts: Iterable[Part] = ()) -> dict[str, 
 def count_resting(parts: Iterable[Part]) -> int:
     """Parameters of the experts that a token does not meet; 0 for a dense model."""
     return sum(part.routed.resting for part in parts if isinstance(part, Experts))
+
+
+def _brought(model: nn.Module) -> list[Tensor]:
+    """Parameters that wait in host memory and were brought to a device in a pass: of modules that ran.
+
+    What they were there is in autograd's graph, and is none of the model's parameters any more.
+    """
+    ran: list[nn.Module] = []
+    waiting = [one for one in model.modules() if waits(one)]
+    with ExitStack() as stack:
+        for module in waiting:
+            handle = module.register_forward_pre_hook(lambda module, _: ran.append(module))
+            stack.callback(handle.remove)
+        if waiting:
+            with torch.no_grad():
+                forward_of(model, random_ids(model, PROBE))()
+    return [one for module in ran for one in module.parameters(recurse=False)]
 
 
 def _reached(model: nn.Module) -> Iterator[Tensor]:

@@ -269,6 +269,8 @@ def measure(config: Config, name: str, outlook: Outlook, nodes: dict[NodeKey, No
     device = pick_device(settings["device"])
     needed = (outlook.parameters or 0) * ITEM_BYTES[outlook.dtype]
     free = free_memory(device)
+    if settings.get("device_map"):
+        raise AtlasError("spread over devices (device_map), which is not timed here")
     if needed > 0.7 * free:
         raise AtlasError(
             f"too large to be timed here: {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"

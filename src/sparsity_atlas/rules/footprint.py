@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ UNKNOWN_WEIGHTS_MIB = 32000
 USUAL_LENGTH = 2048
 # Tokens whose logits the proof of a model compares, and copies of them in float32.
 PROVED_TOKENS, PROVED_COPIES = 64, 6
+# Tokens of a vocabulary whose file is not opened.
+GGUF_VOCABULARY = 2**18
 # Copies of a layer's captured tensor that a calibration makes, and bytes that output errors take.
 CALIBRATED_COPIES, ERROR_BYTES = 4, 512 * MIB
 
@@ -85,7 +88,7 @@ class Needs:
         sizes = self.sizes(model)
         base = BASE_MIB[stage] + (CUDA_HOST_MIB if device == "cuda" else 0)
         if sizes is None:
-            return base + _before_manifest(entry.path)
+            return base + _before_manifest(entry.path, entry.gguf)
         # `auto` is float32 on the CPU; with `device: cuda` a checkpoint is hardly ever wider than 16 bits.
         dtype = self._dtype(model, "bfloat16" if device == "cuda" else "float32")
         weights = sizes.parameters * ITEM_BYTES[dtype]
@@ -220,8 +223,12 @@ class Needs:
         return None
 
 
-def _before_manifest(path: str | None) -> int:
+def _before_manifest(path: str | None, gguf: str | None = None) -> int:
     """MiB that a model will need that has no manifest yet: its files at float32, its proof, or a guess."""
+    if gguf is not None and os.path.isfile(os.path.join(path or "", gguf)):
+        # Of four bits a number in most files; in float32 twice, while it is copied.
+        numbers = 2 * os.path.getsize(os.path.join(path or "", gguf))
+        return (2 * 4 * numbers + PROVED_TOKENS * GGUF_VOCABULARY * 4 * PROVED_COPIES) // MIB
     if path is None or not Path(path).is_dir():
         return UNKNOWN_WEIGHTS_MIB
     files = sum(one.stat().st_size for one in Path(path).glob("*.safetensors"))

@@ -18,6 +18,7 @@ from sparsity_atlas.sites.experts.discovery import find_experts
 from sparsity_atlas.sites.experts.mixture import Experts
 from sparsity_atlas.sites.ffn import FFN
 from sparsity_atlas.sites.hooks import intercept, observe, observe_places, transform
+from sparsity_atlas.sites.offloading import device_of
 from sparsity_atlas.sites.part import Part, Vectors, having, sites_of
 from sparsity_atlas.sites.probe.attention_probe import find_attention
 from sparsity_atlas.sites.probe.ffn_probe import Search
@@ -187,8 +188,7 @@ def random_ids(model: nn.Module, shape: tuple[int, int]) -> torch.Tensor:
     usable = torch.tensor([i for i in range(min(size, 4096)) if i not in reserved] or [0])
     generator = torch.Generator().manual_seed(0)
     choice = torch.randint(len(usable), shape, generator=generator)
-    device = (embedding.weight if embedding else next(model.parameters())).device
-    return usable[choice].to(device)
+    return usable[choice].to(device_of(embedding or model))
 
 
 def _named_functions(config: Any) -> tuple[str, ...]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from sparsity_atlas.sites.offloading import present
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -23,12 +25,13 @@ class Projection:
         """Its weight [outputs, inputs]; None where the module holds it in a way of its own."""
         if not isinstance(self.module, nn.Linear):
             return None
-        weight = self.module.weight
+        with present(self.module):
+            weight = self.module.weight.detach()
         # Classes of quantised maps are Linear, too, and hold bytes.
         plain = weight.shape == (self.module.out_features, self.module.in_features)
         if not (plain and weight.is_floating_point()):
             return None
-        return self.columns(self.module.weight.detach().T).T
+        return self.columns(weight.T).T
 
     def __call__(self, x: Tensor) -> Tensor:
         """What the map makes of x, past all hooks."""

@@ -22,6 +22,7 @@ from sparsity_atlas.sparsify.each_expert import Drop, dropping_of_each
 from sparsity_atlas.sparsify.expert_counts import ByExpert
 from sparsity_atlas.sparsify.step_counts import ByStep
 from sparsity_atlas.sparsify.step_masks import left
+from sparsity_atlas.sparsify.transfer import stacked
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -176,8 +177,9 @@ class Counter:
         """
         valid, self._valid = self._valid, None
         assert valid is not None, "a batch is announced before it is run"
-        zeros = [_stack(one).long() for one in self._zeros]  # each [slots, batch, tokens]
-        finite = [_stack(one) for one in self._finite]
+        # Each [slots, batch, tokens]; what layers on other devices counted comes here now.
+        zeros = [stacked(one, valid.device).long() for one in self._zeros]
+        finite = [stacked(one, valid.device) for one in self._finite]
         zeros[0] = zeros[0] * valid
         finite[0] = finite[0] | ~valid
         whole = torch.stack([one.flatten(1).all(-1) for one in finite]).all(0)
@@ -196,13 +198,6 @@ class Counter:
                 raise NumericalFailure(
                     f"NaN or infinity in '{slot.key.tensor}' of layer {slot.key.layer}"
                 )
-
-
-def _stack(counted: list[Tensor | None]) -> Tensor:
-    """What the slots counted in one pass, which ran through all of them."""
-    some = [one for one in counted if one is not None]
-    assert len(some) == len(counted), "a pass runs through all slots"
-    return torch.stack(some)
 
 
 def scored(values: Tensor) -> tuple[Tensor, Phase]:

@@ -47,3 +47,20 @@ def fetched(tensors: Sequence[Tensor]) -> Callable[[], list[np.ndarray]]:
         return [one.numpy() for one in copies]
 
     return wait
+
+
+def stacked(counted: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """What the slots counted in one pass, which ran through all of them, on one device.
+
+    Args:
+        counted: of one shape each, on the devices of the layers that they are of.
+        device: where they are wanted; from each other one they come in one piece.
+    """
+    found = [one for one in counted if one is not None]
+    assert len(found) == len(counted), "a pass runs through all slots"
+    for other in {one.device for one in found} - {device}:
+        places = [place for place, one in enumerate(found) if one.device == other]
+        moved = torch.stack([found[place] for place in places]).to(device)
+        for place, one in zip(places, moved, strict=True):
+            found[place] = one
+    return torch.stack(found)

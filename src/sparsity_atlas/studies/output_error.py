@@ -24,6 +24,7 @@ from sparsity_atlas.criteria import check_level, create
 from sparsity_atlas.criteria.calibration_file import read_calibration
 from sparsity_atlas.criteria.level_arguments import add_levels, levels_of
 from sparsity_atlas.files.parquet import write_parquet
+from sparsity_atlas.loading.devices import how
 from sparsity_atlas.loading.pretrained import load
 from sparsity_atlas.models.manifest import from_manifest
 from sparsity_atlas.terms import KINDS, NAMED_PARTS, PlaceKey
@@ -283,7 +284,7 @@ def main() -> None:
     Available.in_manifest(manifest).check(manifest["name"], arguments.site)
 
     settings = arguments.settings
-    model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
+    model = load(checkpoint, **how(settings))
     store = ActivationStore(arguments.store)
     states = read_calibration(arguments.calibration).states if arguments.calibration else {}
     first = settings.get("calibration_tokens", 0)

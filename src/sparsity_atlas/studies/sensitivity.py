@@ -25,6 +25,7 @@ from sparsity_atlas.errors import AtlasError, NumericalFailure
 from sparsity_atlas.files.journal import Journal
 from sparsity_atlas.files.parquet import write_parquet
 from sparsity_atlas.files.whole import digest, file_digest
+from sparsity_atlas.loading.devices import how
 from sparsity_atlas.loading.pretrained import load
 from sparsity_atlas.models.manifest import from_manifest
 from sparsity_atlas.statistics.bootstrap import TaskSamples, estimate, interval
@@ -220,7 +221,7 @@ def main() -> None:
     ids = ActivationStore(arguments.store).ids()
     ids = ids[settings["calibration_tokens"] // ids.shape[1] :]
     calibration = arguments.calibration
-    model = load(checkpoint, dtype=settings["dtype"], device=settings["device"])
+    model = load(checkpoint, **how(settings))
     parts, plain_site = chosen(bind_parts(model, manifest["ffn"]), site)
     fingerprint = {
         **{"model": manifest["digest"], "criterion": spec, "site": site, "levels": levels},

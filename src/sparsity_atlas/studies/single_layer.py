@@ -52,7 +52,7 @@ def run(model: PreTrainedModel, ids: Tensor, batch: int, counter: Counter | None
     """
     nats, zeros = [], []
     with torch.no_grad():
-        for rows in ids.to(next(model.parameters()).device).split(batch):
+        for rows in ids.to(model.device).split(batch):
             if counter is not None:
                 counter.expect(torch.ones_like(rows, dtype=torch.bool))
             nats += [one.cpu().double().sum() for one in _nats(model, rows)]

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.evaluation.worker import slots
 from sparsity_atlas.loading import devices
 from sparsity_atlas.loading.devices import pick_device, pick_dtype, visible_gpus
 
@@ -73,6 +74,23 @@ def test_who_holds_a_gpu_knows_whether_others_wait(
     _until(lambda: not devices.others_wait())
     for job in (other, *waiting):
         job.communicate(timeout=10) if job.poll() is None else job.stdout.close()
+
+
+def test_a_gpu_may_be_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_claimed", [])
+    monkeypatch.setenv("SPARSITY_ATLAS_GPU_SHARES", "2")
+    # Each GPU once, before any of them has a second job.
+    assert [devices.claim_gpu(["a", "b"], tmp_path) for _ in range(4)] == [0, 1, 0, 1]
+    assert devices.claim_gpu(["a", "b"], tmp_path, shares=3) == 0
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert slots.places("auto") == 4
+
+
+@pytest.mark.parametrize("value", ["0", "two", "", "-1"])
+def test_no_number_of_jobs(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSITY_ATLAS_GPU_SHARES", value)
+    with pytest.raises(AtlasError, match=f"SHARES: expected a number of jobs, .* found '{value}'"):
+        devices.gpu_shares()
 
 
 OWN = """

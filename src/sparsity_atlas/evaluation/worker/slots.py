@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import digest
-from sparsity_atlas.loading.devices import visible_gpus
+from sparsity_atlas.loading.devices import gpu_shares, visible_gpus
 
 # What a worker inherits from the job that starts it and another job may have otherwise.
 _ENVIRONMENT = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTHONPATH", "XDG_CACHE_HOME")
@@ -102,12 +102,13 @@ def folder_for(model: Path, code: str, variables: dict[str, str | None] | None =
 
 
 def places(device: str) -> int:
-    """Workers that a model may have at once: one a GPU; on the CPU as many as Snakemake runs jobs.
+    """Workers that a model may have at once: one a GPU, or as many as share it; on the CPU as many as
+    Snakemake runs jobs.
 
     Args:
         device: as in the configuration.
     """
-    return min(visible_gpus() if device != "cpu" else 0, MOST) or MOST
+    return min(visible_gpus() * gpu_shares() if device != "cpu" else 0, MOST) or MOST
 
 
 @contextlib.contextmanager

@@ -86,9 +86,10 @@ def pieces(
     def select(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         (hidden,) = arguments
         flat = hidden.reshape(-1, hidden.shape[-1])
+        # The head of a model that is spread over devices is on another one than its embedding.
         if others:
-            rest.append(flat[torch.cat(others)])
-        return (flat[first][None],)
+            rest.append(flat[torch.cat(others).to(flat.device)])
+        return (flat[first.to(flat.device)][None],)
 
     def keep(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         outputs[module] = _of_one_token(output)
@@ -127,7 +128,7 @@ def _behind(model: PreTrainedModel, decoder: nn.Module, output: Any, hidden: Ten
     before = decoder.__dict__.get("forward")
     handle = model.get_output_embeddings().register_forward_pre_hook(lambda *_: (hidden[None],))
     decoder.forward = lambda *_, **__: output
-    ids = torch.zeros((1, 1), dtype=torch.int64, device=hidden.device)
+    ids = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
     try:
         with torch.no_grad():
             # Past the hooks on the model itself, which count an evaluation's passes.

@@ -33,6 +33,7 @@ from sparsity_atlas.sites.experts.implementation import (
 )
 from sparsity_atlas.sites.experts.routed import RoutedExperts
 from sparsity_atlas.sites.experts.scaled_inputs import ScaledInputs, meets_one
+from sparsity_atlas.sites.offloading import offloaded
 from sparsity_atlas.sites.probe.hypotheses import relative_error, tolerance
 
 # Of a changed token's effect: how far other sequences may follow it by rounding alone.
@@ -56,6 +57,11 @@ def candidates(model: nn.Module) -> dict[str, nn.Module]:
                     f"{where} holds quantised experts ({kind}), which run kernels of their own: load the "
                     "model dequantised"
                 )
+        if offloaded(module):
+            raise AtlasError(
+                f"{where} waits in host memory until it runs (device_map: auto): experts are read where they "
+                "lie, and must be on a device; use one with more memory"
+            )
         if path not in found:
             raise AtlasError(
                 f"{where} holds experts that do not go through transformers' experts interface: what each "
