@@ -9,6 +9,7 @@ named by an environment variable.
 from __future__ import annotations
 
 import ast
+import functools
 import glob
 import os
 import re
@@ -16,6 +17,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from sparsity_atlas.tasks import surroundings
 
@@ -63,13 +65,35 @@ class Reach:
 
 def local(path: Path) -> bool:
     """Whether a file is somebody's own: neither installed nor part of Python or of this package."""
-    return not any(path.is_relative_to(folder) for folder in _INSTALLED)
+    named = _named(os.environ.get("PYTHONPATH", ""))
+    return not any(path.is_relative_to(folder) for folder in (*_INSTALLED, *named.installed))
 
 
 def import_roots() -> list[Path]:
-    """Where Python looks for local modules: the working directory and PYTHONPATH."""
-    named = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    return [Path.cwd(), *map(Path, named)]
+    """Where Python looks for local modules: the working directory, and PYTHONPATH but for packages there."""
+    return [Path.cwd(), *_named(os.environ.get("PYTHONPATH", "")).own]
+
+
+class _Named(NamedTuple):
+    """Folders of PYTHONPATH: somebody's own, and those that packages were installed into."""
+
+    own: tuple[Path, ...]
+    installed: tuple[Path, ...]
+
+
+@functools.cache
+def _named(variable: str) -> _Named:
+    """The folders that the variable names.
+
+    `pip install --target` leaves records of what it installed, and whoever names its folder there would
+    have all that a package imports followed, through the whole of PyTorch.
+    """
+    folders = [Path(one) for one in variable.split(os.pathsep) if one]
+    installed = {one for one in folders if next(one.glob("*.dist-info"), None) is not None}
+    return _Named(
+        tuple(one for one in folders if one not in installed),
+        tuple(one.resolve() for one in folders if one in installed),
+    )
 
 
 def reach(starts: Iterable[Path], roots: Iterable[Path]) -> Reach:

@@ -16,6 +16,7 @@ import yaml
 
 from sparsity_atlas import cli
 from sparsity_atlas.tasks import local_files
+from sparsity_atlas.tasks.code import import_roots, local, reach
 from sparsity_atlas.tasks.load import load_tasks
 from tiny_lm import CHOICE, choice_documents
 
@@ -492,6 +493,28 @@ def write_helpers(folder: Path, prefix: str) -> dict[str, Any]:
 def first_prompt(load: Callable[[], Any]) -> str:
     (leaf,) = load().leaves.values()
     return leaf.doc_to_text(BEFORE[0])
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_packages_in_a_folder_of_pythonpath_are_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    """Those that pip put there; modules of one's own are, wherever they lie."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "package.py").write_text("import deeper\n")
+    (site / "deeper.py").write_text("")
+    if installed:
+        (site / "package-1.0.dist-info").mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    start = tmp_path / "start.py"
+    start.write_text("import package\n")
+    found = reach([start], import_roots())
+    assert {path.name for path in found.files} == (
+        {"start.py"} if installed else {"start.py", "package.py", "deeper.py"}
+    )
+    # Not even where something else leads there.
+    assert local(site / "package.py") != installed
 
 
 def test_helpers_of_one_name_are_kept_apart(tmp_path: Path) -> None:
