@@ -14,7 +14,8 @@ from sparsity_atlas.kernels import cuda
 from sparsity_atlas.kernels.cuda_row import GROUP
 from sparsity_atlas.kernels.definition import Threshold
 
-WIDTH = 1001
+# More than one warp's, and no power of two; a wider row is more of the same code.
+WIDTH = 300
 RULES = (
     Threshold("share", 0.9),
     Threshold("share", 0.9, 2.5),

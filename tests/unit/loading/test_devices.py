@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from checkout import Checkout
+from hooks.forking import Forked
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation.worker import slots
 from sparsity_atlas.loading import devices
@@ -111,21 +113,21 @@ sys.stdin.read()
 
 
 def test_of_the_visible_gpus_each_job_makes_a_free_one_its_own(tmp_path: Path) -> None:
-    jobs = []
+    jobs, lines = [], []
+    until, at_end = os.pipe()
     # The third sees only what the first two have left it, under another number.
     for visible in ("2,3", "2,3", "3,2,7"):
-        job = subprocess.Popen(
-            [sys.executable, "-c", OWN, str(tmp_path)],
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": visible},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        jobs.append((job, job.stdout.readline().split()))
-    for job, _ in jobs:
-        job.communicate(timeout=10)
+        said, say = os.pipe()
+        how = Checkout(tmp_path).forked(CUDA_VISIBLE_DEVICES=visible)
+        jobs.append(Forked(arguments=("-c", OWN, tmp_path), streams=(until, say, 2), **how))
+        os.close(say)
+        with open(said) as output:
+            lines.append(output.readline().split())
+    os.close(until)
+    os.close(at_end)
+    assert [job.wait(timeout=60) for job in jobs] == [0, 0, 0]
     # The current device, the device to load on, and which of the machine's it is.
-    assert [line for _, line in jobs] == [["0", "0", "2"], ["1", "1", "3"], ["2", "2", "7"]]
+    assert lines == [["0", "0", "2"], ["1", "1", "3"], ["2", "2", "7"]]
 
 
 @pytest.mark.parametrize(("visible", "count"), [("0,1,2", 3), ("GPU-1a", 1), ("", 0), ("-1", 0)])

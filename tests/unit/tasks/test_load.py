@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,8 @@ from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
+import forks
+from checkout import Checkout
 from sparsity_atlas.tasks import load, local_files
 from sparsity_atlas.tasks.load import load_tasks
 from sparsity_atlas.tasks.local_files import files_digest
@@ -156,13 +156,14 @@ def test_identity_of_python_helpers(tmp_path: Path) -> None:
         "print(json.dumps(load_tasks({'letters': entry}, 1)['letters'].identity))"
     )
 
-    def in_another_process() -> str:
-        run = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
-        return run.stdout.decode()
+    def in_another_process() -> dict[str, Any]:
+        run = forks.run("-c", program, merged=False, **Checkout(tmp_path).forked())
+        assert run.returncode == 0, run.stderr
+        return json.loads(run.stdout)
 
     first = in_another_process()
-    # No address of a function in it: another process finds the same.
-    assert in_another_process() == first
+    # No address of a function in it: another process, this one, finds the same.
+    assert identity({"task": "letters", "include": str(tmp_path)}, seed=1) == first
     (tmp_path / "helpers.py").write_text(HELPERS.replace("upper", "lower"))
     assert in_another_process() != first
 
