@@ -79,6 +79,6 @@ def test_no_two_files_bear_the_same_name() -> None:
 
 def test_the_tests_stand_in_the_same_rooms() -> None:
     rooms = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
-    folders = {path.name for path in (ROOT / "tests/unit").iterdir() if list(path.glob("test_*"))}
+    folders = {path.name for path in (ROOT / "tests/unit").iterdir() if [*path.glob("test_*.py")]}
     # What `upkeep` does is seen on whole results only, in tests/faults.
     assert folders == rooms - {"upkeep"}
