@@ -19,7 +19,8 @@ class Dimension(NamedTuple):
 
     mle: by maximum likelihood from NEIGHBOURS neighbours (Levina & Bickel 2004), inverses averaged over the
         points (MacKay & Ghahramani 2005).
-    geomle: extrapolated to no distance (Gomtsyan et al. 2019).
+    geomle: extrapolated to no distance (Gomtsyan et al. 2019); None where that leaves nothing, as may be
+        where MANY neighbours are a large share of the points.
     points: that are not the same as another.
     """
 
@@ -101,4 +102,4 @@ def _geomle(distances: np.ndarray, seed: int) -> float | None:
     radius = np.array(radii) / max(radii)
     design = np.stack([np.ones_like(radius), radius], 1)
     solution = np.linalg.lstsq(design, np.array(found), rcond=None)[0]
-    return float(solution[0])
+    return float(solution[0]) if solution[0] > 0 else None

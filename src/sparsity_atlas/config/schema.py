@@ -165,7 +165,7 @@ class StudySettings(Strict):
     coactivation: int | None = Field(default=None, ge=2)
     """Neurons of each layer that are drawn to count which are kept together, of every curve: in
     `masks.csv`."""
-    lid: int | None = Field(default=None, ge=100)
+    lid: int | None = Field(default=None, ge=400)
     """Captured tokens among which the local intrinsic dimension is estimated, in `metrics.csv`."""
 
 

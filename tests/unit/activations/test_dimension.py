@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from sparsity_atlas.activations import dimension as module
 from sparsity_atlas.activations.dimension import MANY, NEIGHBOURS, dimension, sample
 from sparsity_atlas.activations.metrics import layer_metrics
 from sparsity_atlas.activations.store import Rows
@@ -58,6 +59,14 @@ def test_size_and_place_do_not_matter_and_copies_count_once() -> None:
     copied = dimension(np.concatenate([points, points[:50]]))
     assert copied == found
     assert found.points == 200
+
+
+def test_an_extrapolation_below_zero_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Estimates that grow faster than the distance leave nothing at no distance."""
+    monkeypatch.setattr(module, "_mle", lambda near, k: float(k))
+    found = dimension(sphere(10, count=100))
+    assert found.mle == NEIGHBOURS
+    assert found.geomle is None
 
 
 def test_too_few_points_have_none() -> None:

@@ -317,6 +317,10 @@ def test_many_models_fit_on_a_page_and_the_figure_says_what_is_left_out(tmp_path
                 "step_overlap",
                 "step_layers",
                 "twins",
+                # One panel for all models, and what was not asked for.
+                "foretelling",
+                "mask_recall",
+                "local_dimension",
             ):
                 assert re.search(r"\d+ of 50 shown", words(figure)), name
 
