@@ -15,6 +15,7 @@ from types import FrameType
 
 from sparsity_atlas.credentials import HidingStream
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.garbage import look_hardly
 
 logger = logging.getLogger("sparsity_atlas")
 # What a signal has done before it ends the process; `files.whole` adds to it.
@@ -45,6 +46,7 @@ def run(stage: Callable[[], None]) -> None:
     A mistake of the user's or of his own code, a full disk, no memory, SIGINT and SIGTERM end in one line
     and a code other than 0.
     """
+    look_hardly()
     sys.stdout, sys.stderr = HidingStream(sys.stdout), HidingStream(sys.stderr)
     # Progress bars and advice of the libraries would bury our own lines in the log.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sparsity_atlas import cli
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import read_json
+from sparsity_atlas.garbage import look_as_usual
 from sparsity_atlas.loading.adapter import merge_adapter
 from sparsity_atlas.loading.checkpoint import PICKLE_INDEX, SAFE_INDEX, Checkpoint
 from sparsity_atlas.loading.classes import auto_class
@@ -85,6 +86,8 @@ def load(
                 **native,
                 **_options(checkpoint),
             )
+    # The libraries are here; what comes are a model's tensors.
+    look_as_usual()
     if not isinstance(loaded, tuple):
         raise AtlasError(f"{checkpoint}: its code loads weights and does not report which")
     model, report = loaded
