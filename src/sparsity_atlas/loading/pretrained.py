@@ -86,8 +86,7 @@ def load(
                 **native,
                 **_options(checkpoint),
             )
-    # The libraries are here; what comes are a model's tensors.
-    look_as_usual()
+    look_as_usual()  # the libraries are here
     if not isinstance(loaded, tuple):
         raise AtlasError(f"{checkpoint}: its code loads weights and does not report which")
     model, report = loaded
