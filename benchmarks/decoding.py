@@ -16,119 +16,43 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from measure import machine
 from sparsity_atlas.decoding.backend import backend_of
 from sparsity_atlas.decoding.maps import SITES, GatedFFN, InputMap
+from sparsity_atlas.decoding.trial import (
+    RULES,
+    Time,
+    dense_ffn,
+    fixed,
+    layers_of,
+    matrix,
+    own_ffn,
+    realised,
+    rules_of,
+    share_of_mass,
+    timed,
+    unread,
+)
 from sparsity_atlas.decoding.vector import Vector
 from sparsity_atlas.kernels.definition import Threshold
-from sparsity_atlas.terms import TENSORS
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Hidden and FFN width of Llama 3.2 1B, 3.1 8B and 3.1 70B.
 SHAPES = {"1B": (2048, 8192), "8B": (4096, 14336), "70B": (8192, 28672)}
 SPARSITIES = (0.0, 0.05, 0.1, 0.3, 0.5, 0.6, 0.7, 0.89)
-# Bytes of weights that one round meets: several times the last cache.
-COLD = {"cuda": 400e6, "cpu": 200e6}
 
 
-class Time(NamedTuple):
-    """Microseconds a call: the median (on a CPU the least), and the distance between the quartiles."""
-
-    median: float
-    spread: float
-
-    def __str__(self) -> str:
-        return f"{self.median:8.1f} ±{self.spread:4.1f}"
-
-
-def timed(calls: list[Callable[[], object]], device: str, repeats: int = 20) -> Time:
-    """Time of one of some calls that are run one after another."""
-    if device == "cpu":
-        times = []
-        calls[0]()
-        for _ in range(repeats // 2):
-            start = time.perf_counter()
-            for call in calls:
-                call()
-            times.append(time.perf_counter() - start)
-    else:
-        for call in calls:
-            call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
-        for _ in range(3):
-            graph.replay()
-        events = [
-            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            for _ in range(repeats)
-        ]
-        for start_event, end_event in events:
-            start_event.record()
-            graph.replay()
-            end_event.record()
-        torch.cuda.synchronize()
-        times = [one.elapsed_time(other) / 1e3 for one, other in events]
-    each = sorted(one * 1e6 / len(calls) for one in times)
-    low, _, high = statistics.quantiles(each, n=4)
-    # Other work on a CPU only ever adds to it.
-    return Time(statistics.median(each) if device == "cuda" else each[0], high - low)
-
-
-def layers_of(weights: int, dtype: torch.dtype, device: str) -> int:
-    """How many layers of so many weights are met in a round."""
-    fewest = 3 if device == "cuda" else 1
-    return max(fewest, round(COLD[device] / (weights * dtype.itemsize)))
-
-
-def matrix(rows: int, columns: int, dtype: torch.dtype, device: str) -> Tensor:
-    """A weight [rows, columns] that keeps the size of what it multiplies."""
-    return (torch.randn(rows, columns, device=device) / columns**0.5).to(dtype)
-
-
-def fixed(values: Tensor, sparsity: float) -> Threshold:
-    """The constant that drops this share of some entries, between two of them."""
-    ranked = values.abs().float().flatten().sort().values
-    rank = min(max(int(sparsity * len(ranked)), 1), len(ranked) - 1)
-    cut = ranked[rank - 1 : rank + 1].mean() if sparsity > 0 else 0 * ranked[0]
-    return Threshold("fixed", constants=cut[None])
-
-
-def share_of_mass(values: Tensor, sparsity: float) -> Threshold:
-    """Top-p that drops about this share of some entries."""
-    ranked = values.abs().float().sort(-1, descending=True).values
-    kept = min(max(int((1 - sparsity) * ranked.shape[-1]), 1), ranked.shape[-1])
-    # In the middle of an entry, so that rounding moves none across.
-    shares = (ranked[:, :kept].sum(-1) - ranked[:, kept - 1] / 2) / ranked.sum(-1)
-    return Threshold("share", float(shares.mean()) if sparsity > 0 else 1.0)
-
-
-RULES = {"fixed": fixed, "top-p": share_of_mass}
-
-
-def unread(mask: Tensor) -> float:
-    """Share of the rows that no token keeps: mask [tokens, width]."""
-    return float((~mask).all(0).float().mean())
-
-
-def realised(dense: float, sparse: float, share: float) -> float | None:
-    """r; None where nothing is left out."""
-    return (1 - sparse / dense) / share if share > 0.02 else None
-
-
-def map_rows(name: str, dtype: torch.dtype, device: str, tokens: int) -> Iterator[dict[str, Any]]:
+def map_rows(
+    name: str, dtype: torch.dtype, device: str, tokens: int, sparsities: tuple[float, ...]
+) -> Iterator[dict[str, Any]]:
     """Single maps with sparse inputs: an up projection and a down projection."""
     hidden, width = SHAPES[name]
     for label, inputs, outputs in (("up", hidden, width), ("down", width, hidden)):
@@ -145,7 +69,7 @@ def map_rows(name: str, dtype: torch.dtype, device: str, tokens: int) -> Iterato
         own = timed(calls, device)
         dense = min(*library, own)
         for rule_name, find in RULES.items():
-            for sparsity in SPARSITIES:
+            for sparsity in sparsities:
                 rule = find(x, sparsity)
                 found = timed([partial(one, x, rule) for one in maps], device)
                 share = unread(rule.mask(x))
@@ -154,18 +78,6 @@ def map_rows(name: str, dtype: torch.dtype, device: str, tokens: int) -> Iterato
                     **{"library": min(library), "own": own, "sparse": found, "share": share},
                 }
         del maps
-
-
-def dense_ffn(x: Tensor, ffn: GatedFFN) -> Tensor:
-    """By the library's products."""
-    return F.linear(F.silu(F.linear(x, ffn.gate)) * F.linear(x, ffn.up), ffn.down)
-
-
-def own_ffn(x: Tensor, ffn: GatedFFN) -> Tensor:
-    """By our kernels, with nothing dropped."""
-    backend = backend_of(x, ffn.up)
-    assert backend is not None
-    return F.linear(backend.factors(x, ffn.up, ffn.gate, "silu"), ffn.down)
 
 
 def ffn_rows(
@@ -192,7 +104,7 @@ def ffn_rows(
         for rule_name, find in RULES.items():
             for sparsity in sparsities:
                 rules, share = zip(
-                    *(ffn_rules(x, one, site, find, sparsity) for one in ffns), strict=True
+                    *(rules_of(x, one, site, find, sparsity) for one in ffns), strict=True
                 )
                 calls = [partial(one, x, rule) for one, rule in zip(ffns, rules, strict=True)]
                 yield {
@@ -201,25 +113,6 @@ def ffn_rows(
                     **{"sparse": timed(calls, device), "share": statistics.mean(share)},
                 }
         del ffns
-
-
-def ffn_rules(
-    x: Tensor, ffn: GatedFFN, site: str, find: Callable[[Tensor, float], Threshold], sparsity: float
-) -> tuple[dict[str, Threshold], float]:
-    """Rules of a layer, and the share of its weights that need not be read."""
-    rules, share, seen = {}, 0.0, x
-    for tensor in TENSORS[site]:
-        if tensor == "input":
-            values = x
-        else:
-            u, g = F.linear(seen, ffn.up), F.silu(F.linear(seen, ffn.gate))
-            values = {"up": u, "gate": g, "intermediate": u * g}[tensor]
-        rules[tensor] = find(values, sparsity)
-        mask = rules[tensor].mask(values)
-        # Of three maps that are equally large.
-        share += unread(mask) * (1 if tensor == "intermediate" else 2) / 3
-        seen = torch.where(mask, values, 0) if tensor == "input" else seen
-    return rules, share
 
 
 def show(rows: Iterator[dict[str, Any]], name: str, dtype: str, kept: list[dict[str, Any]]) -> None:
@@ -265,7 +158,7 @@ def check(device: str, dtypes: list[torch.dtype]) -> bool:
             for tokens in (1, 5):
                 x = torch.randn(tokens, hidden, device=device).to(dtype)
                 for find in RULES.values():
-                    rules, _ = ffn_rules(x, ffn, site, find, 0.5)
+                    rules, _ = rules_of(x, ffn, site, find, 0.5)
                     found, wanted = ffn(x, rules), ffn._dense(x, rules)
                     # An entry beside the threshold may go either way in 16 bits.
                     off = float((found - wanted).float().norm() / wanted.float().norm())
@@ -283,6 +176,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--types", nargs="+", choices=TYPES, default=["bf16"])
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
     parser.add_argument("--batches", nargs="*", type=int, default=[])
     parser.add_argument("--json", type=Path, help="file for the numbers")
     parser.add_argument("--cuts", type=Path, help="what `decoding_tune.py` chose")
@@ -294,6 +188,7 @@ def main() -> None:
             cuda_products.CUTS[inputs, outputs, gated] = cuda_products.Cut(*cut)
     torch.manual_seed(0)
     print(machine(arguments.device), flush=True)
+    wanted = tuple(arguments.sparsities)
     kept: list[dict[str, Any]] = []
     good = (
         check(arguments.device, [TYPES[one] for one in arguments.types])
@@ -303,8 +198,8 @@ def main() -> None:
     for dtype in arguments.types:
         for name in arguments.shapes:
             kind = TYPES[dtype]
-            show(map_rows(name, kind, arguments.device, 1), name, dtype, kept)
-            show(ffn_rows(name, kind, arguments.device, 1, SPARSITIES), name, dtype, kept)
+            show(map_rows(name, kind, arguments.device, 1, wanted), name, dtype, kept)
+            show(ffn_rows(name, kind, arguments.device, 1, wanted), name, dtype, kept)
             for tokens in arguments.batches:
                 rows = ffn_rows(name, kind, arguments.device, tokens, (0.5, 0.89))
                 show(rows, name, dtype, kept)

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from decoding import SHAPES, TYPES, fixed, layers_of, matrix, timed
+from decoding import SHAPES, TYPES
 from measure import machine
 from sparsity_atlas.decoding import cuda_products
+from sparsity_atlas.decoding.trial import fixed, layers_of, matrix, timed
 from sparsity_atlas.decoding.vector import prepared
 
 Cut, OutputCut = cuda_products.Cut, cuda_products.OutputCut
