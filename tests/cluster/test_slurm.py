@@ -6,6 +6,7 @@ hard limit.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -14,9 +15,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from checkout import Checkout, fork_server
+from checkout import ZOO, Checkout, fork_server
 from loopback import call, loopback, need_root, resources, start_cluster, stop_cluster
 from sparsity_atlas.config.schema import parse
 from sparsity_atlas.rules.footprint import Needs
@@ -54,10 +57,32 @@ def test_the_smoke_configuration_without_accounting(smoke: Checkout, tmp_path: P
             assert resources(job)["mem"] in asked, job["rule"]
 
 
-def test_a_cancelled_node_with_accounting(smoke: Checkout, tmp_path: Path) -> None:
-    """The node is submitted again, with twice the memory, and repeats no more than one batch."""
-    checkout = Checkout.make(tmp_path / "atlas")
-    once = smoke.forwards().count(f"evaluate {NODE}/eval.json")
+def with_mixture(path: Path) -> Checkout:
+    """A working copy in which the smoke configuration's model is a mixture of experts."""
+    checkout = Checkout.make(path)
+    folder = checkout.path / ZOO / "small"
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    # One dense layer, and one with a shared expert beside routed ones.
+    config = AutoConfig.for_model(
+        "qwen2_moe",
+        **{"vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 48},
+        **{"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2},
+        **{"num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [0]},
+        **{"moe_intermediate_size": 16, "shared_expert_intermediate_size": 24},
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return checkout
+
+
+def test_a_cancelled_node_with_accounting(tmp_path: Path) -> None:
+    """The node is submitted again, with twice the memory, and repeats no more than one batch.
+
+    It is one of a mixture of experts, with a table by expert.
+    """
+    here = with_mixture(tmp_path / "here")
+    once = here.run_well(f"results/{NODE}/eval.json").count(f"evaluate {NODE}/eval.json")
+    checkout = with_mixture(tmp_path / "atlas")
     with loopback(tmp_path, accounting=True) as slurm:
         slurm.run(checkout, "results/zoo-small/model.json", FORK_SERVER=fork_server().address)
         process = slurm.start(checkout, f"results/{NODE}/eval.json", SLOW="3")
@@ -77,7 +102,8 @@ def test_a_cancelled_node_with_accounting(smoke: Checkout, tmp_path: Path) -> No
     assert second == 2 * first
     # The executor would take the second for a job that runs.
     assert recorded.splitlines() == ["COMPLETED", "CANCELLED by 0", "COMPLETED"]
-    assert checkout.contents(NODE) == smoke.contents(NODE)
+    assert checkout.contents(NODE) == here.contents(NODE)
+    assert f"{NODE}/experts.parquet" in here.contents(NODE)
     assert once <= checkout.forwards().count(f"evaluate {NODE}/eval.json") <= once + 1
 
 

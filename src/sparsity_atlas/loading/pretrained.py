@@ -96,7 +96,7 @@ def load(
             model = in_numbers(model, pick_dtype(dtype, target))
     elif checkpoint.gguf is None:
         check_types(checkpoint, model)
-    check_whole(checkpoint, report)
+    check_whole(checkpoint, report, found)
     if checkpoint.gguf is not None:
         finish(model, checkpoint.folder / checkpoint.gguf)
     if model.dtype not in (torch.float32, torch.bfloat16, torch.float16):

@@ -36,13 +36,14 @@ WRAPPERS = {
 }
 
 
-def check_whole(checkpoint: Checkpoint, report: dict[str, Any]) -> None:
+def check_whole(checkpoint: Checkpoint, report: dict[str, Any], config: Any) -> None:
     """Refuse a checkpoint whose tensors are not those of its model.
 
     Args:
         checkpoint: what was loaded.
         report: transformers' `output_loading_info`, from which is gone what the model ties, and what
             its class ignores.
+        config: of the checkpoint, as transformers reads it.
 
     Raises:
         AtlasError: names the first tensors that are missing, of another shape, or not expected.
@@ -62,6 +63,7 @@ def check_whole(checkpoint: Checkpoint, report: dict[str, Any]) -> None:
     if unexpected and not faults:
         # Older releases saved masks and tables that are computed today.
         unexpected -= _constants(checkpoint, unexpected)
+        unexpected -= _of_other_senses(config, unexpected)
     if unexpected:
         faults.append(f"{_count(unexpected, 'is', 'are')} not expected ({_some(unexpected)})")
     if faults:
@@ -70,6 +72,20 @@ def check_whole(checkpoint: Checkpoint, report: dict[str, Any]) -> None:
             + "; ".join(faults)
             + _explanation(missing, unexpected)
         )
+
+
+def _of_other_senses(config: Any, names: set[str]) -> set[str]:
+    """Those that a whole model has for images or sound, where its text part alone was loaded (Llama 4)."""
+    import torch
+    from transformers import AutoModelForMultimodalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+
+    known = config.model_type in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    if not names or not known or config.get_text_config() is config:
+        return set()
+    with torch.device("meta"):
+        whole = AutoModelForMultimodalLM.from_config(config)
+    return names & set(whole.state_dict())
 
 
 def _count(names: Iterable[str], one: str, several: str) -> str:

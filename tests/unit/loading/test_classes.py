@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMultimodalLM
 
 from small_configs import small_config
+from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.loading.checkpoint import Checkpoint
 from sparsity_atlas.loading.pretrained import blank, load
 from sparsity_atlas.models.manifest import describe
@@ -53,3 +55,30 @@ def test_the_decoder_of_a_multimodal_model(kind: str, tmp_path: Path) -> None:
     assert all(one["down"]["module"].startswith(KINDS[kind]) for one in found["ffn"])
     with torch.device("meta"):
         assert blank(checkpoint).num_parameters() == model.num_parameters()
+
+
+def test_the_text_part_of_llama_4(tmp_path: Path) -> None:
+    """Its whole model's forward pass fails on text alone; weights for images are no fault of the rest."""
+    config = small_config("llama4", vocab_size=300)
+    config.text_config.num_experts_per_tok = 1
+    config.architectures = ["Llama4ForConditionalGeneration"]
+    torch.manual_seed(0)
+    model = AutoModelForMultimodalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert any(name.startswith("vision_model.") for name in model.state_dict())
+    found = describe(Checkpoint(tmp_path), None)
+    assert found["kind"] == "causal"
+    assert found["parts"]["experts"]
+    loaded = load(Checkpoint(tmp_path), device="cpu")
+    assert found["parameters"]["total"] == loaded.num_parameters() < model.num_parameters()
+    for name, weight in loaded.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[f"language_model.{name}"])
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {**weights, "vision_model.more": weights["language_model.model.norm.weight"].clone()},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(AtlasError, match=r"1 tensor is not expected \(vision_model.more\)"):
+        load(Checkpoint(tmp_path), device="cpu")
