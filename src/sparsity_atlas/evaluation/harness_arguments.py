@@ -30,14 +30,14 @@ from sparsity_atlas.spelling import Level, Revision
 from sparsity_atlas.terms import SITES, SPELLED
 
 _QUANTISED = "weights are run in plain numbers; dequantise=True has a quantised checkpoint's so"
-_ONE_DEVICE = "the model runs on one device; choose it by CUDA_VISIBLE_DEVICES"
+_SPREAD = "device_map=auto spreads the model over the GPUs that CUDA_VISIBLE_DEVICES leaves, and host memory"
 # Arguments of lm-eval's `hf` and of transformers, and what to do in place of them.
 _INSTEAD = {
     "delta": "add the delta weights to the model first",
     **dict.fromkeys(("autogptq", "gptqmodel", "quantization_config"), _QUANTISED),
     **dict.fromkeys(("load_in_8bit", "load_in_4bit"), _QUANTISED),
-    **dict.fromkeys(("parallelize", "device_map", "tp_plan", "offload_folder"), _ONE_DEVICE),
-    **dict.fromkeys(("max_memory_per_gpu", "max_cpu_memory"), _ONE_DEVICE),
+    **dict.fromkeys(("parallelize", "tp_plan", "offload_folder"), _SPREAD),
+    **dict.fromkeys(("max_memory_per_gpu", "max_cpu_memory"), _SPREAD),
     "subfolder": "give a local folder as pretrained",
     "backend": "a model's own kind is seen, causal or masked-diffusion",
     "truncation": "what is too long loses its beginning, as in lm-eval's log-likelihoods",
@@ -115,6 +115,8 @@ class Arguments(BaseModel):
     """Computation type. `auto`: float32 on the CPU, the checkpoint's own type elsewhere."""
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], BeforeValidator(_device)] = "auto"
     """Where the model runs. `auto` and lm-eval's own cuda:0: CUDA, else Apple's MPS, else the CPU."""
+    device_map: Literal["auto"] | None = None
+    """Spread the model over all GPUs and host memory; see the configuration's key of this name."""
     think_end_token: str | int | None = None
     """As lm-eval's `hf` has it: what is generated before it is no part of the answer."""
     enable_thinking: bool | None = None

@@ -189,7 +189,13 @@ def test_arguments_that_lm_eval_has_too(model_folder: Path, tmp_path: Path) -> N
         model_folder,
         **{"tokenizer": str(tmp_path / "tokenizer"), "prefix_token_id": 7},
         **{"think_end_token": "</think>", "enable_thinking": True, "device": "cuda:0"},
-        **{"peft": None, "parallelize": False, "logits_cache": True, "trust_remote_code": True},
+        **{
+            "device_map": "auto",
+            "peft": None,
+            "parallelize": False,
+            "logits_cache": True,
+            "trust_remote_code": True,
+        },
     )
     assert lm.tokenizer.encode("the")[0] == 1 != tiny_tokenizer().encode("the")[0]
     assert lm.prefix_token_id == 7
@@ -244,8 +250,8 @@ def make(model_folder: Path, **arguments: Any) -> harness.HarnessLM:
         ({"peft": "no adapter"}, "models: adapter: no adapter.*not the name of a repository"),
         ({"gguf_file": "a.gguf"}, r"a\.gguf: no such file"),
         ({"load_in_4bit": True}, "load_in_4bit: not supported.*quantised"),
-        ({"parallelize": True}, "parallelize: not supported.*one device"),
-        ({"device_map": "auto"}, "device_map: not supported"),
+        ({"parallelize": True}, "parallelize: not supported.*device_map=auto spreads the model"),
+        ({"device_map": "balanced"}, "device_map: input should be 'auto'.*found 'balanced'"),
         ({"attn_implementation": "eager"}, "attn_implementation: not supported"),
         ({"softmax_dtype": "float32"}, "softmax_dtype: not supported"),
         ({"max_batch_size": 8}, "max_batch_size: not supported.*batch_size=auto"),
