@@ -87,8 +87,12 @@ class HarnessLM(PromptLM):
         source = _source(arguments)
         checkpoint, commit = resolve(source)
         self._calibration = _calibration(arguments, spec, checkpoint)
-        where = {"device": arguments.device, "device_map": arguments.device_map}
-        model = load(checkpoint, dtype=arguments.dtype, **where)
+        model = load(
+            checkpoint,
+            dtype=arguments.dtype,
+            device=arguments.device,
+            device_map=arguments.device_map,
+        )
         files = _tokenizer_files(arguments) or checkpoint
         tokenizer = load_tokenizer(files, add_bos_token=arguments.add_bos_token)
         rows = embedding_rows(model)
