@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from checkout import Checkout, shared, smoke_config
+from longest import LONGEST
 
 # Before transformers is imported: no test may look for a model outside.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -35,21 +36,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Files whose tests take longest, which begin first so that the workers end together.
-LONGEST = ("cluster/test_slurm.py", "faults/test_kills.py", "workflow/test_rerun.py")
-LONGEST += ("workflow/test_shared_model.py", "workflow/test_dag.py", "faults/test_disks.py")
-LONGEST += (
-    "report/test_report.py",
-    "workflow/test_kill.py",
-    "criteria/test_built_in_calibrated.py",
-)
-LONGEST += ("activations/test_capture.py", "faults/test_credentials.py", "faults/test_odd_runs.py")
-LONGEST += ("figures/test_draw.py", "repository/test_types.py", "kernels/test_kernels.py")
-
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: a part of the time is waited away, for Slurm above all."""
-    return len(os.sched_getaffinity(0)) + 1
+    """Two more than there are cores: those whose tests wait, for Slurm above all, leave a core free."""
+    return len(os.sched_getaffinity(0)) + 2
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

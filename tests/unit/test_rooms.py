@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
 
+from longest import LONGEST
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "sparsity_atlas"
 ROOMS = sorted(path.parent for path in PACKAGE.glob("*/**/__init__.py"))
@@ -82,3 +84,9 @@ def test_the_tests_stand_in_the_same_rooms() -> None:
     folders = {path.name for path in (ROOT / "tests/unit").iterdir() if [*path.glob("test_*.py")]}
     # What `upkeep` does is seen on whole results only, in tests/faults.
     assert folders == rooms - {"upkeep"}
+
+
+def test_the_files_that_begin_first_are_there() -> None:
+    files = {"/".join(path.parts[-2:]) for path in (ROOT / "tests").rglob("test_*.py")}
+    assert set(LONGEST) <= files
+    assert len(set(LONGEST)) == len(LONGEST)

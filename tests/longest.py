@@ -1,0 +1,47 @@
+"""Files whose tests take longest, which begin first so that the workers end together.
+
+Those that wait for a cluster, a disk or a process that they kill stand between those that compute: what one
+worker does not use of the cores, another does.
+"""
+
+LONGEST = [
+    "cluster/test_slurm.py",
+    "figures/test_draw.py",
+    "faults/test_kills.py",
+    "report/test_report.py",
+    "workflow/test_rerun.py",
+    "repository/test_types.py",
+    "faults/test_kills_of_denoising.py",
+    "workflow/test_shared_model.py",
+    "criteria/test_built_in_calibrated.py",
+    "workflow/test_diffusion_run.py",
+    "kernels/test_kernels.py",
+    "faults/test_odd_runs.py",
+    "evaluation/test_evaluate.py",
+    "faults/test_hub.py",
+    "workflow/test_dag.py",
+    "workflow/test_mixture_run.py",
+    "evaluation/test_expert_table.py",
+    "faults/test_disks.py",
+    "calibrate/test_expert_states.py",
+    "workflow/test_kill.py",
+    "curves/test_critical_coverage.py",
+    "faults/test_credentials.py",
+    "activations/test_captured_experts.py",
+    "workflow/test_module.py",
+    "calibrate/test_allocation.py",
+    "workflow/test_isolation.py",
+    "activations/test_capture.py",
+    "faults/test_hub_data.py",
+    "faults/test_untrusted.py",
+    "workflow/test_mixtures.py",
+    "probe/test_attention_probe.py",
+    "plan/test_plan.py",
+    "masked/test_masked_lm.py",
+    "calibrate/test_calibrate.py",
+    "tasks/test_request_cache.py",
+    "lm/test_longest.py",
+    "workflow/test_clean.py",
+    "files/test_whole.py",
+    "cluster/test_generic.py",
+]
