@@ -151,8 +151,14 @@ def text(first: Results, second: Results, found: list[dict[str, Any]]) -> Iterat
         if alone:
             yield f"\nCurves in {name} only: {', '.join(alone)}"
     headline = [row for row in found if row["measure"] == CRITICAL and row["at"] == HEADLINE_BAR]
+    common = len(first.curves.keys() & second.curves.keys())
     if not headline:
-        yield "\nNo curve in common."
+        none = (
+            f"{common} in common, none with a number at the bar of 99 %"
+            if common
+            else "none in common"
+        )
+        yield f"\nCurves: {none}."
         return
     same = sum(row["first_value"] == row["second_value"] for row in headline)
     yield (

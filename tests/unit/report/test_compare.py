@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from fake_results import make_results
+from sparsity_atlas.curves.equal_sparsity import read_equal, write_equal
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import read_manifest, write_manifest
 from sparsity_atlas.report import compare
@@ -120,7 +121,14 @@ def test_other_draws_are_not_paired(pair: tuple[Path, Path], change: dict[str, o
 
 def test_nothing_in_common(pair: tuple[Path, Path]) -> None:
     (pair[1] / "m").rename(pair[1] / "n")
-    assert said(*pair).endswith("No curve in common.")
+    assert said(*pair).endswith("Curves: none in common.")
+
+
+def test_curves_without_a_number_at_the_bar_are_not_passed_over(pair: tuple[Path, Path]) -> None:
+    for folder in pair:
+        rows = read_equal(folder / "m/topp/intermediate/equal_sparsity.parquet")
+        write_equal(folder / "m/topp/intermediate/equal_sparsity.parquet", rows)
+    assert said(*pair).endswith("Curves: 1 in common, none with a number at the bar of 99 %.")
 
 
 @pytest.mark.parametrize(("folder", "why"), [("none", "no such folder"), (".", "no curve")])
