@@ -22,6 +22,7 @@ from sparsity_atlas.criteria.base import Criterion
 from sparsity_atlas.criteria.place import matrix
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.sites.ffn import FFN
+from sparsity_atlas.sites.offloading import device_of
 from sparsity_atlas.sites.projection import Projection
 from sparsity_atlas.sparsify.attach import dropping
 from sparsity_atlas.studies.mask_table import PREDICTED, RECALL
@@ -47,8 +48,8 @@ class LowRank:
             width: entries that it reads.
         """
         weight = matrix(projection, width)
-        like = next(projection.module.parameters())
-        zero = torch.zeros(1, width, dtype=like.dtype, device=like.device)
+        dtype = next(projection.module.parameters()).dtype
+        zero = torch.zeros(1, width, dtype=dtype, device=device_of(projection.module))
         self._bias = projection(zero).float()
         left, values, self._right = torch.linalg.svd(weight, full_matrices=False)
         self._left = left * values
