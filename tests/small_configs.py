@@ -52,9 +52,70 @@ _TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
 _KINDS = ("layer_types", "layers_block_type", "mlp_layer_types", "attention_types", "block_types")
 
 
+# What types need beside: values that have no default, or that must fit each other.
+_OWN: dict[str, dict[str, Any]] = {
+    "blt": {"encoder_hash_byte_group_vocab": VOCABULARY, "max_position_embeddings": 64},
+    "blt_local_encoder": {"hidden_size_global": 2 * HIDDEN},
+    "blt_local_decoder": {"hidden_size_global": 2 * HIDDEN},
+    "blt_global_transformer": {"hidden_size": 2 * HIDDEN, "head_dim": 2 * HEAD},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": HIDDEN, "ffn_hidden_size": WIDTH},
+    },
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
+    "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_chunk_size": 4},
+    "granitemoehybrid": {
+        **{"hidden_size": HIDDEN, "num_hidden_layers": LAYERS},
+        "layer_types": ["linear_attention", "full_attention"],
+        **{"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_chunk_size": 4},
+    },
+    "lfm2_moe": {
+        **{"num_hidden_layers": LAYERS, "layer_types": ["conv", "full_attention"]},
+        "num_dense_layers": 1,
+    },
+    "longcat_flash": {"qk_head_dim": 2 * HEAD},
+    "mamba2": {
+        **{"hidden_size": HIDDEN, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 4},
+        "time_step_rank": 4,
+    },
+    "nemotron": {"num_key_value_heads": 2},
+    "qwen4_exp_text": {
+        **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8},
+        **{"indexer_budget": 16, "indexer_compress_ratio": 4, "head_dim": HEAD},
+    },
+    "reformer": {
+        **{"is_decoder": True, "attn_layers": ["local", "local"], "axial_pos_embds": False},
+        **{"local_attn_chunk_length": 4, "attention_head_size": 8, "feed_forward_size": WIDTH},
+    },
+    "xlstm": {"embedding_dim": HIDDEN, "num_blocks": LAYERS, "num_heads": 2},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        **{"num_hidden_layers": 4, "attention_head_dim": 16, "attention_hidden_size": 64},
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        **{"hidden_size": HIDDEN, "num_attention_heads": HEADS},
+        **{"num_hidden_layers": 4, "num_mem_blocks": 1, "hybrid_layer_ids": [1, 3]},
+        **{"mamba_headdim": 8, "n_mamba_heads": 8, "mamba_ngroups": 1, "chunk_size": 4},
+        **{"attention_head_dim": 16, "num_key_value_heads": HEADS, "adapter_rank": 4},
+        "attention_hidden_size": 2 * HIDDEN,
+        "use_mamba_kernels": False,
+    },
+}
+
+
 def small_config(kind: str, **sizes: int) -> PretrainedConfig:
     """The default configuration of a model type, with two layers and a width of 32."""
-    return _shrunk(AutoConfig.for_model(kind), sizes)
+    own = _OWN.get(kind, {})
+    config = _shrunk(AutoConfig.for_model(kind, **own), sizes)
+    _give(config, own)
+    found: PretrainedConfig = config
+    return found
 
 
 def _shrunk(config: Any, sizes: dict[str, int]) -> Any:
@@ -75,7 +136,7 @@ def _shrunk(config: Any, sizes: dict[str, int]) -> Any:
         if isinstance(part, dict):
             part |= {name: size for name, size in _SIZE.items() if isinstance(part.get(name), int)}
     # Latent attention has one key for each head, and axes of an image share a head's rotations.
-    if getattr(config, "kv_lora_rank", None):
+    if _get(config, "kv_lora_rank"):
         _set(config, "num_key_value_heads", HEADS)
     rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, dict) and not any(isinstance(one, dict) for one in rope.values()):
@@ -84,7 +145,15 @@ def _shrunk(config: Any, sizes: dict[str, int]) -> Any:
         part = getattr(config, name, None)
         if hasattr(part, "to_dict"):
             _shrunk(part, sizes)
+            _give(part, _OWN.get(part.model_type, {}))
     return config
+
+
+def _give(config: Any, own: dict[str, Any]) -> None:
+    for name, value in own.items():
+        # What is a configuration by now stays one.
+        if not hasattr(_get(config, name), "to_dict"):
+            _set(config, name, value)
 
 
 def _get(config: Any, name: str) -> Any:

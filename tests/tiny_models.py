@@ -156,6 +156,8 @@ class Mixer(nn.Module):
 
 
 SHARED = nn.SiLU()
+# Keeps more than half of a row.
+CUT = -0.5
 
 
 class Layouts(nn.Module):
@@ -222,11 +224,29 @@ class Layouts(nn.Module):
                 return self.arx(self.qov(x) * self.mub(x))
             case "clamped":
                 return self.arx(self.qov(x).clamp(-7, 7) * F.silu(self.mub(x)))
+            case "clamped-shifted":  # as in gpt-oss and MiniMax-M3
+                u, z = self.qov(x).clamp(-7, 7), self.mub(x).clamp(max=7)
+                return self.arx((u + 1) * (z * torch.sigmoid(1.702 * z)))
+            case "clamped-shared":  # as in DeepSeek-V4
+                u, g = self.qov(x).clamp(-10, 10), self.act[0](self.mub(x).clamp(max=10))
+                return self.arx(u * g)
+            case "clamped-after":  # as in Step 3.7
+                u, g = self.qov(x).clamp(-7, 7), F.silu(self.mub(x)).clamp(max=7)
+                return self.arx(u * g)
+            case "cut":  # as in Gemma 3n
+                return self.arx(self.act[0](top_tail(self.mub(x), CUT)) * self.qov(x))
+            case "scaled":
+                return self.arx(self.qov(x) * F.silu(self.mub(x)) * 1.1)
             case "normed":
                 return self.arx(self.nor(self.qov(x) * F.silu(self.mub(x))))
             case "other-input":
                 return self.arx(self.qov(x) * F.silu(self.mub(x + 1)))
         raise ValueError(self.layout)
+
+
+def top_tail(z: Tensor, k: float) -> Tensor:
+    """What of each row lies k standard deviations above its mean, less that."""
+    return (z - (z.mean(-1, keepdim=True) + k * z.std(-1, keepdim=True, unbiased=False))).relu()
 
 
 class Strange(nn.Module):

@@ -27,19 +27,31 @@ SLOW = ("bailing_hybrid", "kimi_linear", "hrm_text", "inkling2_loop_text", "inkl
 # Parameters; a type that the table of sizes does not make so small is not tried.
 MOST = 30_000_000
 NOT_TRIED = "not tried: its default configuration is not made small by the table of the tests"
+# Those that cannot be made, or do not run, by themselves.
+OTHERS = {
+    "gemma3n": "loaded with its part for images, which needs the package timm; its text is `gemma3n_text`",
+    **dict.fromkeys(
+        ("gemma4_assistant", "gemma4_unified_assistant"),
+        "a drafter of tokens that reads another model's states",
+    ),
+    **dict.fromkeys(
+        ("musicgen", "musicgen_melody"), "sound: its decoder reads another model's states"
+    ),
+}
 # By what an error says.
 REASONS = {
     r"a state-space model": "a state-space model: no layer has an FFN",
     r"do not go through transformers' experts interface": "experts outside transformers' experts interface",
     r"seems to be a shared expert": "a shared expert that no probe proves",
-    r"calls in one forward pass": "layers that run again, or share an FFN",
-    r"holds 0 FFNs that a probe proves and 0 modules": "layers of which some have no FFN",
+    r"calls in one forward pass": "layers that run again",
+    r"share their weights|are the same weights": "layers that share an FFN",
+    r"several lists of layers": "several stacks of layers, of bytes and of patches",
+    r"holds 0 FFNs that a probe proves and 0 modules": "layers with something else in the place of an FFN",
     r"holds [2-9] FFNs that a probe proves": "layers with several FFNs",
     r"FFNs that a probe proves": "FFNs of another form than W_d(u ⊙ g), or not in every layer",
     r"packed or transposed": "batches that are packed or transposed",
     r"each of which reads another multiple of its input": "experts that scale their input, and several a "
     "token (so by default; with one a token, as published, all are found)",
-    r"encoder-decoder": "an encoder-decoder",
     r"its forward pass fails|gives no logits": "its forward pass fails on text alone",
     r"not causal: another token": "bidirectional, and no masked-diffusion model",
 }
@@ -49,8 +61,8 @@ INTRO = """# Model types
 What is found in each of the {count} causal model types of transformers {release}, in a random model of two
 layers, otherwise as its default configuration has it. Made by `python tests/type_survey.py`; a test compares
 it. Sites are found by structure and proved for each checkpoint anew: a type that is not in this list is
-looked at like any other. How checkpoints for more than text, those in GGUF and quantised ones are loaded:
-[hub.md](hub.md).
+looked at like any other. How checkpoints for more than text, those in GGUF and quantised ones are loaded, and
+which forms of an FFN are known: [hub.md](hub.md).
 
 """
 
@@ -65,12 +77,12 @@ def verdict(kind: str) -> str:
             return NOT_TRIED
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        parts = find_parts(model)
         kind_of(model)
+        parts = find_parts(model)
     except AtlasError as error:
-        return f"refused: {_reason(str(error))}"
+        return f"refused: {OTHERS.get(kind) or _reason(str(error))}"
     except Exception:  # noqa: BLE001 (whatever its class makes of sizes that are not its own)
-        return NOT_TRIED
+        return f"refused: {OTHERS[kind]}" if kind in OTHERS else NOT_TRIED
     sites = tuple(Available.in_parts(parts).describe()["sites"])
     experts = " of its experts, too" if any(part.name == EXPERTS for part in parts) else ""
     named = "all eight sites" if sites == SITES else f"{', '.join(sites)}"

@@ -105,7 +105,9 @@ def groups(described: Iterable[dict[str, Any]], sites: Iterable[str]) -> dict[st
 
 
 def _beside(entry: dict[str, Any]) -> dict[str, Shape]:
-    """Of a part that is not attention."""
+    """Of a part that is not attention; nothing of a layer that is an attention alone."""
+    if entry.get("part") == ATTENTION:
+        return {}
     each = entry.get("each")  # experts of a token; only routed ones are described with it
     rows = 1 if each is None else each
     routing = {} if each is None else dict.fromkeys(ROUTING, Shape(1, each, entry["count"]))

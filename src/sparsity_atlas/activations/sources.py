@@ -35,12 +35,9 @@ def given(read: dict[str, np.ndarray], part: Part) -> dict[str, Tensor]:
     """What a `reader` read as `Part.run` takes it: activations in the model's type, on its device."""
     import torch
 
-    from sparsity_atlas.sites.offloading import device_of
-
-    module = part.readers("intermediate")[0].module
-    device, dtype = device_of(module), next(module.parameters()).dtype
-    found = {tensor: torch.from_numpy(values).to(device) for tensor, values in read.items()}
+    like = part.readers("intermediate")[0].like(part.model)
+    found = {tensor: torch.from_numpy(values).to(like.device) for tensor, values in read.items()}
     return {
-        tensor: values.to(dtype) if tensor in part.tensors else values
+        tensor: values.to(like.dtype) if tensor in part.tensors else values
         for tensor, values in found.items()
     }

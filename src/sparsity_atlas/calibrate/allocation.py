@@ -250,7 +250,7 @@ def allocate(
     """
     bound = bind_all(criterion, parts, site, states)
     there = list(places(parts, site))
-    layers = list(by_layer(parts).values())
+    layers = [own for own in by_layer(parts).values() if any(places(own, site))]
     rules = [
         {key: rule for key, rule in bound.items() if key.layer == own[0].layer} for own in layers
     ]

@@ -62,7 +62,8 @@ class ModelEntry(Strict):
     allow_pickle: bool = False
     """Load pickled weights (*.bin) if there are no safetensors. A pickle may hide code."""
     dequantise: bool = False
-    """Use a quantised checkpoint (FP8, mxfp4, compressed-tensors, bitsandbytes) in plain numbers."""
+    """Use a quantised checkpoint (FP8, mxfp4, compressed-tensors, bitsandbytes) in plain numbers. Without it
+    one in compressed-tensors, bitsandbytes, GPTQ or AWQ runs packed."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Computation type. `auto`: float32 on the CPU, the checkpoint's own type elsewhere."""
     device_map: Literal["auto"] | None = None

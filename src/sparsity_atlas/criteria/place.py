@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from sparsity_atlas.sites.offloading import device_of
+from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.terms import ATTENTION, FFN, TENSORS, PlaceKey
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 # Unit vectors that go through a map at once, where its weight is no plain matrix.
 UNIT_VECTORS = 512
+# Random vectors that such a map is tried with, and the relative error that rounding its input explains, which
+# may be to 8 bits.
+TRIED, READ = 8, 0.1
 State = dict[str, Tensor]
 
 
@@ -53,8 +56,13 @@ class Place:
     @property
     def device(self) -> torch.device:
         """Where masks are made: with the model, on the CPU where it has no float64 (Apple's MPS)."""
-        device = device_of(self.readers()[0].module)
+        device = self._like.device
         return torch.device("cpu") if device.type == "mps" else device
+
+    @cached_property
+    def _like(self) -> Tensor:
+        """Empty, of the type and on the device that the maps read."""
+        return self.readers()[0].like(self.part.model)
 
     def readers(self) -> tuple[Projection, ...]:
         """The maps that a dropped entry saves work in: W_u and W_g of x, W_d of u, g and u ⊙ g."""
@@ -62,14 +70,17 @@ class Place:
 
     @cached_property
     def weight(self) -> Tensor:
-        """The readers' weights, one above the other: float32 [outputs, width]."""
-        return torch.cat([matrix(reader, self.width) for reader in self.readers()]).to(self.device)
+        """The readers' weights, one above the other: float32 [outputs, width].
+
+        Raises:
+            AtlasError: a packed map, of which no plain numbers tell what it does.
+        """
+        found = [matrix(reader, self.width, self._like) for reader in self.readers()]
+        return torch.cat(found).to(self.device)
 
     def outputs(self, values: Tensor) -> Tensor:
         """What the readers make of rows [rows, width], biases included: float32 [rows, outputs]."""
-        module = self.readers()[0].module
-        like = values.to(device_of(module), next(module.parameters()).dtype)
-        made = [reader(like) for reader in self.readers()]
+        made = [reader(values.to(self._like)) for reader in self.readers()]
         return torch.cat(made, -1).float().to(self.device)
 
     def product(self, values: Tensor) -> Tensor:
@@ -117,27 +128,43 @@ class SpreadPlace(Place):
         return made
 
 
-def matrix(projection: Projection, width: int) -> Tensor:
+def matrix(projection: Projection, width: int, like: Tensor) -> Tensor:
     """A linear map's weight as float32 [outputs, width], whatever its module calls and shapes it.
 
-    A map that does not hold it as such tells its columns by what it makes of the unit vectors.
+    A map that does not hold it as such tells its columns by what it makes of the unit vectors: so the weight
+    of a quantised map is what it stands for.
+
+    Args:
+        projection: the map.
+        width: entries of what it reads.
+        like: of the type and on the device of that.
+
+    Raises:
+        AtlasError: what it makes of other vectors is not what these columns say.
     """
     weight = projection.weight()
     if weight is not None:
         return weight.float()
-    module = projection.module
-    options: dict[str, Any] = {
-        "dtype": next(module.parameters()).dtype,
-        "device": device_of(module),
-    }
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        zero = torch.zeros(1, width, **options)
+        zero = like.new_zeros(1, width)
         bias = projection(zero).float()
         rows = [
             projection(unit).float() - bias
-            for unit in torch.eye(width, **options).split(UNIT_VECTORS)
+            for unit in torch.eye(width, dtype=like.dtype, device=like.device).split(UNIT_VECTORS)
         ]
-    return torch.cat(rows).T
+        found = torch.cat(rows).T
+        tried = torch.randn(TRIED, width, generator=generator).to(like)
+        made, expected = projection(tried).float() - bias, tried.float() @ found.T
+    error = float((made - expected).norm() / expected.norm().clamp_min(torch.finfo().tiny))
+    # Written so that NaN fails.
+    if not error <= READ:
+        raise AtlasError(
+            f"{projection.path} ({type(projection.module).__name__}): its weights cannot be read: they are "
+            "packed, and what it makes of a vector is not the sum of its columns (relative error "
+            f"{error:.2g}); take criteria that read no weights, or load the model with dequantise: true"
+        )
+    return found
 
 
 def relative(norms: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.spelling import Level, Revision
 from sparsity_atlas.terms import SITES, SPELLED
 
-_QUANTISED = "weights are run in plain numbers; dequantise=True has a quantised checkpoint's so"
+_QUANTISED = "a quantised checkpoint runs as it is; dequantise=True has it in plain numbers"
 _SPREAD = "device_map=auto spreads the model over the GPUs that CUDA_VISIBLE_DEVICES leaves, and host memory"
 # Arguments of lm-eval's `hf` and of transformers, and what to do in place of them.
 _INSTEAD = {

@@ -18,7 +18,7 @@ from sparsity_atlas.loading.adapter import ADAPTER, adapter_digest, adapter_file
 from sparsity_atlas.loading.contents import check_fetched, check_links, files_digest, files_read
 from sparsity_atlas.loading.gguf_file import check_gguf
 from sparsity_atlas.loading.layouts import layout_in
-from sparsity_atlas.loading.quantised import check_quantised
+from sparsity_atlas.loading.quantised import check_quantised, method_of
 
 SAFE_FILE = "model.safetensors"
 SAFE_INDEX = "model.safetensors.index.json"
@@ -37,7 +37,7 @@ class Checkpoint:
     adapter: folder of a PEFT adapter that is merged into it.
     adapter_revision: commit of the adapter's repository, if it is on the Hub.
     gguf: name of the file in the folder that holds all of the model, in that format.
-    dequantise: whether quantised weights are turned into plain numbers; else they are refused.
+    dequantise: whether quantised weights are turned into plain numbers; else they run packed, if they can.
     """
 
     folder: Path
@@ -83,6 +83,11 @@ class Checkpoint:
         if not isinstance(config, dict):
             raise AtlasError(f"{path}: expected a JSON object, found {type(config).__name__}")
         check_quantised(str(self), config, self.dequantise)
+        if self.adapter is not None and method_of(config) is not None and not self.dequantise:
+            raise AtlasError(
+                f"{self}: an adapter is merged into plain numbers, and this checkpoint is quantised "
+                f"({method_of(config)}): say dequantise: true in the model's entry"
+            )
         if config.get("transformers_weights") is not None:
             raise AtlasError(
                 f"{path}: transformers_weights: not supported; name the weights {SAFE_FILE}"

@@ -128,8 +128,11 @@ def check_weights(checkpoint: Checkpoint, dtype: str) -> int:
     own = ITEM_BYTES.get(str(config.get("dtype") or config.get("torch_dtype")), 4)
     if checkpoint.gguf is None:
         files = sum(path.stat().st_size for path in checkpoint.weight_files())
-        if checkpoint.dequantise:
-            files *= METHODS[method_of(config) or ""].growth
+        method = METHODS.get(method_of(config) or "")
+        if method is not None and (checkpoint.dequantise or method.unpacks):
+            files *= method.growth
+        elif method is not None:
+            dtype = "auto"  # it stays as it lies in the file
     else:
         files = count_numbers(checkpoint.folder / checkpoint.gguf) * own
     limit, whose = host_limit()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.files.whole import read_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -163,3 +164,14 @@ def layout_in(folder: Path) -> Layout | None:
         return layout_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def tokenizer_class(folder: Path) -> Any:
+    """What loads a folder's tokenizer: transformers' choice, or the class that its own code is a copy of."""
+    import transformers
+
+    layout, path = layout_in(folder), folder / "tokenizer_config.json"
+    if layout is None or layout.tokenizer is None or not path.is_file():
+        return transformers.AutoTokenizer
+    own_code = "auto_map" in read_json(path)
+    return getattr(transformers, layout.tokenizer) if own_code else transformers.AutoTokenizer

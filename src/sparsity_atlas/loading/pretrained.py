@@ -19,8 +19,8 @@ from sparsity_atlas.loading.classes import auto_class
 from sparsity_atlas.loading.contents import small_fault
 from sparsity_atlas.loading.devices import own_device, own_devices, pick_device, pick_dtype
 from sparsity_atlas.loading.gguf_file import alone, dequantised, finish
-from sparsity_atlas.loading.layouts import layout_in, layout_of
-from sparsity_atlas.loading.quantised import as_numbers, in_numbers
+from sparsity_atlas.loading.layouts import layout_in, layout_of, tokenizer_class
+from sparsity_atlas.loading.quantised import as_numbers, in_numbers, method_of, where_packed
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +70,9 @@ def load(
     what = f"cannot load model type '{config.get('model_type', 'unknown')}'"
     if checkpoint.gguf is not None:
         native, what = dequantised(), "cannot load it"
+    packed = None if checkpoint.dequantise else method_of(config)
+    if packed is not None:
+        native |= where_packed(str(checkpoint), target, whole=whole)
     with _one_line(checkpoint, what):
         found = _config(checkpoint)
         if checkpoint.dequantise:
@@ -94,7 +97,7 @@ def load(
     if checkpoint.dequantise:
         with _one_line(checkpoint, "cannot dequantise it"):
             model = in_numbers(model, pick_dtype(dtype, target))
-    elif checkpoint.gguf is None:
+    elif checkpoint.gguf is None and packed is None:
         check_types(checkpoint, model)
     check_whole(checkpoint, report, found)
     if checkpoint.gguf is not None:
@@ -108,7 +111,9 @@ def load(
         with _one_line(checkpoint, f"cannot merge the adapter {checkpoint.adapter}"):
             model = merge_adapter(model, checkpoint.adapter, pickles=checkpoint.allow_pickle)
     ready: PreTrainedModel = model.eval()
-    return moved(ready, target) if whole else spread(ready, [target, *others])
+    if whole:
+        return ready if packed else moved(ready, target)
+    return spread(ready, [target, *others])
 
 
 def moved(model: PreTrainedModel, *where: torch.device | torch.dtype | str) -> PreTrainedModel:
@@ -193,7 +198,7 @@ def load_tokenizer(
             files = stack.enter_context(_files(checkpoint))
         else:
             files = {"pretrained_model_name_or_path": folder, **_configured(folder)}
-        kind = AutoTokenizer if inside else _tokenizer_class(folder)
+        kind = AutoTokenizer if inside else tokenizer_class(folder)
         tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(
             **files, **options, **_options(checkpoint)
         )
@@ -207,17 +212,6 @@ def load_tokenizer(
     if not inside:
         _give_padding(tokenizer, checkpoint.folder)
     return tokenizer
-
-
-def _tokenizer_class(folder: Path) -> Any:
-    """What loads a folder's tokenizer: transformers' choice, or the class that its own code is a copy of."""
-    import transformers
-
-    layout, path = layout_in(folder), folder / "tokenizer_config.json"
-    if layout is None or layout.tokenizer is None or not path.is_file():
-        return transformers.AutoTokenizer
-    own_code = "auto_map" in read_json(path)
-    return getattr(transformers, layout.tokenizer) if own_code else transformers.AutoTokenizer
 
 
 def _configured(folder: Path) -> dict[str, PretrainedConfig]:

@@ -1,6 +1,7 @@
-"""Quantised checkpoints: turned into plain numbers where they are asked for so, and never run packed.
+"""Quantised checkpoints: run as they are packed, or turned into plain numbers where they are asked for so.
 
-What a rule reads of weights, and what is counted of them, holds for matrices of numbers alone.
+What a rule reads of weights holds for matrices of numbers; of a packed map these are what it makes of the
+unit vectors (`criteria.place.matrix`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sparsity_atlas.errors import AtlasError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 KEY = "quantization_config"
@@ -20,26 +22,33 @@ KEY = "quantization_config"
 
 @dataclass(frozen=True)
 class Method:
-    """A way to quantise that transformers can undo.
+    """A way to quantise.
 
     Attributes:
         growth: how many times the file 16 bits take, about.
-        package: what transformers needs for it besides.
-        switch: whether it is undone while the weights are read; else afterwards.
+        packages: what transformers needs for it besides.
+        undone: when transformers can undo it: while the weights are read (`reading`), `afterwards`, or never.
+        packed: whether maps can run packed: else only in plain numbers.
+        unpacks: whether each map that does is unpacked when it first runs, and stays so.
     """
 
     growth: int
-    package: str | None = None
-    switch: bool = True
+    packages: tuple[str, ...] = ()
+    undone: str | None = "reading"
+    packed: bool = True
+    unpacks: bool = False
 
 
 # By `quant_method` in config.json.
 METHODS = {
-    "fp8": Method(2),
-    "mxfp8": Method(2),
-    "mxfp4": Method(4),
-    "compressed-tensors": Method(4, "compressed-tensors"),
-    "bitsandbytes": Method(4, "bitsandbytes", switch=False),
+    # Their kernels replace experts, too, and want a GPU.
+    "fp8": Method(2, packed=False),
+    "mxfp8": Method(2, packed=False),
+    "mxfp4": Method(4, packed=False),
+    "compressed-tensors": Method(4, ("compressed-tensors",), unpacks=True),
+    "bitsandbytes": Method(4, ("bitsandbytes",), undone="afterwards"),
+    "gptq": Method(4, ("optimum", "gptqmodel"), undone=None),
+    "awq": Method(4, ("gptqmodel",), undone=None),
 }
 
 
@@ -54,7 +63,7 @@ def method_of(config: dict[str, Any]) -> str | None:
 
 
 def check_quantised(where: str, config: dict[str, Any], dequantise: bool) -> None:
-    """Refuse a quantised checkpoint that is not to be dequantised, or cannot be.
+    """Refuse a quantised checkpoint that cannot run packed, or not be dequantised where it is to be.
 
     Args:
         where: its folder, for errors.
@@ -74,26 +83,46 @@ def check_quantised(where: str, config: dict[str, Any], dequantise: bool) -> Non
     what = f"{where}: a quantised checkpoint ({name})"
     method = METHODS.get(name)
     if method is None:
-        known = ", ".join(METHODS)
         raise AtlasError(
-            f"{what}: only what transformers turns into plain numbers can be used ({known}); take the "
-            "model's unquantised weights"
+            f"{what}: not supported; known: {', '.join(METHODS)}; take the model's unquantised weights"
         )
-    if not dequantise:
+    if not dequantise and not method.packed:
         raise AtlasError(
             f"{what}: say dequantise: true in the model's entry, which has it computed in plain numbers"
         )
-    if method.package is not None and not _installed(method.package):
+    if dequantise and method.undone is None:
         raise AtlasError(
-            f"{what}: needs the package {method.package}: pip install {method.package}"
+            f"{what}: transformers does not turn it into plain numbers; without dequantise: true it runs "
+            "packed"
         )
+    for package in method.packages:
+        if not _installed(package):
+            raise AtlasError(f"{what}: needs the package {package}: pip install {package}")
+
+
+def where_packed(
+    where: str, target: torch.device, *, whole: bool
+) -> dict[str, dict[str, torch.device]]:
+    """What has transformers put packed weights on a device.
+
+    Its kernels choose how weights lie in memory where they are read, and some cannot be moved later.
+
+    Raises:
+        AtlasError: they are to be spread.
+    """
+    if not whole:
+        raise AtlasError(
+            f"{where}: device_map: a quantised checkpoint that runs packed is on one device; with "
+            "dequantise: true it can be spread"
+        )
+    return {"device_map": {"": target}}
 
 
 def as_numbers(config: PretrainedConfig) -> None:
     """Have transformers undo the quantisation while it reads weights, where it can then."""
     for part in (config, config.get_text_config()):
         found = getattr(part, KEY, None)
-        if isinstance(found, dict) and METHODS[found["quant_method"]].switch:
+        if isinstance(found, dict) and METHODS[found["quant_method"]].undone == "reading":
             setattr(part, KEY, {**found, "dequantize": True})
 
 

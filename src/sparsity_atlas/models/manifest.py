@@ -216,7 +216,7 @@ def main() -> None:
             **code_record(checkpoint, revision),
             **_adapter_record(checkpoint),
             **_gguf_record(checkpoint),
-            **({"dequantised": method_of(checkpoint.config())} if checkpoint.dequantise else {}),
+            **_quantised_record(checkpoint),
             **description,
         },
     )
@@ -253,6 +253,14 @@ def _gguf_record(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.gguf is None:
         return {}
     return {"gguf": describe_gguf(checkpoint.folder / checkpoint.gguf)}
+
+
+def _quantised_record(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a manifest says of a quantised checkpoint: how it is, and whether it runs packed."""
+    method = method_of(checkpoint.config())
+    if method is None:
+        return {}
+    return {"dequantised" if checkpoint.dequantise else "quantised": method}
 
 
 def code_record(checkpoint: Checkpoint, revision: str | None) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparsity_atlas.sites.experts.mixture import Experts
 from sparsity_atlas.sites.find import forward_of, random_ids
 from sparsity_atlas.sites.offloading import waits
+from sparsity_atlas.sites.projection import COMPUTED
 
 if TYPE_CHECKING:
     from sparsity_atlas.sites.part import Part
@@ -29,28 +30,51 @@ def count_parameters(model: nn.Module, parts: Iterable[Part] = ()) -> dict[str, 
     Returns:
         `total`: of the decoder, its embeddings and its head. `non_embedding`: without the tables of
         token and position embeddings and the output head. `loaded`: all that are in memory, also what
-        a multimodal checkpoint has for images and sound. Of a mixture also `active` and
+        a multimodal checkpoint has for images and sound. A packed map counts as the numbers that it stands
+        for. Of a mixture also `active` and
         `active_non_embedding`: the same as `total` and `non_embedding`, but of E routed experts only
         the K that a token meets.
     """
+    packed = {id(module): module for module in model.modules() if _is_packed(module)}
+    inside = {id(one) for module in packed.values() for one in module.parameters()}
     # First: a pass makes new objects of parameters that are brought to a device for it.
     used = {id(one) for one in [*_reached(model), *_brought(model)]}
-    everything = {id(one): one for one in model.parameters()}
+    everything = {id(one): one for one in model.parameters() if id(one) not in inside}
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     ask = getattr(model, "get_output_embeddings", None)
     head = None if ask is None else ask()
     tables.add(id(getattr(head, "weight", None)))
     sizes = {key: one.numel() for key, one in everything.items() if key in used}
+    # Of a packed map no derivative tells whether a text passes it: all are taken to be of the decoder, since
+    # what is for images or sound is left unpacked.
+    stands_for = {key: _numbers(module) for key, module in packed.items()}
+    sizes |= stands_for
     counts = {
         "total": sum(sizes.values()),
         "non_embedding": sum(size for key, size in sizes.items() if key not in tables),
-        "loaded": sum(one.numel() for one in everything.values()),
+        "loaded": sum(one.numel() for one in everything.values()) + sum(stands_for.values()),
     }
     resting = count_resting(parts)
     if resting:
         counts["active"] = counts["total"] - resting
         counts["active_non_embedding"] = counts["non_embedding"] - resting
     return counts
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Whether a map holds other things than its matrix of numbers."""
+    inputs, outputs = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    if not isinstance(inputs, int) or not isinstance(outputs, int) or any(module.children()):
+        return False
+    weight = getattr(module, "weight", None)
+    return weight is None or weight.dtype not in COMPUTED or weight.numel() != inputs * outputs
+
+
+def _numbers(module: nn.Module) -> int:
+    """Numbers that a packed map stands for."""
+    bias: Any = getattr(module, "bias", None)
+    own: Any = module
+    return int(own.in_features * own.out_features) + (0 if bias is None else int(bias.numel()))
 
 
 def count_resting(parts: Iterable[Part]) -> int:

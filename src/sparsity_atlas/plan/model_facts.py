@@ -207,6 +207,9 @@ def _dtype(settings: dict[str, Any], model: PreTrainedModel) -> str:
 
 def _described(part: dict[str, Any]) -> dict[str, int]:
     """Of a part's tensors, as proved by an earlier run."""
+    if part.get("part") == ATTENTION:
+        own = part["attention"]
+        return {"qkv_input": own["hidden"], "o_input": own["width"]}
     # Of routed experts, which are K for a token.
     width = part["width"] * part.get("each", 1)
     routing = dict.fromkeys(ROUTING, part["each"]) if "each" in part else {}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.sites.shaping import PLAIN, Shaping
 
 # Those that the search tries, commonest first: of several names of one function only one.
 ACTIVATIONS = (
@@ -30,6 +31,12 @@ class Activation:
     path: str | None = None
     module: nn.Module | None = None
     """The module whose output is g: none for a function, or where several layers share it."""
+    before: Shaping = PLAIN
+    """What becomes of the map's output first."""
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """What the model makes of the output of a map."""
+        return self.function(self.before(values))
 
 
 def activation_function(name: str) -> Callable[[Tensor], Tensor]:

@@ -88,14 +88,21 @@ def blocks(parts: Sequence[Part], ids: Tensor) -> list[Block]:
 
 
 def layer_path(layer: int, parts: Iterable[Part]) -> str:
-    """The largest module around a layer's parts that holds no other's. Empty if there is none."""
+    """The largest module around a layer's parts that holds no other's. Empty if there is none.
+
+    It is a member of a list of modules, where there is one that is.
+    """
     own: list[str] = []
     others: list[str] = []
     for part in parts:
         (own if part.layer == layer else others).extend(part.paths)
+        model = part.model
     steps = own[0].split(".")
-    for count in range(1, len(steps)):
-        place = ".".join(steps[:count])
-        if not any(path.startswith(f"{place}.") for path in others):
-            return place
-    return ""
+    around = [".".join(steps[:count]) for count in range(1, len(steps))]
+    alone = [place for place in around if not any(path.startswith(f"{place}.") for path in others)]
+    listed = (
+        place
+        for place in alone
+        if isinstance(model.get_submodule(place.rpartition(".")[0]), nn.ModuleList)
+    )
+    return next(listed, next(iter(alone), ""))

@@ -14,6 +14,7 @@ from sparsity_atlas.sites.experts.mixture import bind_experts
 from sparsity_atlas.sites.ffn import FFN
 from sparsity_atlas.sites.part import Part, by_layer
 from sparsity_atlas.sites.projection import Projection
+from sparsity_atlas.sites.shaping import Shaping
 from sparsity_atlas.terms import ATTENTION, EXPERTS
 from sparsity_atlas.terms import FFN as DENSE
 
@@ -21,14 +22,17 @@ from sparsity_atlas.terms import FFN as DENSE
 def describe_parts(parts: Sequence[Part]) -> list[dict[str, Any]]:
     """What `bind_parts` needs to find the parts again, as JSON: a layer's FFN, its attention within.
 
+    A layer that is an attention alone is an entry that says so (`part`); a layer without a part is none.
+
     Args:
         parts: of one model, layer by layer.
     """
     described = []
     for own in by_layer(parts).values():
         attention = next((part.describe() for part in own if part.name == ATTENTION), None)
-        first, *others = [part.describe() for part in own if part.name != ATTENTION]
-        described += [{**first, "attention": attention}, *others]
+        alone = {"layer": own[0].layer, "part": ATTENTION}
+        beside = [part.describe() for part in own if part.name != ATTENTION] or [alone]
+        described += [{**beside[0], "attention": attention}, *beside[1:]]
     return described
 
 
@@ -47,17 +51,15 @@ def bind_parts(model: nn.Module, descriptions: list[dict[str, Any]]) -> list[Par
     """
     parts: list[Part] = []
     for entry in descriptions:
-        beside: Part
-        if entry.get("part") == EXPERTS:
-            _find(model, entry["path"])
-            beside = bind_experts(entry, model)
-        else:
-            beside = _bind_ffn(model, entry)
         # A manifest of an earlier release has none.
         attention = entry.get("attention")
         if attention is not None:
             parts.append(_bind_attention(model, entry["layer"], attention))
-        parts.append(beside)
+        if entry.get("part") == EXPERTS:
+            _find(model, entry["path"])
+            parts.append(bind_experts(entry, model))
+        elif entry.get("part") != ATTENTION:
+            parts.append(_bind_ffn(model, entry))
     return parts
 
 
@@ -89,15 +91,18 @@ def _bind_ffn(model: nn.Module, entry: dict[str, Any]) -> FFN:
         model=model,
         overwritten=entry["overwritten"],
         name=entry.get("part", DENSE),
+        shaping=Shaping(**entry.get("shaping", {})),
+        norm=Projection(entry["norm"], _find(model, entry["norm"])) if "norm" in entry else None,
     )
 
 
 def _activation(model: nn.Module, entry: dict[str, Any]) -> Activation:
+    before = Shaping(**entry.get("before", {}))
     if entry["module"] is None:
-        return Activation(entry["name"], activation_function(entry["name"]))
+        return Activation(entry["name"], activation_function(entry["name"]), before=before)
     module = _find(model, entry["module"])
     own = None if entry["shared"] else module
-    return Activation(entry["name"], module.forward, entry["module"], own)
+    return Activation(entry["name"], module.forward, entry["module"], own, before)
 
 
 def _find(model: nn.Module, path: str) -> nn.Module:

@@ -1,4 +1,10 @@
-"""One layer's FFN, bound to the modules that compute its factors and its output."""
+"""One layer's FFN, bound to the modules that compute its factors and its output.
+
+Beside W_d(u ⊙ g) itself, three things that models do in between are known: bounds and offsets of a factor,
+the cut of a gate's row (`Shaping`), and a norm of u ⊙ g. `intermediate` is what the down projection reads:
+behind a norm that differs from u ⊙ g, and there are no sites `up` and `gate`, since a dropped entry of a
+factor would change all others.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +20,29 @@ from sparsity_atlas.sites.forward_watch import ForwardWatch
 from sparsity_atlas.sites.module_hooks import on_input, on_output
 from sparsity_atlas.sites.part import Given, Observer, Rewriter, Vectors, within_one_output
 from sparsity_atlas.sites.projection import Projection
+from sparsity_atlas.sites.shaping import PLAIN, Shaping
 from sparsity_atlas.terms import ATTENTION_TENSORS, STORED, TENSORS, PlaceKey
 from sparsity_atlas.terms import FFN as DENSE
 
 
 @dataclass(frozen=True, eq=False)
 class FFN:
-    """One layer's FFN(x) = W_d(u ⊙ g) with u = W_u x, g = σ(W_g x); ungated: W_d σ(W_u x). A `Part`."""
+    """One layer's FFN(x) = W_d(u ⊙ g) with u = W_u x, g = σ(W_g x); ungated: W_d σ(W_u x). A `Part`.
+
+    Attributes:
+        layer: index of the decoder's layer.
+        hidden: entries of its input.
+        width: entries of the factors.
+        up: W_u.
+        gate: W_g; None without one.
+        activation: σ.
+        down: W_d.
+        model: whose layer it is.
+        overwritten: the model computes in place: u or g are gone when the down projection runs.
+        name: which part of the layer it is.
+        shaping: what becomes of W_u x before it is u.
+        norm: of u ⊙ g, before W_d.
+    """
 
     layer: int
     hidden: int
@@ -31,8 +53,9 @@ class FFN:
     down: Projection
     model: nn.Module = field(repr=False)
     overwritten: bool = False
-    """The model computes in place: u or g are gone when the down projection runs."""
     name: str = DENSE
+    shaping: Shaping = PLAIN
+    norm: Projection | None = None
 
     @property
     def gated(self) -> bool:
@@ -42,7 +65,7 @@ class FFN:
     @property
     def tensors(self) -> tuple[str, ...]:
         """See `Part.tensors`."""
-        if not self.gated:
+        if not self.gated or self.norm is not None:
             return ("input", "intermediate")
         return tuple(name for name in STORED if name not in ATTENTION_TENSORS)
 
@@ -54,8 +77,8 @@ class FFN:
     @property
     def paths(self) -> tuple[str, ...]:
         """See `Part.paths`."""
-        maps = (self.down, self.up, *(() if self.gate is None else (self.gate,)))
-        return tuple(dict.fromkeys(place.path for place in maps))
+        maps = (self.down, self.up, self.gate, self.norm)
+        return tuple(dict.fromkeys(place.path for place in maps if place is not None))
 
     def rows_are_tokens(self, tensor: str) -> bool:
         """See `Part.rows_are_tokens`."""
@@ -100,19 +123,23 @@ class FFN:
         """
         # forward() and not the module itself: hooks see only what the model computes.
         output = self.up.module.forward(x)
-        u = self.up.columns(output)
+        u = self.shaping(self.up.columns(output))
         if self.gate is None:
             return u, None
         if self.gate.module is not self.up.module:
             output = self.gate.module.forward(x)
-        return u, self.activation.function(self.gate.columns(output))
+        return u, self.activation(self.gate.columns(output))
 
     def intermediate(self, x: Tensor) -> Tensor:
         """The input [..., d_ff] of the down projection, recomputed from x [..., d]."""
-        return self._product(*self.factors(x))
+        return self._read(self._product(*self.factors(x)))
 
     def _product(self, u: Tensor, g: Tensor | None) -> Tensor:
-        return self.activation.function(u) if g is None else u * g
+        return self.activation(u) if g is None else u * g
+
+    def _read(self, product: Tensor) -> Tensor:
+        """What the down projection reads."""
+        return product if self.norm is None else self.norm(product)
 
     def recompute(self, given: Given, tensor: str) -> Tensor:
         """See `Part.recompute`."""
@@ -122,7 +149,7 @@ class FFN:
         u, g = self.factors(x)
         if tensor == "gate" and g is not None:
             return g
-        return u if tensor == "up" else self._product(u, g)
+        return u if tensor == "up" else self._read(self._product(u, g))
 
     def within(self, site: str) -> tuple[str, ...]:
         """See `Part.within`: whatever is dropped changes the one output."""
@@ -149,6 +176,7 @@ class FFN:
         i = changed("up", u, self._product(u, g))
         if g is not None:
             i = changed("gate", g, i)
+        i = self._read(i)
         return self.down(changed("intermediate", i, i))
 
     def observe(self, stack: ExitStack, forwards: ForwardWatch, tensor: str, act: Observer) -> None:
@@ -190,7 +218,11 @@ class FFN:
         """Hook where a factor is made: `act` sees u, or g after the nonlinearity, by token."""
         activation, key = self.activation, self._key(tensor)
         if tensor == "up":
-            on_output(stack, forwards, key, self.up, self.up.columns, act)
+
+            def factor(output: Tensor) -> Tensor:
+                return self.shaping(self.up.columns(output))
+
+            on_output(stack, forwards, key, self.up, factor, act)
         elif activation.module is not None:
             made = Projection(str(activation.path), activation.module)
             on_output(stack, forwards, key, made, made.columns, act)
@@ -199,7 +231,7 @@ class FFN:
             assert gate is not None
 
             def value(output: Tensor) -> Tensor:
-                return activation.function(gate.columns(output))
+                return activation(gate.columns(output))
 
             on_output(stack, forwards, key, gate, value, act)
 
@@ -223,9 +255,16 @@ class FFN:
                 "name": self.activation.name,
                 "module": self.activation.path,
                 "shared": self.activation.path is not None and self.activation.module is None,
+                **_unless_plain("before", self.activation.before),
             },
             "down": place(self.down),
             "overwritten": self.overwritten,
             # What a manifest of an earlier release has no name for is a dense FFN.
             **({} if self.name == DENSE else {"part": self.name}),
+            **_unless_plain("shaping", self.shaping),
+            **({} if self.norm is None else {"norm": self.norm.path}),
         }
+
+
+def _unless_plain(key: str, shaping: Shaping) -> dict[str, Any]:
+    return {} if shaping == PLAIN else {key: shaping.describe()}

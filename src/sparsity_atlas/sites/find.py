@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -12,24 +13,33 @@ import torch
 from torch import nn
 
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.sites.activation import ACTIVATIONS, Activation
+from sparsity_atlas.sites.activation import ACTIVATIONS
+from sparsity_atlas.sites.attention import Attention
+from sparsity_atlas.sites.block import layer_path
 from sparsity_atlas.sites.descriptions import bind_parts, describe_parts
 from sparsity_atlas.sites.experts.discovery import find_experts
 from sparsity_atlas.sites.experts.mixture import Experts
+from sparsity_atlas.sites.experts.routed import RoutedExperts
 from sparsity_atlas.sites.ffn import FFN
 from sparsity_atlas.sites.hooks import intercept, observe, observe_places, transform
 from sparsity_atlas.sites.offloading import device_of
 from sparsity_atlas.sites.part import Part, Vectors, having, sites_of
-from sparsity_atlas.sites.probe.attention_probe import find_attention
+from sparsity_atlas.sites.probe.attention_probe import Layer, find_attention
 from sparsity_atlas.sites.probe.ffn_probe import Search
-from sparsity_atlas.sites.probe.hypotheses import Hypothesis
-from sparsity_atlas.sites.probe.layers import as_named, check_run_once, one_a_layer
+from sparsity_atlas.sites.probe.layers import (
+    as_named,
+    check_own_weights,
+    check_run_once,
+    not_found,
+)
 from sparsity_atlas.sites.probe.mixed_layers import (
     MixedLayer,
     check_nothing_beside,
+    dense_layers,
     mixed_layers,
+    unexplained,
 )
-from sparsity_atlas.sites.probe.naming import expand
+from sparsity_atlas.sites.probe.naming import NamedFFN, expand
 from sparsity_atlas.sites.probe.proof import prove, proves_attention
 from sparsity_atlas.sites.probe.router_probe import routing_ffns
 from sparsity_atlas.terms import SITES, STORED, TENSORS
@@ -64,8 +74,9 @@ def find_parts(model: nn.Module, modules: dict[str, str] | None = None) -> list[
             `gate_up` with `order`; `activation`. Module paths, {layer} for the layer's number.
 
     Returns:
-        Layer by layer, in the order of execution: the attention, where every layer shows one, the FFN or
-        shared expert, and the routed experts.
+        Layer by layer, in the order of execution: the attention, where every layer that has one shows it,
+        the FFN or shared expert, and the routed experts. Of a layer without a part there is none; a layer's
+        number is the decoder's.
 
     Raises:
         AtlasError: an FFN or experts that are not found or not proved.
@@ -86,27 +97,54 @@ def find_parts(model: nn.Module, modules: dict[str, str] | None = None) -> list[
                 "modules: names the FFN of every layer; this model is a mixture of experts, whose parts are "
                 "found without"
             )
+        alone = None if sees_earlier_only(text) else forward_of(model, ids.reshape(-1, 1))
+        probe = _Probe(model, named, routed, layers, _named_functions(text), run, shape, alone)
+        try:
+            return probe.parts(shaped=False)
+        except AtlasError:
+            # What bounds, shifts, cuts or norms do is looked for where it is needed only.
+            return probe.parts(shaped=True)
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """One search for all parts of a model.
+
+    Attributes:
+        model: in evaluation mode.
+        named: the user's naming.
+        routed: the modules of experts, by path.
+        layers: how many there are, if the configuration says.
+        functions: names of functions that the configuration has.
+        run: a forward pass.
+        shape: sequences and tokens of it.
+        alone: see `find_attention`.
+    """
+
+    model: nn.Module
+    named: list[NamedFFN] | None
+    routed: dict[str, RoutedExperts]
+    layers: int | None
+    functions: tuple[str, ...]
+    run: Callable[..., Any]
+    shape: tuple[int, int]
+    alone: Callable[[], Any] | None
+
+    def parts(self, *, shaped: bool) -> list[Part]:
+        """See `find_parts`; `shaped`: see `Search`."""
+        model, run = self.model, self.run
         with ExitStack() as stack:
-            search = Search(model, ids.numel(), named, _named_functions(text), routed)
+            tokens = self.shape[0] * self.shape[1]
+            search = Search(model, tokens, self.named, self.functions, self.routed, shaped)
             search.attach(stack)
             run()
         check_run_once(search.findings)
-        if named is not None:
-            found = [MixedLayer("", one, None) for one in as_named(search.findings, named)]
-        elif routed:
-            found = mixed_layers(model, search.findings, routed, layers)
-        else:
-            found = [
-                MixedLayer("", one, None) for one in one_a_layer(model, search.findings, layers)
-            ]
-        ffns = [
-            _bind(model, layer, search, one.ffn, one.name)
-            for layer, one in enumerate(found)
-            if one.ffn is not None
-        ]
+        found = self._layers(search)
+        check_own_weights(one.ffn for one in found if one.ffn is not None)
+        ffns = [_bind(model, one, search) for one in found if one.ffn is not None]
         experts = [
-            Experts(layer, routed[one.experts], model)
-            for layer, one in enumerate(found)
+            Experts(one.number, self.routed[one.experts], model)
+            for one in found
             if one.experts is not None
         ]
         # Layers that run again must not find their own keys in a cache.
@@ -115,14 +153,47 @@ def find_parts(model: nn.Module, modules: dict[str, str] | None = None) -> list[
         for part in experts:
             if part.layer not in {ffn.layer for ffn in ffns}:
                 check_nothing_beside(model, found[part.layer], search.findings)
-        routes = {path: one.count for path, one in routed.items()}
         beside: list[Part] = [*ffns, *experts]
-        alone = None if sees_earlier_only(text) else forward_of(model, ids.reshape(-1, 1))
-        attention = find_attention(model, beside, run, shape, routes, alone)
-        if attention is None or not proves_attention(attention, run):
-            attention = []
+        attention = self._attention(found, beside, search)
         # A stable sort: of each layer its attention first, its experts last.
         return sorted([*attention, *beside], key=lambda part: part.layer)
+
+    def _layers(self, search: Search) -> list[MixedLayer]:
+        findings = search.findings
+        if self.named is not None:
+            own = as_named(findings, self.named)
+            return [MixedLayer(number, "", one) for number, one in enumerate(own)]
+        if self.routed:
+            return mixed_layers(self.model, findings, self.routed, self.layers)
+        return dense_layers(self.model, findings, self.layers)
+
+    def _attention(
+        self, found: list[MixedLayer], beside: list[Part], search: Search
+    ) -> list[Attention]:
+        """The attentions, if all layers that have one show it.
+
+        Raises:
+            AtlasError: a layer holds nothing that is proved, and something else.
+        """
+        known = {}
+        for one in found:
+            own = [path for part in beside if part.layer == one.number for path in part.paths]
+            path = one.path or layer_path(one.number, beside)
+            count = None if one.experts is None else self.routed[one.experts].count
+            known[one.number] = Layer(path, frozenset(own), one.experts, count)
+        attention, complete = find_attention(self.model, known, self.run, self.shape, self.alone)
+        if not (attention and proves_attention(attention, self.run)):
+            attention = []
+        bare = unexplained(self.model, found, [one.layer for one in attention])
+        if bare is not None and not self.routed:
+            raise AtlasError(not_found(self.model, search.findings, self.layers))
+        if bare is not None:
+            raise AtlasError(
+                f"{type(self.model).__name__}: layer {bare.number} ({bare.path}) holds 0 FFNs that a probe "
+                "proves and 0 modules of experts, and its maps are neither all those of an attention nor "
+                "those of a state-space mixer"
+            )
+        return attention if complete else []
 
 
 def sees_earlier_only(config: Any) -> bool:
@@ -144,12 +215,14 @@ def _forward(model: nn.Module, ids: torch.Tensor) -> Any:
     return forward_of(model, ids)()
 
 
-def _bind(model: nn.Module, layer: int, search: Search, entry: Hypothesis, name: str) -> FFN:
+def _bind(model: nn.Module, layer: MixedLayer, search: Search) -> FFN:
+    entry = layer.ffn
+    assert entry is not None, "only layers with an FFN are bound"
     activation = entry.activation
     if activation.path is not None and search.findings.calls[activation.path] > 1:
-        activation = Activation(activation.name, activation.function, activation.path)
+        activation = replace(activation, module=None)
     return FFN(
-        layer=layer,
+        layer=layer.number,
         hidden=entry.hidden,
         width=entry.width,
         up=entry.up,
@@ -157,7 +230,9 @@ def _bind(model: nn.Module, layer: int, search: Search, entry: Hypothesis, name:
         activation=activation,
         down=entry.down,
         model=model,
-        name=name,
+        name=layer.name,
+        shaping=entry.shaping,
+        norm=entry.norm,
     )
 
 

@@ -16,7 +16,7 @@ from sparsity_atlas.sites.part import (
     Rewriter,
     Vectors,
     by_layer,
-    layer_sites,
+    sites_of,
 )
 from sparsity_atlas.terms import SITES, STORED, TENSORS
 
@@ -28,14 +28,19 @@ def _tensors(parts: Sequence[Part], sites: Iterable[str]) -> list[str]:
     for site in sites:
         if site not in SITES:
             raise AtlasError(f"unknown site '{site}'; known: {', '.join(SITES)}")
-        for layer, own in by_layer(parts).items():
-            there = layer_sites(own)
-            if site not in there:
-                raise AtlasError(
-                    f"site '{site}': layer {layer} has none; its sites are {', '.join(there)}"
-                )
+        if site not in sites_of(parts):
+            layer, there = _without(parts, site)
+            raise AtlasError(
+                f"site '{site}': layer {layer} has none; its sites are {', '.join(there)}"
+            )
         names.update(TENSORS[site])
     return [name for name in STORED if name in names]
+
+
+def _without(parts: Sequence[Part], site: str) -> tuple[int, tuple[str, ...]]:
+    """The first layer without a site that not all have, and the sites that it has."""
+    layers = {layer: sites_of(own) for layer, own in by_layer(parts).items()}
+    return next((layer, there) for layer, there in layers.items() if site not in there)
 
 
 @contextmanager

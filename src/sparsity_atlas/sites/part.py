@@ -220,20 +220,15 @@ def by_layer(parts: Iterable[Part]) -> dict[int, list[Part]]:
     return layers
 
 
-def layer_sites(parts: Sequence[Part]) -> tuple[str, ...]:
-    """The sites that all parts of one layer have."""
-    return tuple(site for site in SITES if all(_have(parts, name) for name in TENSORS[site]))
+def sites_of(parts: Iterable[Part]) -> tuple[str, ...]:
+    """The sites that all parts concerned have, of which there must be one: layers may lack such a part."""
+    every = list(parts)
+    return tuple(site for site in SITES if all(_have(every, name) for name in TENSORS[site]))
 
 
 def _have(parts: Sequence[Part], tensor: str) -> bool:
     concerned = [one for one in parts if (one.name == ATTENTION) == (tensor in ATTENTION_TENSORS)]
     return bool(concerned) and all(tensor in one.tensors for one in concerned)
-
-
-def sites_of(parts: Iterable[Part]) -> tuple[str, ...]:
-    """The sites that every layer has."""
-    layers = [layer_sites(own) for own in by_layer(parts).values()]
-    return tuple(site for site in SITES if all(site in own for own in layers))
 
 
 def chosen(parts: Sequence[Part], site: str) -> tuple[list[Part], str]:
@@ -255,7 +250,7 @@ def within_one_output(site: str) -> tuple[str, ...]:
 
 
 class Measures(TypedDict):
-    """A model's sizes: its layers, the entries of its residual stream and of its widest FFN."""
+    """A model's sizes: its decoder's layers, the entries of its residual stream and of its widest FFN."""
 
     layers: int
     hidden: int
@@ -265,8 +260,13 @@ class Measures(TypedDict):
 def measure(parts: Sequence[Part]) -> Measures:
     """The sizes of the model whose parts these are."""
     beside = [part for part in parts if part.name != ATTENTION]
+    config: Any = getattr(parts[0].model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    said = getattr(text, "num_hidden_layers", None)
+    # Layers without a part count, too, and the last may be one.
+    known = 1 + max(part.layer for part in parts)
     return {
-        "layers": len(by_layer(parts)),
+        "layers": max(known, said) if isinstance(said, int) else known,
         "hidden": beside[0].size("input"),
         "width": max(part.size("intermediate") for part in beside),
     }

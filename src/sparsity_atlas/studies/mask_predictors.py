@@ -22,7 +22,6 @@ from sparsity_atlas.criteria.base import Criterion
 from sparsity_atlas.criteria.place import matrix
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.sites.ffn import FFN
-from sparsity_atlas.sites.offloading import device_of
 from sparsity_atlas.sites.projection import Projection
 from sparsity_atlas.sparsify.attach import dropping
 from sparsity_atlas.studies.mask_table import PREDICTED, RECALL
@@ -40,16 +39,16 @@ FEW_ENTRIES = 1 << 24
 class LowRank:
     """A linear map with its weight cut to the largest singular values, its bias as it is."""
 
-    def __init__(self, projection: Projection, width: int) -> None:
+    def __init__(self, projection: Projection, width: int, like: Tensor) -> None:
         """Decompose a map.
 
         Args:
             projection: the map.
             width: entries that it reads.
+            like: of the type and on the device of these.
         """
-        weight = matrix(projection, width)
-        dtype = next(projection.module.parameters()).dtype
-        zero = torch.zeros(1, width, dtype=dtype, device=device_of(projection.module))
+        weight = matrix(projection, width, like)
+        zero = like.new_zeros(1, width)
         self._bias = projection(zero).float()
         left, values, self._right = torch.linalg.svd(weight, full_matrices=False)
         self._left = left * values
@@ -66,18 +65,26 @@ class CutFFN:
     def __init__(self, ffn: FFN) -> None:
         """Decompose the maps of an FFN."""
         self._ffn = ffn
-        self._up = LowRank(ffn.up, ffn.hidden)
-        self._gate = None if ffn.gate is None else LowRank(ffn.gate, ffn.hidden)
+        like = self._like = ffn.up.like(ffn.model)
+        self._up = LowRank(ffn.up, ffn.hidden, like)
+        self._gate = None if ffn.gate is None else LowRank(ffn.gate, ffn.hidden, like)
 
     def __call__(self, x: Tensor, tensor: str, rank: int) -> Tensor:
         """One of PREDICTABLE for rows of the input [rows, hidden], float32."""
-        function = self._ffn.activation.function
+        ffn = self._ffn
         if self._gate is None:
-            return function(self._up(x, rank))
+            return self._read(ffn.activation(self._up(x, rank)))
         if tensor == "up":
-            return self._up(x, rank)
-        gate = function(self._gate(x, rank))
-        return gate if tensor == "gate" else gate * self._up(x, rank)
+            return ffn.shaping(self._up(x, rank))
+        gate = ffn.activation(self._gate(x, rank))
+        if tensor == "gate":
+            return gate
+        return self._read(gate * ffn.shaping(self._up(x, rank)))
+
+    def _read(self, product: Tensor) -> Tensor:
+        """What the down projection reads."""
+        norm = self._ffn.norm
+        return product if norm is None else norm(product.to(self._like)).float()
 
 
 class Probe:

@@ -296,8 +296,10 @@ def main() -> None:
         store.check(tensor)
     with torch.no_grad():
         for layer in by_layer(parts).values():
-            rules = bind_all(criterion, layer, site, states)
             there = list(places(layer, site))
+            if not there:  # a layer without such a part
+                continue
+            rules = bind_all(criterion, layer, site, states)
             rows += [
                 {**row, "targets": targets(criterion, there, states, row["level"])}
                 for row in layer_rows(layer, store, site, rules, levels, first, masks)

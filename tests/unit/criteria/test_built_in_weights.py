@@ -124,7 +124,8 @@ def test_columns_of_a_module_that_is_no_linear() -> None:
     ffn = find_ffns(tiny_model("gpt2"))[0]  # transformers' Conv1D: transposed, with a bias
     weight = ffn.down.module.weight
     assert not isinstance(ffn.down.module, nn.Linear)
-    torch.testing.assert_close(matrix(ffn.down, ffn.width), weight.T.float())
+    found = matrix(ffn.down, ffn.width, ffn.down.like(ffn.model))
+    torch.testing.assert_close(found, weight.T.float())
 
 
 # Threshold

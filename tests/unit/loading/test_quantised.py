@@ -16,15 +16,19 @@ from transformers import AutoModelForCausalLM
 
 from mixtures import wide_mixture
 from small_configs import small_config
+from sparsity_atlas.criteria.place import matrix, places
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.loading.checkpoint import Checkpoint
 from sparsity_atlas.loading.pretrained import blank, load
 from sparsity_atlas.loading.quantised import KEY
 from sparsity_atlas.models import manifest as models
-from sparsity_atlas.sites.find import find_parts
+from sparsity_atlas.models.parameters import count_parameters
+from sparsity_atlas.sites.find import find_parts, sites_of
 from sparsity_atlas.sites.projection import Projection
+from sparsity_atlas.terms import SITES
 from tiny_lm import save_model
+from tiny_models import tiny_model
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
@@ -174,27 +178,123 @@ def test_mxfp4_in_plain_numbers(tmp_path: Path) -> None:
     assert any(part.name == "experts" for part in find_parts(model))
 
 
+GPTQ, AWQ, BNB = ({"quant_method": name, "bits": 4} for name in ("gptq", "awq", "bitsandbytes"))
+
+
 @pytest.mark.parametrize(
-    ("how", "says"),
+    ("how", "dequantise", "says"),
     [
+        (GPTQ, True, r"\(gptq\): transformers does not turn it into plain numbers; without"),
+        (AWQ, True, r"\(awq\): transformers does not turn it into plain numbers; without"),
+        ({"quant_method": "hqq"}, True, r"\(hqq\): not supported; known: fp8, .*, gptq, awq; take"),
         (
-            {"quant_method": "gptq", "bits": 4},
-            r"\(gptq\): only what transformers turns into plain numbers",
+            {"quant_method": "hqq"},
+            False,
+            r"\(hqq\): not supported; known: fp8, .*, gptq, awq; take",
         ),
-        ({"quant_method": "awq", "bits": 4}, r"\(awq\): only what transformers turns"),
-        (PACKED, "needs the package compressed-tensors: pip install compressed-tensors"),
-        ({"quant_method": "bitsandbytes"}, "needs the package bitsandbytes: pip install bitsandb"),
-        (None, "dequantise: true, but its config.json names no quantisation"),
+        (FP8, False, r"\(fp8\): say dequantise: true in the model's entry"),
+        (PACKED, True, "needs the package compressed-tensors: pip install compressed-tensors"),
+        (PACKED, False, "needs the package compressed-tensors: pip install compressed-tensors"),
+        (BNB, True, "needs the package bitsandbytes: pip install bitsandbytes"),
+        (BNB, False, "needs the package bitsandbytes: pip install bitsandbytes"),
+        (GPTQ, False, "needs the package optimum: pip install optimum"),
+        (AWQ, False, "needs the package gptqmodel: pip install gptqmodel"),
+        (None, True, "dequantise: true, but its config.json names no quantisation"),
     ],
 )
-def test_what_cannot_be_dequantised(
-    how: dict[str, Any] | None, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_cannot_be_used(
+    how: dict[str, Any] | None,
+    dequantise: bool,
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """In one line, before a weight is read: it names the package, or what to say."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None)
     content = {"model_type": "llama"} if how is None else {"model_type": "llama", KEY: how}
     (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(AtlasError, match=says):
-        Checkpoint(tmp_path, dequantise=True).config()
+    with pytest.raises(AtlasError, match=says) as caught:
+        Checkpoint(tmp_path, dequantise=dequantise).config()
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_is_merged_into_numbers_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: object())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", KEY: BNB}))
+    with pytest.raises(
+        AtlasError, match=r"an adapter is merged into plain numbers, .*dequantise: t"
+    ):
+        Checkpoint(tmp_path, adapter=tmp_path).config()
+
+
+class Packed(nn.Module):
+    """A quantised map as the libraries make them: whole numbers, a scale a row, and sizes by name."""
+
+    def __init__(self, plain: nn.Linear, *, stored: torch.dtype = torch.int8) -> None:
+        super().__init__()
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        scale = plain.weight.abs().amax(1, keepdim=True) / 127
+        self.register_buffer("packed", (plain.weight / scale).round().to(stored).flatten())
+        self.register_buffer("scale", scale.detach().flatten())
+        self.bias = plain.bias
+
+    def numbers(self) -> torch.Tensor:
+        """What it stands for."""
+        return self.packed.view(self.out_features, -1).float() * self.scale[:, None]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.numbers().to(x.dtype), self.bias)
+
+
+def packed_model() -> nn.Module:
+    """A tiny Llama of which every map of its layers is `Packed`."""
+    model = tiny_model("llama", initializer_range=0.3)
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear and "layers" in path:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, Packed(module))
+    return model
+
+
+def test_packed_maps_are_found_and_their_weights_are_what_they_stand_for() -> None:
+    plain, packed = tiny_model("llama", initializer_range=0.3), packed_model()
+    parts = find_parts(packed)
+    assert sites_of(parts) == SITES
+    assert count_parameters(packed, parts) == count_parameters(plain)
+    for place in places(parts, "all_linear_inputs"):
+        expected = torch.cat([one.module.numbers() for one in place.readers()])
+        torch.testing.assert_close(place.weight, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(place.column_norms(), expected.norm(dim=0), rtol=1e-5, atol=1e-6)
+        rows = torch.randn(3, place.width)
+        made = [one.module(rows) for one in place.readers()]
+        torch.testing.assert_close(place.outputs(rows), torch.cat(made, -1))
+
+
+class Saturated(Packed):
+    """Rounds what it reads by a scale that was fixed for other values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.clamp(-0.25, 0.25))
+
+
+def test_weights_that_unit_vectors_do_not_tell_are_refused() -> None:
+    torch.manual_seed(0)
+    like = torch.empty(0)
+    with pytest.raises(
+        AtlasError, match=r"^up \(Saturated\): its weights cannot be read: .*dequantise"
+    ):
+        matrix(Projection("up", Saturated(nn.Linear(16, 8))), 16, like)
+
+
+def test_what_overrides_a_linear_map_s_forward_is_no_plain_matrix() -> None:
+    """Some libraries leave the class, and replace what an instance does."""
+    plain = nn.Linear(4, 6)
+    plain.forward = lambda x: x @ torch.ones(4, 6)  # type: ignore[method-assign]
+    projection = Projection("up", plain)
+    assert projection.weight() is None
+    assert torch.equal(matrix(projection, 4, torch.empty(0)), torch.ones(6, 4))
 
 
 def test_bytes_are_not_taken_for_a_matrix() -> None:

@@ -16,13 +16,16 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.sites.find import TENSORS, Part, find_parts, observe, transform
 from sparsity_atlas.sites.part import by_layer, sites_of
 from sparsity_atlas.terms import FFN_SITES
-from tiny_models import HIDDEN, LAYERS, WIDTH, Strange, tiny_model, token_ids
+from tiny_models import CUT, HIDDEN, LAYERS, WIDTH, Strange, tiny_model, token_ids, top_tail
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 MaskOf = Callable[[int, str, Tensor], Tensor]
 MODELS = ("llama", "phi3", "lfm2", "gpt2", "opt", "gpt_neox", "falcon", "cohere")
-LAYOUTS = ("gate_up", "up_gate", "gated", "gated-in-place", "gated-shared", "flattened", "maps")
+LAYOUTS = (
+    *("gate_up", "up_gate", "gated", "gated-in-place", "gated-shared", "flattened", "maps"),
+    *("clamped-shifted", "clamped-shared", "clamped-after", "cut"),
+)
 
 
 def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
@@ -174,6 +177,10 @@ class ByHand:
             "up_gate": lambda x: F.gelu(x, approximate="tanh"),
             "gated": torch.sigmoid,
             "maps": F.gelu,
+            "clamped-shifted": lambda z: z.clamp(max=7) * torch.sigmoid(1.702 * z.clamp(max=7)),
+            "clamped-shared": lambda z: F.silu(z.clamp(max=10)),
+            "clamped-after": lambda z: F.silu(z).clamp(max=7),
+            "cut": lambda z: F.silu(top_tail(z, CUT)),
         }
         function = functions.get(layout, F.silu)
         for layer, block in enumerate(model.yy):
@@ -188,7 +195,15 @@ class ByHand:
                             return F.linear(x, ffn.qov.weight, ffn.qov.bias)[..., WIDTH:]
                         case "up_gate":
                             return F.linear(x, ffn.qov.weight, ffn.qov.bias)[..., :WIDTH]
-                    return F.linear(x, ffn.qov.weight, ffn.qov.bias)
+                    made = F.linear(x, ffn.qov.weight, ffn.qov.bias)
+                    match layout:
+                        case "clamped-shifted":
+                            return made.clamp(-7, 7) + 1
+                        case "clamped-shared":
+                            return made.clamp(-10, 10)
+                        case "clamped-after":
+                            return made.clamp(-7, 7)
+                    return made
 
                 def gate(x: Tensor) -> Tensor:
                     match layout:

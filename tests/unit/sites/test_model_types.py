@@ -6,7 +6,7 @@ import pytest
 import transformers
 
 from checkout import ROOT
-from type_survey import SLOW, TYPES, page, read_page, verdict
+from type_survey import NOT_TRIED, SLOW, TYPES, page, read_page, verdict
 
 TEXT = (ROOT / "docs/models.md").read_text(encoding="utf-8")
 SAID = read_page(TEXT)
@@ -25,3 +25,7 @@ def test_the_page_is_read_as_it_is_written() -> None:
     verdicts = {"one": "all eight sites", "two": "refused: no FFN", "three": "all eight sites"}
     assert read_page(page(verdicts)) == {**verdicts, "two": "no FFN"}
     assert set(SAID) >= set(TYPES) or not SAME
+
+
+def test_every_type_was_tried() -> None:
+    assert [kind for kind, said in SAID.items() if said == NOT_TRIED] == []

@@ -17,7 +17,6 @@ from sparsity_atlas.sites.find import Part, Vectors, find_parts
 from sparsity_atlas.sites.part import (
     chosen,
     having,
-    layer_sites,
     measure,
     sites_of,
 )
@@ -46,12 +45,14 @@ def test_parts_stand_in_the_order_of_a_forward_pass(parts: list[Part]) -> None:
     assert names == [(layer, name) for layer in range(LAYERS) for name in ("attention", "ffn")]
 
 
-def test_a_site_is_there_where_every_layer_has_it(parts: list[Part]) -> None:
+def test_a_site_is_there_where_every_part_of_its_kind_has_it(parts: list[Part]) -> None:
+    """A layer may be without attention, or an attention alone."""
     assert sites_of(parts) == SITES
     assert sites_of(ffns_of(parts)) == FFN_SITES
     without = [part for part in parts if (part.layer, part.name) != (1, "attention")]
-    assert sites_of(without) == FFN_SITES
-    assert layer_sites(attentions_of(parts)[:1]) == ("qkv_input", "o_input")
+    assert sites_of(without) == SITES
+    assert sites_of([attentions_of(parts)[0], ffns_of(parts)[1]]) == SITES
+    assert sites_of(attentions_of(parts)[:1]) == ("qkv_input", "o_input")
     assert sites_of(find_parts(tiny_model("gpt2"))) == (
         *("input", "intermediate", "all_inputs"),
         *ATTENTION_SITES,
@@ -61,7 +62,7 @@ def test_a_site_is_there_where_every_layer_has_it(parts: list[Part]) -> None:
 def test_of_two_parts_beside_attention_both_must_have_it(parts: list[Part]) -> None:
     """A site is sparsified in all of a layer, or it is not that layer's."""
     ungated = replace(ffns_of(parts)[0], gate=None, name="shared")
-    assert layer_sites([*parts[:2], ungated]) == (
+    assert sites_of([*parts[:2], ungated]) == (
         *("input", "intermediate", "all_inputs"),
         *ATTENTION_SITES,
     )

@@ -40,7 +40,7 @@ def test_a_cut_map_is_the_nearest_of_its_rank() -> None:
 
     x = drawn(5, 6)
     with torch.no_grad():
-        cut = LowRank(Projection("", linear), 6)
+        cut = LowRank(Projection("", linear), 6, linear.weight)
         left, values, right = np.linalg.svd(linear.weight.numpy())
         for rank in (1, 3, 6):
             weight = (left[:, :rank] * values[:rank]) @ right[:rank]

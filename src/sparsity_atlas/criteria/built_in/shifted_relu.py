@@ -8,6 +8,7 @@ import torch
 
 from sparsity_atlas.criteria.built_in.quantile import Quantile
 from sparsity_atlas.criteria.level_table import quantile_table
+from sparsity_atlas.sites.shaping import PLAIN
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +42,8 @@ class ShiftedRelu(Quantile):
         """See `Criterion.refuses`."""
         if place.part.activation is None:
             return "its gate is a function of its own, of which no inverse is known"
+        if place.part.activation.before != PLAIN:
+            return "its gate is cut or bounded before the nonlinearity, which has no inverse"
         return super().refuses(place)
 
     def calibrate(self, place: Place, sample: Sample) -> dict[str, Tensor]:

@@ -11,12 +11,13 @@ and all modules that read the same tensor are the query, key and value maps. No 
 
 An attention that does more than this (a gate on its output, keys and values through a smaller space,
 values that are normalised or shared between layers) has no such sites, nor has a layer with any other
-linear map.
+linear map. A layer whose other maps are all in a mixer with a convolution has no attention, nor one without
+such maps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -25,11 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsity_atlas.sites.attention import Attention
-from sparsity_atlas.sites.block import layer_path
-from sparsity_atlas.sites.part import Part, by_layer
 from sparsity_atlas.sites.probe.ffn_probe import linear_like
+from sparsity_atlas.sites.probe.layers import mixes_by_convolution
 from sparsity_atlas.sites.projection import Projection
-from sparsity_atlas.terms import EXPERTS
 
 # ±(1 + k/128), k from 0 to 127: exact in bfloat16.
 _DIGITS = 256
@@ -55,56 +54,72 @@ class _Call:
 _Calls = dict[str, list[_Call | None]]
 
 
+@dataclass(frozen=True)
+class Layer:
+    """What is known of a layer.
+
+    Attributes:
+        path: of its module; empty where none holds it alone.
+        own: paths of the modules of its FFN or its experts.
+        experts: path of the module of experts, if it has one.
+        count: how many experts that holds.
+    """
+
+    path: str
+    own: frozenset[str]
+    experts: str | None = None
+    count: int | None = None
+
+
 def find_attention(
     model: nn.Module,
-    parts: Sequence[Part],
+    layers: Mapping[int, Layer],
     run: Callable[[], Any],
     shape: tuple[int, int],
-    routes: Mapping[str, int] | None = None,
     alone: Callable[[], Any] | None = None,
-) -> list[Attention] | None:
-    """The attention of every layer.
+) -> tuple[list[Attention], bool]:
+    """The attention of the layers that have one.
 
     Args:
         model: in evaluation mode.
-        parts: all that its layers hold beside attention.
+        layers: by their number.
         run: one forward pass, of two sequences or more.
         shape: sequences and tokens of that pass.
-        routes: how many experts there are in a module of them, by its path.
         alone: the same over as many sequences of one token, of a model in which each token sees all others;
             None: it is causal.
 
     Returns:
-        One for each layer; None if a layer has none that the experiment shows.
+        Those that the experiment shows, and whether all other layers have none: no maps, or a mixer with a
+        convolution in its place.
     """
-    experts = {part.layer: part.paths[0] for part in parts if part.name == EXPERTS}
-    maps = linear_like(model, [*experts.values()])
-    layers = {}
-    for layer, held in by_layer(parts).items():
-        place = layer_path(layer, parts)
-        own = {path for part in held for path in part.paths}
+    maps = linear_like(model, [one.experts for one in layers.values() if one.experts is not None])
+    beside = {}
+    for number, layer in layers.items():
         # Around experts stand routers, gates of shared experts, maps to a smaller space.
-        block = _block(place, experts[layer]) if layer in experts else None
-        layers[layer] = {
+        block = None if layer.experts is None else _block(layer.path, layer.experts)
+        beside[number] = {
             path: module
             for path, module in maps.items()
-            if place and path.startswith(f"{place}.") and path not in own
+            if layer.path and path.startswith(f"{layer.path}.") and path not in layer.own
             if block is None or not path.startswith(f"{block}.")
         }
-    watched = {path: module for beside in layers.values() for path, module in beside.items()}
+    watched = {path: module for own in beside.values() for path, module in own.items()}
     calls = _replaced(watched, run, shape)
     first = None if alone is None else _replaced(watched, alone, (shape[0] * shape[1], 1))
-    found = [
-        _attention(
-            model,
-            layer,
-            [call for path in beside for call in calls[path]],
-            (routes or {}).get(experts[layer]) if layer in experts else None,
-            first,
-        )
-        for layer, beside in layers.items()
-    ]
-    return [one for one in found if one] if all(found) else None
+    found: list[Attention] = []
+    complete = True
+    for number, layer in layers.items():
+        noted = [call for path in beside[number] for call in calls[path]]
+        one = _attention(model, number, noted, layer.count, first)
+        if one is not None:
+            found.append(one)
+        elif not layer.path or (beside[number] and not _mixes_alone(model, layer)):
+            complete = False
+    return found, complete
+
+
+def _mixes_alone(model: nn.Module, layer: Layer) -> bool:
+    return mixes_by_convolution(model.get_submodule(layer.path), layer.path, layer.own)
 
 
 def _replaced(

@@ -2,9 +2,11 @@
 
 One forward pass runs in which the output of every linear-like module is replaced by random
 numbers. A module is a down projection if its input equals u ⊙ σ(g), or σ(u), of the numbers put in
-at modules before it. No name of a module, class or model is looked at. The numbers are spread over
-[-12, 12] and are different for each module, so functions that agree near zero are told apart, a
-clipped product is noticed, and no two modules agree by accident, however the model was initialised.
+at modules before it; or, in a second pass where some layers show none so, if it is the norm of such a
+product, or one whose factors are bounded, shifted or cut. No name of a module, class or model is looked at.
+The numbers are spread over [-12, 12] and are different for each module, so functions that agree near zero are
+told apart, a clipped product is noticed, and no two modules agree by accident, however the model was
+initialised.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from itertools import permutations
 from math import inf
@@ -32,16 +35,20 @@ from sparsity_atlas.sites.probe.hypotheses import (
     tolerance,
 )
 from sparsity_atlas.sites.probe.naming import NamedFFN
+from sparsity_atlas.sites.probe.shaped import shapings
 from sparsity_atlas.sites.projection import Projection
 
 # Linear maps between an FFN's up and down projection, with room for attention in parallel.
 WINDOW = 16
+# What modules that stand in for a linear one call its sizes.
+_FEATURES = ("in_features", "out_features")
 SPREAD = 12.0
 
 
 def linear_like(model: nn.Module, apart: Collection[str] = ()) -> dict[str, nn.Module]:
     """Modules that may be a linear map: the outermost with a 2-D floating `weight`, and leaves
-    that hold a 2-D floating tensor under another name. Embeddings are told apart by their input.
+    that hold a 2-D floating tensor under another name, or packed ones that say how many features go in and
+    out. Embeddings are told apart by their input.
 
     Args:
         model: the model.
@@ -56,7 +63,8 @@ def linear_like(model: nn.Module, apart: Collection[str] = ()) -> dict[str, nn.M
         children = dict(module.named_children())
         if not children:
             own += [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if path and any(_is_matrix(tensor) for tensor in own):
+        packed = not children and all(hasattr(module, name) for name in _FEATURES)
+        if path and (packed or any(_is_matrix(tensor) for tensor in own)):
             found[path] = module
             return
         for name, child in children.items():
@@ -79,6 +87,7 @@ class Search:
         named: the user's own naming: only these modules are considered, in these roles.
         preferred: names of functions to try first (the configuration's own).
         apart: paths of modules of experts, which are none of the linear maps.
+        shaped: whether to look for norms, bounds, offsets and cuts as well.
     """
 
     def __init__(
@@ -88,7 +97,9 @@ class Search:
         named: list[NamedFFN] | None = None,
         preferred: tuple[str, ...] = (),
         apart: Collection[str] = (),
+        shaped: bool = False,
     ) -> None:
+        self.shaped = shaped
         self.model = model
         self.tokens = tokens
         self.apart = apart
@@ -166,8 +177,21 @@ class Search:
 
     def _match(self, path: str, module: nn.Module, i: Tensor, hidden: int) -> None:
         """Look for factors of i among the calls so far."""
-        proved: list[Hypothesis] = []
-        closest: Hypothesis | None = None
+        found = list(self._readings(path, module, i, hidden))
+        if self.shaped and not _proved(found):
+            found += self._norms(path, module, i, hidden)
+        if self.shaped and not _proved(found):
+            found += self._shaped(path, module, i, hidden)
+        if proved := _proved(found):
+            # Of equals the first: the model's own activation module comes before a function.
+            self.findings.proved.append(min(proved, key=lambda hypothesis: hypothesis.error))
+        elif found:
+            self.findings.closest.append(min(found, key=lambda hypothesis: hypothesis.error))
+
+    def _readings(
+        self, path: str, module: nn.Module, i: Tensor, hidden: int
+    ) -> Iterator[Hypothesis]:
+        """Ways to read i as u ⊙ σ(g) or σ(u), with their errors."""
         for up, gate in self._candidates(path, i, hidden):
             limit = tolerance(up.output.dtype)
             source = gate or up
@@ -179,7 +203,7 @@ class Search:
                 else:
                     product = value() if gate is None else up.output * value()
                     error = relative_error(i, product)
-                hypothesis = Hypothesis(
+                yield Hypothesis(
                     down=Projection(path, module),
                     up=up.projection,
                     gate=gate.projection if gate is not None else None,
@@ -187,16 +211,43 @@ class Search:
                     hidden=hidden,
                     width=i.shape[-1],
                     error=error,
+                    limit=limit,
                 )
-                if error <= limit:
-                    proved.append(hypothesis)
-                elif closest is None or error < closest.error:
-                    closest = hypothesis
-        if proved:
-            # Of equals the first: the model's own activation module comes before a function.
-            self.findings.proved.append(min(proved, key=lambda hypothesis: hypothesis.error))
-        elif closest is not None:
-            self.findings.closest.append(closest)
+
+    def _norms(self, path: str, module: nn.Module, i: Tensor, hidden: int) -> Iterator[Hypothesis]:
+        """The same of what a module read that made i of it."""
+        for call in reversed(self.activations):
+            if equal(call.output, i):
+                norm = Projection(call.path, call.module)
+                for one in self._readings(path, module, call.input, hidden):
+                    yield replace(one, norm=norm)
+
+    def _shaped(self, path: str, module: nn.Module, i: Tensor, hidden: int) -> Iterator[Hypothesis]:
+        """Ways to read i as a product of two factors that are bounded, shifted or cut."""
+        if self.named is not None and path not in self.named:
+            return
+        named = self.named[path].activation if self.named is not None else None
+        calls = [call for call in reversed(self.activations) if named in (None, call.path)]
+        functions = self.functions
+        if named is not None:
+            functions = {} if named in self.paths else {named: activation_function(named)}
+        for up, gate in self._candidates(path, i, hidden):
+            if gate is None:
+                continue
+            for activation, shaping in shapings(i, up.output, gate.output, functions, calls):
+                elementwise = _is_elementwise(activation, gate.output)
+                product = shaping(up.output) * activation(gate.output)
+                yield Hypothesis(
+                    down=Projection(path, module),
+                    up=up.projection,
+                    gate=gate.projection,
+                    activation=activation,
+                    hidden=hidden,
+                    width=i.shape[-1],
+                    error=relative_error(i, product) if elementwise else inf,
+                    limit=tolerance(up.output.dtype),
+                    shaping=shaping,
+                )
 
     def _candidates(
         self, down: str, i: Tensor, hidden: int
@@ -254,6 +305,10 @@ class Search:
         for (name, function), error in zip(functions.items(), errors.tolist(), strict=True):
             if error <= tolerance(source.output.dtype) or error == best:
                 yield Activation(name, function), partial(function, source.output), error
+
+
+def _proved(found: list[Hypothesis]) -> list[Hypothesis]:
+    return [one for one in found if one.error <= one.limit]
 
 
 def _is_elementwise(activation: Activation, before: Tensor) -> bool:

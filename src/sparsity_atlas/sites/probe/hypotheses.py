@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparsity_atlas.sites.activation import Activation
 from sparsity_atlas.sites.projection import Projection
+from sparsity_atlas.sites.shaping import PLAIN, Shaping
 
 # Columns that are looked at first: few are enough to refute.
 QUICK_COLUMNS = 64
@@ -77,7 +78,20 @@ class Call:
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """An FFN's layout, and how far the down projection's input is from it (relative error)."""
+    """An FFN's layout, and how far the down projection's input is from it.
+
+    Attributes:
+        down: W_d.
+        up: W_u.
+        gate: W_g; None without one.
+        activation: σ.
+        hidden: entries of the FFN's input.
+        width: entries of the factors.
+        error: relative, of the input of the down projection.
+        limit: what rounding explains.
+        shaping: what becomes of the up projection's output before it is u.
+        norm: of the product, before the down projection.
+    """
 
     down: Projection
     up: Projection
@@ -86,6 +100,9 @@ class Hypothesis:
     hidden: int
     width: int
     error: float
+    limit: float
+    shaping: Shaping = PLAIN
+    norm: Projection | None = None
 
     def formula(self) -> str:
         """In words, for messages."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
@@ -19,9 +19,8 @@ def one_a_layer(model: nn.Module, findings: Findings, layers: int | None) -> lis
     """The decoder's FFNs, in the order of execution.
 
     They are those of a list of modules of which every member holds exactly one: a list as long as
-    the configuration has layers, else one that holds all FFNs of the model, else, where there is
-    no configuration, the longest. Without such a list, there must be as many as the configuration
-    has layers.
+    the configuration has layers, else one that holds all FFNs of the model, else, where the configuration
+    does not say, the only one. Without such a list, there must be as many as the configuration has layers.
 
     Args:
         model: the model that was searched.
@@ -43,11 +42,17 @@ def one_a_layer(model: nn.Module, findings: Findings, layers: int | None) -> lis
     for found in complete:
         if len(found) == len(findings.proved):
             return found
+    if len(complete) > 1 and layers is None:
+        raise AtlasError(
+            f"{type(model).__name__}: several lists of layers hold an FFN each, of {len(complete[0])} and "
+            f"{len(complete[1])} layers, and its configuration does not say how many its decoder has: models "
+            "of several stacks are not supported"
+        )
     if complete and layers is None:
-        return max(complete, key=len)
+        return complete[0]
     if findings.proved and len(findings.proved) == layers:
         return findings.proved
-    raise AtlasError(_not_found(model, findings, layers))
+    raise AtlasError(not_found(model, findings, layers))
 
 
 def as_named(findings: Findings, named: list[NamedFFN]) -> list[Hypothesis]:
@@ -84,11 +89,29 @@ def check_run_once(findings: Findings) -> None:
         AtlasError: a projection ran more than once in a forward pass.
     """
     for entry in findings.proved:
-        for projection in (entry.up, entry.gate, entry.down):
+        for projection in (entry.up, entry.gate, entry.norm, entry.down):
             if projection is not None and findings.calls[projection.path] != 1:
                 raise AtlasError(
                     f"{projection.path}: found {findings.calls[projection.path]} calls in one "
                     "forward pass, expected one: layers that share an FFN are not supported"
+                )
+
+
+def check_own_weights(found: Iterable[Hypothesis]) -> None:
+    """Refuse FFNs of several layers that are one: other modules with the same weights (Zamba).
+
+    Raises:
+        AtlasError: names the first two.
+    """
+    owner: dict[int, str] = {}
+    for entry in found:
+        place = entry.down.path
+        maps = (entry.up, entry.down)
+        for parameter in (one for own in maps for one in own.module.parameters()):
+            first = owner.setdefault(id(parameter), place)
+            if first != place:
+                raise AtlasError(
+                    f"{first} and {place} are the same weights: layers that share an FFN are not supported"
                 )
 
 
@@ -110,7 +133,7 @@ def _by_member(path: str, proved: list[Hypothesis]) -> dict[str, list[Hypothesis
 def _without_ffn(
     path: str, members: nn.ModuleList, inside: dict[str, list[Hypothesis]]
 ) -> str | None:
-    """Why some layers have no FFN of their own to be named, if that can be seen of them."""
+    """Why layers have no FFN of their own to be named, if that can be seen of them."""
     owner: dict[int, int] = {}
     for layer, member in enumerate(members):
         for name, parameter in member.named_parameters():
@@ -120,25 +143,26 @@ def _without_ffn(
                     f"{path}.{first} and {path}.{layer} share {name}: layers that share their weights "
                     "are not supported"
                 )
-    bare = [index for index, member in enumerate(members) if _only_mixes(member)]
-    if not bare or any(inside.get(str(index)) for index in bare):
-        return None
-    if len(bare) == len(members):
+    if not inside and all(mixes_by_convolution(member, "", ()) for member in members):
         return "a state-space model: its layers have no FFN, whose activations could be sparse"
-    return (
-        f"layers without an FFN: {len(bare)} of {len(members)}, the first is {path}.{bare[0]}, a "
-        "state-space mixer: only models with an FFN in each layer are supported"
-    )
+    return None
 
 
-def _only_mixes(layer: nn.Module) -> bool:
-    """Whether all matrices of a layer are beside a convolution over the tokens, in a state-space mixer.
+def mixes_by_convolution(layer: nn.Module, path: str, own: Iterable[str]) -> bool:
+    """Whether a layer's matrices beside its parts are all within one mixer with a convolution over tokens.
 
-    Where a layer has an FFN too, that is another child of it.
+    Such is a state-space model's, or a short convolution: no attention, and no FFN.
+
+    Args:
+        layer: its module.
+        path: of that module.
+        own: paths of its parts' modules; none of a layer that has no other part.
     """
+    held = [one.removeprefix(f"{path}.") for one in own]
     children = [
         child
-        for child in layer.children()
+        for name, child in layer.named_children()
+        if not any(one == name or one.startswith(f"{name}.") for one in held)
         if any(parameter.dim() == 2 for parameter in child.parameters())
     ]
     return len(children) == 1 and any(
@@ -147,7 +171,8 @@ def _only_mixes(layer: nn.Module) -> bool:
     )
 
 
-def _not_found(model: nn.Module, findings: Findings, layers: int | None) -> str:
+def not_found(model: nn.Module, findings: Findings, layers: int | None) -> str:
+    """What to say where layers are left whose FFN no probe proves."""
     lists = [entry for entry in module_lists(model) if layers in (None, len(entry[1]))]
     shown: nn.Module = model
     place, template = "the model", "<layers>.{layer}"

@@ -85,10 +85,6 @@ def test_factors_make_the_product(family: str, name: str) -> None:
 # Models of which a part is not found or not proved, and what is said.
 REFUSED = {
     "axk2": "holds 2 FFNs that a probe proves",
-    "deepseek_v4": "shared_experts .* seems to be a shared expert, which no probe proves",
-    "glm5_next_text": "holds 0 FFNs that a probe proves and 0 modules of experts",
-    "minimax_m3_vl_text": "shared_experts .* seems to be a shared expert, which no probe proves",
-    "nemotron_h": "holds 0 FFNs that a probe proves and 0 modules of experts",
 }
 
 

@@ -73,7 +73,7 @@ def test_what_the_search_cannot_tell_apart_is_taken_as_named() -> None:
             "is not yy.0.k3.qov ⊙ silu(yy.0.k3.mub), the best fit of what was named: relative error",
         ),
         ("gate_up", FUSED | {"order": "up_gate"}, "yy.0.k3.qov[half 0] ⊙ "),
-        ("clamped", GATED, "yy.0.k3.qov ⊙ "),
+        ("scaled", GATED, "yy.0.k3.qov ⊙ "),
         ("gated", UNGATED, "is not "),
         ("gated", GATED | {"up": "yy.{layer}.k2.jx"}, "do not fit together"),
         ("other-input", GATED, "do not fit together"),
