@@ -266,6 +266,15 @@ FIGURES = {
         "bands and levels as in the figures before.",
         missed=False,
     ),
+    "cett": Entry(
+        "What leaving out small neurons costs",
+        "Neurons",
+        ("masks",),
+        "CETT over the share of entries that lie below a threshold, the same in all layers, of the norm of "
+        "what a neuron adds: the norm of what is left out over the norm of the FFN's output, mean over "
+        "tokens and layers. A point is a threshold. It follows from activations alone, and no criterion.",
+        missed=False,
+    ),
     "local_dimension": Entry(
         "Local intrinsic dimension by layer",
         "Layers",

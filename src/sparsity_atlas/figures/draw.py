@@ -21,7 +21,13 @@ from sparsity_atlas.figures import (
     score_curves,
     twin_curves,
 )
-from sparsity_atlas.figures.studies import local_dimension, neurons, rank_correlations, recall
+from sparsity_atlas.figures.studies import (
+    cett_curve,
+    local_dimension,
+    neurons,
+    rank_correlations,
+    recall,
+)
 from sparsity_atlas.figures.style import SUFFIXES, arrange, save, styled
 from sparsity_atlas.tables.read import Tables, read_tables
 
@@ -54,6 +60,7 @@ DRAW: dict[str, Callable[[Tables], Figure]] = {
     "position_sparsity": neurons.position,
     "neuron_frequency": neurons.frequency,
     "mask_recall": recall.recall,
+    "cett": cett_curve.cett,
     "local_dimension": local_dimension.local_dimension,
     "effective_rank": by_layer.effective_rank,
     "magnitudes": by_layer.magnitudes,

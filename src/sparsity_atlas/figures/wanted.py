@@ -39,6 +39,7 @@ def wanted(config: Config) -> list[str]:
             and _may_ask(config, local_files.GENERATED, "loglikelihood"),
         ),
         "mask_recall": config.studies.predictors is not None,
+        "cett": config.studies.cett is not None,
         "local_dimension": config.studies.lid is not None,
         "sensitivity": any(curve.sensitivity for curve in curves),
         **dict.fromkeys(

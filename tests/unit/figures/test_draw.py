@@ -320,6 +320,7 @@ def test_many_models_fit_on_a_page_and_the_figure_says_what_is_left_out(tmp_path
                 # One panel for all models, and what was not asked for.
                 "foretelling",
                 "mask_recall",
+                "cett",
                 "local_dimension",
             ):
                 assert re.search(r"\d+ of 50 shown", words(figure)), name

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from fake_results import make_results, make_tables
-from sparsity_atlas.figures.studies import local_dimension, neurons, recall
+from sparsity_atlas.figures.studies import cett_curve, local_dimension, neurons, recall
 from sparsity_atlas.figures.style import NothingToShow
 from sparsity_atlas.tables.read import Tables
 
@@ -70,6 +70,22 @@ def test_recall_is_drawn_over_the_rank(tables: Tables) -> None:
     assert "topp 0.75" in ax.get_title()
     measured = [line for line in ax.lines if line.get_marker() not in ("None", None)]
     assert [line.get_ydata().tolist() for line in measured] == [[2 / 16, 8 / 16, 1]] * 2
+
+
+def test_cett_is_drawn_over_the_share_below_each_threshold_once_a_model(tables: Tables) -> None:
+    assert isinstance(cett_curve.cett(tables), NothingToShow)
+    key = {"model": "m", "site": "intermediate", "tensor": "intermediate", "level": "dense"}
+    made = pd.DataFrame(
+        [
+            {**key, "criterion": criterion, "quantity": quantity, "at": at, "value": value}
+            for criterion in ("topp", "topk")
+            for at, share, lost in ((0.1, 0.6, 0.3), (0.01, 0.2, 0.05))
+            for quantity, value in (("cett_sparsity", share), ("cett", lost))
+        ]
+    )
+    (ax,) = cett_curve.cett(replace(tables, masks=pd.concat([tables.masks, made]))).axes
+    (line,) = ax.lines
+    assert line.get_xydata().tolist() == [[0.2, 0.05], [0.6, 0.3]]
 
 
 def test_local_dimension_is_drawn_where_it_was_estimated(tables: Tables) -> None:

@@ -25,7 +25,7 @@ ALLOCATED = {"allocation", "allocation_damage"}
 ROUTED = {"expert_sparsity", "expert_load"}
 DENOISED = {"step_sparsity", "step_overlap", "step_layers"}
 # Of five models, or named in `studies`.
-ASKED_FOR = {"foretelling", "mask_recall", "local_dimension"}
+ASKED_FOR = {"foretelling", "mask_recall", "local_dimension", "cett"}
 PHASES, TWINS = {"phase_sparsity"}, {"twins"}
 TASKS = str(ROOT / "workflow/resources/tasks")
 ONE = {"models": ["a"], "criteria": ["topp"], "sites": ["input", "up"], "tasks": ["prose"]}

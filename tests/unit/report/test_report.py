@@ -139,6 +139,7 @@ def test_every_figure_and_every_model_is_there(finished, text):
         "twins",
         "foretelling",
         "mask_recall",
+        "cett",
         "local_dimension",
         "phase_sparsity",
         "expert_sparsity",
