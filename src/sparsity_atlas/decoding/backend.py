@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,9 @@ def activated(gates: Tensor, activation: str) -> Tensor:
 class Backend(Protocol):
     """Products of one kind of device; all return [tokens, outputs] of the type of what they are given."""
 
+    fuses: ClassVar[bool]
+    """Whether a product compares entries with constants itself."""
+
     def by_inputs(self, vector: Vector, transposed: Tensor, bias: Tensor | None) -> Tensor:
         """W (x ⊙ m) + b from rows of Wᵀ [inputs, outputs]."""
 
@@ -55,6 +58,8 @@ class Backend(Protocol):
 
 class Cuda:
     """Triton's."""
+
+    fuses: ClassVar[bool] = True
 
     def by_inputs(self, vector: Vector, transposed: Tensor, bias: Tensor | None) -> Tensor:
         """See `Backend`."""
@@ -98,6 +103,8 @@ class Cuda:
 
 class Cpu:
     """Numba's."""
+
+    fuses: ClassVar[bool] = False
 
     def by_inputs(self, vector: Vector, transposed: Tensor, bias: Tensor | None) -> Tensor:
         """See `Backend`."""

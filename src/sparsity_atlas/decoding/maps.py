@@ -52,7 +52,7 @@ class InputMap:
         backend = backend_of(x, self.weight)
         if backend is None or rule is None:
             return F.linear(_masked(rule, x), self.weight, self.bias)
-        return backend.by_inputs(prepared(rule, x, fused=True), self.transposed, self.bias)
+        return backend.by_inputs(prepared(rule, x, fused=backend.fuses), self.transposed, self.bias)
 
 
 class GatedFFN:
@@ -97,7 +97,7 @@ class GatedFFN:
         if backend is None:
             return self._dense(x, rules)
         if "input" in rules:
-            seen = prepared(rules["input"], x, fused=True)
+            seen = prepared(rules["input"], x, fused=backend.fuses)
             maps = self.transposed["up"], self.transposed["gate"]
             i = backend.factors_by_inputs(seen, *maps, self.activation)
         elif "intermediate" in rules:
@@ -110,7 +110,7 @@ class GatedFFN:
         # What a factor dropped are zeros by now.
         vector = Vector(i, Keep.NONZERO)
         if "intermediate" in rules:
-            vector = prepared(rules["intermediate"], i, fused=True)
+            vector = prepared(rules["intermediate"], i, fused=backend.fuses)
         return backend.by_inputs(vector, self.transposed["down"], None)
 
     def _dense(self, x: Tensor, rules: Mapping[str, Threshold]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sparsity_atlas.decoding import speed
 from sparsity_atlas.decoding.maps import SITES
 from sparsity_atlas.errors import AtlasError
 
+ROOT = Path(__file__).parents[3]
 ENTRY = {"layer": 0, "hidden": 48, "width": 96, "gated": True, "activation": {"name": "SiLU"}}
 
 
@@ -83,6 +85,15 @@ def test_the_command_reads_a_models_folder(tmp_path: Path, monkeypatch: pytest.M
         "topp prose PPL-1%",
         "topp average 99%",
     }
+    figure = tmp_path / "speed.svg"
+    table = str(tmp_path / "small" / "speed.csv")
+    monkeypatch.setattr("sys.argv", ["speed_figure.py", table, str(figure)])
+    runpy.run_path(str(ROOT / "examples" / "speed_figure.py"), run_name="__main__")
+    text = figure.read_text()
+    # A panel a site for one token, and one for how it goes with several.
+    assert text.count('id="axes_') == 2 * len(SITES)
+    # Dots for two kinds of threshold, at the two sites that the model has curves of.
+    assert text.count('id="PathCollection_') == 2 * 2
 
 
 @pytest.mark.parametrize(
