@@ -12,6 +12,7 @@ from sparsity_atlas.config.schema import Config
 from sparsity_atlas.criteria import create, declared
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation.node import Node
+from sparsity_atlas.figures.wanted import wanted
 from sparsity_atlas.plan.jobs import UNKNOWN, USUAL_LEVELS, Amount, Job, jobs
 from sparsity_atlas.plan.model_facts import (
     NodeKey,
@@ -24,6 +25,7 @@ from sparsity_atlas.plan.model_facts import (
 from sparsity_atlas.plan.rates import (
     curve_seconds,
     dimension_seconds,
+    figure_seconds,
     import_seconds,
     metrics_seconds,
     recorded,
@@ -49,6 +51,9 @@ HEAVY_IMPORTS = (
     "lm_eval.evaluator"
 )
 LIGHT_IMPORTS = "sparsity_atlas.curves.curve, sparsity_atlas.tables.summarize"
+DRAWING_IMPORTS = {"figures": "sparsity_atlas.figures.draw", "page": "sparsity_atlas.report.report"}
+# What the tables' stage takes of a curve, as measured, in the time of its imports.
+TABLES_OF_A_CURVE = 0.12
 EVALUATING = ("dense", "evaluate", "search")
 
 
@@ -125,6 +130,9 @@ def forecast(config: Config, results: Path) -> Forecast:
             took += statistics[job.model]
         if job.rule == "metrics" and not job.done and job.rule not in start.recorded:
             took += _metrics_seconds(config, outlooks[job.model], job.site)
+        ends = job.rule in ("tables", *DRAWING_IMPORTS) and job.rule not in start.recorded
+        if ends and not job.done:
+            took = _ending_seconds(config, job.rule, start)
         if job.rule == "sensitivity" and not job.done:
             layers = outlooks[job.model].layers
             took += once[job.model] * (1 + layers * job.passes) if layers else UNKNOWN
@@ -141,6 +149,20 @@ def forecast(config: Config, results: Path) -> Forecast:
         seconds.append(took)
     targets = list(missed_targets(config, results, unknowns))
     return Forecast(every, seconds, outlooks, unknowns, targets)
+
+
+def _ending_seconds(config: Config, rule: str, start: Start) -> Amount:
+    """Seconds of a stage that shows what all others found."""
+    if rule == "tables":
+        curves = len(grid.curves(config))
+        return Amount.exactly(start.light * (1 + TABLES_OF_A_CURVE * curves))
+    from sparsity_atlas.report.report import MODEL_FIGURES
+
+    if rule == "figures":
+        drawn = len(wanted(config)) * figure_seconds("svg", "png")
+    else:
+        drawn = len(MODEL_FIGURES) * len(grid.models(config)) * figure_seconds("svg")
+    return Amount.exactly(import_seconds(DRAWING_IMPORTS[rule]) + drawn)
 
 
 def passes_of_a_level(config: Config, job: Job) -> float:

@@ -138,6 +138,29 @@ def import_seconds(modules: str) -> float:
     return time.perf_counter() - began
 
 
+@functools.cache
+def figure_seconds(*suffixes: str) -> float:
+    """Seconds that a figure of six panels takes: laid out, and saved in these formats."""
+    from matplotlib.figure import Figure
+
+    from sparsity_atlas.figures.style import arrange, save, styled
+
+    took = 0.0
+    with styled(), tempfile.TemporaryDirectory() as folder:
+        for _ in range(2):  # the first one finds fonts
+            began = time.perf_counter()
+            figure = Figure(figsize=(8, 5), layout="constrained")
+            for panel in figure.subplots(2, 3).flat:
+                for line in range(4):
+                    panel.plot(range(8), [line * place for place in range(8)], label=str(line))
+                panel.legend()
+            arrange(figure)
+            for suffix in suffixes:
+                save(figure, Path(folder, f"figure.{suffix}"))
+            took = time.perf_counter() - began
+    return took
+
+
 def curve_seconds(replicates: int, documents: int, levels: int) -> float:
     """Seconds of one task's statistics in a curve, from a part of its replicates.
 

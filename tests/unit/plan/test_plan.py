@@ -17,12 +17,14 @@ from sparsity_atlas.activations import capture
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config, StudySettings, parse
 from sparsity_atlas.evaluation.evaluate import evaluate_node
+from sparsity_atlas.figures.wanted import wanted
 from sparsity_atlas.files.whole import read_manifest, write_manifest
 from sparsity_atlas.lm.journalled import shortest
 from sparsity_atlas.plan import rates
 from sparsity_atlas.plan.cost import go_offline_if_unreachable
 from sparsity_atlas.plan.dry_run import Batch, TaskCost
 from sparsity_atlas.plan.forecast import (
+    TABLES_OF_A_CURVE,
     Start,
     evaluation_seconds,
     forecast,
@@ -30,8 +32,9 @@ from sparsity_atlas.plan.forecast import (
 )
 from sparsity_atlas.plan.jobs import UNKNOWN, Amount, Job, jobs
 from sparsity_atlas.plan.model_facts import Outlook, Unknowns, captured_tokens, look, measure
-from sparsity_atlas.plan.rates import dimension_seconds
+from sparsity_atlas.plan.rates import dimension_seconds, figure_seconds
 from sparsity_atlas.plan.text import duration, show, size, text
+from sparsity_atlas.report.report import MODEL_FIGURES
 from sparsity_atlas.sites.find import find_parts
 from sparsity_atlas.tasks.load import load_tasks
 from tiny_lm import (
@@ -490,6 +493,25 @@ def test_a_calibrated_criterion_is_planned_before_its_calibration(
     (tmp_path / "results/m/teal/input/calibration.safetensors").touch()
     (job,) = (job for job in jobs(config, tmp_path / "results") if job.rule == "calibrate")
     assert job.done
+
+
+def test_the_end_takes_its_curves_and_figures(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "sparsity_atlas.plan.forecast.figure_seconds", lambda *suffixes: 100.0 * len(suffixes)
+    )
+    config = make_config(
+        {"m": {"path": str(model_folder)}},
+        {"choice": write_task(tmp_path / "tasks", "choice", choice_documents(), **CHOICE)},
+        block={"sites": ["input", "intermediate"], "levels": [0.5]},
+    )
+    planned = forecast(config, tmp_path / "results")
+    took = dict(zip([job.rule for job in planned.jobs], planned.seconds, strict=True))
+    assert took["tables"].expected == pytest.approx(5 * (1 + 2 * TABLES_OF_A_CURVE))
+    assert took["figures"].expected == pytest.approx(5 + 200 * len(wanted(config)))
+    assert took["page"].expected == pytest.approx(5 + 100 * len(MODEL_FIGURES))
+    assert figure_seconds("svg") > 0
 
 
 def test_a_study_of_single_layers(model_folder: Path, tmp_path: Path) -> None:
