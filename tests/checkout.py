@@ -45,7 +45,7 @@ LIBRARIES = (
 HUB_LIBRARIES = (
     *("datasets", "lm_eval.tasks", "lm_eval.evaluator", "lm_eval.models.huggingface"),
     *("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto"),
-    "transformers.models.llama.modeling_llama",
+    *("transformers.models.llama.modeling_llama", "converted"),
 )
 
 # Of a run's files, those that say when and how it ran.

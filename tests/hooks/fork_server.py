@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import gc
 import importlib.util
 import json
@@ -23,6 +24,7 @@ import signal
 import socket
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -49,67 +51,106 @@ def _read_at_import(environment: Mapping[str, str]) -> dict[str, str]:
     return {key: every[key] for key in every.keys() - READ_LATER if key.startswith(prefixes)}
 
 
+@dataclasses.dataclass
+class _Child:
+    """A process that was forked, and who asked for it.
+
+    Attributes:
+        ended: its pidfd.
+        asked: the connection; who is gone has closed it.
+        told: whether its end was answered.
+    """
+
+    pid: int
+    ended: int
+    asked: socket.socket
+    told: bool = False
+
+    def tell(self) -> None:
+        """Answer with its end."""
+        end = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        code = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
+        with contextlib.suppress(ConnectionError):
+            self.asked.sendall(json.dumps({"code": code}).encode() + b"\n")
+        self.told = True
+
+    def close(self) -> None:
+        """Know no more of it."""
+        os.close(self.ended)
+        self.asked.close()
+
+
 def _await_request(
     listener: socket.socket, lifeline: int, before: Mapping[str, str]
 ) -> dict[str, Any] | None:
-    """Fork for each request. Returns in the forked processes, and in the server at its end (None)."""
-    while True:
-        ready, _, _ = select.select([listener, lifeline], [], [])
-        while _reap():
-            pass
-        if lifeline in ready:
-            return None
-        connection, _ = listener.accept()
-        if os.fork() == 0:
-            listener.close()
-            os.close(lifeline)
-            return _attend(connection, before)
-        connection.close()
-
-
-def _reap() -> bool:
-    try:
-        return os.waitpid(-1, os.WNOHANG)[0] > 0
-    except ChildProcessError:
-        return False
-
-
-def _attend(connection: socket.socket, before: Mapping[str, str]) -> dict[str, Any]:
-    """Be the parent of one process: answer with its id and its end. Returns in that process.
+    """Fork for each request. Returns in the forked processes, and in the server at its end (None).
 
     `before` is the environment in which the libraries were imported.
     """
+    children: list[_Child] = []
+    listening: list[socket.socket | int] = [listener, lifeline]
+    while listening or children:
+        ends = [one.ended for one in children if not one.told]
+        ready, _, _ = select.select([*listening, *ends, *(one.asked for one in children)], [], [])
+        for one in list(children):
+            if not one.told and one.ended in ready:
+                one.tell()
+            elif one.asked in ready and one.told:
+                # Until somebody has heard of its end, its id is its own.
+                os.waitpid(one.pid, 0)
+                one.close()
+                children.remove(one)
+            elif one.asked in ready:  # who asked is gone
+                os.kill(one.pid, signal.SIGKILL)
+                one.tell()
+        if lifeline in ready:
+            # Nobody asks any more; what runs has its end.
+            listener.close()
+            listening = []
+        elif listener in ready:
+            connection, _ = listener.accept()
+            request = _asked(connection, before)
+            if request is None:
+                connection.close()
+                continue
+            pid = os.fork()
+            if pid == 0:
+                for one in children:
+                    one.close()
+                connection.close()
+                listener.close()
+                os.close(lifeline)
+                return request
+            for stream in request["streams"]:
+                os.close(stream)
+            children.append(_Child(pid, os.pidfd_open(pid), connection))
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(json.dumps({"pid": pid}).encode() + b"\n")
+    return None
+
+
+def _asked(connection: socket.socket, before: Mapping[str, str]) -> dict[str, Any] | None:
+    """What a process is asked to do, None where it is refused, or where who asked is gone."""
     _, streams, _, _ = socket.recv_fds(connection, 1, 3)
-    request = json.loads(connection.makefile().readline())
+    line = connection.makefile().readline()
+    if not line:
+        for stream in streams:
+            os.close(stream)
+        return None
+    request = json.loads(line)
     # Libraries set some when they are imported, here and in the process that asks.
     imported = {key: os.environ[key] for key in os.environ.keys() - before.keys()}
     environment = {**imported, **request["env"]}
     asked, had = _read_at_import(environment), _read_at_import({**imported, **before})
-    same = asked == had
     # Snakemake itself has no use for them.
-    if not same and request["arguments"][:2] != ["-m", "snakemake"]:
+    if asked != had and request["arguments"][:2] != ["-m", "snakemake"]:
         others = ", ".join(sorted({key for key, _ in asked.items() ^ had.items()}))
-        connection.sendall(json.dumps({"refused": f"another {others}"}).encode() + b"\n")
-        os._exit(0)
-    pid = os.fork()
-    if pid == 0:
-        connection.close()
-        return {**request, "streams": streams, "env": environment}
-    for stream in streams:
-        os.close(stream)
-    connection.sendall(json.dumps({"pid": pid}).encode() + b"\n")
-    ended = os.pidfd_open(pid)
-    ready, _, _ = select.select([ended, connection], [], [])
-    if ended not in ready:  # who asked is gone
-        os.kill(pid, signal.SIGKILL)
-    else:
-        end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        code = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
         with contextlib.suppress(ConnectionError):
-            connection.sendall(json.dumps({"code": code}).encode() + b"\n")
-            connection.recv(1)  # as long as nobody has asked for its end, its id is its own
-    os.waitpid(pid, 0)
-    os._exit(0)
+            connection.sendall(json.dumps({"refused": f"another {others}"}).encode() + b"\n")
+        for stream in streams:
+            os.close(stream)
+        return None
+    return {**request, "streams": streams, "env": environment}
 
 
 def _become(request: dict[str, Any]) -> None:
@@ -188,6 +229,8 @@ def main() -> None:
     atexit.register(_end)  # before any library's: it comes last
     for name in sys.argv[3:]:
         importlib.import_module(name)
+    # What they would take apart at their end is this process's: each fork would go through all of it.
+    weakref.finalize._registry.clear()
     gc.collect()
     gc.freeze()
     request = _await_request(listener, lifeline, before)
