@@ -261,7 +261,9 @@ def main() -> None:
         help="JSON: model loading, calibration tokens (these are left out)",
     )
     parser.add_argument("--output", required=True, type=Path, help="Parquet file to write")
-    parser.add_argument("--masks", required=True, type=Path, help="Parquet file of the masks")
+    parser.add_argument(
+        "--masks", type=Path, help="Parquet file of the masks; unset: masks.parquet beside it"
+    )
     arguments = parser.parse_args()
 
     criterion = create(arguments.criterion)
@@ -315,5 +317,6 @@ def main() -> None:
                         made = predictor_rows(ffn, store, site, rules[place.key], *asked)
                         masks.extend(place.key, made)
     table = pa.Table.from_pylist(rows, schema_of(parts))
-    write_parquet(arguments.masks, masks.table())
+    beside = arguments.output.with_name("masks.parquet")
+    write_parquet(arguments.masks or beside, masks.table())
     write_parquet(arguments.output, table)

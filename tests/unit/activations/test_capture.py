@@ -445,6 +445,8 @@ def test_metrics_of_a_site(work: Work) -> None:
             "tensor": row["tensor"],
             "layer": row["layer"],
             **layer_metrics(values),
+            # Not asked for.
+            **{"lid": None, "lid_geomle": None},
         }
 
 
