@@ -39,7 +39,7 @@ LIBRARIES = (
     *("snakemake.cli", "pandas", "pydantic", "pyarrow.parquet", "zarr", "scipy.stats", "seaborn"),
     *("jinja2", "torch", "compiled", "safetensors.torch", "snakemake.report.html_reporter"),
     *("snakemake.benchmark", "snakemake.profiles", "snakemake.storage", "smart_open", "scipy.io"),
-    *("matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg"),
+    *("matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "plugins"),
 )
 # The same, of what reads when it is imported where the Hub is.
 HUB_LIBRARIES = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,19 @@ def test_an_interrupted_task_that_was_edited_is_run_anew(
     assert products(tmp_path / "node") == products(tmp_path / "whole")
 
 
+@pytest.fixture(scope="module")
+def work(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, int]:
+    """A folder with a node that is done and one that is half done, their task, and its number of batches."""
+    folder = tmp_path_factory.mktemp("work")
+    one = {"choice": write_task(folder / "tasks", "choice", choice_documents(40), **CHOICE)}
+    whole = evaluate(manifest, one, folder / "node")
+    session = open_session(manifest, one)
+    watch(session, 2)
+    with pytest.raises(Interrupted):
+        evaluate_node(session, NODE, folder / "half")
+    return folder, one, len(whole)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -259,18 +273,23 @@ def test_an_interrupted_task_that_was_edited_is_run_anew(
     ids=lambda changes: ",".join(changes),
 )
 def test_other_work_is_never_reused(
-    manifest: Path, tasks: dict, tmp_path: Path, changes: dict
+    manifest: Path, work: tuple[Path, dict, int], tmp_path: Path, changes: dict
 ) -> None:
-    one = {"choice": tasks["choice"]}
-    whole = evaluate(manifest, one, tmp_path / "node")
+    folder, one, batches = work
+    shutil.copytree(folder, tmp_path / "work")
     # Half done as well as done: a journal of other work is no help either.
-    session = open_session(manifest, one)
-    watch(session, 2)
-    with pytest.raises(Interrupted):
-        evaluate_node(session, NODE, tmp_path / "half")
-    for folder in ("node", "half"):
-        calls = evaluate(manifest, one, tmp_path / folder, **changes)
-        assert len(calls) >= len(whole) * 4 // changes.get("batch_size", 4)
+    for name in ("node", "half"):
+        calls = evaluate(manifest, one, tmp_path / "work" / name, **changes)
+        assert len(calls) >= batches * 4 // changes.get("batch_size", 4)
+
+
+def test_the_same_work_is_reused(
+    manifest: Path, work: tuple[Path, dict, int], tmp_path: Path
+) -> None:
+    folder, one, batches = work
+    shutil.copytree(folder, tmp_path / "work")
+    assert evaluate(manifest, one, tmp_path / "work/node") == []
+    assert len(evaluate(manifest, one, tmp_path / "work/half")) == batches - 2
 
 
 def test_other_weights_are_never_reused(manifest: Path, tasks: dict, tmp_path: Path) -> None:
