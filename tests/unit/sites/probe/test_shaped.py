@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from model_parts import attentions_of, ffns_of, find_ffns, shown
+from sparsity_atlas.activations.layout import groups
 from sparsity_atlas.sites.find import (
     bind_parts,
     describe_parts,
@@ -22,6 +23,7 @@ from sparsity_atlas.sites.find import (
 )
 from sparsity_atlas.sites.part import measure
 from sparsity_atlas.sites.shaping import PLAIN, Shaping
+from sparsity_atlas.sparsify.counted_vectors import slots_of
 from sparsity_atlas.terms import ATTENTION_SITES, FFN_SITES
 from tiny_models import CUT, GROUPED, HIDDEN, VOCABULARY, Strange, tiny_model, token_ids, top_tail
 
@@ -192,6 +194,13 @@ def test_layers_keep_the_decoder_s_numbers(
     again = bind_parts(nemotron_h(pattern), stored)
     assert describe_parts(again) == stored
     assert [(one.layer, one.name) for one in again] == [(one.layer, one.name) for one in parts]
+    # What is stored, and counted, has the same numbers.
+    kept = groups(stored, sites_of(parts))
+    assert list(kept["input"].shapes) == list(kept["intermediate"].shapes) == ffns
+    assert list(kept["o_input"].shapes if attentions else ()) == attentions
+    slots = slots_of(again, None)
+    assert {slot.key.layer for slot in slots if slot.key.part == "ffn"} == set(ffns)
+    assert {slot.key.layer for slot in slots if slot.key.part == "attention"} == set(attentions)
     seen: list[tuple[int, str]] = []
     with (
         torch.no_grad(),
