@@ -53,7 +53,7 @@ COLUMNS += ["dtype", "device", "driver", "torch", "kernels"]
 
 
 def gated_shapes(manifest: dict[str, Any]) -> dict[tuple[int, int, str], int]:
-    """Hidden size, width and activation of a model's dense gated FFNs, and how many layers have them.
+    """Hidden size, width and activation of a model's plain gated FFNs, and how many layers have them.
 
     Args:
         manifest: content of model.json.
@@ -63,11 +63,13 @@ def gated_shapes(manifest: dict[str, Any]) -> dict[tuple[int, int, str], int]:
     """
     counts: dict[tuple[int, int, str], int] = {}
     for entry in manifest["ffn"]:
-        if entry.get("gated") and "part" not in entry:
+        # What else is done to its vectors the kernels know nothing of.
+        more = {"part", "shaping", "norm"} & set(entry) or "before" in entry["activation"]
+        if entry.get("gated") and not more:
             shape = (entry["hidden"], entry["width"], str(entry["activation"]["name"]).lower())
             counts[shape] = counts.get(shape, 0) + 1
     if not counts:
-        raise AtlasError(f"{manifest['name']}: has no dense gated FFN, and others are not timed")
+        raise AtlasError(f"{manifest['name']}: has no plain gated FFN, and others are not timed")
     for _, _, activation in counts:
         if activation not in ACTIVATIONS:
             raise AtlasError(

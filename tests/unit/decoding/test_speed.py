@@ -24,11 +24,13 @@ def entries(**other: Any) -> list[dict[str, Any]]:
     return [{**ENTRY, "layer": layer, **other} for layer in range(2)]
 
 
-def test_shapes_are_those_of_dense_gated_ffns() -> None:
+def test_shapes_are_those_of_plain_gated_ffns() -> None:
     routed = {**ENTRY, "part": "experts"}
     assert speed.gated_shapes({"name": "m", "ffn": [*entries(), routed]}) == {(48, 96, "silu"): 2}
-    with pytest.raises(AtlasError, match="m: has no dense gated FFN"):
-        speed.gated_shapes({"name": "m", "ffn": [routed, {**ENTRY, "gated": False}]})
+    others = [routed, {**ENTRY, "gated": False}, {**ENTRY, "shaping": {}}, {**ENTRY, "norm": "n"}]
+    others.append({**ENTRY, "activation": {"name": "SiLU", "before": {}}})
+    with pytest.raises(AtlasError, match="m: has no plain gated FFN"):
+        speed.gated_shapes({"name": "m", "ffn": others})
     with pytest.raises(AtlasError, match=r"expected silu or relu.*found 'gelu'"):
         speed.gated_shapes({"name": "m", "ffn": entries(activation={"name": "GELU"})})
 
