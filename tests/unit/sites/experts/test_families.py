@@ -97,9 +97,13 @@ def test_found_in_a_model(family: str) -> None:
         found = find_experts(model, ids, lambda one: model(input_ids=one, use_cache=False))
         with installed(model):
             watched = model(input_ids=ids, use_cache=False)[0]
+        # The default of all but one, which runs its own loop.
+        with chosen(model, "grouped_mm"):
+            grouped = model(input_ids=ids, use_cache=False)[0]
     assert found
     assert {(one.count, one.each, one.hidden) for one in found} == {(EXPERTS, EACH, HIDDEN)}
-    assert torch.equal(watched, before)
+    assert torch.equal(watched, grouped)
+    torch.testing.assert_close(watched, before)
     if family in REFUSED:
         with pytest.raises(AtlasError, match=REFUSED[family]):
             find_parts(model)
