@@ -194,7 +194,7 @@ class Checkpoint:
         return [folder / name for name in files_read(folder, code=self.trust_remote_code)]
 
     def digest(self) -> str:
-        """Digest of all that decides the model's output: weights, configuration, tokenizer, code.
+        """Digest of all that decides the model's output: weights, configuration, tokenizer, code, packing.
 
         Raises:
             AtlasError: see `weight_files`.
@@ -202,6 +202,12 @@ class Checkpoint:
         files: dict[str, Any] = {path.name: file_digest(path) for path in self.weight_files()}
         if self.gguf is None:
             files |= files_digest(self.folder, code=self.trust_remote_code)
+            path = self.folder / "config.json"
+            config = read_json(path) if path.is_file() else {}
+            packed = method_of(config) if isinstance(config, dict) else None
+            if packed is not None and not self.dequantise:
+                # Its kernels round in a way of their own: not what the same files give in plain numbers.
+                files["packed"] = packed
         if self.code_revision is not None:
             files["code_revision"] = self.code_revision
         if self.tokenizer is not None:

@@ -229,6 +229,15 @@ def test_an_adapter_is_merged_into_numbers_only(
         Checkpoint(tmp_path, adapter=tmp_path).config()
 
 
+def test_packed_and_in_plain_numbers_are_two_models(tmp_path: Path) -> None:
+    """What was captured of one is not taken for the other's."""
+    folder = save_model(tmp_path)
+    plain = Checkpoint(folder).digest()
+    _say(folder, BNB)
+    digests = {Checkpoint(folder, dequantise=one).digest() for one in (False, True)}
+    assert len({plain, *digests}) == 3
+
+
 class Packed(nn.Module):
     """A quantised map as the libraries make them: whole numbers, a scale a row, and sizes by name."""
 
