@@ -33,7 +33,7 @@ def quantised(folder: Path) -> None:
     path = folder / "config.json"
     content = json.loads(path.read_text())
     path.write_text(
-        json.dumps({**content, "quantization_config": {"quant_method": "gptq", "bits": 4}})
+        json.dumps({**content, "quantization_config": {"quant_method": "unheard-of", "bits": 4}})
     )
 
 
@@ -46,7 +46,7 @@ SPOILT: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "weightless": (without_weights, ["models/weightless", "*.safetensors"]),
     "speechless": (without_tokenizer, ["models/speechless", "tokenizer"]),
     "truncated": (truncated, ["models/truncated", "damaged safetensors"]),
-    "quantised": (quantised, ["models/quantised", "quantised", "gptq", "plain numbers"]),
+    "quantised": (quantised, ["models/quantised", "quantised", "unheard-of", "not supported"]),
     "missing": (missing, ["models/missing", "no such folder"]),
 }
 

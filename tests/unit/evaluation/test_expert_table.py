@@ -24,6 +24,7 @@ from sparsity_atlas.evaluation.samples import read_table as read_samples
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.lm import forest, journalled
 from sparsity_atlas.lm.forward import Abilities
+from sparsity_atlas.tasks import request_cache
 from sparsity_atlas.upkeep.clean import orphans
 from sparsity_atlas.upkeep.doctor import examine
 from tiny_lm import (
@@ -214,6 +215,8 @@ def evaluate(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forest, "pack", spy)
+        # Arranged anew, so that the requests are seen.
+        patch.setattr(request_cache.Beside, "read", lambda *_: None)
         patch.setattr(session, "prepared", prepared)
         patch.setattr(session.lm.model, "generate", watched)
         # Whether requests share tokens is asked here, not whether a proof lets them.
