@@ -16,6 +16,7 @@ from sparsity_atlas.errors import AtlasError, TaskFailure
 from sparsity_atlas.evaluation.evaluate import Session, evaluate_node
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.tasks import load as loading
+from sparsity_atlas.tasks import request_cache
 from sparsity_atlas.tasks.load import load_tasks
 from tiny_lm import (
     CHOICE,
@@ -413,6 +414,7 @@ def test_a_mistake_of_ours_is_none_of_the_task(
     for place in ("sparsity_atlas.lm.forward.scores", "sparsity_atlas.lm.forest.pack"):
         session: Session = open_session(manifest, {"good": entry})
         with monkeypatch.context() as patch:
+            patch.setattr(request_cache.Beside, "read", lambda *_: None)
             patch.setattr(place, lambda *_, **__: [][1])
             with pytest.raises(IndexError):
                 evaluate_node(session, None, tmp_path / place)
