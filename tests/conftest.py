@@ -25,6 +25,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have those of the process
     os.environ["HF_DATASETS_CACHE"] = _CACHE
     os.environ["XDG_CACHE_HOME"] = _CACHE
     atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+    # Images often forbid it: each of many processes would compile the package anew.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # What models bring as code is copied there and imported, once a process: a folder for each.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="sparsity-atlas-modules-")
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)

@@ -13,7 +13,7 @@ import pytest
 
 from fake_results import make_results, make_tables
 from sparsity_atlas.config.schema import parse
-from sparsity_atlas.figures import FIGURES
+from sparsity_atlas.figures import FIGURES, draw
 from sparsity_atlas.figures.draw import draw_all
 from sparsity_atlas.figures.style import shows_nothing
 from sparsity_atlas.report import page, report
@@ -63,6 +63,14 @@ class Page(HTMLParser):
 
 def tables_of(results: Path, **shape) -> Tables:
     return make_tables(make_results(results, **shape))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_svg():
+    """Figures in the format that a page holds; the tests of figures look at all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draw, "SUFFIXES", ("svg",))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -170,12 +178,14 @@ def test_pairs_that_cannot_be_set_side_by_side_are_named(finished, one_figure_a_
         "run:\n- models: [qwen, <script>x]\n"
         "compare: [[qwen, <script>x], [away, qwen], [away, elsewhere]]\n"
     )
-    said = Page(report.build(*finished, SETTINGS + config, None)).text
+    tables, figures = finished
+    figures = figures[:1]
+    said = Page(report.build(tables, figures, SETTINGS + config, None)).text
     assert (
         "Not set side by side, though the configuration asks for it: qwen and <script>x (they have no "
         "curve in common); away and qwen (away is not in this run)."
     ) in said
-    assert "side by side" not in Page(report.build(*finished, SETTINGS, None)).text
+    assert "side by side" not in Page(report.build(tables, figures, SETTINGS, None)).text
 
 
 @pytest.fixture
@@ -306,7 +316,12 @@ def test_the_same_run_gives_the_same_page(finished, text):
 def test_large_figures_become_pixels(finished, text, one_figure_a_model, monkeypatch):
     assert "data:image/png" not in text
     monkeypatch.setattr(report, "BUDGET", 1)
-    small = report.build(*finished, SETTINGS, None)
+    tables, figures = finished
+    some = figures[::6]
+    monkeypatch.setattr(draw, "SUFFIXES", ("png",))
+    draw_all(tables, figures[0].parent, [path.stem for path in some])
+    small = report.build(tables, some, SETTINGS, None)
+    assert "data:image/png" in small
     assert "data:image/svg" not in small
 
 
