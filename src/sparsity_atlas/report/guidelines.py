@@ -187,6 +187,8 @@ def _batch(sparsity: float, row: Any) -> str:
     ]
     if not paying:
         return "; that is less than it takes to be worth anything"
+    if paying == [1]:
+        return f"; two tokens with nothing in common gain less than {WORTH - 1:.0%} together"
     return (
         f"; of tokens with nothing in common, {paying[-1]} together still gain {WORTH - 1:.0%}, "
         "more do not"

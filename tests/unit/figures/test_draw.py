@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 from matplotlib.colors import to_rgb
@@ -28,6 +29,7 @@ from sparsity_atlas.figures import (
 )
 from sparsity_atlas.figures import draw as drawing
 from sparsity_atlas.figures.draw import DRAW, draw_all
+from sparsity_atlas.figures.studies import rank_correlations
 from sparsity_atlas.files.parquet import write_parquet
 from sparsity_atlas.report.page import headline
 from sparsity_atlas.tables.read import SITE_ORDER, Tables, in_order, read_csv
@@ -493,3 +495,19 @@ def test_experts_of_the_baseline_alone_are_no_figure(routed):
 def test_experts_of_dense_models_are_no_figure(plain):
     for draw in (by_expert.spread, by_expert.load):
         assert isinstance(draw(plain), style.NothingToShow)
+
+
+def test_numbers_that_foretell_stand_in_rows_of_their_own_and_others_have_none(plain):
+    about = {"criterion": "topp", "site": "input", "measure": "ppl_sparsity", "resolved": True}
+    rows = pd.DataFrame(
+        [
+            {**about, "metric": "gini", "correlation": 0.5, "low": 0.25, "high": 0.75},
+            {**about, "metric": "lid", "correlation": None, "low": None, "high": None},
+            {**about, "metric": "reuse", "correlation": -0.5, "low": -1.0, "high": 0.0},
+        ]
+    )
+    (ax,) = rank_correlations.foretelling(replace(plain, foretelling=rows)).axes
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["gini", "reuse"]
+    places = ax.get_yticks()
+    drawn = [line.get_xydata().tolist() for line in ax.lines if len(line.get_xdata()) == 1]
+    assert drawn == [[[0.5, places[0]]], [[-0.5, places[1]]]]

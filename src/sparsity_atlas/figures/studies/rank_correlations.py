@@ -30,15 +30,16 @@ def foretelling(tables: Tables) -> Figure:
     keys, note = select(found, PANELS)
     styles = {**marks(in_order(rows["site"])), EVERY: Mark((0.2, 0.2, 0.2), "P", "-")}
     styles = {site: mark for site, mark in styles.items() if (rows["site"] == site).any()}
-    figure, axes = grid(len(keys), height=3.6, columns=2)
+    metrics = [name for name in CHEAP if (rows["metric"] == name).any()]
+    figure, axes = grid(len(keys), height=0.6 + 0.2 * len(metrics), columns=2)
     for ax, (criterion, measure) in zip(axes, keys, strict=True):
         panel = rows[(rows["criterion"] == criterion) & (rows["measure"] == measure)]
         for offset, (site, mark) in zip(_offsets(len(styles)), styles.items(), strict=True):
-            _points(ax, panel[panel["site"] == site], mark, offset)
+            _points(ax, panel[panel["site"] == site], metrics, mark, offset)
         ax.axvline(0, color=GREY, linewidth=0.8)
         ax.set_title(f"{criterion}: {NAMES[measure]}")
-        ax.set_yticks(range(len(CHEAP)), [name.replace("_", " ") for name in CHEAP])
-        ax.set_ylim(len(CHEAP) - 0.4, -0.6)
+        ax.set_yticks(range(len(metrics)), [name.replace("_", " ") for name in metrics])
+        ax.set_ylim(len(metrics) - 0.4, -0.6)
         ax.set_xlim(-1.05, 1.05)
     legend(figure, {ALL_SITES if site == EVERY else site: mark for site, mark in styles.items()})
     label(figure, "Spearman rank correlation over the models", note=note)
@@ -50,9 +51,9 @@ def _offsets(count: int) -> list[float]:
     return offsets if count > 1 else [0.0]
 
 
-def _points(ax: Axes, rows: pd.DataFrame, mark: Mark, offset: float) -> None:
+def _points(ax: Axes, rows: pd.DataFrame, metrics: list[str], mark: Mark, offset: float) -> None:
     for row in records(rows):
-        y = CHEAP.index(row.metric) + offset
+        y = metrics.index(row.metric) + offset
         ax.plot([row.low, row.high], [y, y], color=mark.color, linewidth=0.8)
         ax.plot(
             *(row.correlation, y), color=mark.color, marker=mark.marker, linestyle="",
