@@ -13,7 +13,7 @@ import pytest
 
 from fake_results import make_results, make_tables
 from sparsity_atlas.config.schema import parse
-from sparsity_atlas.figures import FIGURES, draw
+from sparsity_atlas.figures import FIGURES
 from sparsity_atlas.figures.draw import draw_all
 from sparsity_atlas.figures.style import shows_nothing
 from sparsity_atlas.report import page, report
@@ -63,14 +63,6 @@ class Page(HTMLParser):
 
 def tables_of(results: Path, **shape) -> Tables:
     return make_tables(make_results(results, **shape))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def as_svg():
-    """Figures in the format that a page holds; the tests of figures look at all."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(draw, "SUFFIXES", ("svg",))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -316,11 +308,7 @@ def test_the_same_run_gives_the_same_page(finished, text):
 def test_large_figures_become_pixels(finished, text, one_figure_a_model, monkeypatch):
     assert "data:image/png" not in text
     monkeypatch.setattr(report, "BUDGET", 1)
-    tables, figures = finished
-    some = figures[::6]
-    monkeypatch.setattr(draw, "SUFFIXES", ("png",))
-    draw_all(tables, figures[0].parent, [path.stem for path in some])
-    small = report.build(tables, some, SETTINGS, None)
+    small = report.build(*finished, SETTINGS, None)
     assert "data:image/png" in small
     assert "data:image/svg" not in small
 
