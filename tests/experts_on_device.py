@@ -12,7 +12,6 @@ import argparse
 import os
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -36,6 +35,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from mixtures import WIDE, Alone, by_hand, routing, tiny_mixture, wide_mixture  # noqa: E402
+from on_device import failures  # noqa: E402
 from sparsity_atlas.criteria import create  # noqa: E402
 from sparsity_atlas.criteria.place import Place  # noqa: E402
 from sparsity_atlas.sites.experts.implementation import chosen, installed  # noqa: E402
@@ -241,17 +241,7 @@ def main() -> None:
             function: Any = getattr(module, call, None)
             if function is not None:
                 function.__defaults__ = (module.IDS,)
-    failed = 0
-    for name, check in checks(device).items():
-        if arguments.only not in name:
-            continue
-        try:
-            check()
-        except Exception:  # noqa: BLE001 (each is told, and the next one tried)
-            failed += 1
-            print(f"FAILED {name}\n{traceback.format_exc()}")  # noqa: T201
-        else:
-            print(f"ok     {name}", flush=True)  # noqa: T201
+    failed = failures(checks(device), arguments.only)
     raise SystemExit(1 if failed else 0)
 
 

@@ -13,7 +13,6 @@ import json
 import os
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ import torch  # noqa: E402
 
 from interruptions import Interrupted, products  # noqa: E402
 from masked_diffusion import save_diffusion  # noqa: E402
+from on_device import failures  # noqa: E402
 from sparsity_atlas.evaluation.evaluate import evaluate_node  # noqa: E402
 from sparsity_atlas.evaluation.node import Node  # noqa: E402
 from sparsity_atlas.evaluation.step_table import NAME, read_table  # noqa: E402
@@ -182,16 +182,7 @@ def main() -> None:
         for dtype in SHARES:
             for site in (None, *(SITES if kind == "llama" else FEW)):
                 checks[f"{kind} {site} {dtype}"] = lambda b=bench, s=site, d=dtype: b.node(s, d)
-        for name, check in checks.items():
-            if arguments.only not in name:
-                continue
-            try:
-                check()
-            except Exception:  # noqa: BLE001 (each is told, and the next one tried)
-                failed += 1
-                print(f"FAILED {name}\n{traceback.format_exc()}")  # noqa: T201
-            else:
-                print(f"ok     {name}", flush=True)  # noqa: T201
+        failed += failures(checks, arguments.only)
     raise SystemExit(1 if failed else 0)
 
 
