@@ -34,9 +34,7 @@ _KEY = ["criterion", "model", "part"]
 def unused(tables: Tables) -> Figure:
     """Neurons that none of several tokens keeps, and the line of independent tokens."""
     figure, axes = _draw(tables, UNUSED, "tokens one after the other", "unused neurons (%)")
-    for ax in axes:
-        ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter(_WHOLE)
+    _doubling(axes)
     return figure
 
 
@@ -44,9 +42,7 @@ def reuse(tables: Tables) -> Figure:
     """What a token keeps of the neurons of another before it, over the distance."""
     what = "kept neurons that the other token keeps, too (%)"
     figure, axes = _draw(tables, REUSE, "distance in tokens", what)
-    for ax in axes:
-        ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter(_WHOLE)
+    _doubling(axes)
     return figure
 
 
@@ -70,6 +66,12 @@ def frequency(tables: Tables) -> Figure:
 
 
 _WHOLE = FuncFormatter(lambda value, _: f"{value:g}")
+
+
+def _doubling(axes: list[Axes]) -> None:
+    for ax in axes:
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(_WHOLE)
 
 
 def _draw(tables: Tables, quantity: str, x: str, y: str) -> tuple[Figure, list[Axes]]:
