@@ -140,7 +140,7 @@ def write_curve(
                 {**asdict(one), "parameter_sparsity": one.sparsity, "unfinished_items": 0}
                 for one in curve_points(estimates, levels)
             ],
-            "critical": [asdict(one) for one in critical(estimates, BARS)],
+            "critical": [asdict(one) for one in critical(estimates, BARS, levels)],
             "layers": {
                 level: {
                     tensor: [share * (0.8 + 0.1 * layer) for layer in range(LAYERS)]

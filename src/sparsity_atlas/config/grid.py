@@ -240,7 +240,7 @@ def curve_slice(config: Config, tasks: tuple[str, ...]) -> str:
         {
             "seed": config.seed,
             "replicates": config.replicates,
-            "bars": config.bars,
+            "bars": config.every_bar,
             "tasks": {
                 name: config.tasks[name].model_dump(exclude_none=True, include={"metric"})
                 for name in tasks
@@ -254,7 +254,7 @@ def search_slice(config: Config, tasks: tuple[str, ...]) -> str:
     metrics = {
         name: config.tasks[name].model_dump(exclude_none=True, include={"metric"}) for name in tasks
     }
-    return _json({**config.search.model_dump(), "tasks": metrics})
+    return _json({**config.search.model_dump(exclude_none=True), "tasks": metrics})
 
 
 def criterion_slice(config: Config, criterion: str) -> str:

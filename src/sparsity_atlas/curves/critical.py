@@ -56,6 +56,9 @@ class CriticalRow:
         chance, dense or every level without a usable result).
     interval_low, interval_high: 95 % interval; an open end lies beyond the measured sparsities.
         Its digits are those that the number of replicates supports. None with too few units.
+    crossing_level, crossing_level_low, crossing_level_high: the criterion's level there, between the two
+        levels around it on a straight line over their sparsities, with the interval of the crossings'; an
+        end is open where that of the sparsity is. None where the levels were not given.
     paper_value: largest measured sparsity at or above the bar, without fit or interpolation
         (arXiv 2509.00454); the dense point counts as measured.
     first_crossing: where the unfitted curve first falls below the bar, None if it never does.
@@ -75,6 +78,9 @@ class CriticalRow:
     interval_high: float | None
     low_open: bool
     high_open: bool
+    crossing_level: float | None
+    crossing_level_low: float | None
+    crossing_level_high: float | None
     paper_value: float | None
     first_crossing: float | None
     non_monotone: bool
@@ -85,8 +91,17 @@ class CriticalRow:
     chance: float | None
 
 
-def critical(every: Sequence[Estimates], bars: Sequence[float] = BARS) -> list[CriticalRow]:
+def critical(
+    every: Sequence[Estimates],
+    bars: Sequence[float] = BARS,
+    levels: Sequence[str] | None = None,
+) -> list[CriticalRow]:
     """Critical sparsity of each of `points.estimate_all` at each bar.
+
+    Args:
+        every: the estimates.
+        bars: shares of dense accuracy.
+        levels: as spelled, in the order of the samples' first axis.
 
     The average is over tasks of induced sparsity and accuracy at each level, normalised by the
     average dense accuracy afterwards; loss stays out of it.
@@ -98,7 +113,7 @@ def critical(every: Sequence[Estimates], bars: Sequence[float] = BARS) -> list[C
     rows = []
     for estimates in every:
         scores = usable(estimates)
-        rows += [_row(estimates, scores, bar) for bar in bars]
+        rows += [_row(estimates, scores, bar, levels) for bar in bars]
     return rows
 
 
@@ -114,6 +129,26 @@ def crossings(estimates: Estimates, scores: Scores, bar: float) -> np.ndarray:
     """
     position, index = first_crossing(scores.x, scores.fit, _threshold(estimates.kind, bar))
     return np.where(index == 1, -np.inf, np.where(np.isnan(position), np.inf, position))
+
+
+def crossing_levels(scores: Scores, crossing: np.ndarray, levels: Sequence[str]) -> np.ndarray:
+    """The level at each crossing: [1 + B]; of one beyond what was measured, the level at that end.
+
+    Args:
+        scores: the curve, by sparsity.
+        crossing: as `crossings` gives it.
+        levels: as spelled, in the order of the samples' first axis.
+    """
+    own = np.array([float(level) for level in levels])[scores.order]
+    x = scores.x[:, 1:]
+    place = np.clip(crossing, x[:, 0], x[:, -1])
+    right = np.minimum(np.maximum((x < place[:, None]).sum(axis=1), 1), x.shape[1] - 1)
+    left = np.maximum(right - 1, 0)
+    row = np.arange(len(x))
+    width = x[row, right] - x[row, left]
+    share = np.divide(place - x[row, left], width, out=np.zeros_like(width), where=width > 0)
+    found: np.ndarray = own[row, left] + share * (own[row, right] - own[row, left])
+    return found
 
 
 def usable(estimates: Estimates) -> Scores | None:
@@ -175,7 +210,9 @@ def _has_value(estimates: Estimates) -> bool:
     return bool(percentile_interval(dense[1:])[0] > estimates.chance)
 
 
-def _row(estimates: Estimates, scores: Scores | None, bar: float) -> CriticalRow:
+def _row(
+    estimates: Estimates, scores: Scores | None, bar: float, levels: Sequence[str] | None
+) -> CriticalRow:
     dense_value = float(estimates.dense_value[0])
     common: dict[str, Any] = dict(
         task=estimates.task,
@@ -196,6 +233,9 @@ def _row(estimates: Estimates, scores: Scores | None, bar: float) -> CriticalRow
             interval_high=None,
             low_open=False,
             high_open=False,
+            crossing_level=None,
+            crossing_level_low=None,
+            crossing_level_high=None,
             paper_value=None,
             first_crossing=None,
             non_monotone=False,
@@ -217,11 +257,24 @@ def _row(estimates: Estimates, scores: Scores | None, bar: float) -> CriticalRow
     return CriticalRow(
         **common,
         **found,
+        **_level(scores, crossing, levels),
         paper_value=float(scores.x[0, above].max()),
         first_crossing=None if np.isnan(first[0]) else float(first[0]),
         non_monotone=bool((np.diff(above.astype(int)) > 0).any()),
         resolved=resolves(estimates, bar, found),
     )
+
+
+def _level(scores: Scores, crossing: np.ndarray, levels: Sequence[str] | None) -> dict[str, Any]:
+    """The crossing's level with its interval, as `CriticalRow` has them."""
+    names = ("crossing_level", "crossing_level_low", "crossing_level_high")
+    if levels is None:
+        return dict.fromkeys(names)
+    found = crossing_levels(scores, crossing, levels)
+    if len(found) == 1:
+        return {**dict.fromkeys(names), names[0]: float(found[0])}
+    ends = interval(float(found[0]), found[1:])
+    return dict(zip(names, (float(found[0]), *ends), strict=True))
 
 
 def _interval(

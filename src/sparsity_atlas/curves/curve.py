@@ -231,7 +231,7 @@ def build(
             for one in samples
             for row in phase_rows(one, dense, nodes, settings["replicates"], settings["seed"])
         ],
-        "critical": [asdict(row) for row in critical(estimates, settings["bars"])],
+        "critical": [asdict(row) for row in critical(estimates, settings["bars"], levels)],
         "layers": {level: layer_profile(node, tasks) for level, node in nodes.items()},
         "phases": {level: phase_profile(node, tasks) for level, node in nodes.items()},
         "scores": {

@@ -25,6 +25,9 @@ LOWEST_BAR = 5.2
 NEARLY = 3
 # Levels from which on none is spent on what lies beyond the headline bar, nor on a bracket that narrow.
 ENOUGH_LEVELS = 6
+# Damage, as a share of what a further bar allows, that the harshest level does, so that replicates of the
+# bootstrap that cross late have a crossing.
+BEYOND = 1.5
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Stop:
-    """No further level, and why."""
+    """No further level, and why: of the headline bar, then of each further one."""
 
     reason: str
+    further: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,22 +71,60 @@ def next_level(
     levels: Range,
     max_levels: int,
     resolution: float,
+    further: Sequence[tuple[float, int]] = (),
 ) -> str | Stop:
-    """Choose the next level, or stop.
-
-    First one of the coarse levels, and from there harsher ones until one is below the bar. The next is
-    put where half the allowed damage is expected. Then the bracket (the mildest level below the bar and
-    the next milder one, or dense) is narrowed until its ends lie within `resolution`: by levels on
-    either side of where the damage is expected to reach the bar, which takes two or three levels where
-    halving takes five. Once they are near, those of `ENOUGH_LEVELS` that are left go to harsher coarse
-    levels, until every score is below the lowest of the default bars; beyond them, near is enough.
+    """Choose the next level, or stop: the headline bar is bracketed first, then each further one.
 
     Args:
         points: levels evaluated so far, in any order.
         dense_sparsity: share of exact zeros in the dense model.
         levels: range and coarse levels of the criterion.
-        max_levels: most levels to evaluate.
+        max_levels: most levels to evaluate for the headline bar.
         resolution: in induced sparsity; 0.01 is one point.
+        further: the damage that each further bar allows, in units of what the headline's does, and the
+            most levels to evaluate until it is bracketed, those of the bars before it among them.
+    """
+    chosen = _for_bar(points, dense_sparsity, levels, max_levels, resolution)
+    reasons = []
+    for allowed, most in further:
+        if not isinstance(chosen, Stop):
+            return chosen
+        reasons.append(chosen.reason)
+        scaled = [replace(one, damage=one.damage / allowed, slightest=math.inf) for one in points]
+        chosen = _for_bar(scaled, dense_sparsity, levels, most, resolution, BEYOND, most)
+    if not isinstance(chosen, Stop):
+        return chosen
+    first, *others = [*reasons, chosen.reason]
+    return Stop(first, tuple(others))
+
+
+def _for_bar(
+    points: Sequence[Point],
+    dense_sparsity: float,
+    levels: Range,
+    max_levels: int,
+    resolution: float,
+    lowest: float = LOWEST_BAR,
+    enough: int = ENOUGH_LEVELS,
+) -> str | Stop:
+    """Choose the next level around one bar, in whose units damage is, or stop.
+
+    First one of the coarse levels, and from there harsher ones until one is below the bar. The next is
+    put where half the allowed damage is expected. Then the bracket (the mildest level below the bar and
+    the next milder one, or dense) is narrowed until its ends lie within `resolution`: by levels on
+    either side of where the damage is expected to reach the bar, which takes two or three levels where
+    halving takes five. Once they are near, those of `enough` that are left go to harsher coarse levels,
+    until every score's damage is `lowest`, by default that of the lowest of the default bars; beyond
+    them, near is enough.
+
+    Args:
+        points: as those of `next_level`.
+        dense_sparsity: likewise.
+        levels: likewise.
+        max_levels: most levels to evaluate.
+        resolution: in induced sparsity.
+        lowest: damage that the harshest level should do.
+        enough: levels from which on none is spent on that.
     """
     if not points:
         return levels.coarse[(len(levels.coarse) - 1) // 2]
@@ -104,11 +146,11 @@ def next_level(
     early = _early(known, harsh, tried)
     width = harsh.sparsity - mild.sparsity if harsh.level in tried else math.inf
     before = early and _level_near(known, known[0], _first(known), early, levels)
-    beyond = _wider(known[-1], levels, len(points))
+    beyond = _wider(known[-1], levels, lowest) if len(points) < enough else None
     more = before or beyond
     if width <= NEARLY * resolution and len(points) < max_levels and more:
         return more
-    near_enough = resolution if len(points) < ENOUGH_LEVELS else NEARLY * resolution
+    near_enough = resolution if len(points) < enough else NEARLY * resolution
     if width <= near_enough:
         return Stop(f"bracketed within {100 * near_enough:g} points of induced sparsity")
     if len(points) >= max_levels:
@@ -132,9 +174,9 @@ def _harsher(point: Point, levels: Range) -> str | None:
     return next((level for level in levels.coarse if _distance(level, levels) > reached), None)
 
 
-def _wider(harshest: Point, levels: Range, count: int) -> str | None:
-    """A harsher coarse level, for scores that are above the lowest bar still."""
-    wanted = min(harshest.damage, harshest.slightest) < LOWEST_BAR and count < ENOUGH_LEVELS
+def _wider(harshest: Point, levels: Range, lowest: float) -> str | None:
+    """A harsher coarse level, for scores whose damage is not `lowest` yet."""
+    wanted = min(harshest.damage, harshest.slightest) < lowest
     return _harsher(harshest, levels) if wanted else None
 
 

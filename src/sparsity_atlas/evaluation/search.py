@@ -1,4 +1,5 @@
-"""Stage `search`: find the levels around the headline bar, all in one process with one model load.
+"""Stage `search`: find the levels around the headline bar and further ones, all in one process with one
+model load.
 
 Each level it tries is an ordinary node, evaluated through the same function into the same folder; a
 level that an earlier run finished costs nothing.
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsity_atlas import cli
-from sparsity_atlas.config.schema import SearchSettings
+from sparsity_atlas.config.schema import FURTHER_LEVELS, SearchSettings
 from sparsity_atlas.criteria import create
 from sparsity_atlas.criteria.calibration_file import Calibration, read_calibration
 from sparsity_atlas.errors import TaskFailure
@@ -90,6 +91,11 @@ def _lost_accuracy(tasks: list[str], dense: dict[str, float], scores: dict[str, 
     return lost / (1 - HEADLINE)
 
 
+def allowed_damage(kind: Kind, bar: float) -> float:
+    """What a bar allows, in units of what the headline's does; see `damage`."""
+    return math.log1p(1 - bar) / ALLOWED_LOSS if kind in IN_NATS else (1 - bar) / (1 - HEADLINE)
+
+
 def induced(results: dict[str, Any], site: str, tasks: list[str]) -> float:
     """Induced sparsity at a site: mean over some tasks' results, NaN if all of them failed."""
     shares = []
@@ -148,11 +154,18 @@ def search(
     if parts_named(site):
         # What eval.json says of a tensor is of all parts.
         dense_sparsity = sparsity_at(dense_folder / "samples.parquet", site, read_from)
+    wanted = SearchSettings.model_validate(
+        {name: settings[name] for name in SearchSettings.model_fields if name in settings}
+    )
+    further = [
+        (allowed_damage(metrics[read_from[0]][0], bar), wanted.max_levels + number * FURTHER_LEVELS)
+        for number, bar in enumerate(wanted.further, 1)
+    ]
     points: list[Point] = []
     seconds: list[float] = []
     while True:
         level = next_level(
-            points, dense_sparsity, levels, settings["max_levels"], settings["resolution"]
+            points, dense_sparsity, levels, wanted.max_levels, wanted.resolution, further
         )
         if isinstance(level, Stop):
             break
@@ -168,7 +181,7 @@ def search(
         )
         points.append(point)
         seconds.append(time.monotonic() - began)
-        left = settings["max_levels"] - len(points)
+        left = wanted.most_levels - len(points)
         cli.logger.info(
             "level %s: %.1f %% sparse, %s, %.2f of the damage that the bar allows; took %.0f s, %s",
             *(level, 100 * point.sparsity, _told(metrics, dense, scores), point.damage),
@@ -179,9 +192,16 @@ def search(
         )
     cli.logger.info("stopped: %s", level.reason)
     first = read_from[0]
+    others = [
+        {"p": round(100 * (1 - bar), 8), "stopped": reason}
+        for bar, reason in zip(wanted.further, level.further, strict=True)
+    ]
+    for one in others:
+        cli.logger.info("at %g %%: %s", one["p"], one["stopped"])
     return {
         "headline": first if metrics[first][0] in IN_NATS else AVERAGE,
         "stopped": level.reason,
+        **({"further": others} if others else {}),
         "levels": [
             {
                 "level": point.level,

@@ -173,7 +173,7 @@ def _search(config: Config, curve: Curve, folder: Path, searched: list[str] | No
     if searched is not None:
         levels = Amount.exactly(len(there))
     else:
-        most = config.search.max_levels
+        most = config.search.most_levels
         levels = Amount(max(min(USUAL_LEVELS, most), len(there)), max(most, len(there)))
     evaluations = {}
     for task in curve.tasks:

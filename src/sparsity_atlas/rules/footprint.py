@@ -242,4 +242,4 @@ def _before_manifest(path: str | None, gguf: str | None = None) -> int:
 
 def levels_of(config: Config, curve: grid.Curve) -> int:
     """How many levels a curve has at most."""
-    return len(curve.levels) + (config.search.max_levels if curve.auto else 0)
+    return len(curve.levels) + (config.search.most_levels if curve.auto else 0)

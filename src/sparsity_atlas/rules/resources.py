@@ -80,7 +80,7 @@ class Resources(ABC):
     @question
     def search_minutes(self, wildcards: Wildcards, attempt: int) -> int:
         """Minutes of a search."""
-        levels = self._config.search.max_levels
+        levels = self._config.search.most_levels
         return attempt * self._needs.evaluation_minutes(wildcards.model, levels)
 
     @question

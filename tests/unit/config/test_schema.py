@@ -48,6 +48,9 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("models.small.pth", "x", "models.small.pth: unknown key"),
         ("run.0.level", [1], "run.0.level: unknown key"),
         ("search.levels", 3, "search.levels: unknown key"),
+        ("search.ppl", [1, 0], "search.ppl.1: .*greater than 0, found 0"),
+        ("search.ppl", [100], "search.ppl.0: .*less than 100, found 100"),
+        ("search.ppl", [5, 5], "search.ppl: "),
         ("models.small.hub", "a/b", "models.small: give either `path` .* or `hub` "),
         ("models.small.path", None, "models.small: give either `path` "),
         ("models.small.revision", "main", "models.small: `revision` belongs to `hub`"),
@@ -297,6 +300,8 @@ def test_parts_of_a_layer_are_another_curve() -> None:
         ("capture.tokens", 9, {"capture"}),
         ("texts.prose.column", "page", {"capture"}),
         ("search.max_levels", 5, {"search"}),
+        ("search", {"ppl": [1, 5]}, {"search"}),  # 0.95 is one of the default bars
+        ("search", {"ppl": [10]}, {"search", "curve"}),
         ("studies", {"coactivation": 8}, {"error"}),
         ("studies", {"lid": 500}, set()),
         ("criteria.topp.power", 2, {"criterion"}),
@@ -322,6 +327,13 @@ def test_a_slice_holds_what_its_job_depends_on(path: str, value: Any, slices: se
     assert {name for name in before if before[name] != after[name]} == slices
     for text in after.values():
         json.loads(text)
+
+
+def test_every_p_that_is_searched_for_is_a_bar() -> None:
+    config = parse(changed("search", {"ppl": [10, 1, 0.5]}))
+    assert config.every_bar == [0.995, 0.99, 0.98, 0.95, 0.9]
+    assert config.search.further == (0.995, 0.9)
+    assert (config.search.most_levels, parse(BASE).search.most_levels) == (12, 6)
 
 
 # What is written down

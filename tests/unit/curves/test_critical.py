@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsity_atlas.curves.critical import BARS, CriticalRow, critical
+from sparsity_atlas.curves.critical import (
+    BARS,
+    CriticalRow,
+    critical,
+    crossing_levels,
+    crossings,
+)
 from sparsity_atlas.curves.points import CurvePoint, anchored_scores, curve_points, estimate_all
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.statistics import bootstrap
@@ -103,6 +109,52 @@ def test_a_bar_met_exactly_is_met():
     assert row.paper_value == 0.3
     assert row.value == pytest.approx(0.3)
     assert row.relation == "="
+
+
+def test_the_level_of_a_crossing_lies_between_those_around_it():
+    # Falls from 1 to 0.98 between 0.2 and 0.6: crosses 0.99 half-way, at 0.4.
+    task = accuracy_task([0.6, 0.2, 0.8], [0.98, 1.0, 0.5])
+    rows = critical(estimate_all([task], 200, 0), [0.99], ["0.5", "0.1", "0.9"])
+    assert rows[0].value == pytest.approx(0.4)
+    assert rows[0].crossing_level == pytest.approx(0.3)
+    assert rows[0].crossing_level_low < 0.3 < rows[0].crossing_level_high
+
+
+@pytest.mark.parametrize("falls", [False, True])
+def test_levels_at_crossings_by_a_loop(falls: bool) -> None:
+    """Each replicate's crossing on its own curve, and the level on a straight line between neighbours."""
+    rng = np.random.default_rng(2)
+    levels = ["0.7", "0.1", "0.4", "0.2"] if falls else ["0.3", "0.9", "0.6", "0.8"]
+    base = np.array([0.3, 0.9, 0.6, 0.8])
+    tokens = rng.integers(20, 60, 40)
+    added = 0.018 * base[:, None] ** 2 + rng.normal(0, 0.004, (4, 40))
+    dense = 4.0 * tokens
+    task = TaskSamples(
+        **{"task": "text", "kind": "loss", "value": dense + added * tokens, "weight": tokens},
+        **{"dense": dense, "zeros": rng.binomial(1000, base[:, None], (4, 40))},
+        entries=np.full((4, 40), 1000),
+    )
+    (estimates,) = estimate_all([task], 50, 0)
+    scores = anchored_scores(estimates)
+    crossing = crossings(estimates, scores, 0.99)
+    found = crossing_levels(scores, crossing, levels)
+    for row, place in enumerate(crossing):
+        pairs = sorted(zip(estimates.sparsity[row], map(float, levels), strict=True))
+        xs, ys = zip(*pairs, strict=True)
+        assert found[row] == pytest.approx(np.interp(place, xs, ys))
+    assert np.isfinite(crossing).sum() > 20
+    low, high = percentile_interval(found[1:])
+    (row,) = critical([estimates], [0.99], levels)
+    assert row.crossing_level == pytest.approx(found[0])
+    assert row.crossing_level_low <= min(low, found[0])
+    assert row.crossing_level_high >= max(high, found[0])
+
+
+def test_the_level_beyond_what_was_measured_is_the_last_one():
+    task = accuracy_task([0.2, 0.6], [1.0, 1.0])
+    (row, _) = critical(estimate_all([task], 200, 0), [0.99], ["0.9", "0.5"])
+    assert (row.relation, row.crossing_level) == (">=", 0.5)
+    assert rows_of([task], [0.99])[0].crossing_level is None
 
 
 def test_curve_that_returns_to_the_bar():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 
 import pytest
@@ -28,11 +28,12 @@ def run(
     dense_sparsity: float = 0.0,
     max_levels: int = 9,
     resolution: float = 0.01,
+    further: Sequence[tuple[float, int]] = (),
 ) -> tuple[list[Point], str]:
     points: list[Point] = []
     # More calls than any search may need: one that does not end fails here.
     for _ in range(200):
-        level = next_level(points, dense_sparsity, levels, max_levels, resolution)
+        level = next_level(points, dense_sparsity, levels, max_levels, resolution, further)
         if isinstance(level, Stop):
             return points, level.reason
         assert level == canonical_level(level)
@@ -221,3 +222,44 @@ def test_ranges_above_are_the_criteria_s_own(rule: str) -> None:
     criterion = create({"rule": rule})
     known = {"topp": TOPP, "topk": TOPK, "maxp": MAXP}[rule]
     assert (criterion.dense_level, criterion.coarse_levels) == (known.dense, known.coarse)
+
+
+def test_every_further_bar_is_bracketed_where_bisection_finds_it() -> None:
+    draw, counts, widths = random.Random(3), [], []
+    wanted = [1.0, *(math.log1p(p / 100) / math.log(1.01) for p in (5, 10))]
+    for _ in range(150):
+        levels, low, high = draw.choice([(TOPP, 0.35, 0.7), (TOPK, 0.8, 1.3), (MAXP, 0.4, 0.6)])
+        crossing, dense = draw.uniform(0.05, 0.6), draw.choice([0.0, 0.0, 0.4, 0.8])
+        response = curve(levels, draw.uniform(low, high), crossing, draw.uniform(1.5, 8), dense)
+        further = [(wanted[1], 6 + 3), (wanted[2], 6 + 6)]
+        points, _ = run(response, levels, dense, max_levels=6, further=further)
+        counts.append(len(points))
+        for allowed in wanted:
+            # The plain way: halve between dense and the harshest level until they are one.
+            mild, harsh = levels.dense, levels.harshest
+            for _ in range(60):
+                middle = (mild + harsh) / 2
+                mild, harsh = (middle, harsh) if response(middle)[1] <= allowed else (mild, middle)
+            place = response(mild)[0]
+            known = [dense, *(one.sparsity for one in points), 1.0]
+            after = min((one for one in known if one > place), default=1.0)
+            widths.append(after - max(one for one in known if one <= place))
+    assert max(widths) <= 0.03
+    assert sum(width > 0.0101 for width in widths) <= 0.02 * len(widths)
+    assert sum(counts) / len(counts) < 9.5
+
+
+def test_a_further_bar_has_a_level_beyond_it_and_its_own_reason() -> None:
+    points, _ = run(curve(TOPP, 0.4, 0.22, 4, 0.0), TOPP, further=[(9.6, 12)])
+    assert max(one.damage for one in points) >= 1.5 * 9.6
+    stopped = next_level(points, 0.0, TOPP, 9, 0.01, [(9.6, 12)])
+    assert isinstance(stopped, Stop)
+    assert [one.startswith("bracketed") for one in (stopped.reason, *stopped.further)] == [True] * 2
+
+
+def test_further_bars_change_no_level_of_the_headline() -> None:
+    response = curve(MAXP, 0.5, 0.3, 3, 0.4)
+    alone, _ = run(response, MAXP, 0.4)
+    points, _ = run(response, MAXP, 0.4, further=[(4.9, 12)])
+    assert points[: len(alone)] == alone
+    assert len(points) > len(alone)

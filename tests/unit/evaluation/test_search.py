@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from sparsity_atlas.evaluation.evaluate import evaluate_node
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.samples import read_table
 from sparsity_atlas.files.whole import read_manifest
+from sparsity_atlas.spelling import canonical_level
 from tiny_lm import (
     CHOICE,
     GENERATION,
@@ -24,12 +26,14 @@ from tiny_lm import (
     letter_documents,
     open_session,
     rolling_documents,
+    write_model_manifest,
     write_task,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOPP = {"rule": "topp"}
+ZOO = Path(__file__).resolve().parents[3] / "workflow/resources/zoo"
 
 
 @pytest.fixture
@@ -103,6 +107,41 @@ def test_interrupted_and_resumed(manifest: Path, tasks: dict, tmp_path: Path) ->
         folders = (tmp_path / name / "nodes" / one["level"] for name in ("whole", "cut"))
         first, second = (products(folder) for folder in folders)
         assert first == second
+
+
+def test_each_p_is_bracketed_where_bisection_finds_it(tmp_path: Path) -> None:
+    # Of a trained model, which gets worse the more is dropped.
+    manifest = write_model_manifest(ZOO / "small", tmp_path / "results" / "model.json")
+    pages = {"pages": {"task": "atlas_prose", "include": str(ZOO.parent / "tasks"), "limit": 2}}
+    result, _ = search(manifest, pages, tmp_path, ppl=[1, 5, 10])
+    assert [one["p"] for one in result["further"]] == [5, 10]
+    assert all(one["stopped"].startswith("bracketed") for one in result["further"]), result
+    session = open_session(manifest, pages)
+    metrics = {"pages": ("loss", None)}
+    dense = stage.read_scores(tmp_path / "dense", metrics)
+
+    def measured(level: str) -> tuple[float, float]:
+        """Induced sparsity and perplexity over the dense model's."""
+        node = Node.make(TOPP, "intermediate", level)
+        found = evaluate_node(session, node, tmp_path / "nodes" / level)
+        scores = stage.read_scores(tmp_path / "nodes" / level, metrics)
+        ratio = math.exp(scores["pages"] - dense["pages"])
+        return stage.induced(found["tasks"], "intermediate", ["pages"]), ratio
+
+    known = [(one["sparsity"], one["damage"]) for one in result["levels"]]
+    for p in (1, 5, 10):
+        allowed = math.log1p(p / 100) / math.log(1.01)
+        before = max(sparsity for sparsity, damage in known if damage <= allowed)
+        after = min(sparsity for sparsity, damage in known if damage > allowed)
+        assert after - before <= 0.03
+        if p == 5:
+            mild, harsh = 1.0, 0.0
+            for _ in range(8):
+                middle = (mild + harsh) / 2
+                good = measured(canonical_level(middle))[1] <= 1.05
+                mild, harsh = (middle, harsh) if good else (mild, middle)
+            place = measured(canonical_level(harsh))[0]
+            assert before - 0.005 <= place <= after + 0.005
 
 
 def test_damage_is_the_added_loss_of_the_first_loss_task(
