@@ -20,7 +20,12 @@ WORDS = {"average", "na", "nan", "n.a", "null", "none", "true", "false", "inf", 
 _LONGEST = 100
 
 
-def _name(value: str) -> str:
+def check_name(value: str) -> str:
+    """A name of the catalogues, as it is.
+
+    Raises:
+        ValueError: it cannot be a folder's name, or would be read as something else.
+    """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value) or ".." in value:
         raise ValueError(
             "names are letters, digits, '.', '_' and '-', and begin with one of the first two"
@@ -34,6 +39,23 @@ def _name(value: str) -> str:
         raise ValueError(f"'{value}' would be read from a table as something else than a name")
     if value.lower().endswith(ENDINGS):
         raise ValueError(f"'{value}' ends like a file of the results")
+    return value
+
+
+def _revision_name(value: Any) -> Any:
+    """The end of a model's name: numbers of steps are written without quotes, too."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return value
+
+
+def _end_of_a_name(value: str) -> str:
+    # What a name may be, the model's name before it decides.
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+        raise ValueError(
+            "it ends a model's name: letters, digits, '.', '_' and '-', the first one of the first two; "
+            "give it a key of its own, as in `revisions: {early: {revision: ...}}`"
+        )
     return value
 
 
@@ -86,9 +108,15 @@ def canonical_level(value: Any) -> str:
     return "0" if text in ("-0", "0") else text
 
 
-Name = Annotated[str, AfterValidator(_name)]
+Name = Annotated[str, AfterValidator(check_name)]
 Repository = Annotated[str, AfterValidator(_repository)]
 Revision = Annotated[str, AfterValidator(_revision)]
+RevisionName = Annotated[
+    str,
+    BeforeValidator(_revision_name),
+    AfterValidator(_end_of_a_name),
+    WithJsonSchema({"type": ["integer", "string"]}),
+]
 Level = Annotated[
     str, BeforeValidator(canonical_level), WithJsonSchema({"type": ["number", "string"]})
 ]

@@ -99,6 +99,7 @@ rule tables:
         curves=ask.selection,
         studies=ask.studies,
         pairs=ask.pairs,
+        checkpoints=ask.checkpoints,
         results=subpath(output.critical, parent=True),
         code=code_version("summarize"),
     shell:
@@ -107,5 +108,6 @@ rule tables:
             --curves {params.curves:q} \
             --studies {params.studies:q} \
             --pairs {params.pairs:q} \
+            --checkpoints {params.checkpoints:q} \
             --results {params.results} >{log} 2>&1
         """

@@ -16,6 +16,7 @@ from sparsity_atlas.files.whole import write_text
 
 _SECTIONS = {
     "models.<name>": "ModelEntry",
+    "models.<name>.revisions.<revision>": "RevisionEntry",
     "models.<name>.diffusion": "DiffusionSettings",
     "criteria.<name>": "CriterionEntry",
     "texts.<name>": "TextEntry",

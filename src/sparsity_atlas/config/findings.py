@@ -28,6 +28,8 @@ def explain(item: ErrorDetails) -> str:
         message = "a mapping is wanted"
     if item["type"] == "list_type" and path.endswith(".levels"):
         message = "'auto' or a list of levels is wanted"
+    if item["type"] == "list_type" and path.endswith(".revisions"):
+        message = "a list or a mapping of revisions is wanted"
     message = message[0].lower() + message[1:]
     if item["type"] == "value_error" and not path:
         return message

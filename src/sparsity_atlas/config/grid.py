@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsity_atlas.config import revisions
+from sparsity_atlas.config.revisions import Checkpoint
 from sparsity_atlas.config.schema import Config, RunBlock
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.loading.source import ALLOWED
@@ -89,6 +91,15 @@ def models(config: Config) -> tuple[str, ...]:
     """Models of the run, in the order of the catalogue."""
     used = {curve.model for curve in curves(config)}
     return tuple(name for name in config.models if name in used)
+
+
+def checkpoints(config: Config) -> dict[str, Checkpoint]:
+    """Those models of the run that are checkpoints of a series.
+
+    Raises:
+        AtlasError: it is not known how many tokens one was trained on.
+    """
+    return dict(revisions.checkpoints(config.models, models(config)))
 
 
 def pairs(config: Config) -> tuple[tuple[str, str], ...]:

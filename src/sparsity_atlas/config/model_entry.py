@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, NonNegativeInt, model_validator
+from pydantic import (
+    AfterValidator,
+    Discriminator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
 
-from sparsity_atlas.config.strict import Strict, some
-from sparsity_atlas.spelling import Repository, Revision
+from sparsity_atlas.config.strict import Strict, filled, some
+from sparsity_atlas.spelling import Name, Repository, Revision, RevisionName
 from sparsity_atlas.terms import Site
 
 
@@ -28,6 +37,17 @@ class DiffusionSettings(Strict):
     """Which tokens a pass leaves masked: those that the model is least sure of, or any."""
 
 
+class RevisionEntry(Strict):
+    """One checkpoint along a model's training."""
+
+    revision: Revision | None = None
+    """Hub revision, or folder below the entry's `path`. Unset: the key."""
+    tokens: PositiveFloat | None = None
+    """Tokens that it was trained on. Unset: read from its name (`step1000-tokens4B`; `step1000` with
+    `tokens_per_step`) or, in a local folder, from training.json (`tokens_seen`) or trainer_state.json
+    (`num_input_tokens_seen`)."""
+
+
 class ModelEntry(Strict):
     """A causal or masked-diffusion language model: a local folder or a Hub repository, in Hugging Face
     format."""
@@ -38,6 +58,30 @@ class ModelEntry(Strict):
     """Hub repository, for instance meta-llama/Llama-3.2-1B."""
     revision: Revision | None = None
     """Hub revision: a commit, tag or branch. It is resolved to a commit, which is recorded."""
+    revisions: (
+        Annotated[
+            Annotated[list[RevisionName], AfterValidator(some), Tag("list[revisions]")]
+            | Annotated[
+                dict[RevisionName, RevisionEntry | None],
+                AfterValidator(filled),
+                Tag("literal[mapping]"),
+            ],
+            # One branch, so that one mistake is told once.
+            Discriminator(
+                lambda value: "literal[mapping]" if isinstance(value, dict) else "list[revisions]"
+            ),
+        ]
+        | None
+    ) = None
+    """Checkpoints along one training: Hub revisions, or folders below `path`; a list, or a mapping that says
+    more of each. Each is a model `<name>-<revision>` with all else of this entry; `<name>` in a run block
+    means all of them. What their training makes of their sparsity: docs/studies.md."""
+    tokens_per_step: PositiveInt | None = None
+    """Tokens of a step of that training, where revisions are named by steps (Pythia: 2097152)."""
+    series: Name | None = None
+    """Training that this is one checkpoint of, where they are entries of their own, not `revisions`."""
+    training_tokens: PositiveFloat | None = None
+    """Tokens that this checkpoint of a `series` was trained on. Unset: read as those of `revisions` are."""
     gguf: str | None = None
     """GGUF file that holds the model: in the folder or repository, or by its own path. It is dequantised, and
     its tokenizer used. Needs the package gguf."""
@@ -118,6 +162,21 @@ class ModelEntry(Strict):
             raise ValueError("`adapter_revision` belongs to `adapter_hub`")
         if self.code_revision is not None and not self.trust_remote_code:
             raise ValueError("`code_revision` needs `trust_remote_code: true`")
+        return self
+
+    @model_validator(mode="after")
+    def _one_checkpoint_or_several(self) -> Self:
+        if self.revisions is None:
+            if self.tokens_per_step is not None:
+                raise ValueError("`tokens_per_step` belongs to `revisions`")
+            if self.training_tokens is not None and self.series is None:
+                raise ValueError("`training_tokens` belongs to a `series`")
+            return self
+        for key in ("revision", "series", "training_tokens"):
+            if getattr(self, key) is not None:
+                raise ValueError(f"give either `revisions` or `{key}`, not both")
+        if self.path is None and self.hub is None:
+            raise ValueError("`revisions` are of a `hub` repository, or folders below a `path`")
         return self
 
     @model_validator(mode="after")

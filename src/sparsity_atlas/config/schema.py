@@ -27,10 +27,12 @@ from pydantic import (
 
 from sparsity_atlas.config.findings import explain
 from sparsity_atlas.config.model_entry import ModelEntry
+from sparsity_atlas.config.revisions import expanded, replaced, revision_names
+from sparsity_atlas.config.search_settings import SearchSettings
 from sparsity_atlas.config.strict import Strict, some
 from sparsity_atlas.credentials import places
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.spelling import Level, Name, Repository, Revision
+from sparsity_atlas.spelling import Level, Name, Repository, Revision, check_name
 from sparsity_atlas.terms import PartBeside, Site
 
 
@@ -169,35 +171,6 @@ class StudySettings(Strict):
     """Captured tokens among which the local intrinsic dimension is estimated, in `metrics.csv`."""
 
 
-# Levels that bracket a further bar beside the headline's, at most.
-FURTHER_LEVELS = 3
-Percent = Annotated[float, Field(gt=0, lt=100)]
-
-
-class SearchSettings(Strict):
-    """How `levels: auto` chooses levels."""
-
-    max_levels: int = Field(default=6, ge=2, le=64)
-    """Levels evaluated at most, for each model, criterion and site; up to three more for each further p of
-    `ppl`."""
-    resolution: float = Field(default=0.01, gt=0, lt=1)
-    """Stop when the induced sparsity at the headline bar is bracketed this closely (0.01: a point); from six
-    levels on, three times as wide a bracket will do."""
-    ppl: Annotated[list[Percent], AfterValidator(some)] | None = None
-    """Every p of PPL-p% that levels are searched for, in percent of perplexity, for instance `[1, 5, 10]`; by
-    accuracy the share of it that may be lost. The headline's, 1, always is. Each is one of `bars`, too."""
-
-    @property
-    def further(self) -> tuple[float, ...]:
-        """The bars beside the headline's that levels are searched for, the mildest first."""
-        return tuple(round(1 - p / 100, 10) for p in sorted(self.ppl or ()) if p != 1)
-
-    @property
-    def most_levels(self) -> int:
-        """Levels evaluated at most."""
-        return self.max_levels + FURTHER_LEVELS * len(self.further)
-
-
 class Config(Strict):
     """The whole configuration of a run."""
 
@@ -260,6 +233,20 @@ class Config(Strict):
         return self
 
     @model_validator(mode="after")
+    def _revisions_have_names(self) -> Self:
+        known = {name.lower(): f"models.{name}" for name in self.models}
+        for name, models in revision_names(self.models).items():
+            for model in models:
+                key = f"models.{name}.revisions.{model.removeprefix(name + '-')}"
+                try:
+                    check_name(model)
+                except ValueError as error:
+                    raise ValueError(f"{key}: '{model}': {error}") from None
+                if (other := known.setdefault(model.lower(), key)) != key:
+                    raise ValueError(f"{key}: '{model}' is the name of {other}, too")
+        return self
+
+    @model_validator(mode="after")
     def _selections_exist(self) -> Self:
         if any(not 0 < bar < 1 for bar in self.bars) or 0.99 not in self.bars:
             raise ValueError("bars: values between 0 and 1, 0.99 (the headline) among them")
@@ -270,7 +257,9 @@ class Config(Strict):
         self._check_pairs()
         for number, block in enumerate(self.run):
             for key in ("models", "criteria", "tasks"):
-                catalogue = getattr(self, key)
+                catalogue = dict(getattr(self, key))
+                if key == "models":
+                    catalogue |= dict.fromkeys(replaced(catalogue, revision_names(self.models)))
                 for name in getattr(block, key) or ():
                     if name not in catalogue:
                         raise ValueError(_unknown(f"run.{number}.{key}", name, catalogue))
@@ -278,10 +267,11 @@ class Config(Strict):
 
     def _check_pairs(self) -> None:
         known: set[frozenset[str]] = set()
+        models = dict.fromkeys(replaced(self.models, revision_names(self.models)))
         for number, pair in enumerate(self.compare):
             for name in pair:
-                if name not in self.models:
-                    raise ValueError(_unknown(f"compare.{number}", name, self.models))
+                if name not in models:
+                    raise ValueError(_unknown(f"compare.{number}", name, models))
             if frozenset(pair) in known or pair[0] == pair[1]:
                 why = "a model with itself" if pair[0] == pair[1] else "there twice"
                 raise ValueError(f"compare.{number}: [{', '.join(pair)}]: {why}")
@@ -307,6 +297,15 @@ def _unknown(key: str, name: str, catalogue: dict[str, Any]) -> str:
     return f"{key}: unknown '{name}'{meant}; known: {', '.join(catalogue) or 'none'}"
 
 
+def _with_revisions(config: Config) -> Config:
+    """The configuration with a model for each revision, and all of them where their entry is chosen."""
+    becomes = revision_names(config.models)
+    content = config.model_dump(exclude_unset=True)
+    for block, own in zip(config.run, content["run"], strict=True):
+        own["models"] = replaced(block.models, becomes)
+    return Config.model_validate({**content, "models": expanded(config.models)})
+
+
 def parse(data: dict[str, Any]) -> Config:
     """Validate a merged configuration.
 
@@ -322,6 +321,7 @@ def parse(data: dict[str, Any]) -> Config:
             "set HF_TOKEN in the environment, or `hf auth login`"
         )
     try:
-        return Config.model_validate(data)
+        config = Config.model_validate(data)
+        return _with_revisions(config) if revision_names(config.models) else config
     except ValidationError as error:
         raise AtlasError("config: " + "; ".join(explain(item) for item in error.errors())) from None

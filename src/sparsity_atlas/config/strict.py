@@ -25,6 +25,17 @@ def some(values: list[Any]) -> list[Any]:
     return _unique(values)
 
 
+def filled(values: dict[str, Any]) -> dict[str, Any]:
+    """A mapping that is not empty.
+
+    Raises:
+        ValueError: it is.
+    """
+    if not values:
+        raise ValueError("the mapping is empty")
+    return values
+
+
 class Strict(BaseModel):
     """A part of the configuration: no key but its own, and no `true` where a number belongs."""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsity_atlas import cli
-from sparsity_atlas.config.schema import FURTHER_LEVELS, SearchSettings
+from sparsity_atlas.config.search_settings import FURTHER_LEVELS, SearchSettings
 from sparsity_atlas.criteria import create
 from sparsity_atlas.criteria.calibration_file import Calibration, read_calibration
 from sparsity_atlas.errors import TaskFailure

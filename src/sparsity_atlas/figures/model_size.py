@@ -30,7 +30,7 @@ def scaling(tables: Tables) -> Figure:
     """PPL-1% and critical sparsity over (active) non-embedding parameters, a panel a criterion and family."""
     family = tables.models.set_index("model")["family"]
     rows = tables.critical_sparsity.assign(family=tables.critical_sparsity["model"].map(family))
-    rows = rows[rows["bar"] == HEADLINE_BAR]
+    rows = rows[(rows["bar"] == HEADLINE_BAR) & ~rows["model"].isin(tables.earlier())]
     tasks = [task for task in (tables.loss_task(), AVERAGE) if (rows["task"] == task).any()]
     counts = rows.groupby(["criterion", "family"], sort=False)["model"].nunique()
     groups = repeated(rows, ["criterion", "family"], "model")

@@ -196,6 +196,7 @@ def partial(results: Path, config: dict[str, Any]) -> Remains:
         remains.metrics,
         remains.sensitivity,
         grid.pairs(parsed),
+        grid.checkpoints(parsed),
     )
     tables = read_tables([folder / f"{name}.csv" for name in FILES])
     draw_all(tables, folder / "figures")

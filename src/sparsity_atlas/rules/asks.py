@@ -11,6 +11,7 @@ import functools
 import inspect
 import json
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,12 @@ class Asks(Resources):
     def pairs(self) -> str:
         """Pairs of models that are set side by side: JSON."""
         return json.dumps(grid.pairs(self._config))
+
+    @functools.cached_property
+    def checkpoints(self) -> str:
+        """The models that are checkpoints of a training, with its name, theirs and their tokens: JSON."""
+        found = grid.checkpoints(self._config)
+        return json.dumps({model: astuple(one) for model, one in found.items()})
 
     # Files of one model or curve
 

@@ -71,6 +71,7 @@ def check_inputs(config: Config) -> None:
         AtlasError: an unknown rule, a site or a level that it does not have, or a file that is
             missing or not YAML.
     """
+    grid.checkpoints(config)
     curves = grid.curves(config)
     specs = {curve.criterion: grid.criterion_slice(config, curve.criterion) for curve in curves}
     declared = {name: criteria.declared(json.loads(spec)) for name, spec in specs.items()}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+from sparsity_atlas.config.revisions import Checkpoint
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.terms import CAUSAL
 
@@ -22,6 +25,8 @@ MODELS = [
     *SIZES,
 ]
 MODELS += ["hidden", "width", "sites", "digest"]
+# Further columns where models are checkpoints of a training.
+TRAINING = ["series", "checkpoint", "training_tokens"]
 
 
 def model_sizes(paths: list[Path]) -> dict[str, dict[str, int]]:
@@ -45,15 +50,34 @@ def model_sizes(paths: list[Path]) -> dict[str, dict[str, int]]:
     return sizes
 
 
-def model_rows(paths: list[Path]) -> list[dict[str, Any]]:
-    """Rows of models.csv. A family shares its architecture, its activation, and whether it is causal."""
+def earlier(checkpoints: Mapping[str, Checkpoint]) -> set[str]:
+    """The models that are a training's checkpoints, but for the last one of each, which stands for it."""
+    last: dict[str, str] = {}
+    for model, one in checkpoints.items():
+        other = last.get(one.series)
+        if other is None or checkpoints[other].tokens <= one.tokens:
+            last[one.series] = model
+    return set(checkpoints) - set(last.values())
+
+
+def model_rows(
+    paths: list[Path], checkpoints: Mapping[str, Checkpoint] | None = None
+) -> list[dict[str, Any]]:
+    """Rows of models.csv. A family shares its architecture, its activation, and whether it is causal.
+
+    Args:
+        paths: manifests.
+        checkpoints: those models that are one of a training.
+    """
     sizes = model_sizes(paths)
     rows = []
     for path in paths:
         manifest = read_manifest(path)
         source = manifest["source"]
+        trained = (checkpoints or {}).get(path.parent.name)
         rows.append(
             {
+                **(dict(zip(TRAINING, astuple(trained), strict=True)) if trained else {}),
                 **{key: manifest[key] for key in MODELS if key in manifest},
                 **sizes[path.parent.name],
                 "model": path.parent.name,

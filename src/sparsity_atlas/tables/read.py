@@ -23,6 +23,7 @@ CHUNK = 200_000
 _TEXT = {"model", "criterion", "site", "level", "tensor", "task", "kind", "status", "relation"}
 _TEXT |= {"bar_label", "family", "reason", "source", "revision", "architecture", "activation"}
 _TEXT |= {"dtype", "sites", "digest", "reference", "allocation", "sparsity_of", "target_of", "part"}
+_TEXT |= {"series", "checkpoint", "law"}
 _TEXT |= {"phase", "region", "quantity", "metric", "first", "second", "measure", "label", "note"}
 _FLAGS = {"low_open", "high_open", "non_monotone", "resolved", "paired"}
 
@@ -74,6 +75,16 @@ class Tables:
     def by_size(self) -> list[str]:
         """Models, the smallest first."""
         return list(self.models.sort_values(size_column(self.models), kind="stable")["model"])
+
+    def earlier(self) -> set[str]:
+        """Checkpoints of trainings, but for the last one of each, which stands for it among models."""
+        if "series" not in self.models:
+            return set()
+        rows = self.models[self.models["series"] != ""]
+        last = rows.sort_values("training_tokens", kind="stable").drop_duplicates(
+            "series", keep="last"
+        )
+        return set(rows["model"]) - set(last["model"])
 
     def loss_task(self) -> str | None:
         """The task that the headline is read from: the first one with a loss, or a bound of one."""

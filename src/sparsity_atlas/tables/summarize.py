@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from typing import Any
 import numpy as np
 
 from sparsity_atlas.activations.layout import part_of
+from sparsity_atlas.config.revisions import Checkpoint
 from sparsity_atlas.config.selection import unfold
 from sparsity_atlas.criteria.calibration_file import read_calibration
 from sparsity_atlas.curves.critical import CriticalRow
@@ -59,7 +60,15 @@ from sparsity_atlas.tables.foretelling import FORETELLING, Foretelling
 from sparsity_atlas.tables.ideal import Ideal, weights_of_a_token
 from sparsity_atlas.tables.layer_table import ERRORS, LAYERS, captured_rows, error_rows, layer_rows
 from sparsity_atlas.tables.mask_summary import MASKS, mask_rows, read_masks
-from sparsity_atlas.tables.model_table import ACTIVE, MODELS, SIZES, model_rows, model_sizes
+from sparsity_atlas.tables.model_table import (
+    ACTIVE,
+    MODELS,
+    SIZES,
+    TRAINING,
+    earlier,
+    model_rows,
+    model_sizes,
+)
 from sparsity_atlas.tables.steps import STEPS, step_rows
 from sparsity_atlas.tables.twins import TWINS, twin_rows
 from sparsity_atlas.terms import AVERAGE, NAMED_PARTS, plain
@@ -198,6 +207,7 @@ def write_tables(
     metrics: list[Path],
     sensitivity: list[Path],
     pairs: Sequence[tuple[str, str]] = (),
+    checkpoints: Mapping[str, Checkpoint] | None = None,
 ) -> None:
     """Write all tables of a run into a folder. One curve is in memory at a time.
 
@@ -209,10 +219,14 @@ def write_tables(
         metrics: Parquet files of `metrics`.
         sensitivity: Parquet files of `sensitivity`.
         pairs: models that are set side by side.
+        checkpoints: those models that are one of a training; the last one stands for it where models are
+            compared by size, or with one another.
     """
+    checkpoints = checkpoints or {}
+    before = earlier(checkpoints)
     sizes = model_sizes(models)
     whole = {path.parent.name: weights_of_a_token(read_manifest(path)) for path in models}
-    described = model_rows(models)
+    described = model_rows(models, checkpoints)
     scaling = Scaling({row["model"]: row["family"] for row in described})
     foretelling = Foretelling()
     stored = {path.parent: path for path in sparsity}
@@ -223,9 +237,10 @@ def write_tables(
             captured = captured_rows(stored[path.parent]) if path.parent in stored else []
             critical = list(critical_rows(key, curve, sizes, whole[key["model"]]))
             tables["critical_sparsity.csv"].add(critical)
-            foretelling.add_critical(critical)
-            for row in critical:
-                scaling.add(row)
+            if key["model"] not in before:
+                foretelling.add_critical(critical)
+                for row in critical:
+                    scaling.add(row)
             tables["curves.csv"].add(point_rows(key, curve, whole[key["model"]]))
             masks = read_masks(stored[path.parent]) if path.parent in stored else []
             tables["layers.csv"].add(layer_rows(key, curve, captured, masks))
@@ -242,7 +257,8 @@ def write_tables(
     together = (row for path in sparsity for row in mask_rows(_key(path), read_masks(path)))
     write_csv(folder / "masks.csv", MASKS + PART[:1] * parted, together)
     write_csv(folder / "scaling.csv", SCALING, scaling.rows())
-    write_csv(folder / "models.csv", with_active(MODELS, sizes), described)
+    trained = TRAINING if checkpoints else []
+    write_csv(folder / "models.csv", [*with_active(MODELS, sizes), *trained], described)
     measured = metric_rows(metrics)
     named = any(row["part"] in NAMED_PARTS for row in measured)
     write_csv(folder / "metrics.csv", METRICS + PART * named, measured)
@@ -283,6 +299,12 @@ def main() -> None:
     every.add_argument(
         "--pairs", type=json.loads, default=[], help="JSON: pairs of models to set side by side"
     )
+    every.add_argument(
+        "--checkpoints",
+        type=json.loads,
+        default={},
+        help="JSON: models that are checkpoints of a training: its name, theirs, and their tokens",
+    )
     every.add_argument("--results", required=True, type=Path, help="the results' folder")
     arguments = parser.parse_args()
 
@@ -299,4 +321,5 @@ def main() -> None:
         [results / model / "metrics" / f"{site}.parquet" for model, site in sites],
         [results.joinpath(*key, "sensitivity.parquet") for key in unfold(arguments.studies)],
         arguments.pairs,
+        {model: Checkpoint(*one) for model, one in arguments.checkpoints.items()},
     )
