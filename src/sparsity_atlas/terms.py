@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from itertools import combinations
+import re
+from collections.abc import Collection, Iterator
+from itertools import combinations, groupby
 from typing import Literal, NamedTuple, get_args
 
 # FFN(x) = W_d (u ⊙ g), u = W_u x, g = σ(W_g x).
@@ -63,29 +64,68 @@ PartBeside = Literal["ffn", "shared", "experts"]
 BESIDE: tuple[str, ...] = get_args(PartBeside)
 
 
-def confined(site: str, parts: Collection[str]) -> str:
-    """A site in some parts of the layers only, as paths spell it: `intermediate@shared+experts`.
+# What begins the layers that a spelling confines its site to.
+_LAYERS = "layers"
+
+
+def confined(site: str, parts: Collection[str], layers: Collection[int] = ()) -> str:
+    """A site in some parts of some layers only, as paths spell it: `intermediate@experts@layers0-3+7`.
 
     Args:
         site: one of `SITES`.
         parts: of `BESIDE`, in any order; none or all of them mean the site in every part.
+        layers: numbers of layers, in any order; none: every layer.
     """
     named = [part for part in BESIDE if part in parts]
-    return site if len(named) in (0, len(BESIDE)) else f"{site}@{'+'.join(named)}"
+    spelled = site if len(named) in (0, len(BESIDE)) else f"{site}@{'+'.join(named)}"
+    return f"{spelled}@{_LAYERS}{'+'.join(_ranges(layers))}" if layers else spelled
+
+
+def _ranges(layers: Collection[int]) -> Iterator[str]:
+    """Numbers in ascending order; those that follow each other as first and last."""
+    # Of numbers that follow each other, each is as far from its place among them all.
+    for _, run in groupby(enumerate(sorted(set(layers))), lambda place: place[1] - place[0]):
+        numbers = [number for _, number in run]
+        yield str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
 
 
 def plain(site: str) -> str:
-    """The site of `SITES` that a spelling names, whatever parts it is confined to."""
+    """The site of `SITES` that a spelling names, whatever parts and layers it is confined to."""
     return site.partition("@")[0]
+
+
+def in_every_layer(site: str) -> str:
+    """What a spelling names without the layers that it is confined to."""
+    return site.partition(f"@{_LAYERS}")[0]
 
 
 def parts_named(site: str) -> tuple[str, ...]:
     """The parts that a spelling confines its site to; none: it is that of all parts."""
-    names = site.partition("@")[2]
+    names = in_every_layer(site).partition("@")[2]
     return tuple(names.split("+")) if names else ()
 
 
-# Everything that a path may have as its site.
+def layers_named(site: str) -> tuple[int, ...]:
+    """The layers that a spelling confines its site to, ascending; none: it is that of every layer."""
+    ranges = site.partition(f"@{_LAYERS}")[2]
+    ends = [one.partition("-") for one in ranges.split("+")] if ranges else []
+    return tuple(
+        number for low, _, high in ends for number in range(int(low), int(high or low) + 1)
+    )
+
+
+def well_spelled(site: str) -> bool:
+    """Whether a path may have this as its site, of which there is one spelling."""
+    whole = in_every_layer(site)
+    layers = site.removeprefix(whole)
+    if whole not in SPELLED or (layers and re.fullmatch(SPELLED_LAYERS, layers) is None):
+        return False
+    return confined(plain(site), parts_named(site), layers_named(site)) == site
+
+
+# As a regular expression, what may follow one of `SPELLED`: six digits are layers enough.
+SPELLED_LAYERS = rf"@{_LAYERS}\d{{1,6}}(?:-\d{{1,6}})?(?:\+\d{{1,6}}(?:-\d{{1,6}})?)*"
+# Everything that a path may have as its site, in every layer.
 SPELLED: tuple[str, ...] = (
     *SITES,
     *(

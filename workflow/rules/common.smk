@@ -17,7 +17,8 @@ Path grammar, below results/:
     {model}/{criterion}/{site}/curve.json           what later stages need of the nodes
     {model}/{criterion}/{site}/equal_sparsity.parquet       scores at fixed sparsities, to compare criteria
     {model}/summary.csv                             one model's numbers
-With a criterion before it, {site} may be confined to parts of a layer: intermediate@experts.
+With a criterion before it, {site} may be confined to parts of the layers, and to some layers:
+intermediate@experts, input@layers0-3+7.
 """
 
 import os
@@ -52,7 +53,7 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.figures import FIGURES
 from sparsity_atlas.figures.wanted import wanted
 from sparsity_atlas.rules.inputs import check_inputs, locate
-from sparsity_atlas.terms import SITES, SPELLED
+from sparsity_atlas.terms import SITES, SPELLED, SPELLED_LAYERS
 
 # For the target `clean` alone (`--config remove=true`), and no part of what is measured.
 REMOVE = config.pop("remove", False)
@@ -71,7 +72,7 @@ except AtlasError as error:
 wildcard_constraints:
     model="|".join(map(re.escape, ATLAS.models)),
     criterion="|".join(map(re.escape, ATLAS.criteria)),
-    site="|".join(map(re.escape, SPELLED)),
+    site=f"(?:{'|'.join(map(re.escape, SPELLED))})(?:{SPELLED_LAYERS})?",
     level=r"0|[1-9]\d*|\d+\.\d*[1-9]",
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsity_atlas.config import revisions
 from sparsity_atlas.config.revisions import Checkpoint
-from sparsity_atlas.config.schema import Config, RunBlock
+from sparsity_atlas.config.run_block import RunBlock
+from sparsity_atlas.config.schema import Config
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.loading.source import ALLOWED
 from sparsity_atlas.terms import confined, plain
@@ -46,7 +48,16 @@ class Curve:
 def block_sites(config: Config, block: RunBlock, model: str) -> tuple[str, ...]:
     """Sites that a block asks of a model, as paths spell them."""
     sites = block.sites or config.models[model].sites or DEFAULT_SITES
-    return tuple(confined(site, block.parts or ()) for site in sites)
+    return tuple(
+        confined(site, block.parts or (), layers) for site in sites for layers in _layers(block)
+    )
+
+
+def _layers(block: RunBlock) -> Iterator[tuple[int, ...]]:
+    """The sets of layers that a block sparsifies, each by itself; an empty one stands for every layer."""
+    together = [one for one in block.layers or () if isinstance(one, int)]
+    each = [tuple(one) for one in block.layers or () if isinstance(one, list)]
+    yield from each or [tuple(together)]
 
 
 def curves(config: Config) -> list[Curve]:

@@ -15,12 +15,10 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
-    Discriminator,
     Field,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    Tag,
     ValidationError,
     model_validator,
 )
@@ -28,12 +26,12 @@ from pydantic import (
 from sparsity_atlas.config.findings import explain
 from sparsity_atlas.config.model_entry import ModelEntry
 from sparsity_atlas.config.revisions import expanded, replaced, revision_names
+from sparsity_atlas.config.run_block import RunBlock
 from sparsity_atlas.config.search_settings import SearchSettings
 from sparsity_atlas.config.strict import Strict, some
 from sparsity_atlas.credentials import places
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.spelling import Level, Name, Repository, Revision, check_name
-from sparsity_atlas.terms import PartBeside, Site
+from sparsity_atlas.spelling import Name, Repository, Revision, check_name
 
 
 class CriterionEntry(BaseModel):
@@ -108,31 +106,6 @@ class TaskEntry(Strict):
     machine; best in a container."""
     override: dict[str, Any] = Field(default_factory=dict)
     """Keys of the task's own YAML to replace, for instance `dataset_path` and `dataset_kwargs`."""
-
-
-class RunBlock(Strict):
-    """A part of the grid: every combination of what it lists. Blocks may overlap."""
-
-    models: Annotated[list[str], AfterValidator(some)]
-    criteria: Annotated[list[str], AfterValidator(some)] = Field(default=["topp"])
-    sites: Annotated[list[Site], AfterValidator(some)] | None = None
-    """Unset: the model's own `sites`, else intermediate and input, which every FFN has."""
-    parts: Annotated[list[PartBeside], AfterValidator(some)] | None = None
-    """Parts of a layer that are sparsified, beside attention; the others stay dense. Paths then say
-    `intermediate@experts`. Unset: all. Where a model has no other parts, that is the plain site, and not both
-    can be asked for."""
-    levels: Annotated[
-        Annotated[Literal["auto"], Tag("literal[auto]")]
-        | Annotated[list[Level], AfterValidator(some), Tag("list[levels]")],
-        # One branch, so that one mistake is told once.
-        Discriminator(lambda value: "literal[auto]" if value == "auto" else "list[levels]"),
-    ] = "auto"
-    """`auto`: searched for; a list: exactly these."""
-    sensitivity: Annotated[list[Level], AfterValidator(some)] | None = None
-    """Levels at which one layer at a time is sparsified too, to see what each adds to the loss. `levels`
-    are the curve's own all the same."""
-    tasks: Annotated[list[str], AfterValidator(some)] | None = None
-    """Unset: all of the catalogue."""
 
 
 class CaptureSettings(Strict):

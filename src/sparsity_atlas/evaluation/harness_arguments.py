@@ -27,7 +27,7 @@ from sparsity_atlas.config.model_entry import DiffusionSettings
 from sparsity_atlas.diffusion.unmask import Remasking
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.spelling import Level, Revision
-from sparsity_atlas.terms import SITES, SPELLED
+from sparsity_atlas.terms import SITES, well_spelled
 
 _QUANTISED = "a quantised checkpoint runs as it is; dequantise=True has it in plain numbers"
 _SPREAD = "device_map=auto spreads the model over the GPUs that CUDA_VISIBLE_DEVICES leaves, and host memory"
@@ -62,10 +62,10 @@ def _device(value: Any) -> Any:
 
 
 def _site(value: str) -> str:
-    if value not in SPELLED:
+    if not well_spelled(value):
         raise ValueError(
             f"expected {', '.join(SITES)}, or one of the first five in some parts of the layers, as "
-            "intermediate@experts"
+            "intermediate@experts, or any in some layers, as input@layers0-3+7"
         )
     return value
 

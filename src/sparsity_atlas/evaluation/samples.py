@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from sparsity_atlas.evaluation.headed_table import read_headed, write_headed
 from sparsity_atlas.files.parquet import OtherColumns
-from sparsity_atlas.terms import ACCOUNTS, FFN, PHASES, TENSORS, parts_named, plain
+from sparsity_atlas.terms import ACCOUNTS, FFN, PHASES, TENSORS, layers_named, parts_named, plain
 
 SCHEMA = pa.schema(
     [
@@ -67,9 +67,13 @@ def read_table(path: Path) -> tuple[dict[str, Any], pa.Table]:
 
 def at_site(slot: list[Any], site: str) -> bool:
     """Whether a slot of a header belongs to a site as paths spell it."""
-    tensor, _, _, *part = slot
-    parts = parts_named(site)
-    return tensor in TENSORS[plain(site)] and (not parts or (part[0] if part else FFN) in parts)
+    tensor, layer, _, *part = slot
+    parts, layers = parts_named(site), layers_named(site)
+    return (
+        tensor in TENSORS[plain(site)]
+        and (not parts or (part[0] if part else FFN) in parts)
+        and (not layers or layer in layers)
+    )
 
 
 def zeros_in(rows: pa.Table, phase: str, slots: int) -> np.ndarray:

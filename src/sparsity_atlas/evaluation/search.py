@@ -25,7 +25,7 @@ from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.samples import read_table, sparsity_at
 from sparsity_atlas.files.whole import read_manifest, write_manifest
 from sparsity_atlas.tasks.score import choose_metric, pooled_score
-from sparsity_atlas.terms import AVERAGE, IN_NATS, TENSORS, Kind, parts_named, plain
+from sparsity_atlas.terms import AVERAGE, IN_NATS, TENSORS, Kind, plain
 
 HEADLINE = 0.99
 ALLOWED_LOSS = math.log(1.01)
@@ -151,8 +151,8 @@ def search(
     # The bracket is as wide as the headline's own curve says, which is over its own tasks' tokens.
     read_from = headline_tasks(metrics)
     dense_sparsity = induced(baseline, site, read_from)
-    if parts_named(site):
-        # What eval.json says of a tensor is of all parts.
+    if site != plain(site):
+        # What eval.json says of a tensor is of all parts and layers.
         dense_sparsity = sparsity_at(dense_folder / "samples.parquet", site, read_from)
     wanted = SearchSettings.model_validate(
         {name: settings[name] for name in SearchSettings.model_fields if name in settings}

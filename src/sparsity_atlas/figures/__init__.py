@@ -193,6 +193,14 @@ FIGURES = {
         "by layer. Levels as in the two figures before.",
         missed=False,
     ),
+    "single_layers": Entry(
+        "Scores with one layer sparsified",
+        "Layers",
+        ("curves",),
+        "The loss above the dense model's, or accuracy as a share of it, on the run's tasks if one layer "
+        "alone is sparsified: of run blocks whose layers name them one by one. A line a level, with bands "
+        "that are 95 % intervals by paired bootstrap. Sensitivity shows the same of the captured text.",
+    ),
     "sensitivity": Entry(
         "Sensitivity of single layers",
         "Layers",

@@ -27,6 +27,7 @@ from sparsity_atlas.figures.studies import (
     neurons,
     rank_correlations,
     recall,
+    single_layers,
 )
 from sparsity_atlas.figures.style import SUFFIXES, arrange, save, styled
 from sparsity_atlas.tables.read import Tables, read_tables
@@ -51,6 +52,7 @@ DRAW: dict[str, Callable[[Tables], Figure]] = {
     "step_sparsity": by_step.sparsity,
     "step_overlap": by_step.overlap,
     "step_layers": by_step.by_layer,
+    "single_layers": single_layers.single_layers,
     "sensitivity": layer_by_level.sensitivity,
     "allocation_damage": layer_by_level.damage,
     "allocation": layer_by_level.own_sparsity,
@@ -69,9 +71,11 @@ DRAW: dict[str, Callable[[Tables], Figure]] = {
 
 def draw_all(tables: Tables, folder: Path, names: Iterable[str] = tuple(DRAW)) -> None:
     """Write figures into a folder, by default all of them."""
+    whole = tables.without_single_layers()
     with styled():
         for name in names:
-            figure = DRAW[name](tables)
+            # A panel or a line for each of many layers would hide all others.
+            figure = DRAW[name](tables if name == "single_layers" else whole)
             arrange(figure)
             for suffix in SUFFIXES:
                 save(figure, folder / f"{name}.{suffix}")

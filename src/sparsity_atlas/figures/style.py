@@ -17,7 +17,7 @@ from matplotlib.typing import RcKeyType
 from PIL import Image
 
 from sparsity_atlas.files.whole import write_atomically
-from sparsity_atlas.terms import BESIDE, parts_named, plain
+from sparsity_atlas.terms import BESIDE, layers_named, parts_named, plain
 
 # Inches: one and two columns of a printed page, and the height of its text.
 NARROW, WIDE, TALL = 3.5, 7.2, 9.4
@@ -104,12 +104,13 @@ def marks(names: Sequence[str]) -> dict[str, Mark]:
 
 
 def _site_mark(name: str) -> Mark | None:
-    """A site's mark; confined to some parts, in the site's colour with another marker and dashes."""
+    """A site's mark; confined to parts or layers, in the site's colour with another marker and dashes."""
     mark = SITE_MARKS.get(plain(name))
-    parts = parts_named(name)
-    if mark is None or not parts:
+    parts, layers = parts_named(name), layers_named(name)
+    if mark is None or not (parts or layers):
         return mark
     place = sum(2**index for index, part in enumerate(BESIDE) if part in parts)
+    place += 1 + layers[0] + len(layers) if layers else 0
     return Mark(
         mark.color,
         _MARKERS[(_MARKERS.index(mark.marker) + place) % len(_MARKERS)],

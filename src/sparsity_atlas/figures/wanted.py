@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from sparsity_atlas.config import grid
@@ -12,7 +12,7 @@ from sparsity_atlas.config.schema import Config
 from sparsity_atlas.figures import FIGURES
 from sparsity_atlas.loading.contents import speaks_of_experts, speaks_of_masks
 from sparsity_atlas.tasks import local_files
-from sparsity_atlas.terms import LEAST_MODELS
+from sparsity_atlas.terms import LEAST_MODELS, in_every_layer, layers_named
 
 
 def wanted(config: Config) -> list[str]:
@@ -41,6 +41,7 @@ def wanted(config: Config) -> list[str]:
         "mask_recall": config.studies.predictors is not None,
         "cett": config.studies.cett is not None,
         "local_dimension": config.studies.lid is not None,
+        "single_layers": max(_alone(curves).values(), default=0) > 1,
         "sensitivity": any(curve.sensitivity for curve in curves),
         **dict.fromkeys(
             ("allocation", "allocation_damage"),
@@ -51,6 +52,15 @@ def wanted(config: Config) -> list[str]:
         ),
     }
     return [name for name in FIGURES if there.get(name, True)]
+
+
+def _alone(curves: Iterable[grid.Curve]) -> Counter[tuple[str, str, str]]:
+    """How many layers are sparsified alone, by model, criterion and site."""
+    return Counter(
+        (curve.model, curve.criterion, in_every_layer(curve.site))
+        for curve in curves
+        if len(layers_named(curve.site)) == 1
+    )
 
 
 def _may_ask(config: Config, *kinds: str) -> bool:

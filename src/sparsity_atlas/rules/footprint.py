@@ -19,7 +19,15 @@ from sparsity_atlas.config.schema import Config
 from sparsity_atlas.files.whole import read_json, read_manifest
 from sparsity_atlas.loading.devices import ITEM_BYTES
 from sparsity_atlas.models.memory import MIB, Largest, Sizes, of_a_capture, of_a_pass
-from sparsity_atlas.terms import ATTENTION_TENSORS, FFN, STORED, TENSORS, parts_named, plain
+from sparsity_atlas.terms import (
+    ATTENTION_TENSORS,
+    FFN,
+    STORED,
+    TENSORS,
+    layers_named,
+    parts_named,
+    plain,
+)
 
 # A stage's process without its model, as measured: Python with torch and what else it imports.
 BASE_MIB = {
@@ -128,8 +136,13 @@ class Needs:
         attention = sum(tensor in ATTENTION_TENSORS for tensor in tensors)
         described = (self._manifest(model, "model.json") or {}).get("ffn", ())
         named = parts_named(site) if site else ()
-        parts = sum(not named or one.get("part", FFN) in named for one in described)
-        return sizes.layers * attention + (parts or sizes.layers) * (len(tensors) - attention)
+        layers = layers_named(site) if site else ()
+        parts = sum(
+            (not named or one.get("part", FFN) in named) and (not layers or one["layer"] in layers)
+            for one in described
+        )
+        count = len(layers) or sizes.layers
+        return count * attention + (parts or count) * (len(tensors) - attention)
 
     def _held(self, model: str, dtype: str) -> int:
         capture, entry = self._config.capture, self._config.models[model]

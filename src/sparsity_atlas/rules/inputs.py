@@ -24,7 +24,7 @@ from sparsity_atlas.loading import contents
 from sparsity_atlas.loading.adapter import adapter_digest
 from sparsity_atlas.loading.checkpoint import Checkpoint
 from sparsity_atlas.tasks import local_files
-from sparsity_atlas.terms import ALLOCATIONS, FFN_SITES, SPELLED, TENSORS, plain
+from sparsity_atlas.terms import ALLOCATIONS, FFN_SITES, SPELLED, TENSORS, in_every_layer, plain
 
 # Where the configuration names local files: catalogue and key.
 _PATHS = (
@@ -78,7 +78,7 @@ def check_inputs(config: Config) -> None:
     for curve in curves:
         constants = declared[curve.criterion]
         low, high, sites = (constants[name] for name in ("lowest", "highest", "sites"))
-        if curve.site not in SPELLED:
+        if in_every_layer(curve.site) not in SPELLED:
             raise AtlasError(
                 f"run: parts: '{plain(curve.site)}' is a site of attention, or of both; parts choose "
                 f"among what stands beside it, at {', '.join(FFN_SITES)}"

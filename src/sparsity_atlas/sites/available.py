@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.sites.part import Part, sites_of
 from sparsity_atlas.terms import (
     ATTENTION,
+    ATTENTION_TENSORS,
     BESIDE,
     FFN,
     FFN_SITES,
     TENSORS,
     confined,
+    in_every_layer,
+    layers_named,
     parts_named,
     plain,
 )
@@ -27,10 +30,12 @@ class Available:
     Attributes:
         sites: that every layer has.
         of_parts: of each part that some layer has beside attention, those of them that it has.
+        layers: of each part, attention among them, the layers that have it; empty where that is not known.
     """
 
     sites: tuple[str, ...]
     of_parts: dict[str, tuple[str, ...]]
+    layers: dict[str, frozenset[int]] = field(default_factory=dict, compare=False)
 
     @classmethod
     def in_parts(cls, parts: Sequence[Part]) -> Available:
@@ -45,7 +50,7 @@ class Available:
                 if site in FFN_SITES
                 and all(tensor in part.tensors for part in own for tensor in TENSORS[site])
             )
-        return cls(sites, of_parts)
+        return cls(sites, of_parts, _layers((part.name, part.layer) for part in parts))
 
     @classmethod
     def in_manifest(cls, manifest: dict[str, Any]) -> Available:
@@ -53,7 +58,10 @@ class Available:
         sites = tuple(manifest["sites"])
         dense = {FFN: [site for site in sites if site in FFN_SITES]}
         of_parts = {name: tuple(own) for name, own in manifest.get("parts", dense).items()}
-        return cls(sites, of_parts)
+        described = manifest.get("ffn", ())
+        beside = [(one.get("part", FFN), one["layer"]) for one in described]
+        attention = [(ATTENTION, one["layer"]) for one in described if one.get("attention")]
+        return cls(sites, of_parts, _layers([*beside, *attention]))
 
     def describe(self) -> dict[str, Any]:
         """As a manifest states it; of a model of dense FFNs alone, its sites say all."""
@@ -74,7 +82,9 @@ class Available:
         every = tuple(name for name in BESIDE if name in self.of_parts)
         if plain(site) not in FFN_SITES or parts_named(site) not in ((), every):
             return (site,)
-        return tuple(dict.fromkeys((plain(site), confined(plain(site), every))))
+        layers = layers_named(site)
+        both = (confined(plain(site), parts, layers) for parts in ((), every))
+        return tuple(dict.fromkeys(both))
 
     def check_all(self, model: str, sites: Iterable[str]) -> None:
         """Refuse sites of a run that a model does not have, or of which two are one.
@@ -89,9 +99,10 @@ class Available:
         asked = list(sites)
         for site in asked:
             self.check(model, site)
-            if set(parts_named(site)) == set(self.of_parts) and plain(site) in asked:
+            whole = confined(plain(site), (), layers_named(site))
+            if set(parts_named(site)) == set(self.of_parts) and whole in asked:
                 raise AtlasError(
-                    f"models.{model}: '{site}' is '{plain(site)}' in this model, which has no other part "
+                    f"models.{model}: '{site}' is '{whole}' in this model, which has no other part "
                     "beside attention: ask for one of them"
                 )
 
@@ -121,3 +132,41 @@ class Available:
                     f"models.{model}: '{site}': no site '{wanted}' in its part '{name}', which has "
                     f"{', '.join(self.of_parts[name])}"
                 )
+        self._check_layers(model, site)
+
+    def _check_layers(self, model: str, site: str) -> None:
+        """Refuse layers that have no such site, all of those that have it, and another spelling of them."""
+        named = layers_named(site)
+        if not named:
+            return
+        spelled = confined(plain(site), parts_named(site), named)
+        if site != spelled:
+            raise AtlasError(f"models.{model}: '{site}' is spelled '{spelled}'")
+        there = self._layers_with(plain(site), parts_named(site))
+        if not there:
+            return
+        missing = [layer for layer in named if layer not in there]
+        has = confined("", (), sorted(there)).removeprefix("@")
+        if missing:
+            raise AtlasError(
+                f"models.{model}: '{site}': layer {missing[0]} has none; those that have: {has}"
+            )
+        if there == set(named):
+            raise AtlasError(
+                f"models.{model}: '{site}' is '{in_every_layer(site)}' in this model, where no other layers "
+                "have it: leave `layers` out"
+            )
+
+    def _layers_with(self, site: str, parts: Collection[str]) -> set[int]:
+        """Layers that have a tensor of a site, in some of their parts or any."""
+        tensors = set(TENSORS[site])
+        concerned = set(parts or self.of_parts) if tensors - set(ATTENTION_TENSORS) else set()
+        concerned |= {ATTENTION} if tensors & set(ATTENTION_TENSORS) else set()
+        return {layer for name in concerned for layer in self.layers.get(name, ())}
+
+
+def _layers(places: Iterable[tuple[str, int]]) -> dict[str, frozenset[int]]:
+    found: dict[str, set[int]] = {}
+    for name, layer in places:
+        found.setdefault(name, set()).add(layer)
+    return {name: frozenset(layers) for name, layers in found.items()}

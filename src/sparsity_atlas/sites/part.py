@@ -13,6 +13,7 @@ from sparsity_atlas.terms import (
     SITES,
     TENSORS,
     PlaceKey,
+    layers_named,
     parts_named,
     plain,
 )
@@ -233,8 +234,9 @@ def _have(parts: Sequence[Part], tensor: str) -> bool:
 
 def chosen(parts: Sequence[Part], site: str) -> tuple[list[Part], str]:
     """The parts that a site as paths spell it is confined to, all where it is not, and the plain site."""
-    names = parts_named(site)
-    return [part for part in parts if not names or part.name in names], plain(site)
+    names, layers = parts_named(site), layers_named(site)
+    own = [part for part in parts if not names or part.name in names]
+    return [part for part in own if not layers or part.layer in layers], plain(site)
 
 
 def having(parts: Iterable[Part], tensor: str) -> list[Part]:

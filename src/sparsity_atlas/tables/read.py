@@ -10,7 +10,15 @@ from typing import Any
 import pandas as pd
 
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.terms import AVERAGE, EVERY_PHASE, IN_NATS, SPELLED, plain
+from sparsity_atlas.terms import (
+    AVERAGE,
+    EVERY_PHASE,
+    IN_NATS,
+    SPELLED,
+    in_every_layer,
+    layers_named,
+    plain,
+)
 
 # In figures and tables: the FFN's most tolerant site first, several at once last.
 SITE_ORDER = (
@@ -66,6 +74,16 @@ class Tables:
             kept[one.name] = frame[frame["model"] == model] if "model" in frame else frame[:0]
         return replace(self, **kept)
 
+    def without_single_layers(self) -> Tables:
+        """Without the rows of curves whose site is confined to one layer."""
+        kept = {}
+        for one in fields(self):
+            frame = getattr(self, one.name)
+            if "site" in frame:
+                frame = frame.drop(index=of_single_layers(frame).index)
+            kept[one.name] = frame
+        return replace(self, **kept)
+
     def criteria(self) -> list[str]:
         """Criteria of the run, in its own order."""
         # What the store alone tells is there before any curve is.
@@ -118,9 +136,14 @@ def in_order(found: Iterable[str]) -> list[str]:
     return sorted((name for name in set(found) if plain(name) in SITE_ORDER), key=site_rank)
 
 
-def site_rank(site: str) -> tuple[int, int]:
-    """Where a site as paths spell it stands among others: confined to some parts, behind the plain one."""
-    return SITE_ORDER.index(plain(site)), SPELLED.index(site)
+def site_rank(site: str) -> tuple[int, int, tuple[int, ...]]:
+    """Where a site as paths spell it stands among others: confined to parts, layers, behind the plain one."""
+    return SITE_ORDER.index(plain(site)), SPELLED.index(in_every_layer(site)), layers_named(site)
+
+
+def of_single_layers(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of curves whose site is confined to one layer: they are shown against their layer."""
+    return rows[rows["site"].map(lambda site: len(layers_named(site)) == 1).astype(bool)]
 
 
 def read_csv(path: Path, task: str | None = None) -> pd.DataFrame:

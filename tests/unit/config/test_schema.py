@@ -278,6 +278,46 @@ def test_parts_of_a_layer_are_another_curve() -> None:
     assert grid.stored_sites(config, "small") == ("up",)
 
 
+def test_some_layers_are_another_curve() -> None:
+    data = copy.deepcopy(BASE)
+    block = {"models": ["small"], "sites": ["up", "o_input"], "levels": [0.5]}
+    data["run"] = [
+        {**block, "layers": [3, 0, 1]},
+        {**block, "layers": [[0], [3, 2]], "sites": ["up"], "parts": ["experts"]},
+        {**block, "layers": [1, 0, 3], "levels": [0.9]},
+    ]
+    config = parse(data)
+    sites = ("up@layers0-1+3", "o_input@layers0-1+3")
+    sites += ("up@experts@layers0", "up@experts@layers2-3")
+    assert grid.model_sites(config, "small") == sites
+    assert grid.stored_sites(config, "small") == ("up", "o_input")
+    assert [curve.levels for curve in grid.curves(config)][:2] == [("0.9", "0.5")] * 2
+    with pytest.raises(AtlasError, match=r"^texts\.prose: file"):  # behind what is said of sites
+        check_inputs(config)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([], "run.0.layers: the list is empty"),
+        ([1, 1], "run.0.layers: given twice: 1"),
+        ([[1], [1]], "run.0.layers: given twice"),
+        ([[2, 1], [1, 2]], "run.0.layers: given twice"),
+        ([[1], []], "run.0.layers.1: the list is empty"),
+        ([-1], "run.0.layers.0: .*greater than or equal to 0, found -1"),
+        ([True], "run.0.layers.0: the number of a layer is wanted, found True"),
+        ([[0], 1], "run.0.layers.1: .*list"),
+        ("all", "run.0.layers: .*list, found 'all'"),
+    ],
+)
+def test_bad_layers_are_told_in_one_line(layers: Any, message: str) -> None:
+    data = copy.deepcopy(BASE)
+    data["run"] = [{"models": ["small"], "levels": [0.5], "layers": layers}]
+    with pytest.raises(AtlasError, match=f"^config: {message}") as caught:
+        parse(data)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("path", "value", "slices"),
     [

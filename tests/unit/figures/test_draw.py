@@ -314,6 +314,7 @@ def test_many_models_fit_on_a_page_and_the_figure_says_what_is_left_out(tmp_path
                 "comparison_error",
                 "allocation_damage",
                 "allocation",
+                "single_layers",
                 "phase_sparsity",
                 "step_sparsity",
                 "step_overlap",

@@ -24,8 +24,8 @@ COMPARED = {"criteria", "comparison", "comparison_error"}
 ALLOCATED = {"allocation", "allocation_damage"}
 ROUTED = {"expert_sparsity", "expert_load"}
 DENOISED = {"step_sparsity", "step_overlap", "step_layers"}
-# Of five models, or named in `studies`.
-ASKED_FOR = {"foretelling", "mask_recall", "local_dimension", "cett"}
+# Of five models, or named in `studies` or `layers`.
+ASKED_FOR = {"foretelling", "mask_recall", "local_dimension", "cett", "single_layers"}
 PHASES, TWINS = {"phase_sparsity"}, {"twins"}
 TASKS = str(ROOT / "workflow/resources/tasks")
 ONE = {"models": ["a"], "criteria": ["topp"], "sites": ["input", "up"], "tasks": ["prose"]}

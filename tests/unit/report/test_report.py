@@ -131,7 +131,7 @@ def test_every_figure_and_every_model_is_there(finished, text):
     tables, figures = finished
     parsed = Page(text)
     # No model of this run has experts or denoises, every criterion is uniform, tasks have one phase, no
-    # models are compared, and they are too few to be put in an order.
+    # layer is sparsified alone, no models are compared, and they are too few to be put in an order.
     empty = [
         "step_sparsity",
         "step_overlap",
@@ -149,6 +149,7 @@ def test_every_figure_and_every_model_is_there(finished, text):
         "step_layers",
         "allocation_damage",
         "allocation",
+        "single_layers",
     ]
     assert {path.stem for path in figures if shows_nothing(path.read_bytes())} == set(empty)
     headings = [one.get("id", "") for one in parsed.all("h3")]

@@ -13,7 +13,7 @@ from model_parts import attentions_of, ffns_of
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.sites.available import Available
 from sparsity_atlas.sites.block import layer_path
-from sparsity_atlas.sites.find import Part, Vectors, find_parts
+from sparsity_atlas.sites.find import Part, Vectors, describe_parts, find_parts
 from sparsity_atlas.sites.part import (
     chosen,
     having,
@@ -27,8 +27,11 @@ from sparsity_atlas.terms import (
     SPELLED,
     PlaceKey,
     confined,
+    in_every_layer,
+    layers_named,
     parts_named,
     plain,
+    well_spelled,
 )
 from tiny_models import HIDDEN, LAYERS, WIDTH, tiny_model
 
@@ -202,3 +205,102 @@ def test_attention_has_an_output_for_each_of_its_tensors(parts: list[Part]) -> N
             {"qkv_input": x}, "qkv_input", lambda _, onto: torch.where(x > 0, onto, 0)
         )
         torch.testing.assert_close(found, torch.cat([half @ weight.T for weight in maps], -1))
+
+
+@pytest.mark.parametrize(
+    ("parts", "layers", "spelled"),
+    [
+        ((), (3,), "up@layers3"),
+        ((), (7, 0, 2, 1), "up@layers0-2+7"),
+        ((), (1, 2), "up@layers1-2"),
+        (("experts",), (0, 2), "up@experts@layers0+2"),
+    ],
+)
+def test_a_site_in_some_layers_has_one_spelling(
+    parts: tuple[str, ...], layers: tuple[int, ...], spelled: str
+) -> None:
+    assert confined("up", parts, layers) == spelled
+    assert (plain(spelled), parts_named(spelled)) == ("up", parts)
+    assert layers_named(spelled) == tuple(sorted(layers))
+    assert in_every_layer(spelled) == confined("up", parts)
+    assert well_spelled(spelled)
+    assert well_spelled(in_every_layer(spelled))
+
+
+@pytest.mark.parametrize(
+    "site",
+    [
+        *(
+            "up@layers",
+            "up@layers2+0",
+            "up@layers0+1",
+            "up@layers3-1",
+            "up@layers01",
+            "up@layers1-1",
+        ),
+        *(
+            "up@layers0@experts",
+            "up@layers1234567",
+            "up@layers0-",
+            "down@layers0",
+            "o_input@ffn@layers0",
+        ),
+    ],
+)
+def test_other_spellings_of_layers_are_no_sites(site: str) -> None:
+    assert not well_spelled(site)
+
+
+@pytest.mark.parametrize(
+    ("site", "message"),
+    [
+        ("input@layers1+5", "'input@layers1\\+5': layer 5 has none; those that have: layers0-3$"),
+        ("input@ffn@layers1", "'input@ffn@layers1': layer 1 has none; those that have: layers0$"),
+        ("input@layers0-3", "'input@layers0-3' is 'input' in this model, .*: leave `layers` out$"),
+        ("input@ffn@layers0", "'input@ffn@layers0' is 'input@ffn' in this model"),
+        ("o_input@layers0+2", "'o_input@layers0\\+2' is 'o_input' in this model"),
+        ("all_linear_inputs@layers0-3", "is 'all_linear_inputs' in this model"),
+        ("input@layers2+0", "'input@layers2\\+0' is spelled 'input@layers0\\+2'$"),
+    ],
+)
+def test_layers_that_a_model_does_not_have_are_refused(site: str, message: str) -> None:
+    """Attention in two layers, an FFN in the first, experts behind it."""
+    ffn = [{"layer": 0, "attention": {"qkv": []}}]
+    experts = [{"layer": number, "part": "experts"} for number in (1, 2, 3)]
+    experts[1]["attention"] = {"qkv": []}
+    parts = {name: list(FFN_SITES) for name in ("ffn", "experts")}
+    available = Available.in_manifest({"sites": list(SITES), "parts": parts, "ffn": ffn + experts})
+    with pytest.raises(AtlasError, match=f"^models\\.m: .*{message}") as caught:
+        available.check("m", site)
+    assert "\n" not in str(caught.value)
+    for there in (
+        "input@layers1+3",
+        "input@experts@layers2",
+        "o_input@layers2",
+        "all_inputs@layers0",
+    ):
+        available.check_all("m", ["input", there])
+
+
+def test_all_parts_of_some_layers_are_not_asked_for_twice() -> None:
+    olmoe = Available(FFN_SITES, {"experts": FFN_SITES}, {"experts": frozenset(range(4))})
+    with pytest.raises(AtlasError, match="'gate@experts@layers2' is 'gate@layers2' in this model"):
+        olmoe.check_all("m", ["gate@layers2", "gate@experts@layers2"])
+    olmoe.check_all("m", ["gate@layers1", "gate@experts@layers2", "gate"])
+    names = ("up@layers0-1", "up@experts@layers0-1")
+    assert all(olmoe.names("m", name) == names for name in names)
+    assert olmoe.names("m", "up@layers3") == ("up@layers3", "up@experts@layers3")
+
+
+def test_layers_of_a_model_are_those_of_its_manifest() -> None:
+    parts = find_parts(tiny_mixture("deepseek_v3"))
+    found = Available.in_parts(parts)
+    stated = Available.in_manifest({**found.describe(), "ffn": describe_parts(parts)})
+    assert stated.layers == found.layers
+    assert set(found.layers["ffn"]) == {0}
+    assert found.layers["experts"] == found.layers["shared"] == {1}
+    own, site = chosen(parts, "gate@layers1")
+    assert (site, [(part.layer, part.name) for part in own]) == (
+        "gate",
+        [(part.layer, part.name) for part in parts if part.layer == 1],
+    )
