@@ -25,7 +25,7 @@ from sparsity_atlas.evaluation.headed_table import CountTable
 from sparsity_atlas.files.parquet import write_parquet
 from sparsity_atlas.files.whole import write_manifest
 from sparsity_atlas.statistics.bootstrap import TaskSamples
-from sparsity_atlas.studies import output_error, sensitivity
+from sparsity_atlas.studies import output_error, prompt_table, sensitivity
 from sparsity_atlas.studies.token_masks import MaskTables
 from sparsity_atlas.tables import summarize
 from sparsity_atlas.tables.read import Tables, read_tables
@@ -170,6 +170,7 @@ def write_curve(
     ]
     write_parquet(folder / "sparsity.parquet", pa.Table.from_pylist(rows, output_error.SCHEMA))
     write_masks(folder, shares, site)
+    write_parquet(folder / "prompt_reuse.parquet", prompt_table.SCHEMA.empty_table())
     rows = []
     for level, share in shares.items():
         for tensor in TENSORS[site]:

@@ -13,6 +13,7 @@ Path grammar, below results/:
     {model}/{criterion}/{site}/search.json          the levels that `levels: auto` chose
     {model}/{criterion}/{site}/sparsity.parquet     induced sparsity and output error, all levels
     {model}/{criterion}/{site}/masks.parquet        how masks of neighbouring tokens go together
+    {model}/{criterion}/{site}/prompt_reuse.parquet what a prompt's mask is worth behind it
     {model}/{criterion}/{site}/sensitivity.parquet  what one layer at a time adds to the loss
     {model}/{criterion}/{site}/curve.json           what later stages need of the nodes
     {model}/{criterion}/{site}/equal_sparsity.parquet       scores at fixed sparsities, to compare criteria

@@ -2,7 +2,7 @@
 
 In:  captured activations; for the output error the model's FFNs and the levels of its curves.
 Out: metrics of each layer and site; of each level and layer induced sparsity, FFN-output error, and how the
-     masks of neighbouring tokens go together.
+     masks of neighbouring tokens go together; and what prompts' masks are worth, if that is asked for.
 """
 
 
@@ -43,6 +43,7 @@ rule output_error:
     output:
         sparsity="results/{model}/{criterion}/{site}/sparsity.parquet",
         masks="results/{model}/{criterion}/{site}/masks.parquet",
+        reuse="results/{model}/{criterion}/{site}/prompt_reuse.parquet",
     log:
         "results/logs/{model}/{criterion}/{site}/sparsity.log",
     benchmark:
@@ -73,5 +74,6 @@ rule output_error:
             --calibration={input.calibration:q} \
             --settings {params.settings:q} \
             --output {output.sparsity} \
-            --masks {output.masks} >{log} 2>&1
+            --masks {output.masks} \
+            --reuse {output.reuse} >{log} 2>&1
         """

@@ -21,6 +21,10 @@ from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.loading.source import ALLOWED
 from sparsity_atlas.terms import confined, plain
 
+# Built-in rules that take a prompt's mask for what follows it.
+PROMPT_RULES = ("prompt_mask", "tda")
+# Those with one threshold for all layers.
+GLOBAL_RULES = ("threshold", "weighted_threshold")
 DEFAULT_SITES = ("intermediate", "input")
 
 
@@ -198,6 +202,10 @@ def error_slice(config: Config, model: str) -> str:
     studies = config.studies.model_dump(
         include={"predictors", "cett", "coactivation"}, exclude_none=True
     )
+    asked = config.studies.prompt_reuse
+    if asked is not None:
+        studies |= {"prompt_reuse": asked, "batch_size": config.models[model].batch_size}
+        studies |= {"replicates": config.replicates, "seed": config.seed}
     return _json({**json.loads(store_slice(config, model)), **studies})
 
 
@@ -283,6 +291,12 @@ def criterion_slice(config: Config, criterion: str) -> str:
     """What a criterion is made from; its name in the catalogue is the default rule."""
     entry = config.criteria[criterion].model_dump(exclude_none=True)
     return _json(entry if "file" in entry else {"rule": criterion, **entry})
+
+
+def keeps_prompts(config: Config, criterion: str) -> bool:
+    """Whether a criterion takes a prompt's mask for what follows it; of a user's own it is not known here."""
+    spec = json.loads(criterion_slice(config, criterion))
+    return spec.get("rule") in PROMPT_RULES
 
 
 def searched_levels(config: Config, results: str) -> dict[Curve, tuple[str, ...]]:

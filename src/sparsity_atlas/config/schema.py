@@ -140,6 +140,11 @@ class StudySettings(Strict):
     coactivation: int | None = Field(default=None, ge=2)
     """Neurons of each layer that are drawn to count which are kept together, of every curve: in
     `masks.csv`."""
+    prompt_reuse: Annotated[list[Literal["given", "generated"]], AfterValidator(some)] | None = None
+    """What is measured of masks that a prompt leaves for what follows it, of every curve of `prompt_mask` and
+    `tda`, in `prompt_reuse.csv`: behind the first part of each captured sequence the text as it goes on
+    (`given`), or as the model writes it (`generated`). Each takes two passes of the model over the captured
+    text, and three for each level."""
     lid: int | None = Field(default=None, ge=400)
     """Captured tokens among which the local intrinsic dimension is estimated, in `metrics.csv`."""
 

@@ -137,6 +137,15 @@ FIGURES = {
         "Share of zeros in each layer at each level, counted while the tasks ran, averaged over "
         "tasks. Levels stand in the order of the sparsity that they induce.",
     ),
+    "layer_profile": Entry(
+        "Layers under one threshold",
+        "Layers",
+        ("layer_profile",),
+        "Induced sparsity of each layer under several criteria, each read between its levels where all "
+        "layers together drop as much on the average. A threshold for the whole model leaves it to the "
+        "layers; others ask the same of each, or go by what each layer loses.",
+        missed=False,
+    ),
     "phase_sparsity": Entry(
         "Prompt and generation by layer",
         "Layers",
@@ -262,6 +271,35 @@ FIGURES = {
         "Share of the neurons of a layer that at most so many of the tokens keep: where a line begins above "
         "zero, neurons are never on; where it ends below 100 %, neurons are nearly always on. Lines, bands "
         "and levels as in the figures before.",
+    ),
+    "prompt_overlap": Entry(
+        "What later tokens share with a prompt's mask",
+        "Neurons",
+        ("prompt_reuse",),
+        "Of the neurons that a token behind the prompt would choose, as many as the prompt's mask has, the "
+        "share that is in that mask, by the distance from the prompt: a point stands for the distances from "
+        "its own up to the next. Dashed: in the mask of another sequence's prompt; dotted: in one that is "
+        "drawn at random. Lines are means over the layers, bands go from the smallest to the largest. Of "
+        "all levels the one is shown that drops nearest to 50 % behind the prompt.",
+        missed=False,
+    ),
+    "prompt_overlap_layers": Entry(
+        "What later tokens share with a prompt's mask, by layer",
+        "Neurons",
+        ("prompt_reuse",),
+        "As in the figure before, over all distances, layer by layer; bands are 95 % intervals by bootstrap "
+        "over the sequences.",
+        missed=False,
+    ),
+    "prompt_loss": Entry(
+        "What a prompt's mask costs behind it",
+        "Neurons",
+        ("prompt_reuse",),
+        "Loss of the tokens behind the prompt above the dense model's, with all layers masked, by the "
+        "distance from the prompt: under the prompt's mask, under each token's own of the same size, and "
+        "under the mask of another sequence's prompt. Bands are 95 % intervals of the first by paired "
+        "bootstrap over the sequences. The prompt is dense. Levels as in the figures before.",
+        missed=False,
     ),
     "mask_recall": Entry(
         "What a low-rank predictor foretells of the masks",

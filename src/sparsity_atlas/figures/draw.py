@@ -23,8 +23,10 @@ from sparsity_atlas.figures import (
 )
 from sparsity_atlas.figures.studies import (
     cett_curve,
+    layer_profile,
     local_dimension,
     neurons,
+    prompt_overlap,
     rank_correlations,
     recall,
     single_layers,
@@ -46,6 +48,7 @@ DRAW: dict[str, Callable[[Tables], Figure]] = {
     "comparison_error": differences.output_errors,
     "tasks": by_task.tasks,
     "layer_sparsity": by_layer.layer_sparsity,
+    "layer_profile": layer_profile.layer_profile,
     "phase_sparsity": by_phase.phase_sparsity,
     "expert_sparsity": by_expert.spread,
     "expert_load": by_expert.load,
@@ -61,6 +64,9 @@ DRAW: dict[str, Callable[[Tables], Figure]] = {
     "mask_reuse": neurons.reuse,
     "position_sparsity": neurons.position,
     "neuron_frequency": neurons.frequency,
+    "prompt_overlap": prompt_overlap.overlap,
+    "prompt_overlap_layers": prompt_overlap.by_layer,
+    "prompt_loss": prompt_overlap.losses,
     "mask_recall": recall.recall,
     "cett": cett_curve.cett,
     "local_dimension": local_dimension.local_dimension,

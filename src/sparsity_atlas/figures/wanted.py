@@ -27,6 +27,8 @@ def wanted(config: Config) -> list[str]:
     specs = {curve.criterion: grid.criterion_slice(config, curve.criterion) for curve in curves}
     there = {
         **dict.fromkeys(("criteria", "comparison", "comparison_error"), max(places.values()) > 1),
+        "layer_profile": max(places.values()) > 1
+        and any(json.loads(spec).get("rule") in grid.GLOBAL_RULES for spec in specs.values()),
         "twins": bool(grid.pairs(config)),
         "scaling": len(grid.models(config)) > 1,
         "foretelling": len(grid.models(config)) >= LEAST_MODELS,
@@ -37,6 +39,10 @@ def wanted(config: Config) -> list[str]:
             # Whether a given answer is the likeliest is seen by filling it in.
             _may(config, speaks_of_masks)
             and _may_ask(config, local_files.GENERATED, "loglikelihood"),
+        ),
+        **dict.fromkeys(
+            ("prompt_overlap", "prompt_overlap_layers", "prompt_loss"),
+            config.studies.prompt_reuse is not None,
         ),
         "mask_recall": config.studies.predictors is not None,
         "cett": config.studies.cett is not None,

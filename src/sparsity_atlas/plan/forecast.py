@@ -54,6 +54,8 @@ LIGHT_IMPORTS = "sparsity_atlas.curves.curve, sparsity_atlas.tables.summarize"
 DRAWING_IMPORTS = {"figures": "sparsity_atlas.figures.draw", "page": "sparsity_atlas.report.report"}
 # What the tables' stage takes of a curve, as measured, in the time of its imports.
 TABLES_OF_A_CURVE = 0.12
+# What writing the later half of the captured text takes, in passes over it, as measured.
+GENERATED = 12
 EVALUATING = ("dense", "evaluate", "search")
 
 
@@ -146,6 +148,8 @@ def forecast(config: Config, results: Path) -> Forecast:
                 took += levels * (share * whole.expected * passes_of_a_level(config, job))
                 thresholds = len(config.studies.cett or ()) if _site(job) == "intermediate" else 0
                 took += Amount.exactly(share * whole.expected * thresholds / 3)
+                if config.studies.prompt_reuse and grid.keeps_prompts(config, _criterion(job)):
+                    took += whole * passes_of_reuse(config, levels.expected - 1)
         seconds.append(took)
     targets = list(missed_targets(config, results, unknowns))
     return Forecast(every, seconds, outlooks, unknowns, targets)
@@ -172,6 +176,21 @@ def passes_of_a_level(config: Config, job: Job) -> float:
     """
     ranks = config.studies.predictors or ()
     return 1 + (4 + len(ranks) if ranks and _site(job) in ("up", "gate", "intermediate") else 0)
+
+
+def passes_of_reuse(config: Config, levels: float) -> float:
+    """Passes of the model over the captured tokens that prompts' masks take, of all levels of a curve.
+
+    Writing what follows the prompts is a pass for each token, of as many rows as a batch has.
+    """
+    each = 2 + 3 * levels
+    return sum(
+        each + (GENERATED if one == "generated" else 0) for one in config.studies.prompt_reuse or ()
+    )
+
+
+def _criterion(job: Job) -> str:
+    return job.node[0] if job.node is not None else ""
 
 
 def _site(job: Job) -> str:

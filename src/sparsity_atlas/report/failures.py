@@ -20,13 +20,14 @@ from sparsity_atlas.files.parquet import read_parquet
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.studies.mask_table import SCHEMA as MASKS
 from sparsity_atlas.studies.output_error import SCHEMAS as OUTPUT_ERROR
+from sparsity_atlas.studies.prompt_table import SCHEMA as REUSE
 from sparsity_atlas.studies.sensitivity import SCHEMAS as SENSITIVITY
 from sparsity_atlas.terms import plain
 
 _ERROR = re.compile(r"error: |[\w.]*(Error|Exception|Interrupt|Exit)\b")
 _LONGEST = 500
 # Made by the jobs that make curve.json and sparsity.parquet, whose logs tell of both.
-BESIDE = ("equal_sparsity.parquet", "masks.parquet")
+BESIDE = ("equal_sparsity.parquet", "masks.parquet", "prompt_reuse.parquet")
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def take_stock(results: Path, config: Config) -> Remains:
     ]
     curves, equals, calibrations, sensitivity = [], [], [], []
     masks: list[tuple[Path, ...]] = []
+    reuse: list[tuple[Path, ...]] = []
     sparsity: list[tuple[Path, ...]] = []
     for curve in grid.curves(config):
         folder = results / curve.folder
@@ -89,7 +91,8 @@ def take_stock(results: Path, config: Config) -> Remains:
         )
         curves.append((*equals[-1], folder / "curve.json"))
         masks.append((*captured, *search, folder / "masks.parquet"))
-        sparsity.append((*masks[-1], folder / "sparsity.parquet"))
+        reuse.append((*masks[-1], folder / "prompt_reuse.parquet"))
+        sparsity.append((*reuse[-1], folder / "sparsity.parquet"))
         if curve.sensitivity:
             sensitivity.append((*captured, folder / "sensitivity.parquet"))
     damaged = {
@@ -102,6 +105,7 @@ def take_stock(results: Path, config: Config) -> Remains:
             *_damaged(calibrations, lambda path: read_calibration(path, "np")),
             *_damaged(metrics, lambda path: read_parquet(path, *METRICS)),
             *_damaged(masks, lambda path: read_parquet(path, MASKS)),
+            *_damaged(reuse, lambda path: read_parquet(path, REUSE)),
             *_damaged(sparsity, lambda path: read_parquet(path, *OUTPUT_ERROR)),
             *_damaged(sensitivity, lambda path: read_parquet(path, *SENSITIVITY)),
         )

@@ -127,7 +127,10 @@ class Needs:
                 captured = grid.calibration_tokens(self._config)
                 return captured * sizes.width * 4 * CALIBRATED_COPIES
             case "output_error":
-                return ERROR_BYTES
+                if not self._config.studies.prompt_reuse:
+                    return ERROR_BYTES
+                largest = Largest(tokens, length, tokens)
+                return ERROR_BYTES + of_a_pass(sizes, largest, item, device, slots)
         return of_a_pass(sizes, self.largest(model), item, device, slots)
 
     def _slots(self, model: str, sizes: Sizes, site: str | None) -> int:

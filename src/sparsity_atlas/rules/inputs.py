@@ -102,6 +102,16 @@ def check_inputs(config: Config) -> None:
                 raise AtlasError(
                     f"run: {key}: {level} is out of range for '{curve.criterion}' ({low:g} to {high:g})"
                 )
+    # A user's own may keep prompts' masks, too.
+    may = any(
+        "file" in json.loads(spec) or grid.keeps_prompts(config, name)
+        for name, spec in specs.items()
+    )
+    if config.studies.prompt_reuse and not may:
+        raise AtlasError(
+            "studies: prompt_reuse: no criterion of the run takes a prompt's mask for what follows it; "
+            f"{' and '.join(grid.PROMPT_RULES)} do"
+        )
     for name, entry in config.tasks.items():
         if entry.include is not None and not os.path.isdir(entry.include):
             raise AtlasError(f"tasks.{name}: include: {entry.include}: no such folder")

@@ -63,7 +63,8 @@ class Resources(ABC):
     def error_minutes(self, wildcards: Wildcards, attempt: int) -> int:
         """Minutes of the output error of a curve's levels."""
         levels = levels_of(self._config, self.curve_of(wildcards))
-        return attempt * self._needs.capture_minutes(wildcards.model, levels)
+        passes = levels + len(self._config.studies.prompt_reuse or ()) * (2 + 3 * levels)
+        return attempt * self._needs.capture_minutes(wildcards.model, passes)
 
     @question
     def sensitivity_minutes(self, wildcards: Wildcards, attempt: int) -> int:

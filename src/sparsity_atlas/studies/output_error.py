@@ -2,7 +2,8 @@
 
 No forward pass of the model: each layer's captured input goes through that layer's FFN alone. At an input of
 the attention's maps the output is theirs; at all linear inputs at once the error is the mean of the three.
-How the masks of a sequence's tokens go together is counted on the way, see `token_masks`.
+How the masks of a sequence's tokens go together is counted on the way, see `token_masks`. Where it is asked
+for, forward passes follow that tell what a prompt's mask is worth behind it, see `prompt_reuse`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from sparsity_atlas.files.parquet import write_parquet
 from sparsity_atlas.loading.devices import how
 from sparsity_atlas.loading.pretrained import load
 from sparsity_atlas.models.manifest import from_manifest
-from sparsity_atlas.terms import KINDS, NAMED_PARTS, PlaceKey
+from sparsity_atlas.terms import CAUSAL, KINDS, NAMED_PARTS, PlaceKey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -264,6 +265,9 @@ def main() -> None:
     parser.add_argument(
         "--masks", type=Path, help="Parquet file of the masks; unset: masks.parquet beside it"
     )
+    parser.add_argument(
+        "--reuse", type=Path, help="of prompts' masks; unset: prompt_reuse.parquet beside it"
+    )
     arguments = parser.parse_args()
 
     criterion = create(arguments.criterion)
@@ -281,6 +285,7 @@ def main() -> None:
     from sparsity_atlas.sites.part import by_layer, chosen
     from sparsity_atlas.studies.cett_at import cett_rows
     from sparsity_atlas.studies.mask_predictors import PREDICTABLE, predictor_rows
+    from sparsity_atlas.studies.prompt_reuse import reuse_table
     from sparsity_atlas.studies.token_masks import MaskTables
 
     Available.in_manifest(manifest).check(manifest["name"], arguments.site)
@@ -317,6 +322,12 @@ def main() -> None:
                         made = predictor_rows(ffn, store, site, rules[place.key], *asked)
                         masks.extend(place.key, made)
     table = pa.Table.from_pylist(rows, schema_of(parts))
-    beside = arguments.output.with_name("masks.parquet")
-    write_parquet(arguments.masks or beside, masks.table())
+    if manifest["kind"] != CAUSAL:  # nothing follows its prompts
+        settings = {**settings, "prompt_reuse": None}
+    ids = store.ids()
+    ids = ids[first // ids.shape[1] :]
+    reuse = reuse_table(criterion, parts, site, states, levels, ids, settings)
+    beside = arguments.output.with_name
+    write_parquet(arguments.masks or beside("masks.parquet"), masks.table())
+    write_parquet(arguments.reuse or beside("prompt_reuse.parquet"), reuse)
     write_parquet(arguments.output, table)

@@ -55,7 +55,7 @@ def run(model: PreTrainedModel, ids: Tensor, batch: int, counter: Counter | None
         for rows in ids.to(model.device).split(batch):
             if counter is not None:
                 counter.expect(torch.ones_like(rows, dtype=torch.bool))
-            nats += [one.cpu().double().sum() for one in _nats(model, rows)]
+            nats += [one.cpu().double().sum() for one in token_nats(model, rows)]
             if counter is not None:
                 zeros.append(counter.take()[0].sum((0, 2)).cpu())
     found = Pass(
@@ -67,7 +67,7 @@ def run(model: PreTrainedModel, ids: Tensor, batch: int, counter: Counter | None
     return found
 
 
-def _nats(model: PreTrainedModel, rows: Tensor) -> Tensor:
+def token_nats(model: PreTrainedModel, rows: Tensor) -> Tensor:
     """Negative log-likelihood of each token [sequences, positions - 1] but each sequence's first."""
 
     def call() -> Tensor:

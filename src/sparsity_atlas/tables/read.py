@@ -33,6 +33,7 @@ _TEXT |= {"bar_label", "family", "reason", "source", "revision", "architecture",
 _TEXT |= {"dtype", "sites", "digest", "reference", "allocation", "sparsity_of", "target_of", "part"}
 _TEXT |= {"series", "checkpoint", "law"}
 _TEXT |= {"phase", "region", "quantity", "metric", "first", "second", "measure", "label", "note"}
+_TEXT |= {"continuation"}
 _FLAGS = {"low_open", "high_open", "non_monotone", "resolved", "paired"}
 
 
@@ -52,10 +53,12 @@ class Tables:
     comparison: pd.DataFrame
     twins: pd.DataFrame
     layers: pd.DataFrame
+    layer_profile: pd.DataFrame
     metrics: pd.DataFrame
     magnitudes: pd.DataFrame
     output_error: pd.DataFrame
     masks: pd.DataFrame
+    prompt_reuse: pd.DataFrame
     allocation: pd.DataFrame
     sensitivity: pd.DataFrame
     experts: pd.DataFrame

@@ -9,11 +9,15 @@ twins.csv               pair × criterion × site × task × sparsity or bar: wh
 layers.csv              … × level (× phase) × tensor × layer: induced sparsity under the tasks, and, from the
                         captured text, induced sparsity and FFN-output error; of a calibrated
                         criterion what its level asked of the layer, and what its calibration got
+layer_profile.csv       model × criterion × site × tensor × mean sparsity × layer: what each layer drops
+                        where all layers together drop so much
 metrics.csv             model × tensor × layer (× part × expert): effective rank, Gini, Hoyer, zeros,
                         kurtosis, quantiles of the magnitudes
 magnitudes.csv          model × tensor (× part): histogram of log10(|v| / RMS)
 output_error.csv        model × criterion × site × level: over the layers, mean induced sparsity
                         and mean, smallest and largest FFN-output error on the captured text
+prompt_reuse.csv        model × criterion × site × level × continuation × quantity × place × distance: what a
+                        prompt's mask shares with later tokens' own, and what it costs, if asked for
 masks.csv               model × criterion × site × level × tensor × quantity × place, on the captured text:
                         neurons that several tokens leave unused, and what neighbours share
 allocation.csv          model × criterion × site × tensor × layer × sparsity, of criteria with an
@@ -54,6 +58,7 @@ from sparsity_atlas.files.csv import Table, write_csv, write_side_by_side
 from sparsity_atlas.files.parquet import read_parquet
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.statistics.slopes import SCALING, Scaling
+from sparsity_atlas.studies import prompt_table
 from sparsity_atlas.tables.comparison import COMPARISON, comparison_rows
 from sparsity_atlas.tables.experts import EXPERTS, expert_rows
 from sparsity_atlas.tables.foretelling import FORETELLING, Foretelling
@@ -69,6 +74,7 @@ from sparsity_atlas.tables.model_table import (
     model_rows,
     model_sizes,
 )
+from sparsity_atlas.tables.profile import PROFILE, profile_rows
 from sparsity_atlas.tables.steps import STEPS, step_rows
 from sparsity_atlas.tables.twins import TWINS, twin_rows
 from sparsity_atlas.terms import AVERAGE, NAMED_PARTS, plain
@@ -93,6 +99,7 @@ PART = ["part", "expert"]
 ALLOCATION = [*KEY, "allocation", "tensor", "layer", "sparsity", "damage", "own_sparsity"]
 SENSITIVITY = [*KEY, "level", "tensor", "layer", "sparsity"]
 SENSITIVITY += ["added_loss", "added_loss_low", "added_loss_high"]
+PROMPT_REUSE = [*KEY, *prompt_table.SCHEMA.names]
 FAILURES = [*KEY, "level", "task", "reason"]
 
 
@@ -199,6 +206,13 @@ def sensitivity_rows(paths: list[Path]) -> Iterator[dict[str, Any]]:
             yield {**_key(path), "part": None, **row}
 
 
+def reuse_rows(sparsity: list[Path]) -> Iterator[dict[str, Any]]:
+    """Rows of prompt_reuse.csv, from the prompt_reuse.parquet beside each sparsity.parquet."""
+    for path in sparsity:
+        found = read_parquet(path.with_name("prompt_reuse.parquet"), prompt_table.SCHEMA)
+        yield from ({**_key(path), **row} for row in found.to_pylist())
+
+
 def write_tables(
     folder: Path,
     models: list[Path],
@@ -215,7 +229,7 @@ def write_tables(
         folder: where the CSV files go.
         models: manifests of the models; every file of the other lists belongs to one of them.
         curves: curve.json files, with equal_sparsity.parquet beside each.
-        sparsity: sparsity.parquet files, with masks.parquet beside each.
+        sparsity: sparsity.parquet files, with masks.parquet and prompt_reuse.parquet beside each.
         metrics: Parquet files of `metrics`.
         sensitivity: Parquet files of `sensitivity`.
         pairs: models that are set side by side.
@@ -244,18 +258,21 @@ def write_tables(
             tables["curves.csv"].add(point_rows(key, curve, whole[key["model"]]))
             masks = read_masks(stored[path.parent]) if path.parent in stored else []
             tables["layers.csv"].add(layer_rows(key, curve, captured, masks))
+            tables["layer_profile.csv"].add(profile_rows(key, curve["layers"]))
             looks = list(error_rows(key, captured)), list(mask_rows(key, masks))
             foretelling.add_captured((key["model"], key["criterion"], key["site"]), *looks)
             tables["failures.csv"].add({**key, **row} for row in curve["failures"])
 
     critical = with_active(CRITICAL, sizes)
     columns = {"critical_sparsity.csv": critical, "curves.csv": POINTS, "layers.csv": LAYERS}
+    columns |= {"layer_profile.csv": PROFILE}
     write_side_by_side(folder, {**columns, "failures.csv": FAILURES}, read_curves)
     errors = (row for path in sparsity for row in error_rows(_key(path), captured_rows(path)))
     parted = any("parts" in read_manifest(path) for path in models)
     write_csv(folder / "output_error.csv", ERRORS + PART[:1] * parted, errors)
     together = (row for path in sparsity for row in mask_rows(_key(path), read_masks(path)))
     write_csv(folder / "masks.csv", MASKS + PART[:1] * parted, together)
+    write_csv(folder / "prompt_reuse.csv", PROMPT_REUSE, reuse_rows(sparsity))
     write_csv(folder / "scaling.csv", SCALING, scaling.rows())
     trained = TRAINING if checkpoints else []
     write_csv(folder / "models.csv", [*with_active(MODELS, sizes), *trained], described)

@@ -26,7 +26,7 @@ from sparsity_atlas.evaluation.samples import read_table
 from sparsity_atlas.files.journal import whole_lines
 from sparsity_atlas.files.parquet import read_parquet
 from sparsity_atlas.files.whole import free, read_manifest
-from sparsity_atlas.studies import mask_table, output_error, sensitivity
+from sparsity_atlas.studies import mask_table, output_error, prompt_table, sensitivity
 
 STORE = "activations.zarr"
 
@@ -79,6 +79,7 @@ def examine(results: Path) -> Iterator[Finding]:
     for name, schemas in (
         ("sparsity", output_error.SCHEMAS),
         ("masks", (mask_table.SCHEMA,)),
+        ("prompt_reuse", (prompt_table.SCHEMA,)),
         ("sensitivity", sensitivity.SCHEMAS),
         ("equal_sparsity", (equal_sparsity.SCHEMA,)),
     ):

@@ -219,6 +219,19 @@ def test_levels_out_of_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         check_inputs(parse(changed("run.0.sensitivity", [0.5, 2])))
 
 
+def test_masks_of_prompts_need_a_criterion_that_keeps_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prose.jsonl").write_text("{}")
+    asked = {**BASE, "studies": {"prompt_reuse": ["given"]}}
+    with pytest.raises(AtlasError, match=r"^studies: prompt_reuse: no criterion of the run takes"):
+        check_inputs(parse(asked))
+    keeps = {**BASE["criteria"], "mine": {"rule": "prompt_mask", "prompt_share": 0.3}}
+    block = {**BASE["run"][0], "criteria": ["mine"], "sites": ["gate"]}
+    check_inputs(parse({**asked, "criteria": keeps, "run": [block]}))
+
+
 def test_files_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(AtlasError, match=r"texts\.prose: file: prose\.jsonl: no such file"):
@@ -344,6 +357,7 @@ def test_bad_layers_are_told_in_one_line(layers: Any, message: str) -> None:
         ("search", {"ppl": [10]}, {"search", "curve"}),
         ("studies", {"coactivation": 8}, {"error"}),
         ("studies", {"lid": 500}, set()),
+        ("studies", {"prompt_reuse": ["given"]}, {"error"}),
         ("criteria.topp.power", 2, {"criterion"}),
         ("criteria.topk", {"extra": 2}, set()),
     ],

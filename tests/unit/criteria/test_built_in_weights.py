@@ -31,7 +31,7 @@ class Columns:
         self.norms = norms
 
     def column_norms(self) -> Tensor:
-        return torch.tensor(self.norms)
+        return torch.tensor(self.norms, dtype=torch.float32)
 
 
 def kept(rule: str, values: list[float], norms: list[float], level: float) -> list[int]:
@@ -181,6 +181,17 @@ def test_nm_by_hand(group: int, values: list[float], level: float, expected: lis
     assert mask[0].nonzero().flatten().tolist() == expected
 
 
+def test_a_weighted_threshold_is_of_what_a_neuron_adds() -> None:
+    """Norms 1, 2 and 10: what the neurons add is 3, 4 and 5, and -4 and 0 likewise."""
+    rule = create({"rule": "weighted_threshold"}).bind(Columns([1.0, 2.0, 10.0]), {})
+    values = torch.tensor([[3.0, -2, 0.5], [-4, 0, 0]])
+    assert rule.mask(values, 4).tolist() == [[False, True, True], [True, False, False]]
+    assert rule.mask(values, 4.5).tolist() == [[False, False, True], [False] * 3]
+    # One number for all: in a layer whose columns are twice as long it keeps more.
+    longer = create({"rule": "weighted_threshold"}).bind(Columns([2.0, 4.0, 20.0]), {})
+    assert longer.mask(values, 4.5).tolist() == [[True] * 3, [True, False, False]]
+
+
 @settings(max_examples=80, deadline=None)
 @given(rows(), LEVEL, st.sampled_from((2, 4, 8, 32)))
 def test_nm_keeps_n_of_every_group(values: Tensor, level: float, group: int) -> None:
@@ -264,7 +275,8 @@ def test_bad_seed(seed: object) -> None:
 # What every rule keeps
 
 
-RULES = ("threshold", "random", "nm", "wina", "weighted_topk", "weighted_topp")
+WEIGHTED = ("weighted_topk", "weighted_topp", "weighted_threshold")
+RULES = ("threshold", "random", "nm", "wina", *WEIGHTED)
 
 
 @settings(max_examples=60, deadline=None)
@@ -316,7 +328,7 @@ def test_each_layer_meets_its_own_columns() -> None:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("rule", ["threshold", "wina", "weighted_topk", "weighted_topp"])
+@pytest.mark.parametrize("rule", ["threshold", "wina", *WEIGHTED])
 def test_the_compiled_path_gives_the_same_bits(
     rule: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

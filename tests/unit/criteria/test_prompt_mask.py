@@ -110,6 +110,46 @@ def proportional(factor: float) -> dict[str, Tensor]:
     return ErrorTable(error, factor * error, np.array([True, False, True])).state()
 
 
+def test_own_masks_have_the_size_of_the_prompt_s() -> None:
+    """See `test_by_hand`: the prompt leaves one neuron of three, or two; ties are kept."""
+    values = torch.tensor([[[3.0, 4, 0], [0, 60, -80], [-9, 0, 3], [1, 1, 2]]])
+    kept = [[True] * 3, [True] * 3, [True, False, False], [False, False, True]]
+    assert mask(values, 0.4, after="own")[0].tolist() == kept
+    kept[2:] = [[True, False, True], [True, True, True]]
+    assert mask(values, 0.7, after="own")[0].tolist() == kept
+    assert not mask(values, 0.0, after="own")[0][2:].any()
+    assert mask(values, 1.0, after="own").all()
+
+
+def test_own_masks_in_generation_keep_that_size() -> None:
+    criterion = create({"rule": "prompt_mask", "after": "own"})
+    valid = torch.ones(2, 5, dtype=torch.bool)
+    assert criterion.mask_sequences(torch.randn(2, 5, 8), valid, "prompt", 0.25).all()
+    new = torch.tensor([[1.0, 5, 0, 0, 0, 0, -6, 0], [0.0, 0, 3, 0, 0, 2, 1, 0]])[:, None]
+    found = criterion.mask_sequences(new, valid[:, :1], "generation", 0.25)
+    assert [row.nonzero()[:, 1].tolist() for row in found] == [[1, 6], [2, 5]]
+
+
+@pytest.mark.parametrize("after", ["others", None, 1])
+def test_bad_after(after: object) -> None:
+    with pytest.raises(AtlasError, match="prompt_mask: after: expected prompt or own, found"):
+        create({"rule": "prompt_mask", "after": after})
+
+
+def test_tda_s_own_masks_are_of_what_neurons_add() -> None:
+    class Place3:
+        layer, tensor = 0, "intermediate"
+
+        def column_norms(self) -> Tensor:
+            return torch.tensor([1.0, 2, 3])
+
+    bound = create({"rule": "tda", "after": "own"}).bind(Place3(), proportional(10))
+    # As in the test below two neurons remain, and later tokens' outputs are (7, 14, 3) and (4, 2, 3).
+    values = torch.tensor([[[5.0, 3, 1], [0, 3, 1], [7, 7, 1], [-4, 1, 1]]])
+    found = bound.mask_sequences(values, torch.ones(1, 4, dtype=torch.bool), "scoring", 0.35)[0]
+    assert found[2:].tolist() == [[True, True, False], [True, False, True]]
+
+
 def test_tda_by_hand() -> None:
     """Over the prompt, the root of the mean square of a neuron's output must reach ε."""
 

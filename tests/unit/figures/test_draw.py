@@ -325,6 +325,10 @@ def test_many_models_fit_on_a_page_and_the_figure_says_what_is_left_out(tmp_path
                 "mask_recall",
                 "cett",
                 "local_dimension",
+                "layer_profile",
+                "prompt_overlap",
+                "prompt_overlap_layers",
+                "prompt_loss",
             ):
                 assert re.search(r"\d+ of 50 shown", words(figure)), name
 

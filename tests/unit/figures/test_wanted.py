@@ -25,7 +25,9 @@ ALLOCATED = {"allocation", "allocation_damage"}
 ROUTED = {"expert_sparsity", "expert_load"}
 DENOISED = {"step_sparsity", "step_overlap", "step_layers"}
 # Of five models, or named in `studies` or `layers`.
+PROMPTS = {"prompt_overlap", "prompt_overlap_layers", "prompt_loss"}
 ASKED_FOR = {"foretelling", "mask_recall", "local_dimension", "cett", "single_layers"}
+ASKED_FOR |= {"layer_profile", *PROMPTS}
 PHASES, TWINS = {"phase_sparsity"}, {"twins"}
 TASKS = str(ROOT / "workflow/resources/tasks")
 ONE = {"models": ["a"], "criteria": ["topp"], "sites": ["input", "up"], "tasks": ["prose"]}
@@ -144,3 +146,17 @@ def test_a_run_of_one_model_has_no_empty_frame_and_those_of_before_go(
     draw.main()
     assert sorted(path.stem for path in folder.glob("*.svg")) == sorted(names)
     assert not [path.stem for path in folder.glob("*.svg") if shows_nothing(path.read_bytes())]
+
+
+def test_layers_are_set_side_by_side_where_one_threshold_is_among_the_rules() -> None:
+    config = config_of({**ONE, "criteria": ["topp", "topk"]})
+    assert "layer_profile" not in wanted(config)
+    one = config.criteria["topp"].model_copy(update={"rule": "weighted_threshold"})
+    criteria = {**config.criteria, "topk": one}
+    assert "layer_profile" in wanted(config.model_copy(update={"criteria": criteria}))
+
+
+def test_prompts_masks_where_they_are_asked_for() -> None:
+    config = config_of(ONE)
+    studies = config.studies.model_copy(update={"prompt_reuse": ["given"]})
+    assert set(wanted(config.model_copy(update={"studies": studies}))) >= PROMPTS

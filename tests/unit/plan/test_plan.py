@@ -29,6 +29,7 @@ from sparsity_atlas.plan.forecast import (
     evaluation_seconds,
     forecast,
     passes_of_a_level,
+    passes_of_reuse,
 )
 from sparsity_atlas.plan.jobs import UNKNOWN, Amount, Job, jobs
 from sparsity_atlas.plan.model_facts import Outlook, Unknowns, captured_tokens, look, measure
@@ -544,6 +545,14 @@ def test_predictors_of_masks_take_their_passes(site: str, passes: int) -> None:
     assert passes_of_a_level(config, job) == 1
     asked = config.model_copy(update={"studies": StudySettings(predictors=[4, 16])})
     assert passes_of_a_level(asked, job) == passes
+
+
+@pytest.mark.parametrize(("asked", "passes"), [(None, 0), (["given"], 11), (["generated"], 23)])
+def test_masks_of_prompts_take_their_passes(asked: list[str] | None, passes: int) -> None:
+    """Two dense ones and three a level; writing what follows the prompts twelve more."""
+    config = make_config({"m": {"path": "m"}}, {"any": {}})
+    studies = StudySettings.model_validate({"prompt_reuse": asked})
+    assert passes_of_reuse(config.model_copy(update={"studies": studies}), 3) == passes
 
 
 def test_a_local_dimension_takes_as_the_square_of_its_points() -> None:

@@ -8,40 +8,16 @@ from typing import Any
 
 import pytest
 
-from sparsity_atlas.activations import capture, metrics
+from sparsity_atlas.activations import metrics
 from sparsity_atlas.activations.dimension import dimension, sample
 from sparsity_atlas.activations.store import ActivationStore
 from sparsity_atlas.files.parquet import read_parquet
 from sparsity_atlas.studies import output_error
 from sparsity_atlas.studies.mask_table import PREDICTED, QUANTITIES, RECALL, SCHEMA
-from tiny_lm import run_stage, sentences
+from tiny_lm import run_stage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HIDDEN = 24
-
-
-@pytest.fixture(scope="module")
-def captured(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model's folder with ten sequences of sixteen tokens."""
-    folder = tmp_path_factory.mktemp("captured")
-    text = folder / "text.jsonl"
-    text.write_text(
-        "".join(
-            json.dumps({"text": line}) + "\n"
-            for line in sentences(60, seed=3, shortest=12, longest=20)
-        )
-    )
-    settings = {"dtype": "auto", "device": "cpu", "text": {"file": str(text)}, "tokens": 160}
-    settings |= {"sequence_length": 16, "batch_size": 4, "add_bos_token": None}
-    run_stage(
-        capture,
-        {
-            **{"--model": manifest, "--site": "gate", "--siblings": "gate"},
-            **{"--settings": json.dumps(settings), "--store": folder / "activations.zarr"},
-            "--output": folder / "capture/gate.json",
-        },
-    )
-    return folder
 
 
 def masks(captured: Path, manifest: Path, output: Path, **studies: Any) -> list[dict[str, Any]]:

@@ -34,7 +34,8 @@ class Cett(Quantile):
     looks_at_weights = True
     coarse_levels = ("0.05", "0.1", "0.2", "0.4")
     _table: ErrorTable
-    _norms: Tensor
+    norms: Tensor
+    """‖W_d[:, j]‖₂ of the place that it is bound to: float32 [width]."""
 
     def __init__(self) -> None:
         # Its layers have their own sparsities as it is.
@@ -57,7 +58,7 @@ class Cett(Quantile):
     def bind(self, place: Place, state: dict[str, Tensor]) -> Self:
         """See `Criterion.bind`."""
         bound = super().bind(place, state)
-        bound._table, bound._norms = ErrorTable.from_state(state), place.column_norms()
+        bound._table, bound.norms = ErrorTable.from_state(state), place.column_norms()
         return bound
 
     def reach(self, state: dict[str, Tensor], level: float) -> Reach | None:
@@ -67,4 +68,4 @@ class Cett(Quantile):
     def thresholds(self, level: float) -> Tensor:
         """See `Quantile.thresholds`."""
         epsilon, _ = self._table.at(level)
-        return by_channel(self._norms.new_tensor(epsilon), self._norms)
+        return by_channel(self.norms.new_tensor(epsilon), self.norms)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
 import torch
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from sparsity_atlas.criteria.place import Place
     from sparsity_atlas.terms import Phase
 
+After = Literal["prompt", "own"]
+
 
 class PromptMask(SequenceCriterion):
     """Keep, after the prompt, the k = ⌊level · width⌋ neurons with the largest ‖z̄[:, j]‖₂ over it.
@@ -25,6 +27,9 @@ class PromptMask(SequenceCriterion):
     among them filled in, it is the first `prompt_share` of each sequence, and the others take the mask that
     it leaves. The level is the
     kept share after the prompt, so that induced sparsity, counted over all tokens, is lower.
+
+    `after: own` is the control at equal sparsity: of each token after the prompt as many neurons are kept
+    as the prompt's mask has, those with the largest |v_j|, and their ties.
     """
 
     sites: ClassVar[tuple[str, ...]] = ("up", "gate", "intermediate")
@@ -32,13 +37,16 @@ class PromptMask(SequenceCriterion):
     dense_level = 1.0
     coarse_levels = ("0.8", "0.6", "0.4", "0.2")
 
-    def __init__(self, prompt_share: float = 0.5) -> None:
+    def __init__(self, prompt_share: float = 0.5, after: After = "prompt") -> None:
         number = isinstance(prompt_share, int | float) and not isinstance(prompt_share, bool)
         if not number or not 0 < prompt_share < 1:
             raise ValueError(
                 f"prompt_share: expected a number between 0 and 1, found {prompt_share!r}"
             )
+        if after not in get_args(After):
+            raise ValueError(f"after: expected {' or '.join(get_args(After))}, found {after!r}")
         self.prompt_share = float(prompt_share)
+        self.after = after
         self._kept: Tensor | None = None
 
     def bind(self, place: Place, state: dict[str, Tensor]) -> Self:
@@ -59,18 +67,50 @@ class PromptMask(SequenceCriterion):
         shares = torch.where(used, prompt / lengths, 0)
         return TopK().mask(shares.square().sum(1), level)
 
+    def scores(self, values: Tensor) -> Tensor:
+        """What a token's own neurons are ordered by: float32 of the shape of values [..., width]."""
+        return values.float().abs()
+
+    def own(self, values: Tensor, kept: Tensor) -> Tensor:
+        """Which neurons each token would keep if it chose as many as a prompt's mask has.
+
+        Args:
+            values: [batch, tokens, width].
+            kept: bool [batch, width], what `neurons` gave.
+
+        Returns:
+            bool [batch, tokens, width].
+        """
+        scores, most = self.scores(values), kept.sum(-1)
+        # Where none is kept, no score reaches the threshold.
+        place = (most - 1).clamp(min=0)[:, None, None].expand(*values.shape[:2], 1)
+        least = scores.sort(-1, descending=True).values.gather(-1, place)
+        return (scores >= least) & (most > 0)[:, None, None]
+
+    def prompt_of(self, valid: Tensor) -> Tensor:
+        """Which tokens are the prompt of sequences that are not generated.
+
+        Args:
+            valid: bool [batch, tokens], True where a token is no padding.
+        """
+        length = valid.sum(-1, keepdim=True)
+        # Of 100 times 0.07 float64 makes a little more than 7.
+        end = (length.double() * self.prompt_share - 1e-9).ceil()
+        return valid & (valid.cumsum(-1) <= end)
+
     def mask_sequences(self, values: Tensor, valid: Tensor, phase: Phase, level: float) -> Tensor:
         """See `SequenceCriterion.mask_sequences`."""
         if phase == "generation":
             assert self._kept is not None, "a generation begins with its prompt"
-            return self._kept[:, None].expand(values.shape)
-        prompt = valid
-        if phase in ("scoring", "denoising"):
-            length = valid.sum(-1, keepdim=True)
-            # Of 100 times 0.07 float64 makes a little more than 7.
-            end = (length.double() * self.prompt_share - 1e-9).ceil()
-            prompt = valid & (valid.cumsum(-1) <= end)
+            return self._later(values, self._kept)
+        prompt = self.prompt_of(valid) if phase in ("scoring", "denoising") else valid
         self._kept = self.neurons(values.double(), prompt, level)
         # Padding takes part in neither; after a prompt follows nothing in its own pass.
         after = valid & ~prompt
-        return self._kept[:, None] | ~after[..., None]
+        return self._later(values, self._kept) | ~after[..., None]
+
+    def _later(self, values: Tensor, kept: Tensor) -> Tensor:
+        """The masks of tokens after the prompt: bool [batch, tokens, width]."""
+        if self.after == "own":
+            return self.own(values, kept)
+        return kept[:, None].expand(values.shape)

@@ -22,7 +22,8 @@ class Tda(PromptMask):
     A neuron is kept if the root mean square over the prompt of |i_j| · ‖W_d[:, j]‖₂ reaches the ε
     that gives the layer the CETT that is the level, token by token, on the calibration text. (The
     mean, so that a prompt's length changes nothing.) What is a prompt: see `PromptMask`.
-    level = 0 changes nothing, level = 1 drops everything after the prompt.
+    level = 0 changes nothing, level = 1 drops everything after the prompt. `after: own`: see there; a
+    token's own neurons are those with the largest |i_j| · ‖W_d[:, j]‖₂.
     """
 
     sites = ("intermediate",)
@@ -38,7 +39,7 @@ class Tda(PromptMask):
 
     def bind(self, place: Place, state: dict[str, Tensor]) -> Self:
         """See `Criterion.bind`."""
-        bound = type(self)(self.prompt_share)
+        bound = type(self)(self.prompt_share, self.after)
         bound._cett = Cett().bind(place, state)
         return bound
 
@@ -51,6 +52,10 @@ class Tda(PromptMask):
         squares = torch.where(counted[..., None], prompt, 0).square().sum(1)
         rms = (squares / counted.sum(1, keepdim=True)).sqrt()
         return self._cett.mask(rms, level)
+
+    def scores(self, values: Tensor) -> Tensor:
+        """See `PromptMask.scores`."""
+        return super().scores(values) * self._cett.norms
 
     def export(self, level: float) -> dict[str, Tensor]:
         """See `Criterion.export`; here the root mean square over the prompt is compared."""
