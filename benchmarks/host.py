@@ -6,7 +6,9 @@
 One process does what the stages `dense` and `search` do with a model: it opens a session, runs the dense
 baseline and some levels, and makes their curve; then a second model with the same tokenizer. Then the
 forward passes of each node are run by themselves, with the same inputs on the device already, hooks
-attached and nothing read until the last of them. Everything is given in multiples of these.
+attached and nothing read until the last of them. Everything is given in multiples of these. Whether other
+processes build requests beside is for the environment to say (SPARSITY_ATLAS_BUILDERS; see
+`sparsity_atlas.evaluation.ahead`); their time shows only where the session waits for them.
 
 On a CPU the process's own time is taken, with one thread; on a GPU the clock's, so that the phase in which
 the host waits for the device is named as well (`transfers`).
@@ -81,7 +83,8 @@ def name_phases(phases: Phases) -> None:
     from lm_eval import evaluator
     from lm_eval.api.task import ConfigurableTask
 
-    from sparsity_atlas.evaluation import evaluate, kept, search
+    from sparsity_atlas.evaluation import evaluate, kept, search, session
+    from sparsity_atlas.evaluation.ahead import Ahead
     from sparsity_atlas.evaluation.samples import SampleTable
     from sparsity_atlas.files.journal import Journal
     from sparsity_atlas.lm import forward
@@ -92,10 +95,10 @@ def name_phases(phases: Phases) -> None:
     from sparsity_atlas.tasks import load, prepared, request_cache
 
     places = {
-        "model loading": [(evaluate, "load"), (evaluate, "load_tokenizer"), (manifest, "load")],
+        "model loading": [(session, "load"), (session, "load_tokenizer"), (manifest, "load")],
         "task loading": [(load, "load_tasks")],
         "hashing": [
-            *((load, "leaf_identity"), (evaluate, "digest"), (evaluate, "from_manifest")),
+            *((load, "leaf_identity"), (evaluate, "digest"), (session, "from_manifest")),
             *((prepared, "_hash"), (request_cache, "key")),
         ],
         "request building": [
@@ -103,6 +106,7 @@ def name_phases(phases: Phases) -> None:
             *((AtlasLM, "encode"), (AtlasLM, "work")),
             *((request_cache, "read"), (request_cache, "write")),
         ],
+        "starting and waiting for builders": [(Ahead, "wait"), (Ahead, "begin")],
         "proof of sharing": [(AtlasLM, "_abilities")],
         "lm-eval's scoring": [(evaluator, "evaluate")],
         "inputs and counts": [
@@ -169,6 +173,17 @@ def alone(session: Any, node: Any, clock: Callable[[], float]) -> tuple[float, f
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def warm(session: Any, nodes: list[Any]) -> None:
+    """Have kernels compiled, which is kept: once a machine, and no part of what is measured."""
+    from sparsity_atlas.models.logits.likelihoods import likelihoods
+
+    for node in nodes:
+        with torch.no_grad(), session.attach(node):
+            ids = torch.zeros(2, 8, dtype=torch.long, device=session.lm.device)
+            found = session.lm.model(ids).logits
+            likelihoods([found[0]], np.arange(8), np.zeros(8, dtype=np.int64))
 
 
 def report(title: str, phases: dict[str, float], both: tuple[float, float] | None) -> None:
@@ -252,12 +267,12 @@ def main() -> None:
     phases = Phases(clock)
     levels = arguments.levels.split(",")
 
-    from sparsity_atlas.evaluation.evaluate import Session, evaluate_node
+    from sparsity_atlas.evaluation.evaluate import evaluate_node
     from sparsity_atlas.evaluation.node import Node
     from sparsity_atlas.evaluation.search import read_scores
+    from sparsity_atlas.evaluation.session import Session
     from sparsity_atlas.files.whole import read_manifest, write_manifest
     from sparsity_atlas.loading.checkpoint import Checkpoint
-    from sparsity_atlas.models.logits.likelihoods import likelihoods
     from sparsity_atlas.models.manifest import describe
     from sparsity_atlas.tasks.score import choose_metric
 
@@ -288,21 +303,15 @@ def main() -> None:
         f"{arguments.dtype}, batch size {arguments.batch_size}, scale {arguments.scale:g}",
         flush=True,
     )
+    nodes = {"dense": None} | {level: Node.make({"rule": "topp"}, SITE, level) for level in levels}
+    warm(Session.open(manifests[0], {**settings, "tasks": {}}, "benchmark"), list(nodes.values()))
+    phases.take()
     for seed, manifest in enumerate(manifests):
         with part(phases, arguments.profile, f"start-{seed}"):
             session = Session.open(manifest, settings, "benchmark")
-        report(f"model {seed}: start", phases.take(), None)
+        started = phases.take()
+        report(f"model {seed}: start", started, None)
         place = manifest.parent
-        nodes = {"dense": None} | {
-            level: Node.make({"rule": "topp"}, SITE, level) for level in levels
-        }
-        for node in nodes.values():  # kernels are compiled, which is kept: once a machine
-            with torch.no_grad(), session.attach(node):
-                found = session.lm.model(
-                    torch.zeros(2, 8, dtype=torch.long, device=session.lm.device)
-                )
-                likelihoods([found.logits[0]], np.arange(8), np.zeros(8, dtype=np.int64))
-        phases.take()
         for name, node in nodes.items():
             with part(phases, arguments.profile, f"{name}-{seed}"):
                 evaluate_node(session, node, place / name)
@@ -313,7 +322,11 @@ def main() -> None:
             took = phases.take()
             if node is None:
                 report_sizes([session.prepared(task).work for task in tasks])
-            report(f"model {seed}: {name}", took, alone(session, node, clock))
+            passes = alone(session, node, clock)
+            report(f"model {seed}: {name}", took, passes)
+            if node is None:
+                both = sum(started.values()) + sum(took.values())
+                print(f"    start and dense: {both:.2f} s, {both / passes[0]:.2f} times these")
             phases.take()
         if not seed:
             with part(phases, arguments.profile, "curve"), phases.during("bootstrap and curve"):

@@ -19,7 +19,7 @@ rule dense:
     priority: 1
     conda:
         "../../envs/atlas.yaml"
-    threads: 1
+    threads: ask.dense_threads
     resources:
         gpu=ask.gpus,
         mem_mb=ask.memory("dense"),

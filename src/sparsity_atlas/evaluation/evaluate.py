@@ -8,170 +8,35 @@ A node's folder holds `samples.parquet` with every finished task (of a mixture o
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsity_atlas import cli
 from sparsity_atlas.code_version import code_version
 from sparsity_atlas.criteria import source_file
-from sparsity_atlas.criteria.calibration_file import Calibration, check_disjoint, read_calibration
+from sparsity_atlas.criteria.calibration_file import read_calibration
 from sparsity_atlas.errors import NumericalFailure, TaskFailure
 from sparsity_atlas.evaluation.expert_table import expert_rows
 from sparsity_atlas.evaluation.kept import Finished, Kept
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.outcome import check_measured, headline, sample_rows, task_result
+from sparsity_atlas.evaluation.session import Session
 from sparsity_atlas.evaluation.step_table import step_rows
 from sparsity_atlas.files.journal import Journal
 from sparsity_atlas.files.whole import canonical, digest, locked, write_manifest
-from sparsity_atlas.loading.devices import how
-from sparsity_atlas.loading.pretrained import load, load_tokenizer
-from sparsity_atlas.models.manifest import from_manifest
 from sparsity_atlas.sites.available import Available
-from sparsity_atlas.sites.part import Part, chosen
-from sparsity_atlas.terms import KINDS
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-    from sparsity_atlas.lm.journalled import JournalledLM
-    from sparsity_atlas.sparsify.attach import Counter
-    from sparsity_atlas.sparsify.counted_vectors import Slot
-    from sparsity_atlas.tasks.loaded import LoadedTask
-    from sparsity_atlas.tasks.prepared import Prepared
 
 # The table is written whole, once in so many seconds; until then a finished task's journal stays.
 WRITE_SECONDS = 30.0
-
-
-@dataclass
-class Session:
-    """A loaded model with its tasks: what every node of that model shares.
-
-    Attributes:
-        identity: all but the node and the task that a result depends on; goes into fingerprints.
-    """
-
-    lm: JournalledLM
-    parts: list[Part]
-    tasks: dict[str, LoadedTask]
-    seed: int
-    identity: dict[str, Any]
-    _prepared: dict[tuple[str, bool], Prepared] = field(default_factory=dict)
-    _disjoint: set[str] = field(default_factory=set)  # digests of calibration texts
-    _metrics: set[tuple[str, str | None]] = field(default_factory=set)  # that were looked at
-
-    @classmethod
-    def open(cls, manifest_path: Path, settings: dict[str, Any], code: str) -> Session:
-        """Load a model and its tasks.
-
-        Args:
-            manifest_path: the model's manifest.
-            settings: as `grid.evaluation_slice` gives it.
-            code: code version of the evaluation.
-
-        Raises:
-            AtlasError: model or tasks cannot be used.
-        """
-        manifest, checkpoint = from_manifest(manifest_path, kinds=KINDS)
-        from sparsity_atlas.lm.by_kind import language_model
-        from sparsity_atlas.lm.prompts import PromptSettings
-        from sparsity_atlas.models.memory import Sizes
-        from sparsity_atlas.models.positions import check_positions
-        from sparsity_atlas.sites.find import bind_parts
-        from sparsity_atlas.tasks.load import load_tasks
-
-        tasks = load_tasks(settings["tasks"], settings["seed"])
-        model = load(checkpoint, **how(settings))
-        tokenizer = load_tokenizer(checkpoint, add_bos_token=settings["add_bos_token"])
-        lm = language_model(
-            *(manifest, model, tokenizer),
-            diffusion=settings.get("diffusion"),
-            batch_size=settings["batch_size"],
-            max_length=settings["max_length"],
-            prompts=PromptSettings.of(settings),
-        )
-        lm.remember(manifest["digest"])
-        lm.sizes = Sizes.of(manifest)
-        check_positions(model, lm.max_length, f"models.{manifest['name']}: max_length")
-        identity = {
-            "model": manifest["digest"],
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "batch_size": settings["batch_size"],
-            "max_length": lm.max_length,
-            **({"batched_as": lm.shortest} if lm.shortest else {}),
-            **lm.identity(),
-            "code": code,
-        }
-        return cls(lm, bind_parts(model, manifest["ffn"]), tasks, settings["seed"], identity)
-
-    def with_code(self, code: str) -> Session:
-        """The same model and tasks, for results of another code version: another criterion's."""
-        return replace(self, identity={**self.identity, "code": code})
-
-    def prepared(self, name: str, *, share: bool = True) -> Prepared:
-        """A task with its requests, which are built when they are first asked for.
-
-        Args:
-            name: of the task.
-            share: whether requests may share what they have in common.
-        """
-        key = (name, share)
-        if key not in self._prepared:
-            from sparsity_atlas.tasks.prepared import prepare
-
-            task = self.tasks[name]
-            with task.code("its requests cannot be built"):
-                self._prepared[key] = prepare(self.lm, task, seed=self.seed, share=share)
-        return self._prepared[key]
-
-    def slots(self, node: Node | None) -> list[Slot]:
-        """What is counted."""
-        from sparsity_atlas.sparsify.counted_vectors import slots_of
-
-        at = (*chosen(self.parts, node.site), node.rule) if node else (self.parts, None, None)
-        return slots_of(*at)
-
-    def attach(self, node: Node | None) -> contextlib.AbstractContextManager[Counter]:
-        """Sparsify the model as the node says; None counts exact zeros of the dense model."""
-        from sparsity_atlas.sparsify.attach import counted, sparsified
-
-        if node is None:
-            return counted(self.lm.model, self.parts)
-        states = node.calibration.states if node.calibration else None
-        parts, site = chosen(self.parts, node.site)
-        return sparsified(self.lm.model, parts, site, node.rule, float(node.level), states)
-
-    def check_metric(self, name: str, wanted: str | None) -> None:
-        """Refuse a metric that a task will not report of each document; looked at once.
-
-        Raises:
-            AtlasError: see `check_wanted`.
-        """
-        from sparsity_atlas.tasks.reported_metrics import check_wanted
-
-        if (name, wanted) not in self._metrics:
-            check_wanted(self.tasks[name], wanted)
-            self._metrics.add((name, wanted))
-
-    def check_disjoint(self, calibration: Calibration) -> None:
-        """Refuse tasks that evaluate what a criterion was calibrated on; looked at once a text.
-
-        Raises:
-            AtlasError: names the task and the document.
-        """
-        if calibration.about["text"] in self._disjoint:
-            return
-        for name, task in self.tasks.items():
-            for leaf in task.leaves.values():
-                check_disjoint(calibration, name, islice(leaf.eval_docs, task.limit))
-        self._disjoint.add(calibration.about["text"])
 
 
 def evaluate_node(

@@ -19,10 +19,11 @@ from sparsity_atlas.config.search_settings import FURTHER_LEVELS, SearchSettings
 from sparsity_atlas.criteria import create
 from sparsity_atlas.criteria.calibration_file import Calibration, read_calibration
 from sparsity_atlas.errors import TaskFailure
-from sparsity_atlas.evaluation.evaluate import Session, evaluate_node, evaluation_code
+from sparsity_atlas.evaluation.evaluate import evaluate_node, evaluation_code
 from sparsity_atlas.evaluation.next_level import Point, Range, Stop, next_level
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.samples import read_table, sparsity_at
+from sparsity_atlas.evaluation.session import Session
 from sparsity_atlas.files.whole import read_manifest, write_manifest
 from sparsity_atlas.tasks.score import choose_metric, pooled_score
 from sparsity_atlas.terms import AVERAGE, IN_NATS, TENSORS, Kind, plain

@@ -131,6 +131,20 @@ class JournalledLM(PromptLM):
         """
         raise NotImplementedError
 
+    def arrange_ahead(
+        self,
+        requests: dict[str, list[Instance]],
+        encodings: Callable[[], dict[str, list[Encoding]]],
+        keep: Keep,
+    ) -> None:
+        """Keep as much of `work` for other processes as follows without the model, if anything does.
+
+        Args:
+            requests: as of `work`.
+            encodings: likewise.
+            keep: where it is kept.
+        """
+
     def start(self, journal: Records, counter: Counter, work: Arranged) -> None:
         """Begin a task: answer from `journal` what it holds, compute and record the rest.
 

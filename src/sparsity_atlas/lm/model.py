@@ -46,6 +46,10 @@ SLOWER = {
 }
 
 
+# What nearly every model does right, for those whose weights are not there to be tried.
+LIKELY = Abilities(branches=True, selects=True)
+
+
 class AtlasLM(GeneratingLM):
     """HFLM over a loaded causal model, whose batches are journalled and counted.
 
@@ -89,6 +93,16 @@ class AtlasLM(GeneratingLM):
         if keep is None or self._lengths.watched:
             return arrange(requests, encodings(), self.limits, found, share=share)
         return arrange_once(requests, encodings, self.limits, found, share=share, keep=keep)
+
+    def arrange_ahead(
+        self,
+        requests: dict[str, list[Instance]],
+        encodings: Callable[[], dict[str, list[Encoding]]],
+        keep: Keep,
+    ) -> None:
+        """See `JournalledLM`."""
+        if not self._lengths.watched:
+            arrange_once(requests, encodings, self.limits, lambda *_: LIKELY, share=True, keep=keep)
 
     def remember(self, digest: str) -> None:
         """Keep what the model is seen to do right in the user's cache, for other processes.

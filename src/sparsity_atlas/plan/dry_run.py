@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from sparsity_atlas.evaluation.evaluate import Session, evaluate_node
+from sparsity_atlas.evaluation.evaluate import evaluate_node
 from sparsity_atlas.evaluation.node import Node
+from sparsity_atlas.evaluation.session import Session
 from sparsity_atlas.lm import forest
 from sparsity_atlas.lm.forward import Abilities
 from sparsity_atlas.lm.journalled import JournalledLM, Records, shortest

@@ -16,8 +16,8 @@ from sparsity_atlas.config import grid
 from sparsity_atlas.config.model_entry import DiffusionSettings
 from sparsity_atlas.config.schema import Config
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.evaluation.evaluate import Session
 from sparsity_atlas.evaluation.node import Node
+from sparsity_atlas.evaluation.session import Session
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.lm.prompts import PromptSettings
 from sparsity_atlas.loading.devices import ITEM_BYTES, pick_device, pick_dtype

@@ -19,8 +19,8 @@ from sparsity_atlas.activations.metrics import layer_metrics
 from sparsity_atlas.curves.critical import critical
 from sparsity_atlas.curves.equal_sparsity import REPLICATES, equal_rows
 from sparsity_atlas.curves.points import curve_points, estimate_all
-from sparsity_atlas.evaluation.evaluate import Session
 from sparsity_atlas.evaluation.node import Node
+from sparsity_atlas.evaluation.session import Session
 from sparsity_atlas.files.journal import Journal
 from sparsity_atlas.lm import forest
 from sparsity_atlas.lm.model import AtlasLM

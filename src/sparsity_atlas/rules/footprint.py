@@ -16,6 +16,7 @@ from typing import Any
 from sparsity_atlas.activations.layout import groups
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config
+from sparsity_atlas.evaluation.ahead import MOST
 from sparsity_atlas.files.whole import read_json, read_manifest
 from sparsity_atlas.loading.devices import ITEM_BYTES
 from sparsity_atlas.models.memory import MIB, Largest, Sizes, of_a_capture, of_a_pass
@@ -36,6 +37,8 @@ BASE_MIB = {
 }
 # What CUDA adds to a process in host memory, and each process holds on a GPU.
 CUDA_HOST_MIB, CUDA_DEVICE_MIB = 2000, 600
+# Of each process that builds requests beside a dense baseline on a GPU, what is its own.
+BUILDER_MIB = 400
 # The two Snakemake processes that a cluster's job runs in.
 SNAKEMAKE_MIB = 500
 # Peaks lie within this factor of what is expected (benchmarks/memory.py).
@@ -95,6 +98,7 @@ class Needs:
         entry, device = self._config.models[model], self._config.device
         sizes = self.sizes(model)
         base = BASE_MIB[stage] + (CUDA_HOST_MIB if device == "cuda" else 0)
+        base += self.builders(stage)
         if sizes is None:
             return base + _before_manifest(entry.path, entry.gguf)
         # `auto` is float32 on the CPU; with `device: cuda` a checkpoint is hardly ever wider than 16 bits.
@@ -108,6 +112,10 @@ class Needs:
         if device != "cuda":  # else it never leaves the GPU
             running += self._work(stage, model, sizes, site, "cpu")
         return base + max(loading, running) // MIB
+
+    def builders(self, stage: str) -> int:
+        """MiB of that for the processes that build requests beside; see `evaluation.ahead`."""
+        return MOST * BUILDER_MIB if self._config.device == "cuda" and stage == "dense" else 0
 
     def _work(self, stage: str, model: str, sizes: Sizes, site: str | None, device: str) -> int:
         """Bytes beside the weights on the device where the model runs."""

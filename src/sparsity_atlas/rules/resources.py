@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from sparsity_atlas.config.grid import Curve
 from sparsity_atlas.config.schema import Config
-from sparsity_atlas.loading.devices import inside_allocation, visible_gpus
+from sparsity_atlas.evaluation.ahead import MOST
+from sparsity_atlas.loading.devices import gpu_shares, inside_allocation, visible_gpus
 from sparsity_atlas.rules.footprint import Needs, levels_of
 from sparsity_atlas.rules.question import question
 from sparsity_atlas.terms import TENSORS, plain
@@ -97,6 +99,17 @@ class Resources(ABC):
         the one that submitted it had none, and must not take more cores than it was given.
         """
         return 4 if self._gpus and not inside_allocation() else 1
+
+    @question
+    def dense_threads(self, wildcards: Wildcards) -> int:
+        """Threads of a dense baseline, the first to need its tasks' requests: all but one build them.
+
+        As `capture_threads`; fewer where several jobs share a GPU, since these share the cores, too.
+        """
+        if not self._gpus or inside_allocation():
+            return 1
+        cores = len(os.sched_getaffinity(0)) // (visible_gpus() * gpu_shares())
+        return max(1, min(1 + MOST, cores))
 
 
 def _scaled(answer: Callable[[Any], int]) -> Callable[..., int]:

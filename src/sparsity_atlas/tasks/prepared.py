@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import copy
-import gc
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.utils import handle_non_serializable, hash_string
 
 from sparsity_atlas.errors import TaskFailure
+from sparsity_atlas.garbage import kept_as_it_is
 from sparsity_atlas.tasks import request_cache
 from sparsity_atlas.tasks.choices import Choices, Group, can_score, grouped
 from sparsity_atlas.tasks.reported_metrics import mislabelled
-from sparsity_atlas.tasks.request_cache import Labels, Row
+from sparsity_atlas.tasks.request_cache import Beside, Labels, Row
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -28,10 +26,6 @@ if TYPE_CHECKING:
     from sparsity_atlas.lm.journalled import JournalledLM
     from sparsity_atlas.lm.work import Arranged, Encoding
     from sparsity_atlas.tasks.loaded import LoadedTask
-
-
-# Libraries look for what is left of them when the process ends.
-atexit.register(gc.unfreeze)
 
 
 class PreparedTask:
@@ -162,30 +156,52 @@ def prepare(lm: JournalledLM, task: LoadedTask, *, seed: int, share: bool = True
     """
     if task.problem:
         raise TaskFailure(task.problem)
-    with _no_collection():
+    with kept_as_it_is():
         return _prepare(lm, task, seed, share)
 
 
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Look for no garbage: among objects that all stay, each search takes longer than the one before.
+def build_ahead(lm: JournalledLM, task: LoadedTask, *, seed: int) -> None:
+    """Put a task's requests into the cache, and their batches, as far as they follow without the model.
 
-    It was half of the time that requests take which lie in the cache. What was built is not looked at later
-    either, until `load_tasks` begins with others.
+    Args:
+        lm: as of `prepare`; its model needs no weights.
+        task: the task.
+        seed: of few-shot draws.
+
+    Raises:
+        TaskFailure: see `prepare`.
     """
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
+    made_of = None if task.problem else _made_of(lm, task, seed)
+    if made_of is not None:
+        with kept_as_it_is():
+            found = _requests(lm, task, seed, made_of)
+            lm.arrange_ahead(found.of_kind, found.encodings, Beside(made_of))
 
 
-def _prepare(lm: JournalledLM, task: LoadedTask, seed: int, share: bool) -> Prepared:
-    made_of = None if task.unfollowed else request_cache.key(lm, task, seed=seed)
+def _made_of(lm: JournalledLM, task: LoadedTask, seed: int) -> dict[str, Any] | None:
+    """What a task's requests are kept by; None if they cannot be kept."""
+    return None if task.unfollowed else request_cache.key(lm, task, seed=seed)
+
+
+class _Requests(NamedTuple):
+    """A task's requests, built or as they were kept.
+
+    Attributes:
+        leaves: by name.
+        of_kind: as often as lm-eval will ask for each.
+        encodings: gives those of the same.
+        labels: of the documents.
+    """
+
+    leaves: dict[str, PreparedTask]
+    of_kind: dict[str, list[Instance]]
+    encodings: Callable[[], dict[str, list[Encoding]]]
+    labels: Labels
+
+
+def _requests(
+    lm: JournalledLM, task: LoadedTask, seed: int, made_of: dict[str, Any] | None
+) -> _Requests:
     known = request_cache.read(made_of) if made_of else None
     rows, encoded = _build(lm, task, seed=seed) if known is None else (known.rows, [])
     leaves = {}
@@ -205,13 +221,19 @@ def _prepare(lm: JournalledLM, task: LoadedTask, seed: int, share: bool) -> Prep
     labels = _labels(task, leaves) if known is None else known.labels
     if known is None and made_of:
         request_cache.write(made_of, rows, encoded, labels)
-    for name, leaf in leaves.items():
-        leaf.take(labels.choices.get(name))
 
     def encodings() -> dict[str, list[Encoding]]:
         every = encoded if known is None else known.encodings()
         return {kind: [every[number] for number in some] for kind, some in numbers.items()}
 
+    return _Requests(leaves, requests, encodings, labels)
+
+
+def _prepare(lm: JournalledLM, task: LoadedTask, seed: int, share: bool) -> Prepared:
+    made_of = _made_of(lm, task, seed)
+    leaves, requests, encodings, labels = _requests(lm, task, seed, made_of)
+    for name, leaf in leaves.items():
+        leaf.take(labels.choices.get(name))
     return Prepared(
         contents={**task.contents, "tasks": leaves},
         work=lm.work(
@@ -219,7 +241,7 @@ def _prepare(lm: JournalledLM, task: LoadedTask, seed: int, share: bool) -> Prep
             encodings,
             share=share,
             greedy=_asking_greedy(leaves),
-            keep=request_cache.Beside(made_of) if made_of else None,
+            keep=Beside(made_of) if made_of else None,
         ),
         hashes=labels.hashes,
         clusters={

@@ -77,9 +77,23 @@ class Labels(NamedTuple):
 
 
 # Of one session's: a large vocabulary is read once, and not for each task.
-@functools.lru_cache(maxsize=1)
+_digests: dict[int, tuple[PreTrainedTokenizerBase, str | None]] = {}
+
+
+def remember_digest(tokenizer: PreTrainedTokenizerBase, digest: str | None) -> None:
+    """Be told what `tokenizer_digest` would find, by whom it was found for the same tokenizer."""
+    _digests.clear()
+    _digests[id(tokenizer)] = (tokenizer, digest)
+
+
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Digest of all that a tokenizer does; None if it does not say, as where code of its own does it."""
+    if id(tokenizer) not in _digests:
+        remember_digest(tokenizer, _tokenizer_digest(tokenizer))
+    return _digests[id(tokenizer)][1]
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     own = any(one.__module__.startswith("transformers_modules") for one in type(tokenizer).__mro__)
     if backend is None or own:
@@ -171,15 +185,17 @@ def read(made_of: dict[str, Any]) -> Known | None:
     if payload is None:
         return None
     # Not `read_table`, which first makes a data set of the file: that takes longer than reading it.
-    table = pq.ParquetFile(pa.BufferReader(payload)).read(use_threads=False)
-    if table.schema.metadata[_KEY] != canonical(made_of).encode():
+    file = pq.ParquetFile(pa.BufferReader(payload))
+    about = file.schema_arrow.metadata
+    if about[_KEY] != canonical(made_of).encode():
         return None
+    table = file.read(columns=SCHEMA.names[:-1], use_threads=False)
     columns = [table[name].to_pylist() for name in SCHEMA.names[:-2]]
     arguments = map(tuple, _loaded(table["arguments"].to_pylist()))
     rows = [Row(*one) for one in zip(*columns, arguments, strict=True)]
-    hashes, chance, wrong, choices = json.loads(table.schema.metadata[_LABELS])
+    hashes, chance, wrong, choices = json.loads(about[_LABELS])
     groups = {name: [Group(*one) for one in some] for name, some in choices.items()}
-    encodings = functools.partial(_encodings, table["encoding"])
+    encodings = functools.partial(_encodings, file)
     return Known(rows, Labels(hashes, chance, wrong, groups), encodings)
 
 
@@ -202,9 +218,10 @@ def _offsets(counts: list[int]) -> pa.Array:
     return pa.array(np.cumsum([0, *counts]), pa.int32())
 
 
-def _encodings(column: pa.ChunkedArray) -> list[Encoding]:
-    """A column of lists of tokens; as numbers in one piece they are there in a fraction of the time."""
-    rows = column.combine_chunks()
+def _encodings(file: pq.ParquetFile) -> list[Encoding]:
+    """Their lists of tokens; as numbers in one piece they are there in a fraction of the time."""
+    name = SCHEMA.names[-1]
+    rows = file.read(columns=[name], use_threads=False)[name].combine_chunks()
     parts = rows.flatten()
     tokens = parts.flatten().to_numpy().tolist()
     ends = [0, *parts.value_lengths().to_numpy().cumsum().tolist()]

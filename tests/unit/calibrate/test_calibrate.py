@@ -30,7 +30,8 @@ from sparsity_atlas.criteria.calibration_file import (
     write_calibration,
 )
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.evaluation import evaluate, search
+from sparsity_atlas.evaluation import search
+from sparsity_atlas.evaluation import session as sessions
 from sparsity_atlas.evaluation.evaluate import evaluate_node
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.files.whole import file_digest, read_manifest, write_manifest
@@ -325,7 +326,7 @@ def test_a_stage_refuses_such_a_task(
     session = open_session(work.manifest, {"pages": {**task, "limit": 6}})
     session.check_disjoint(read_calibration(path))  # the last document is not evaluated
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "check_disjoint", None)
+        patch.setattr(sessions, "check_disjoint", None)
         session.with_code("other").check_disjoint(read_calibration(path))  # nor looked at again
     session = open_session(work.manifest, {"pages": task})
     with pytest.raises(AtlasError, match=r"tasks\.pages: document 6 is part of the text"):

@@ -249,6 +249,34 @@ def test_a_capture_from_a_gpu_has_threads_to_write(
     assert Asks(config(), str(tmp_path)).capture_threads(SimpleNamespace(model="m")) == 1
 
 
+def test_processes_that_build_requests_are_counted_where_a_gpu_computes(tmp_path: Path) -> None:
+    with_manifest(tmp_path)
+    for device, more in (("cuda", 3 * footprint.BUILDER_MIB), ("cpu", 0)):
+        own = Needs(config(device=device), str(tmp_path))
+        assert host(own, "dense") - host(own, "evaluate") == more
+
+
+@pytest.mark.parametrize(
+    ("visible", "cores", "shares", "threads"),
+    [("", 16, 1, 1), ("0", 16, 1, 4), ("0", 3, 1, 3), ("0,1", 16, 4, 2), ("0", 1, 13, 1)],
+)
+def test_a_dense_baseline_on_a_gpu_has_threads_to_build_requests(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    visible: str,
+    cores: int,
+    shares: int,
+    threads: int,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("SPARSITY_ATLAS_GPU_SHARES", str(shares))
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr("sparsity_atlas.rules.resources.inside_allocation", lambda: False)
+    assert Asks(config(), str(tmp_path)).dense_threads(SimpleNamespace(model="m")) == threads
+    monkeypatch.setattr("sparsity_atlas.rules.resources.inside_allocation", lambda: True)
+    assert Asks(config(), str(tmp_path)).dense_threads(SimpleNamespace(model="m")) == 1
+
+
 def test_what_all_levels_share_is_worked_out_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,8 +34,8 @@ class Models:
     def session(
         self, manifest: Path, settings: dict[str, Any], code: str, task_files: list[str]
     ) -> Any:
-        """A loaded model with its tasks; see `evaluate.Session.open`."""
-        from sparsity_atlas.evaluation.evaluate import Session
+        """A loaded model with its tasks; see `session.Session.open`."""
+        from sparsity_atlas.evaluation.session import Session
         from sparsity_atlas.models.manifest import from_manifest
         from sparsity_atlas.terms import KINDS
 
