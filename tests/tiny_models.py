@@ -235,6 +235,8 @@ class Layouts(nn.Module):
                 return self.arx(u * g)
             case "cut":  # as in Gemma 3n
                 return self.arx(self.act[0](top_tail(self.mub(x), CUT)) * self.qov(x))
+            case "rectified":  # dReLU, as in TurboSparse
+                return self.arx(F.relu(self.qov(x)) * F.relu(self.mub(x)))
             case "scaled":
                 return self.arx(self.qov(x) * F.silu(self.mub(x)) * 1.1)
             case "normed":

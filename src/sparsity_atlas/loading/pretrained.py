@@ -157,12 +157,15 @@ def _config(checkpoint: Checkpoint) -> PretrainedConfig:
     """The configuration that a model is made with."""
     from transformers import AutoConfig
 
+    # Makes its own model types known, too.
+    from sparsity_atlas.loading.rectified import with_fatrelu
+
     translated = None if checkpoint.gguf else _configured(checkpoint.folder).get("config")
     if translated is not None:
         return translated
     with _files(checkpoint) as files:
         found: PretrainedConfig = AutoConfig.from_pretrained(**files, **_options(checkpoint))
-    return found
+    return with_fatrelu(found, checkpoint.folder)
 
 
 @contextmanager

@@ -35,8 +35,9 @@ class Shaping:
         return values + self.plus if self.plus else values
 
     def describe(self) -> dict[str, Any]:
-        """As JSON: what differs from no change."""
-        return {key: value for key, value in asdict(self).items() if value}
+        """As JSON: what differs from no change; a bound of zero does (ReLU on both factors)."""
+        plain = asdict(PLAIN)
+        return {key: value for key, value in asdict(self).items() if value != plain[key]}
 
 
 PLAIN = Shaping()

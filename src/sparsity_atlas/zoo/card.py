@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from sparsity_atlas.zoo.bound import SAMPLES, Bound
 from sparsity_atlas.zoo.loss import Loss
 from sparsity_atlas.zoo.masked_training import CUT_ONCE_IN
 from sparsity_atlas.zoo.recipe import Architecture, MaskedDiffusion, Mixture, Training, described
+from sparsity_atlas.zoo.sparse.words import sparse_words
 from sparsity_atlas.zoo.tokenizer import MASK
 
 _CARD = """\
@@ -24,10 +25,10 @@ pipeline_tag: text-generation
 
 # Sparsity Atlas zoo: {name}
 
-A small {form} language model ({architecture[activation]} gate, tied embeddings, rotary
-positions), trained from scratch by this project to study activation sparsity, and of no use for
+A small {form} language model ({nonlinearity}, tied embeddings, rotary
+positions), {origin} to study activation sparsity, and of no use for
 anything else.
-
+{about}
 | | |
 |---|---|
 | parameters | {total_parameters:,}, of them {non_embedding_parameters:,} outside the embedding\
@@ -51,26 +52,26 @@ separated by one blank line.
 
 | | |
 |---|---|
-| steps | {training[steps]:,} of {training[batch_tokens]:,} tokens |
-| tokens seen | {tokens_seen:,} ({passes:.1f} times the corpus) |
+| steps | {steps_words} of {training[batch_tokens]:,} tokens |
+| tokens seen | {tokens_seen:,} ({passes:.1f} times the corpus{before}) |
 | optimizer | AdamW, betas {training[beta1]} and {training[beta2]}, weight decay \
 {training[weight_decay]} on matrices |
 | learning rate | {architecture[learning_rate]}, {warmup_steps} steps of warm-up, cosine to zero |
 | gradient clip | {training[gradient_clip]} |
-{balance_row}{objective_rows}\
+{balance_row}{objective_rows}{course_rows}\
 | seed | {training[seed]} |
 | arithmetic | {arithmetic}, torch {torch} |
 
 Trained again{sameness} by
 
-    sparsity-atlas zoo train --model {name} --corpus TRAIN --valid VALID --out DIR \\
-        --steps {training[steps]} --batch-tokens {training[batch_tokens]} --seed {training[seed]}
+    sparsity-atlas zoo train --model {model} --corpus TRAIN --valid VALID --out DIR \\
+        --steps {training[steps]} --batch-tokens {training[batch_tokens]} --seed {training[seed]}{options}
 
 {loss_words}
 
 {loss_table}
 
-{load_table}\
+{load_table}{zeros_table}\
 The loss during training stands in `training.json`.
 """
 
@@ -109,12 +110,22 @@ even.
 
 
 @dataclass(frozen=True)
+class Asked:
+    """The command that trains a model: what `--model` names, and options that the recipe does not imply."""
+
+    model: str
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Record:
     """One training: what was trained, on how much, and what came out.
 
     `source` says what the training text is; `prose` is the loss on further documents. `curve` holds (step,
     mean training loss in nats a token since the entry before). `load` is `expert_training.load` on the
-    validation text, of a mixture.
+    validation text, of a mixture, and `zeros` `sparse.zeros.measure`, where there can be any.
+    `steps_done` are those of a checkpoint by the way (None: all); `course` is what
+    `sparse.course.Course` says of itself.
     """
 
     name: str
@@ -129,6 +140,10 @@ class Record:
     valid: Loss
     prose: Loss | None = None
     load: list[list[float]] | None = None
+    zeros: list[float] | None = None
+    steps_done: int | None = None
+    course: dict[str, Any] = field(default_factory=dict)
+    asked: Asked = Asked("")
 
 
 def write(record: Record, folder: Path) -> None:
@@ -141,13 +156,14 @@ def write(record: Record, folder: Path) -> None:
         "total_parameters": record.total_parameters,
         "non_embedding_parameters": record.architecture.non_embedding_parameters,
         "corpus_tokens": record.corpus_tokens,
-        "tokens_seen": record.training.tokens,
+        **_course_facts(record),
         "device": record.device,
         "torch": torch.__version__,
         "train": _rounded(record.train),
         "valid": _rounded(record.valid),
         **({"prose": _rounded(record.prose)} if record.prose else {}),
         **_mixture_facts(record),
+        **({"zeros": [round(share, 5) for share in record.zeros]} if record.zeros else {}),
         "curve": [[step, round(value, 5)] for step, value in record.curve],
     }
     (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
@@ -158,15 +174,32 @@ def card(facts: dict[str, Any]) -> str:
     """The model card, from the content of `training.json`."""
     on_gpu = facts["device"] == "cuda"
     shape = described(facts["architecture"])
+    known = {
+        "model": facts["name"],
+        "options": (),
+        "steps_done": facts["training"]["steps"],
+    } | facts
     return _CARD.format(
-        **facts,
+        **known | {"options": "".join(f" \\\n        {option}" for option in known["options"])},
         heads=shape.heads,
-        **_words(shape, facts),
+        **_words(shape, known),
         warmup_steps=Training(**facts["training"]).warmup_steps,
         passes=facts["tokens_seen"] / facts["corpus_tokens"],
         arithmetic="bfloat16 autocast on one GPU" if on_gpu else "float32 on the CPU",
         sameness=" (on a GPU not to the bit)" if on_gpu else "",
     )
+
+
+def _course_facts(record: Record) -> dict[str, Any]:
+    """What was seen, and what was asked for beside the recipe."""
+    done = record.training.steps if record.steps_done is None else record.steps_done
+    asked = {"model": record.asked.model, "options": list(record.asked.options)}
+    return {
+        "steps_done": done,
+        "tokens_seen": done * record.training.batch_tokens,
+        **record.course,
+        **(asked if record.asked.options else {}),
+    }
 
 
 def _mixture_facts(record: Record) -> dict[str, Any]:
@@ -181,9 +214,11 @@ def _mixture_facts(record: Record) -> dict[str, Any]:
 def _words(shape: Architecture, facts: dict[str, Any]) -> dict[str, str]:
     """What cards of different kinds of models say otherwise."""
     context = facts["training"]["context"]
+    # Later ones count.
     return {
         **{"form": "Llama-shaped", "ffn": f"FFN width {shape.ffn_width}"},
         **dict.fromkeys(("active_words", "mask_words", "balance_row", "objective_rows"), ""),
+        **sparse_words(shape, facts),
         **{"load_table": "", "loss_words": _LOSS.format(context=context)},
         "loss_table": _loss_table(facts),
         **(_mixture_words(shape, facts) if isinstance(shape, Mixture) else {}),

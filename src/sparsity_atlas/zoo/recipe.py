@@ -14,8 +14,9 @@ HEAD_WIDTH = 32
 class Architecture:
     """One Llama-shaped model: gated FFN, rotary positions, RMSNorm, tied embeddings, no biases.
 
-    `activation` is the name of the gate's nonlinearity as transformers spells it. The learning
-    rate stands here because the best one falls as models widen.
+    `activation` is the name of the gate's nonlinearity as transformers spells it, or `drelu`, a ReLU on
+    both factors; an FFN that is not `gated` is W_d σ(W_u x). The learning rate stands here because the
+    best one falls as models widen.
     """
 
     width: int
@@ -23,6 +24,7 @@ class Architecture:
     ffn_width: int
     learning_rate: float
     activation: str = "silu"
+    gated: bool = True
 
     @property
     def heads(self) -> int:
@@ -32,7 +34,8 @@ class Architecture:
     @property
     def non_embedding_parameters(self) -> int:
         """Weights outside the token embedding: attention, FFN and norms."""
-        per_layer = 4 * self.width**2 + 3 * self.width * self.ffn_width + 2 * self.width
+        maps = 3 if self.gated else 2
+        per_layer = 4 * self.width**2 + maps * self.width * self.ffn_width + 2 * self.width
         return self.layers * per_layer + self.width
 
 
@@ -93,6 +96,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     # Its weights are as many as those of `medium`, and it is trained on the same windows.
     "medium-diffusion": MaskedDiffusion(width=160, layers=5, ffn_width=448, learning_rate=6e-3),
+    # So small that several checkpoints along its training can be kept.
+    "tiny": Architecture(width=32, layers=2, ffn_width=112, learning_rate=1e-2),
 }
 
 

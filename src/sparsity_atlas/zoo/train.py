@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import sys
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.olmoe.modeling_olmoe import OlmoeForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from sparsity_atlas.activations.text_files import local_documents
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.loading.pretrained import moved
+from sparsity_atlas.loading.checkpoint import Checkpoint
+from sparsity_atlas.loading.pretrained import load, moved
 from sparsity_atlas.zoo import batches, bound, card, corpus, expert_training, loss, recipe
-from sparsity_atlas.zoo.fit import build_model, fit
+from sparsity_atlas.zoo.fit import Curve, build_model, fit
+from sparsity_atlas.zoo.sparse import zeros
+from sparsity_atlas.zoo.sparse.course import Course, base_name, cut_small
+from sparsity_atlas.zoo.sparse.penalty import Stages
+from sparsity_atlas.zoo.sparse.state import State
+from sparsity_atlas.zoo.sparse.variants import ACTIVATIONS, RECTIFIED, variant
 from sparsity_atlas.zoo.tokenizer import as_pretrained, load_tokenizer, train_tokenizer
 
 log = logging.getLogger("sparsity_atlas.zoo.train")
@@ -46,22 +55,81 @@ def train_model(
     texts: Texts,
     folder: Path,
     device: torch.device,
+    course: Course | None = None,
+    state: State | None = None,
+    asked: card.Asked | None = None,
 ) -> card.Record:
     """Train one model and write its folder: weights (bfloat16), tokenizer, configuration, card.
 
-    The losses in the returned record are measured on the saved weights, computed in float32.
+    The losses in the returned record are measured on the saved weights, computed in float32. With
+    checkpoints there is a folder of each of these in it, and of the end, and the tokenizer beside them.
     AtlasError when the folder cannot be made, the corpus is too small, or the training diverges.
+
+    Args:
+        name: what the model is called.
+        shape: what it is.
+        training: the settings.
+        texts: what it is trained and measured on.
+        folder: its own.
+        device: where it is trained.
+        course: what the training does beside the recipe.
+        state: where it is kept, and goes on from.
+        asked: the command that trains it, for the card.
     """
+    course = course or Course()
+    course.check(shape, training)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AtlasError(f"--out: cannot make the folder {folder} ({error.strerror})") from error
+
+    def place(steps: int) -> Path:
+        return folder / f"step-{steps}" if course.checkpoints else folder
+
+    def keep(steps: int, curve: Curve) -> card.Record:
+        if course.fatrelu is not None:
+            cut_small(model, course.fatrelu)
+        weights = moved(deepcopy(model), "cpu", torch.bfloat16)
+        weights.save_pretrained(place(steps))
+        record = card.Record(
+            name=name if steps == training.steps else f"{name}, step {steps}",
+            architecture=shape,
+            training=training,
+            source=texts.source,
+            total_parameters=sum(weight.numel() for weight in weights.parameters()),
+            corpus_tokens=len(texts.train.ids),
+            device=device.type,
+            curve=curve,
+            steps_done=steps,
+            course=course.facts(),
+            asked=asked or card.Asked(name),
+            **losses(place(steps), shape, training, texts, device),
+        )
+        card.write(record, place(steps))
+        return record
+
     model = build_model(shape, training)
-    curve = fit(model, texts.train, shape, training, device)
-    moved(model, "cpu", torch.bfloat16).save_pretrained(folder)
     masks = isinstance(shape, recipe.MaskedDiffusion)
-    as_pretrained(texts.tokenizer, training.context, masks=masks).save_pretrained(folder)
-    saved = moved(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), device)
+    tokenizer = as_pretrained(texts.tokenizer, training.context, masks=masks)
+    tokenizer.save_pretrained(folder)
+    # Less than half as long as it is written by itself.
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    curve = fit(model, texts.train, shape, training, device, course, keep, state)
+    record = keep(training.steps, curve)
+    if state is not None:
+        state.path.unlink(missing_ok=True)
+    return record
+
+
+def losses(
+    folder: Path,
+    shape: recipe.Architecture,
+    training: recipe.Training,
+    texts: Texts,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What a record says of a folder's weights, computed in float32."""
+    saved = moved(load(Checkpoint(folder), dtype="float32", device="cpu"), device)
     context = measured_context(shape, training)
     valid = batches.evaluation_blocks(texts.valid.ids, context)
     # About as much of the training text as there is validation text, from all over it.
@@ -70,22 +138,15 @@ def train_model(
     documents = [batches.evaluation_blocks(ids, context) for ids in texts.prose]
     prose = [np.concatenate(arrays) for arrays in zip(*documents, strict=True)]
     sizes = batches.token_bytes(texts.tokenizer)
-    record = card.Record(
-        name=name,
-        architecture=shape,
-        training=training,
-        source=texts.source,
-        total_parameters=sum(weight.numel() for weight in saved.parameters()),
-        corpus_tokens=len(texts.train.ids),
-        device=device.type,
-        curve=curve,
-        train=measured(saved, *train, sizes),
-        valid=measured(saved, *valid, sizes),
-        prose=measured(saved, prose[0], prose[1], sizes) if prose else None,
-        load=expert_training.load(saved, *valid) if isinstance(saved, OlmoeForCausalLM) else None,
-    )
-    card.write(record, folder)
-    return record
+    routed = isinstance(saved, OlmoeForCausalLM)
+    rectified = shape.activation in RECTIFIED and not routed
+    return {
+        "train": measured(saved, *train, sizes),
+        "valid": measured(saved, *valid, sizes),
+        "prose": measured(saved, prose[0], prose[1], sizes) if prose else None,
+        "load": expert_training.load(saved, *valid) if routed else None,
+        "zeros": zeros.measure(saved, *valid) if rectified else None,
+    }
 
 
 def measured_context(shape: recipe.Architecture, training: recipe.Training) -> int:
@@ -151,17 +212,59 @@ def run(arguments: argparse.Namespace) -> None:
         if (value := getattr(arguments, key)) is not None
     }
     training = recipe.Training(**overrides)
-    shapes = {name: recipe.architecture(name) for name in arguments.model}
+    course = Course(
+        base=arguments.base,
+        l1=None if arguments.l1 is None else Stages.parse(arguments.l1),
+        fatrelu=arguments.fatrelu,
+        checkpoints=tuple(sorted(set(arguments.checkpoints))),
+    )
+    if arguments.name is not None and len(arguments.model) > 1:
+        raise AtlasError(
+            f"--name: found {len(arguments.model)} models, expected one to be called so"
+        )
+    wanted: dict[str, tuple[str, recipe.Architecture]] = {}
+    for model in arguments.model:
+        shape = recipe.architecture(model)
+        name, shape = variant(model, shape, arguments.activation, arguments.ungated)
+        if arguments.learning_rate is not None:
+            shape = replace(shape, learning_rate=arguments.learning_rate)
+        course.check(shape, training)
+        wanted[arguments.name or name] = model, shape
     device = choose_device(arguments.device)
     texts = read_texts(arguments, training)
-    for name, shape in shapes.items():
+    for name, (model, shape) in wanted.items():
         folder = arguments.out / name
-        record = train_model(name, shape, training, texts, folder, device)
+        state = None
+        if arguments.state is not None:
+            settings = {"shape": asdict(shape), **asdict(training), **course.facts()}
+            state = State(arguments.state / f"{name}.pt", settings)
+        asked = card.Asked(model, options(arguments))
+        record = train_model(name, shape, training, texts, folder, device, course, state, asked)
         sys.stdout.write(
             f"{name}: train {record.train.nats_per_token:.4f}, "
             f"valid {record.valid.nats_per_token:.4f} nats/token "
             f"({record.valid.bits_per_byte:.4f} bits/byte) -> {folder}\n"
         )
+
+
+def options(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """What a command says that the recipe does not, an option each; the base by its name."""
+    base = None if arguments.base is None else base_name(arguments.base).upper()
+    values = {
+        "name": arguments.name,
+        "activation": arguments.activation,
+        "from": base,
+        "learning-rate": arguments.learning_rate,
+        "l1": arguments.l1,
+        "fatrelu": arguments.fatrelu,
+        "checkpoints": arguments.checkpoints,
+    }
+    found = ["--ungated"] if arguments.ungated else []
+    for option, value in values.items():
+        words = value if isinstance(value, list) else [] if value is None else [value]
+        if words:
+            found.append(shlex.join([f"--{option}", *map(str, words)]))
+    return tuple(found)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -181,6 +284,40 @@ def parser() -> argparse.ArgumentParser:
         "--prose", type=Path, help="documents (.jsonl) to measure the loss on, too, each by itself"
     )
     command.add_argument("--out", type=Path, required=True, help="each model goes to OUT/NAME")
+    command.add_argument(
+        "--activation", choices=ACTIVATIONS, help="nonlinearity of the FFN (the model's own)"
+    )
+    command.add_argument(
+        "--ungated", action="store_true", help="an FFN without a gate, half as wide again"
+    )
+    command.add_argument("--name", help="what the model is called (NAME, the activation, ungated)")
+    command.add_argument(
+        "--from", dest="base", type=Path, metavar="FOLDER", help="begin with that model's weights"
+    )
+    command.add_argument(
+        "--l1",
+        nargs="+",
+        metavar="STEP:WEIGHT",
+        help="penalise |intermediate| by a weight that rises from one to the next along a sine",
+    )
+    command.add_argument(
+        "--fatrelu",
+        type=float,
+        metavar="T",
+        help="put FATReLU, x if x >= T else 0, in relu's place",
+    )
+    command.add_argument(
+        "--checkpoints",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="STEP",
+        help="keep the model after these steps, too: OUT/NAME/step-STEP",
+    )
+    command.add_argument("--learning-rate", type=float, help="its peak (the model's own)")
+    command.add_argument(
+        "--state", type=Path, help="folder that keeps an unfinished training, to go on with it"
+    )
     command.add_argument(
         "--tokenizer", type=Path, help="folder with a trained tokenizer (trained when left out)"
     )

@@ -35,6 +35,7 @@ SHAPED = {
     "clamped": (Shaping(-7.0, 7.0), PLAIN, "silu"),
     "clamped-shifted": (Shaping(-7.0, 7.0, plus=1.0), Shaping(high=7.0), "quick_gelu"),
     "clamped-shared": (Shaping(-10.0, 10.0), Shaping(high=10.0), "act"),
+    "rectified": (Shaping(0.0), PLAIN, "relu"),
 }
 
 
@@ -67,6 +68,9 @@ def test_what_shapes_do_by_hand() -> None:
     assert torch.equal(Shaping(cut=0.5)(values), top_tail(values, 0.5))
     assert PLAIN(values) is values
     assert Shaping(**Shaping(high=2.0).describe()) == Shaping(high=2.0)
+    # A bound of zero is one.
+    assert Shaping(**Shaping(low=0.0).describe()) == Shaping(low=0.0) != PLAIN
+    assert PLAIN.describe() == {}
 
 
 @pytest.mark.parametrize("layout", [*SHAPED, "clamped-after", "cut", "normed"])
