@@ -3,7 +3,8 @@
 CI has none. Tasks of all types are run on both by models with a rule attached, at every site: scores, texts,
 zeros, and what masks do from step to step; then broken off and resumed. In float32 all of it is the same but
 for rounding, which may move an entry over its threshold. In bfloat16 a GPU's scores may lie twice as far as
-the CPU's in bfloat16 do from those of float32 with the same weights. Ends with 1 if anything differs.
+the CPU's in bfloat16 do from those of float32 with the same weights, and the last
+steps of a text may run on one side alone. Ends with 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ class Bench:
                 self.wanted[site, kind] = self.run("cpu", kind, node)
         wanted, found = self.wanted[site, "float32"], self.run(self.device, dtype, node)
         there, off = tests.rows(found), _off(wanted, found)
+        furthest = 0.0
         for task, own in tests.rows(wanted).items():
             for one, other in zip(own, there[task], strict=True):
                 # In 16 bits another token may be the surest, and a text end a block earlier.
@@ -95,20 +97,28 @@ class Bench:
                     assert other[f"{phase}_tokens"] == one[f"{phase}_tokens"], (task, phase)
             far = np.abs(_shares(wanted, task) - _shares(found, task)).max()
             assert far <= SHARES[dtype], (task, far)
+            furthest = max(furthest, float(far))
+        allowed = f"{NATS:.1e} each"
         if dtype == "float32":
             assert off.max() <= NATS, off.max()
         else:
             usual = _off(wanted, self.wanted[site, dtype])
             assert off.mean() <= 2 * usual.mean(), (off.mean(), usual.mean())
+            allowed = f"{2 * usual.mean():.1e}"
         worst = 0.0
         if site is not None:
             steps = [
                 _kept(read_table(at / NAME).rows["words"].to_pylist()) for at in (wanted, found)
             ]
-            assert steps[0].keys() == steps[1].keys()
-            worst = max(abs(steps[0][key] - steps[1][key]) for key in steps[0])
+            both = steps[0].keys() & steps[1].keys()
+            # As above: in 16 bits the last steps may run on one side alone, the first ones run on both.
+            alone = {key for one in steps for key in one.keys() - both}
+            assert both, "no step in common"
+            assert not {key for key in alone if dtype == "float32" or key[0] == 0}, alone
+            worst = max(abs(steps[0][key] - steps[1][key]) for key in both)
             assert worst <= 10 * SHARES[dtype], worst
-        print(f"       nats a token {off.mean():.1e}, shares kept by step {worst:.1e}")  # noqa: T201
+        told = f"nats a token {off.mean():.1e} (allowed {allowed}), zeros {furthest:.1e}"
+        print(f"       {told}, shares kept by step {worst:.1e}")  # noqa: T201
 
     def resumed(self) -> None:
         """Broken off in each third batch: the same bytes."""

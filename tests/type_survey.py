@@ -47,7 +47,6 @@ REASONS = {
     r"share their weights|are the same weights": "layers that share an FFN",
     r"several lists of layers": "several stacks of layers, of bytes and of patches",
     r"holds 0 FFNs that a probe proves and 0 modules": "layers with something else in the place of an FFN",
-    r"holds [2-9] FFNs that a probe proves": "layers with several FFNs",
     r"FFNs that a probe proves": "FFNs of another form than W_d(u ⊙ g), or not in every layer",
     r"packed or transposed": "batches that are packed or transposed",
     r"each of which reads another multiple of its input": "experts that scale their input, and several a "

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +20,9 @@ from sparsity_atlas.activations.sources import given, reader
 from sparsity_atlas.activations.store import ActivationStore
 from sparsity_atlas.code_version import code_version
 from sparsity_atlas.criteria import create, source_file
-from sparsity_atlas.criteria.calibration_file import write_calibration
+from sparsity_atlas.criteria.calibration_file import read_calibration, write_calibration
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.files.whole import read_manifest
+from sparsity_atlas.files.whole import read_manifest, write_atomically
 from sparsity_atlas.loading.devices import how
 from sparsity_atlas.loading.pretrained import load, load_tokenizer
 from sparsity_atlas.models.manifest import from_manifest
@@ -29,7 +31,7 @@ from sparsity_atlas.sites.part import chosen
 from sparsity_atlas.terms import TENSORS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -142,6 +144,29 @@ def seen_text(checkpoint: Checkpoint, store: ActivationStore, tokens: int) -> tu
     return content, hashlib.sha256(rows.tobytes()).hexdigest()
 
 
+def taken_over(output: Path, names: Sequence[str], about: Mapping[str, Any]) -> bool:
+    """Write what the same site has under another name of it, if that was found with the same.
+
+    Args:
+        output: the calibration to write, of {criterion}/{site}.
+        names: all names of its site in this model.
+        about: what it is found with.
+    """
+    if output.parent.name not in names:
+        return False
+    for other in (output.parents[1] / name / output.name for name in names):
+        if other == output or not other.exists():
+            continue
+        try:
+            found = read_calibration(other).about
+        except AtlasError:  # the job that makes it says so
+            continue
+        if {key: found.get(key) for key in about} == dict(about):
+            write_atomically(output, partial(shutil.copyfile, other))
+            return True
+    return False
+
+
 def main() -> None:
     """Command line of the stage."""
     parser = argparse.ArgumentParser(prog="sparsity-atlas calibrate", description=__doc__)
@@ -169,21 +194,19 @@ def main() -> None:
             f"{captured['tokens']} captured tokens, and some must be left to measure output errors on"
         )
     manifest, checkpoint = from_manifest(arguments.model)
-    Available.in_manifest(manifest).check(manifest["name"], arguments.site)
+    # By its plain name in what the file says: under either one it is the same calibration, to the byte.
+    names = Available.in_manifest(manifest).names(manifest["name"], arguments.site)
 
     from sparsity_atlas.calibrate.expert_states import served_by_layer
     from sparsity_atlas.sites.find import bind_parts
 
-    model = load(checkpoint, **how(settings))
     store = ActivationStore(arguments.store)
     for tensor in captured["tensors"]:
         store.check(tensor)
-    parts, site = chosen(bind_parts(model, manifest["ffn"]), arguments.site)
     content, text = seen_text(checkpoint, store, tokens)
-    states = calibrate(criterion, parts, site, store, tokens)
     about: dict[str, Any] = {
         "model": manifest["digest"],
-        "site": arguments.site,
+        "site": names[0],
         "criterion": {key: value for key, value in spec.items() if key != "file"},
         "capture": captured["fingerprint"],
         "code": arguments.code or code_version("calibrate", str(source_file(spec))),
@@ -191,6 +214,12 @@ def main() -> None:
         "text": text,
         "content": content,
     }
+    if taken_over(arguments.output, names, about):
+        cli.logger.info("%s: calibrated before under another name of it", arguments.site)
+        return
+    model = load(checkpoint, **how(settings))
+    parts, site = chosen(bind_parts(model, manifest["ffn"]), arguments.site)
+    states = calibrate(criterion, parts, site, store, tokens)
     if criterion.calibration == "per_expert":
         about["served_by_layer"] = served_by_layer(parts, site, states)
     write_calibration(arguments.output, states, about)

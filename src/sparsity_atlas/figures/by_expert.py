@@ -114,7 +114,7 @@ def _of(rows: pd.DataFrame, key: tuple[str, ...]) -> pd.DataFrame:
 
 
 def _shown(tables: Tables, key: tuple[str, ...]) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
-    """A panel's experts at one level, and the layers of dense models at the same.
+    """A panel's experts at one level, and the layers of dense models of its kind at the same.
 
     Where dense models were measured there at some levels, it is one of these.
     """
@@ -122,14 +122,17 @@ def _shown(tables: Tables, key: tuple[str, ...]) -> tuple[pd.DataFrame, dict[str
     rows = rows[(rows["model"] == key[0]) & (rows["level"] != DENSE)]
     # Of dense models a site has no parts to be confined to.
     layers = _of(tables.layers, (*key[:2], plain(key[2]), key[3]))
-    layers = layers[~layers["model"].isin(tables.experts["model"])]
+    # What a pass over masks drops is not what one over text does.
+    kinds = tables.models.set_index("model")["kind"]
+    beside = set(kinds.index[kinds == kinds.get(key[0])]) - set(tables.experts["model"])
+    layers = layers[layers["model"].isin(beside)]
     levels = rows.groupby("level", sort=False)["sparsity"].mean().dropna()
     common = levels[levels.index.isin(layers["level"])]
     levels = levels if common.empty else common
     level = (levels - MIDDLE).abs().idxmin() if len(levels) else rows["level"].iloc[0]
-    beside = layers[layers["level"] == level]
     dense = {
-        str(model): own.sort_values("layer") for model, own in beside.groupby("model", sort=False)
+        str(model): own.sort_values("layer")
+        for model, own in layers[layers["level"] == level].groupby("model", sort=False)
     }
     return rows[rows["level"] == level], dense
 

@@ -10,8 +10,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.markers import CARETLEFT, CARETRIGHT
 
-from sparsity_atlas.figures.panels import empty, label, of_nats, percent_axis, select_pairs
-from sparsity_atlas.figures.style import GREY, WIDE, Mark, marks, shorten
+from sparsity_atlas.figures.panels import (
+    CHARACTER,
+    empty,
+    label,
+    of_nats,
+    percent_axis,
+    select_pairs,
+)
+from sparsity_atlas.figures.style import GREY, WIDE, Mark, broken, marks, shorten
 from sparsity_atlas.tables.read import Tables, in_order, records
 from sparsity_atlas.terms import AVERAGE
 
@@ -46,8 +53,10 @@ def _points(tables: Tables, rows: pd.DataFrame, x_label: str) -> Figure:
     width = WIDE if len(styles) > 1 else 4.6
     figure = Figure((width, 0.2 * len(keys) + 1.2), layout="constrained")
     axes = figure.subplots(1, len(styles), sharex=True, sharey=True, squeeze=False)[0]
+    # A title that is wider than its panel would run into the next one, or out of the figure.
+    letters = int((width - max(map(len, names)) * CHARACTER) / len(styles) / CHARACTER)
     for ax, (site, mark) in zip(axes, styles.items(), strict=True):
-        ax.set_title(site)
+        ax.set_title(broken(site, letters))
         for place, (criterion, model) in enumerate(keys):
             chosen = (rows["criterion"] == criterion) & (rows["model"] == model)
             for row in records(rows[chosen & (rows["site"] == site)]):

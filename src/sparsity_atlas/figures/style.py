@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -140,6 +141,16 @@ def heading(*parts: str, width: int = 27) -> str:
     """A panel's title: its parts on one line if they fit, else each on its own."""
     line = " · ".join(parts)
     return line if len(line) <= width else "\n".join(shorten(part, width) for part in parts)
+
+
+def broken(name: str, width: int) -> str:
+    """A name on lines of at most `width` characters, where `_`, `@` and `+` in it allow that."""
+    lines = [""]
+    for piece in re.split(r"(?<=[_@+])", name):
+        if lines[-1] and len(lines[-1] + piece) > width:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(lines)
 
 
 def wrap(text: str, width: int) -> str:

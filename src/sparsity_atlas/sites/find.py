@@ -42,6 +42,7 @@ from sparsity_atlas.sites.probe.mixed_layers import (
 from sparsity_atlas.sites.probe.naming import NamedFFN, expand
 from sparsity_atlas.sites.probe.proof import prove, proves_attention
 from sparsity_atlas.sites.probe.router_probe import routing_ffns
+from sparsity_atlas.sites.probe.stream_probe import added_to_stream
 from sparsity_atlas.terms import SITES, STORED, TENSORS
 
 __all__ = [
@@ -139,6 +140,10 @@ class _Probe:
             search.attach(stack)
             run()
         check_run_once(search.findings)
+        # Layers that run again must not find their own keys in a cache.
+        again = partial(run, use_cache=False) if _takes(model, "use_cache") else run
+        if self.named is None:
+            added_to_stream(model, search.findings, again)
         found = self._layers(search)
         check_own_weights(one.ffn for one in found if one.ffn is not None)
         ffns = [_bind(model, one, search) for one in found if one.ffn is not None]
@@ -147,8 +152,7 @@ class _Probe:
             for one in found
             if one.experts is not None
         ]
-        # Layers that run again must not find their own keys in a cache.
-        routers = routing_ffns(model, ffns, experts, lambda: run(use_cache=False))
+        routers = routing_ffns(model, ffns, experts, again)
         ffns = prove([ffn for ffn in ffns if ffn.layer not in routers], run)
         for part in experts:
             if part.layer not in {ffn.layer for ffn in ffns}:
@@ -209,6 +213,12 @@ def forward_of(model: nn.Module, ids: torch.Tensor) -> Callable[..., Any]:
     if "input_ids" in parameters:
         return partial(model, input_ids=ids, **options)
     return partial(model, ids, **options)
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    """Whether a model's forward pass takes an option, or any."""
+    parameters = signature(model.forward).parameters
+    return name in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
 
 def _forward(model: nn.Module, ids: torch.Tensor) -> Any:

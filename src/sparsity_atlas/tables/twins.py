@@ -159,7 +159,7 @@ def _rows(first: _Curve, second: _Curve, *, same_draws: bool) -> Iterator[dict[s
             ),
             *(
                 (
-                    *(CRITICAL, bar, bar_label(one["kind"], bar)),
+                    *(CRITICAL, bar, _label(one, second.crossings[task, bar])),
                     _critical(
                         *(one, first.measured(task)),
                         *(second.crossings[task, bar], second.measured(task)),
@@ -172,6 +172,12 @@ def _rows(first: _Curve, second: _Curve, *, same_draws: bool) -> Iterator[dict[s
         ):
             if row is not None:
                 yield {**about, "measure": measure, "at": at, "label": label, **row}
+
+
+def _label(first: dict[str, Any], second: dict[str, Any]) -> str:
+    """Name of the bar of two rows of `read_crossings`: of both, where their scores are of two kinds."""
+    labels = (bar_label(one["kind"], one["bar"]) for one in (first, second))
+    return ", ".join(dict.fromkeys(labels))
 
 
 def _note(first: _Curve, second: _Curve, task: str, kind: str, other: str) -> str:

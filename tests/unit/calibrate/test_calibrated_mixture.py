@@ -19,6 +19,7 @@ from sparsity_atlas.calibrate import calibrate, export
 from sparsity_atlas.criteria.calibration_file import Calibration, read_calibration
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.models import manifest as models
+from sparsity_atlas.terms import plain
 from tiny_lm import run_stage, sentences, write_model_manifest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,7 +67,8 @@ def calibrated(work: Work, output: Path, site: str, **spec: Any) -> Calibration:
     run_stage(
         calibrate,
         {
-            **{"--model": work.manifest, "--capture": work.folder / "capture" / f"{site}.json"},
+            **{"--model": work.manifest},
+            "--capture": work.folder / "capture" / f"{plain(site)}.json",
             **{"--store": work.store, "--criterion": json.dumps(spec), "--site": site},
             **{"--settings": json.dumps(loading), "--output": output, "--code": "test"},
         },
@@ -103,6 +105,42 @@ def test_states_are_those_of_the_store_s_rows(work: Work, tmp_path: Path) -> Non
                     own += 1
     assert own
     assert any(served.values())
+
+
+def test_two_names_for_one_site_are_calibrated_once(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This model has no parts but these: whichever name comes second takes the other's file over."""
+    names = ("gate@shared+experts", "gate")
+    calls = []
+    real = calibrate.calibrate
+    monkeypatch.setattr(calibrate, "calibrate", lambda *a: calls.append(a) or real(*a))
+    for rule, order in (("teal", names), ("chess", names[::-1])):
+        paths = [tmp_path / rule / name / "calibration.safetensors" for name in order]
+        identities = [
+            calibrated(work, path, name, rule=rule, **BY_EXPERT).identity()
+            for path, name in zip(paths, order, strict=True)
+        ]
+        assert identities[0] == identities[1]
+    assert len(calls) == 2
+    # Of some of its parts it is another one; and so it is with other settings, or where the file is damaged.
+    other = tmp_path / "teal/gate@experts/calibration.safetensors"
+    assert "gate.0.shared" not in calibrated(work, other, "gate@experts", rule="teal").states
+    again = tmp_path / "teal/gate/calibration.safetensors"
+    before = again.read_bytes()
+    again.unlink()
+    calibrated(work, again, "gate", rule="teal", calibration="per_expert", expert_rows=LEAST + 9)
+    assert again.read_bytes() != before
+    (tmp_path / "chess/gate/calibration.safetensors").write_bytes(b"nothing")
+    (tmp_path / "chess/gate@shared+experts/calibration.safetensors").unlink()
+    calibrated(
+        work,
+        tmp_path / "chess/gate@shared+experts/calibration.safetensors",
+        names[0],
+        rule="chess",
+        **BY_EXPERT,
+    )
+    assert len(calls) == 5
 
 
 def test_other_tensors_follow_from_input_and_routing(work: Work, tmp_path: Path) -> None:

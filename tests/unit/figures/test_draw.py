@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -424,6 +425,28 @@ def test_parts_of_a_mixture_have_panels_of_their_own(tmp_path: Path) -> None:
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([1], [pytest.approx(0.4)])
 
 
+def test_headings_of_eight_sites_stay_within_the_figure_and_apart(plain):
+    with style.styled():
+        figure = critical_points.ppl_sparsity(plain)
+        style.arrange(figure)
+        boxes = [ax.title.get_window_extent() for ax in figure.axes]
+        assert [ax.title.get_text().replace("\n", "") for ax in figure.axes] == list(SITE_ORDER)
+        assert max(box.x1 for box in boxes) <= figure.bbox.x1
+        assert all(one.x1 < other.x0 for one, other in itertools.pairwise(boxes))
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("input", ["input"]),
+        ("all_linear_inputs", ["all_linear_", "inputs"]),
+        ("intermediate@shared+experts", ["intermediate@", "shared+", "experts"]),
+    ],
+)
+def test_names_are_broken_where_their_words_end(name, lines):
+    assert style.broken(name, 12).split("\n") == lines
+
+
 @pytest.fixture(scope="module")
 def routed(tmp_path_factory) -> Tables:
     """A mixture beside two dense models."""
@@ -457,6 +480,18 @@ def test_experts_stand_beside_the_layers_of_dense_models(routed):
         assert own["sparsity"].median() == pytest.approx(drawn[5 * int(layer) + 4][0])
     dense = [list(line) for line in drawn[5 * rows["layer"].nunique() :]]
     assert dense == [list(layers[layers["model"] == name]["sparsity"]) for name in ("a", "b")]
+
+
+def test_beside_experts_stand_models_of_their_kind(routed):
+    """A masked-diffusion model's passes are over masks: what they drop is no measure of a causal mixture."""
+    kinds = {"moe": "causal", "a": "diffusion", "b": "causal"}
+    models = routed.models.assign(kind=routed.models["model"].map(kinds))
+    (layers,) = by_expert.spread(replace(routed, models=models)).axes[0].lines[-1:]
+    names = words(by_expert.spread(replace(routed, models=models))).split("\n")
+    assert "b" in names
+    assert "a" not in names
+    own = routed.layers.query(FIRST + " and model == 'b'")
+    assert list(layers.get_ydata()) == list(own["sparsity"])
 
 
 def test_one_layer_of_experts_has_one_tick(routed):

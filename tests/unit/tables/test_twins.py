@@ -161,7 +161,7 @@ def test_a_bound_is_no_loss(tmp_path: Path) -> None:
     assert list(rows) == [("prose", "critical", 0.99)]
     (row,) = rows.values()
     assert row["kind"] == "loss, bound"
-    assert row["label"] == "PPL-1%"
+    assert row["label"] == "PPL-1%, PPL-bound-1%"
     assert "no like numbers" in row["note"]
 
 

@@ -123,5 +123,7 @@ class Findings:
     proved: list[Hypothesis] = field(default_factory=list)
     closest: list[Hypothesis] = field(default_factory=list)
     """For down projections of the right shape without a proof: the layout with the least error."""
+    elsewhere: list[Hypothesis] = field(default_factory=list)
+    """Of the form of an FFN, but what they make is not added to the layer's output: gates of norms."""
     calls: Counter[str] = field(default_factory=Counter)
     """How often each module ran."""

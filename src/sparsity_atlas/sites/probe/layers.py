@@ -189,10 +189,14 @@ def not_found(model: nn.Module, findings: Findings, layers: int | None) -> str:
     # Square maps are rather attention's.
     near = [e for e in findings.closest if e.error < NEAR and e.width > e.hidden]
     near = [entry for entry in near if not lists or entry.down.path.startswith(f"{place}.")]
-    hint = ""
+    hint = "".join(
+        f"what {one.down.path} makes is not added to the layer's output; "
+        for one in findings.elsewhere
+        if one.down.path.startswith(f"{place}.")
+    )
     if near:
         best = min(near, key=lambda entry: (-entry.width, entry.error))
-        hint = (
+        hint += (
             f"closest: input of {best.down.path} against {best.formula()}, relative error "
             f"{best.error:.2g}; "
         )
