@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 
 from fake_steps import write_steps
 from sparsity_atlas.activations import metrics
+from sparsity_atlas.config.revisions import Checkpoint
 from sparsity_atlas.curves.critical import BARS, critical
 from sparsity_atlas.curves.equal_sparsity import crossing_rows, equal_rows, write_equal
 from sparsity_atlas.curves.points import CurvePoint, curve_points, estimate_all
@@ -346,7 +347,12 @@ def result_files(results: Path, last: str = "") -> tuple[list[Path], ...]:
     )
 
 
-def make_tables(results: Path, last: str = "", pairs: Sequence[tuple[str, str]] = ()) -> Tables:
+def make_tables(
+    results: Path,
+    last: str = "",
+    pairs: Sequence[tuple[str, str]] = (),
+    checkpoints: Mapping[str, Checkpoint] | None = None,
+) -> Tables:
     """Write a run's tables, and read them."""
-    summarize.write_tables(results, *result_files(results, last), pairs)
+    summarize.write_tables(results, *result_files(results, last), pairs, checkpoints)
     return read_tables(sorted(results.glob("*.csv")))

@@ -89,6 +89,9 @@ rule tables:
         steps="results/steps.csv",
         scaling="results/scaling.csv",
         foretelling="results/foretelling.csv",
+        training="results/training.csv",
+        training_fits="results/training_fits.csv",
+        training_limits="results/training_limits.csv",
         models="results/models.csv",
         failures="results/failures.csv",
     log:

@@ -70,6 +70,26 @@ FIGURES = {
         "are resolved: 10 models or more, and an interval on one side of zero.",
         missed=False,
     ),
+    "training": Entry(
+        "Activation ratio over training tokens",
+        "Headline",
+        ("training", "training_fits"),
+        "Share of entries that are not dropped (1 - sparsity) at each bar, over the tokens that each "
+        "checkpoint of a training was trained on, with 95 % intervals by paired bootstrap. Lines are the law "
+        "that Sparsing Law has for the activation, by least squares; where it has no limit and the other law "
+        "has one, the other. The band at the headline bar is the wider of a bootstrap over documents and one "
+        "over residuals. Below each panel the limit that either law goes to, or why none can be told.",
+        missed=False,
+    ),
+    "training_limits": Entry(
+        "Limits of the activation ratio over size",
+        "Headline",
+        ("training_fits", "training_limits"),
+        "The activation ratio that each training goes to by the law of its activation, at the headline bar, "
+        "with 95 % intervals, over the parameters outside the embeddings and over width by depth. Grey: what "
+        "Sparsing Law prints of its models, of other texts.",
+        missed=False,
+    ),
     "added_loss": Entry(
         "Added loss",
         "Curves",

@@ -30,6 +30,7 @@ from sparsity_atlas.figures.studies import (
     rank_correlations,
     recall,
     single_layers,
+    training_curves,
 )
 from sparsity_atlas.figures.style import SUFFIXES, arrange, save, styled
 from sparsity_atlas.tables.read import Tables, read_tables
@@ -40,6 +41,8 @@ DRAW: dict[str, Callable[[Tables], Figure]] = {
     "critical_sparsity": critical_points.critical_sparsity,
     "scaling": model_size.scaling,
     "foretelling": rank_correlations.foretelling,
+    "training": training_curves.training,
+    "training_limits": training_curves.limits,
     "added_loss": score_curves.added_loss,
     "retained_accuracy": score_curves.retained_accuracy,
     "criteria": score_curves.criteria,

@@ -31,6 +31,10 @@ def wanted(config: Config) -> list[str]:
         and any(json.loads(spec).get("rule") in grid.GLOBAL_RULES for spec in specs.values()),
         "twins": bool(grid.pairs(config)),
         "scaling": len(grid.models(config)) > 1,
+        **dict.fromkeys(
+            ("training", "training_limits"),
+            any(config.models[name].series is not None for name in grid.models(config)),
+        ),
         "foretelling": len(grid.models(config)) >= LEAST_MODELS,
         "phase_sparsity": _may_ask(config, local_files.GENERATED),
         **dict.fromkeys(("expert_sparsity", "expert_load"), _may(config, speaks_of_experts)),

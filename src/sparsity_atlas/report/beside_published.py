@@ -13,17 +13,25 @@ from sparsity_atlas.report.published import PUBLISHED
 from sparsity_atlas.report.published_scores import (
     ACCURACY,
     CRITICAL,
+    LIMIT,
     PERPLEXITY,
+    PPL_SPARSITY,
     SCORES,
     ZEROS,
     Score,
 )
 from sparsity_atlas.tables.read import HEADLINE_BAR, Tables, records
-from sparsity_atlas.terms import AVERAGE
+from sparsity_atlas.terms import AVERAGE, IN_NATS
 
 COLUMNS = ["source_model", "rule", "site", "quantity", "source_task", "at"]
 COLUMNS += ["published_dense", "published", "published_change", "source", "setting"]
 COLUMNS += ["model", "criterion", "task", "dense", "ours", "ours_low", "ours_high", "change"]
+
+
+_NAMES = {
+    **{ZEROS: "zeros", CRITICAL: "critical sparsity", PPL_SPARSITY: "PPL-1% sparsity"},
+    LIMIT: "limit of the activation ratio",
+}
 
 
 def published_scores() -> list[Score]:
@@ -68,7 +76,7 @@ def shown(tables: Tables, config: dict[str, Any]) -> Iterator[dict[str, str]]:
     for row in rows(tables, config):
         if row.get("ours") is None or (row["quantity"] == CRITICAL and not row["source_task"]):
             continue
-        what = {ZEROS: "zeros", CRITICAL: "critical sparsity"}.get(row["quantity"], row["quantity"])
+        what = _NAMES.get(row["quantity"], row["quantity"])
         at = "" if row["at"] is None else f" at {row['at']:g}"
         yield {
             **{name: str(row.get(name) or "") for name in ("model", "criterion", "site")},
@@ -102,7 +110,13 @@ def _ours(
             continue
         key = {"model": model, "criterion": criterion}
         if score.quantity == CRITICAL:
-            found = _critical(_of(tables.critical_sparsity, score, **key), score)
+            task: str | None = score.task or AVERAGE
+            found = _critical(_of(tables.critical_sparsity, score, **key), task, ("accuracy",))
+        elif score.quantity == PPL_SPARSITY:
+            task = tables.loss_task()
+            found = _critical(_of(tables.critical_sparsity, score, **key), task, IN_NATS)
+        elif score.quantity == LIMIT:
+            found = _limit(tables, score, **key)
         elif score.quantity == ZEROS:
             found = _zeros(_of(tables.output_error, score, **key), score)
         else:
@@ -127,21 +141,39 @@ def _of(rows: pd.DataFrame, score: Score, model: str, criterion: str) -> pd.Data
     return rows[same]
 
 
-def _critical(rows: pd.DataFrame, score: Score) -> dict[str, Any] | None:
-    task = score.task or AVERAGE
-    own = rows[
-        (rows["bar"] == HEADLINE_BAR) & (rows["task"] == task) & (rows["kind"] == "accuracy")
-    ]
+def _critical(
+    rows: pd.DataFrame, task: str | None, kinds: tuple[str, ...]
+) -> dict[str, Any] | None:
+    own = rows[(rows["bar"] == HEADLINE_BAR) & (rows["task"] == task) & rows["kind"].isin(kinds)]
     if own.empty or pd.isna(own["value"].iloc[0]):
         return None
     row = own.iloc[0]
     ends = {f"ours_{end}": 100 * row[f"interval_{end}"] for end in ("low", "high")}
-    return {
-        "task": task,
-        "dense": 100 * row["dense_value"],
-        "ours": 100 * row["value"],
-        **_known(ends),
-    }
+    # Of a loss in nats a token the perplexity.
+    accuracy = row["kind"] == "accuracy"
+    dense = 100 * row["dense_value"] if accuracy else math.exp(row["dense_value"])
+    return {"task": task, "dense": dense, "ours": 100 * row["value"], **_known(ends)}
+
+
+def _limit(tables: Tables, score: Score, model: str, criterion: str) -> dict[str, Any] | None:
+    """The limit of a training of ours, once: beside its last checkpoint."""
+    models = tables.models.set_index("model")
+    series = models.loc[model, "series"] if "series" in models else ""
+    rows, task = tables.training_fits, tables.loss_task()
+    own = rows[
+        (rows["series"] == series)
+        & (rows["criterion"] == criterion)
+        & (rows["site"] == score.site)
+        & (rows["task"] == task)
+        & (rows["bar"] == HEADLINE_BAR)
+        & rows["of_activation"]
+        & rows["resolved"]
+    ]
+    if own.empty or model in tables.earlier():
+        return None
+    row = own.iloc[0]
+    ends = {f"ours_{end}": 100 * row[f"limit_{end}"] for end in ("low", "high")}
+    return {"task": task, "ours": 100 * row["limit"], **_known(ends)}
 
 
 def _at_sparsity(rows: pd.DataFrame, score: Score, loss: str | None) -> dict[str, Any] | None:

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparsity_atlas.tables.sparsing_law import LARGEST, LARGEST_SPARSITY, PUBLISHED_FITS
+from sparsity_atlas.tables.sparsing_law import SOURCE as SPARSING_LAW
+
 PERPLEXITY, ACCURACY, ZEROS, CRITICAL = "perplexity", "accuracy", "zeros", "critical"
+PPL_SPARSITY, LIMIT = "ppl_sparsity", "limit"
 
 _TEAL = "TEAL, arXiv 2408.14690"
 _CATS = "CATS, arXiv 2404.08763"
@@ -21,6 +25,7 @@ _GEMMA = (
 )
 _PREDICTABILITY = "github.com/Bulut421/activation-sparsity-predictability, README"
 _INPUTS = "inputs of all linear maps, WikiText-2 as the paper cuts it; of prompts half stays dense"
+_FIT = "PPL-1% at checkpoints"
 _MEAN = "mean of the paper's tasks with its own shots"
 
 
@@ -32,9 +37,10 @@ class Score:
     rule: built-in rule that is its nearest here; empty: of the untouched model.
     site: in our terms.
     quantity: PERPLEXITY and ACCURACY (percent) at a sparsity; ZEROS: sparsity in percent, of the rule at a
-        level, else exact zeros; CRITICAL: percent, at 99 % of dense accuracy.
+        level, else exact zeros; CRITICAL: percent, at 99 % of dense accuracy; PPL_SPARSITY: percent, where
+        perplexity is 1 % higher; LIMIT: percent, of the activation ratio there, that a training goes to.
     task: that it is of; empty: the paper's mean, or its text.
-    at: sparsity from 0 to 1, or the rule's level of ZEROS; None of CRITICAL and of exact zeros.
+    at: sparsity from 0 to 1, or the rule's level of ZEROS; else None.
     dense: the same of the untouched model, where it is printed.
     value: the number.
     source: where it is from.
@@ -148,5 +154,16 @@ SCORES: tuple[Score, ...] = (
             "hellaswag": (55.5, 66.9, 75.4, 81.5),
         }.items()
         for size, value in zip(("1b", "4b", "12b", "27b"), values, strict=True)
+    ),
+    *(
+        Score(
+            *(one.hub, "cett", "intermediate", LIMIT, "", None, None, 100 * one.limit),
+            *(SPARSING_LAW, f"{one.law} fitted to {_FIT} of one training on the authors' texts"),
+        )
+        for one in PUBLISHED_FITS
+    ),
+    Score(
+        *(LARGEST, "cett", "intermediate", PPL_SPARSITY, "", None, None, LARGEST_SPARSITY),
+        *(SPARSING_LAW, "the authors' texts"),
     ),
 )

@@ -31,12 +31,12 @@ SCALING = [*FAMILY, "models", "slope", "intercept", "low", "high", "resolved", "
 class SizePoint:
     """One model's critical or PPL-p% sparsity.
 
-    parameters: non-embedding ones; of a mixture of experts the active ones.
+    parameters: non-embedding ones; of a mixture of experts the active ones; or what else models grow in.
     value: sparsity, 0 to 1; None without a value, or where it lies beyond what was measured.
     low, high: 95 % interval; None without one; infinite where an end is open.
     """
 
-    parameters: int
+    parameters: float
     value: float | None
     low: float | None
     high: float | None

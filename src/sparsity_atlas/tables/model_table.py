@@ -26,7 +26,7 @@ MODELS = [
 ]
 MODELS += ["hidden", "width", "sites", "digest"]
 # Further columns where models are checkpoints of a training.
-TRAINING = ["series", "checkpoint", "training_tokens"]
+CHECKPOINT = ["series", "checkpoint", "training_tokens"]
 
 
 def model_sizes(paths: list[Path]) -> dict[str, dict[str, int]]:
@@ -77,7 +77,8 @@ def model_rows(
         trained = (checkpoints or {}).get(path.parent.name)
         rows.append(
             {
-                **(dict(zip(TRAINING, astuple(trained), strict=True)) if trained else {}),
+                **dict.fromkeys(CHECKPOINT),
+                **(dict(zip(CHECKPOINT, astuple(trained), strict=True)) if trained else {}),
                 **{key: manifest[key] for key in MODELS if key in manifest},
                 **sizes[path.parent.name],
                 "model": path.parent.name,

@@ -31,10 +31,10 @@ CHUNK = 200_000
 _TEXT = {"model", "criterion", "site", "level", "tensor", "task", "kind", "status", "relation"}
 _TEXT |= {"bar_label", "family", "reason", "source", "revision", "architecture", "activation"}
 _TEXT |= {"dtype", "sites", "digest", "reference", "allocation", "sparsity_of", "target_of", "part"}
-_TEXT |= {"series", "checkpoint", "law"}
+_TEXT |= {"series", "checkpoint", "law", "over"}
 _TEXT |= {"phase", "region", "quantity", "metric", "first", "second", "measure", "label", "note"}
 _TEXT |= {"continuation"}
-_FLAGS = {"low_open", "high_open", "non_monotone", "resolved", "paired"}
+_FLAGS = {"low_open", "high_open", "non_monotone", "resolved", "paired", "of_activation"}
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,9 @@ class Tables:
     steps: pd.DataFrame
     scaling: pd.DataFrame
     foretelling: pd.DataFrame
+    training: pd.DataFrame
+    training_fits: pd.DataFrame
+    training_limits: pd.DataFrame
     models: pd.DataFrame
     failures: pd.DataFrame
     phases: pd.DataFrame

@@ -33,6 +33,8 @@ steps.csv               model × criterion × site × level × task × step × l
 scaling.csv             criterion × family × site × task × bar: slope over log10 of the
                         non-embedding parameters; of mixtures of experts, the active ones
 foretelling.csv         measure × criterion × site × cheap number: rank correlation over the models
+training.csv            series × criterion × site × task × bar × checkpoint or law: activation ratio over the
+                        training tokens; training_fits.csv and training_limits.csv, see `training`
 models.csv              one row a model: source, architecture, sizes
 failures.csv            every task that failed at a level, and why
 """
@@ -67,15 +69,16 @@ from sparsity_atlas.tables.layer_table import ERRORS, LAYERS, captured_rows, err
 from sparsity_atlas.tables.mask_summary import MASKS, mask_rows, read_masks
 from sparsity_atlas.tables.model_table import (
     ACTIVE,
+    CHECKPOINT,
     MODELS,
     SIZES,
-    TRAINING,
     earlier,
     model_rows,
     model_sizes,
 )
 from sparsity_atlas.tables.profile import PROFILE, profile_rows
 from sparsity_atlas.tables.steps import STEPS, step_rows
+from sparsity_atlas.tables.training import FITS, LIMITS, TRAINING, Training
 from sparsity_atlas.tables.twins import TWINS, twin_rows
 from sparsity_atlas.terms import AVERAGE, NAMED_PARTS, plain
 
@@ -242,7 +245,7 @@ def write_tables(
     whole = {path.parent.name: weights_of_a_token(read_manifest(path)) for path in models}
     described = model_rows(models, checkpoints)
     scaling = Scaling({row["model"]: row["family"] for row in described})
-    foretelling = Foretelling()
+    foretelling, training = Foretelling(), Training(checkpoints, described)
     stored = {path.parent: path for path in sparsity}
 
     def read_curves(tables: dict[str, Table]) -> None:
@@ -251,6 +254,7 @@ def write_tables(
             captured = captured_rows(stored[path.parent]) if path.parent in stored else []
             critical = list(critical_rows(key, curve, sizes, whole[key["model"]]))
             tables["critical_sparsity.csv"].add(critical)
+            training.add(path, curve, critical)
             if key["model"] not in before:
                 foretelling.add_critical(critical)
                 for row in critical:
@@ -274,7 +278,10 @@ def write_tables(
     write_csv(folder / "masks.csv", MASKS + PART[:1] * parted, together)
     write_csv(folder / "prompt_reuse.csv", PROMPT_REUSE, reuse_rows(sparsity))
     write_csv(folder / "scaling.csv", SCALING, scaling.rows())
-    trained = TRAINING if checkpoints else []
+    write_csv(folder / "training.csv", TRAINING, training.rows())
+    write_csv(folder / "training_fits.csv", FITS, training.fits)
+    write_csv(folder / "training_limits.csv", LIMITS, training.limits())
+    trained = CHECKPOINT if checkpoints else []
     write_csv(folder / "models.csv", [*with_active(MODELS, sizes), *trained], described)
     measured = metric_rows(metrics)
     named = any(row["part"] in NAMED_PARTS for row in measured)

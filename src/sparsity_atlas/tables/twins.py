@@ -88,16 +88,22 @@ class _Curve:
         value: float | None = found
         return value
 
-    def measured(self, task: str) -> tuple[float, float]:
-        """Smallest and largest sparsity of a task's levels; none lies below the dense model's."""
-        sparsities = {
-            point["level"]: point["sparsity"]
-            for point in self.content["points"]
-            if point["task"] == task and point["sparsity"] is not None
-        }
-        start = sparsities.pop("dense", 0.0)
-        found = [max(start, sparsity) for sparsity in sparsities.values()]
-        return min(found), max(found)
+
+def measured_range(curve: dict[str, Any], task: str) -> tuple[float, float]:
+    """Smallest and largest sparsity of a task's levels; none lies below the dense model's.
+
+    Args:
+        curve: content of curve.json.
+        task: with a point at some level.
+    """
+    sparsities = {
+        point["level"]: point["sparsity"]
+        for point in curve["points"]
+        if point["task"] == task and point["sparsity"] is not None
+    }
+    start = sparsities.pop("dense", 0.0)
+    found = [max(start, sparsity) for sparsity in sparsities.values()]
+    return min(found), max(found)
 
 
 def twin_rows(pairs: Sequence[tuple[str, str]], curves: Sequence[Path]) -> Iterator[dict[str, Any]]:
@@ -161,8 +167,8 @@ def _rows(first: _Curve, second: _Curve, *, same_draws: bool) -> Iterator[dict[s
                 (
                     *(CRITICAL, bar, _label(one, second.crossings[task, bar])),
                     _critical(
-                        *(one, first.measured(task)),
-                        *(second.crossings[task, bar], second.measured(task)),
+                        *(one, measured_range(first.content, task)),
+                        *(second.crossings[task, bar], measured_range(second.content, task)),
                         paired=paired,
                     ),
                 )

@@ -323,6 +323,8 @@ def test_many_models_fit_on_a_page_and_the_figure_says_what_is_left_out(tmp_path
                 "twins",
                 # One panel for all models, and what was not asked for.
                 "foretelling",
+                "training",
+                "training_limits",
                 "mask_recall",
                 "cett",
                 "local_dimension",

@@ -28,6 +28,8 @@ DENOISED = {"step_sparsity", "step_overlap", "step_layers"}
 PROMPTS = {"prompt_overlap", "prompt_overlap_layers", "prompt_loss"}
 ASKED_FOR = {"foretelling", "mask_recall", "local_dimension", "cett", "single_layers"}
 ASKED_FOR |= {"layer_profile", *PROMPTS}
+# Of checkpoints of a training.
+TRAINED = {"training", "training_limits"}
 PHASES, TWINS = {"phase_sparsity"}, {"twins"}
 TASKS = str(ROOT / "workflow/resources/tasks")
 ONE = {"models": ["a"], "criteria": ["topp"], "sites": ["input", "up"], "tasks": ["prose"]}
@@ -66,7 +68,15 @@ def config_of(*blocks: dict[str, Any]) -> Config:
 )
 def test_what_a_run_can_fill(blocks: list[dict[str, Any]], absent: set[str]) -> None:
     missing = set(FIGURES) - set(wanted(config_of(*blocks)))
-    assert missing == absent | ROUTED | DENOISED | PHASES | TWINS | ASKED_FOR
+    assert missing == absent | ROUTED | DENOISED | PHASES | TWINS | ASKED_FOR | TRAINED
+
+
+def test_training_where_a_model_of_the_run_is_a_checkpoint() -> None:
+    models = {"a": {"path": "a"}, "b": {"path": "b", "revisions": {"1": {"tokens": 1}}}}
+    content = {**config_of(ONE).model_dump(exclude_unset=True), "models": models}
+    assert not TRAINED & set(wanted(parse(content)))
+    content["run"] = [{**ONE, "models": ["b"]}]
+    assert set(wanted(parse(content))) >= TRAINED
 
 
 @pytest.mark.parametrize("family", ["olmoe", "llama"])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fake_results import make_results, make_tables
+from sparsity_atlas.config.revisions import Checkpoint
 from sparsity_atlas.report.beside_published import COLUMNS, follows, published_scores, rows, shown
 from sparsity_atlas.report.published_scores import SCORES
 from sparsity_atlas.tables.read import Tables
@@ -105,3 +106,33 @@ def test_published_numbers_are_of_our_sites_and_rules_and_say_where_from() -> No
         assert score.source
         assert score.at is None or 0 < score.at < 1
     assert len({replace(score, source="", setting="") for score in SCORES}) == len(SCORES)
+
+
+def test_what_sparsing_law_prints_of_a_model_and_of_its_training(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("trained")
+    hub = "SparseLLM/sparsing-law-0.4b-silu"
+    large = {"source": {"hub": "SparseLLM/sparsing-law-2.4b-relu"}, "tolerance": 0.6}
+    models = {
+        f"law-{n}": {"source": {"hub": hub}, "tolerance": 0.45 + 0.15 / n**1.5} for n in range(1, 7)
+    }
+    make_results(folder, {**models, "large": large}, criteria=["cett"], sites=["intermediate"])
+    about = {name: Checkpoint("law", name, 1e9 * int(name[-1])) for name in models}
+    tables = make_tables(folder, checkpoints=about)
+    fits = tables.training_fits.query("law == 'power' and bar == 0.99 and task == 'prose'").iloc[0]
+    told = tables.training_fits.assign(resolved=True)
+    found = list(rows(replace(tables, training_fits=told), {"criteria": {"cett": {}}}))
+    assert not of(found, "law-5", quantity="limit")
+    (limit,) = of(found, "law-6", quantity="limit")
+    assert (limit["published"], limit["source_model"]) == (pytest.approx(38.5), hub)
+    assert limit["ours"] == pytest.approx(100 * fits["limit"])
+    assert limit["ours_low"] <= limit["ours"] <= limit["ours_high"]
+    untold = tables.training_fits.assign(resolved=False)
+    kept = rows(replace(tables, training_fits=untold), {"criteria": {"cett": {}}})
+    assert not of(list(kept), "law-6", quantity="limit")
+    (ppl,) = of(found, "large", quantity="ppl_sparsity")
+    own = tables.critical_sparsity.query("model == 'large' and task == 'prose' and bar == 0.99")
+    assert ppl["published"] == 93.52
+    assert ppl["ours"] == pytest.approx(100 * own["value"].iloc[0])
+    assert ppl["dense"] == pytest.approx(math.exp(own["dense_value"].iloc[0]))

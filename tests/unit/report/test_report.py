@@ -138,6 +138,8 @@ def test_every_figure_and_every_model_is_there(finished, text):
         "step_layers",
         "twins",
         "foretelling",
+        "training",
+        "training_limits",
         "mask_recall",
         "cett",
         "local_dimension",
