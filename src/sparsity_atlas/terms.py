@@ -27,10 +27,27 @@ TENSORS = {
     "o_input": ("o_input",),
     "all_linear_inputs": ("qkv_input", "o_input", "input", "intermediate"),
 }
-# All of them, in that order.
+# What several maps read, by the maps of which each can have a mask of its own.
+PROJECTED = {
+    "qkv_input": ("q_input", "k_input", "v_input"),
+    "input": ("up_input", "gate_input"),
+}
+# What a spelling says where they have.
+_PROJECTIONS = "@projections"
+BY_PROJECTION = tuple(site for site, tensors in TENSORS.items() if {*tensors} & {*PROJECTED})
+TENSORS |= {
+    f"{site}{_PROJECTIONS}": tuple(
+        one for tensor in TENSORS[site] for one in PROJECTED.get(tensor, (tensor,))
+    )
+    for site in BY_PROJECTION
+}
+# All that is captured, in that order.
 STORED = ("qkv_input", "o_input", "input", "up", "gate", "intermediate")
 # Those of the attention; the others are of the parts beside it.
 ATTENTION_TENSORS = ("qkv_input", "o_input")
+_PROJECTED_OF = {one: tensor for tensor, of in PROJECTED.items() for one in of}
+# All that can be masked, in that order.
+MASKED = tuple(one for tensor in STORED for one in (*PROJECTED.get(tensor, ()), tensor))
 # Inputs of linear maps; `up` and `gate` are outputs.
 LINEAR_INPUTS = TENSORS["all_linear_inputs"]
 # What a decoder's layer may hold.
@@ -68,16 +85,20 @@ BESIDE: tuple[str, ...] = get_args(PartBeside)
 _LAYERS = "layers"
 
 
-def confined(site: str, parts: Collection[str], layers: Collection[int] = ()) -> str:
+def confined(
+    site: str, parts: Collection[str], layers: Collection[int] = (), *, each: bool = False
+) -> str:
     """A site in some parts of some layers only, as paths spell it: `intermediate@experts@layers0-3+7`.
 
     Args:
         site: one of `SITES`.
         parts: of `BESIDE`, in any order; none or all of them mean the site in every part.
         layers: numbers of layers, in any order; none: every layer.
+        each: whether each map that reads a tensor has a mask of its own: `qkv_input@projections`.
     """
     named = [part for part in BESIDE if part in parts]
     spelled = site if len(named) in (0, len(BESIDE)) else f"{site}@{'+'.join(named)}"
+    spelled += _PROJECTIONS if each else ""
     return f"{spelled}@{_LAYERS}{'+'.join(_ranges(layers))}" if layers else spelled
 
 
@@ -94,14 +115,29 @@ def plain(site: str) -> str:
     return site.partition("@")[0]
 
 
+def stored(tensor: str) -> str:
+    """The tensor of `STORED` that one which can be masked holds."""
+    return _PROJECTED_OF.get(tensor, tensor)
+
+
 def in_every_layer(site: str) -> str:
     """What a spelling names without the layers that it is confined to."""
     return site.partition(f"@{_LAYERS}")[0]
 
 
+def by_projection(site: str) -> bool:
+    """Whether each map that reads a tensor of a site as paths spell it has a mask of its own."""
+    return in_every_layer(site).endswith(_PROJECTIONS)
+
+
+def everywhere(site: str) -> str:
+    """What a spelling names in all parts of every layer: a key of `TENSORS`."""
+    return confined(plain(site), (), each=by_projection(site))
+
+
 def parts_named(site: str) -> tuple[str, ...]:
     """The parts that a spelling confines its site to; none: it is that of all parts."""
-    names = in_every_layer(site).partition("@")[2]
+    names = in_every_layer(site).removesuffix(_PROJECTIONS).partition("@")[2]
     return tuple(names.split("+")) if names else ()
 
 
@@ -120,7 +156,8 @@ def well_spelled(site: str) -> bool:
     layers = site.removeprefix(whole)
     if whole not in SPELLED or (layers and re.fullmatch(SPELLED_LAYERS, layers) is None):
         return False
-    return confined(plain(site), parts_named(site), layers_named(site)) == site
+    named = parts_named(site), layers_named(site)
+    return confined(plain(site), *named, each=by_projection(site)) == site
 
 
 # As a regular expression, what may follow one of `SPELLED`: six digits are layers enough.
@@ -134,7 +171,18 @@ SPELLED: tuple[str, ...] = (
         for count in range(1, len(BESIDE))
         for parts in combinations(BESIDE, count)
     ),
+    *(
+        confined(site, parts, each=True)
+        for site in BY_PROJECTION
+        for count in range(len(BESIDE) if site in FFN_SITES else 1)
+        for parts in combinations(BESIDE, count)
+    ),
 )
+
+
+def tensors_at(site: str) -> tuple[str, ...]:
+    """The tensors that a site as paths spell it concerns, as `TENSORS` has them."""
+    return TENSORS[everywhere(site)]
 
 
 class PlaceKey(NamedTuple):

@@ -18,8 +18,8 @@ Path grammar, below results/:
     {model}/{criterion}/{site}/curve.json           what later stages need of the nodes
     {model}/{criterion}/{site}/equal_sparsity.parquet       scores at fixed sparsities, to compare criteria
     {model}/summary.csv                             one model's numbers
-With a criterion before it, {site} may be confined to parts of the layers, and to some layers:
-intermediate@experts, input@layers0-3+7.
+With a criterion before it, {site} may be confined to parts of the layers, and to some layers, and give each
+map that reads a vector a mask of its own: intermediate@experts, input@layers0-3+7, all_linear_inputs@projections.
 """
 
 import os

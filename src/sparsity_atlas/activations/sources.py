@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from sparsity_atlas.activations.layout import group_name
 from sparsity_atlas.activations.store import ActivationStore
+from sparsity_atlas.terms import ROUTING
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +39,6 @@ def given(read: dict[str, np.ndarray], part: Part) -> dict[str, Tensor]:
     like = part.readers("intermediate")[0].like(part.model)
     found = {tensor: torch.from_numpy(values).to(like.device) for tensor, values in read.items()}
     return {
-        tensor: values.to(like.dtype) if tensor in part.tensors else values
+        tensor: values if tensor in ROUTING else values.to(like.dtype)
         for tensor, values in found.items()
     }

@@ -33,7 +33,7 @@ from sparsity_atlas.sites.part import by_layer
 from sparsity_atlas.sparsify.attach import Drop, dropping
 from sparsity_atlas.studies.output_error import outputs_at, relative, sparse_output
 from sparsity_atlas.studies.single_layer import model_of, run, run_alone
-from sparsity_atlas.terms import PlaceKey
+from sparsity_atlas.terms import PlaceKey, plain
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -206,7 +206,7 @@ def greedy(error: LayerError, names: Sequence[PlaceKey], parameters: np.ndarray)
     """TEAL's block-wise greedy allocation for one layer: [tensors, TARGETS].
 
     Steps drop the same number of parameters, whichever tensor they are taken in. The maps that read one
-    tensor have one sparsity, where TEAL's have one each.
+    tensor have one sparsity; TEAL's have one each, as at a site by projection.
 
     Args:
         error: of the layer's output, by each tensor's sparsity.
@@ -260,7 +260,7 @@ def allocate(
             damage = single_losses(parts, site, bound, torch.from_numpy(ids), grid)
         else:
             grid = ERROR_GRID
-            if criterion.allocation == "greedy" and site == "all_linear_inputs":
+            if criterion.allocation == "greedy" and plain(site) == "all_linear_inputs":
                 few = torch.from_numpy(ids[: max(1, ERROR_TOKENS // ids.shape[1])])
                 whole = blocks(parts, few.to(device_of(parts[0].model)))
                 errors = [block_error(*one) for one in zip(whole, rules, strict=True)]

@@ -28,7 +28,7 @@ from sparsity_atlas.loading.pretrained import load, load_tokenizer
 from sparsity_atlas.models.manifest import from_manifest
 from sparsity_atlas.sites.available import Available
 from sparsity_atlas.sites.part import chosen
-from sparsity_atlas.terms import TENSORS
+from sparsity_atlas.terms import TENSORS, stored
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -63,7 +63,7 @@ class StoreSample:
 
         place = self._place
         if tensor in self._captured:
-            rows = self._store.rows(group_name(place.part.name, tensor), place.layer)
+            rows = self._store.rows(group_name(place.part.name, stored(tensor)), place.layer)
             values = torch.from_numpy(rows[: self._tokens * rows.each])
         elif tensor not in place.part.tensors:
             raise AtlasError(f"layer {place.layer}: {place.part.name}: has no tensor '{tensor}'")

@@ -53,7 +53,9 @@ def block_sites(config: Config, block: RunBlock, model: str) -> tuple[str, ...]:
     """Sites that a block asks of a model, as paths spell them."""
     sites = block.sites or config.models[model].sites or DEFAULT_SITES
     return tuple(
-        confined(site, block.parts or (), layers) for site in sites for layers in _layers(block)
+        confined(site, block.parts or (), layers, each=block.by_projection)
+        for site in sites
+        for layers in _layers(block)
     )
 
 

@@ -48,6 +48,10 @@ class RunBlock(Strict):
     """Layers that are sparsified, by their numbers from 0; the others stay dense. Paths then say
     `intermediate@layers0-3+7`. A list of such lists, as `[[0], [1], [2]]`: each of them by itself, a curve
     each. Unset: all, which can only be said so."""
+    by_projection: bool = False
+    """Whether each linear map has a mask of its own, also where several read one vector (queries, keys and
+    values; gate and up), at input, all_inputs, qkv_input and all_linear_inputs. Paths then say
+    `all_linear_inputs@projections`."""
     levels: Annotated[
         Annotated[Literal["auto"], Tag("literal[auto]")]
         | Annotated[list[Level], AfterValidator(some), Tag("list[levels]")],

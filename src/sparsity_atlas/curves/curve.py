@@ -28,7 +28,7 @@ from sparsity_atlas.errors import AtlasError, TaskFailure
 from sparsity_atlas.files.whole import digest, write_manifest
 from sparsity_atlas.statistics.bootstrap import Estimates, TaskSamples
 from sparsity_atlas.tasks.score import choose_metric, sample_values
-from sparsity_atlas.terms import AVERAGE, IN_NATS, TENSORS, Kind, plain
+from sparsity_atlas.terms import AVERAGE, IN_NATS, TENSORS, Kind, plain, tensors_at
 
 
 def task_samples(
@@ -137,7 +137,9 @@ def parameter_sparsity(node: NodeSamples, task: str, site: str) -> float | None:
     """
     if not node.ok(task):
         return None
-    tensors = [node.manifest["tasks"][task]["sparsity"][tensor] for tensor in TENSORS[plain(site)]]
+    counted = node.manifest["tasks"][task]["sparsity"]
+    named = {*tensors_at(site), *TENSORS[plain(site)]}
+    tensors = [counted[tensor] for tensor in counted if tensor in named]
     products = sum(one["products"] for one in tensors)
     return sum(one["zero_products"] for one in tensors) / products if products else None
 

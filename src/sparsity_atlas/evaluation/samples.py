@@ -12,7 +12,16 @@ import pyarrow.compute as pc
 
 from sparsity_atlas.evaluation.headed_table import read_headed, write_headed
 from sparsity_atlas.files.parquet import OtherColumns
-from sparsity_atlas.terms import ACCOUNTS, FFN, PHASES, TENSORS, layers_named, parts_named, plain
+from sparsity_atlas.terms import (
+    ACCOUNTS,
+    FFN,
+    PHASES,
+    TENSORS,
+    layers_named,
+    parts_named,
+    plain,
+    tensors_at,
+)
 
 SCHEMA = pa.schema(
     [
@@ -66,11 +75,14 @@ def read_table(path: Path) -> tuple[dict[str, Any], pa.Table]:
 
 
 def at_site(slot: list[Any], site: str) -> bool:
-    """Whether a slot of a header belongs to a site as paths spell it."""
+    """Whether a slot of a header belongs to a site as paths spell it.
+
+    In a dense table what several maps read is one slot, also where each has a mask of its own in others.
+    """
     tensor, layer, _, *part = slot
     parts, layers = parts_named(site), layers_named(site)
     return (
-        tensor in TENSORS[plain(site)]
+        tensor in {*tensors_at(site), *TENSORS[plain(site)]}
         and (not parts or (part[0] if part else FFN) in parts)
         and (not layers or layer in layers)
     )

@@ -26,7 +26,7 @@ from sparsity_atlas.evaluation.samples import read_table, sparsity_at
 from sparsity_atlas.evaluation.session import Session
 from sparsity_atlas.files.whole import read_manifest, write_manifest
 from sparsity_atlas.tasks.score import choose_metric, pooled_score
-from sparsity_atlas.terms import AVERAGE, IN_NATS, TENSORS, Kind, plain
+from sparsity_atlas.terms import AVERAGE, IN_NATS, Kind, plain, tensors_at
 
 HEADLINE = 0.99
 ALLOWED_LOSS = math.log(1.01)
@@ -102,7 +102,7 @@ def induced(results: dict[str, Any], site: str, tasks: list[str]) -> float:
     shares = []
     for task in tasks:
         if results[task]["status"] == "ok":
-            totals = [results[task]["sparsity"][tensor] for tensor in TENSORS[plain(site)]]
+            totals = [results[task]["sparsity"][tensor] for tensor in tensors_at(site)]
             shares.append(
                 sum(one["zeros"] for one in totals) / sum(one["entries"] for one in totals)
             )

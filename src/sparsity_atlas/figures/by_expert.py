@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from sparsity_atlas.figures.by_layer import COLORS, PANELS
 from sparsity_atlas.figures.panels import empty, grid, label, legend, percent_axis, rule, select
 from sparsity_atlas.figures.style import GREY, heading, marks
-from sparsity_atlas.tables.read import SITE_ORDER, Tables, site_rank
+from sparsity_atlas.tables.read import Tables, site_rank, tensor_rank
 from sparsity_atlas.terms import plain
 
 NOTHING = "No node of a mixture of experts in this run."
@@ -102,7 +102,7 @@ def _panels(tables: Tables) -> list[tuple[str, ...]]:
         found,
         key=lambda key: (
             *(criteria.index(key[1]), sizes.index(key[0])),
-            *(site_rank(key[2]), SITE_ORDER.index(key[3])),
+            *(site_rank(key[2]), tensor_rank(key[3])),
         ),
     )
 

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from sparsity_atlas.figures.by_layer import COLORS, TICKS
 from sparsity_atlas.figures.panels import empty, grid, label, legend, percent_axis, select
 from sparsity_atlas.figures.style import GREY, Dashes, Mark, heading, marks
-from sparsity_atlas.tables.read import SITE_ORDER, Tables, site_rank
+from sparsity_atlas.tables.read import Tables, site_rank, tensor_rank
 from sparsity_atlas.terms import plain
 
 NOTHING = "No generation of a masked-diffusion model in this run."
@@ -113,7 +113,7 @@ def _panels(tables: Tables) -> tuple[dict[tuple[str, ...], pd.DataFrame], str]:
     found.sort(
         key=lambda key: (
             *(criteria.index(key[1]), sizes.index(key[0])),
-            *(site_rank(key[2]), SITE_ORDER.index(key[3])),
+            *(site_rank(key[2]), tensor_rank(key[3])),
         )
     )
     keys, note = select(found, PANELS)

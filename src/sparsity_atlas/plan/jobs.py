@@ -16,7 +16,7 @@ from sparsity_atlas.config.grid import Curve
 from sparsity_atlas.config.schema import Config
 from sparsity_atlas.criteria import declared
 from sparsity_atlas.files.whole import read_manifest
-from sparsity_atlas.terms import TENSORS, plain
+from sparsity_atlas.terms import tensors_at
 
 # Searches beside accuracies take 6 levels for most curves, those of a loss alone 4 to 6.
 USUAL_LEVELS = 6
@@ -155,7 +155,7 @@ def _curve_jobs(config: Config, curve: Curve, folder: Path) -> Iterator[Job]:
         yield Job(rule, curve.model, (folder / name).is_file(), node)
     if curve.sensitivity:
         done = (folder / "sensitivity.parquet").is_file()
-        passes = len(curve.sensitivity) * len(TENSORS[plain(curve.site)])
+        passes = len(curve.sensitivity) * len(tensors_at(curve.site))
         yield Job("sensitivity", curve.model, done, node, passes=passes)
 
 

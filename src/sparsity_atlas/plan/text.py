@@ -11,7 +11,10 @@ from sparsity_atlas.config.schema import Config
 from sparsity_atlas.plan.forecast import Forecast
 from sparsity_atlas.plan.jobs import UNKNOWN, USUAL_LEVELS, Amount, Job
 from sparsity_atlas.plan.model_facts import Outlook, captured_tokens
-from sparsity_atlas.terms import STORED, TENSORS, plain
+from sparsity_atlas.terms import (
+    STORED,
+    tensors_at,
+)
 
 # Measured on the default run: a task of a node, a row of its sample table, a count of zeros in it.
 TASK_BYTES, ROW_BYTES, ZEROS_BYTES = 5_000, 60, 5
@@ -138,7 +141,7 @@ def _sample_bytes(job: Job, outlook: Outlook) -> Amount:
     """Roughly the bytes of the sample tables and results that a job still has to write."""
     if job.evaluations and not outlook.shapes:
         return UNKNOWN
-    tensors = TENSORS[plain(job.node[1])] if job.node else STORED
+    tensors = tensors_at(job.node[1]) if job.node else STORED
     slots = len(outlook.shapes) * len(tensors)
     return _sum(
         evaluations

@@ -24,10 +24,10 @@ from sparsity_atlas.terms import (
     ATTENTION_TENSORS,
     FFN,
     STORED,
-    TENSORS,
     layers_named,
     parts_named,
-    plain,
+    stored,
+    tensors_at,
 )
 
 # A stage's process without its model, as measured: Python with torch and what else it imports.
@@ -143,8 +143,8 @@ class Needs:
 
     def _slots(self, model: str, sizes: Sizes, site: str | None) -> int:
         """Counted vectors of a token: of each part of each layer, those of a site or all."""
-        tensors = TENSORS[plain(site)] if site else STORED
-        attention = sum(tensor in ATTENTION_TENSORS for tensor in tensors)
+        tensors = tensors_at(site) if site else STORED
+        attention = sum(stored(tensor) in ATTENTION_TENSORS for tensor in tensors)
         described = (self._manifest(model, "model.json") or {}).get("ffn", ())
         named = parts_named(site) if site else ()
         layers = layers_named(site) if site else ()

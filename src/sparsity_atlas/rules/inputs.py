@@ -24,7 +24,16 @@ from sparsity_atlas.loading import contents
 from sparsity_atlas.loading.adapter import adapter_digest
 from sparsity_atlas.loading.checkpoint import Checkpoint
 from sparsity_atlas.tasks import local_files
-from sparsity_atlas.terms import ALLOCATIONS, FFN_SITES, SPELLED, TENSORS, in_every_layer, plain
+from sparsity_atlas.terms import (
+    ALLOCATIONS,
+    BY_PROJECTION,
+    FFN_SITES,
+    SPELLED,
+    by_projection,
+    in_every_layer,
+    plain,
+    tensors_at,
+)
 
 # Where the configuration names local files: catalogue and key.
 _PATHS = (
@@ -78,6 +87,11 @@ def check_inputs(config: Config) -> None:
     for curve in curves:
         constants = declared[curve.criterion]
         low, high, sites = (constants[name] for name in ("lowest", "highest", "sites"))
+        if by_projection(curve.site) and plain(curve.site) not in BY_PROJECTION:
+            raise AtlasError(
+                f"run: by_projection: one map reads '{plain(curve.site)}'; several read something at "
+                f"{', '.join(BY_PROJECTION)}"
+            )
         if in_every_layer(curve.site) not in SPELLED:
             raise AtlasError(
                 f"run: parts: '{plain(curve.site)}' is a site of attention, or of both; parts choose "
@@ -132,7 +146,7 @@ def _check_allocation(spec: dict[str, Any], curve: grid.Curve, allocated: bool) 
             f"criteria.{curve.criterion}: allocation: expected {', '.join(ALLOCATIONS)}, "
             f"found {allocation!r}"
         )
-    if allocation == "greedy" and len(TENSORS[plain(curve.site)]) == 1:
+    if allocation == "greedy" and len(tensors_at(curve.site)) == 1:
         raise AtlasError(
             f"run: sites: '{curve.criterion}' is allocated greedily among the tensors of a block, and "
             f"'{curve.site}' is one; use it at all_inputs or all_linear_inputs"

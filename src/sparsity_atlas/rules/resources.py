@@ -18,7 +18,7 @@ from sparsity_atlas.evaluation.ahead import MOST
 from sparsity_atlas.loading.devices import gpu_shares, inside_allocation, visible_gpus
 from sparsity_atlas.rules.footprint import Needs, levels_of
 from sparsity_atlas.rules.question import question
-from sparsity_atlas.terms import TENSORS, plain
+from sparsity_atlas.terms import tensors_at
 
 
 class Wildcards(Protocol):
@@ -72,7 +72,7 @@ class Resources(ABC):
     def sensitivity_minutes(self, wildcards: Wildcards, attempt: int) -> int:
         """Minutes of passes with one layer sparsified."""
         curve = self.curve_of(wildcards)
-        passes = len(curve.sensitivity) * len(TENSORS[plain(curve.site)])
+        passes = len(curve.sensitivity) * len(tensors_at(curve.site))
         return attempt * self._needs.layer_by_layer_minutes(wildcards.model, passes)
 
     @question

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.sites.by_projection import ONE_MAP, why_together
 from sparsity_atlas.sites.part import Part, sites_of
 from sparsity_atlas.terms import (
     ATTENTION,
@@ -15,6 +16,7 @@ from sparsity_atlas.terms import (
     FFN,
     FFN_SITES,
     TENSORS,
+    by_projection,
     confined,
     in_every_layer,
     layers_named,
@@ -31,11 +33,13 @@ class Available:
         sites: that every layer has.
         of_parts: of each part that some layer has beside attention, those of them that it has.
         layers: of each part, attention among them, the layers that have it; empty where that is not known.
+        together: of parts whose maps that read one vector cannot have masks of their own, why.
     """
 
     sites: tuple[str, ...]
     of_parts: dict[str, tuple[str, ...]]
     layers: dict[str, frozenset[int]] = field(default_factory=dict, compare=False)
+    together: dict[str, str] = field(default_factory=dict, compare=False)
 
     @classmethod
     def in_parts(cls, parts: Sequence[Part]) -> Available:
@@ -50,7 +54,8 @@ class Available:
                 if site in FFN_SITES
                 and all(tensor in part.tensors for part in own for tensor in TENSORS[site])
             )
-        return cls(sites, of_parts, _layers((part.name, part.layer) for part in parts))
+        layers = _layers((part.name, part.layer) for part in parts)
+        return cls(sites, of_parts, layers, why_together(map(_described, parts)))
 
     @classmethod
     def in_manifest(cls, manifest: dict[str, Any]) -> Available:
@@ -61,7 +66,7 @@ class Available:
         described = manifest.get("ffn", ())
         beside = [(one.get("part", FFN), one["layer"]) for one in described]
         attention = [(ATTENTION, one["layer"]) for one in described if one.get("attention")]
-        return cls(sites, of_parts, _layers([*beside, *attention]))
+        return cls(sites, of_parts, _layers([*beside, *attention]), why_together(described))
 
     def describe(self) -> dict[str, Any]:
         """As a manifest states it; of a model of dense FFNs alone, its sites say all."""
@@ -82,8 +87,8 @@ class Available:
         every = tuple(name for name in BESIDE if name in self.of_parts)
         if plain(site) not in FFN_SITES or parts_named(site) not in ((), every):
             return (site,)
-        layers = layers_named(site)
-        both = (confined(plain(site), parts, layers) for parts in ((), every))
+        layers, each = layers_named(site), by_projection(site)
+        both = (confined(plain(site), parts, layers, each=each) for parts in ((), every))
         return tuple(dict.fromkeys(both))
 
     def check_all(self, model: str, sites: Iterable[str]) -> None:
@@ -99,7 +104,7 @@ class Available:
         asked = list(sites)
         for site in asked:
             self.check(model, site)
-            whole = confined(plain(site), (), layers_named(site))
+            whole = confined(plain(site), (), layers_named(site), each=by_projection(site))
             if set(parts_named(site)) == set(self.of_parts) and whole in asked:
                 raise AtlasError(
                     f"models.{model}: '{site}' is '{whole}' in this model, which has no other part "
@@ -132,14 +137,27 @@ class Available:
                     f"models.{model}: '{site}': no site '{wanted}' in its part '{name}', which has "
                     f"{', '.join(self.of_parts[name])}"
                 )
+        if by_projection(site):
+            self._check_maps(model, site)
         self._check_layers(model, site)
+
+    def _check_maps(self, model: str, site: str) -> None:
+        """Refuse masks by map where one module makes what several maps would, or one map reads all."""
+        for name in self._concerned(plain(site), parts_named(site)):
+            reads = "qkv_input" if name == ATTENTION else "input"
+            alone = len(TENSORS[plain(site)]) == 1 or plain(site) == "all_inputs"
+            why = self.together.get(name) if reads in TENSORS[plain(site)] else None
+            # Beside attention's maps an FFN without a gate has nothing to be parted, and is welcome.
+            if why is not None and (alone or why != ONE_MAP):
+                raise AtlasError(f"models.{model}: '{site}': in its {name}, {why}")
 
     def _check_layers(self, model: str, site: str) -> None:
         """Refuse layers that have no such site, all of those that have it, and another spelling of them."""
         named = layers_named(site)
         if not named:
             return
-        spelled = confined(plain(site), parts_named(site), named)
+        each = by_projection(site)
+        spelled = confined(plain(site), parts_named(site), named, each=each)
         if site != spelled:
             raise AtlasError(f"models.{model}: '{site}' is spelled '{spelled}'")
         there = self._layers_with(plain(site), parts_named(site))
@@ -159,10 +177,23 @@ class Available:
 
     def _layers_with(self, site: str, parts: Collection[str]) -> set[int]:
         """Layers that have a tensor of a site, in some of their parts or any."""
-        tensors = set(TENSORS[site])
-        concerned = set(parts or self.of_parts) if tensors - set(ATTENTION_TENSORS) else set()
-        concerned |= {ATTENTION} if tensors & set(ATTENTION_TENSORS) else set()
+        concerned = self._concerned(site, parts)
         return {layer for name in concerned for layer in self.layers.get(name, ())}
+
+    def _concerned(self, site: str, parts: Collection[str]) -> list[str]:
+        """The parts in which a site is, of some that it is confined to, or of all."""
+        tensors = set(TENSORS[site])
+        attention = [ATTENTION] if tensors & set(ATTENTION_TENSORS) else []
+        return attention + (
+            list(parts or self.of_parts) if tensors - set(ATTENTION_TENSORS) else []
+        )
+
+
+def _described(part: Part) -> dict[str, Any]:
+    """A part as `why_together` takes it."""
+    if part.name == ATTENTION:
+        return {"part": ATTENTION, "attention": part.describe()}
+    return {"part": part.name, **part.describe()}
 
 
 def _layers(places: Iterable[tuple[str, int]]) -> dict[str, frozenset[int]]:

@@ -10,19 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from torch import Tensor, nn
 
+from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.sites.activation import Activation
 from sparsity_atlas.sites.forward_watch import ForwardWatch
 from sparsity_atlas.sites.module_hooks import on_input, on_output
 from sparsity_atlas.sites.part import Given, Observer, Rewriter, Vectors, within_one_output
 from sparsity_atlas.sites.projection import Projection
 from sparsity_atlas.sites.shaping import PLAIN, Shaping
-from sparsity_atlas.terms import ATTENTION_TENSORS, STORED, TENSORS, PlaceKey
 from sparsity_atlas.terms import FFN as DENSE
+from sparsity_atlas.terms import PROJECTED, TENSORS, PlaceKey, by_projection, confined, plain
+
+# What W_u and W_g read: x, for both or for one of them.
+_READ = ("input", *PROJECTED["input"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +46,7 @@ class FFN:
         name: which part of the layer it is.
         shaping: what becomes of W_u x before it is u.
         norm: of u ⊙ g, before W_d.
+        split: W_u and W_g read a tensor of their own each, see `Part.by_projection`.
     """
 
     layer: int
@@ -56,6 +61,7 @@ class FFN:
     name: str = DENSE
     shaping: Shaping = PLAIN
     norm: Projection | None = None
+    split: bool = False
 
     @property
     def gated(self) -> bool:
@@ -65,9 +71,9 @@ class FFN:
     @property
     def tensors(self) -> tuple[str, ...]:
         """See `Part.tensors`."""
-        if not self.gated or self.norm is not None:
-            return ("input", "intermediate")
-        return tuple(name for name in STORED if name not in ATTENTION_TENSORS)
+        read = PROJECTED["input"][: 2 if self.gated else 1] if self.split else ("input",)
+        factors = ("up", "gate") if self.gated and self.norm is None else ()
+        return (*read, *factors, "intermediate")
 
     @property
     def observable(self) -> tuple[str, ...]:
@@ -96,18 +102,34 @@ class FFN:
         """See `Part.apart`: all rows meet the same weights."""
         return self
 
+    def by_projection(self) -> Self:
+        """See `Part.by_projection`.
+
+        Raises:
+            AtlasError: one module makes both factors.
+        """
+        if self.gate is not None and self.gate.path == self.up.path:
+            raise AtlasError(f"layer {self.layer}: {self.up.path} makes both factors")
+        return replace(self, split=True)
+
     def readers(self, tensor: str) -> tuple[Projection, ...]:
         """See `Part.readers`."""
+        if tensor in PROJECTED["input"]:
+            made_by = self.up if tensor == "up_input" else self.gate
+            assert made_by is not None, "an FFN without a gate has no such tensor"
+            return (made_by,)
         if tensor != "input":
             return (self.down,)
         return (self.up,) if self.gate is None else (self.up, self.gate)
 
     def size(self, tensor: str) -> int:
         """See `Part.size`."""
-        return self.hidden if tensor == "input" else self.width
+        return self.hidden if tensor in _READ else self.width
 
     def outputs(self, tensor: str) -> int:
         """See `Part.outputs`."""
+        if tensor in PROJECTED["input"]:
+            return self.width
         if tensor != "input":
             return self.hidden
         return 2 * self.width if self.gated else self.width
@@ -144,7 +166,7 @@ class FFN:
     def recompute(self, given: Given, tensor: str) -> Tensor:
         """See `Part.recompute`."""
         x = given["input"].flatten(0, -2)
-        if tensor == "input":
+        if tensor in _READ:
             return x
         u, g = self.factors(x)
         if tensor == "gate" and g is not None:
@@ -153,7 +175,8 @@ class FFN:
 
     def within(self, site: str) -> tuple[str, ...]:
         """See `Part.within`: whatever is dropped changes the one output."""
-        return within_one_output(site)
+        own = within_one_output(plain(site))
+        return tuple(confined(one, (), each=True) for one in own) if by_projection(site) else own
 
     def sources(self, site: str) -> tuple[str, ...]:
         """See `Part.sources`."""
@@ -166,12 +189,16 @@ class FFN:
             return self.down(self.intermediate(x))
 
         def changed(name: str, read: Tensor, write: Tensor) -> Tensor:
-            if name not in TENSORS[site]:
+            if name not in TENSORS[site] or name not in self.tensors:
                 return write
             found = rewrite(Vectors(self, name, read), write)
             return write if found is None else found
 
-        u, g = self.factors(changed("input", x, x))
+        x = changed("input", x, x)
+        for_up, for_gate = (changed(name, x, x) for name in PROJECTED["input"])
+        u, g = self.factors(for_up)
+        if g is not None and for_gate is not for_up:
+            g = self.factors(for_gate)[1]
         # Dropping an entry of a factor drops the same entry of the product.
         i = changed("up", u, self._product(u, g))
         if g is not None:
@@ -185,7 +212,7 @@ class FFN:
         def show(values: Tensor) -> None:
             act(Vectors(self, tensor, values))
 
-        if tensor in ("input", "intermediate"):
+        if tensor in (*_READ, "intermediate"):
             on_input(stack, forwards, self._key(tensor), self.readers(tensor), show)
         else:
             self._on_factor(stack, forwards, tensor, show)
@@ -197,7 +224,7 @@ class FFN:
         def change(values: Tensor) -> Tensor | None:
             return act(Vectors(self, tensor, values), values)
 
-        if tensor in ("input", "intermediate"):
+        if tensor in (*_READ, "intermediate"):
             on_input(stack, forwards, key, self.readers(tensor), change)
             return
 

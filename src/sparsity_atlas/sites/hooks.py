@@ -18,7 +18,7 @@ from sparsity_atlas.sites.part import (
     by_layer,
     sites_of,
 )
-from sparsity_atlas.terms import SITES, STORED, TENSORS
+from sparsity_atlas.terms import MASKED, SITES, TENSORS, by_projection, everywhere
 
 MaskOf = Callable[[Vectors], "Tensor | None"]
 
@@ -26,6 +26,9 @@ MaskOf = Callable[[Vectors], "Tensor | None"]
 def _tensors(parts: Sequence[Part], sites: Iterable[str]) -> list[str]:
     names: set[str] = set()
     for site in sites:
+        if by_projection(site):
+            names.update(TENSORS[everywhere(site)])
+            continue
         if site not in SITES:
             raise AtlasError(f"unknown site '{site}'; known: {', '.join(SITES)}")
         if site not in sites_of(parts):
@@ -34,7 +37,7 @@ def _tensors(parts: Sequence[Part], sites: Iterable[str]) -> list[str]:
                 f"site '{site}': layer {layer} has none; its sites are {', '.join(there)}"
             )
         names.update(TENSORS[site])
-    return [name for name in STORED if name in names]
+    return [name for name in MASKED if name in names]
 
 
 def _without(parts: Sequence[Part], site: str) -> tuple[int, tuple[str, ...]]:

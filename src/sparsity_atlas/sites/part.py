@@ -13,6 +13,8 @@ from sparsity_atlas.terms import (
     SITES,
     TENSORS,
     PlaceKey,
+    by_projection,
+    everywhere,
     layers_named,
     parts_named,
     plain,
@@ -178,6 +180,13 @@ class Part(Holder, Protocol):
         A row that several experts read is then one row for each of them; all else stays.
         """
 
+    def by_projection(self) -> Part:
+        """It where each map that reads `qkv_input` or `input` reads a tensor of its own, to be masked alone.
+
+        Raises:
+            AtlasError: several of them are one module.
+        """
+
     def recompute(self, given: Given, tensor: str) -> Tensor:
         """One of its tensors, past all hooks, from what `sources` names of a site that concerns it.
 
@@ -233,10 +242,16 @@ def _have(parts: Sequence[Part], tensor: str) -> bool:
 
 
 def chosen(parts: Sequence[Part], site: str) -> tuple[list[Part], str]:
-    """The parts that a site as paths spell it is confined to, all where it is not, and the plain site."""
+    """The parts that a site as paths spell it is confined to, all where it is not, and the site in these."""
     names, layers = parts_named(site), layers_named(site)
     own = [part for part in parts if not names or part.name in names]
-    return [part for part in own if not layers or part.layer in layers], plain(site)
+    own = [part for part in own if not layers or part.layer in layers]
+    if by_projection(site):
+        tensors = TENSORS[plain(site)]
+        # Of parts that have nothing to do with the site, it is not asked whether they could.
+        concerned = [part for part in own if any(tensor in part.tensors for tensor in tensors)]
+        own = [part.by_projection() for part in concerned]
+    return own, everywhere(site)
 
 
 def having(parts: Iterable[Part], tensor: str) -> list[Part]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sparsity_atlas.sites.part import sites_of
-from sparsity_atlas.terms import ATTENTION, FFN, STORED, TENSORS, PlaceKey
+from sparsity_atlas.terms import ATTENTION, FFN, MASKED, TENSORS, PlaceKey
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,6 +70,6 @@ def slots_of(
             part.routing(name) is not None and not part.rows_are_tokens(name),
         )
         for part in parts
-        for name in STORED
+        for name in MASKED
         if name in tensors and name in part.tensors
     ]

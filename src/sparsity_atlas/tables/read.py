@@ -14,10 +14,12 @@ from sparsity_atlas.terms import (
     AVERAGE,
     EVERY_PHASE,
     IN_NATS,
+    MASKED,
     SPELLED,
     in_every_layer,
     layers_named,
     plain,
+    stored,
 )
 
 # In figures and tables: the FFN's most tolerant site first, several at once last.
@@ -145,6 +147,11 @@ def in_order(found: Iterable[str]) -> list[str]:
 def site_rank(site: str) -> tuple[int, int, tuple[int, ...]]:
     """Where a site as paths spell it stands among others: confined to parts, layers, behind the plain one."""
     return SITE_ORDER.index(plain(site)), SPELLED.index(in_every_layer(site)), layers_named(site)
+
+
+def tensor_rank(tensor: str) -> tuple[int, int]:
+    """Where a tensor that is masked stands among others: as the sites; of one map, before that of several."""
+    return SITE_ORDER.index(stored(tensor)), MASKED.index(tensor)
 
 
 def of_single_layers(rows: pd.DataFrame) -> pd.DataFrame:

@@ -420,3 +420,17 @@ def test_a_bad_parameter_ends_the_run_at_its_beginning(
         write_down(data, tmp_path / "other.yaml")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "other.yaml").exists()
+
+
+def test_maps_with_masks_of_their_own_are_another_curve() -> None:
+    data = copy.deepcopy(BASE)
+    block = {"models": ["small"], "levels": [0.5], "by_projection": True}
+    data["run"] = [{**block, "sites": ["input", "qkv_input"], "layers": [2, 1]}]
+    sites = ("input@projections@layers1-2", "qkv_input@projections@layers1-2")
+    assert grid.model_sites(parse(data), "small") == sites
+    assert grid.stored_sites(parse(data), "small") == ("input", "qkv_input")
+    data["run"] = [{**block, "sites": ["intermediate"]}]
+    with pytest.raises(
+        AtlasError, match=r"^run: by_projection: one map reads 'intermediate'; several"
+    ):
+        check_inputs(parse(data))

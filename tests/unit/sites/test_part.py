@@ -13,6 +13,7 @@ from model_parts import attentions_of, ffns_of
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.sites.available import Available
 from sparsity_atlas.sites.block import layer_path
+from sparsity_atlas.sites.by_projection import queries_keys_values
 from sparsity_atlas.sites.find import Part, Vectors, describe_parts, find_parts
 from sparsity_atlas.sites.part import (
     chosen,
@@ -25,12 +26,17 @@ from sparsity_atlas.terms import (
     FFN_SITES,
     SITES,
     SPELLED,
+    TENSORS,
     PlaceKey,
+    by_projection,
     confined,
+    everywhere,
     in_every_layer,
     layers_named,
     parts_named,
     plain,
+    stored,
+    tensors_at,
     well_spelled,
 )
 from tiny_models import HIDDEN, LAYERS, WIDTH, tiny_model
@@ -140,8 +146,11 @@ def test_sites_as_paths_spell_them() -> None:
     assert confined("up", ("experts", "shared")) == "up@shared+experts"
     assert (plain("up@shared+experts"), plain("up")) == ("up", "up")
     assert (parts_named("up@shared+experts"), parts_named("up")) == (("shared", "experts"), ())
-    assert len(set(SPELLED)) == len(SPELLED) == len(SITES) + 6 * len(FFN_SITES)
-    assert all(confined(plain(site), parts_named(site)) == site for site in SPELLED)
+    # By projection the FFN's two sites in all parts or six ways, and both of attention.
+    count = len(SITES) + 6 * len(FFN_SITES) + 2 * 7 + 2
+    assert len(set(SPELLED)) == len(SPELLED) == count
+    for site in SPELLED:
+        assert confined(plain(site), parts_named(site), each=by_projection(site)) == site
 
 
 def test_sizes(parts: list[Part]) -> None:
@@ -265,7 +274,8 @@ def test_other_spellings_of_layers_are_no_sites(site: str) -> None:
 )
 def test_layers_that_a_model_does_not_have_are_refused(site: str, message: str) -> None:
     """Attention in two layers, an FFN in the first, experts behind it."""
-    ffn = [{"layer": 0, "attention": {"qkv": []}}]
+    maps = {"gate": {"module": "mlp.gate"}, "up": {"module": "mlp.up"}}
+    ffn = [{"layer": 0, "attention": {"qkv": []}, **maps}]
     experts = [{"layer": number, "part": "experts"} for number in (1, 2, 3)]
     experts[1]["attention"] = {"qkv": []}
     parts = {name: list(FFN_SITES) for name in ("ffn", "experts")}
@@ -304,3 +314,80 @@ def test_layers_of_a_model_are_those_of_its_manifest() -> None:
         "gate",
         [(part.layer, part.name) for part in parts if part.layer == 1],
     )
+
+
+@pytest.mark.parametrize(
+    ("site", "parts", "layers"),
+    [
+        ("qkv_input@projections", (), ()),
+        ("input@ffn@projections", ("ffn",), ()),
+        ("all_inputs@shared+experts@projections@layers0-2", ("shared", "experts"), (0, 1, 2)),
+    ],
+)
+def test_a_site_by_projection_has_one_spelling(
+    site: str, parts: tuple[str, ...], layers: tuple[int, ...]
+) -> None:
+    whole = plain(site)
+    assert confined(whole, parts, layers, each=True) == site
+    assert (parts_named(site), layers_named(site), by_projection(site)) == (parts, layers, True)
+    assert everywhere(site) == f"{whole}@projections"
+    assert well_spelled(site)
+    assert {stored(tensor) for tensor in tensors_at(site)} == set(TENSORS[whole])
+
+
+@pytest.mark.parametrize("site", ["intermediate", "gate", "o_input"])
+def test_one_map_s_vector_has_no_spelling_by_projection(site: str) -> None:
+    assert not well_spelled(f"{site}@projections")
+
+
+@pytest.mark.parametrize(
+    ("kind", "site", "message"),
+    [
+        (
+            "phi3",
+            "qkv_input",
+            "in its attention, queries, keys and values are made by qkv_proj, not",
+        ),
+        ("phi3", "input", "in its ffn, gate and up are made by one map, gate_up_proj"),
+        ("gpt_neox", "all_inputs", "in its ffn, one map reads the FFN's input"),
+        ("olmoe", "input", "in its experts, the rows that routed experts read have one mask"),
+        ("deepseek_v3", "all_inputs", "in its experts, the rows that routed experts read"),
+    ],
+)
+def test_maps_that_are_one_are_refused(kind: str, site: str, message: str) -> None:
+    parts = find_parts((tiny_mixture if kind in ("olmoe", "deepseek_v3") else tiny_model)(kind))
+    available = Available.in_parts(parts)
+    described = {**available.describe(), "ffn": describe_parts(parts)}
+    for one in (available, Available.in_manifest(described)):
+        if site in one.sites:
+            with pytest.raises(AtlasError, match=f"'{site}@projections': {message}"):
+                one.check("m", f"{site}@projections")
+        one.check("m", site)
+
+
+def test_an_ungated_ffn_stands_beside_attention_by_projection() -> None:
+    parts = find_parts(tiny_model("opt"))
+    Available.in_parts(parts).check("m", "all_linear_inputs@projections")
+    own, site = chosen(parts, "all_linear_inputs@projections")
+    assert [part.tensors for part in own[:2]] == [
+        ("q_input", "k_input", "v_input", "o_input"),
+        ("up_input", "intermediate"),
+    ]
+    assert site == "all_linear_inputs@projections"
+
+
+@pytest.mark.parametrize(
+    ("paths", "order"),
+    [
+        (("a.q_proj", "a.k_proj", "a.v_proj"), (0, 1, 2)),
+        (("a.value", "a.key", "a.query"), (2, 1, 0)),
+        (("a.wq", "a.wk", "a.wv"), (0, 1, 2)),
+        (("a.q_a_proj", "a.kv_a_proj"), None),
+        (("a.one", "a.two", "a.three"), None),
+        (("a.q_proj", "a.k_proj", "a.k_v"), None),
+    ],
+)
+def test_names_tell_queries_keys_and_values(
+    paths: tuple[str, ...], order: tuple[int, ...] | None
+) -> None:
+    assert queries_keys_values(paths) == order

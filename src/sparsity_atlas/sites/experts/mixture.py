@@ -186,6 +186,14 @@ class Experts:
         """See `Part.apart`: of `input` a row for each expert of a token."""
         return replace(self, handed_out=True)
 
+    def by_projection(self) -> Experts:
+        """See `Part.by_projection`.
+
+        Raises:
+            AtlasError: always: one row is handed to both maps of an expert.
+        """
+        raise AtlasError(f"layer {self.layer}: experts read one row for gate and up")
+
     def readers(self, tensor: str) -> tuple[Projection, ...]:
         """See `Part.readers`: one for all experts, which cannot be called."""
         return (_OneForEachExpert(self.routed.path, self.routed.module),)
