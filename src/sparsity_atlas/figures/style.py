@@ -175,9 +175,11 @@ def shows_nothing(svg: bytes) -> bool:
 
 def arrange(figure: Figure) -> None:
     """Lay the figure out once and for all, so that it costs no second time to save it again."""
-    # The second pass sees the labels that the first one made room for.
-    figure.draw_without_rendering()
-    figure.draw_without_rendering()
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        # The second pass sees the labels that the first one made room for.
+        engine.execute(figure)
+        engine.execute(figure)
     figure.set_layout_engine("none")
 
 

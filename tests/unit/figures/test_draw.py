@@ -348,6 +348,17 @@ def test_a_long_note_stays_within_its_figure():
     assert box.x1 <= figure.bbox.width
 
 
+def test_a_figure_is_laid_out_as_where_it_is_drawn_twice(bad):
+    """And stays so: to draw it takes longer than to lay it out."""
+    with style.styled():
+        laid_out, drawn = (by_layer.layer_sparsity(bad) for _ in range(2))
+        style.arrange(laid_out)
+        for _ in range(2):
+            drawn.draw_without_rendering()
+        drawn.set_layout_engine("none")
+        assert style.to_svg(laid_out) == style.to_svg(drawn)
+
+
 def test_a_selection_keeps_both_ends():
     kept, note = panels.select(list(range(50)), 7)
     assert kept[0] == 0
