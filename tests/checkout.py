@@ -34,14 +34,14 @@ PARTS = ("Snakefile", "config.yaml", "workflow", "profiles", "src", "envs")
 HOOKS = Path(__file__).parent / "hooks"
 ZOO = Path("workflow/resources/zoo")
 
-# What Snakemake and the stages import, but for this project.
+# What Snakemake and the stages import, but for this project; apart what reads, when it is imported, where
+# the Hub is.
 LIBRARIES = (
     *("snakemake.cli", "pandas", "pydantic", "pyarrow.parquet", "zarr", "scipy.stats", "seaborn"),
     *("jinja2", "torch", "compiled", "safetensors.torch", "snakemake.report.html_reporter"),
     *("snakemake.benchmark", "snakemake.profiles", "snakemake.storage", "smart_open", "scipy.io"),
     *("matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "plugins"),
 )
-# The same, of what reads when it is imported where the Hub is.
 HUB_LIBRARIES = (
     *("datasets", "lm_eval.tasks", "lm_eval.evaluator", "lm_eval.models.huggingface"),
     *("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto"),
@@ -88,21 +88,32 @@ def _planned_jobs(text: str) -> frozenset[str]:
     return frozenset(jobs)
 
 
-@functools.cache
-def fork_server() -> forks.Server:
-    """The server of this process. No model is to be had where its forks look for one."""
-    return _server(*LIBRARIES, *HUB_LIBRARIES)
+def fork_server() -> str:
+    """The socket of the server of these tests. No model is to be had where its forks look for one."""
+    return _fork_servers()[1]
 
 
-@functools.cache
-def hub_fork_server() -> forks.Server:
-    """The one whose forks may have a Hub each."""
-    return _server(*LIBRARIES)
+def hub_fork_server() -> str:
+    """That of the one whose forks may have a Hub each."""
+    return _fork_servers()[0]
 
 
-def _server(*libraries: str) -> forks.Server:
-    folder = Path(tempfile.mkdtemp(dir=os.environ["XDG_CACHE_HOME"]))
-    return forks.Server(folder, libraries, _offline())
+def _fork_servers() -> list[str]:
+    """Those of this process, or of the one whose worker it is."""
+    if "FORK_SERVERS" not in os.environ:
+        folder = Path(tempfile.mkdtemp(dir=os.environ["XDG_CACHE_HOME"]))
+        _started.append(forks.Servers(folder, (LIBRARIES, HUB_LIBRARIES), _offline()))
+        os.environ["FORK_SERVERS"] = os.pathsep.join(_started[0].addresses)
+    return os.environ["FORK_SERVERS"].split(os.pathsep)
+
+
+_started: list[forks.Servers] = []
+
+
+def end_fork_servers() -> None:
+    """Those of this process end, if it has any."""
+    while _started:
+        _started.pop().close()
 
 
 # In the types of small and of half-precision numbers; what is compiled does not hang on the rule.
@@ -126,8 +137,7 @@ def _compile_kernels() -> None:
 
 def _offline() -> dict[str, str]:
     """Environment of all that is run: one thread, no network, a cache of these tests' own."""
-    home = str(Path(os.environ["XDG_CACHE_HOME"], "huggingface"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": home}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     # Many processes compile the same files.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     return environment
@@ -216,7 +226,7 @@ class Checkout:
     def forked(self, **environment: str) -> dict[str, Any]:
         """What `Forked` needs to know of processes in this copy."""
         env = self.environment(**environment)
-        return {"server": fork_server().address, "cwd": self.path, "env": env}
+        return {"server": fork_server(), "cwd": self.path, "env": env}
 
     def run_well(self, *arguments: str, config: dict[str, Any] | None = None) -> list[str]:
         """Run, insist on success, and return the forward passes that it took."""
@@ -235,7 +245,7 @@ class Checkout:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             # This package, as if installed, where a copy has none.
             "PYTHONPATH": os.pathsep.join(map(str, (self.path / "src", HOOKS, ROOT / "src"))),
-            "FORK_SERVER": fork_server().address,
+            "FORK_SERVER": fork_server(),
             # A worker would outlive a test; those of test_shared_model.py turn it on.
             "SPARSITY_ATLAS_WORKER": "off",
             "FORWARD_LOG": str(self.path / "forwards.log"),

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import atexit
 import os
+import shlex
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import execnet
 import pytest
 
-from checkout import Checkout, shared, smoke_config
+from checkout import HOOKS, Checkout, end_fork_servers, fork_server, shared, smoke_config
+from hooks.fork_server import keep_code_in
 from longest import LONGEST
 
 # Before transformers is imported: no test may look for a model outside.
@@ -24,11 +28,14 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have those of the process
     _CACHE = tempfile.mkdtemp(prefix="sparsity-atlas-tests-")
     os.environ["HF_DATASETS_CACHE"] = _CACHE
     os.environ["XDG_CACHE_HOME"] = _CACHE
+    os.environ["HF_HOME"] = f"{_CACHE}/huggingface"
     atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+    # Before pytest-xdist says the same of its workers, which are forks: what comes later ends earlier.
+    atexit.register(end_fork_servers)
     # Images often forbid it: each of many processes would compile the package anew.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # What models bring as code is copied there and imported, once a process: a folder for each.
-os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="sparsity-atlas-modules-")
+keep_code_in(tempfile.mkdtemp(prefix="sparsity-atlas-modules-"))
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 # Before Triton is imported: its interpreter runs the CUDA kernels on the CPU.
 os.environ["TRITON_INTERPRET"] = "1"
@@ -42,6 +49,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_xdist_auto_num_workers() -> int:
     """Two more than there are cores: those whose tests wait, for Slurm above all, leave a core free."""
     return len(os.sched_getaffinity(0)) + 2
+
+
+def pytest_xdist_setupnodes(specs: list[execnet.XSpec]) -> None:
+    """Workers are forked where the libraries are imported: else each of them would do it."""
+    for spec in specs:
+        spec.python = shlex.join(map(str, (sys.executable, HOOKS / "worker.py", fork_server())))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -31,7 +31,7 @@ def test_the_smoke_configuration_without_accounting(smoke: Checkout, tmp_path: P
     checkout = Checkout.make(tmp_path / "atlas")
     with loopback(tmp_path) as slurm:
         # As many threads as there: sums differ in their last bits.
-        slurm.run(checkout, "--set-threads", "metrics=1", FORK_SERVER=fork_server().address)
+        slurm.run(checkout, "--set-threads", "metrics=1", FORK_SERVER=fork_server())
         jobs = slurm.jobs("tres-per-job", "MinMemory", "State")
     assert checkout.contents() == smoke.contents()
     assert {job["State"] for job in jobs} == {"COMPLETED"}
@@ -84,7 +84,7 @@ def test_a_cancelled_node_with_accounting(tmp_path: Path) -> None:
     once = here.run_well(f"results/{NODE}/eval.json").count(f"evaluate {NODE}/eval.json")
     checkout = with_mixture(tmp_path / "atlas")
     with loopback(tmp_path, accounting=True) as slurm:
-        slurm.run(checkout, "results/zoo-small/model.json", FORK_SERVER=fork_server().address)
+        slurm.run(checkout, "results/zoo-small/model.json", FORK_SERVER=fork_server())
         process = slurm.start(checkout, f"results/{NODE}/eval.json", SLOW="3")
         deadline = time.monotonic() + 300
         while f"evaluate {NODE}/eval.json" not in checkout.forwards():

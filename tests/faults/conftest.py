@@ -63,7 +63,7 @@ class Client:
             **self.more,
             **more,
         }
-        server = hub_fork_server().address
+        server = hub_fork_server()
         return forks.run(*command, merged=False, server=server, cwd=self.home, env=environment)
 
     def stage(self, name: str, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:

@@ -118,7 +118,7 @@ def test_a_run_with_a_model_that_is_fetched_and_one_that_is_refused(
         config=config,
         HF_HUB_OFFLINE="0",
         HF_HUB_DISABLE_XET="1",
-        FORK_SERVER=hub_fork_server().address,
+        FORK_SERVER=hub_fork_server(),
         **secrets(hub),
     )
     assert done.returncode == 1

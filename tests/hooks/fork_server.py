@@ -5,8 +5,10 @@ once, and nothing of this project, so that each process has the source files of 
 is otherwise a process like any other: of its own session, with the directory, environment and streams
 that it is given, ended by signals and the exit code that it would have.
 
-    python fork_server.py LISTENER LIFELINE MODULE...    a listening socket, a pipe that closes with who
-                                                         wants the server, and what to import
+    python fork_server.py LIFELINE LISTENER MODULE... [-- LISTENER MODULE...]...
+
+A pipe that closes with who wants the server, a listening socket, and what to import. Behind each "--" is what
+a further server has beside the modules of the one before it, of which it is a fork.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import contextlib
 import dataclasses
 import gc
 import importlib.util
+import itertools
 import json
 import os
 import runpy
@@ -33,8 +36,8 @@ READ_AT_IMPORT = ("TQDM_", "TORCH", "NUMBA_", "TRITON_", "CUDA_", "OMP_", "XDG_C
 # The same where the server has imported what is there for the Hub.
 READ_FOR_THE_HUB = ("HF_", "HUGGING", "TRANSFORMERS_", "TOKENIZERS_")
 # Not these: the first, which Slurm sets for a job that has a GPU, is read when a device is first used, the
-# second, which torch sets itself at times, when something is compiled.
-READ_LATER = {"CUDA_VISIBLE_DEVICES", "TORCHINDUCTOR_CACHE_DIR"}
+# second, which torch sets itself at times, when something is compiled; and the last is told (`keep_code_in`).
+READ_LATER = {"CUDA_VISIBLE_DEVICES", "TORCHINDUCTOR_CACHE_DIR", "HF_MODULES_CACHE"}
 # What the one command sets before it imports any of them.
 SET_BY_THE_COMMAND = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -49,6 +52,13 @@ def _read_at_import(environment: Mapping[str, str]) -> dict[str, str]:
     prefixes += READ_FOR_THE_HUB if "huggingface_hub" in sys.modules else ()
     every = {**SET_BY_THE_COMMAND, **environment}
     return {key: every[key] for key in every.keys() - READ_LATER if key.startswith(prefixes)}
+
+
+def keep_code_in(folder: str) -> None:
+    """Have transformers, imported or not, copy there what models bring as code."""
+    os.environ["HF_MODULES_CACHE"] = folder
+    if "transformers.dynamic_module_utils" in sys.modules:
+        sys.modules["transformers.dynamic_module_utils"].HF_MODULES_CACHE = folder
 
 
 @dataclasses.dataclass
@@ -166,6 +176,8 @@ def _become(request: dict[str, Any]) -> None:
     environment = request["env"]
     os.environ.clear()
     os.environ.update(environment)
+    if "HF_MODULES_CACHE" in environment:
+        keep_code_in(environment["HF_MODULES_CACHE"])
     folders = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     flag, what, *rest = request["arguments"]
     sys.path[:] = [request["cwd"] if flag == "-m" else "", *folders, *sys.path[1:]]
@@ -222,21 +234,41 @@ def _end() -> None:
     os._exit(code)
 
 
-def main() -> None:
-    """The server."""
-    listener, lifeline = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
-    before = dict(os.environ)
-    atexit.register(_end)  # before any library's: it comes last
-    for name in sys.argv[3:]:
+def _import(modules: list[str]) -> None:
+    """Import them, to stay."""
+    for name in modules:
         importlib.import_module(name)
     # What they would take apart at their end is this process's: each fork would go through all of it.
     weakref.finalize._registry.clear()
     gc.collect()
     gc.freeze()
-    request = _await_request(listener, lifeline, before)
-    if request is None:
-        os._exit(0)
-    _become(request)
+
+
+def main() -> None:
+    """The servers."""
+    lifeline, *words = sys.argv[1:]
+    before = dict(os.environ)
+    atexit.register(_end)  # before any library's: it comes last
+    each = [list(group) for mark, group in itertools.groupby(words, "--".__eq__) if not mark]
+    listeners = [socket.socket(fileno=int(number)) for number, *_ in each]
+    further = 0
+    for _, *modules in each:
+        own = listeners.pop(0)
+        _import(modules)
+        further = os.fork() if listeners else 0
+        if further:
+            break
+        if listeners:
+            own.close()
+    for other in listeners:
+        other.close()
+    request = _await_request(own, int(lifeline), before)
+    if request is not None:
+        _become(request)
+        return
+    if further:
+        os.waitpid(further, 0)
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 
 def _answer(connection: socket.socket) -> dict[str, Any]:
@@ -104,10 +104,17 @@ def hand_over() -> None:
     server = os.environ.get("FORK_SERVER")
     if not server or words[:1] != ["-m"] or words[1] not in ("sparsity_atlas", "snakemake"):
         return
-    try:
-        forked = Forked(server, words, cwd=os.getcwd(), env=os.environ, streams=(0, 1, 2))
-    except BlockingIOError:
-        return
+    with contextlib.suppress(BlockingIOError):
+        end_as_a_fork(server, words)
+
+
+def end_as_a_fork(server: str, words: Sequence[str]) -> NoReturn:
+    """Have a fork do what Python does with these arguments, with this process's streams, and end as it does.
+
+    Raises:
+        BlockingIOError: it needs libraries that are imported with another environment.
+    """
+    forked = Forked(server, words, cwd=os.getcwd(), env=os.environ, streams=(0, 1, 2))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: os.kill(forked.pid, number))
     code = forked.wait()
