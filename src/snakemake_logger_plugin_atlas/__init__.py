@@ -197,7 +197,7 @@ class LogHandler(LogHandlerBase):
             what = " ".join(str(value) for value in wildcards.values())
             # What an earlier try left in the log is none of this one's.
             self._jobs[job["jobid"]] = _Job(rule, what, now, log, _size(log))
-            names = ("model", "criterion", "site")
+            names = ("model", "criterion", "site", "task")
             self._time.begin(
                 job["jobid"], Key(rule, **{n: wildcards.get(n, "") for n in names}), now
             )

@@ -26,6 +26,7 @@ _NO_SCIENCE = {
     "credentials",
     "errors",
     "config.schema",
+    "config.study_settings",
     "config.grid",
 }
 

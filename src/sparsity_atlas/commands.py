@@ -48,6 +48,12 @@ STAGES = {
     "curve": Command(
         "curves.curve", "read a curve's scores and critical sparsities from its samples"
     ),
+    "answers": Command(
+        "truthfulness.own_answers", "capture the last tokens of a model's own answers to a task"
+    ),
+    "truthfulness": Command(
+        "truthfulness.predictors", "compare what tells right answers from wrong ones"
+    ),
     "summarize": Command("tables.summarize", "write the tables"),
     "figures": Command("figures.draw", "draw the figures"),
     "report": Command("report.report", "write the report"),

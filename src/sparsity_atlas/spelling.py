@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
 
 # Folders of results/ and results/{model}/ that a catalogue name would collide with, and endings of files.
 RESERVED = {"figures", "logs", "benchmarks", "dense", "capture", "metrics", "partial"}
+RESERVED |= {"answers", "truthfulness"}
 ENDINGS = (
     *(".json", ".jsonl", ".csv", ".yaml", ".html", ".zarr", ".parquet"),
     *(".lock", ".journal", ".log", ".tmp", ".partial"),

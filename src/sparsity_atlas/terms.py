@@ -43,6 +43,8 @@ TENSORS |= {
 }
 # All that is captured, in that order.
 STORED = ("qkv_input", "o_input", "input", "up", "gate", "intermediate")
+# What a decoder's layer hands on to the next one: at no site, since nothing is dropped there.
+RESIDUAL = "residual"
 # Those of the attention; the others are of the parts beside it.
 ATTENTION_TENSORS = ("qkv_input", "o_input")
 _PROJECTED_OF = {one: tensor for tensor, of in PROJECTED.items() for one in of}

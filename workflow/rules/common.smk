@@ -17,6 +17,8 @@ Path grammar, below results/:
     {model}/{criterion}/{site}/sensitivity.parquet  what one layer at a time adds to the loss
     {model}/{criterion}/{site}/curve.json           what later stages need of the nodes
     {model}/{criterion}/{site}/equal_sparsity.parquet       scores at fixed sparsities, to compare criteria
+    {model}/answers/{task}.json                     a model's own answers (last tokens in {task}.zarr)
+    {model}/truthfulness/{task}.parquet             what tells right answers from wrong ones
     {model}/summary.csv                             one model's numbers
 With a criterion before it, {site} may be confined to parts of the layers, and to some layers, and give each
 map that reads a vector a mask of its own: intermediate@experts, input@layers0-3+7, all_linear_inputs@projections.
@@ -74,6 +76,7 @@ wildcard_constraints:
     model="|".join(map(re.escape, ATLAS.models)),
     criterion="|".join(map(re.escape, ATLAS.criteria)),
     site=f"(?:{'|'.join(map(re.escape, SPELLED))})(?:{SPELLED_LAYERS})?",
+    task="|".join(map(re.escape, ATLAS.tasks)),
     level=r"0|[1-9]\d*|\d+\.\d*[1-9]",
 
 

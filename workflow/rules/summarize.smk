@@ -71,6 +71,7 @@ rule tables:
         reuse=ask.curve_files("prompt_reuse.parquet"),
         metrics=ask.metric_files(),
         sensitivity=ask.sensitivity_files(),
+        truthfulness=ask.truthfulness_files(),
     output:
         critical=report("results/critical_sparsity.csv", category="Tables"),
         curves=report("results/curves.csv", category="Tables"),
@@ -92,6 +93,7 @@ rule tables:
         training="results/training.csv",
         training_fits="results/training_fits.csv",
         training_limits="results/training_limits.csv",
+        truthfulness="results/truthfulness.csv",
         models="results/models.csv",
         failures="results/failures.csv",
     log:
@@ -106,6 +108,7 @@ rule tables:
         studies=ask.studies,
         pairs=ask.pairs,
         checkpoints=ask.checkpoints,
+        truthfulness=ask.truthfulness,
         results=subpath(output.critical, parent=True),
         code=code_version("summarize"),
     shell:
@@ -115,5 +118,6 @@ rule tables:
             --studies {params.studies:q} \
             --pairs {params.pairs:q} \
             --checkpoints {params.checkpoints:q} \
+            --truthfulness {params.truthfulness:q} \
             --results {params.results} >{log} 2>&1
         """

@@ -249,12 +249,12 @@ def _stored(copies: list[HostCopy], layer: int, name: str, dtype: str) -> np.nda
     """[rows, channel] of some batches in the store's type; bfloat16 as its bits."""
     import torch
 
+    from sparsity_atlas.activations.spool import as_stored
+
     if not all(copy.is_finite() for copy in copies):
         raise NumericalFailure(f"NaN or infinity in '{name}' of layer {layer}")
     batches = [copy.wait() for copy in copies]
-    whole = batches[0] if len(batches) == 1 else torch.cat(batches)
-    whole = whole.to(getattr(torch, dtype))
-    return (whole.view(torch.uint16) if whole.dtype == torch.bfloat16 else whole).numpy()
+    return as_stored(batches[0] if len(batches) == 1 else torch.cat(batches), dtype)
 
 
 def main() -> None:

@@ -52,12 +52,13 @@ def dimension(points: np.ndarray, seed: int = 0) -> Dimension:
     points = np.unique(points, axis=0)
     if len(points) <= MANY + 1:
         return Dimension(None, None, len(points))
-    distances = _distances(points)
+    distances = distances_between(points)
     near = np.sort(distances, axis=1)[:, 1 : MANY + 1]
     return Dimension(_mle(near, NEIGHBOURS), _geomle(distances, seed), len(points))
 
 
-def _distances(points: np.ndarray) -> np.ndarray:
+def distances_between(points: np.ndarray) -> np.ndarray:
+    """Euclidean distances of different points [points, points]; zero on the diagonal alone."""
     centred = points - points.mean(0)
     squares = (centred**2).sum(1)
     found = squares[:, None] + squares - 2 * centred @ centred.T

@@ -6,10 +6,13 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class HostCopy:
@@ -52,6 +55,15 @@ class HostCopy:
         """Whether the copy has neither NaN nor infinity; a CUDA device has found it out."""
         copy = self.wait()
         return bool(torch.isfinite(copy).all() if self._finite is None else self._finite)
+
+
+def as_stored(values: Tensor, dtype: str) -> np.ndarray:
+    """A tensor on the CPU in the store's type; bfloat16 as its bits."""
+    whole = values.to(getattr(torch, dtype))
+    found: np.ndarray = (
+        whole.view(torch.uint16) if whole.dtype == torch.bfloat16 else whole
+    ).numpy()
+    return found
 
 
 def copy_stream(device: torch.device) -> torch.cuda.Stream | None:

@@ -26,6 +26,7 @@ _SECTIONS = {
     "calibration": "CalibrationSettings",
     "search": "SearchSettings",
     "studies": "StudySettings",
+    "studies.truthfulness": "TruthfulnessSettings",
 }
 
 

@@ -211,6 +211,34 @@ def error_slice(config: Config, model: str) -> str:
     return _json({**json.loads(store_slice(config, model)), **studies})
 
 
+def truthfulness(config: Config) -> tuple[tuple[str, str], ...]:
+    """Models and tasks whose answers are studied."""
+    asked = config.studies.truthfulness
+    if asked is None:
+        return ()
+    return tuple(
+        (model, task)
+        for model in models(config)
+        if model in (asked.models or config.models)
+        for task in model_tasks(config, model)
+        if task in asked.tasks
+    )
+
+
+def answers_slice(config: Config, task: str) -> str:
+    """What `answers` depends on beside the evaluation of its task."""
+    asked = config.studies.truthfulness
+    content = asked.model_dump(include={"tensors", "samples"}) if asked is not None else {}
+    return _json({**content, "metric": config.tasks[task].metric})
+
+
+def truthfulness_slice(config: Config) -> str:
+    """What `truthfulness` depends on beside the answers and the nodes."""
+    asked = config.studies.truthfulness
+    content = asked.model_dump(include={"neighbours"}) if asked is not None else {}
+    return _json({**content, "replicates": config.replicates, "seed": config.seed})
+
+
 def sensitivity_slice(config: Config, model: str) -> str:
     """What `sensitivity` depends on beside its criterion, site and levels."""
     return _json(

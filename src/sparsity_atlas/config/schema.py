@@ -17,8 +17,6 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
@@ -29,6 +27,7 @@ from sparsity_atlas.config.revisions import expanded, replaced, revision_names
 from sparsity_atlas.config.run_block import RunBlock
 from sparsity_atlas.config.search_settings import SearchSettings
 from sparsity_atlas.config.strict import Strict, some
+from sparsity_atlas.config.study_settings import StudySettings
 from sparsity_atlas.credentials import places
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.spelling import Name, Repository, Revision, check_name
@@ -127,28 +126,6 @@ class CalibrationSettings(Strict):
     others. No task may evaluate this text."""
 
 
-class StudySettings(Strict):
-    """What is measured of the captured activations only if it is asked for, since it takes its time."""
-
-    predictors: Annotated[list[PositiveInt], AfterValidator(some)] | None = None
-    """Ranks of predictors of masks from the FFN's input, of every curve at `up`, `gate` or `intermediate`:
-    recall and predicted sparsity, in `masks.csv`. Each level takes a pass through the FFNs for each rank,
-    and four more."""
-    cett: Annotated[list[PositiveFloat], AfterValidator(some)] | None = None
-    """Thresholds of the norm of what a neuron adds to the FFN's output, of every curve at `intermediate`:
-    CETT and the share below, in `masks.csv`. Each takes a third of a pass through the FFNs."""
-    coactivation: int | None = Field(default=None, ge=2)
-    """Neurons of each layer that are drawn to count which are kept together, of every curve: in
-    `masks.csv`."""
-    prompt_reuse: Annotated[list[Literal["given", "generated"]], AfterValidator(some)] | None = None
-    """What is measured of masks that a prompt leaves for what follows it, of every curve of `prompt_mask` and
-    `tda`, in `prompt_reuse.csv`: behind the first part of each captured sequence the text as it goes on
-    (`given`), or as the model writes it (`generated`). Each takes two passes of the model over the captured
-    text, and three for each level."""
-    lid: int | None = Field(default=None, ge=400)
-    """Captured tokens among which the local intrinsic dimension is estimated, in `metrics.csv`."""
-
-
 class Config(Strict):
     """The whole configuration of a run."""
 
@@ -233,6 +210,7 @@ class Config(Strict):
         if self.calibration is not None:
             self._check_calibration(self.calibration)
         self._check_pairs()
+        self._check_truthfulness()
         for number, block in enumerate(self.run):
             for key in ("models", "criteria", "tasks"):
                 catalogue = dict(getattr(self, key))
@@ -254,6 +232,27 @@ class Config(Strict):
                 why = "a model with itself" if pair[0] == pair[1] else "there twice"
                 raise ValueError(f"compare.{number}: [{', '.join(pair)}]: {why}")
             known.add(frozenset(pair))
+
+    def _check_truthfulness(self) -> None:
+        asked = self.studies.truthfulness
+        if asked is None:
+            return
+        key = "studies.truthfulness"
+        for name in asked.models or ():
+            if name not in self.models:
+                raise ValueError(_unknown(f"{key}.models", name, self.models))
+        for name in asked.tasks:
+            if name not in self.tasks:
+                raise ValueError(_unknown(f"{key}.tasks", name, self.tasks))
+            blocks = [one for one in self.run if name in (one.tasks or self.tasks)]
+            if not {one for block in blocks for one in block.models} & set(
+                asked.models or self.models
+            ):
+                raise ValueError(f"{key}.tasks: no run block asks '{name}' of these models")
+        for node in asked.nodes:
+            criterion = node.split("/")[0]
+            if criterion not in self.criteria:
+                raise ValueError(_unknown(f"{key}.nodes: {node}", criterion, self.criteria))
 
     def _check_calibration(self, calibration: CalibrationSettings) -> None:
         length = self.capture.sequence_length
@@ -281,6 +280,9 @@ def _with_revisions(config: Config) -> Config:
     content = config.model_dump(exclude_unset=True)
     for block, own in zip(config.run, content["run"], strict=True):
         own["models"] = replaced(block.models, becomes)
+    studied = config.studies.truthfulness
+    if studied is not None and studied.models is not None:
+        content["studies"]["truthfulness"]["models"] = replaced(studied.models, becomes)
     return Config.model_validate({**content, "models": expanded(config.models)})
 
 

@@ -82,7 +82,7 @@ def evaluate_node(
                 journal_path.unlink(missing_ok=True)
             else:
                 try:
-                    done = _run(session, node, name, journal_path, fingerprint)
+                    done = run_task(session, node, name, journal_path, fingerprint)
                 except (TaskFailure, NumericalFailure) as failure:
                     done = Finished.failed(str(failure))
                 kept.put(name, key, done, journal_path)
@@ -116,7 +116,7 @@ def _leaves(session: Session, name: str) -> Mapping[str, Task]:
     return session.prepared(name).leaves
 
 
-def _run(
+def run_task(
     session: Session, node: Node | None, name: str, path: Path, fingerprint: dict[str, Any]
 ) -> Finished:
     """Run one task, with its journal at `path`.

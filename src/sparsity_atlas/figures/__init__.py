@@ -216,6 +216,17 @@ FIGURES = {
         "layer has its dense input, so that errors do not add up over depth.",
     ),
     **OF_MASKS,
+    "truthfulness": Entry(
+        "What tells right answers from wrong ones",
+        "Tasks",
+        ("truthfulness",),
+        "AUROC of the answers of a model's own: the chance that a right one has the lower local intrinsic "
+        "dimension of its last token's vector, the larger confidence, or the larger induced sparsity, than a "
+        "wrong one; 50 % is chance. Lines are the layers, with 95 % intervals by bootstrap over the "
+        "samples. Right of them, with whiskers: the layer picked on one half of the samples and judged on "
+        "the other, the model's confidence, and the sparsity under the nodes that were named.",
+        missed=False,
+    ),
     "effective_rank": Entry(
         "Effective rank by layer",
         "Layers",

@@ -31,6 +31,7 @@ from sparsity_atlas.figures.studies import (
     recall,
     single_layers,
     training_curves,
+    truth_by_layer,
 )
 from sparsity_atlas.figures.style import SUFFIXES, arrange, save, styled
 from sparsity_atlas.tables.read import Tables, read_tables
@@ -73,6 +74,7 @@ DRAW: dict[str, Callable[[Tables], Figure]] = {
     "mask_recall": recall.recall,
     "cett": cett_curve.cett,
     "local_dimension": local_dimension.local_dimension,
+    "truthfulness": truth_by_layer.truthfulness,
     "effective_rank": by_layer.effective_rank,
     "magnitudes": by_layer.magnitudes,
 }

@@ -52,6 +52,7 @@ def wanted(config: Config) -> list[str]:
         "cett": config.studies.cett is not None,
         "local_dimension": config.studies.lid is not None,
         "single_layers": max(_alone(curves).values(), default=0) > 1,
+        "truthfulness": bool(grid.truthfulness(config)),
         "sensitivity": any(curve.sensitivity for curve in curves),
         **dict.fromkeys(
             ("allocation", "allocation_damage"),

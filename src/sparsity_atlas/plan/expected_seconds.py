@@ -27,6 +27,7 @@ FILE = "logs/plan.json"
 SECONDS = {
     **{"run_config": 1.0, "model": 4.0, "capture": 4.0, "metrics": 1.0, "calibrate": 5.0},
     **{"dense": 5.0, "evaluate": 1.0, "search": 4.0, "output_error": 7.0, "sensitivity": 12.0},
+    **{"answers": 5.0, "truthfulness": 3.0},
     **{"curve": 1.2, "model_summary": 1.0, "tables": 2.0, "figures": 6.0, "page": 4.0},
 }
 EVALUATION = 2.5
@@ -35,7 +36,7 @@ EVALUATION = 2.5
 def key_of(job: Job) -> Key:
     """What a job is found by."""
     criterion, site = job.node or ("", job.site)
-    return Key(job.rule, job.model, criterion, site)
+    return Key(job.rule, job.model, criterion, site, job.task)
 
 
 def save(results: Path, config: Config, every: Sequence[Job], seconds: Sequence[Amount]) -> None:
@@ -106,7 +107,7 @@ def _planned(path: Path, config: Config) -> dict[Key, float]:
     if content.get("config") != _digest(config):
         return {}
     return {
-        Key(one["rule"], one["model"], one["criterion"], one["site"]): one["seconds"]
+        Key(*(one[name] for name in ("rule", "model", "criterion", "site", "task"))): one["seconds"]
         for one in content["jobs"]
     }
 

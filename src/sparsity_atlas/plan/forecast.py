@@ -23,17 +23,20 @@ from sparsity_atlas.plan.model_facts import (
     measure,
 )
 from sparsity_atlas.plan.rates import (
+    area_seconds,
     curve_seconds,
     dimension_seconds,
     figure_seconds,
     import_seconds,
     metrics_seconds,
+    point_seconds,
     recorded,
 )
 from sparsity_atlas.plan.targets import missed_targets
 from sparsity_atlas.tasks.load import load_tasks
 from sparsity_atlas.tasks.loaded import LoadedTask
-from sparsity_atlas.terms import ROUTING, TENSORS, plain
+from sparsity_atlas.terms import RESIDUAL, ROUTING, TENSORS, plain
+from sparsity_atlas.truthfulness.predictors import REPLICATES
 
 # Rules whose jobs run a model, with what their stages import.
 HEAVY = {
@@ -45,6 +48,7 @@ HEAVY = {
     "output_error",
     "calibrate",
     "sensitivity",
+    "answers",
 }
 HEAVY_IMPORTS = (
     "sparsity_atlas.lm.model, sparsity_atlas.sites.find, sparsity_atlas.tasks.load, "
@@ -56,7 +60,7 @@ DRAWING_IMPORTS = {"figures": "sparsity_atlas.figures.draw", "page": "sparsity_a
 TABLES_OF_A_CURVE = 0.12
 # What writing the later half of the captured text takes, in passes over it, as measured.
 GENERATED = 12
-EVALUATING = ("dense", "evaluate", "search")
+EVALUATING = ("dense", "evaluate", "search", "answers")
 
 
 @dataclass
@@ -132,6 +136,8 @@ def forecast(config: Config, results: Path) -> Forecast:
             took += statistics[job.model]
         if job.rule == "metrics" and not job.done and job.rule not in start.recorded:
             took += _metrics_seconds(config, outlooks[job.model], job.site)
+        if job.rule == "truthfulness" and not job.done and job.rule not in start.recorded:
+            took += _truthfulness_seconds(config, outlooks[job.model], job.task)
         ends = job.rule in ("tables", *DRAWING_IMPORTS) and job.rule not in start.recorded
         if ends and not job.done:
             took = _ending_seconds(config, job.rule, start)
@@ -230,7 +236,7 @@ def _nodes(config: Config, left: list[Job]) -> dict[NodeKey, Node | None]:
     """One node for each criterion and site that is still evaluated; the level matters little."""
     nodes: dict[NodeKey, Node | None] = {}
     for job in left:
-        if job.rule in ("dense", "capture", "sensitivity"):
+        if job.rule in ("dense", "capture", "sensitivity", "answers"):
             nodes[None] = None
         elif job.rule in EVALUATING and job.node is not None and job.node not in nodes:
             criterion, site = job.node
@@ -280,6 +286,21 @@ def _metrics_seconds(config: Config, outlook: Outlook, site: str) -> Amount:
             for width, ranked in widths
         )
     )
+
+
+def _truthfulness_seconds(config: Config, outlook: Outlook, task: str) -> Amount:
+    """Seconds of the local dimensions of a task's answers, and of the areas that they come to."""
+    asked = config.studies.truthfulness
+    if asked is None or not outlook.shapes or task not in outlook.costs:
+        return UNKNOWN
+    samples = min(asked.samples, outlook.costs[task].documents)
+    # The stream between layers is as wide as what the FFNs read.
+    names = ["input" if tensor == RESIDUAL else tensor for tensor in asked.tensors]
+    widths = [shape[name] for shape in outlook.shapes for name in names if name in shape]
+    areas = area_seconds(samples, min(config.replicates, REPLICATES))
+    found = sum(point_seconds(samples, width, asked.neighbours) for width in widths)
+    # Two estimates, among all samples and in each half.
+    return Amount.exactly(found + areas * (6 * len(widths) + 2 + len(asked.nodes)))
 
 
 def _seconds(job: Job, outlook: Outlook | None, start: Start) -> Amount:

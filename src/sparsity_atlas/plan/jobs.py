@@ -70,6 +70,7 @@ class Job:
         done: whether its output is there and holds all that is asked for.
         node: criterion and site, for jobs of a curve.
         site: of a capture.
+        task: of a study of answers.
         nodes: that it leaves behind in all.
         finished: nodes of these that are there.
         evaluations: how often it has to run each task.
@@ -85,6 +86,7 @@ class Job:
     finished: int = 0
     evaluations: dict[str, Amount] = field(default_factory=dict)
     passes: int = 0
+    task: str = ""
 
 
 def jobs(config: Config, results: Path) -> list[Job]:
@@ -109,6 +111,7 @@ def jobs(config: Config, results: Path) -> list[Job]:
         found.append(Job("dense", model, not missing, evaluations=_once(missing)))
     for curve in grid.curves(config):
         found += _curve_jobs(config, curve, results / curve.folder)
+    found += _truthfulness_jobs(config, results)
     for model in grid.models(config):
         found.append(Job("model_summary", model, (results / model / "summary.csv").is_file()))
     for rule, output in (
@@ -157,6 +160,42 @@ def _curve_jobs(config: Config, curve: Curve, folder: Path) -> Iterator[Job]:
         done = (folder / "sensitivity.parquet").is_file()
         passes = len(curve.sensitivity) * len(tensors_at(curve.site))
         yield Job("sensitivity", curve.model, done, node, passes=passes)
+
+
+def _truthfulness_jobs(config: Config, results: Path) -> Iterator[Job]:
+    """Answers and what tells right ones, and the nodes of these that no curve lists."""
+    studied = grid.truthfulness(config)
+    for model, task in studied:
+        folder = results / model
+        done = (folder / f"answers/{task}.json").is_file()
+        # The task as in the dense baseline, and its answers once more.
+        twice = {} if done else {task: Amount.exactly(2)}
+        yield Job("answers", model, done, evaluations=twice, task=task)
+        whole = (folder / f"truthfulness/{task}.parquet").is_file()
+        yield Job("truthfulness", model, whole, task=task)
+    listed = {f"{curve.folder}/{level}" for curve in grid.curves(config) for level in curve.levels}
+    curves = {curve.folder: curve.tasks for curve in grid.curves(config)}
+    asked = config.studies.truthfulness
+    for model in dict.fromkeys(model for model, _ in studied):
+        for node in asked.nodes if asked is not None else ():
+            if f"{model}/{node}" not in listed:
+                criterion, site, _ = node.split("/")
+                tasks = curves.get(f"{model}/{criterion}/{site}", grid.model_tasks(config, model))
+                missing = _missing(results / model / node, tasks)
+                key = (criterion, site)
+                one = Amount.exactly(1)
+                yield Job(
+                    *(
+                        "evaluate",
+                        model,
+                        not missing,
+                        key,
+                        "",
+                        one,
+                        int(not missing),
+                        _once(missing),
+                    )
+                )
 
 
 def searched_levels(folder: Path) -> list[str] | None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from sparsity_atlas.activations.dimension import dimension
 from sparsity_atlas.activations.metrics import layer_metrics
+from sparsity_atlas.activations.point_dimension import fewest_points, point_dimensions
 from sparsity_atlas.curves.critical import critical
 from sparsity_atlas.curves.equal_sparsity import REPLICATES, equal_rows
 from sparsity_atlas.curves.points import curve_points, estimate_all
@@ -26,6 +27,7 @@ from sparsity_atlas.lm import forest
 from sparsity_atlas.lm.model import AtlasLM
 from sparsity_atlas.lm.work import Work
 from sparsity_atlas.plan.dry_run import Batch, TaskCost
+from sparsity_atlas.statistics.auroc import resampled_aurocs
 from sparsity_atlas.statistics.bootstrap import TaskSamples
 
 if TYPE_CHECKING:
@@ -236,6 +238,34 @@ def dimension_seconds(points: int, width: int) -> float:
     began = time.perf_counter()
     dimension(values)
     return (time.perf_counter() - began) * (points / few) ** 2
+
+
+@functools.cache
+def point_seconds(points: int, width: int, neighbours: int) -> float:
+    """Seconds of the local dimension of each of some points, from a few of them.
+
+    Args:
+        points: all pairs of which are looked at.
+        width: of the tensor.
+        neighbours: of the estimate.
+    """
+    if points < fewest_points(neighbours):
+        return 0.0
+    few = min(points, max(FEW_POINTS, fewest_points(neighbours)))
+    values = np.random.default_rng(0).standard_normal((few, width))
+    began = time.perf_counter()
+    point_dimensions(values, neighbours)
+    return (time.perf_counter() - began) * (points / few) ** 2
+
+
+@functools.cache
+def area_seconds(samples: int, replicates: int) -> float:
+    """Seconds of one area under a ROC curve with its bootstrap, from a part of its replicates."""
+    few = min(replicates, FEW_REPLICATES)
+    scores = np.random.default_rng(0).random((1, max(samples, 2)))
+    began = time.perf_counter()
+    resampled_aurocs(scores, scores[0] < 0.5, None, few, (0, "timed"))
+    return (time.perf_counter() - began) * replicates / few
 
 
 def recorded(benchmarks: Path) -> dict[str, float]:

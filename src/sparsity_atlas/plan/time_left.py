@@ -14,12 +14,13 @@ STAGES = (
     ("model",),
     ("capture", "dense"),
     ("calibrate", "metrics"),
-    ("search", "evaluate", "sensitivity"),
-    ("output_error", "curve", "export_curve"),
+    ("search", "evaluate", "sensitivity", "answers"),
+    ("output_error", "curve", "export_curve", "truthfulness"),
     ("model_summary",),
 )
-EVALUATING = {"dense", "search", "evaluate", "sensitivity"}
+EVALUATING = {"dense", "search", "evaluate", "sensitivity", "answers"}
 LIGHT = {"run_config", "metrics", "curve", "model_summary", "tables", "figures", "page", "all"}
+LIGHT |= {"truthfulness"}
 # How much a seen job says of another one: of the same rule, of a like one, of any; more for one model.
 SAME_RULE, LIKE, OTHER = 1.0, 0.2, 0.02
 ANOTHER_MODEL = 0.3
@@ -42,6 +43,7 @@ class Key:
     model: str = ""
     criterion: str = ""
     site: str = ""
+    task: str = ""
 
 
 @dataclass

@@ -23,6 +23,7 @@ from sparsity_atlas.studies.output_error import SCHEMAS as OUTPUT_ERROR
 from sparsity_atlas.studies.prompt_table import SCHEMA as REUSE
 from sparsity_atlas.studies.sensitivity import SCHEMAS as SENSITIVITY
 from sparsity_atlas.terms import plain
+from sparsity_atlas.truthfulness.truth_table import SCHEMA as TRUTHFULNESS
 
 _ERROR = re.compile(r"error: |[\w.]*(Error|Exception|Interrupt|Exit)\b")
 _LONGEST = 500
@@ -51,6 +52,7 @@ class Remains:
     sparsity: list[Path]
     metrics: list[Path]
     sensitivity: list[Path]
+    truthfulness: list[Path]
     failures: list[Failure]
     not_started: list[str]
     asked: int
@@ -95,6 +97,14 @@ def take_stock(results: Path, config: Config) -> Remains:
         sparsity.append((*reuse[-1], folder / "sparsity.parquet"))
         if curve.sensitivity:
             sensitivity.append((*captured, folder / "sensitivity.parquet"))
+    truthfulness = [
+        (
+            *models[name],
+            *(folders[name] / "answers" / f"{task}.{end}" for end in ("json", "parquet")),
+            folders[name] / "truthfulness" / f"{task}.parquet",
+        )
+        for name, task in grid.truthfulness(config)
+    ]
     damaged = {
         failure.output: failure
         for failure in (
@@ -108,6 +118,7 @@ def take_stock(results: Path, config: Config) -> Remains:
             *_damaged(reuse, lambda path: read_parquet(path, REUSE)),
             *_damaged(sparsity, lambda path: read_parquet(path, *OUTPUT_ERROR)),
             *_damaged(sensitivity, lambda path: read_parquet(path, *SENSITIVITY)),
+            *_damaged(truthfulness, lambda path: read_parquet(path, TRUTHFULNESS)),
         )
     }
     missing = list(
@@ -115,7 +126,7 @@ def take_stock(results: Path, config: Config) -> Remains:
             path
             for chains in (
                 *(models.values(), captures.values(), calibrations, metrics),
-                *(curves, sparsity, sensitivity),
+                *(curves, sparsity, sensitivity, truthfulness),
             )
             for chain in chains
             for path in chain
@@ -129,6 +140,7 @@ def take_stock(results: Path, config: Config) -> Remains:
         sparsity=_whole(sparsity, damaged),
         metrics=_whole(metrics, damaged),
         sensitivity=_whole(sensitivity, damaged),
+        truthfulness=_whole(truthfulness, damaged),
         failures=[
             *(Failure(str(path), reason) for path, reason in reasons.items() if reason),
             *damaged.values(),

@@ -197,6 +197,7 @@ def partial(results: Path, config: dict[str, Any]) -> Remains:
         remains.sensitivity,
         grid.pairs(parsed),
         grid.checkpoints(parsed),
+        remains.truthfulness,
     )
     tables = read_tables([folder / f"{name}.csv" for name in FILES])
     draw_all(tables, folder / "figures")

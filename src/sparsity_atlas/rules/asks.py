@@ -23,11 +23,12 @@ from sparsity_atlas.config.selection import fold
 from sparsity_atlas.criteria import in_experts
 from sparsity_atlas.rules.inputs import model_content, task_content, text_content
 from sparsity_atlas.rules.question import question
-from sparsity_atlas.rules.resources import Resources, Wildcards
+from sparsity_atlas.rules.resources import Wildcards
+from sparsity_atlas.rules.study_asks import StudyAsks
 from sparsity_atlas.terms import ATTENTION_TENSORS, EXPERTS, TENSORS, parts_named, plain
 
 
-class Asks(Resources):
+class Asks(StudyAsks):
     """Answers for one configuration and one results folder.
 
     Attributes:

@@ -33,7 +33,7 @@ from sparsity_atlas.terms import (
 # A stage's process without its model, as measured: Python with torch and what else it imports.
 BASE_MIB = {
     **{"models": 450, "capture": 500, "calibrate": 500, "output_error": 500, "sensitivity": 500},
-    **{"dense": 700, "evaluate": 700, "search": 700},
+    **{"dense": 700, "evaluate": 700, "search": 700, "answers": 700},
 }
 # What CUDA adds to a process in host memory, and each process holds on a GPU.
 CUDA_HOST_MIB, CUDA_DEVICE_MIB = 2000, 600

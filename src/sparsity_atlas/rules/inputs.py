@@ -34,6 +34,7 @@ from sparsity_atlas.terms import (
     plain,
     tensors_at,
 )
+from sparsity_atlas.truthfulness.answered import CHOICE, WRITTEN, not_answered
 
 # Where the configuration names local files: catalogue and key.
 _PATHS = (
@@ -126,6 +127,7 @@ def check_inputs(config: Config) -> None:
             "studies: prompt_reuse: no criterion of the run takes a prompt's mask for what follows it; "
             f"{' and '.join(grid.PROMPT_RULES)} do"
         )
+    _check_truthfulness(config, declared)
     for name, entry in config.tasks.items():
         if entry.include is not None and not os.path.isdir(entry.include):
             raise AtlasError(f"tasks.{name}: include: {entry.include}: no such folder")
@@ -135,6 +137,36 @@ def check_inputs(config: Config) -> None:
         raise AtlasError(f"texts.{config.capture.text}: file: {text.file}: no such file")
     if text.file is not None:
         kind_of(Path(text.file))
+
+
+def _check_truthfulness(config: Config, declared: dict[str, dict[str, Any]]) -> None:
+    asked, key = config.studies.truthfulness, "studies.truthfulness"
+    for model, task in grid.truthfulness(config):
+        if config.models[model].diffusion is not None:
+            raise AtlasError(
+                f"{key}.models: '{model}' fills masks in, and its tokens see those behind them; name the "
+                "causal ones"
+            )
+        entry = config.tasks[task]
+        kinds = local_files.output_types(entry.include, entry.task or task, entry.override)
+        if kinds and (others := kinds - {CHOICE, WRITTEN}):
+            raise AtlasError(not_answered(task, others))
+    for node in asked.nodes if asked is not None else ():
+        criterion, site, level = node.split("/")
+        constants = declared.get(criterion) or criteria.declared(
+            json.loads(grid.criterion_slice(config, criterion))
+        )
+        if constants["sites"] and plain(site) not in constants["sites"]:
+            raise AtlasError(
+                f"{key}.nodes: {node}: '{criterion}' is not defined at '{plain(site)}'"
+            )
+        if not constants["lowest"] <= float(level) <= constants["highest"]:
+            raise AtlasError(f"{key}.nodes: {node}: the level is out of range for '{criterion}'")
+        if constants["calibrated"] and config.calibration is None:
+            raise AtlasError(
+                f"{key}.nodes: {node}: '{criterion}' is calibrated; say on how many captured tokens, for "
+                "instance calibration: {tokens: 4096}"
+            )
 
 
 def _check_allocation(spec: dict[str, Any], curve: grid.Curve, allocated: bool) -> None:

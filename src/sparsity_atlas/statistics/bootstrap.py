@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -315,24 +316,29 @@ def _by_unit(columns: np.ndarray, cluster: np.ndarray | None) -> np.ndarray:
     return np.stack([np.bincount(member, column, len(ids)) for column in columns])
 
 
-def _resampled_sums(columns: np.ndarray, replicates: int, key: tuple[int, str]) -> np.ndarray:
-    """[1 + B, K]: sums of K columns [K, units] over all units, then over each replicate's draw."""
-    units = columns.shape[1]
-    if units < FEWEST_UNITS:
-        replicates = 0
-    sums = np.empty((1 + replicates, len(columns)))
-    sums[0] = columns.sum(axis=1)
+def resampled_weights(units: int, replicates: int, key: tuple[int, str]) -> Iterator[np.ndarray]:
+    """How often each unit was drawn, float64 [rows, units], block by block of the replicates.
+
+    Args:
+        units: that are drawn from; of fewer than FEWEST_UNITS there are no replicates.
+        replicates: B.
+        key: seed, and the task's name.
+    """
     seed, task = key
     rng = np.random.default_rng([seed, zlib.crc32(task.encode())])
     block = max(1, _BLOCK // units)
-    for start in range(0, replicates, block):
+    for start in range(0, replicates if units >= FEWEST_UNITS else 0, block):
         rows = min(block, replicates - start)
         drawn = rng.integers(units, size=(rows, units - 1))
         drawn += units * np.arange(rows)[:, None]
         counts = np.bincount(drawn.ravel(), minlength=rows * units)
-        weights = counts.reshape(rows, units).astype(np.float64)
-        sums[1 + start : 1 + start + rows] = weights @ columns.T
-    return sums
+        yield counts.reshape(rows, units).astype(np.float64)
+
+
+def _resampled_sums(columns: np.ndarray, replicates: int, key: tuple[int, str]) -> np.ndarray:
+    """[1 + B, K]: sums of K columns [K, units] over all units, then over each replicate's draw."""
+    weights = resampled_weights(columns.shape[1], replicates, key)
+    return np.vstack([columns.sum(axis=1)[None], *(block @ columns.T for block in weights)])
 
 
 def _ratio(zeros: np.ndarray, entries: np.ndarray) -> np.ndarray:

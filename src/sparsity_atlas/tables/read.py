@@ -34,6 +34,7 @@ _TEXT = {"model", "criterion", "site", "level", "tensor", "task", "kind", "statu
 _TEXT |= {"bar_label", "family", "reason", "source", "revision", "architecture", "activation"}
 _TEXT |= {"dtype", "sites", "digest", "reference", "allocation", "sparsity_of", "target_of", "part"}
 _TEXT |= {"series", "checkpoint", "law", "over"}
+_TEXT |= {"predictor", "node"}
 _TEXT |= {"phase", "region", "quantity", "metric", "first", "second", "measure", "label", "note"}
 _TEXT |= {"continuation"}
 _FLAGS = {"low_open", "high_open", "non_monotone", "resolved", "paired", "of_activation"}
@@ -70,6 +71,7 @@ class Tables:
     training: pd.DataFrame
     training_fits: pd.DataFrame
     training_limits: pd.DataFrame
+    truthfulness: pd.DataFrame
     models: pd.DataFrame
     failures: pd.DataFrame
     phases: pd.DataFrame

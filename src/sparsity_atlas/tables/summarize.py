@@ -32,6 +32,8 @@ steps.csv               model × criterion × site × level × task × step × l
                         overlap with those of the step before and of step 0
 scaling.csv             criterion × family × site × task × bar: slope over log10 of the
                         non-embedding parameters; of mixtures of experts, the active ones
+truthfulness.csv        model × task × number of an answer (× tensor × layer, or × node): how well it tells
+                        right answers from wrong ones
 foretelling.csv         measure × criterion × site × cheap number: rank correlation over the models
 training.csv            series × criterion × site × task × bar × checkpoint or law: activation ratio over the
                         training tokens; training_fits.csv and training_limits.csv, see `training`
@@ -53,7 +55,6 @@ import numpy as np
 from sparsity_atlas.activations.layout import part_of
 from sparsity_atlas.config.revisions import Checkpoint
 from sparsity_atlas.config.selection import unfold
-from sparsity_atlas.criteria.calibration_file import read_calibration
 from sparsity_atlas.curves.critical import CriticalRow
 from sparsity_atlas.curves.points import CurvePoint
 from sparsity_atlas.files.csv import Table, write_csv, write_side_by_side
@@ -61,6 +62,7 @@ from sparsity_atlas.files.parquet import read_parquet
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.statistics.slopes import SCALING, Scaling
 from sparsity_atlas.studies import prompt_table
+from sparsity_atlas.tables.allocations import ALLOCATION, allocation_rows
 from sparsity_atlas.tables.comparison import COMPARISON, comparison_rows
 from sparsity_atlas.tables.experts import EXPERTS, expert_rows
 from sparsity_atlas.tables.foretelling import FORETELLING, Foretelling
@@ -81,6 +83,7 @@ from sparsity_atlas.tables.steps import STEPS, step_rows
 from sparsity_atlas.tables.training import FITS, LIMITS, TRAINING, Training
 from sparsity_atlas.tables.twins import TWINS, twin_rows
 from sparsity_atlas.terms import AVERAGE, NAMED_PARTS, plain
+from sparsity_atlas.truthfulness.truth_table import TRUTHFULNESS, truth_rows
 
 
 def _key(path: Path) -> dict[str, str]:
@@ -99,7 +102,6 @@ METRICS += ["quantile_10", "quantile_50", "quantile_90", "quantile_99", "lid", "
 MAGNITUDES = ["model", "tensor", "low", "high", "share"]
 # Further columns of the two where a model has parts that a tensor's name does not tell.
 PART = ["part", "expert"]
-ALLOCATION = [*KEY, "allocation", "tensor", "layer", "sparsity", "damage", "own_sparsity"]
 SENSITIVITY = [*KEY, "level", "tensor", "layer", "sparsity"]
 SENSITIVITY += ["added_loss", "added_loss_low", "added_loss_high"]
 PROMPT_REUSE = [*KEY, *prompt_table.SCHEMA.names]
@@ -178,28 +180,6 @@ def magnitude_rows(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             }
 
 
-def allocation_rows(curves: list[Path]) -> Iterator[dict[str, Any]]:
-    """Rows of allocation.csv, from the calibrations beside the curves."""
-    for path in curves:
-        calibration = path.with_name("calibration.safetensors")
-        if not calibration.is_file():
-            continue
-        found = read_calibration(calibration, "np")
-        for place, state in found.states.items():
-            if "share" not in state:
-                continue
-            tensor, _, layer = place.rpartition(".")
-            targets = np.linspace(0, 1, len(state["share"]))
-            own = np.atleast_1d(np.interp(state["grid"], targets, state["share"]))
-            for level, damage, share in zip(state["grid"], state["damage"], own, strict=True):
-                yield {
-                    **_key(path),
-                    "allocation": found.about["criterion"]["allocation"],
-                    **{"tensor": tensor, "layer": int(layer), "sparsity": round(float(level), 6)},
-                    **{"damage": float(damage), "own_sparsity": round(float(share), 6)},
-                }
-
-
 def sensitivity_rows(paths: list[Path]) -> Iterator[dict[str, Any]]:
     """Rows of sensitivity.csv."""
     from sparsity_atlas.studies.sensitivity import SCHEMAS
@@ -225,6 +205,7 @@ def write_tables(
     sensitivity: list[Path],
     pairs: Sequence[tuple[str, str]] = (),
     checkpoints: Mapping[str, Checkpoint] | None = None,
+    truthfulness: Sequence[Path] = (),
 ) -> None:
     """Write all tables of a run into a folder. One curve is in memory at a time.
 
@@ -238,6 +219,7 @@ def write_tables(
         pairs: models that are set side by side.
         checkpoints: those models that are one of a training; the last one stands for it where models are
             compared by size, or with one another.
+        truthfulness: Parquet files of `truthfulness`.
     """
     checkpoints = checkpoints or {}
     before = earlier(checkpoints)
@@ -293,6 +275,7 @@ def write_tables(
     write_csv(folder / "twins.csv", TWINS, twin_rows(pairs, curves))
     write_csv(folder / "allocation.csv", ALLOCATION, allocation_rows(curves))
     write_csv(folder / "experts.csv", EXPERTS, expert_rows(curves, models))
+    write_csv(folder / "truthfulness.csv", TRUTHFULNESS, truth_rows(truthfulness))
     write_csv(folder / "steps.csv", STEPS, step_rows(curves, models))
     of_one = SENSITIVITY + PART[:1] * parted
     write_csv(folder / "sensitivity.csv", of_one, sensitivity_rows(sensitivity))
@@ -329,6 +312,12 @@ def main() -> None:
         default={},
         help="JSON: models that are checkpoints of a training: its name, theirs, and their tokens",
     )
+    every.add_argument(
+        "--truthfulness",
+        type=json.loads,
+        default=[],
+        help="JSON: models and tasks that were studied",
+    )
     every.add_argument("--results", required=True, type=Path, help="the results' folder")
     arguments = parser.parse_args()
 
@@ -346,4 +335,8 @@ def main() -> None:
         [results.joinpath(*key, "sensitivity.parquet") for key in unfold(arguments.studies)],
         arguments.pairs,
         {model: Checkpoint(*one) for model, one in arguments.checkpoints.items()},
+        [
+            results / model / "truthfulness" / f"{task}.parquet"
+            for model, task in arguments.truthfulness
+        ],
     )

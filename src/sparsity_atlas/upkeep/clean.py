@@ -21,6 +21,7 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation.kept import COUNTED
 from sparsity_atlas.evaluation.samples import read_table
 from sparsity_atlas.files.whole import abandoned, free, read_manifest
+from sparsity_atlas.upkeep import kept_answers
 
 # Seconds. A younger file may be a running job's.
 _YOUNG = 3600
@@ -65,6 +66,8 @@ def orphans(results: Path, config: Config) -> Iterator[Orphan]:
     for journal in sorted(results.glob("*/*/*/sensitivity.journal")):
         if str(journal.parent.relative_to(results)) not in studied:
             yield Orphan(journal, "its study is not asked for")
+    for path, reason in kept_answers.left_over(results, config):
+        yield Orphan(path, reason)
     for path in sorted(results.rglob(".*.tmp")):
         if _old(path) and abandoned(path, elsewhere=_DAY):
             yield Orphan(path, "its writer is dead")
@@ -106,6 +109,9 @@ def asked_tasks(config: Config, node: Path) -> set[str]:
     if node.name == "dense":
         return set(grid.model_tasks(config, node.parts[0]))
     model, criterion, site, level = node.parts
+    studied = config.studies.truthfulness
+    if studied is not None and f"{criterion}/{site}/{level}" in studied.nodes:
+        return set(grid.model_tasks(config, model))
     return {
         task
         for curve in grid.curves(config)
@@ -137,8 +143,9 @@ def remove(orphan: Orphan, results: Path) -> bool:
         False if a job holds the folder's lock.
     """
     locks = [orphan.path.parent / ".lock", orphan.path.parent / "activations.lock"]
-    with free(locks[0]) as node, free(locks[1]) as store:
-        if not (node and store):
+    locks.append(orphan.path.with_name(f"{kept_answers.task_of(orphan.path)}.lock"))
+    with free(locks[0]) as node, free(locks[1]) as store, free(locks[2]) as answers:
+        if not (node and store and answers):
             return False
         if orphan.path.is_dir():
             shutil.rmtree(orphan.path)

@@ -27,6 +27,8 @@ from sparsity_atlas.files.journal import whole_lines
 from sparsity_atlas.files.parquet import read_parquet
 from sparsity_atlas.files.whole import free, read_manifest
 from sparsity_atlas.studies import mask_table, output_error, prompt_table, sensitivity
+from sparsity_atlas.truthfulness import truth_table
+from sparsity_atlas.upkeep import kept_answers
 
 STORE = "activations.zarr"
 
@@ -63,6 +65,12 @@ def examine(results: Path) -> Iterator[Finding]:
     for path in sorted(results.glob("*/capture/*.json")):
         if not (path.parents[1] / STORE).is_dir():
             yield Finding(path, f"{STORE} is not there", (path,), (path,))
+    for path in sorted(results.glob("*/answers/*.json")):
+        yield _answers(path)
+    for path in kept_answers.journals(results):
+        yield _journal(path)
+    for path in sorted(results.glob("*/truthfulness/*.parquet")):
+        yield _file(path, partial(_table, (truth_table.SCHEMA,)))
     for path in sorted(results.glob("*/metrics/*.parquet")):
         yield _file(path, lambda one: read_parquet(one, *metrics.SCHEMAS))
     for pattern in ("*/dense", "*/*/*/*"):
@@ -142,6 +150,16 @@ def _capture(model: Path) -> Iterator[Finding]:
     else:
         note = "" if manifests else "no manifest names it (unfinished, or left over: see clean)"
         yield Finding(path, note=note)
+
+
+def _answers(manifest: Path) -> Finding:
+    """A task's answers: manifest, samples and store."""
+    problem = kept_answers.problem(manifest)
+    if problem is None:
+        return Finding(manifest, note="in use, not looked at")
+    files = (manifest, *(manifest.with_suffix(end) for end in (".parquet", kept_answers.STORE)))
+    delete = tuple(path for path in files if path.exists())
+    return Finding(manifest, problem, delete if problem else (), (manifest,) if problem else ())
 
 
 def _node(folder: Path) -> Iterator[Finding]:

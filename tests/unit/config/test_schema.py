@@ -345,8 +345,8 @@ def test_bad_layers_are_told_in_one_line(layers: Any, message: str) -> None:
         ("models.small.add_bos_token", True, {"evaluation", "capture"}),
         ("chat_date", "2025-01-01", set()),  # there is no chat
         ("models.small.path", "elsewhere", {"fetch"}),
-        ("seed", 9, {"evaluation", "curve", "sensitivity"}),
-        ("replicates", 200, {"curve", "sensitivity"}),
+        ("seed", 9, {"evaluation", "curve", "sensitivity", "truthfulness"}),
+        ("replicates", 200, {"curve", "sensitivity", "truthfulness"}),
         ("bars", [0.99], {"curve"}),
         ("tasks.pages.metric", "word_perplexity", {"curve", "search"}),
         ("tasks.pages.limit", 3, {"evaluation"}),
@@ -358,6 +358,7 @@ def test_bad_layers_are_told_in_one_line(layers: Any, message: str) -> None:
         ("studies", {"coactivation": 8}, {"error"}),
         ("studies", {"lid": 500}, set()),
         ("studies", {"prompt_reuse": ["given"]}, {"error"}),
+        ("studies", {"truthfulness": {"tasks": ["pairs"]}}, {"answers", "truthfulness"}),
         ("criteria.topp.power", 2, {"criterion"}),
         ("criteria.topk", {"extra": 2}, set()),
     ],
@@ -374,6 +375,8 @@ def test_a_slice_holds_what_its_job_depends_on(path: str, value: Any, slices: se
             "curve": grid.curve_slice(config, tasks),
             "sensitivity": grid.sensitivity_slice(config, "small"),
             "error": grid.error_slice(config, "small"),
+            "answers": grid.answers_slice(config, tasks[0]),
+            "truthfulness": grid.truthfulness_slice(config),
             "criterion": grid.criterion_slice(config, "topp"),
         }
 
@@ -388,6 +391,40 @@ def test_every_p_that_is_searched_for_is_a_bar() -> None:
     assert config.every_bar == [0.995, 0.99, 0.98, 0.95, 0.9]
     assert config.search.further == (0.995, 0.9)
     assert (config.search.most_levels, parse(BASE).search.most_levels) == (12, 6)
+
+
+# Answers that are studied
+
+
+TRUTH = {"tasks": ["pairs"], "nodes": ["topp/input/0.90"]}
+
+
+def test_models_and_tasks_whose_answers_are_studied() -> None:
+    data = changed("studies", {"truthfulness": TRUTH})
+    data["run"].append({"models": ["large"], "levels": [0.5], "tasks": ["pairs"]})
+    config = parse(data)
+    assert grid.truthfulness(config) == (("small", "pairs"), ("large", "pairs"))
+    assert config.studies.truthfulness.nodes == ["topp/input/0.9"]
+    alone = {**data, "studies": {"truthfulness": {**TRUTH, "models": ["large"]}}}
+    assert grid.truthfulness(parse(alone)) == (("large", "pairs"),)
+    assert grid.truthfulness(parse(BASE)) == ()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tasks": ["pair"]}, "studies.truthfulness.tasks: unknown 'pair' .did you mean 'pairs'"),
+        ({"models": ["larg"]}, "studies.truthfulness.models: unknown 'larg'"),
+        ({"models": ["large"]}, "studies.truthfulness.tasks: no run block asks 'pairs' of these"),
+        ({"nodes": ["topp/input"]}, "studies.truthfulness.nodes.0: a node is criterion/site/level"),
+        ({"nodes": ["top/input/1"]}, "studies.truthfulness.nodes: top/input/1: unknown 'top'"),
+        ({"neighbours": 3}, "studies.truthfulness.neighbours: .*greater than or equal to 4"),
+        ({"tensors": ["output"]}, "studies.truthfulness.tensors.0: input should be 'residual', "),
+    ],
+)
+def test_a_study_of_answers_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(AtlasError, match=message):
+        parse(changed("studies", {"truthfulness": {**TRUTH, **settings}}))
 
 
 # What is written down
