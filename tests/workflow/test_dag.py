@@ -264,6 +264,25 @@ def test_a_node_that_no_block_names(empty: Checkout, path: str) -> None:
     assert planned.counts == {"evaluate": 1, "model": 1}
 
 
+def test_revisions_are_planned_and_refused_as_models(
+    empty: Checkout, config: dict[str, Any]
+) -> None:
+    entry = {"hub": "a/b", "tokens_per_step": 512, "revisions": ["step1", "step2"]}
+    block = {"models": ["fam"], "criteria": ["topk"], "sites": ["intermediate"], "levels": [0.9]}
+    content = {**config, "run": [block]}
+    planned = empty.plan(config={**content, "models": {"fam": entry}})
+    assert planned.returncode == 0, planned.text
+    assert planned.of("evaluate") == {
+        f"evaluate fam-step{step}/topk/intermediate/0.9/eval.json" for step in (1, 2)
+    }
+    assert planned.counts["model"] == planned.counts["dense"] == 2
+    del entry["tokens_per_step"]
+    refused = empty.plan(config={**content, "models": {"fam": entry}})
+    assert refused.returncode != 0
+    assert "models.fam-step1: training tokens: not known" in refused.text
+    assert "Traceback" not in refused.text
+
+
 def test_parts_of_a_layer_have_nodes_of_their_own(empty: Checkout, config: dict[str, Any]) -> None:
     """And none else: what is captured is of all parts, once."""
     before = empty.plan(config=config)

@@ -13,7 +13,7 @@ from sparsity_atlas.criteria import create, declared
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.figures.wanted import wanted
-from sparsity_atlas.plan.jobs import UNKNOWN, USUAL_LEVELS, Amount, Job, jobs
+from sparsity_atlas.plan.jobs import UNKNOWN, Amount, Job, jobs, usual_levels
 from sparsity_atlas.plan.model_facts import (
     NodeKey,
     Outlook,
@@ -264,7 +264,7 @@ def _statistics_seconds(config: Config, outlook: Outlook) -> Amount:
     if not documents:
         return UNKNOWN
     mean = max(sum(documents) // len(documents), 1)
-    one = curve_seconds(config.replicates, mean, USUAL_LEVELS)
+    one = curve_seconds(config.replicates, mean, usual_levels(config))
     return Amount.exactly(one * (len(documents) + 1))  # of the average as well
 
 

@@ -20,6 +20,8 @@ from sparsity_atlas.terms import tensors_at
 
 # Searches beside accuracies take 6 levels for most curves, those of a loss alone 4 to 6.
 USUAL_LEVELS = 6
+# And for each further bar; in simulations three bars took nine in all.
+USUAL_FURTHER = 2
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,12 @@ def _truthfulness_jobs(config: Config, results: Path) -> Iterator[Job]:
                 )
 
 
+def usual_levels(config: Config) -> int:
+    """Levels that a search usually evaluates."""
+    search = config.search
+    return min(USUAL_LEVELS, search.max_levels) + USUAL_FURTHER * len(search.further)
+
+
 def searched_levels(folder: Path) -> list[str] | None:
     """Levels of a finished search; None if there is none."""
     path = folder / "search.json"
@@ -213,7 +221,7 @@ def _search(config: Config, curve: Curve, folder: Path, searched: list[str] | No
         levels = Amount.exactly(len(there))
     else:
         most = config.search.most_levels
-        levels = Amount(max(min(USUAL_LEVELS, most), len(there)), max(most, len(there)))
+        levels = Amount(max(usual_levels(config), len(there)), max(most, len(there)))
     evaluations = {}
     for task in curve.tasks:
         with_task = sum(task not in one for one in missing)

@@ -9,7 +9,7 @@ from typing import Any
 from sparsity_atlas.activations.capture import tensors_of
 from sparsity_atlas.config.schema import Config
 from sparsity_atlas.plan.forecast import Forecast
-from sparsity_atlas.plan.jobs import UNKNOWN, USUAL_LEVELS, Amount, Job
+from sparsity_atlas.plan.jobs import UNKNOWN, Amount, Job, usual_levels
 from sparsity_atlas.plan.model_facts import Outlook, captured_tokens
 from sparsity_atlas.terms import (
     STORED,
@@ -107,7 +107,7 @@ def _models(config: Config, forecast: Forecast) -> str:
     if not whole["nodes"].certain:
         most = {name: Amount.exactly(amount.most) for name, amount in whole.items()}
         rows.append(["at most", "", *(show(most[name], columns[name]) for name in columns)])
-        usual = min(USUAL_LEVELS, config.search.max_levels)
+        usual = usual_levels(config)
         notes += f"`levels: auto`: usually about {usual} nodes a curve.\n"
     return _table(["model", "parameters", *columns], rows) + notes
 

@@ -262,6 +262,14 @@ def test_finished_nodes_are_not_charged(tmp_path: Path) -> None:
     assert sum(job.finished for job in found) == 1
 
 
+def test_a_search_for_several_p_takes_more_levels(tmp_path: Path) -> None:
+    config = make_config(
+        {"m": {"path": "m"}}, {"a": {}}, search={"max_levels": 9, "ppl": [1, 5, 10]}
+    )
+    (fresh, *_) = of_rule(jobs(config, tmp_path), "search")
+    assert fresh.nodes == Amount(10, 15)
+
+
 def test_searches(tmp_path: Path) -> None:
     block = {"sites": ["input", "up"]}
     config = make_config(
