@@ -84,6 +84,8 @@ rule tables:
         output_error="results/output_error.csv",
         masks="results/masks.csv",
         prompt_reuse="results/prompt_reuse.csv",
+        inserted="results/inserted.csv",
+        inserted_gates="results/inserted_gates.csv",
         allocation="results/allocation.csv",
         sensitivity="results/sensitivity.csv",
         experts="results/experts.csv",

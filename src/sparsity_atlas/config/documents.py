@@ -21,6 +21,7 @@ _SECTIONS = {
     "criteria.<name>": "CriterionEntry",
     "texts.<name>": "TextEntry",
     "tasks.<name>": "TaskEntry",
+    "tasks.<name>.inserted": "InsertedText",
     "run, each block": "RunBlock",
     "capture": "CaptureSettings",
     "calibration": "CalibrationSettings",

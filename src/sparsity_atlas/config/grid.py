@@ -281,7 +281,10 @@ def evaluation_slice(config: Config, model: str, tasks: tuple[str, ...]) -> str:
             "seed": config.seed,
             "tasks": {
                 name: config.tasks[name].model_dump(
-                    exclude_none=True, exclude_defaults=True, exclude={"metric"}
+                    exclude_none=True,
+                    exclude_defaults=True,
+                    # Whose prompts they are does not make them others.
+                    exclude={"metric": True, "inserted": {"before"}},
                 )
                 for name in tasks
             },
@@ -301,12 +304,16 @@ def curve_slice(config: Config, tasks: tuple[str, ...]) -> str:
             "seed": config.seed,
             "replicates": config.replicates,
             "bars": config.every_bar,
-            "tasks": {
-                name: config.tasks[name].model_dump(exclude_none=True, include={"metric"})
-                for name in tasks
-            },
+            "tasks": {name: _scored(config, name) for name in tasks},
         }
     )
+
+
+def _scored(config: Config, task: str) -> dict[str, str]:
+    """What a curve has to know of a task: its metric, and whose prompts it has with a text before them."""
+    entry = config.tasks[task]
+    known = {"metric": entry.metric, "before": entry.inserted and entry.inserted.before}
+    return {key: value for key, value in known.items() if value}
 
 
 def search_slice(config: Config, tasks: tuple[str, ...]) -> str:

@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from sparsity_atlas.config.findings import explain
+from sparsity_atlas.config.inserted_text import InsertedText, resolved
 from sparsity_atlas.config.model_entry import ModelEntry
 from sparsity_atlas.config.revisions import expanded, replaced, revision_names
 from sparsity_atlas.config.run_block import RunBlock
@@ -103,6 +104,8 @@ class TaskEntry(Strict):
     allow_code: bool = False
     """Let the task run code that the model writes (HumanEval, MBPP), with all that you may do on this
     machine; best in a container."""
+    inserted: InsertedText | None = None
+    """A text put before the prompts of another entry: `{before: cloze, text: "/ ", times: 40}`."""
     override: dict[str, Any] = Field(default_factory=dict)
     """Keys of the task's own YAML to replace, for instance `dataset_path` and `dataset_kwargs`."""
 
@@ -172,6 +175,8 @@ class Config(Strict):
             for key in ("models", "criteria", "texts", "tasks"):
                 if isinstance(data.get(key), dict):
                     data = {**data, key: {k: {} if v is None else v for k, v in data[key].items()}}
+            if isinstance(data.get("tasks"), dict):
+                data = {**data, "tasks": resolved(data["tasks"])}
         return data
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from sparsity_atlas.curves.equal_sparsity import (
 from sparsity_atlas.curves.node_samples import NodeSamples, Profile
 from sparsity_atlas.curves.phases import mean_profile, phase_profile, phase_rows
 from sparsity_atlas.curves.points import CurvePoint, curve_points, estimate_all
+from sparsity_atlas.curves.with_and_without import inserted_rows
 from sparsity_atlas.errors import AtlasError, TaskFailure
 from sparsity_atlas.files.whole import digest, write_manifest
 from sparsity_atlas.statistics.bootstrap import Estimates, TaskSamples
@@ -145,10 +147,13 @@ def parameter_sparsity(node: NodeSamples, task: str, site: str) -> float | None:
 
 
 def point_rows(
-    points: list[CurvePoint], nodes: dict[str, NodeSamples], site: str
+    points: list[CurvePoint],
+    nodes: dict[str, NodeSamples],
+    site: str,
+    beside: Iterable[str] = (),
 ) -> list[dict[str, Any]]:
     """Rows of curves.csv: the points, and the sparsity by parameters and texts that were cut beside each."""
-    accuracies = {point.task for point in points if point.kind == "accuracy"} - {AVERAGE}
+    accuracies = {point.task for point in points if point.kind == "accuracy"} - {AVERAGE, *beside}
     rows = []
     for point in points:
         tasks = accuracies if point.task == AVERAGE else {point.task}
@@ -194,8 +199,15 @@ def equal_of(
     if samples and len(set(dense.outputs(samples[0].task).tolist())) > 1:
         weighed = all_samples(dense, nodes, settings, "parameters")
         replicates = min(settings["replicates"], REPLICATES)
-        rows += equal_rows(estimate_all(weighed, replicates, settings["seed"]), "parameters")
+        bootstrap = replicates, settings["seed"]
+        again = estimate_all(weighed, *bootstrap, beside=made_of(settings))
+        rows += equal_rows(again, "parameters")
     return rows
+
+
+def made_of(settings: dict[str, Any]) -> dict[str, str]:
+    """Of tasks with a text before their prompts the task whose prompts these are."""
+    return {task: one["before"] for task, one in settings["tasks"].items() if "before" in one}
 
 
 def build(
@@ -224,10 +236,15 @@ def build(
         for task in tasks
         if not node.ok(task)
     ]
+    befores = made_of(settings)
+    bootstrap = settings["replicates"], settings["seed"]
+    inserted = list(inserted_rows(samples, befores, dense, levels, *bootstrap))
     return {
         "levels": levels,
         "weights": dense.weights(samples[0].task) if samples else None,
-        "points": point_rows(curve_points(estimates, levels), {"dense": dense, **nodes}, site),
+        "points": point_rows(
+            curve_points(estimates, levels), {"dense": dense, **nodes}, site, befores
+        ),
         "phase_points": [
             row
             for one in samples
@@ -241,6 +258,7 @@ def build(
             for level, node in {"dense": dense, **nodes}.items()
         },
         "samples": {one.task: identity(dense.rows(one.task)) for one in samples},
+        **({"beside": befores, "inserted": inserted} if befores else {}),
         "cut": {task: dense.cut(task) for task in tasks if dense.ok(task)},
         "failures": failures,
     }
@@ -268,7 +286,8 @@ def main() -> None:
     dense = NodeSamples(arguments.dense.parent, arguments.site)
     settings = arguments.settings
     samples = all_samples(dense, nodes, settings)
-    estimates = estimate_all(samples, settings["replicates"], settings["seed"])
+    bootstrap = settings["replicates"], settings["seed"]
+    estimates = estimate_all(samples, *bootstrap, beside=made_of(settings))
     write_equal(arguments.equal, equal_of(dense, nodes, samples, estimates, settings))
     content = build(dense, nodes, samples, estimates, settings, arguments.site)
     write_manifest(arguments.output, content)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,10 +66,19 @@ class CurvePoint:
     fitted: float | None
 
 
-def estimate_all(tasks: Sequence[TaskSamples], replicates: int, seed: int) -> list[Estimates]:
-    """Estimates of each task, then of the average over the accuracy tasks if there are any."""
+def estimate_all(
+    tasks: Sequence[TaskSamples], replicates: int, seed: int, beside: Container[str] = ()
+) -> list[Estimates]:
+    """Estimates of each task, then of the average over the accuracy tasks if there are any.
+
+    Args:
+        tasks: samples of each.
+        replicates: of the bootstrap.
+        seed: of the bootstrap.
+        beside: tasks that the average leaves out, since they are others with a text before their prompts.
+    """
     estimates = [estimate(samples, replicates, seed) for samples in tasks]
-    accuracies = [one for one in estimates if one.kind == "accuracy"]
+    accuracies = [one for one in estimates if one.kind == "accuracy" and one.task not in beside]
     return [*estimates, average(accuracies)] if accuracies else estimates
 
 

@@ -90,8 +90,12 @@ def evaluate_node(
                 kept.write()
                 written = time.monotonic()
         kept.write()
-        for name, metric in (metrics or {}).items() if node is None else ():
-            check_measured(name, metric, kept.samples)
+        if node is None:
+            from sparsity_atlas.evaluation.gates.measured_gates import keep_gates
+
+            for name, metric in (metrics or {}).items():
+                check_measured(name, metric, kept.samples)
+            keep_gates(session, folder, kept.samples.finished())
         manifest = _manifest(session, node, kept)
         write_manifest(folder / "eval.json", manifest)
     return manifest

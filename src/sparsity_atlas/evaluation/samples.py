@@ -58,6 +58,14 @@ class SampleTable:
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     rows: dict[str, pa.Table] = field(default_factory=dict)
 
+    def finished(self) -> dict[str, str]:
+        """Fingerprints of the tasks that did not fail."""
+        return {
+            name: one["fingerprint"]
+            for name, one in self.tasks.items()
+            if one["result"]["status"] == "ok"
+        }
+
     def write(self, path: Path) -> None:
         """Write the table atomically; the same contents give the same bytes."""
         order = sorted(self.tasks)

@@ -135,6 +135,8 @@ def search(
     dense_manifest = read_manifest(dense_folder / "eval.json")
     baseline = {task: dense_manifest["tasks"][task] for task in session.tasks}
     usable = [task for task, result in baseline.items() if result["status"] == "ok"]
+    # The average is of tasks as they are, without what is put before their prompts.
+    usable = [task for task in usable if not session.tasks[task].inserted] or usable
     if not usable:
         # A result like any other: it counts as below every bar, and the report lists it.
         return _nothing("the dense model failed on every task")

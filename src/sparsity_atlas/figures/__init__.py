@@ -6,7 +6,7 @@ start with `draw`, which holds the functions.
 
 from __future__ import annotations
 
-from sparsity_atlas.figures.studies.catalogue import OF_MASKS, OVER_MODELS, Entry
+from sparsity_atlas.figures.studies.catalogue import OF_MASKS, OF_TEXTS, OVER_MODELS, Entry
 
 __all__ = ["FIGURES", "Entry"]
 
@@ -105,6 +105,7 @@ FIGURES = {
         "Critical sparsity (99 % of dense accuracy) of each task and on average, and PPL-1% sparsity "
         "of tasks with a loss; where there are few tasks, 95 % intervals stand below the values.",
     ),
+    **OF_TEXTS,
     "layer_sparsity": Entry(
         "Induced sparsity by layer",
         "Layers",

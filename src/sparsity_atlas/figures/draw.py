@@ -23,6 +23,7 @@ from sparsity_atlas.figures import (
 )
 from sparsity_atlas.figures.studies import (
     cett_curve,
+    inserted,
     layer_profile,
     local_dimension,
     neurons,
@@ -51,6 +52,8 @@ DRAW: dict[str, Callable[[Tables], Figure]] = {
     "twins": twin_curves.twins,
     "comparison_error": differences.output_errors,
     "tasks": by_task.tasks,
+    "inserted": inserted.scores,
+    "inserted_gates": inserted.gates,
     "layer_sparsity": by_layer.layer_sparsity,
     "layer_profile": layer_profile.layer_profile,
     "phase_sparsity": by_phase.phase_sparsity,

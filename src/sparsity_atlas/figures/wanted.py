@@ -27,6 +27,10 @@ def wanted(config: Config) -> list[str]:
     specs = {curve.criterion: grid.criterion_slice(config, curve.criterion) for curve in curves}
     there = {
         **dict.fromkeys(("criteria", "comparison", "comparison_error"), max(places.values()) > 1),
+        **dict.fromkeys(
+            ("inserted", "inserted_gates"),
+            any(config.tasks[task].inserted for curve in curves for task in curve.tasks),
+        ),
         "layer_profile": max(places.values()) > 1
         and any(json.loads(spec).get("rule") in grid.GLOBAL_RULES for spec in specs.values()),
         "twins": bool(grid.pairs(config)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from sparsity_atlas.terms import Phase
 
-# Token ids of one request of lm-eval's: context and continuation, a whole document, or a prompt.
+# Token ids of one request of lm-eval's: context and continuation, a prompt, or a whole document, perhaps with
+# what is put before it.
 Encoding = tuple[list[int], ...]
 
 
@@ -173,7 +174,7 @@ def arranged(
             work.lengths = [len(tokens) for (tokens,) in encodings[kind]]
             continue
         if kind == "loglikelihood_rolling":
-            parts = [windows(tokens, limits, limits.max_length) for (tokens,) in encodings[kind]]
+            parts = [behind(limits, limits.max_length, *encoding) for encoding in encodings[kind]]
             work.windows = [i for i, own in enumerate(parts) for _ in own]
             pairs = [window for own in parts for window in own]
             asked = [(some[i], owners[i]) for i in work.windows]
@@ -213,6 +214,23 @@ def _largest(work: Work, prompts: list[Instance], limits: Limits) -> Largest:
         kept = rows * min(longest + room, limits.max_length)
         found |= Largest(rows * longest, longest, rows, kept=kept)
     return found
+
+
+def behind(
+    limits: Limits, length: int, tokens: list[int], opening: Sequence[int] = ()
+) -> list[tuple[list[int], list[int]]]:
+    """As `windows`, of which the first follows tokens that are not scored.
+
+    Raises:
+        TaskFailure: these leave no room.
+    """
+    if len(opening) >= length:
+        raise TaskFailure(
+            f"inserted: {len(opening)} tokens before a document, of which the model takes {length}; "
+            "insert fewer"
+        )
+    found = windows(tokens, limits, length - len(opening))
+    return [(context + list(opening), own) for context, own in found[:1]] + found[1:]
 
 
 def windows(tokens: list[int], limits: Limits, length: int) -> list[tuple[list[int], list[int]]]:

@@ -36,7 +36,7 @@ _TEXT |= {"dtype", "sites", "digest", "reference", "allocation", "sparsity_of", 
 _TEXT |= {"series", "checkpoint", "law", "over"}
 _TEXT |= {"predictor", "node"}
 _TEXT |= {"phase", "region", "quantity", "metric", "first", "second", "measure", "label", "note"}
-_TEXT |= {"continuation"}
+_TEXT |= {"continuation", "before"}
 _FLAGS = {"low_open", "high_open", "non_monotone", "resolved", "paired", "of_activation"}
 
 
@@ -62,6 +62,8 @@ class Tables:
     output_error: pd.DataFrame
     masks: pd.DataFrame
     prompt_reuse: pd.DataFrame
+    inserted: pd.DataFrame
+    inserted_gates: pd.DataFrame
     allocation: pd.DataFrame
     sensitivity: pd.DataFrame
     experts: pd.DataFrame

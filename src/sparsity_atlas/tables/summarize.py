@@ -20,6 +20,9 @@ prompt_reuse.csv        model × criterion × site × level × continuation × q
                         prompt's mask shares with later tokens' own, and what it costs, if asked for
 masks.csv               model × criterion × site × level × tensor × quantity × place, on the captured text:
                         neurons that several tokens leave unused, and what neighbours share
+inserted.csv            model × criterion × site × level × task: what a text before its prompts does to
+                        the score
+inserted_gates.csv      model × task × layer × quantity: and to the dense model's gates
 allocation.csv          model × criterion × site × tensor × layer × sparsity, of criteria with an
                         allocation: damage of this layer alone at this sparsity, and its own sparsity
                         where this is the target
@@ -61,7 +64,6 @@ from sparsity_atlas.files.csv import Table, write_csv, write_side_by_side
 from sparsity_atlas.files.parquet import read_parquet
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.statistics.slopes import SCALING, Scaling
-from sparsity_atlas.studies import prompt_table
 from sparsity_atlas.tables.allocations import ALLOCATION, allocation_rows
 from sparsity_atlas.tables.comparison import COMPARISON, comparison_rows
 from sparsity_atlas.tables.experts import EXPERTS, expert_rows
@@ -78,8 +80,10 @@ from sparsity_atlas.tables.model_table import (
     model_rows,
     model_sizes,
 )
-from sparsity_atlas.tables.profile import PROFILE, profile_rows
 from sparsity_atlas.tables.steps import STEPS, step_rows
+from sparsity_atlas.tables.studies.insertions import GATES, INSERTED, gate_rows, inserted_rows
+from sparsity_atlas.tables.studies.profile import PROFILE, profile_rows
+from sparsity_atlas.tables.studies.reused_masks import PROMPT_REUSE, reuse_rows
 from sparsity_atlas.tables.training import FITS, LIMITS, TRAINING, Training
 from sparsity_atlas.tables.twins import TWINS, twin_rows
 from sparsity_atlas.terms import AVERAGE, NAMED_PARTS, plain
@@ -104,7 +108,6 @@ MAGNITUDES = ["model", "tensor", "low", "high", "share"]
 PART = ["part", "expert"]
 SENSITIVITY = [*KEY, "level", "tensor", "layer", "sparsity"]
 SENSITIVITY += ["added_loss", "added_loss_low", "added_loss_high"]
-PROMPT_REUSE = [*KEY, *prompt_table.SCHEMA.names]
 FAILURES = [*KEY, "level", "task", "reason"]
 
 
@@ -127,7 +130,8 @@ def critical_rows(
         whole: the model's `weights_of_a_token`.
     """
     ideal = Ideal(curve, whole)
-    accuracies = {row["task"] for row in curve["critical"] if row["kind"] == "accuracy"} - {AVERAGE}
+    accuracies = {row["task"] for row in curve["critical"] if row["kind"] == "accuracy"}
+    accuracies -= {AVERAGE, *curve.get("beside", ())}
     for row in curve["critical"]:
         tasks = accuracies if row["task"] == AVERAGE else {row["task"]}
         cut = {
@@ -189,13 +193,6 @@ def sensitivity_rows(paths: list[Path]) -> Iterator[dict[str, Any]]:
             yield {**_key(path), "part": None, **row}
 
 
-def reuse_rows(sparsity: list[Path]) -> Iterator[dict[str, Any]]:
-    """Rows of prompt_reuse.csv, from the prompt_reuse.parquet beside each sparsity.parquet."""
-    for path in sparsity:
-        found = read_parquet(path.with_name("prompt_reuse.parquet"), prompt_table.SCHEMA)
-        yield from ({**_key(path), **row} for row in found.to_pylist())
-
-
 def write_tables(
     folder: Path,
     models: list[Path],
@@ -244,6 +241,7 @@ def write_tables(
             tables["curves.csv"].add(point_rows(key, curve, whole[key["model"]]))
             masks = read_masks(stored[path.parent]) if path.parent in stored else []
             tables["layers.csv"].add(layer_rows(key, curve, captured, masks))
+            tables["inserted.csv"].add(inserted_rows(key, curve))
             tables["layer_profile.csv"].add(profile_rows(key, curve["layers"]))
             looks = list(error_rows(key, captured)), list(mask_rows(key, masks))
             foretelling.add_captured((key["model"], key["criterion"], key["site"]), *looks)
@@ -251,7 +249,7 @@ def write_tables(
 
     critical = with_active(CRITICAL, sizes)
     columns = {"critical_sparsity.csv": critical, "curves.csv": POINTS, "layers.csv": LAYERS}
-    columns |= {"layer_profile.csv": PROFILE}
+    columns |= {"layer_profile.csv": PROFILE, "inserted.csv": INSERTED}
     write_side_by_side(folder, {**columns, "failures.csv": FAILURES}, read_curves)
     errors = (row for path in sparsity for row in error_rows(_key(path), captured_rows(path)))
     parted = any("parts" in read_manifest(path) for path in models)
@@ -259,6 +257,7 @@ def write_tables(
     together = (row for path in sparsity for row in mask_rows(_key(path), read_masks(path)))
     write_csv(folder / "masks.csv", MASKS + PART[:1] * parted, together)
     write_csv(folder / "prompt_reuse.csv", PROMPT_REUSE, reuse_rows(sparsity))
+    write_csv(folder / "inserted_gates.csv", GATES, gate_rows(models))
     write_csv(folder / "scaling.csv", SCALING, scaling.rows())
     write_csv(folder / "training.csv", TRAINING, training.rows())
     write_csv(folder / "training_fits.csv", FITS, training.fits)

@@ -76,7 +76,11 @@ class _Curve:
 
     def accuracies(self) -> set[str]:
         """The tasks that the average is of."""
-        return {task for task, kind in self.kinds().items() if kind == ACCURACY} - {AVERAGE}
+        beside = self.content.get("beside", ())
+        return {task for task, kind in self.kinds().items() if kind == ACCURACY} - {
+            AVERAGE,
+            *beside,
+        }
 
     def dense(self, task: str) -> float | None:
         """The untouched model's score."""

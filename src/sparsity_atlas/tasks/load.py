@@ -125,10 +125,13 @@ def _load(name: str, entry: dict[str, Any], seed: int) -> LoadedTask:
         )
     variables = surroundings.values(files.variables)
     budget = entry.get("max_gen_toks")
+    put = entry.get("inserted")
+    inserted = put.get("text", "/ ") * put.get("times", 1) if put else ""
     identity = {
         "limit": limit,
         "cluster": cluster,
         **({"max_gen_toks": budget} if budget else {}),
+        **({"inserted": inserted} if inserted else {}),
         "seed": seed,
         "code": code_digest(files.code | modules.files()),
         "leaves": leaves,
@@ -142,6 +145,7 @@ def _load(name: str, entry: dict[str, Any], seed: int) -> LoadedTask:
         unfollowed=bool(files.computed | files.unsteady),
         allow_code=allow_code,
         max_gen_toks=budget,
+        inserted=inserted,
     )
 
 

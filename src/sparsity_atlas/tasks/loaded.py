@@ -10,7 +10,7 @@ import functools
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -78,6 +78,7 @@ class LoadedTask:
             that its identity may lack something.
         allow_code: whether it may run code that the model writes.
         max_gen_toks: tokens that an answer may have; None: as the task says.
+        inserted: text put before its prompts, or nothing.
     """
 
     name: str
@@ -93,12 +94,18 @@ class LoadedTask:
     unfollowed: bool = False
     allow_code: bool = False
     max_gen_toks: int | None = None
+    inserted: str = ""
 
     @property
     def leaves(self) -> dict[str, Task]:
         """lm-eval's tasks by name; one unless this is a group."""
         leaves: dict[str, Task] = self.contents["tasks"]
         return leaves
+
+    def as_it_is(self) -> LoadedTask:
+        """The same task without what is put before its prompts."""
+        identity = {key: one for key, one in self.identity.items() if key != "inserted"}
+        return replace(self, inserted="", identity=identity)
 
     def may_change(self, name: str) -> bool:
         """Whether code of a leaf's own reads its documents, and so may change them."""

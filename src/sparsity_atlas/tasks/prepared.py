@@ -17,6 +17,7 @@ from sparsity_atlas.errors import TaskFailure
 from sparsity_atlas.garbage import kept_as_it_is
 from sparsity_atlas.tasks import request_cache
 from sparsity_atlas.tasks.choices import Choices, Group, can_score, grouped
+from sparsity_atlas.tasks.insertion.opening import behind, opened
 from sparsity_atlas.tasks.reported_metrics import mislabelled
 from sparsity_atlas.tasks.request_cache import Beside, Labels, Row
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from sparsity_atlas.lm.journalled import JournalledLM
     from sparsity_atlas.lm.work import Arranged, Encoding
-    from sparsity_atlas.tasks.loaded import LoadedTask
+from sparsity_atlas.tasks.loaded import LoadedTask
 
 
 class PreparedTask:
@@ -203,7 +204,7 @@ def _requests(
     lm: JournalledLM, task: LoadedTask, seed: int, made_of: dict[str, Any] | None
 ) -> _Requests:
     known = request_cache.read(made_of) if made_of else None
-    rows, encoded = _build(lm, task, seed=seed) if known is None else (known.rows, [])
+    rows, encoded = build(lm, task, seed=seed) if known is None else (known.rows, [])
     leaves = {}
     requests: dict[str, list[Instance]] = defaultdict(list)
     numbers: dict[str, list[int]] = defaultdict(list)  # of their rows
@@ -282,7 +283,8 @@ def _labels(task: LoadedTask, leaves: dict[str, PreparedTask]) -> Labels:
     return Labels(hashes, sum(shares) / len(shares) if shares else None, wrong, choices)
 
 
-def _build(lm: JournalledLM, task: LoadedTask, *, seed: int) -> tuple[list[Row], list[Encoding]]:
+def build(lm: JournalledLM, task: LoadedTask, *, seed: int) -> tuple[list[Row], list[Encoding]]:
+    """A task's requests and their token ids; arguments and errors as those of `prepare`."""
     # As lm-eval does, which loads a task and builds its requests in one go.
     task.drawn.restore()
     chat = lm.prompts.apply_chat_template
@@ -296,7 +298,7 @@ def _build(lm: JournalledLM, task: LoadedTask, *, seed: int) -> tuple[list[Row],
             system_instruction=lm.prompts.system_instruction,
             apply_chat_template=chat,
             fewshot_as_multiturn=chat and lm.prompts.fewshot_as_multiturn,
-            chat_template=lm.apply_chat_template if chat else None,
+            chat_template=opened(lm.apply_chat_template, task.inserted) if chat else None,
         )
         built += [(name, _with(settings, one)) for one in leaf.instances]
     if budget and not any(one.request_type == "generate_until" for _, one in built):
@@ -305,7 +307,11 @@ def _build(lm: JournalledLM, task: LoadedTask, *, seed: int) -> tuple[list[Row],
     encodings: list[Encoding] = []
     for kind in dict.fromkeys(instance.request_type for _, instance in built):
         some = [(name, instance) for name, instance in built if instance.request_type == kind]
-        encodings += lm.encode(kind, [instance for _, instance in some])
+        asked = [instance for _, instance in some]
+        if task.inserted and (kind == "loglikelihood_rolling" or not chat):
+            encodings += behind(lm, kind, asked, task.inserted)
+        else:
+            encodings += lm.encode(kind, asked)
         rows += [Row(name, kind, one.doc_id, one.idx, one.repeats, one.args) for name, one in some]
     return rows, encodings
 

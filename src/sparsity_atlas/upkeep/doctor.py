@@ -21,6 +21,7 @@ from sparsity_atlas.activations.store import ActivationStore
 from sparsity_atlas.criteria.calibration_file import read_calibration
 from sparsity_atlas.curves import equal_sparsity
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.evaluation.gates import gate_table
 from sparsity_atlas.evaluation.kept import COUNTED
 from sparsity_atlas.evaluation.samples import read_table
 from sparsity_atlas.files.journal import whole_lines
@@ -81,6 +82,8 @@ def examine(results: Path) -> Iterator[Finding]:
         nodes |= {path.parent for path in results.glob(f"{pattern}/*.journal")}
         for node in sorted(nodes):
             yield from _node(node)
+    for path in sorted(results.glob(f"*/dense/{gate_table.NAME}")):
+        yield _file(path, gate_table.read_table)
     for name in ("search.json", "curve.json"):
         for path in sorted(results.glob(f"*/*/*/{name}")):
             yield _file(path, read_manifest)

@@ -329,6 +329,8 @@ def test_many_models_fit_on_a_page_and_the_figure_says_what_is_left_out(tmp_path
                 "cett",
                 "local_dimension",
                 "layer_profile",
+                "inserted",
+                "inserted_gates",
                 "prompt_overlap",
                 "prompt_overlap_layers",
                 "prompt_loss",

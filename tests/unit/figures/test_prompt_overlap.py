@@ -15,8 +15,8 @@ from sparsity_atlas.figures.studies import layer_profile, prompt_overlap
 from sparsity_atlas.figures.style import NothingToShow
 from sparsity_atlas.files.parquet import write_parquet
 from sparsity_atlas.studies.prompt_table import SCHEMA
-from sparsity_atlas.tables.profile import profile_rows
 from sparsity_atlas.tables.read import Tables
+from sparsity_atlas.tables.studies.profile import profile_rows
 
 
 def rows_of(level: str, sparsity: float) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ DENOISED = {"step_sparsity", "step_overlap", "step_layers"}
 # Of five models, or named in `studies` or `layers`.
 PROMPTS = {"prompt_overlap", "prompt_overlap_layers", "prompt_loss"}
 ASKED_FOR = {"foretelling", "mask_recall", "local_dimension", "cett", "single_layers"}
-ASKED_FOR |= {"layer_profile", "truthfulness", *PROMPTS}
+ASKED_FOR |= {"layer_profile", "truthfulness", "inserted", "inserted_gates", *PROMPTS}
 # Of checkpoints of a training.
 TRAINED = {"training", "training_limits"}
 PHASES, TWINS = {"phase_sparsity"}, {"twins"}

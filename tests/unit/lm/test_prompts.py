@@ -16,6 +16,8 @@ from transformers.utils import chat_template_utils
 from plain_lm import answers, assert_same, assert_same_prompts, flat, merged, plainly, through_atlas
 from sparsity_atlas.errors import AtlasError, TaskFailure
 from sparsity_atlas.evaluation.evaluate import Session, evaluate_node
+from sparsity_atlas.lm import work
+from sparsity_atlas.tasks.insertion.opening import behind
 from tiny_lm import (
     CHAT,
     CHOICE,
@@ -190,6 +192,60 @@ def test_chat_prompts(
     context = outcomes["shots"]["samples"]["shots"][0]["arguments"][0][0]
     assert context.count("<assistant>") == 3
     assert ("<think>" in context) is (template == "thinks")
+
+
+def test_a_text_begins_the_user_s_first_message(talks: dict, tmp_path: Path) -> None:
+    """Behind the system's message, before the first example; what is scored stays the same."""
+    place = Place(tmp_path, max_position_embeddings=160)
+    (place.folder / "chat_template.jinja").write_text(TEMPLATES["plain"])
+    place.describe()
+    put = {"inserted": {"text": "/ ", "times": 4}}
+    both = {"shots": talks["shots"], "shots_behind": {**talks["shots"], **put}}
+    session = place.session(both, apply_chat_template=True, system_instruction="Be brief.")
+    plain, behind = (session.prepared(name).leaves["shots"].instances for name in both)
+    assert len(plain) == len(behind) > 0
+    for one, other in zip(plain, behind, strict=True):
+        assert other.args[1] == one.args[1]
+        before, _, rest = one.args[0].partition("<user> ")
+        assert "Be brief." in before
+        assert other.args[0] == f"{before}<user> / / / / {rest}"
+    assert session.tasks["shots_behind"].identity != session.tasks["shots"].identity
+    assert session.tasks["shots_behind"].as_it_is().identity == session.tasks["shots"].identity
+
+
+def test_a_text_after_which_an_answer_would_be_read_in_another_way_is_refused() -> None:
+    class Reads:
+        """Reads an answer behind a slash as another token."""
+
+        def encode(self, kind: str, requests: list[Any]) -> list[tuple[list[int], list[int]]]:
+            return [([1], [3 if one.args[0].startswith("/") else 2]) for one in requests]
+
+    class Asked:
+        task_name, doc_id, args = "t", 7, ("why", "so")
+
+        @property
+        def arguments(self) -> tuple[str, ...]:
+            return self.args
+
+        @arguments.setter
+        def arguments(self, given: tuple[str, ...]) -> None:
+            self.args = given
+
+    with pytest.raises(TaskFailure, match=r"'t', document 7: inserted: the tokens of 'so' would"):
+        behind(Reads(), "loglikelihood", [Asked()], "/ ")  # type: ignore[arg-type]
+
+
+def test_windows_behind_a_text_leave_room_for_it() -> None:
+    limits = work.Limits(batch_size=1, max_length=6, prefix_token=1)
+    tokens = list(range(10, 19))
+    found = work.behind(limits, 6, tokens, [7, 7])
+    first = ([1, 7, 7], [10, 11, 12, 13])
+    # The last window is filled up with what stands before it, as lm-eval fills it.
+    assert found == [first, ([13], [14, 15, 16, 17]), ([14, 15, 16, 17], [18])]
+    assert work.behind(limits, 6, tokens) == work.windows(tokens, limits, 6)
+    assert work.behind(limits, 6, [], [7]) == []
+    with pytest.raises(TaskFailure, match="inserted: 6 tokens before a document, of which the"):
+        work.behind(limits, 6, tokens, [7] * 6)
 
 
 def clock(monkeypatch: pytest.MonkeyPatch, day: int) -> None:

@@ -144,6 +144,8 @@ def test_every_figure_and_every_model_is_there(finished, text):
         "cett",
         "local_dimension",
         "layer_profile",
+        "inserted",
+        "inserted_gates",
         "prompt_overlap",
         "prompt_overlap_layers",
         "prompt_loss",

@@ -29,25 +29,44 @@ class Random(Criterion):
     looks_at_weights = False
 
     def __init__(self, seed: int = 0) -> None:
-        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
-            raise ValueError(f"seed: expected a whole number from 0 to 2^31 - 1, found {seed!r}")
-        self.seed = seed
+        self.seed = checked_seed(seed)
         self._salt = seed
 
     def bind(self, place: Place, state: dict[str, Tensor]) -> Self:
         """See `Criterion.bind`."""
         bound = copy.copy(self)
-        bound._salt = self.seed + (zlib.crc32(f"{place.tensor}.{place.layer}".encode()) << 31)
+        bound._salt = salt_of(self.seed, place)
         return bound
 
     def mask(self, values: Tensor, level: float) -> Tensor:
         """See `Criterion.mask`."""
-        channels = torch.arange(values.shape[-1], device=values.device)
-        codes = _hash(channels + self._salt)
-        # The signs: last bits of a value depend on the batch that it was computed in.
-        token = torch.where(values > 0, codes, 0).sum(-1, keepdim=True)
-        draw = _hash(_hash(token) + codes)
-        return _shift(draw, 11).double() * 2.0**-53 < level
+        return draws(values, self._salt) < level
+
+
+def salt_of(seed: int, place: Place) -> int:
+    """What tells the draws of a place from those of others."""
+    return seed + (zlib.crc32(f"{place.tensor}.{place.layer}".encode()) << 31)
+
+
+def draws(values: Tensor, salt: int) -> Tensor:
+    """A number in [0, 1) for each entry, the same in any batch: float64 of the values' shape."""
+    channels = torch.arange(values.shape[-1], device=values.device)
+    codes = _hash(channels + salt)
+    # The signs: last bits of a value depend on the batch that it was computed in.
+    token = torch.where(values > 0, codes, 0).sum(-1, keepdim=True)
+    draw = _hash(_hash(token) + codes)
+    return _shift(draw, 11).double() * 2.0**-53
+
+
+def checked_seed(seed: int) -> int:
+    """A seed of draws.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
+        raise ValueError(f"seed: expected a whole number from 0 to 2^31 - 1, found {seed!r}")
+    return seed
 
 
 def _hash(numbers: Tensor) -> Tensor:

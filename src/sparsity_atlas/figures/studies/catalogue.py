@@ -150,3 +150,26 @@ OF_MASKS = {
         missed=False,
     ),
 }
+# Of tasks that have a text put before their prompts.
+OF_TEXTS = {
+    "inserted": Entry(
+        "Texts before the prompts: scores",
+        "Tasks",
+        ("inserted", "curves"),
+        "Score of a task with a text before its prompts less its score without, in the dense model (the "
+        "first point) and at each level, over the sparsity that the level induces without the text. Above "
+        "zero accuracy, or loss, is higher with it. Bands are 95 % intervals by paired bootstrap over the "
+        "documents.",
+        missed=False,
+    ),
+    "inserted_gates": Entry(
+        "Texts before the prompts: gates",
+        "Tasks",
+        ("inserted_gates",),
+        "Change of the dense model's gates after the nonlinearity by a text before the prompts, on the same "
+        "tokens, as a share of what they are without it: share near zero (the same bound for both), L1 and "
+        "L2 norm, and Gini coefficient of the magnitudes, mean over tokens and documents. Bands are 95 % "
+        "intervals by paired bootstrap over the documents.",
+        missed=False,
+    ),
+}

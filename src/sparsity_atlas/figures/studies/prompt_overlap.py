@@ -43,7 +43,6 @@ def overlap(tables: Tables) -> Figure:
     _doubling(axes)
     for ax in axes:
         percent_axis(ax.yaxis)
-        ax.set_ylim(0, 1.04)
     return _labelled(figure, axes, "tokens behind the prompt", "shared neurons (%)", note)
 
 
@@ -64,7 +63,6 @@ def by_layer(tables: Tables) -> Figure:
     figure, axes, note = _draw(tables, line, _of_masks())
     for ax in axes:
         percent_axis(ax.yaxis)
-        ax.set_ylim(0, 1.04)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return _labelled(figure, axes, "layer", "shared neurons (%)", note)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from sparsity_atlas.diffusion.rows import Request, Rows, rows_of
 from sparsity_atlas.errors import TaskFailure
-from sparsity_atlas.lm.work import Arranged, Limits, generation_batches, windows
+from sparsity_atlas.lm.work import Arranged, Limits, behind, generation_batches
 from sparsity_atlas.models.memory import Largest
 from sparsity_atlas.terms import DENOISING, SCORING
 
@@ -120,9 +120,8 @@ def arrange_rows(
             continue
         if kind == "loglikelihood_rolling":
             # A window's prompt is the token before it, which is run with it.
-            parts = [
-                windows(tokens, limits, limits.max_length - 1) for (tokens,) in encodings[kind]
-            ]
+            length = limits.max_length - 1
+            parts = [behind(limits, length, *encoding) for encoding in encodings[kind]]
             work.windows = [i for i, own in enumerate(parts) for _ in own]
             work.scored[kind] = [Request(tuple(c), tuple(a)) for own in parts for c, a in own]
             owners = [owners[i] for i in work.windows]

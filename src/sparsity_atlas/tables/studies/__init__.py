@@ -1,0 +1,1 @@
+"""Tables of what is measured beside the curves. Start with `profile`."""

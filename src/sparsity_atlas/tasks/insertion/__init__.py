@@ -1,0 +1,1 @@
+"""Texts that are put before a task's prompts: see `opening`."""
