@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsity_atlas.criteria import dense_prompt
 from sparsity_atlas.criteria.in_experts import KEYS, check_keys
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.terms import SITES
@@ -32,6 +33,8 @@ __all__ = [
     "source_file",
 ]
 
+# What is no parameter of a rule.
+_BESIDE = ("rule", "file", *KEYS, *dense_prompt.KEYS)
 BUILT_IN = Path(__file__).with_name("built_in")
 
 
@@ -165,8 +168,10 @@ def create(spec: dict[str, Any]) -> Criterion:
     ]
     if len(classes) != 1:
         raise AtlasError(f"{path}: expected one subclass of Criterion, found {len(classes)}")
-    check_keys(f"criteria: {spec.get('rule', path)}", spec, constants["calibrated"])
-    parameters = {key: value for key, value in spec.items() if key not in ("rule", "file", *KEYS)}
+    name = f"criteria: {spec.get('rule', path)}"
+    check_keys(name, spec, constants["calibrated"])
+    stays = dense_prompt.read(name, spec)
+    parameters = {key: value for key, value in spec.items() if key not in _BESIDE}
     _check_parameters(spec.get("rule", path), classes[0], parameters)
     try:
         criterion = classes[0](**parameters)
@@ -175,6 +180,10 @@ def create(spec: dict[str, Any]) -> Criterion:
     for key in KEYS:
         if key in spec:
             setattr(criterion, key, spec[key])
+    if stays is not None:
+        if criterion.sees_sequences:
+            raise AtlasError(f"{name}: dense_prompt: this rule looks at prompts itself")
+        criterion.dense_prompt = stays
     _check(path, criterion)
     del constants["allocated"]  # asked of the configuration alone
     for name, value in constants.items():

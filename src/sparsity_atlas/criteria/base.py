@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from sparsity_atlas.criteria.in_experts import why_not
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sparsity_atlas.criteria.dense_prompt import DensePrompt
     from sparsity_atlas.criteria.place import Place, Sample
     from sparsity_atlas.criteria.reach import Reach
     from sparsity_atlas.kernels.definition import Threshold
@@ -66,6 +67,13 @@ class Criterion(ABC):
     """Whose rows of a mixture are calibrated together, one of `terms.CALIBRATIONS`."""
     expert_rows: int = 128
     """Rows that an expert must have in a calibration to get a state of its own."""
+    dense_prompt: DensePrompt | None = None
+    """What stays dense of each prompt; None: nothing."""
+
+    @property
+    def sees_sequences(self) -> bool:
+        """Whether what is kept of a token depends on others that it is run with, or on its place there."""
+        return self.dense_prompt is not None
 
     @property
     def differs_by_expert(self) -> bool:
@@ -79,7 +87,8 @@ class Criterion(ABC):
     def refuses(self, place: Place) -> str | None:
         """Why the rule cannot work at a place of a model; None: it can."""
         constants = {"not_in_experts": self.not_in_experts, "by_channel": self.by_channel}
-        chosen = {"calibration": self.calibration, "allocation": self.allocation}
+        chosen: dict[str, Any] = {"calibration": self.calibration, "allocation": self.allocation}
+        chosen |= {} if self.dense_prompt is None else {"dense_prompt": self.dense_prompt}
         return why_not(constants, chosen) if place.experts else None
 
     def calibrate(self, place: Place, sample: Sample) -> dict[str, Tensor]:
@@ -166,6 +175,11 @@ class SequenceCriterion(Criterion):
     """
 
     looks_at_weights = False  # Not by expert: of a sequence an expert sees some tokens.
+
+    @property
+    def sees_sequences(self) -> bool:
+        """See `Criterion.sees_sequences`."""
+        return True
 
     def refuses(self, place: Place) -> str | None:
         """See `Criterion.refuses`."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sparsity_atlas.criteria import dense_prompt
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.terms import CALIBRATIONS
 
@@ -60,6 +61,8 @@ def why_not(constants: Mapping[str, Any], spec: Mapping[str, Any]) -> str | None
         return (
             "what it finds is by channel, which no two experts share; say calibration: per_expert"
         )
+    if any(key in spec for key in dense_prompt.KEYS):
+        return "what stays dense of a prompt are tokens, of which an expert sees some"
     if spec.get("allocation", "uniform") != "uniform":
         return "an allocation levels one error a layer, and the parts of a mixture's layer have one each"
     return None

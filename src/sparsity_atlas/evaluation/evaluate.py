@@ -20,7 +20,7 @@ from sparsity_atlas import cli
 from sparsity_atlas.code_version import code_version
 from sparsity_atlas.criteria import source_file
 from sparsity_atlas.criteria.calibration_file import read_calibration
-from sparsity_atlas.errors import NumericalFailure, TaskFailure
+from sparsity_atlas.errors import AtlasError, NumericalFailure, TaskFailure
 from sparsity_atlas.evaluation.expert_table import expert_rows
 from sparsity_atlas.evaluation.kept import Finished, Kept
 from sparsity_atlas.evaluation.node import Node
@@ -59,11 +59,17 @@ def evaluate_node(
         up, has the status `failed` and the reason; the others are not affected.
 
     Raises:
-        AtlasError: a metric that a task does not report; of the dense baseline also one that is not there
+        AtlasError: a rule that leaves a part of the prompt dense, of a model that has no such pass; a metric
+            that a task does not report; of the dense baseline also one that is not there
             of each document, after the samples are kept.
     """
     for name, metric in (metrics or {}).items():
         session.check_metric(name, metric)
+    if node and node.rule.dense_prompt is not None and session.lm.denoises:
+        raise AtlasError(
+            "criteria: dense_prompt: a masked-diffusion model runs its prompt with its answer in each step; "
+            "leave it out"
+        )
     identity = {**session.identity, **(node.identity() if node else {"criterion": None})}
     names = Available.in_parts(session.parts).names("of this run", node.site) if node else ()
     identity |= {"site": names[0]} if names else {}
@@ -132,12 +138,11 @@ def run_task(
     import torch
     from lm_eval import evaluator
 
-    from sparsity_atlas.criteria.base import SequenceCriterion
     from sparsity_atlas.tasks.loaded import seed_as_lm_eval
 
     task = session.tasks[name]
     # Before anything is attached: it tries the untouched model.
-    share = node is None or not isinstance(node.rule, SequenceCriterion)
+    share = node is None or not node.rule.sees_sequences
     prepared = session.prepared(name, share=share)
     # Batches follow from what the model was seen to do right.
     journal = Journal(path, {**fingerprint, "abilities": asdict(prepared.work.abilities)})

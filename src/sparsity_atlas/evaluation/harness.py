@@ -19,7 +19,6 @@ from lm_eval.models.huggingface import HFLM
 
 from sparsity_atlas.code_version import code_version
 from sparsity_atlas.criteria import check_level, create, source_file
-from sparsity_atlas.criteria.base import SequenceCriterion
 from sparsity_atlas.criteria.calibration_file import Calibration, check_disjoint, read_calibration
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation.harness_arguments import Arguments, parse
@@ -158,7 +157,7 @@ class HarnessLM(PromptLM):
             for task, own in documents.items():
                 check_disjoint(self._calibration, task, own)
         # As `evaluate` does: such a rule's mask depends on which tokens are run together.
-        share = not isinstance(self._rule, SequenceCriterion)
+        share = self._rule is None or not self._rule.sees_sequences
         lm = self._lm
         encodings = {kind: lm.encode(kind, requests)}
         work = lm.work({kind: requests}, lambda: encodings, share=share)

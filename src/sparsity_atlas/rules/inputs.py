@@ -17,6 +17,7 @@ from sparsity_atlas.activations.text_files import kind_of
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.model_entry import ModelEntry
 from sparsity_atlas.config.schema import Config
+from sparsity_atlas.criteria import dense_prompt
 from sparsity_atlas.criteria.in_experts import check_keys
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import digest, file_digest
@@ -107,6 +108,7 @@ def check_inputs(config: Config) -> None:
             _check_calibration(config, curve)
         spec = json.loads(specs[curve.criterion])
         check_keys(f"criteria.{curve.criterion}", spec, constants["calibrated"])
+        dense_prompt.read(f"criteria.{curve.criterion}", spec)
         if "file" not in spec:
             _check_allocation(spec, curve, constants["allocated"])
         for key, level in [

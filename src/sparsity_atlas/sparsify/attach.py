@@ -18,6 +18,7 @@ from sparsity_atlas.kernels import Masked
 from sparsity_atlas.kernels.definition import Threshold
 from sparsity_atlas.sites.find import intercept, observe, sites_of
 from sparsity_atlas.sparsify.counted_vectors import Slot, slots_of
+from sparsity_atlas.sparsify.dense_prompt import sparing
 from sparsity_atlas.sparsify.each_expert import Drop, dropping_of_each
 from sparsity_atlas.sparsify.expert_counts import ByExpert
 from sparsity_atlas.sparsify.step_counts import ByStep
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from sparsity_atlas.criteria.dense_prompt import DensePrompt
     from sparsity_atlas.criteria.place import State
     from sparsity_atlas.sites.find import Part, Vectors
     from sparsity_atlas.sparsify.step import Step
@@ -291,7 +293,8 @@ def sparsified(
     `by_step=False`: masks of a generation by denoising are not followed from step to step.
     """
     bound = bind_all(criterion, parts, site, calibration)
-    with applied(model, parts, site, bound, level, by_step=by_step) as counter:
+    dense = criterion.dense_prompt
+    with applied(model, parts, site, bound, level, by_step=by_step, dense=dense) as counter:
         yield counter
 
 
@@ -304,6 +307,7 @@ def applied(
     level: float,
     *,
     by_step: bool = True,
+    dense: DensePrompt | None = None,
 ) -> Iterator[Counter]:
     """Drop what bound criteria drop at their places of a site, and count zeros there.
 
@@ -314,12 +318,15 @@ def applied(
         bound: a criterion by place; a place of the site that is not among them stays dense.
         level: of all of them.
         by_step: see `sparsified`.
+        dense: what stays dense of each prompt.
     """
     if any(isinstance(rule, ExpertRules) for rule in bound.values()):
         parts = [part.apart() for part in parts]
     slots = [slot for slot in slots_of(parts, site) if slot.key in bound]
     counter = Counter(slots, masked=by_step)
     drops = {place: dropping(rule, level, counter.sequences) for place, rule in bound.items()}
+    if dense is not None:
+        drops = {place: sparing(drop, dense, counter.sequences) for place, drop in drops.items()}
 
     def rewrite(vectors: Vectors, onto: Tensor) -> Tensor | None:
         drop = drops.get(vectors.key)
