@@ -19,8 +19,8 @@ from sparsity_atlas.kernels.definition import Threshold
 from sparsity_atlas.sites.find import intercept, observe, sites_of
 from sparsity_atlas.sparsify.counted_vectors import slots_of
 from sparsity_atlas.sparsify.counter import Counter
-from sparsity_atlas.sparsify.dense_prompt import sparing
 from sparsity_atlas.sparsify.each_expert import Drop, dropping_of_each
+from sparsity_atlas.sparsify.sparing import sparing
 from sparsity_atlas.sparsify.step_masks import left
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from sparsity_atlas.evaluation.evaluate import Session, evaluate_node
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.samples import read_table, zeros_in
 from sparsity_atlas.sparsify.attach import Counter
-from sparsity_atlas.sparsify.dense_prompt import left_dense
+from sparsity_atlas.sparsify.sparing import left_dense
 from tiny_lm import (
     CHOICE,
     GENERATION,
