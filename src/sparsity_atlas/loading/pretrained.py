@@ -59,6 +59,7 @@ def load(
     from sparsity_atlas.loading.free_memory import check_on_device, check_weights
     from sparsity_atlas.loading.placement import spread
     from sparsity_atlas.loading.wholeness import check_types, check_whole, fill_buffers
+    from sparsity_atlas.sites.experts.implementation import run_whatever_their_shapes
 
     _check_declared_types(checkpoint)
     picked, whole = pick_device(device), device_map is None
@@ -111,6 +112,7 @@ def load(
         with _one_line(checkpoint, f"cannot merge the adapter {checkpoint.adapter}"):
             model = merge_adapter(model, checkpoint.adapter, pickles=checkpoint.allow_pickle)
     ready: PreTrainedModel = model.eval()
+    run_whatever_their_shapes(ready)
     if whole:
         return ready if packed else moved(ready, target)
     return spread(ready, [target, *others])

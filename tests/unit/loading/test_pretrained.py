@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.loading.checkpoint import Checkpoint
 from sparsity_atlas.loading.pretrained import blank, load
+from sparsity_atlas.sites.experts.implementation import installed
+from sparsity_atlas.sites.find import find_parts
 from tiny_lm import save_model
 
 CODE = """
@@ -182,3 +185,38 @@ def test_a_damaged_file(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(AtlasError, match="damaged safetensors file"):
         load(Checkpoint(folder), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("kind", "hidden", "width", "runs"),
+    [
+        ("olmoe", 24, 16, "grouped_mm"),
+        ("olmoe", 24, 18, "eager"),
+        ("mixtral", 28, 18, "eager"),
+        ("gpt_oss", 26, 16, "eager"),
+    ],
+)
+def test_experts_of_any_width_run(
+    tmp_path: Path, kind: str, hidden: int, width: int, runs: str
+) -> None:
+    """Torch's grouped product, transformers' default, takes rows of whole 16 bytes only."""
+    sizes = {"hidden_size": hidden, "intermediate_size": width}
+    sizes |= {"head_dim": 8} if kind == "gpt_oss" else {}
+    few = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
+    folder = save_model(tmp_path / "m", kind=kind, **sizes, **few, num_key_value_heads=2)
+    model: Any = load(Checkpoint(folder), dtype="float32", device="cpu")
+    assert set(model.get_experts_implementation().values()) == {runs}
+    ids = torch.arange(3, 19).reshape(2, 8)
+    with torch.no_grad():
+        found = model(ids, use_cache=False).logits
+        parts = find_parts(model)
+        assert {part.name for part in parts} >= {"experts"}
+        for part in parts:
+            if part.name == "experts":
+                assert part.size("intermediate") == 2 * width
+        with installed(model):
+            ours = model(ids, use_cache=False).logits
+        model.set_experts_implementation("eager")
+        exact = model.double()(ids, use_cache=False).logits
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-5)

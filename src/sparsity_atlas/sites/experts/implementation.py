@@ -22,13 +22,15 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 from transformers.integrations.moe import ExpertsInterface
 
-from sparsity_atlas.sites.experts.experts_modules import experts_modules
+from sparsity_atlas.sites.experts.experts_modules import experts_modules, interfaced
 from sparsity_atlas.sites.experts.grouping import Grouping, group
 from sparsity_atlas.sites.experts.scaled_inputs import ScaledInputs, rerouted
 
 NAME = "sparsity_atlas"
 # The input once more, a row for each token and each of its experts.
 RECEIVED = "received"
+# Torch's grouped product steps by whole multiples of these.
+_BYTES = 16
 _Grouped = Callable[..., Tensor]
 Act = Callable[[Grouping, Tensor, Tensor], "Tensor | None"]
 
@@ -99,6 +101,25 @@ def _set(model: Any, name: str) -> Iterator[None]:
         yield
     finally:
         model.set_experts_implementation(before)
+
+
+def run_whatever_their_shapes(model: Any) -> None:
+    """Have a model's experts run their class's own loop where torch's grouped product does not take them.
+
+    Transformers' default is that product, which wants rows of whole 16 bytes, and fails else.
+
+    Args:
+        model: of transformers.
+    """
+    odd = any(
+        size * weight.element_size() % _BYTES
+        for module in interfaced(model).values()
+        for weight in module.parameters(recurse=False)
+        if weight.dim() == 3
+        for size in weight.shape[1:]
+    )
+    if odd and "grouped_mm" in model.get_experts_implementation().values():
+        model.set_experts_implementation("eager")
 
 
 @contextlib.contextmanager
@@ -223,4 +244,4 @@ def _has_grouped_product(rows: Tensor, weight: Tensor) -> bool:
         # Older ones also want addresses aligned, which those of mapped files are not.
         return False
     steps = [step for one in (rows, weight) for step in one.stride() if step != 1]
-    return all(step * rows.element_size() % 16 == 0 for step in steps)
+    return all(step * rows.element_size() % _BYTES == 0 for step in steps)

@@ -139,7 +139,9 @@ def check_nothing_beside(model: nn.Module, layer: MixedLayer, findings: Findings
     where = type(model).__name__
     place, experts = f"{layer.path}.", layer.experts or ""
     for one in findings.closest:
-        if one.down.path.startswith(place) and one.error < NEAR and one.width > one.hidden:
+        # A query map that reads the norm of what the attention before it made is near to some function of it.
+        own = one.down.path.startswith(place) and one.up.path.startswith(place)
+        if own and one.error < NEAR and one.width > one.hidden:
             raise AtlasError(
                 f"{where}: {one.down.path} looks like the down projection of an FFN beside {experts}, and "
                 f"its input is not {one.formula()}: relative error {one.error:.2g}"
