@@ -51,6 +51,15 @@ def test_paper_grid(empty: Checkout) -> None:
     }
 
 
+def test_answers_are_captured_once_and_compared_with_the_nodes(empty: Checkout) -> None:
+    # 3 models × 2 tasks; their nodes are those of the curves.
+    assert counts(empty.plan("--configfile", "workflow/config/truthfulness.yaml")) == {
+        **{"all": 1, "run_config": 1, "model": 3, "dense": 3, "model_summary": 3, "tables": 1},
+        **{"capture": 6, "metrics": 6, "output_error": 6, "curve": 6, "evaluate": 6},
+        **{"answers": 6, "truthfulness": 6},
+    }
+
+
 FIVE = ("intermediate", "input", "gate", "up", "all_inputs")
 NINE = ("arc_easy", "arc_challenge", "boolq", "winogrande", "piqa", "sciq", "lambada")
 NINE += ("hellaswag", "triviaqa")
