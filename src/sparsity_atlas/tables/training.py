@@ -10,7 +10,8 @@ Bands and intervals are the outer ends of two bootstraps. One draws documents an
 crossing in every checkpoint, paired where they were asked the same documents, and its own fit. The other one
 draws residuals: normal ones about the fit, whose variance is the sum of squares over a draw of chi-squared
 with points - parameters degrees of freedom, so that few points have wide tails as Student's t has. Where
-points are no more than parameters there is no second one, and nothing is resolved.
+points are no more than parameters there is no second one, and nothing is resolved; a fit that ends where its
+law does has neither.
 """
 
 from __future__ import annotations
@@ -133,18 +134,19 @@ def fit_points(law: Law, points: list[Point], seed: tuple[int, str] = (0, "")) -
     if places < law.parameters:
         return f"{places} points, and the law has {law.parameters} parameters"
     measured = np.array([point.ratio for point in known], dtype=np.float64)
-    count = min(REPLICATES, *(len(point.replicates) for point in known))
-    documents = np.array([point.replicates[:count] for point in known]).T
     first = fit(law, tokens, measured)
     freedom = places - law.parameters
-    rows = [measured[None], documents]
+    residual = float(np.sqrt(first.squares[0] / freedom)) if freedom else None
+    if first.edge():
+        return Fitted(first, 0, residual)
+    count = min(REPLICATES, *(len(point.replicates) for point in known))
+    rows = [measured[None], np.array([point.replicates[:count] for point in known]).T]
     if freedom:
         number, name = seed
         rng = np.random.default_rng([number, zlib.crc32(name.encode())])
         spread = np.sqrt(first.squares[0] / rng.chisquare(freedom, REPLICATES))
         noise = spread[:, None] * rng.standard_normal((REPLICATES, len(known)))
         rows.append(first.at(tokens) + noise)
-    residual = float(np.sqrt(first.squares[0] / freedom)) if freedom else None
     return Fitted(fit(law, tokens, np.concatenate(rows)), count, residual)
 
 

@@ -80,6 +80,14 @@ def test_without_replicates_there_is_no_interval_of_documents() -> None:
     assert through.ends(through.fits.limit) == (None, None)
 
 
+def test_a_fit_at_an_end_of_its_law_has_no_interval() -> None:
+    falling = 1 - rising(TOKENS / BILLION)
+    found = fit_points(LAWS[POWER], points_of(falling, np.repeat(falling[None], 20, 0)))
+    assert isinstance(found, Fitted)
+    assert found.fits.edge() == "the ratio does not rise with training"
+    assert found.ends(found.fits.limit) == (None, None)
+
+
 @pytest.mark.parametrize(
     ("activation", "law"),
     [
