@@ -17,9 +17,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from multiprocessing.connection import wait
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 # Of the environment: how many there are, whatever the device and the cores.
 BUILDERS = "SPARSITY_ATLAS_BUILDERS"
 # More of them would wait for the largest task's.
-MOST = 3
+MOST = 7
 # Seconds of waiting in which one that computes nothing is given up: it waits for what a thread of the session
 # held when it was forked, or for a network.
 STALLED = 15.0
@@ -76,51 +77,25 @@ def _cores() -> int:
 
 
 @dataclass
-class _Builder:
-    """One process, and what it has said so far.
+class Ahead:
+    """What builds a session's requests beside it; nothing, unless it was begun.
 
     Attributes:
-        done: of each task that it is done with the log lines.
+        process: the first of the builders, which the others end with; None if there is none.
+        open: where they are heard; one that has ended is not among them.
     """
 
-    process: BaseProcess
-    connection: Connection
-    done: dict[str, list[Line]] = field(default_factory=dict)
-    tokenizer: str | None = None
-
-    def listen(self, name: str) -> None:
-        """Return when it is done with a task, or will never be."""
-        computed, since = -1.0, time.monotonic()
-        with contextlib.suppress(EOFError, ConnectionError):  # its end
-            while name not in self.done:
-                if self.connection.poll(1.0):
-                    task, found = self.connection.recv()
-                    if task is None:
-                        self.tokenizer = found
-                    else:
-                        self.done[task] = found
-                    continue
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    now = sum(psutil.Process(self.process.pid).cpu_times()[:2])
-                    if now > computed:
-                        computed, since = now, time.monotonic()
-                if time.monotonic() - since > STALLED:
-                    self.process.kill()
-            return
-        self.process.join()
-
-
-@dataclass
-class Ahead:
-    """What builds a session's requests beside it; nothing, unless it was begun."""
-
-    _builders: dict[str, _Builder] = field(default_factory=dict)  # by task
+    process: BaseProcess | None = None
+    open: list[Connection] = field(default_factory=list)
+    _at: dict[str, Connection] = field(default_factory=dict)  # tasks that somebody has in hand
+    _done: dict[str, list[Line]] = field(default_factory=dict)
+    _digest: str | None = None
 
     @classmethod
     def begin(
         cls, empty: Callable[[], JournalledLM], tasks: dict[str, LoadedTask], seed: int, count: int
     ) -> Ahead:
-        """Start these processes, each with every so many tasks.
+        """Start these processes.
 
         Args:
             empty: makes the language model without its weights.
@@ -129,21 +104,15 @@ class Ahead:
             count: of processes.
         """
         context = multiprocessing.get_context("fork")
-        found: dict[str, _Builder] = {}
-        names = list(tasks)
+        receivers, senders = zip(*(context.Pipe(duplex=False) for _ in range(count)), strict=True)
         gc.freeze()  # looking for garbage writes to all that they share with this process
-        for number in range(count):
-            own = names[number::count]
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_build,
-                args=(sender, os.getpid(), empty, {name: tasks[name] for name in own}, seed),
-                daemon=True,
-            )
-            process.start()
+        process = context.Process(
+            target=_first, args=(list(senders), os.getpid(), empty, tasks, seed), daemon=True
+        )
+        process.start()
+        for sender in senders:
             sender.close()
-            found |= dict.fromkeys(own, _Builder(process, receiver))
-        return cls(found)
+        return cls(process, list(receivers))
 
     def wait(self, name: str, lm: JournalledLM) -> None:
         """Wait until a task's requests are in the cache, or nobody will put them there.
@@ -154,14 +123,54 @@ class Ahead:
         """
         from sparsity_atlas.tasks.request_cache import remember_digest
 
-        builder = self._builders.pop(name, None)
-        if builder is None:
+        if self.process is None:
             return
-        builder.listen(name)
-        if builder.tokenizer is not None:
-            remember_digest(lm.tokenizer, builder.tokenizer)
-        for level, line in builder.done.pop(name, ()):
+        computed, since = -1.0, time.monotonic()
+        while name not in self._done and self._expected(name):
+            heard = wait(self.open, 1.0)
+            for connection in heard:
+                assert isinstance(connection, multiprocessing.connection.Connection)
+                self._hear(connection)
+            now = computed if heard else _seconds(self.process.pid)
+            if heard or now > computed:
+                computed, since = now, time.monotonic()
+            elif time.monotonic() - since > STALLED:
+                self.process.kill()
+        if not self.open:
+            self.process.join()
+        if self._digest is not None:
+            remember_digest(lm.tokenizer, self._digest)
+        for level, line in self._done.pop(name, ()):
             cli.logger.log(level, "%s", line)
+
+    def _expected(self, name: str) -> bool:
+        """Whether anybody may still build a task."""
+        return bool(self.open) if name not in self._at else self._at[name] in self.open
+
+    def _hear(self, connection: Connection) -> None:
+        try:
+            kind, name, found = connection.recv()
+        except (EOFError, ConnectionError):
+            self.open.remove(connection)
+            return
+        match kind:
+            case "tokenizer":
+                self._digest = found
+            case "begins":
+                self._at[name] = connection
+            case "done":
+                self._done[name] = found
+
+
+def _seconds(pid: int | None) -> float:
+    """Of a processor, that a process and what it started have computed for."""
+    total = 0.0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        first = psutil.Process(pid)
+        for one in (first, *first.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += sum(one.cpu_times()[:2])
+    return total
 
 
 class _Said(logging.Handler):
@@ -180,51 +189,75 @@ class _Said(logging.Handler):
         return found
 
 
-def _build(
-    sender: Connection,
+def _first(
+    senders: list[Connection],
     parent: int,
     empty: Callable[[], JournalledLM],
     tasks: dict[str, LoadedTask],
     seed: int,
 ) -> None:
-    """The life of such a process."""
-    _end_with(parent)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-    # Threads that were there before have not come along.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    said = _Said()
-    cli.logger.handlers, cli.logger.propagate = [said], False
-    for task, found in _built(empty, tasks, seed, said):
-        sender.send((task, found))
-
-
-def _built(
-    empty: Callable[[], JournalledLM], tasks: dict[str, LoadedTask], seed: int, said: _Said
-) -> Iterator[tuple[str | None, Any]]:
+    """The life of the first builder, which starts the others once it knows that there is work for them."""
     import torch
 
-    from sparsity_atlas.tasks.prepared import build_ahead
-    from sparsity_atlas.tasks.request_cache import tokenizer_digest
+    from sparsity_atlas.tasks.request_cache import nothing_to_build, tokenizer_digest
 
+    _end_with(parent)
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, signal.SIG_DFL)
+    # Threads that were there before have not come along.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
+    cli.logger.handlers, cli.logger.propagate = [_Said()], False
     try:
         lm = empty()
     except Exception:  # noqa: BLE001 (the session will make the model itself and say what is wrong)
         return
-    yield None, tokenizer_digest(lm.tokenizer)
+    senders[0].send(("tokenizer", "", tokenizer_digest(lm.tokenizer)))
+    missing = []
+    for name, task in tasks.items():
+        if nothing_to_build(lm, task, seed=seed):
+            senders[0].send(("done", name, []))
+        else:
+            missing.append(name)
+    own = os.getpid()
+    shares = [missing[start :: len(senders)] for start in range(len(senders))]
+    for number in range(1, len(senders)):
+        if shares[number] and not os.fork():
+            # Whatever happens, nothing that the first one does after this is done twice.
+            try:
+                _end_with(own)
+                for sender in (*senders[:number], *senders[number + 1 :]):
+                    sender.close()
+                _build(senders[number], lm, {name: tasks[name] for name in shares[number]}, seed)
+            finally:
+                os._exit(0)
+        senders[number].close()
+    _build(senders[0], lm, {name: tasks[name] for name in shares[0]}, seed)
+    senders[0].close()
+    with contextlib.suppress(ChildProcessError):  # until there is none left: they end with this one
+        while True:
+            os.wait()
+
+
+def _build(sender: Connection, lm: JournalledLM, tasks: dict[str, LoadedTask], seed: int) -> None:
+    from sparsity_atlas.tasks.prepared import build_ahead
+
+    (said,) = cli.logger.handlers
+    assert isinstance(said, _Said)
+    for name in tasks:
+        sender.send(("begins", name, None))
     for name, task in tasks.items():
         said.take()
         try:
             with task.code("its requests cannot be built"):
                 build_ahead(lm, task, seed=seed)
-        except Exception:  # noqa: BLE001 (likewise: it will find nothing, and build them)
+        except Exception:  # noqa: BLE001 (the session will find nothing, build them, and say why it cannot)
             said.take()
-        yield name, said.take()
+        sender.send(("done", name, said.take()))
 
 
 def _end_with(parent: int) -> None:
-    """Have this process killed when the session's ends, however that ends."""
+    """Have this process killed when another one ends, however that ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it has ended already

@@ -25,6 +25,10 @@ LOWEST_BAR = 5.2
 NEARLY = 3
 # Levels from which on none is spent on what lies beyond the headline bar, nor on a bracket that narrow.
 ENOUGH_LEVELS = 6
+# The interval of a crossing ends about so many standard errors of the damage away from it. Where that is
+# further than so many resolutions from the bracket, and between levels that lie further apart than so many,
+# the straight line of a fit crosses well before the curve does, and the end is not where it should be.
+ERRORS, AWAY, APART = 2.0, 1.5, 6
 # Damage, as a share of what a further bar allows, that the harshest level does, so that replicates of the
 # bootstrap that cross late have a crossing.
 BEYOND = 1.5
@@ -40,12 +44,14 @@ class Point:
         damage: share of the damage that the bar allows: 0 as good as dense, 1 at the bar, more
             below it; infinity if the level failed.
         slightest: the same of the score that suffered least, where there are others than the headline's.
+        error: standard error of the damage, from the samples; 0 if it is not known.
     """
 
     level: str
     sparsity: float
     damage: float
     slightest: float = math.inf
+    error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,15 @@ def next_level(
         if not isinstance(chosen, Stop):
             return chosen
         reasons.append(chosen.reason)
-        scaled = [replace(one, damage=one.damage / allowed, slightest=math.inf) for one in points]
+        scaled = [
+            replace(
+                one,
+                damage=one.damage / allowed,
+                slightest=math.inf,
+                error=one.error / allowed,
+            )
+            for one in points
+        ]
         chosen = _for_bar(scaled, dense_sparsity, levels, most, resolution, BEYOND, most)
     if not isinstance(chosen, Stop):
         return chosen
@@ -113,9 +127,9 @@ def _for_bar(
     put where half the allowed damage is expected. Then the bracket (the mildest level below the bar and
     the next milder one, or dense) is narrowed until its ends lie within `resolution`: by levels on
     either side of where the damage is expected to reach the bar, which takes two or three levels where
-    halving takes five. Once they are near, those of `enough` that are left go to harsher coarse levels,
-    until every score's damage is `lowest`, by default that of the lowest of the default bars; beyond
-    them, near is enough.
+    halving takes five. Once they are near, those of `enough` that are left go to the ends of the crossing's
+    interval (first where levels lie further apart), and to harsher coarse levels, until every score's
+    damage is `lowest`, by default that of the lowest of the default bars; beyond them, near is enough.
 
     Args:
         points: as those of `next_level`.
@@ -148,6 +162,11 @@ def _for_bar(
     before = early and _level_near(known, known[0], _first(known), early, levels)
     beyond = _wider(known[-1], levels, lowest) if len(points) < enough else None
     more = before or beyond
+    if width <= NEARLY * resolution and len(points) < enough:
+        late = known[-1].damage - ERRORS * known[-1].error <= 1  # and no level tells how late
+        ends = [_end(known, below, side, resolution, levels) for side in (1, -1)]
+        _, end = max(ends, key=lambda one: one[0])
+        more = (beyond if late else None) or end or more
     if width <= NEARLY * resolution and len(points) < max_levels and more:
         return more
     near_enough = resolution if len(points) < enough else NEARLY * resolution
@@ -178,6 +197,33 @@ def _wider(harshest: Point, levels: Range, lowest: float) -> str | None:
     """A harsher coarse level, for scores whose damage is not `lowest` yet."""
     wanted = min(harshest.damage, harshest.slightest) < lowest
     return _harsher(harshest, levels) if wanted else None
+
+
+def _end(
+    known: Sequence[Point], below: int, side: int, resolution: float, levels: Range
+) -> tuple[float, str | None]:
+    """A level where the interval of the crossing ends; None if that is near, or levels are near it.
+
+    Beside it how far apart those are between which it lies.
+
+    Args:
+        known: the dense model and all levels, the mildest first.
+        below: the first of them below the bar.
+        side: 1 for the lower end, where replicates that suffer more cross; -1 for the upper one.
+        resolution: in induced sparsity.
+        levels: range of the criterion.
+    """
+    seen = [replace(one, damage=one.damage + side * ERRORS * one.error) for one in known]
+    end = next((i for i, one in enumerate(seen) if one.damage > 1), 0)
+    if end in (0, below):
+        return 0.0, None
+    mild, harsh = seen[end - 1], seen[end]
+    target = _target(seen, end, resolution)
+    middle = (known[below - 1].sparsity + known[below].sparsity) / 2
+    near, apart = abs(target - middle) <= AWAY * resolution, harsh.sparsity - mild.sparsity
+    if near or apart <= APART * resolution:
+        return 0.0, None
+    return apart, _level_near(seen, mild, harsh, target, levels)
 
 
 def _first(known: Sequence[Point]) -> Point:

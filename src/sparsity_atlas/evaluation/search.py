@@ -19,6 +19,7 @@ from sparsity_atlas.config.search_settings import FURTHER_LEVELS, SearchSettings
 from sparsity_atlas.criteria import create
 from sparsity_atlas.criteria.calibration_file import Calibration, read_calibration
 from sparsity_atlas.errors import TaskFailure
+from sparsity_atlas.evaluation.damage_error import Values, read_values, score_error
 from sparsity_atlas.evaluation.evaluate import evaluate_node, evaluation_code
 from sparsity_atlas.evaluation.next_level import Point, Range, Stop, next_level
 from sparsity_atlas.evaluation.node import Node
@@ -84,6 +85,26 @@ def slightest(
     if scores is None or not sum(dense[task] for task in accuracies):
         return found
     return min(found, _lost_accuracy(accuracies, dense, scores))
+
+
+def damage_error(
+    metrics: dict[str, tuple[Kind, str | None]], dense: dict[str, Values], own: dict[str, Values]
+) -> float:
+    """Standard error of `damage`, from what `read_values` gives; 0 where there is one unit alone.
+
+    Args:
+        metrics: of the headline's tasks.
+        dense: of the dense model.
+        own: of the level.
+    """
+    errors = [score_error(dense[task], own[task]) for task in metrics]
+    found = math.hypot(*errors)
+    if any(kind in IN_NATS for kind, _ in metrics.values()):
+        found /= ALLOWED_LOSS
+    else:
+        before = sum(sum(value for _, value, _ in one) / len(one) for one in dense.values())
+        found /= before * (1 - HEADLINE)
+    return found if math.isfinite(found) else 0.0
 
 
 def _lost_accuracy(tasks: list[str], dense: dict[str, float], scores: dict[str, float]) -> float:
@@ -164,6 +185,8 @@ def search(
         (allowed_damage(metrics[read_from[0]][0], bar), wanted.max_levels + number * FURTHER_LEVELS)
         for number, bar in enumerate(wanted.further, 1)
     ]
+    headline = {task: metrics[task] for task in read_from}
+    dense_values = read_values(dense_folder, headline)
     points: list[Point] = []
     seconds: list[float] = []
     while True:
@@ -181,6 +204,9 @@ def search(
             induced(manifest["tasks"], site, read_from),
             damage(metrics, dense, scores),
             slightest(metrics, dense, scores),
+            damage_error(headline, dense_values, read_values(folder / level, headline))
+            if scores is not None
+            else 0.0,
         )
         points.append(point)
         seconds.append(time.monotonic() - began)

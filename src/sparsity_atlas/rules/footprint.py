@@ -38,7 +38,7 @@ BASE_MIB = {
 # What CUDA adds to a process in host memory, and each process holds on a GPU.
 CUDA_HOST_MIB, CUDA_DEVICE_MIB = 2000, 600
 # Of each process that builds requests beside a dense baseline on a GPU, what is its own.
-BUILDER_MIB = 400
+BUILDER_MIB = 250
 # The two Snakemake processes that a cluster's job runs in.
 SNAKEMAKE_MIB = 500
 # Peaks lie within this factor of what is expected (benchmarks/memory.py).

@@ -172,16 +172,11 @@ def build_ahead(lm: JournalledLM, task: LoadedTask, *, seed: int) -> None:
     Raises:
         TaskFailure: see `prepare`.
     """
-    made_of = None if task.problem else _made_of(lm, task, seed)
+    made_of = None if task.problem else request_cache.key(lm, task, seed=seed)
     if made_of is not None:
         with kept_as_it_is():
             found = _requests(lm, task, seed, made_of)
             lm.arrange_ahead(found.of_kind, found.encodings, Beside(made_of))
-
-
-def _made_of(lm: JournalledLM, task: LoadedTask, seed: int) -> dict[str, Any] | None:
-    """What a task's requests are kept by; None if they cannot be kept."""
-    return None if task.unfollowed else request_cache.key(lm, task, seed=seed)
 
 
 class _Requests(NamedTuple):
@@ -231,7 +226,7 @@ def _requests(
 
 
 def _prepare(lm: JournalledLM, task: LoadedTask, seed: int, share: bool) -> Prepared:
-    made_of = _made_of(lm, task, seed)
+    made_of = request_cache.key(lm, task, seed=seed)
     leaves, requests, encodings, labels = _requests(lm, task, seed, made_of)
     for name, leaf in leaves.items():
         leaf.take(labels.choices.get(name))

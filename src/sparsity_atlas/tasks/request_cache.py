@@ -124,7 +124,7 @@ def key(lm: JournalledLM, task: LoadedTask, *, seed: int) -> dict[str, Any] | No
         task: the task.
         seed: of few-shot draws.
     """
-    tokenizer = tokenizer_digest(lm.tokenizer)
+    tokenizer = None if task.unfollowed else tokenizer_digest(lm.tokenizer)
     if tokenizer is None:
         return None
     return {
@@ -144,6 +144,18 @@ def _versions() -> dict[str, str]:
 
 def _path(made_of: dict[str, Any]) -> Path:
     return kept_path("requests", made_of, ".parquet")
+
+
+def nothing_to_build(lm: JournalledLM, task: LoadedTask, *, seed: int) -> bool:
+    """Whether a task's requests are in the cache, or cannot be kept there.
+
+    Args:
+        lm: as of `key`.
+        task: likewise.
+        seed: likewise.
+    """
+    made_of = None if task.problem else key(lm, task, seed=seed)
+    return made_of is None or _path(made_of).is_file()
 
 
 class Beside:

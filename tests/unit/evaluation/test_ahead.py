@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -19,7 +22,7 @@ from sparsity_atlas.evaluation import ahead, session
 from sparsity_atlas.evaluation.ahead import Ahead, builders
 from sparsity_atlas.evaluation.evaluate import evaluate_node
 from sparsity_atlas.lm import forest
-from sparsity_atlas.tasks import request_cache
+from sparsity_atlas.tasks import prepared, request_cache
 from tiny_lm import (
     CHOICE,
     GENERATION,
@@ -171,22 +174,58 @@ def test_what_a_builder_has_to_say_is_said_by_the_session(
     assert said == ["of pages"]
 
 
-def test_they_end_with_the_session_however_that_ends(tmp_path: Path) -> None:
-    def sleeping() -> Any:
-        time.sleep(600)
+def test_one_that_is_killed_takes_no_other_with_it(
+    manifest: Path, tasks: dict, built: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = prepared.build_ahead
 
+    def some(lm: Any, task: Any, **options: Any) -> None:
+        if task.name == "pages":
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(lm, task, **options)
+
+    monkeypatch.setattr(prepared, "build_ahead", some)
+    own = open_session(manifest, tasks)
+    for name in tasks:
+        own.prepared(name)
+    assert [name for name in built if name != "arranged"] == ["pages", "words"]
+
+
+def test_where_all_is_kept_the_first_starts_no_other(manifest: Path, tasks: dict) -> None:
+    own = open_session(manifest, tasks)
+    for name in tasks:
+        own.prepared(name)
+    again = open_session(manifest, tasks)
+    for name in tasks:
+        again.prepared(name)
+    while again.ahead.open:
+        for one in multiprocessing.connection.wait(again.ahead.open):
+            again.ahead._hear(one)
+    assert len(own.ahead._at) == len(tasks)  # each was begun by somebody
+    assert again.ahead._at == {}
+
+
+def test_they_end_with_the_session_however_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_cache, "tokenizer_digest", lambda _: None)
+    monkeypatch.setattr(request_cache, "nothing_to_build", lambda *_, **__: False)
+    monkeypatch.setattr(prepared, "build_ahead", lambda *_, **__: time.sleep(600))
+    task = SimpleNamespace(code=lambda _: contextlib.nullcontext())
     receiver, sender = multiprocessing.Pipe(duplex=False)
     child = os.fork()
     if not child:
-        begun = Ahead.begin(sleeping, {"a": None, "b": None}, 0, 2)
-        sender.send([one.process.pid for one in begun._builders.values()])
+        begun = Ahead.begin(lambda: SimpleNamespace(tokenizer=None), {"a": task, "b": task}, 0, 2)
+        while len(begun._at) < 2:
+            for one in multiprocessing.connection.wait(begun.open):
+                begun._hear(one)
+        first = psutil.Process(begun.process.pid)
+        sender.send([first.pid, *(one.pid for one in first.children())])
         time.sleep(600)
     pids = receiver.recv()
     assert len(set(pids)) == 2
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     until = time.monotonic() + 20
-    while any(psutil.pid_exists(pid) and _alive(pid) for pid in pids):
+    while any(_alive(pid) for pid in pids):
         assert time.monotonic() < until
         time.sleep(0.02)
 
@@ -204,7 +243,7 @@ def _alive(pid: int) -> bool:
         (None, "cpu", 1, 16, 8, 0),
         (None, "auto", 0, 16, 8, 0),
         (None, "mps", 0, 16, 8, 0),
-        (None, "auto", 1, 16, 8, 3),
+        (None, "auto", 1, 16, 8, 7),
         (None, "cuda", 1, 16, 2, 2),
         (None, "cuda", 1, 2, 8, 1),
         (None, "cuda", 1, 1, 8, 0),

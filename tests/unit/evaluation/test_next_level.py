@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -104,6 +105,46 @@ def test_six_levels_are_enough_and_one_lies_before_the_crossing() -> None:
         late += min(one.sparsity for one in points) - dense > 0.9 * crossing * (1 - dense)
     assert wide <= 12
     assert late <= 4
+
+
+def test_levels_lie_where_the_interval_of_a_crossing_ends() -> None:
+    """Where samples know little, the ends on straight lines are the curve's own."""
+    draw, wrong, before = random.Random(2), [], []
+    for _ in range(60):
+        levels, low, high = draw.choice([(TOPP, 0.35, 0.7), (TOPK, 0.8, 1.3), (MAXP, 0.4, 0.6)])
+        crossing, steep, share = draw.uniform(0.2, 0.6), draw.uniform(2, 5), draw.uniform(0.1, 0.3)
+        smooth = curve(levels, draw.uniform(low, high), crossing, steep, 0.0)
+
+        def response(
+            level: float, smooth: Response = smooth, share: float = share
+        ) -> tuple[float, ...]:
+            sparsity, damage = smooth(level)
+            return sparsity, damage, math.inf, share * damage
+
+        for asked, found in ((response, wrong), (smooth, before)):
+            points, _ = run(asked, levels, max_levels=6)
+            assert len(points) <= 6
+            order = sorted(points, key=lambda one: one.sparsity)
+            xs = [0.0, *(one.sparsity for one in order)]
+            # Where damage with and without two standard errors reaches the bar.
+            for factor in (1 + 2 * share, 1 - 2 * share):
+                ys = [0.0, *(factor * one.damage for one in order)]
+                end = crossing * factor ** (-1 / steep)
+                found.append(abs(float(np.interp(1, ys, xs)) - end))
+    assert 2 * np.mean(wrong) < np.mean(before)
+    assert np.quantile(wrong, 0.9) < 0.012 < 0.018 < np.quantile(before, 0.9)
+
+
+def test_where_the_interval_is_narrow_no_level_is_spent_on_its_ends() -> None:
+    smooth = curve(TOPP, 0.5, 0.43, 3.5, 0.0)
+
+    def response(level: float) -> tuple[float, float, float, float]:
+        sparsity, damage = smooth(level)
+        return sparsity, damage, math.inf, 0.02 * damage
+
+    assert [one.level for one in run(response, TOPP)[0]] == [
+        one.level for one in run(smooth, TOPP)[0]
+    ]
 
 
 @pytest.mark.parametrize("levels", [TOPP, TOPK, MAXP])

@@ -251,14 +251,14 @@ def test_a_capture_from_a_gpu_has_threads_to_write(
 
 def test_processes_that_build_requests_are_counted_where_a_gpu_computes(tmp_path: Path) -> None:
     with_manifest(tmp_path)
-    for device, more in (("cuda", 3 * footprint.BUILDER_MIB), ("cpu", 0)):
+    for device, more in (("cuda", 7 * footprint.BUILDER_MIB), ("cpu", 0)):
         own = Needs(config(device=device), str(tmp_path))
         assert host(own, "dense") - host(own, "evaluate") == more
 
 
 @pytest.mark.parametrize(
     ("visible", "cores", "shares", "threads"),
-    [("", 16, 1, 1), ("0", 16, 1, 4), ("0", 3, 1, 3), ("0,1", 16, 4, 2), ("0", 1, 13, 1)],
+    [("", 16, 1, 1), ("0", 16, 1, 8), ("0", 3, 1, 3), ("0,1", 16, 4, 2), ("0", 1, 13, 1)],
 )
 def test_a_dense_baseline_on_a_gpu_has_threads_to_build_requests(
     tmp_path: Path,
