@@ -13,10 +13,10 @@ from sparsity_atlas.lm.forward import Masks
 
 @dataclass(frozen=True)
 class Proof:
-    """Whether requests may share rows.
+    """Whether requests may share rows, or rows begin at different times.
 
     Attributes:
-        length: tokens of the longest request that it was tried with.
+        length: tokens of the longest sequence that it was tried with.
         masks: how the model is told who sees whom; None: it cannot be told.
         fault: why not.
     """
@@ -32,6 +32,7 @@ class Answers:
     Attributes:
         selects: what is wrong with showing the head a few tokens, "" for nothing; None: not tried.
         proofs: what was tried of requests that share rows.
+        rings: what was tried of rows that begin at different times.
     """
 
     def __init__(self, made_of: dict[str, Any] | None = None) -> None:
@@ -42,6 +43,7 @@ class Answers:
         """
         self.selects: str | None = None
         self.proofs: list[Proof] = []
+        self.rings: list[Proof] = []
         self._made_of = made_of
         if made_of is not None:
             self._path = cache_folder("abilities") / f"{digest(made_of)}.json"
@@ -56,21 +58,21 @@ class Answers:
         if not isinstance(content, dict) or content.pop("digest", None) != digest(content):
             return
         self.selects = content["selects"]
-        self.proofs = [
-            Proof(one["length"], Masks(one["masks"]) if one["masks"] else None, one["fault"])
-            for one in content["proofs"]
-        ]
+        self.proofs, self.rings = (
+            [
+                Proof(one["length"], Masks(one["masks"]) if one["masks"] else None, one["fault"])
+                for one in content[name]
+            ]
+            for name in ("proofs", "rings")
+        )
 
     def about(self, length: int) -> Proof | None:
-        """What is known of requests of up to `length` tokens."""
-        for proof in self.proofs:
-            if proof.masks is not None and length <= proof.length:
-                return proof
-        for proof in self.proofs:
-            # What goes wrong with shorter requests is not tried again with longer ones.
-            if proof.masks is None and length >= proof.length:
-                return proof
-        return None
+        """What is known of requests of up to `length` tokens that share rows."""
+        return _about(self.proofs, length)
+
+    def about_rings(self, length: int) -> Proof | None:
+        """What is known of rows of up to `length` tokens that begin at different times."""
+        return _about(self.rings, length)
 
     def add_selects(self, fault: str | None) -> None:
         """Note what is wrong with showing the head a few tokens; None: nothing."""
@@ -78,8 +80,13 @@ class Answers:
         self._write()
 
     def add(self, proof: Proof) -> None:
-        """Note what was found."""
+        """Note what was found of requests that share rows."""
         self.proofs.append(proof)
+        self._write()
+
+    def add_ring(self, proof: Proof) -> None:
+        """Note what was found of rows that begin at different times."""
+        self.rings.append(proof)
         self._write()
 
     def _write(self) -> None:
@@ -89,9 +96,21 @@ class Answers:
             "made_of": self._made_of,
             "selects": self.selects,
             "proofs": [asdict(one) for one in self.proofs],
+            "rings": [asdict(one) for one in self.rings],
         }
         content = json.loads(canonical(content))
         try:
             write_text(self._path, canonical({**content, "digest": digest(content)}))
         except OSError as error:
             cli.logger.info("what the model does right is not kept: %s", error)
+
+
+def _about(proofs: list[Proof], length: int) -> Proof | None:
+    for proof in proofs:
+        if proof.masks is not None and length <= proof.length:
+            return proof
+    for proof in proofs:
+        # What goes wrong with shorter sequences is not tried again with longer ones.
+        if proof.masks is None and length >= proof.length:
+            return proof
+    return None

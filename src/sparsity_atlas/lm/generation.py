@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,8 +32,54 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@dataclass(eq=False)
+class Text:
+    """What became of a prompt.
+
+    Attributes:
+        number: of the prompt.
+        prompt: its tokens.
+        tokens: that were generated.
+        ended: whether it came to an end of its own, before its budget.
+        prompt_zeros: of the prompt's tokens, int64 [slots].
+        zeros: of the tokens that were generated and fed back, int64 [slots].
+    """
+
+    number: int
+    prompt: list[int]
+    tokens: list[int] = field(default_factory=list)
+    ended: bool = False
+    prompt_zeros: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    zeros: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    given: int = 0  # steps that were begun for it
+    done: bool = False
+
+
 class GeneratingLM(JournalledLM):
     """HFLM whose generation is counted."""
+
+    _texts: list[Text] | None = None  # of the batch in hand, where they are there already
+
+    def told(self, batch: list[Instance], texts: list[Text]) -> dict[str, Any]:
+        """What `generate` returns, of texts that were generated otherwise.
+
+        Args:
+            batch: the requests, longest first.
+            texts: of these.
+        """
+        self._texts = texts
+        try:
+            answers = HFLM.generate_until(self, batch, disable_tqdm=True)
+        finally:
+            self._texts = None
+        return {
+            "texts": answers,
+            "unfinished": [not text.ended for text in texts],
+            "prompt_tokens": [len(text.prompt) for text in texts],
+            "prompt_zeros": [text.prompt_zeros.tolist() for text in texts],
+            "generation_tokens": [len(text.tokens) - 1 for text in texts],
+            "generation_zeros": [text.zeros.tolist() for text in texts],
+        }
 
     def generate(self, batch: list[Instance], seed: int, once: list[bool]) -> dict[str, Any]:
         """Generate for one batch of requests with the same options.
@@ -51,8 +98,7 @@ class GeneratingLM(JournalledLM):
             TaskFailure: options, or a model, that cannot be counted.
             NumericalFailure: NaN or an infinity came up.
         """
-        options = normalize_gen_kwargs(batch[0].args[1], self.max_gen_toks)
-        check_options(batch[0], options, self.model.generation_config, self.max_length)
+        options = self.options_of(batch[0])
         if options.get("do_sample"):
             torch.manual_seed(seed)
         self._logits = _LogitsWatch()
@@ -91,6 +137,8 @@ class GeneratingLM(JournalledLM):
         self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
     ) -> Tensor:
         """As `HFLM._model_generate`, noting which tokens are padding and when each row finished."""
+        if self._texts is not None:
+            return self._behind(context, self._texts)
         mask = generation_kwargs["attention_mask"].bool()
         self._prompt_tokens = mask.sum(1).tolist()
         generation_kwargs["temperature"] = generation_kwargs.get("temperature", 0.0)
@@ -101,7 +149,7 @@ class GeneratingLM(JournalledLM):
         # Beside the tokens there would be what nobody reads; a model's own configuration may ask for it.
         generation_kwargs["return_dict_in_generate"] = False
         stops = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0])
-        watch = _FinishWatch(stops, self._end_tokens(), context.shape, self._feed)
+        watch = _FinishWatch(stops, self.end_tokens(), context.shape, self._feed)
         once = torch.tensor(self._once, device=mask.device)[:, None]
         self._counter.expect(mask, "prompt", torch.stack([mask, mask & once]).long())
         # transformers' own classes see to it by themselves.
@@ -120,12 +168,33 @@ class GeneratingLM(JournalledLM):
         self._finished_at = np.where(watch.finished_at > 0, watch.finished_at, generated)
         return output
 
+    def options_of(self, request: Instance) -> dict[str, Any]:
+        """A request's options of generation, as lm-eval reads them.
+
+        Raises:
+            TaskFailure: some that cannot be counted.
+        """
+        options: dict[str, Any] = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
+        check_options(request, options, self.model.generation_config, self.max_length)
+        return options
+
+    def _behind(self, context: Tensor, texts: list[Text]) -> Tensor:
+        """Prompts [batch, longest] with what was generated behind them, as `generate` would give it."""
+        longest = max(len(text.tokens) for text in texts)
+        output = context.new_full((len(texts), context.shape[1] + longest), self.padding_id)
+        output[:, : context.shape[1]] = context
+        for row, text in zip(output, texts, strict=True):
+            end = context.shape[1] + len(text.tokens)
+            row[context.shape[1] : end] = torch.tensor(text.tokens)
+        return output
+
     def _feed(self, going: np.ndarray) -> None:
         """Announce a pass over what was generated last: tokens of rows that had finished do not count."""
         if self._counter.by_expert.slots:
             self._counter.feed(sent(going.astype(np.int64), self.device))
 
-    def _end_tokens(self) -> set[int]:
+    def end_tokens(self) -> set[int]:
+        """Tokens that end a text, whatever the stop strings."""
         ends = self.model.generation_config.eos_token_id
         return set(ends) if isinstance(ends, list) else {ends}
 

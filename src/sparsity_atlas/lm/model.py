@@ -17,6 +17,9 @@ from sparsity_atlas import cli
 from sparsity_atlas.code_version import code_version
 from sparsity_atlas.lm import forest, forward
 from sparsity_atlas.lm.answers import Answers
+from sparsity_atlas.lm.continuous.able import DEVICES
+from sparsity_atlas.lm.continuous.generator import Generator
+from sparsity_atlas.lm.continuous.proof import proved
 from sparsity_atlas.lm.forward import Abilities
 from sparsity_atlas.lm.generation import GeneratingLM
 from sparsity_atlas.lm.kept.kept_work import arrange_once
@@ -25,6 +28,7 @@ from sparsity_atlas.lm.sharing import abilities
 from sparsity_atlas.lm.usage import expert_record, packed
 from sparsity_atlas.lm.work import Work, arrange
 from sparsity_atlas.models.logits import head
+from sparsity_atlas.sites.find import random_ids
 from sparsity_atlas.sparsify.transfer import fetched, sent
 
 if TYPE_CHECKING:
@@ -32,17 +36,21 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from sparsity_atlas.lm.answers import Proof
     from sparsity_atlas.lm.journalled import Records
     from sparsity_atlas.lm.kept.kept_work import Keep
     from sparsity_atlas.lm.longest import Memory
     from sparsity_atlas.lm.work import Arranged, Encoding
     from sparsity_atlas.sparsify.attach import Counter
 
+# Tokens that a ring is tried with, again and again.
+SAMPLED = 64
 # What is said, once, of a model that cannot do something.
 SLOWER = {
     "branches": "each answer option reads its whole context, since they cannot share it here",
     "selects": "logits of whole batches are computed at once, since the head cannot be shown a few tokens",
     "follows": "batches are lm-eval's own, since the model's numbers follow the longest sequence",
+    "steps": "transformers' own loop generates, since a step cannot be recorded here",
 }
 
 
@@ -66,6 +74,7 @@ class AtlasLM(GeneratingLM):
         self._told: set[str] = set()
         self._lengths = Lengths(model, self.max_length)
         self._known = Answers()
+        self._ring: Proof | None = None
 
     def work(
         self,
@@ -81,7 +90,20 @@ class AtlasLM(GeneratingLM):
         generated = requests.get("generate_until", [])
         if generated:
             head.able(self.model)  # found out before anything is attached
+        work = self._arranged(requests, encodings, generated, share=share, keep=keep)
+        if generated and self.device.type in DEVICES:
+            self._prove_rings(work, generated)
+        return work
 
+    def _arranged(
+        self,
+        requests: dict[str, list[Instance]],
+        encodings: Callable[[], dict[str, list[Encoding]]],
+        generated: list[Instance],
+        *,
+        share: bool,
+        keep: Keep | None,
+    ) -> Work:
         def found(some: list[forest.Request], branching: bool) -> Abilities:
             follows = self._lengths.watched and self._follows(
                 some, list(zip(generated, encodings().get("generate_until", []), strict=True))
@@ -118,7 +140,7 @@ class AtlasLM(GeneratingLM):
                 "dtype": str(self.model.dtype),
                 "attention": self.model.config._attn_implementation,
                 "device": name,
-                "code": code_version("lm.sharing"),
+                "code": code_version("lm.continuous.proof"),
                 **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
             }
         )
@@ -151,6 +173,18 @@ class AtlasLM(GeneratingLM):
         for name, fault in faults.items():
             self._tell(name, fault)
         return found
+
+    def _prove_rings(self, work: Work, generated: list[Instance]) -> None:
+        """See, before anything is attached, whether rows may begin at different times."""
+        ends = (
+            tokens + self.limits.room(request)
+            for request, tokens in zip(generated, work.lengths, strict=True)
+        )
+        longest = min(max(ends), self.max_length)
+        if self._known.about_rings(longest) is None:
+            tokens = random_ids(self.model, (1, SAMPLED))[0].tolist()
+            self._known.add_ring(proved(self.model, tokens, longest))
+        self._ring = self._known.about_rings(longest)
 
     def _tell(self, name: str, why: str) -> None:
         if name not in self._told:
@@ -263,14 +297,37 @@ class AtlasLM(GeneratingLM):
         answers = [""] * len(requests)
         owners = self._work.owners["generate_until"]
         last = self._work.last_prompts()
-        for prompts in self._work.prompts:
-            batch = [requests[index] for index in prompts]
+        batches = [[requests[index] for index in prompts] for prompts in self._work.prompts]
+        generator = self._generator(batches)
+        for number, (prompts, batch) in enumerate(zip(self._work.prompts, batches, strict=True)):
             # Sampling must not depend on where an earlier run was cut.
             seed = self._replayed
             once = [index in last for index in prompts]
-            record = self._batch(partial(self.generate, batch, seed, once))
+            record = self._batch(partial(self._texts_of, generator, number, batch, seed, once))
             lengths = [self._work.lengths[index] for index in prompts]
             self.usage.add_generated([owners[index] for index in prompts], lengths, record)
             for index, text in zip(prompts, record["texts"], strict=True):
                 answers[index] = text
         return answers
+
+    def _generator(self, batches: list[list[Instance]]) -> Generator | None:
+        """What generates with a recorded step, where that was proved to be right."""
+        if self._ring is None or self._work.abilities.follows:
+            return None
+        if self._ring.masks is None:
+            self._tell("steps", self._ring.fault)
+            return None
+        return Generator(
+            self, self._counter, self._ring.masks, batches, partial(self._tell, "steps")
+        )
+
+    def _texts_of(
+        self,
+        generator: Generator | None,
+        number: int,
+        batch: list[Instance],
+        seed: int,
+        once: list[bool],
+    ) -> dict[str, Any]:
+        texts = generator.texts(number) if generator else None
+        return self.generate(batch, seed, once) if texts is None else self.told(batch, texts)

@@ -263,6 +263,18 @@ class PromptLM(HFLM):
             )
         return tokens
 
+    def prompt_tokens(self, batch: list[Instance], longest: int) -> list[list[int]]:
+        """What is to be continued, as HFLM makes it of a batch, and cuts it to its end.
+
+        Args:
+            batch: the requests, in their order.
+            longest: tokens of a prompt at most.
+        """
+        ids, mask = self.tok_batch_encode(
+            [one.args[0] for one in batch], left_truncate_len=longest, truncation=self.truncation
+        )
+        return [row[known.bool()].tolist() for row, known in zip(ids, mask, strict=True)]
+
     def _whole(self, request: Instance) -> list[int]:
         """A whole text, without a BOS of its own: the prefix token, which is BOS, stands before it."""
         self._check_prefix(request)

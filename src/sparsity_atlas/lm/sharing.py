@@ -105,7 +105,7 @@ def abilities(
 def _proof(model: PreTrainedModel, tokens: list[int], most: int, answers: Answers) -> Proof:
     """What is known, or is now found, of requests as long as `tokens`."""
     length = len(tokens) - 1
-    rounded = round_up(length, SHORTEST_SAMPLE.get(model.device.type, SMALLEST), _window(model))
+    rounded = round_up(length, SHORTEST_SAMPLE.get(model.device.type, SMALLEST), window_of(model))
     for tried in dict.fromkeys((max(min(rounded, most), length), length)):
         known = answers.about(length)
         if known is not None:
@@ -128,7 +128,7 @@ def round_up(length: int, least: int, window: int | None) -> int:
     return min(size, window) if window and length <= window else size
 
 
-def _window(model: PreTrainedModel) -> int | None:
+def window_of(model: PreTrainedModel) -> int | None:
     window: int | None = getattr(model.config.get_text_config(), "sliding_window", None)
     return window
 
@@ -148,7 +148,7 @@ def _prove(model: PreTrainedModel, tokens: list[int]) -> Proof:
     if shared.branched:
         alone = pack([sample[number] for number in ends], len(ends), share=False)
         plain = [replace(one, requests=[ends[number] for number in one.requests]) for one in alone]
-        for masks in _ways(model, length):
+        for masks in ways(model, length):
             tried = _fault(partial(_sharing, model, shared, plain, masks))
             if tried is None:
                 return Proof(length, masks)
@@ -156,9 +156,9 @@ def _prove(model: PreTrainedModel, tokens: list[int]) -> Proof:
     return Proof(length, None, fault)
 
 
-def _ways(model: PreTrainedModel, length: int) -> Iterator[Masks]:
+def ways(model: PreTrainedModel, length: int) -> Iterator[Masks]:
     """Masks that a model may want for requests of this length."""
-    window = _window(model)
+    window = window_of(model)
     windowed = []
     if window:
         layers = getattr(model.config.get_text_config(), "layer_types", None) or []

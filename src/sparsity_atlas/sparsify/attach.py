@@ -160,6 +160,7 @@ def applied(
         parts = [part.apart() for part in parts]
     slots = [slot for slot in slots_of(parts, site) if slot.key in bound]
     counter = Counter(slots, masked=by_step)
+    counter.by_token = not any(isinstance(rule, SequenceCriterion) for rule in bound.values())
     drops = {place: dropping(rule, level, counter.sequences) for place, rule in bound.items()}
     if dense is not None:
         drops = {place: sparing(drop, dense, counter.sequences) for place, drop in drops.items()}

@@ -32,6 +32,7 @@ class Counter:
         by_expert: sums by expert, of those slots that have experts.
         by_step: sums by step of denoising, of masks.
         step: of denoising, that the pass in hand belongs to; None: the pass is none of these.
+        by_token: whether what is dropped of a token that is generated follows from its own vectors alone.
     """
 
     def __init__(self, slots: list[Slot], *, masked: bool = True) -> None:
@@ -45,6 +46,7 @@ class Counter:
         self.by_expert = ByExpert(slots)
         self.by_step = ByStep(slots if masked else ())
         self.step: Step | None = None
+        self.by_token = True
         self._index = {slot.key: i for i, slot in enumerate(slots)}
         self._valid: Tensor | None = None
         self._phase: Phase = "scoring"

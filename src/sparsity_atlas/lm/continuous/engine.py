@@ -1,0 +1,184 @@
+"""Prompts in, texts out: which row runs which prompt, and what each of them cost.
+
+A GPU is given some steps at a time. While it runs them, the host reads what the ones before them left, ends
+the rows that have met their end, and gives their places to prompts that wait. So a row runs on for up to
+twice as many steps as it need to; what comes of these counts nowhere.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparsity_atlas.errors import NumericalFailure
+from sparsity_atlas.lm.continuous.step import Step, prompt_columns, whole
+from sparsity_atlas.lm.generation import Text
+from sparsity_atlas.sparsify.transfer import fetched, sent
+
+if TYPE_CHECKING:
+    from sparsity_atlas.lm.continuous.called import Called
+    from sparsity_atlas.lm.continuous.ends import Ends
+    from sparsity_atlas.lm.continuous.step import Log
+    from sparsity_atlas.lm.forward import Masks
+    from sparsity_atlas.sparsify.attach import Counter
+
+# Steps that a GPU is given at a time, and such portions that it has before the first of them is read.
+STEPS, AHEAD = 8, 1
+# Prompts wait until they can take this share of all rows, so that few of them are not run by themselves.
+SHARE = 8
+
+
+class Engine:
+    """Generates by greedy decoding, without any processor of logits."""
+
+    def __init__(
+        self,
+        called: Called,
+        counter: Counter,
+        ends: Ends,
+        *,
+        rows: int,
+        size: int,
+        budget: int,
+        padding: int,
+        masks: Masks,
+    ) -> None:
+        """Make ready.
+
+        Args:
+            called: the model, proved for rows of `size` tokens.
+            counter: of what is attached to it.
+            ends: where a text ends.
+            rows: that run at once.
+            size: tokens of the longest prompt and its text.
+            budget: tokens of a text.
+            padding: what stands where a row has no token.
+            masks: how the model is told who sees whom.
+
+        Raises:
+            RuntimeError: the step cannot be recorded.
+        """
+        self._called, self._counter, self._ends = called, counter, ends
+        self._budget, self._padding = budget, padding
+        self._rows: list[Text | None] = [None] * rows
+        self._step = Step(called, counter, rows, size, masks, STEPS)
+        self._clock = 0
+        if called.device.type == "cuda":
+            self._step.record()
+
+    def run(self, prompts: list[list[int]]) -> Iterator[Text]:
+        """Generate.
+
+        Args:
+            prompts: tokens of each.
+
+        Yields:
+            What became of each, as they end.
+
+        Raises:
+            NumericalFailure: NaN or an infinity came up.
+        """
+        waiting = deque(Text(number, prompt) for number, prompt in enumerate(prompts))
+        begun: deque[Callable[[], Iterator[Text]]] = deque()
+        while waiting or begun or any(self._rows):
+            if self._worth_it(waiting):
+                begun.append(self._begin(waiting))
+            if steps := self._needed():
+                begun.append(self._go_on(steps))
+            while begun and (len(begun) > AHEAD or not self._needed()):
+                yield from begun.popleft()()
+
+    def _free(self) -> list[int]:
+        return [row for row, text in enumerate(self._rows) if text is None]
+
+    def _worth_it(self, waiting: deque[Text]) -> bool:
+        free = len(self._free())
+        enough = min(max(len(self._rows) // SHARE, 1), len(waiting))
+        return bool(waiting) and free > 0 and (free >= enough or free == len(self._rows))
+
+    def _needed(self) -> int:
+        """Steps that any row may need, so many at most as are begun at a time."""
+        left = [self._budget - 1 - text.given for text in self._rows if text is not None]
+        return min(STEPS, max([0, *left]))
+
+    def _begin(self, waiting: deque[Text]) -> Callable[[], Iterator[Text]]:
+        """Run prompts in the rows that are free."""
+        rows = self._free()[: len(waiting)]
+        texts = [waiting.popleft() for _ in rows]
+        for row, text in zip(rows, texts, strict=True):
+            self._rows[row] = text
+        longest = max(len(text.prompt) for text in texts)
+        ids = np.full((len(rows), longest), self._padding, np.int64)
+        for text, tokens in zip(texts, ids, strict=True):
+            tokens[longest - len(text.prompt) :] = text.prompt
+        lengths = np.array([len(text.prompt) for text in texts])
+        valid = np.arange(longest) >= longest - lengths[:, None]
+        positions = np.maximum(valid.cumsum(1) - 1, 0)
+        step, device = self._step, self._called.device
+        columns = prompt_columns(self._clock, longest, step.ring.size)
+        places, known, there = (sent(one, device) for one in (np.array(rows), valid, columns))
+        self._counter.expect(known, "prompt")
+        with step.ring.prompts(places, there, known):
+            logits = self._called.next_logits(
+                sent(ids, device), sent(positions, device), known, step.ring
+            )
+        zeros, _, finite = self._counter.take_unseen()
+        first = logits.argmax(-1)
+        step.tokens[places] = first
+        step.lengths[places] = sent(lengths + 1, device)
+        wait = fetched([first, zeros.sum(2).T.contiguous(), finite, whole(logits)])
+
+        def read() -> Iterator[Text]:
+            tokens, zeros, finite, whole = wait()
+            self._counter.check(finite.tolist())
+            _check(whole)
+            for text, token, own in zip(texts, tokens.tolist(), zeros, strict=True):
+                text.prompt_zeros, text.zeros = own, np.zeros_like(own)
+                yield from self._add(text, token)
+
+        return read
+
+    def _go_on(self, steps: int) -> Callable[[], Iterator[Text]]:
+        """Run some steps of all rows."""
+        texts = list(self._rows)
+        for _ in range(steps):
+            self._step.run()
+        for text in texts:
+            if text is not None:
+                text.given += steps
+        self._clock = (self._clock + steps) % self._step.ring.size
+        wait = self._step.read(steps)
+
+        def read() -> Iterator[Text]:
+            log = wait()
+            for row, text in enumerate(texts):
+                if text is not None and not text.done:
+                    yield from self._advance(text, row, log)
+
+        return read
+
+    def _advance(self, text: Text, row: int, log: Log) -> Iterator[Text]:
+        """Add to a text what some steps made of its row."""
+        for step, token in enumerate(log.tokens[:, row].tolist()):
+            self._counter.check(log.finite[step].tolist())
+            _check(log.whole[step, row])
+            text.zeros = text.zeros + log.zeros[step, :, row]
+            yield from self._add(text, token)
+            if text.done:
+                return
+
+    def _add(self, text: Text, token: int) -> Iterator[Text]:
+        text.tokens.append(token)
+        text.ended = self._ends.met(text.tokens)
+        if text.ended or len(text.tokens) == self._budget:
+            text.done = True
+            self._rows[self._rows.index(text)] = None
+            yield text
+
+
+def _check(whole: Any) -> None:
+    if not np.all(whole):
+        raise NumericalFailure("NaN or infinity in the logits")
