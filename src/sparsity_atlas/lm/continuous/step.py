@@ -46,13 +46,19 @@ class Step:
     """
 
     def __init__(
-        self, called: Called, counter: Counter, rows: int, size: int, masks: Masks, steps: int
+        self,
+        called: Called,
+        counter: Counter | None,
+        rows: int,
+        size: int,
+        masks: Masks,
+        steps: int,
     ) -> None:
         """Make room.
 
         Args:
             called: the model.
-            counter: of what is attached to it.
+            counter: of what is attached to it; None: nothing is.
             rows: that run at once.
             size: tokens that a row can hold.
             masks: how the model is told who sees whom.
@@ -64,7 +70,7 @@ class Step:
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self.lengths = torch.ones(rows, dtype=torch.int64, device=device)
         self._at = torch.zeros(1, dtype=torch.int64, device=device)
-        shape, slots = (steps, rows), len(counter.slots)
+        shape, slots = (steps, rows), len(counter.slots) if counter else 0
         self._log = Log(
             torch.zeros(shape, dtype=torch.int64, device=device),
             torch.zeros((steps, slots, rows), dtype=torch.int64, device=device),
@@ -139,7 +145,8 @@ class Step:
 
     def _run(self) -> None:
         ring, counter = self.ring, self._counter
-        counter.expect(self._fed, "generation")
+        if counter:
+            counter.expect(self._fed, "generation")
         self.logits = self._called.next_logits(
             self.tokens[:, None],
             (self.lengths - 1)[:, None],
@@ -147,8 +154,11 @@ class Step:
             ring,
         )
         tokens = self.logits.argmax(-1)
-        zeros, _, finite = counter.take_unseen()
-        made = Log(tokens, zeros.squeeze(-1), finite, whole(self.logits))
+        if counter:
+            zeros, _, finite = counter.take_unseen()
+        else:
+            zeros, finite = self._fed.new_zeros(0, *self._fed.shape), self._fed.new_ones(0)
+        made = Log(tokens, zeros.squeeze(-1).long(), finite, whole(self.logits))
         for kept, value in zip(self._log, made, strict=True):
             kept.index_copy_(0, self._at, value[None])
         self._at.add_(1)

@@ -1,0 +1,109 @@
+"""A model that decodes: its own maps or sparse ones, a ring of keys and values, and one recorded step."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from sparsity_atlas.decoding.trial import Time
+from sparsity_atlas.lm.continuous.called import Called
+from sparsity_atlas.lm.continuous.step import Step, prompt_columns
+from sparsity_atlas.lm.forward import Masks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Steps that are one round of a measurement, and rounds.
+STEPS, ROUNDS = 16, 20
+
+
+class Decoder:
+    """Rows that begin together and go on by their likeliest tokens.
+
+    What is attached to the model, or replaced in it, when the first step runs is part of all of them.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rows: int,
+        size: int,
+        *,
+        masks: Masks = Masks.ONE,
+    ) -> None:
+        """Make room.
+
+        Args:
+            model: the model.
+            rows: that are decoded together.
+            size: tokens of a row at most, prompt and text.
+            masks: how the model is told who sees whom.
+        """
+        self._called = Called(model)
+        self._step = Step(self._called, None, rows, size, masks, STEPS)
+        self._recorded = False
+
+    def prompt(self, ids: torch.Tensor) -> torch.Tensor:
+        """Run prompts of one length [rows, tokens]; returns the token that follows each, [rows]."""
+        step, device = self._step, self._called.device
+        rows, longest = ids.shape
+        valid = torch.ones_like(ids, dtype=torch.bool)
+        clock = int(step.ring.clock)
+        columns = torch.from_numpy(prompt_columns(clock, longest, step.ring.size)).to(device)
+        positions = torch.arange(longest, device=device).expand(rows, -1)
+        with step.ring.prompts(torch.arange(rows, device=device), columns, valid):
+            logits = self._called.next_logits(ids, positions, valid, step.ring)
+        step.tokens.copy_(logits.argmax(-1))
+        step.lengths.fill_(longest + 1)
+        return step.tokens.clone()
+
+    def go_on(self, steps: int) -> torch.Tensor:
+        """The next tokens of all rows, int64 [steps, rows]."""
+        self._record()
+        made = []
+        for begin in range(0, steps, STEPS):
+            some = min(STEPS, steps - begin)
+            for _ in range(some):
+                self._step.run()
+            made.append(torch.from_numpy(self._step.read(some)().tokens.copy()))
+        return torch.cat(made)
+
+    def timed(self, context: int) -> Time:
+        """Time of a step.
+
+        Args:
+            context: tokens that each row has when it begins.
+        """
+        self._record()
+        step, device = self._step, self._called.device
+        took = []
+        for _ in range(ROUNDS):
+            step.lengths.fill_(context)
+            step.read(0)
+            took.append(self._seconds(device) / STEPS)
+        each = sorted(one * 1e6 for one in took)
+        low, middle, high = statistics.quantiles(each, n=4)
+        # Other work on a CPU only ever adds to it.
+        return Time(middle if device.type == "cuda" else each[0], high - low)
+
+    def _seconds(self, device: torch.device) -> float:
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(STEPS):
+                self._step.run()
+            end.record()
+            end.synchronize()
+            return float(start.elapsed_time(end)) / 1e3
+        begun = time.perf_counter()
+        for _ in range(STEPS):
+            self._step.run()
+        return time.perf_counter() - begun
+
+    def _record(self) -> None:
+        if not self._recorded and self._called.device.type == "cuda":
+            self._step.record()
+        self._recorded = True

@@ -1,0 +1,243 @@
+"""A model's maps replaced, while it decodes, by products that leave out the weights which zeros meet.
+
+Prompts stay dense: what is replaced is what one token of each row goes through. Which module computes a gated
+FFN is found out by numbers: it is one that gives what the FFN's three maps give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparsity_atlas.criteria.base import Criterion, keeps_by_threshold
+from sparsity_atlas.decoding.backend import ACTIVATIONS, MOST_TOKENS, activated
+from sparsity_atlas.decoding.maps import SITES, GatedFFN, InputMap
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.models.logits.head import EXACT, ROUNDED
+from sparsity_atlas.sites.ffn import FFN
+from sparsity_atlas.sites.probe.hypotheses import relative_error
+from sparsity_atlas.sites.shaping import PLAIN
+from sparsity_atlas.terms import TENSORS, PlaceKey, plain
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from sparsity_atlas.kernels.definition import Threshold
+    from sparsity_atlas.sites.activation import Activation
+    from sparsity_atlas.sites.part import Part
+    from sparsity_atlas.sites.projection import Projection
+
+# Rows that a module is tried with.
+TRIED = 3
+Forward = Callable[..., "Tensor"]
+
+
+@contextmanager
+def replaced(
+    model: nn.Module,
+    parts: Sequence[Part],
+    site: str,
+    bound: Mapping[PlaceKey, Criterion],
+    level: float,
+) -> Iterator[int]:
+    """Within: tokens that are fed one by one go through sparse maps.
+
+    Args:
+        model: on a device that there are kernels for; on others all is computed the dense way.
+        parts: of its own.
+        site: where entries are dropped.
+        bound: the rule of each place.
+        level: of all of them.
+
+    Yields:
+        Bytes of transposed copies.
+
+    Raises:
+        AtlasError: a rule that is no threshold, or a map of a form that the products do not know.
+    """
+    with ExitStack() as stack:
+        single = _Single()
+        handle = model.register_forward_pre_hook(single, with_kwargs=True)
+        stack.callback(handle.remove)
+        copies = 0
+        for part in parts:
+            keys = {name: PlaceKey(part.layer, part.name, name) for name in TENSORS[plain(site)]}
+            rules = {
+                name: _rule(bound[key], level, part.size(name))
+                for name, key in keys.items()
+                if key in bound
+            }
+            if rules:
+                copies += _replace(stack, single, part, rules)
+        yield copies
+
+
+def _rule(criterion: Criterion, level: float, width: int) -> Callable[[torch.device], Threshold]:
+    if not keeps_by_threshold(criterion):
+        raise AtlasError(
+            f"{type(criterion).__name__}: its masks follow from no threshold of a token"
+        )
+
+    @cache
+    def rule(device: torch.device) -> Threshold:
+        return criterion.threshold(level, width).to(device)
+
+    return rule
+
+
+class _Single:
+    """Whether the pass in hand is over one token of each row: a hook of the model."""
+
+    def __init__(self) -> None:
+        self._single = False
+
+    def __call__(
+        self, model: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
+        ids = options.get("input_ids", arguments[0] if arguments else None)
+        self._single = ids is not None and ids.shape[1] == 1 and len(ids) <= MOST_TOKENS
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether x [..., width] are vectors of such a pass."""
+        return self._single and x.shape[:-1].numel() <= MOST_TOKENS
+
+
+Rules = Mapping[str, Callable[[torch.device], "Threshold"]]
+
+
+def _replace(stack: ExitStack, single: _Single, part: Part, rules: Rules) -> int:
+    """Replace what reads the tensors of a part; bytes of copies."""
+    if isinstance(part, FFN) and part.gated:
+        return _replace_ffn(stack, single, part, rules)
+    copies = 0
+    for name, rule in rules.items():
+        if name not in ("input", "intermediate", "qkv_input", "o_input"):
+            raise AtlasError(f"layer {part.layer}: {name}: there is no second factor to leave out")
+        copies += _replace_readers(stack, single, part, name, rule)
+    return copies
+
+
+def _replace_readers(
+    stack: ExitStack,
+    single: _Single,
+    part: Part,
+    name: str,
+    rule: Callable[[torch.device], Threshold],
+) -> int:
+    """Replace maps that read one tensor by one product, whose rows are those of all of them."""
+    readers = {reader.path: reader for reader in part.readers(name)}
+    weights, biases = [], []
+    for reader in readers.values():
+        weight = reader.weight()
+        if weight is None or reader.half is not None:
+            raise AtlasError(f"{reader.path}: it holds no plain matrix, or one for two factors")
+        weights.append(weight)
+        bias = _bias(reader)
+        biases.append(weight.new_zeros(len(weight)) if bias is None else bias)
+    joined = torch.cat(biases)
+    product = InputMap(torch.cat(weights), joined if bool(joined.any()) else None)
+    sizes = [len(weight) for weight in weights]
+    waiting: dict[str, Tensor] = {}
+
+    def of(path: str, own: Forward) -> Forward:
+        def forward(x: Tensor) -> Tensor:
+            if not single.holds(x):
+                return own(x)
+            if path not in waiting:
+                made = product(x.flatten(0, -2), rule(x.device)).split(sizes, -1)
+                waiting.update(zip(readers, made, strict=True))
+            return _like(waiting.pop(path), x)
+
+        return forward
+
+    for path, reader in readers.items():
+        _put(stack, reader.module, of(path, reader.module.forward))
+    return product.transposed.nbytes
+
+
+def _replace_ffn(stack: ExitStack, single: _Single, part: FFN, rules: Rules) -> int:
+    assert part.gate is not None
+    (site,) = [one for one in SITES if TENSORS[one] == tuple(rules)]
+    up, gate, down = (_plain(reader) for reader in (part.up, part.gate, part.down))
+    name = _name_of(part.activation)
+    if name is None or part.norm is not None or part.shaping != PLAIN:
+        raise AtlasError(
+            f"layer {part.layer}: its FFN is none of plain maps with {' or '.join(ACTIVATIONS)}"
+        )
+    product = GatedFFN(up, gate, down, name, site)
+    module = _module_of(part)
+    own: Forward = module.forward
+
+    def forward(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        if not single.holds(x):
+            return own(x, *arguments, **options)
+        made = product(x.flatten(0, -2), {name: rule(x.device) for name, rule in rules.items()})
+        return _like(made, x)
+
+    _put(stack, module, forward)
+    return sum(one.nbytes for one in product.transposed.values())
+
+
+def _plain(reader: Projection) -> Tensor:
+    weight = reader.weight()
+    if weight is None or _bias(reader) is not None:
+        raise AtlasError(f"{reader.path}: it holds no plain matrix, or a bias")
+    return weight
+
+
+def _bias(reader: Projection) -> Tensor | None:
+    bias: Any = getattr(reader.module, "bias", None)
+    return bias.detach() if isinstance(bias, torch.Tensor) else None
+
+
+def _like(rows: Tensor, x: Tensor) -> Tensor:
+    """Rows [tokens, width] in the form of x [rows, 1, ...]."""
+    return rows.view(*x.shape[:-1], -1)
+
+
+def _name_of(activation: Activation) -> str | None:
+    """Which of the nonlinearities that the products know this is, by what it makes of some numbers."""
+    values = torch.linspace(-6, 6, 97)
+    found = activation(values)
+    for name in ACTIVATIONS:
+        if torch.allclose(found, activated(values, name), atol=EXACT, rtol=EXACT):
+            return name
+    return None
+
+
+def _module_of(part: FFN) -> nn.Module:
+    """The innermost module around an FFN's maps, which computes it and nothing else.
+
+    Raises:
+        AtlasError: it computes something else.
+    """
+    assert part.gate is not None
+    paths = [place.path.split(".") for place in (part.up, part.gate, part.down)]
+    common = [names[0] for names in zip(*paths, strict=False) if len(set(names)) == 1]
+    module = part.model.get_submodule(".".join(common))
+    weight = _plain(part.up)
+    x = torch.randn(1, TRIED, part.hidden, generator=torch.Generator().manual_seed(0)).to(weight)
+    with torch.no_grad():
+        wanted = part.down(part.intermediate(x))
+        found: object = module.forward(x)
+    allowed = EXACT if weight.dtype == torch.float32 else ROUNDED
+    # Written so that NaN is wrong.
+    if not (isinstance(found, torch.Tensor) and relative_error(wanted, found) <= allowed):
+        raise AtlasError(f"{'.'.join(common)}: it computes more than the FFN of its three maps")
+    return module
+
+
+def _put(stack: ExitStack, module: Any, forward: Forward) -> None:
+    before = module.__dict__.get("forward")
+    module.forward = forward
+
+    def back() -> None:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+    stack.callback(back)

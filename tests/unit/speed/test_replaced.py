@@ -1,0 +1,82 @@
+"""Maps that leave weights out decode the tokens that a simulated criterion does; prompts stay dense."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sparsity_atlas.criteria import create
+from sparsity_atlas.criteria.binding import bind_all
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.sites.find import find_parts, random_ids
+from sparsity_atlas.sparsify.attach import applied
+from sparsity_atlas.speed.decoder import Decoder
+from sparsity_atlas.speed.replaced import replaced
+from sparsity_atlas.terms import SITES
+from tiny_models import tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+UNGATED = [site for site in SITES if site not in ("up", "gate")]
+CASES = [
+    *(("llama", site, "topp", 0.6) for site in SITES),
+    *(("opt", site, "topp", 0.6) for site in UNGATED),  # biases, and rows without sequences
+    ("phi3", "all_linear_inputs", "topk", 0.5),  # one module for two factors, one for three maps
+    ("qwen2", "qkv_input", "maxp", 0.3),  # biases of some maps
+    ("gpt_neox", "all_linear_inputs", "wina", 0.5),
+]
+
+
+def decoded(model: nn.Module, steps: int, around: Any) -> torch.Tensor:
+    """Tokens that follow two prompts, all but the first of them within `around`."""
+    decoder = Decoder(model, 2, 24)
+    decoder.prompt(random_ids(model, (2, 7)))
+    with around:
+        return decoder.go_on(steps)
+
+
+@pytest.mark.parametrize(("name", "site", "rule", "level"), CASES)
+def test_tokens_are_those_of_the_simulated_criterion(
+    name: str, site: str, rule: str, level: float
+) -> None:
+    model = tiny_model(name, initializer_range=0.3)
+    parts = find_parts(model)
+    bound = bind_all(create({"rule": rule}), parts, site)
+    before = {path: module.forward for path, module in model.named_modules()}
+    wanted = decoded(model, 12, applied(model, parts, site, bound, level))
+    found = decoded(model, 12, replaced(model, parts, site, bound, level))
+    assert torch.equal(found, wanted)
+    assert not torch.equal(found, decoded(model, 12, torch.no_grad()))
+    # All is as it was.
+    assert {path: module.forward for path, module in model.named_modules()} == before
+
+
+def test_a_prompt_stays_dense() -> None:
+    model = tiny_model("llama", initializer_range=0.3)
+    parts = find_parts(model)
+    bound = bind_all(create({"rule": "topp"}), parts, "all_linear_inputs")
+    ids = random_ids(model, (2, 7))
+    wanted = Decoder(model, 2, 24).prompt(ids)
+    with replaced(model, parts, "all_linear_inputs", bound, 0.1) as copies:
+        assert torch.equal(Decoder(model, 2, 24).prompt(ids), wanted)
+        dense = sum(
+            one.weight.numel() * 4
+            for path, one in model.named_modules()
+            if path.endswith("_proj") and isinstance(one, nn.Linear)
+        )
+        assert copies == dense
+
+
+def test_what_the_products_do_not_know_is_refused() -> None:
+    model = tiny_model("llama", hidden_act="gelu")
+    parts = find_parts(model)
+    bound = bind_all(create({"rule": "topp"}), parts, "gate")
+    with pytest.raises(AtlasError, match="none of plain maps with silu or relu"):
+        decoded(model, 1, replaced(model, parts, "gate", bound, 0.5))
+    model = tiny_model("llama")
+    parts = find_parts(model)
+    bound = bind_all(create({"rule": "random"}), parts, "gate")
+    with pytest.raises(AtlasError, match="Random: its masks follow from no threshold"):
+        decoded(model, 1, replaced(model, parts, "gate", bound, 0.5))
