@@ -4,42 +4,53 @@
     python benchmarks/generation.py --device cpu --models tiny
 
 Llama 3.2 1B's layers and vocabulary, bfloat16 and random weights; prompts of 100 to 140 tokens, 64 at once.
-`equal`: 64 texts of 256 tokens. `unequal`: 512 texts that end at some of a few hundred end tokens, which
-are chosen so that most texts are short and some run to their budget. Each of the three generates the same
-prompts; lm-eval's class counts nothing and drops nothing. Times include all that the host does.
+`equal`: 64 texts of 256 tokens. `unequal`: 512 texts of 4 to 256 tokens, uniform in the logarithm: each of
+the three is told where a text ends, after it has looked for stop strings as ever, since a random model ends
+none. lm-eval's class counts nothing and drops nothing. Times include all that the host does.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.models import huggingface, utils_hf
 from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from masked import SHAPES, Memory
 from measure import machine
 from sparsity_atlas.criteria.built_in.topp import TopP
+from sparsity_atlas.lm import generation
 from sparsity_atlas.lm import model as lm_model
+from sparsity_atlas.lm.continuous.engine import Engine
+from sparsity_atlas.lm.generation import Text
 from sparsity_atlas.lm.model import AtlasLM
 from sparsity_atlas.sites.find import find_parts
 from sparsity_atlas.sparsify.attach import counted, sparsified
 
+Lengths = dict[tuple[int, ...], int]
 EOS = 2
 ROWS, WRITTEN = 64, 256
 TEXTS = {"equal": 64, "unequal": 512}
 LEVEL = 0.9
-# Of texts whose lengths are chosen: the shortest, and how many of them choose.
-SHORTEST, CHOOSING = 4, 256
+SHORTEST = 4
 
 
 class Bench:
@@ -115,22 +126,63 @@ class Bench:
             texts = self.lm.generate_until(requests["generate_until"])
         return texts, self.lm.usage.tokens["generation"].tolist()
 
+    def lengths(self) -> Lengths:
+        """How many tokens the text of each prompt has, by the prompt's tokens."""
+        draw = np.random.default_rng(1)
+        count = TEXTS["unequal"]
+        found = np.exp(draw.uniform(np.log(SHORTEST), np.log(WRITTEN), count)).astype(int)
+        prompts = [self.tokenizer(text)["input_ids"] for text in self.prompts[:count]]
+        return {tuple(one): int(length) for one, length in zip(prompts, found, strict=True)}
+
     def lm_eval(self, count: int) -> list[str]:
         """Texts of lm-eval's own class."""
         texts: list[str] = self.plain.generate_until(self.requests(count), disable_tqdm=True)
         return texts
 
-    def end_somewhere(self) -> None:
-        """Choose end tokens among what is generated, so that texts differ in length."""
-        texts, _ = self.counted(CHOOSING, None)
-        tokens = [[int(one) for one in re.findall(r"w(\d+);", text)] for text in texts]
-        early = {token for own in tokens for token in own[:SHORTEST]}
-        draw = np.random.default_rng(1)
-        lengths = np.exp(draw.uniform(np.log(SHORTEST), np.log(WRITTEN), len(texts))).astype(int)
-        ends = {EOS}
-        for own, length in zip(tokens, lengths, strict=True):
-            ends.update([token for token in own[length:] if token not in early][:1])
-        self.model.generation_config.eos_token_id = sorted(ends)
+
+class Told(StoppingCriteria):
+    """Ends the rows of a batch where they are to end; looks like one of lm-eval's stop strings."""
+
+    def __init__(self, lengths: Lengths, begin: int, rows: int) -> None:
+        self.lengths, self.begin = lengths, begin
+        self.done_tracker = [False] * rows
+        self.wanted: list[int] | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
+        if self.wanted is None:
+            prompts = input_ids[:, : self.begin].tolist()
+            self.wanted = [self.lengths[tuple(one for one in row if one)] for row in prompts]
+        made = input_ids.shape[1] - self.begin
+        self.done_tracker = [made >= wanted for wanted in self.wanted]
+        return all(self.done_tracker)
+
+
+@contextmanager
+def told_where(lengths: Lengths) -> Iterator[None]:
+    """Have all ways end texts where they are to end."""
+    criteria, add = utils_hf.stop_sequences_criteria, Engine._add
+
+    def stops(tokenizer: Any, stop: list[str], begin: int, rows: int) -> StoppingCriteriaList:
+        return StoppingCriteriaList(
+            [*criteria(tokenizer, stop, begin, rows), Told(lengths, begin, rows)]
+        )
+
+    def ended(engine: Engine, text: Text, token: int) -> Iterator[Text]:
+        met = engine._ends.met
+        wanted = lengths[tuple(text.prompt)]
+        engine._ends.met = lambda tokens: met(tokens) or len(tokens) >= wanted
+        try:
+            yield from list(add(engine, text, token))
+        finally:
+            engine._ends.met = met
+
+    huggingface.stop_sequences_criteria = generation.stop_sequences_criteria = stops
+    Engine._add = ended
+    try:
+        yield
+    finally:
+        huggingface.stop_sequences_criteria = generation.stop_sequences_criteria = criteria
+        Engine._add = add
 
 
 def timed(call: Callable[[], Any], rounds: int) -> tuple[float, float, Any]:
@@ -144,9 +196,12 @@ def timed(call: Callable[[], Any], rounds: int) -> tuple[float, float, Any]:
     return statistics.median(seconds), max(seconds) - min(seconds), found
 
 
-def alike(one: list[str], other: list[str]) -> str:
-    """The share of texts that are the same."""
-    return f"{np.mean([a == b for a, b in zip(one, other, strict=True)]):.3f}"
+def alike(some: list[str], others: list[str]) -> str:
+    """The share of texts that are the same as far as both go."""
+    pairs = zip(some, others, strict=True)
+    return (
+        f"{np.mean([one.startswith(other) or other.startswith(one) for one, other in pairs]):.3f}"
+    )
 
 
 def measure(bench: Bench, count: int, rounds: int) -> None:
@@ -190,9 +245,9 @@ def main() -> None:
         bench = Bench(name, arguments.device, getattr(torch, arguments.dtype))
         print(f"{name}, equal")
         measure(bench, TEXTS["equal"], arguments.rounds)
-        bench.end_somewhere()
         print(f"{name}, unequal")
-        measure(bench, TEXTS["unequal"], 1)
+        with told_where(bench.lengths()):
+            measure(bench, TEXTS["unequal"], 1)
 
 
 if __name__ == "__main__":

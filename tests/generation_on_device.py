@@ -1,8 +1,8 @@
-"""Generation with a recorded step on a GPU, beside transformers' own loop: python tests/generation_on_device.py.
+"""Generation with a recorded step on a GPU, beside transformers' own loop: tests/generation_on_device.py.
 
 CI has none. Tasks that generate are run in float32 with each of the two by tiny models of several families,
-dense and with rules at several sites: texts and counts are the same, also after an interruption. Where a
-step cannot be recorded that is said, and the other loop generates. Ends with 1 if anything differs.
+dense and with rules at several sites: texts are the same, and counts but for entries at their thresholds.
+Ends with 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -103,20 +103,24 @@ class Bench:
         """Both ways, at two numbers of rows."""
         made = Node.make({"rule": node[0]}, *node[1:]) if node else None
         scores, wanted, _ = self.run(made, set(), 16)
+        # In other batches an entry at its threshold may be counted otherwise by transformers' loop, too.
+        apart = len(_apart(wanted, self.run(made, set(), 3)[1]))
         for size in (16, 3):
             found_scores, found, recorded = self.run(made, {self.device}, size)
             assert recorded, "no batch was generated"
             assert all(recorded), "a batch was left to transformers"
-            other = [
-                (one, another) for one, another in zip(wanted, found, strict=True) if one != another
-            ]
-            print(f"       {len(other)} of {len(wanted)} samples differ at {size} rows")  # noqa: T201
+            other = _apart(wanted, found)
+            print(f"       {len(other)} of {len(wanted)} differ at {size} rows, {apart} by batches")  # noqa: T201
             for one, another in other:
                 changed = {key for key in one if one[key] != another[key]}
-                # An entry at its threshold: counted otherwise, and no text is another.
+                # No text is another.
                 assert changed <= {"prompt_zeros", "generation_zeros", "unique_zeros"}, changed
-            assert len(other) <= len(wanted) // 20
+            assert len(other) <= 2 * apart + len(wanted) // 20
             assert found_scores == scores
+
+
+def _apart(some: list[dict], others: list[dict]) -> list[tuple[dict, dict]]:
+    return [pair for pair in zip(some, others, strict=True) if pair[0] != pair[1]]
 
 
 def main() -> None:

@@ -91,6 +91,7 @@ class AtlasLM(GeneratingLM):
         if generated:
             head.able(self.model)  # found out before anything is attached
         work = self._arranged(requests, encodings, generated, share=share, keep=keep)
+        self._ring = None
         if generated and self.device.type in DEVICES:
             self._prove_rings(work, generated)
         return work
