@@ -47,6 +47,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 NODES = {
     "dense": None,
     "topp": ("topp", "all_linear_inputs", "0.8"),
+    # Of a tiny Gemma 3 many entries that the output map reads are tied but for rounding.
+    "topp within": ("topp", "intermediate", "0.8"),
     "topk": ("topk", "gate", "0.5"),
     "maxp": ("maxp", "up", "0.1"),
     "wina": ("wina", "intermediate", "0.5"),
@@ -139,7 +141,9 @@ def main() -> None:
     checks = {
         f"{model} {node}": lambda model=model, node=node: check(model, node)
         for model in MODELS
-        for node in (NODES if model == "llama" else ("dense", "topp"))
+        for node in (
+            NODES if model == "llama" else ("dense", "topp within" if model == "gemma3" else "topp")
+        )
     }
     sys.exit(failures(checks, arguments.only) > 0)
 
