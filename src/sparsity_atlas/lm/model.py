@@ -19,7 +19,7 @@ from sparsity_atlas.lm import forest, forward
 from sparsity_atlas.lm.answers import Answers
 from sparsity_atlas.lm.continuous.able import DEVICES
 from sparsity_atlas.lm.continuous.generator import Generator
-from sparsity_atlas.lm.continuous.proof import proved
+from sparsity_atlas.lm.continuous.ring_proof import proved
 from sparsity_atlas.lm.forward import Abilities
 from sparsity_atlas.lm.generation import GeneratingLM
 from sparsity_atlas.lm.kept.kept_work import arrange_once
@@ -141,7 +141,7 @@ class AtlasLM(GeneratingLM):
                 "dtype": str(self.model.dtype),
                 "attention": self.model.config._attn_implementation,
                 "device": name,
-                "code": code_version("lm.continuous.proof"),
+                "code": code_version("lm.continuous.ring_proof"),
                 **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
             }
         )

@@ -10,7 +10,7 @@ import torch
 
 from sparsity_atlas.decoding.trial import Time
 from sparsity_atlas.lm.continuous.called import Called
-from sparsity_atlas.lm.continuous.step import Step, prompt_columns
+from sparsity_atlas.lm.continuous.recorded_step import Step, prompt_columns
 from sparsity_atlas.lm.forward import Masks
 
 if TYPE_CHECKING:

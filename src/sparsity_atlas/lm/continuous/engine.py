@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparsity_atlas.errors import NumericalFailure
-from sparsity_atlas.lm.continuous.step import Step, prompt_columns, whole
+from sparsity_atlas.lm.continuous.recorded_step import Step, prompt_columns, whole
 from sparsity_atlas.lm.generation import Text
 from sparsity_atlas.sparsify.transfer import fetched, sent
 
 if TYPE_CHECKING:
     from sparsity_atlas.lm.continuous.called import Called
     from sparsity_atlas.lm.continuous.ends import Ends
-    from sparsity_atlas.lm.continuous.step import Log
+    from sparsity_atlas.lm.continuous.recorded_step import Log
     from sparsity_atlas.lm.forward import Masks
     from sparsity_atlas.sparsify.attach import Counter
 

@@ -37,7 +37,7 @@ class Generator:
         Args:
             lm: the model.
             counter: of what is attached to it.
-            masks: how it is told who sees whom; see `proof`.
+            masks: how it is told who sees whom; see `ring_proof`.
             batches: of the task; those behind each other with equal options run together.
             tell: called with the reason why some are left to transformers.
         """

@@ -9,8 +9,8 @@ import torch
 
 from sparsity_atlas.lm.answers import Proof
 from sparsity_atlas.lm.continuous.called import Called
+from sparsity_atlas.lm.continuous.recorded_step import prompt_columns
 from sparsity_atlas.lm.continuous.ring import Ring
-from sparsity_atlas.lm.continuous.step import prompt_columns
 from sparsity_atlas.lm.sharing import DISTINCT, ways
 from sparsity_atlas.models.logits.head import EXACT, REFUSALS, ROUNDED
 from sparsity_atlas.sites.probe.hypotheses import relative_error

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from sparsity_atlas.lm.continuous.called import Called
-from sparsity_atlas.lm.continuous.proof import proved
 from sparsity_atlas.lm.continuous.ring import Ring
+from sparsity_atlas.lm.continuous.ring_proof import proved
 from sparsity_atlas.lm.forward import Masks
 from sparsity_atlas.sites.find import random_ids
 from tiny_models import tiny_model
