@@ -11,7 +11,16 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from sparsity_atlas.figures.by_layer import COLORS, PANELS
-from sparsity_atlas.figures.panels import empty, grid, label, legend, percent_axis, rule, select
+from sparsity_atlas.figures.panels import (
+    at_level,
+    empty,
+    grid,
+    label,
+    legend,
+    percent_axis,
+    rule,
+    select,
+)
 from sparsity_atlas.figures.style import GREY, heading, marks
 from sparsity_atlas.tables.read import Tables, site_rank, tensor_rank
 from sparsity_atlas.terms import plain
@@ -20,8 +29,6 @@ NOTHING = "No node of a mixture of experts in this run."
 BOXES = "0.75"
 # Of all levels the one at which the experts' sparsity is nearest to this is shown.
 MIDDLE = 0.5
-# Characters that fit above a panel.
-_LINE = 28
 DENSE = "dense"
 _KEY = ["model", "criterion", "site", "tensor"]
 
@@ -139,7 +146,4 @@ def _shown(tables: Tables, key: tuple[str, ...]) -> tuple[pd.DataFrame, dict[str
 
 def _title(key: tuple[str, ...], rows: pd.DataFrame) -> str:
     model, criterion, site, tensor = key
-    what = site if plain(site) == tensor else f"{site}: {tensor}"
-    rule_and_level = f"{criterion} {rows['level'].iloc[0]}"
-    between = ", " if len(what) + len(rule_and_level) < _LINE else "\n"
-    return f"{heading(model)}\n{what}{between}{rule_and_level}"
+    return f"{heading(model)}\n{at_level(site, tensor, criterion, rows['level'].iloc[0])}"

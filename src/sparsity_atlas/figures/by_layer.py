@@ -17,6 +17,7 @@ from sparsity_atlas.figures.panels import (
     label,
     left_out,
     legend,
+    of_tensor,
     percent_axis,
     rule,
     select,
@@ -25,7 +26,7 @@ from sparsity_atlas.figures.panels import (
 )
 from sparsity_atlas.figures.style import GREY, heading, marks
 from sparsity_atlas.tables.read import Tables, in_order, site_rank
-from sparsity_atlas.terms import NAMED_PARTS, plain
+from sparsity_atlas.terms import NAMED_PARTS
 
 PANELS = 20
 COLORS = "YlGnBu"
@@ -47,9 +48,8 @@ def layer_sparsity(tables: Tables) -> Figure:
     for ax, key in zip(axes, keys, strict=True):
         _heatmap(ax, groups.get_group(key))
         criterion, model, site, tensor = key
-        what = site if plain(site) == tensor else f"{site}: {tensor}"
         name = heading(model, criterion) if len(criteria) > 1 else heading(model)
-        ax.set_title(f"{name}\n{what}")
+        ax.set_title(f"{name}\n{of_tensor(site, tensor)}")
     scale = ScalarMappable(Normalize(0, 100), COLORS)
     bar = figure.colorbar(scale, ax=axes, shrink=0.5, aspect=30, pad=0.01)
     bar.set_label("induced sparsity (%)")

@@ -8,10 +8,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sparsity_atlas.figures.by_layer import PANELS
-from sparsity_atlas.figures.panels import empty, grid, label, legend, percent_axis, select
+from sparsity_atlas.figures.panels import (
+    empty,
+    grid,
+    label,
+    legend,
+    of_tensor,
+    percent_axis,
+    select,
+)
 from sparsity_atlas.figures.style import Mark, heading, marks
 from sparsity_atlas.tables.read import Tables, site_rank
-from sparsity_atlas.terms import PHASES, plain
+from sparsity_atlas.terms import PHASES
 
 NOTHING = "One phase in all tasks of this run: nothing to compare."
 # Lines of one phase in a panel.
@@ -35,9 +43,8 @@ def phase_sparsity(tables: Tables) -> Figure:
     for ax, key in zip(axes, keys, strict=True):
         _lines(ax, groups.get_group(key), styles)
         criterion, model, site, tensor = key
-        what = site if plain(site) == tensor else f"{site}: {tensor}"
         name = heading(model, criterion) if len(criteria) > 1 else heading(model)
-        ax.set_title(f"{name}\n{what}")
+        ax.set_title(f"{name}\n{of_tensor(site, tensor)}")
     legend(figure, styles)
     label(figure, "layer", "induced sparsity (%)", note)
     return figure

@@ -13,10 +13,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from sparsity_atlas.figures.by_layer import COLORS, TICKS
-from sparsity_atlas.figures.panels import empty, grid, label, legend, percent_axis, select
+from sparsity_atlas.figures.panels import at_level, empty, grid, label, legend, percent_axis, select
 from sparsity_atlas.figures.style import GREY, Dashes, Mark, heading, marks
 from sparsity_atlas.tables.read import Tables, site_rank, tensor_rank
-from sparsity_atlas.terms import plain
 
 NOTHING = "No generation of a masked-diffusion model in this run."
 PANELS = 12
@@ -148,5 +147,4 @@ def _finish(ax: Axes, key: tuple[str, ...], rows: pd.DataFrame) -> None:
 
 def _title(key: tuple[str, ...], rows: pd.DataFrame) -> str:
     model, criterion, site, tensor, task = key
-    what = site if plain(site) == tensor else f"{site}: {tensor}"
-    return f"{heading(model, task)}\n{what}, {criterion} {rows['level'].iloc[0]}"
+    return f"{heading(model, task)}\n{at_level(site, tensor, criterion, rows['level'].iloc[0])}"

@@ -25,11 +25,13 @@ from sparsity_atlas.figures.style import (
     wrap,
 )
 from sparsity_atlas.tables.read import Tables
-from sparsity_atlas.terms import IN_NATS, NAMED_PARTS
+from sparsity_atlas.terms import IN_NATS, NAMED_PARTS, plain
 
 Key = TypeVar("Key")
 # Inches that a character of a note takes, on the average.
 CHARACTER = 0.062
+# Characters that fit above one of four panels.
+LINE = 28
 
 
 def select(keys: Sequence[Key], limit: int) -> tuple[list[Key], str]:
@@ -79,6 +81,19 @@ def with_parts(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with the part of each that has a panel of its own; empty: it shares the model's."""
     part = rows["part"].where(rows["part"].isin(NAMED_PARTS), "") if "part" in rows else ""
     return rows.assign(part=part)
+
+
+def of_tensor(site: str, tensor: str) -> str:
+    """A site, and of several tensors which: on two lines where one is wider than a panel."""
+    if plain(site) == tensor:
+        return site
+    return f"{site}:{' ' if len(site) + len(tensor) < LINE else chr(10)}{tensor}"
+
+
+def at_level(site: str, tensor: str, criterion: str, level: str) -> str:
+    """What a panel shows of a model, on as many lines as its width takes."""
+    what, how = of_tensor(site, tensor), f"{criterion} {level}"
+    return f"{what}{', ' if len(what) + len(how) < LINE else chr(10)}{how}"
 
 
 def columns_for(count: int) -> int:

@@ -31,8 +31,8 @@ def test_a_panel_for_each_tensor_and_task(tables: Tables) -> None:
     for draw in (by_step.sparsity, by_step.overlap):
         titles = [ax.get_title() for ax in draw(tables).axes]
         assert titles == [
-            f"filled · {task}\n{what}, topp 0.75"
-            for what in ("intermediate", "all_inputs: intermediate", "all_inputs: input")
+            f"filled · {task}\n{what}topp 0.75"
+            for what in ("intermediate, ", "all_inputs: intermediate\n", "all_inputs: input, ")
             for task in ("prose", "pairs")
         ]
 

@@ -451,6 +451,20 @@ def test_headings_of_eight_sites_stay_within_the_figure_and_apart(plain):
 
 
 @pytest.mark.parametrize(
+    ("site", "tensor", "lines"),
+    [
+        ("input", "input", ["input, topp 0.75"]),
+        ("all_inputs", "input", ["all_inputs: input, topp 0.75"]),
+        ("all_inputs", "intermediate", ["all_inputs: intermediate", "topp 0.75"]),
+        ("all_linear_inputs", "o_input", ["all_linear_inputs: o_input", "topp 0.75"]),
+        ("all_linear_inputs", "intermediate", ["all_linear_inputs:", "intermediate", "topp 0.75"]),
+    ],
+)
+def test_what_a_panel_shows_is_no_wider_than_it(site, tensor, lines):
+    assert panels.at_level(site, tensor, "topp", "0.75").split("\n") == lines
+
+
+@pytest.mark.parametrize(
     ("name", "lines"),
     [
         ("input", ["input"]),
