@@ -11,6 +11,8 @@ import pytest
 from sparsity_atlas.__main__ import main
 from sparsity_atlas.commands import COMMANDS
 
+pytestmark = pytest.mark.usefixtures("as_before")
+
 ROOT = Path(__file__).parents[2]
 # What takes longest to import; the list of commands needs none of it.
 HEAVY = {"torch", "numpy", "pyarrow", "pydantic", "yaml", "sparsity_atlas.cli"}

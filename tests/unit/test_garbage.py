@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,17 +14,15 @@ from sparsity_atlas.loading.pretrained import load
 from tiny_lm import save_model
 
 
-@pytest.fixture(autouse=True)
-def usual() -> Iterator[tuple[int, int, int]]:
+@pytest.fixture
+def usual(as_before: None) -> tuple[int, int, int]:
     look_as_usual()
-    yield gc.get_threshold()
-    look_as_usual()
+    return gc.get_threshold()
 
 
 def test_from_the_start_of_a_stage_to_its_model(
-    usual: tuple[int, int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    usual: tuple[int, int, int], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("signal.signal", lambda *_: None)
     seen = []
     cli.run(lambda: seen.append(gc.get_threshold()))
     assert seen[0][0] >= 100 * usual[0]
