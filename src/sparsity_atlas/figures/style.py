@@ -176,7 +176,7 @@ def shows_nothing(svg: bytes) -> bool:
 def arrange(figure: Figure) -> None:
     """Lay the figure out once and for all, so that it costs no second time to save it again."""
     engine = figure.get_layout_engine()
-    if engine is not None:
+    if engine is not None and figure.axes:
         # The second pass sees the labels that the first one made room for.
         engine.execute(figure)
         engine.execute(figure)

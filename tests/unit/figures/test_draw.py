@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,7 +108,8 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_gives_every_file(shape, tmp_path):
     tables = tables_of(tmp_path / "results", **SHAPES[shape])
-    draw_all(tables, tmp_path / "figures")
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        draw_all(tables, tmp_path / "figures")
     files = {f"{name}.{suffix}" for name in FIGURES for suffix in style.SUFFIXES}
     assert {path.name for path in (tmp_path / "figures").iterdir()} == files
 
