@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -39,5 +40,20 @@ def test_the_executor_refuses_a_gpu_without_a_manufacturer() -> None:
     with_gpu = {rule for rule, name in given if name == "gpu"}
     assert with_gpu == {rule for rule, name in given if name == "gpu_manufacturer"}
     assert with_gpu == {
-        *("capture", "dense", "evaluate", "search", "output_error", "calibrate", "sensitivity")
+        *("capture", "dense", "evaluate", "search", "output_error", "calibrate", "sensitivity"),
+        "answers",
     }
+
+
+@pytest.mark.parametrize("name", ["slurm", "kubernetes", "cluster-generic"])
+def test_every_rule_that_may_use_a_gpu_has_one(name: str) -> None:
+    rules = {
+        rule
+        for path in (ROOT / "workflow/rules").glob("*.smk")
+        for rule, body in re.findall(
+            r"^rule (\w+):\n((?:[ \n].*\n?)*)", path.read_text(), re.MULTILINE
+        )
+        if "gpu=ask.gpus" in body
+    }
+    profile = yaml.safe_load((ROOT / f"profiles/{name}/profile.yaml").read_text())
+    assert {line.split(":")[0] for line in profile["set-resources"] if ":gpu=1" in line} == rules

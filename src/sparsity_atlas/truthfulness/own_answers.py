@@ -34,7 +34,7 @@ from sparsity_atlas.truthfulness.answered import Answer, answers, check_answered
 
 if TYPE_CHECKING:
     from sparsity_atlas.tasks.prepared import Prepared
-    from sparsity_atlas.truthfulness.last_tokens import Prompted
+    from sparsity_atlas.truthfulness.last_tokens import Place, Prompted
 
 SCHEMA = pa.schema(
     [
@@ -151,26 +151,24 @@ def capture_last(
     Raises:
         NumericalFailure: NaN or an infinity came up.
     """
-    from sparsity_atlas.activations.spool import as_stored
-    from sparsity_atlas.truthfulness.last_tokens import places, run
+    from sparsity_atlas.truthfulness.last_tokens import places
 
     wanted = places(session.parts, tensors)
-    dtype = session.identity["dtype"]
     # A model whose numbers follow the longest sequence of a batch sees each by itself.
     batch = 1 if prepared.work.abilities.follows else session.lm.batch_size
     block = min(BATCHES * batch, len(told))
-    key = digest(fingerprint)
+    key, dtype = digest(fingerprint), session.identity["dtype"]
     layers = {tensor: [layer for name, layer in wanted if name == tensor] for tensor in tensors}
-    journal = Journal(store_path.with_suffix(".zarr.journal"), {"fingerprint": key, "block": block})
+    plan = {"fingerprint": key, "block": block}
+    journal = Journal(store_path.with_suffix(".zarr.journal"), plan)
+    if journal.records and not store_path.is_dir():
+        journal.delete()  # the store was deleted, the journal beside it was not
+        journal = Journal(journal.path, plan)
     try:
-        if journal.records and not store_path.is_dir():
-            journal.delete()  # the store was deleted, the journal beside it was not
-            journal = Journal(journal.path, {"fingerprint": key, "block": block})
         if not journal.records:
             shutil.rmtree(store_path, ignore_errors=True)  # of another study
-            check_space(
-                store_path, sum(wanted.values()) * session.lm.model.dtype.itemsize * len(told)
-            )
+            item = session.lm.model.dtype.itemsize
+            check_space(store_path, sum(wanted.values()) * item * len(told))
         store = ActivationStore(store_path, writable=True)
         if not journal.records:
             for tensor, own in layers.items():
@@ -178,37 +176,46 @@ def capture_last(
                 store.create(tensor, shapes, len(told), block, dtype)
         for start in range(len(journal.records) * block, len(told), block):
             some = [one.prompted for one in told[start : start + block]]
-            # Alike in length, so that little is filled up.
-            order = sorted(range(len(some)), key=lambda place: len(some[place].tokens))
-            vectors = {place: np.empty(0) for place in wanted}
-            likely = np.empty(len(some))
-            for first in range(0, len(some), batch):
-                rows = order[first : first + batch]
-                made, likely[rows] = run(
-                    session.parts, list(wanted), [some[row] for row in rows], session.lm.padding_id
-                )
-                for place, values in made.items():
-                    written = as_stored(values, dtype)
-                    if not first:
-                        vectors[place] = np.empty((len(some), wanted[place]), written.dtype)
-                    vectors[place][rows] = written
+            vectors, likely = _block(session, wanted, some, batch)
             checksums = {
                 tensor: [store.put(tensor, layer, start, vectors[tensor, layer]) for layer in own]
                 for tensor, own in layers.items()
             }
-            means = [None if np.isnan(one) else float(one) for one in likely]
-            journal.append({"checksums": checksums, "logprob": means})
+            journal.append({"checksums": checksums, "logprob": likely})
             cli.logger.info("captured %d of %d answers", start + len(some), len(told))
         for tensor, own in layers.items():
             blocks = [one["checksums"][tensor] for one in journal.records]
             record = {"fingerprint": key, "dtype": dtype, "rows": block, "blocks": blocks}
             store.finish(tensor, {**record, "layers": own})
         store.sweep()
-        means = [one for record in journal.records for one in record["logprob"]]
     finally:
         journal.close()
+    means = [one for record in journal.records for one in record["logprob"]]
     samples = [{**one.row, "logprob": mean} for one, mean in zip(told, means, strict=True)]
     return samples, {tensor: store.complete(tensor) for tensor in layers}
+
+
+def _block(
+    session: Session, wanted: dict[Place, int], some: Sequence[Prompted], batch: int
+) -> tuple[dict[Place, np.ndarray], list[float | None]]:
+    """Vectors of a block's last tokens as they are stored, and each answer's mean log-probability."""
+    from sparsity_atlas.activations.spool import as_stored
+    from sparsity_atlas.truthfulness.last_tokens import run
+
+    # Alike in length, so that little is filled up.
+    order = sorted(range(len(some)), key=lambda row: len(some[row].tokens))
+    pieces: dict[Place, list[np.ndarray]] = {place: [] for place in wanted}
+    likely = np.empty(len(some))
+    for first in range(0, len(some), batch):
+        rows = order[first : first + batch]
+        made, likely[rows] = run(
+            session.parts, list(wanted), [some[row] for row in rows], session.lm.padding_id
+        )
+        for place, values in made.items():
+            pieces[place].append(as_stored(values, session.identity["dtype"]))
+    back = np.argsort(order)
+    vectors = {place: np.concatenate(own)[back] for place, own in pieces.items()}
+    return vectors, [None if np.isnan(one) else float(one) for one in likely]
 
 
 def _study(
@@ -230,6 +237,7 @@ def _study(
         prepared = session.prepared(name)
         rows, tensors = capture_last(session, prepared, told, study["tensors"], store, own)
     except (TaskFailure, NumericalFailure) as failure:
+        shutil.rmtree(store, ignore_errors=True)
         return [], {**about, "status": "failed", "reason": str(failure), "tensors": {}}
     return rows, {**about, "status": "ok", "samples": len(rows), **counts, "tensors": tensors}
 
