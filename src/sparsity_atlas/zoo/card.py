@@ -33,7 +33,7 @@ anything else.
 |---|---|
 | parameters | {total_parameters:,}, of them {non_embedding_parameters:,} outside the embedding\
 {active_words} |
-| shape | width {architecture[width]}, {architecture[layers]} layers, {heads} heads, {ffn} |
+| shape | width {architecture[width]}, {architecture[layers]} layers, {heads}, {ffn} |
 | tokenizer | byte-level BPE, {training[vocab_size]:,} tokens, shared by the zoo{mask_words} |
 | context | {training[context]} tokens |
 | stored as | bfloat16; meant to be computed in float32 |
@@ -181,7 +181,7 @@ def card(facts: dict[str, Any]) -> str:
     } | facts
     return _CARD.format(
         **known | {"options": "".join(f" \\\n        {option}" for option in known["options"])},
-        heads=shape.heads,
+        heads=f"{shape.heads} head{'s' * (shape.heads > 1)}",
         **_words(shape, known),
         warmup_steps=Training(**facts["training"]).warmup_steps,
         passes=facts["tokens_seen"] / facts["corpus_tokens"],

@@ -222,23 +222,23 @@ def run(arguments: argparse.Namespace) -> None:
         raise AtlasError(
             f"--name: found {len(arguments.model)} models, expected one to be called so"
         )
-    wanted: dict[str, tuple[str, recipe.Architecture]] = {}
+    wanted: dict[str, tuple[card.Asked, recipe.Architecture]] = {}
     for model in arguments.model:
         shape = recipe.architecture(model)
         name, shape = variant(model, shape, arguments.activation, arguments.ungated)
         if arguments.learning_rate is not None:
             shape = replace(shape, learning_rate=arguments.learning_rate)
         course.check(shape, training)
-        wanted[arguments.name or name] = model, shape
+        given = None if arguments.name == name else arguments.name
+        wanted[given or name] = card.Asked(model, options(arguments, given)), shape
     device = choose_device(arguments.device)
     texts = read_texts(arguments, training)
-    for name, (model, shape) in wanted.items():
+    for name, (asked, shape) in wanted.items():
         folder = arguments.out / name
         state = None
         if arguments.state is not None:
             settings = {"shape": asdict(shape), **asdict(training), **course.facts()}
             state = State(arguments.state / f"{name}.pt", settings)
-        asked = card.Asked(model, options(arguments))
         record = train_model(name, shape, training, texts, folder, device, course, state, asked)
         sys.stdout.write(
             f"{name}: train {record.train.nats_per_token:.4f}, "
@@ -247,11 +247,16 @@ def run(arguments: argparse.Namespace) -> None:
         )
 
 
-def options(arguments: argparse.Namespace) -> tuple[str, ...]:
-    """What a command says that the recipe does not, an option each; the base by its name."""
+def options(arguments: argparse.Namespace, name: str | None) -> tuple[str, ...]:
+    """What a command says that the recipe does not, an option each; the base by its name.
+
+    Args:
+        arguments: of the command.
+        name: what the model is called, if not as it would be by itself.
+    """
     base = None if arguments.base is None else base_name(arguments.base).upper()
     values = {
-        "name": arguments.name,
+        "name": name,
         "activation": arguments.activation,
         "from": base,
         "learning-rate": arguments.learning_rate,

@@ -389,7 +389,7 @@ def test_a_missing_gpu_is_refused(monkeypatch):
 
 # What was trained
 
-# Those whose weights are embedded.
+# Those with one folder each; of tiny there are several (`sparse/test_embedded.py`).
 EMBEDDED = [name for name in recipe.ARCHITECTURES if name != "tiny"]
 
 

@@ -25,6 +25,10 @@ Its gate is FATReLU, x if x ≥ {threshold:g}, else 0; `config.json` says `fatre
 word for it.
 """
 
+_CHECKPOINT = """
+One of the checkpoints along a training, whose tokenizer lies in the folder above.
+"""
+
 _L1 = (
     "| L1 penalty | on what the down projections read, summed over layers; weight at steps {points}, "
     "between them along a sine (ProSparse, arXiv 2402.13516) |\n"
@@ -59,6 +63,8 @@ def sparse_words(shape: Architecture, facts: dict[str, Any]) -> dict[str, str]:
     elif "fatrelu" in facts:
         nonlinearity = "FATReLU gate"
         about = _FATRELU.format(threshold=facts["fatrelu"], key=THRESHOLD)
+    if any(option.startswith("--checkpoints") for option in facts["options"]):
+        about += _CHECKPOINT
     return {
         "nonlinearity": nonlinearity,
         "about": about,
