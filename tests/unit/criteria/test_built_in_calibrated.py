@@ -6,6 +6,7 @@ import math
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +19,8 @@ from model_parts import find_ffns, shown
 from sparsity_atlas import kernels
 from sparsity_atlas.activations.texts import token_ids
 from sparsity_atlas.criteria import Criterion, create
+from sparsity_atlas.criteria.built_in import r_sparse
+from sparsity_atlas.criteria.built_in.r_sparse import RSparse
 from sparsity_atlas.criteria.built_in.shifted_relu import inverse
 from sparsity_atlas.criteria.level_table import STEPS, at_level, by_channel, quantile_table
 from sparsity_atlas.criteria.place import Place
@@ -388,6 +391,62 @@ def test_r_sparse_with_no_rank_is_the_weighted_quantile(ffn: FFN) -> None:
         assert scores[mask].min() >= scores[~mask].max() * (1 - 1e-6) if mask.any() else level == 1
         replaced = bound.replace(given["input"], given["input"], mask, level)
         assert torch.equal(replaced, torch.where(mask, given["input"], 0))
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+def test_the_searched_share_errs_least(decay: float) -> None:
+    """Against the rule itself with each share, and what its output differs by.
+
+    Of a map whose singular values are all alike no rank is worth its weights.
+    """
+    torch.manual_seed(4)
+    left, right = (torch.linalg.qr(torch.randn(size, 24)).Q for size in (40, 24))
+
+    class Decaying(Columns):
+        weight = left @ torch.diag(decay ** torch.arange(24)) @ right.T
+
+    place = Decaying(Decaying.weight.norm(dim=0).tolist(), "input")
+    given = Given(input=torch.randn(60, 24))
+    found = calibrated("r_sparse", place, given, sparse_share="searched")
+    weight, values = Decaying.weight.double(), given["input"]
+    fixed = {
+        share: calibrated("r_sparse", place, given, sparse_share=round(float(share), 6))
+        for share in r_sparse.SHARES
+    }
+
+    def error(rule: Criterion, level: float) -> float:
+        left = rule.replace(values, values, rule.mask(values, level), level)
+        return float(((left - values).double() @ weight.T).square().sum())
+
+    chosen = set()
+    for level in (0.1, 0.3, 0.5, 0.7, 0.9):
+        errors = {share: error(rule, level) for share, rule in fixed.items()}
+        assert error(found, level) == pytest.approx(min(errors.values()), rel=1e-5, abs=1e-9)
+        best = min(errors, key=lambda share: errors[share])
+        assert float(found.share(level)) == pytest.approx(best, abs=1e-6)
+        chosen.add(round(float(best), 6))
+    assert (len(chosen) > 1) == (decay < 1)
+    assert isinstance(found, RSparse)
+    # Between two levels it is what stands between, and no more of the basis is asked for than is kept.
+    between = [float(found.share(level)) for level in (0.3, 0.35, 0.4)]
+    assert between[1] == pytest.approx((between[0] + between[2]) / 2, abs=1e-6)
+    for level in np.linspace(0, 1, 201):
+        asked = found._rank(place.weight.shape, float(level))
+        assert len(found.export(float(level))["basis"]) == min(asked, min(place.weight.shape))
+    assert found.mask(values, 0.0).all()
+    assert not found.mask(values, 1.0).any()
+
+
+def test_a_searched_share_is_the_same_again_and_reaches_its_target(ffn: FFN) -> None:
+    place, given = Place(ffn, "input"), sample(ffn, 60, 4)
+    rule = create({"rule": "r_sparse", "sparse_share": "searched"})
+    first, second = (rule.calibrate(place, given) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    bound = rule.bind(place, first)
+    found = rule.reach(first, 0.5)
+    assert found is not None
+    assert found.target == pytest.approx(1 - 0.5 * float(bound.share(0.5)))
+    assert found.reached == pytest.approx(found.target, abs=1e-3)
 
 
 # Shifted ReLU
