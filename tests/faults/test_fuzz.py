@@ -26,7 +26,7 @@ from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import parse
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation.headed_table import KEY
-from sparsity_atlas.evaluation.kept import COUNTED
+from sparsity_atlas.evaluation.kept import BESIDE
 from sparsity_atlas.evaluation.samples import SCHEMA, SampleTable, read_table
 from sparsity_atlas.files import parquet
 from sparsity_atlas.files.journal import Journal
@@ -182,7 +182,7 @@ def read_header(folder: Path, header: Any) -> None:
 def read_counts_header(folder: Path, header: Any) -> None:
     """Tables by expert and by step with another header."""
     faults = []
-    for table in COUNTED.values():
+    for table in BESIDE.values():
         empty = table.SCHEMA.empty_table()
         headed = empty.replace_schema_metadata({KEY: json.dumps(header).encode()})
         parquet.write_parquet(folder / table.NAME, headed)

@@ -279,6 +279,7 @@ def evaluation_slice(config: Config, model: str, tasks: tuple[str, ...]) -> str:
             **entry.model_dump(include={"diffusion"}, exclude_none=True),
             **prompt_slice(config, model),
             "seed": config.seed,
+            **({"keep_texts": True} if config.keep_texts else {}),
             "tasks": {
                 name: config.tasks[name].model_dump(
                     exclude_none=True,

@@ -146,6 +146,9 @@ class Config(Strict):
     bars: Annotated[list[float], AfterValidator(some)] = Field(default=[0.995, 0.99, 0.98, 0.95])
     """Retained accuracy at which critical sparsity is read; 0.99 is the headline. A loss task's bar is
     the matching rise in perplexity: 0.99 stands for PPL + 1 %."""
+    keep_texts: bool = False
+    """Keep each request's prompt, continuation, generated text and answer beside the samples of each node, in
+    `texts.parquet`, which nobody but you may read. Nodes that have none are run again for them."""
     capture: CaptureSettings = CaptureSettings()
     calibration: CalibrationSettings | None = None
     """Needed by criteria that are calibrated."""

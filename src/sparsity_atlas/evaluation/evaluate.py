@@ -22,11 +22,12 @@ from sparsity_atlas.criteria import source_file
 from sparsity_atlas.criteria.calibration_file import read_calibration
 from sparsity_atlas.errors import AtlasError, NumericalFailure, TaskFailure
 from sparsity_atlas.evaluation.expert_table import expert_rows
-from sparsity_atlas.evaluation.kept import Finished, Kept
+from sparsity_atlas.evaluation.kept import TEXTS, Finished, Kept
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.outcome import check_measured, headline, sample_rows, task_result
 from sparsity_atlas.evaluation.session import Session
 from sparsity_atlas.evaluation.step_table import step_rows
+from sparsity_atlas.evaluation.texts.text_table import text_rows
 from sparsity_atlas.files.journal import Journal
 from sparsity_atlas.files.whole import canonical, digest, locked, write_manifest
 from sparsity_atlas.sites.available import Available
@@ -75,7 +76,13 @@ def evaluate_node(
     identity |= {"site": names[0]} if names else {}
     with locked(folder / ".lock"):
         by_step = node is not None and session.lm.denoises
-        kept = Kept.read(folder, session.slots(node), by_step=by_step, names=names)
+        kept = Kept.read(
+            folder,
+            session.slots(node),
+            by_step=by_step,
+            texts=session.keep_texts,
+            names=names,
+        )
         written = time.monotonic()
         for name, task in session.tasks.items():
             fingerprint = {
@@ -170,7 +177,11 @@ def run_task(
         # As a later run reads it from the table, so that eval.json has the same bytes.
         json.loads(canonical(task_result(prepared, outcome, usage, counter.slots))),
         sample_rows(task, prepared, usage),
-        {"by_expert": expert_rows(name, usage, counter), "by_step": step_rows(name, usage.by_step)},
+        {
+            **{"by_expert": expert_rows(name, usage, counter)},
+            **{"by_step": step_rows(name, usage.by_step)},
+            **({TEXTS: text_rows(name, prepared)} if session.keep_texts else {}),
+        },
     )
 
 

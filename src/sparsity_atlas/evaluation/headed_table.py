@@ -18,18 +18,21 @@ from sparsity_atlas.files.whole import FORMAT, canonical
 KEY = b"sparsity_atlas"
 
 
-def write_headed(path: Path, header: dict[str, Any], rows: Iterable[pa.Table]) -> None:
+def write_headed(
+    path: Path, header: dict[str, Any], rows: Iterable[pa.Table], *, private: bool = False
+) -> None:
     """Write a table atomically; the same contents give the same bytes.
 
     Args:
         path: the file.
         header: what stands in it beside the format.
         rows: of one schema, at least one table.
+        private: see `write_parquet`.
     """
     # One chunk a column, whether the rows were made or read: the bytes follow the chunks.
     table = pa.concat_tables(rows).combine_chunks()
     content = canonical({"format": FORMAT, **header}).encode()
-    write_parquet(path, table.replace_schema_metadata({KEY: content}))
+    write_parquet(path, table.replace_schema_metadata({KEY: content}), private=private)
 
 
 def read_headed(
@@ -72,11 +75,16 @@ class CountTable:
     tasks: dict[str, str] = field(default_factory=dict)
     rows: dict[str, pa.Table] = field(default_factory=dict)
 
-    def write(self, path: Path) -> None:
-        """Write the table atomically; the same contents give the same bytes."""
+    def write(self, path: Path, *, private: bool = False) -> None:
+        """Write the table atomically; the same contents give the same bytes.
+
+        Args:
+            path: the file.
+            private: see `write_parquet`.
+        """
         order = sorted(self.tasks)
         header = {"slots": self.slots, "tasks": {k: self.tasks[k] for k in order}}
-        write_headed(path, header, [self.rows[name] for name in order])
+        write_headed(path, header, [self.rows[name] for name in order], private=private)
 
 
 def read_counts(path: Path, schema: pa.Schema, numbers: str) -> CountTable:

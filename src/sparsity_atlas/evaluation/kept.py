@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sparsity_atlas.evaluation import expert_table, step_table
 from sparsity_atlas.evaluation.headed_table import CountTable, continued
 from sparsity_atlas.evaluation.samples import SCHEMA, SampleTable, read_samples
+from sparsity_atlas.evaluation.texts import text_table
 from sparsity_atlas.files.whole import write_atomically
 
 if TYPE_CHECKING:
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
 
     from sparsity_atlas.sparsify.counted_vectors import Slot
 
-# The tables beside the samples, by what eval.json says of them.
-COUNTED = {"by_expert": expert_table, "by_step": step_table}
+# The tables beside the samples: those of counts by what eval.json calls them, and the texts, of which it
+# does not speak.
+TEXTS = "texts"
+BESIDE = {"by_expert": expert_table, "by_step": step_table, TEXTS: text_table}
 
 
 @dataclass
@@ -31,7 +34,7 @@ class Finished:
     Attributes:
         result: its entry in eval.json.
         samples: its rows of the sample table.
-        counts: its rows of each table of `COUNTED`.
+        counts: its rows of each table of `BESIDE`.
     """
 
     result: dict[str, Any]
@@ -41,7 +44,7 @@ class Finished:
     @classmethod
     def failed(cls, reason: str) -> Finished:
         """A task that could not be run, or whose numbers broke."""
-        counts = {name: table.SCHEMA.empty_table() for name, table in COUNTED.items()}
+        counts = {name: table.SCHEMA.empty_table() for name, table in BESIDE.items()}
         return cls({"status": "failed", "reason": reason}, SCHEMA.empty_table(), counts)
 
 
@@ -57,9 +60,9 @@ def _borrow(folder: Path, names: Sequence[str]) -> None:
     for other in (folder.parents[1] / name / folder.name for name in names):
         if other != folder and (other / "eval.json").exists():
             # As they are written: the samples, which say what is finished, last.
-            for name in (*(table.NAME for table in COUNTED.values()), "samples.parquet"):
+            for name in (*(table.NAME for table in BESIDE.values()), "samples.parquet"):
                 if (other / name).exists():
-                    write_atomically(folder / name, partial(shutil.copyfile, other / name))
+                    write_atomically(folder / name, partial(shutil.copy, other / name))
 
 
 @dataclass
@@ -69,7 +72,7 @@ class Kept:
     Attributes:
         folder: of the node.
         samples: the sample table.
-        counts: those of `COUNTED` that the node has.
+        counts: those of `BESIDE` that the node has.
         journals: of tasks that are not written yet.
     """
 
@@ -85,6 +88,7 @@ class Kept:
         slots: Sequence[Slot],
         *,
         by_step: bool = False,
+        texts: bool = False,
         names: Sequence[str] = (),
     ) -> Kept:
         """What a folder holds of a node that counts these slots.
@@ -93,6 +97,7 @@ class Kept:
             folder: of the node.
             slots: what it counts.
             by_step: whether it counts masks over steps of denoising.
+            texts: whether prompts and answers are kept.
             names: all names of its site in this model; what it has under another one is taken over.
 
         Raises:
@@ -101,8 +106,9 @@ class Kept:
         _borrow(folder, names)
         samples = read_samples(folder / "samples.parquet", [slot.columns() for slot in slots])
         counts = {}
-        for name, table in COUNTED.items():
-            columns = table.columns(slots) if by_step or name != "by_step" else []
+        for name, table in BESIDE.items():
+            wanted = {"by_step": by_step, TEXTS: texts}.get(name, True)
+            columns = table.columns(slots) if wanted else []
             if columns:
                 counts[name] = continued(folder / table.NAME, columns, table.read_table)
         return cls(folder, samples, counts)
@@ -126,9 +132,9 @@ class Kept:
         """Write the tables, and only then remove the journals of what they have taken in, if there is any."""
         if not self.journals:
             return
-        for name, table in COUNTED.items():
+        for name, table in BESIDE.items():
             if name in self.counts:
-                self.counts[name].write(self.folder / table.NAME)
+                self.counts[name].write(self.folder / table.NAME, private=name == TEXTS)
             else:
                 # Of a model that had experts, or steps, and stood under this name.
                 (self.folder / table.NAME).unlink(missing_ok=True)
@@ -141,4 +147,5 @@ class Kept:
         return {
             name: list(dict.fromkeys(slot[2] for slot in table.slots))
             for name, table in self.counts.items()
+            if name != TEXTS
         }

@@ -36,6 +36,7 @@ class Session:
     Attributes:
         identity: all but the node and the task that a result depends on; goes into fingerprints.
         ahead: what builds the tasks' requests beside this process.
+        keep_texts: whether prompts and answers are kept beside the samples.
     """
 
     lm: JournalledLM
@@ -44,6 +45,7 @@ class Session:
     seed: int
     identity: dict[str, Any]
     ahead: Ahead = field(default_factory=Ahead)
+    keep_texts: bool = False
     _prepared: dict[tuple[str, bool], Prepared] = field(default_factory=dict)
     _disjoint: set[str] = field(default_factory=set)  # digests of calibration texts
     _metrics: set[tuple[str, str | None]] = field(default_factory=set)  # that were looked at
@@ -87,7 +89,8 @@ class Session:
             "code": code,
         }
         parts = bind_parts(model, manifest["ffn"])
-        return cls(lm, parts, tasks, settings["seed"], identity, ahead)
+        keep_texts = settings.get("keep_texts", False)
+        return cls(lm, parts, tasks, settings["seed"], identity, ahead, keep_texts)
 
     def with_code(self, code: str) -> Session:
         """The same model and tasks, for results of another code version: another criterion's."""

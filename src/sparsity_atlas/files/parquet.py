@@ -27,10 +27,18 @@ class OtherColumns(AtlasError):
     """A whole table that is not of the schema that was asked for."""
 
 
-def write_parquet(path: Path, table: pa.Table) -> None:
-    """Write a table atomically; the same contents give the same bytes."""
+def write_parquet(path: Path, table: pa.Table, *, private: bool = False) -> None:
+    """Write a table atomically; the same contents give the same bytes.
+
+    Args:
+        path: the file.
+        table: what it holds.
+        private: nobody but the user may read it.
+    """
 
     def write(temporary: Path) -> None:
+        if private:
+            temporary.touch(mode=0o600)  # before anything stands in it
         with pq.ParquetWriter(temporary, table.schema, compression="zstd") as writer:
             writer.write_table(table)
             writer.add_key_value_metadata({"checksum": (_MARK + _EMPTY).decode()})

@@ -18,7 +18,7 @@ from pathlib import Path
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config, parse
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.evaluation.kept import COUNTED
+from sparsity_atlas.evaluation.kept import BESIDE
 from sparsity_atlas.evaluation.samples import read_table
 from sparsity_atlas.files.whole import abandoned, free, read_manifest
 from sparsity_atlas.upkeep import kept_answers
@@ -80,7 +80,7 @@ def _node_files(results: Path) -> Iterator[Path]:
     for pattern in ("*/dense", "*/*/*/*"):
         yield from results.glob(f"{pattern}/*.journal")
         yield from results.glob(f"{pattern}/samples.parquet")
-        for table in COUNTED.values():
+        for table in BESIDE.values():
             yield from results.glob(f"{pattern}/{table.NAME}")
 
 
@@ -89,7 +89,7 @@ def _node_orphans(results: Path, config: Config, folder: Path) -> Iterator[Orpha
     samples = folder / "samples.parquet"
     whole = (folder / "eval.json").is_file()
     done: set[str] = set()
-    for table in (samples, *(folder / one.NAME for one in COUNTED.values())):
+    for table in (samples, *(folder / one.NAME for one in BESIDE.values())):
         if table.is_file() and not whole and not asked:
             yield Orphan(table, "its node is not asked for, and no manifest names it")
     if samples.is_file():

@@ -22,7 +22,7 @@ from sparsity_atlas.criteria.calibration_file import read_calibration
 from sparsity_atlas.curves import equal_sparsity
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation.gates import gate_table
-from sparsity_atlas.evaluation.kept import COUNTED
+from sparsity_atlas.evaluation.kept import BESIDE
 from sparsity_atlas.evaluation.samples import read_table
 from sparsity_atlas.files.journal import whole_lines
 from sparsity_atlas.files.parquet import read_parquet
@@ -77,7 +77,7 @@ def examine(results: Path) -> Iterator[Finding]:
     for pattern in ("*/dense", "*/*/*/*"):
         nodes = {path.parent for path in results.glob(f"{pattern}/eval.json")}
         nodes |= {path.parent for path in results.glob(f"{pattern}/samples.parquet")}
-        for table in COUNTED.values():
+        for table in BESIDE.values():
             nodes |= {path.parent for path in results.glob(f"{pattern}/{table.NAME}")}
         nodes |= {path.parent for path in results.glob(f"{pattern}/*.journal")}
         for node in sorted(nodes):
@@ -168,7 +168,7 @@ def _answers(manifest: Path) -> Finding:
 def _node(folder: Path) -> Iterator[Finding]:
     """A node's tables and journals, and what its eval.json says of them."""
     result, samples = folder / "eval.json", folder / "samples.parquet"
-    counts = {name: folder / table.NAME for name, table in COUNTED.items()}
+    counts = {name: folder / table.NAME for name, table in BESIDE.items()}
     with free(folder / ".lock") as idle:
         if not idle:
             yield Finding(folder, note="in use, not looked at")
@@ -179,7 +179,7 @@ def _node(folder: Path) -> Iterator[Finding]:
             manifest = read_manifest(result) if result.is_file() else None
             header, table = read_table(samples) if samples.is_file() else ({"tasks": {}}, None)
             counted = {
-                name: COUNTED[name].read_table(path).tasks if path.is_file() else {}
+                name: BESIDE[name].read_table(path).tasks if path.is_file() else {}
                 for name, path in counts.items()
             }
         except AtlasError as error:

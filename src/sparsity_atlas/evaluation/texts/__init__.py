@@ -1,0 +1,1 @@
+"""Prompts and answers beside a node's samples, where they are asked for; start with `text_table`."""
