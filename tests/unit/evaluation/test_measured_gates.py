@@ -30,7 +30,8 @@ from tiny_lm import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PUT = {"text": "the end ", "times": 3}
-KINDS = {"choice": CHOICE, "pages": ROLLING, "words": GENERATION}
+ALONE = {**CHOICE, "doc_to_text": "", "target_delimiter": ""}
+KINDS = {"choice": CHOICE, "alone": ALONE, "pages": ROLLING, "words": GENERATION}
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +40,9 @@ def entries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     folder = tmp_path_factory.mktemp("tasks")
     found = {}
     for name, config in KINDS.items():
-        documents = choice_documents(12) if name == "choice" else rolling_documents(11, 3)
-        if name != "choice":
+        chosen = name in ("choice", "alone")
+        documents = choice_documents(12) if chosen else rolling_documents(11, 3)
+        if not chosen:
             documents += [{"page": text} for text in sentences(1, 9, 6, 7)]
         found[name] = write_task(folder, name, documents, **config)
         found[f"{name}_behind"] = {**found[name], "inserted": PUT}
@@ -62,7 +64,7 @@ def test_prompts_have_the_text_behind_bos_and_before_all_else(session: Session) 
             own = plain[key]
             start = 1 if own[0] == lm.prefix_token_id else 0
             assert ids[:start] == own[:start]
-            if name == "pages":
+            if name in ("alone", "pages"):
                 assert ids == [*own[:start], *run, *own[start:]]
             else:
                 # A text that is read as one may join its first letters to the space before them.

@@ -336,6 +336,7 @@ def test_many_models_fit_on_a_page_and_the_figure_says_what_is_left_out(tmp_path
                 "prompt_overlap",
                 "prompt_overlap_layers",
                 "prompt_loss",
+                "truthfulness",
             ):
                 assert re.search(r"\d+ of 50 shown", words(figure)), name
 

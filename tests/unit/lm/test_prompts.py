@@ -220,6 +220,9 @@ def test_a_text_after_which_an_answer_would_be_read_in_another_way_is_refused() 
         def encode(self, kind: str, requests: list[Any]) -> list[tuple[list[int], list[int]]]:
             return [([1], [3 if one.args[0].startswith("/") else 2]) for one in requests]
 
+        def tok_encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            return [9]
+
     class Asked:
         task_name, doc_id, args = "t", 7, ("why", "so")
 

@@ -149,6 +149,7 @@ def test_every_figure_and_every_model_is_there(finished, text):
         "prompt_overlap",
         "prompt_overlap_layers",
         "prompt_loss",
+        "truthfulness",
         "phase_sparsity",
         "expert_sparsity",
         "expert_load",

@@ -71,7 +71,7 @@ def common_end(before: Sequence[int], after: Sequence[int]) -> int:
 
 
 def prompts(lm: JournalledLM, task: LoadedTask, seed: int) -> dict[tuple[str, int], list[int]]:
-    """Token ids of each document's first prompt; of one that is scored whole, all of its own.
+    """Token ids of each document's first prompt; of what is scored without one, of all that is run.
 
     Raises:
         TaskFailure: as `prepared.prepare`.
@@ -83,7 +83,9 @@ def prompts(lm: JournalledLM, task: LoadedTask, seed: int) -> dict[tuple[str, in
         if row.kind == "loglikelihood_rolling":
             first = [] if lm.prefix_token_id is None else [lm.prefix_token_id]
             start = [*first, *(tokens[1] if len(tokens) > 1 else [])]
-        found.setdefault((row.leaf, row.doc_id), [*start, *tokens[0]])
+        # Where there is no prompt, what is scored is looked at.
+        answer = tokens[1] if row.kind == "loglikelihood" and row.arguments[0] == "" else []
+        found.setdefault((row.leaf, row.doc_id), [*start, *tokens[0], *answer])
     return found
 
 

@@ -30,20 +30,29 @@ def opened(template: Template, inserted: str) -> Template:
 
 
 def behind(lm: PromptLM, kind: str, requests: list[Instance], inserted: str) -> list[Encoding]:
-    """Token ids of requests with a text before each prompt, or before the tokens of a whole document.
+    """Token ids of requests with a text before each prompt.
+
+    Of a whole document, and of an answer without a prompt, nothing stands between the text and what is
+    scored: there its tokens are put before the others, so that these stay what they are.
 
     Raises:
         TaskFailure: of an answer the tokens would be others.
     """
     plain = lm.encode(kind, requests)
+    opening = lm.tok_encode(inserted, add_special_tokens=False)
     if kind == "loglikelihood_rolling":
-        opening = lm.tok_encode(inserted, add_special_tokens=False)
         return [(*one, opening) for one in plain]
-    for request in requests:
+    prompted = [request for request in requests if request.args[0] != ""]
+    for request in prompted:
         request.arguments = (inserted + request.args[0], *request.args[1:])
-    found = lm.encode(kind, requests)
-    for request, before, after in zip(requests, plain, found, strict=True):
-        if before[1:] != after[1:]:
+    read = iter(lm.encode(kind, prompted) if prompted else ())
+    found: list[Encoding] = []
+    for request, before in zip(requests, plain, strict=True):
+        if request.args[0] == "":
+            found.append((before[0] + opening, *before[1:]))
+            continue
+        found.append(next(read))
+        if before[1:] != found[-1][1:]:
             raise TaskFailure(
                 f"'{request.task_name}', document {request.doc_id}: inserted: the tokens of "
                 f"{request.args[1]!r} would be others behind it"
