@@ -1,6 +1,7 @@
 """The embedded models that differ from the middle one in their FFN or are trained for zeros, and tiny."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sparsity_atlas.loading.checkpoint import Checkpoint
 from sparsity_atlas.loading.pretrained import load, load_tokenizer
 from sparsity_atlas.sites.find import bind_parts, describe_parts, find_parts, observe
 from sparsity_atlas.zoo import card, recipe
+from sparsity_atlas.zoo.sparse.penalty import Stages
 from sparsity_atlas.zoo.sparse.variants import variant
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,9 +26,10 @@ MEDIUM = recipe.architecture("medium")
 VARIANTS = {
     "medium-gelu": ("gelu", False, "LlamaForCausalLM"),
 }
+PROSPARSE = "medium-prosparse"
 STEPS = (1024, 2560, 6400, 16384)
 CHECKPOINTS = [f"tiny/step-{step}" for step in STEPS]
-EVERY = [*VARIANTS, *CHECKPOINTS]
+EVERY = [*VARIANTS, PROSPARSE, *CHECKPOINTS]
 
 
 def facts_of(name: str) -> dict[str, Any]:
@@ -62,6 +65,19 @@ def test_a_variant_is_the_middle_model_but_for_its_ffn(name):
     assert facts["valid"]["nats_per_token"] == pytest.approx(
         facts_of("medium")["valid"]["nats_per_token"], abs=0.1
     )
+
+
+def test_the_finetune_has_more_zeros_than_its_twin_at_about_its_loss():
+    facts, twin = facts_of(PROSPARSE), facts_of("medium-relu")
+    shape = recipe.described(facts["architecture"])
+    assert shape == replace(
+        recipe.architecture("medium-relu"), learning_rate=facts["architecture"]["learning_rate"]
+    )
+    assert facts["fatrelu"] > 0
+    assert Stages(tuple(map(tuple, facts["l1"]))).weight(facts["training"]["steps"]) > 0
+    assert np.mean(facts["zeros"]) > 0.8
+    # One per cent of the loss.
+    assert facts["valid"]["nats_per_token"] < 1.01 * twin["valid"]["nats_per_token"]
 
 
 def test_checkpoints_are_of_one_training():
