@@ -107,6 +107,9 @@ def test_a_profile_lies_between_the_levels() -> None:
     assert found[0.5, 1]["sparsity"] == pytest.approx(0.3)
     assert found[0.8, 0]["sparsity"] == 1
     assert list(profile_rows(key, {"1": {"gate": [None, None]}})) == []
+    # Where every task of a level failed nothing was counted.
+    with_failed = list(profile_rows(key, {"0": {}, **layers}))
+    assert with_failed == list(profile_rows(key, layers))
 
 
 def test_a_profile_is_drawn_where_most_criteria_drop_as_much(tables: Tables) -> None:

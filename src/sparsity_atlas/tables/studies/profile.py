@@ -22,12 +22,12 @@ def profile_rows(
 
     Args:
         key: model, criterion and site.
-        layers: induced sparsity under the tasks, by level and tensor; None where a layer stays dense.
+        layers: induced sparsity under the tasks, by level and tensor; None where a layer stays dense. A level
+            at which every task failed has no tensors.
     """
     for tensor in dict.fromkeys(name for tensors in layers.values() for name in tensors):
-        shares = np.array(
-            [[np.nan if one is None else one for one in own[tensor]] for own in layers.values()]
-        )
+        counted = [own[tensor] for own in layers.values() if tensor in own]
+        shares = np.array([[np.nan if one is None else one for one in own] for own in counted])
         used = ~np.isnan(shares).any(0)
         if not used.any():
             continue
