@@ -137,7 +137,7 @@ def forecast(config: Config, results: Path) -> Forecast:
         if job.rule == "metrics" and not job.done and job.rule not in start.recorded:
             took += _metrics_seconds(config, outlooks[job.model], job.site)
         if job.rule == "truthfulness" and not job.done and job.rule not in start.recorded:
-            took += _truthfulness_seconds(config, outlooks[job.model], job.task)
+            took += truthfulness_seconds(config, outlooks[job.model], job.task)
         ends = job.rule in ("tables", *DRAWING_IMPORTS) and job.rule not in start.recorded
         if ends and not job.done:
             took = _ending_seconds(config, job.rule, start)
@@ -288,8 +288,14 @@ def _metrics_seconds(config: Config, outlook: Outlook, site: str) -> Amount:
     )
 
 
-def _truthfulness_seconds(config: Config, outlook: Outlook, task: str) -> Amount:
-    """Seconds of the local dimensions of a task's answers, and of the areas that they come to."""
+def truthfulness_seconds(config: Config, outlook: Outlook, task: str) -> Amount:
+    """Seconds of the local dimensions of a task's answers, and of the areas that they come to.
+
+    Args:
+        config: that studies it.
+        outlook: of the model.
+        task: whose answers are studied.
+    """
     asked = config.studies.truthfulness
     if asked is None or not outlook.shapes or task not in outlook.costs:
         return UNKNOWN

@@ -30,6 +30,7 @@ from sparsity_atlas.plan.forecast import (
     forecast,
     passes_of_a_level,
     passes_of_reuse,
+    truthfulness_seconds,
 )
 from sparsity_atlas.plan.jobs import UNKNOWN, Amount, Job, jobs
 from sparsity_atlas.plan.model_facts import Outlook, Unknowns, captured_tokens, look, measure
@@ -567,6 +568,24 @@ def test_a_local_dimension_takes_as_the_square_of_its_points() -> None:
     assert dimension_seconds(0, 64) == 0
     few, many = dimension_seconds(100, 64), dimension_seconds(2000, 64)
     assert many > 4 * few > 0
+
+
+def test_what_tells_right_answers_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each layer and tensor the square of the answers; areas of two estimates, in all and two halves."""
+    config = make_config({"m": {"path": "m"}}, {"any": {}})
+    asked = {"tasks": ["any"], "tensors": ["residual", "intermediate"], "samples": 50}
+    studies = StudySettings.model_validate({"truthfulness": asked})
+    config = config.model_copy(update={"studies": studies})
+    monkeypatch.setattr("sparsity_atlas.plan.forecast.point_seconds", lambda n, width, k: n * width)
+    monkeypatch.setattr("sparsity_atlas.plan.forecast.area_seconds", lambda n, replicates: 1000.0)
+    cost = TaskCost(80, 100, 0, 90, 0, Batch([[1]], [1]), 0.0, 0.0)
+    outlook = Outlook(shapes=[{"input": 3, "intermediate": 7}] * 2, costs={"any": cost})
+    found = truthfulness_seconds(config, outlook, "any")
+    assert found == Amount.exactly(50 * 2 * (3 + 7) + 1000 * (6 * 4 + 2))
+    assert truthfulness_seconds(config, Outlook(), "any") == UNKNOWN
+    assert rates.point_seconds(81, 8, 20) == 0
+    assert rates.point_seconds(100, 8, 4) > 0
+    assert rates.area_seconds(50, 100) > 0
 
 
 def test_a_job_builds_its_requests_once() -> None:
