@@ -143,7 +143,7 @@ def test_every_figure_and_every_model_is_there(finished, text):
         "mask_recall",
         "cett",
         "local_dimension",
-        "layer_profile",
+        "truthfulness",
         "inserted",
         "inserted_gates",
         "prompt_overlap",
