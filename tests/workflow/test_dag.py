@@ -10,7 +10,7 @@ import pytest
 import yaml
 from snakemake.utils import update_config
 
-from checkout import Checkout, Planned
+from checkout import ROOT, ZOO, Checkout, Planned
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import parse
 from sparsity_atlas.errors import AtlasError
@@ -271,6 +271,20 @@ def test_a_node_that_no_block_names(empty: Checkout, path: str) -> None:
     assert planned.returncode == 0, planned.text
     assert planned.of("evaluate") == {f"evaluate {path}/eval.json"}
     assert planned.counts == {"evaluate": 1, "model": 1}
+
+
+def test_grid_of_a_training(empty: Checkout) -> None:
+    # Four checkpoints of one training, at one site under one criterion that is calibrated. The checkout has
+    # the smallest model alone; of these it needs what they say of their tokens.
+    for record in (ROOT / ZOO / "tiny").glob("*/training.json"):
+        copy = empty.path / ZOO / "tiny" / record.parent.name / record.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(record.read_bytes())
+    four = ("model", "dense", "model_summary", "capture", "metrics", "calibrate", "search")
+    assert counts(empty.plan("--configfile", "workflow/config/training.yaml")) == {
+        **dict.fromkeys(("all", "run_config", "tables"), 1),
+        **dict.fromkeys((*four, "output_error", "curve"), 4),
+    }
 
 
 def test_revisions_are_planned_and_refused_as_models(

@@ -105,6 +105,10 @@ def checkpoints(
 def _tokens(name: str, entry: ModelEntry) -> float:
     if entry.training_tokens is not None:
         return entry.training_tokens
+    if entry.path is not None and not os.path.isdir(entry.path):
+        raise AtlasError(
+            f"models.{name}: {entry.path}: no such folder, whose training tokens are asked for"
+        )
     for file, key in _RECORDS if entry.path is not None else ():
         tokens = _recorded(Path(entry.path or "", file), key)
         if tokens is not None:

@@ -132,6 +132,12 @@ def test_tokens_that_a_checkpoint_tells(tmp_path: Path, file: str, content: dict
         check_inputs(config)
 
 
+def test_a_revision_whose_folder_is_missing() -> None:
+    config = configured({"path": "nowhere", "revisions": ["early"]})
+    with pytest.raises(AtlasError, match=r"models.m-early: nowhere/early: no such folder"):
+        check_inputs(config)
+
+
 def test_a_recorded_count_of_nothing_is_none(tmp_path: Path) -> None:
     # transformers writes 0 where it was not told to count.
     (tmp_path / "trainer_state.json").write_text('{"num_input_tokens_seen": 0}')

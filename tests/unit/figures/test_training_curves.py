@@ -10,7 +10,7 @@ import pytest
 from fake_results import make_results, make_tables
 from sparsity_atlas.config.revisions import Checkpoint
 from sparsity_atlas.figures.studies import training_curves
-from sparsity_atlas.figures.style import NothingToShow, styled
+from sparsity_atlas.figures.style import NothingToShow, arrange, styled
 from sparsity_atlas.tables.read import Tables
 from sparsity_atlas.tables.sparsing_law import PUBLISHED_FITS
 
@@ -44,6 +44,21 @@ def test_points_and_the_line_of_the_law(tables: Tables) -> None:
     # Two points are shown, and no law.
     assert "2 points, and the law has 3 parameters" in b.get_xlabel().replace("\n", " ")
     assert {len(one.get_xdata()) for one in b.lines} <= {0, 2}
+
+
+def test_what_is_said_below_a_panel_stays_within_it(tables: Tables) -> None:
+    one = replace(
+        tables,
+        training=tables.training[tables.training["series"] == "b"],
+        training_fits=tables.training_fits[tables.training_fits["series"] == "b"],
+    )
+    for some in (one, tables):
+        with styled():
+            figure = training_curves.training(some)
+            arrange(figure)
+            for ax in figure.axes:
+                extent = ax.xaxis.label.get_window_extent()
+                assert 0 <= extent.x0 < extent.x1 <= figure.bbox.x1
 
 
 def test_the_law_that_is_shown(tables: Tables) -> None:

@@ -25,6 +25,8 @@ from sparsity_atlas.tables.training import SIZE, WIDTH_BY_DEPTH
 from sparsity_atlas.terms import AVERAGE
 
 PANELS, BARS = 6, 5
+# Of a line below a panel, by the columns of panels.
+CHARACTERS = {1: 60, 2: 44, 3: 38}
 PANEL = ["series", "criterion", "site"]
 NOTHING = "No model of this run is one of several checkpoints of a training."
 AXES = {SIZE: "non-embedding parameters", WIDTH_BY_DEPTH: "width by depth"}
@@ -53,7 +55,7 @@ def training(tables: Tables) -> Figure:
         ax.set_title(heading(*key, width=84 // columns))
         _panel(ax, own, laws, styles)
         at = laws[laws["bar"] == HEADLINE_BAR]
-        ax.set_xlabel(wrap(_words(at), 116 // columns), fontsize=6.2, color=GREY)
+        ax.set_xlabel(wrap(_words(at), CHARACTERS[columns]), fontsize=6.2, color=GREY)
     legend(figure, styles)
     label(
         figure,
