@@ -58,7 +58,11 @@ def task_samples(
     kind, key = choose_metric(task, metric, result)
     base = dense.rows(task)
     identity = _identity(base)
-    counts = dense.outputs(task) if of == "parameters" else 1
+
+    def counts(node: NodeSamples) -> np.ndarray | int:
+        # Each by its own slots: where maps have masks of their own, a node has more of them than dense.
+        return node.outputs(task) if of == "parameters" else 1
+
     values, zeros, entries = [], [], []
     for node in levels:
         rows = node.rows(task)
@@ -78,8 +82,8 @@ def task_samples(
             entries.append(zeros[-1])
             continue
         values.append(found)
-        zeros.append(node.zeros(rows, counts))
-        entries.append(node.entries(rows, counts))
+        zeros.append(node.zeros(rows, counts(node)))
+        entries.append(node.entries(rows, counts(node)))
     clusters = base["cluster"].to_pylist()
     shape = (len(levels), len(base))  # a search may have chosen no level
     return TaskSamples(
@@ -90,8 +94,8 @@ def task_samples(
         dense=_values(task, base, kind, key),
         zeros=np.array(zeros, dtype=np.int64).reshape(shape),
         entries=np.array(entries, dtype=np.int64).reshape(shape),
-        dense_zeros=dense.zeros(base, counts),
-        dense_entries=dense.entries(base, counts),
+        dense_zeros=dense.zeros(base, counts(dense)),
+        dense_entries=dense.entries(base, counts(dense)),
         cluster=None if None in clusters else np.unique(clusters, return_inverse=True)[1],
         chance=result["chance"] if kind == "accuracy" else None,
     )
@@ -196,7 +200,9 @@ def equal_of(
 ) -> list[dict[str, Any]]:
     """The rows of equal_sparsity.parquet: over entries and, where that is another thing, parameters."""
     rows = equal_rows(estimates) + crossing_rows(estimates, settings["bars"])
-    if samples and len(set(dense.outputs(samples[0].task).tolist())) > 1:
+    task = samples[0].task if samples else ""
+    counted = [one for one in (dense, *nodes.values()) if samples and one.ok(task)]
+    if any(len(set(one.outputs(task).tolist())) > 1 for one in counted):
         weighed = all_samples(dense, nodes, settings, "parameters")
         replicates = min(settings["replicates"], REPLICATES)
         bootstrap = replicates, settings["seed"]

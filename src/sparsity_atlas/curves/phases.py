@@ -41,12 +41,12 @@ def phase_rows(
     if len(phases) < 2:
         return []
     keys = [(phase, level) for phase in phases for level in every]
-    weights = dense.outputs(task)
     shape = (len(keys), samples.items)
     zeros, entries, products = np.zeros(shape), np.zeros(shape), np.zeros((len(keys), 2))
     for place, (phase, level) in enumerate(keys):
         node, rows = every[level], tables[level]
         if node.ok(task):
+            weights = node.outputs(task)
             zeros[place] = node.zeros(rows, phases=[phase])
             entries[place] = node.entries(rows, phases=[phase])
             products[place] = (

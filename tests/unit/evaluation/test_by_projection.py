@@ -16,8 +16,10 @@ from sparsity_atlas.activations import capture
 from sparsity_atlas.activations.store import ActivationStore
 from sparsity_atlas.calibrate import calibrate
 from sparsity_atlas.criteria.calibration_file import Calibration, read_calibration
-from sparsity_atlas.curves.curve import parameter_sparsity
+from sparsity_atlas.curves.curve import all_samples, build, equal_of, parameter_sparsity
 from sparsity_atlas.curves.node_samples import NodeSamples
+from sparsity_atlas.curves.phases import phase_rows
+from sparsity_atlas.curves.points import estimate_all
 from sparsity_atlas.evaluation.evaluate import Session, evaluate_node
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.files.whole import read_manifest
@@ -186,6 +188,40 @@ def test_counts_are_by_map(session: Session, tmp_path: Path) -> None:
     dense = NodeSamples(tmp_path / "dense", f"{site}@projections")
     rows = dense.rows("choice")
     assert dense.entries(rows).sum() == nodes[0].entries(nodes[0].rows("choice")).sum()
+
+
+def test_a_curve_is_that_of_the_same_masks_on_the_whole(session: Session, tmp_path: Path) -> None:
+    """Over entries, over parameters, and by phase."""
+    evaluate_node(session, None, tmp_path / "dense")
+    settings = {"seed": 0, "replicates": 100, "bars": [0.99]}
+    settings["tasks"] = {"choice": {}, "text": {}}
+    found = []
+    for site in ("qkv_input", "qkv_input@projections"):
+        nodes = {}
+        for level in ("0.6", "0.3"):
+            folder = tmp_path / site / level
+            evaluate_node(session, Node.make({"rule": "topk"}, site, level), folder)
+            nodes[level] = NodeSamples(folder, site)
+        base = NodeSamples(tmp_path / "dense", site)
+        for of in ("entries", "parameters"):
+            samples = all_samples(base, nodes, settings, of)
+            found.append([one.zeros / one.entries for one in samples])
+        samples = all_samples(base, nodes, settings)
+        estimates = estimate_all(samples, 100, 0)
+        curve = build(base, nodes, samples, estimates, settings, site)
+        found.append(equal_of(base, nodes, samples, estimates, settings))
+        points = [
+            {key: row[key] for key in ("level", "task", "phase", "sparsity", "parameter_sparsity")}
+            for row in phase_rows(samples[1], base, nodes, 100, 0)
+        ]
+        found.append((points, curve["weights"], [row["sparsity"] for row in curve["points"]]))
+    half = len(found) // 2
+    for whole, split in zip(found[:2], found[half : half + 2], strict=True):
+        for one, other in zip(whole, split, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-12)
+    # Queries have more outputs than keys, so that parameters are counted by themselves, to the same end.
+    assert {row["sparsity_of"] for row in found[half + 2]} == {"entries", "parameters"}
+    assert found[3] == found[half + 3]
 
 
 def test_batches_change_nothing(manifest: Path, tasks: dict[str, Any], tmp_path: Path) -> None:
