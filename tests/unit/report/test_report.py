@@ -143,7 +143,6 @@ def test_every_figure_and_every_model_is_there(finished, text):
         "mask_recall",
         "cett",
         "local_dimension",
-        "truthfulness",
         "inserted",
         "inserted_gates",
         "prompt_overlap",
