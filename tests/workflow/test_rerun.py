@@ -254,7 +254,7 @@ SOURCES = {
     "evaluation/search.py": {"search", "curve", "output_error"},
     "evaluation/next_level.py": {"search", "curve", "output_error"},
     "curves/curve.py": {"curve"},
-    "statistics/bootstrap.py": {"curve", "sensitivity"},
+    "statistics/bootstrap.py": {"curve", "output_error", "sensitivity"},
     "sites/find.py": {
         "model",
         "capture",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from sparsity_atlas.criteria.in_experts import why_not
 
@@ -206,6 +206,30 @@ class SequenceCriterion(Criterion):
         Returns:
             bool [batch, tokens, width], True where the entry is kept.
         """
+
+
+class PromptCriterion(SequenceCriterion):
+    """A criterion that takes a prompt's mask for what follows it, as `prompt_mask`.
+
+    Studies know it by this: an import of that rule's file would have them run again when it is edited.
+
+    Attributes:
+        after: whose mask tokens after the prompt take, the prompt's or each its own.
+    """
+
+    after: Literal["prompt", "own"]
+
+    @abstractmethod
+    def neurons(self, prompt: Tensor, counted: Tensor, level: float) -> Tensor:
+        """See `PromptMask.neurons`."""
+
+    @abstractmethod
+    def own(self, values: Tensor, kept: Tensor) -> Tensor:
+        """See `PromptMask.own`."""
+
+    @abstractmethod
+    def prompt_of(self, valid: Tensor) -> Tensor:
+        """See `PromptMask.prompt_of`."""
 
 
 def keeps_by_threshold(criterion: Criterion) -> bool:

@@ -20,9 +20,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from sparsity_atlas.criteria.base import SequenceCriterion
+from sparsity_atlas.criteria.base import PromptCriterion, SequenceCriterion
 from sparsity_atlas.criteria.binding import bind_all
-from sparsity_atlas.criteria.built_in.prompt_mask import PromptMask
 from sparsity_atlas.errors import NumericalFailure
 from sparsity_atlas.models.logits import head
 from sparsity_atlas.sites.hooks import observe
@@ -96,7 +95,7 @@ def reuse_table(
         Rows of `prompt_table.SCHEMA`.
     """
     asked = settings.get("prompt_reuse")
-    if not asked or not isinstance(criterion, PromptMask):
+    if not asked or not isinstance(criterion, PromptCriterion):
         return SCHEMA.empty_table()
     bootstrap = settings["replicates"], settings["seed"]
     how = HowToRun(tuple(asked), settings["batch_size"], *bootstrap)
@@ -106,7 +105,7 @@ def reuse_table(
 
 
 def prompt_rows(
-    criterion: PromptMask,
+    criterion: PromptCriterion,
     parts: Sequence[Part],
     site: str,
     states: Mapping[str, State],
@@ -130,7 +129,7 @@ def prompt_rows(
         rule = copy.copy(criterion)
         rule.after = after
         bound = bind_all(rule, parts, site, states)
-        rules[after] = cast("dict[PlaceKey, PromptMask]", bound)
+        rules[after] = cast("dict[PlaceKey, PromptCriterion]", bound)
     whole = torch.ones(1, ids.shape[1], dtype=torch.bool)
     prompt = int(criterion.prompt_of(whole).sum())
     model = model_of(parts)
@@ -175,7 +174,7 @@ class _Study:
         self,
         parts: Sequence[Part],
         site: str,
-        rules: dict[str, dict[PlaceKey, PromptMask]],
+        rules: dict[str, dict[PlaceKey, PromptCriterion]],
         ids: Tensor,
         prompt: int,
         how: HowToRun,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
 import torch
 
-from sparsity_atlas.criteria.base import SequenceCriterion
+from sparsity_atlas.criteria.base import PromptCriterion
 from sparsity_atlas.criteria.built_in.topk import TopK
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 After = Literal["prompt", "own"]
 
 
-class PromptMask(SequenceCriterion):
+class PromptMask(PromptCriterion):
     """Keep, after the prompt, the k = ⌊level · width⌋ neurons with the largest ‖z̄[:, j]‖₂ over it.
 
     z̄ are the prompt's vectors, each divided by its length (GRIFFIN, arXiv 2404.01365). The prompt is
