@@ -39,6 +39,7 @@ KINDS = ("chosen", "random")
 SHOTS, BETWEEN = 4, "\n\n"
 TOPP = ("0.98", "0.95", "0.9", "0.8", "0.7", "0.6", "0.5")
 SPARSITIES = (0.3, 0.4, 0.5, 0.6, 0.7)
+MOSTLY = 0.95  # of the draws
 
 
 class Chosen(ContextSampler):
@@ -128,6 +129,15 @@ def write_tasks(folder: Path, pool: list[dict[str, Any]], items: list[dict[str, 
     (folder / "demonstrations.yaml").write_text(config, encoding="utf-8")
 
 
+def difference(apart: np.ndarray) -> dict[str, float]:
+    """As measured, and its 95 % interval, from [1 + draws]; none where few of the draws have both curves."""
+    known = np.isfinite(apart)
+    drawn = float(known[1:].mean())
+    ends = np.percentile(apart[1:][known[1:]], (2.5, 97.5)) if drawn >= MOSTLY else (np.nan,) * 2
+    value = apart[0] if known[0] else np.nan
+    return {"difference": value, "low": ends[0], "high": ends[1], "drawn": drawn}
+
+
 def differences(results: Path, curve: str, replicates: int = 2000, seed: int = 0) -> pd.DataFrame:
     """Chosen minus random, at equal induced sparsities and where 99 % of dense accuracy are crossed."""
     from sparsity_atlas.curves.critical import crossings, usable
@@ -164,16 +174,8 @@ def differences(results: Path, curve: str, replicates: int = 2000, seed: int = 0
         other = columns["random"][name]
         with np.errstate(invalid="ignore"):  # two that are never crossed
             apart = chosen - other
-        known = np.isfinite(apart)
-        low, high = (
-            np.nanpercentile(apart[1:][known[1:]], (2.5, 97.5))
-            if known[1:].any()
-            else (np.nan,) * 2
-        )
         about = {"measure": name, "chosen": chosen[0], "random": other[0]}
-        rows.append(
-            {**about, "difference": apart[0], "low": low, "high": high, "drawn": known[1:].mean()}
-        )
+        rows.append({**about, **difference(apart)})
     return pd.DataFrame(rows)
 
 

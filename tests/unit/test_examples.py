@@ -116,6 +116,19 @@ def test_the_best_are_taken_the_best_one_last(demonstrations: dict[str, Any]) ->
     assert list(sampler.sample(0)) == []
 
 
+def test_a_curve_that_is_hardly_ever_crossed_has_no_interval(
+    demonstrations: dict[str, Any],
+) -> None:
+    drawn = np.linspace(0, 1, 101)
+    found = demonstrations["difference"](np.r_[0.4, drawn])
+    assert [found[name] for name in ("difference", "low", "high", "drawn")] == pytest.approx(
+        [0.4, 0.025, 0.975, 1]
+    )
+    found = demonstrations["difference"](np.r_[-np.inf, drawn[:50], np.full(51, np.inf)])
+    assert np.isnan([found["difference"], found["low"], found["high"]]).all()
+    assert found["drawn"] == pytest.approx(50 / 101)
+
+
 def test_chosen_demonstrations_in_a_run(
     demonstrations: dict[str, Any], manifest: Path, tmp_path: Path
 ) -> None:
