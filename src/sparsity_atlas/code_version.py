@@ -92,8 +92,9 @@ def _imports(path: Path) -> list[str]:
     source = path.read_bytes()
     # Each start of Snakemake asks for all files, and to parse them would be a third of it: where the package
     # is named in plain imports and nowhere else, only these are parsed.
-    if PACKAGE.name.encode() not in _PLAIN.sub(b"", source):
-        source = b"\n".join(_PLAIN.findall(source))
+    plain = b"\n".join(_PLAIN.findall(source))
+    if source.count(PACKAGE.name.encode()) == plain.count(PACKAGE.name.encode()):
+        source = plain
     for node in _statements(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
