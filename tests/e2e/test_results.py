@@ -21,10 +21,11 @@ from sparsity_atlas.activations.store import ActivationStore
 # A file of the smoke run for the names in a documented path.
 NAMES = {"model": "zoo-small", "criterion": "topk", "site": "intermediate", "level": "0.9"}
 SEARCHED = {**NAMES, "criterion": "topp"}
-# Which that run has not; test_mixture_run.py, test_step_table.py and test_predictors.py look at them.
+# Which that run has not; the tests of these tables look at them.
 OF_OTHERS = {
-    f"{{model}}/{{criterion}}/{{site}}/{{level}}/{name}.parquet" for name in ("experts", "steps")
-} | {"{model}/answers/{task}.parquet"}
+    f"{{model}}/{{criterion}}/{{site}}/{{level}}/{name}.parquet"
+    for name in ("experts", "steps", "texts")
+} | {"{model}/answers/{task}.parquet", "{model}/dense/gates.parquet"}
 
 
 def documented() -> dict[str, set[str]]:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from checkout import ROOT
 from sparsity_atlas.curves import curve
 from sparsity_atlas.evaluation.evaluate import Session, evaluate_node
-from sparsity_atlas.evaluation.gates.gate_table import NAME, QUANTITIES, read_table
+from sparsity_atlas.evaluation.gates.gate_table import NAME, QUANTITIES, SCHEMA, read_table
 from sparsity_atlas.evaluation.gates.measured_gates import common_end, gate_numbers, prompts
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.samples import read_table as read_samples
@@ -219,3 +220,10 @@ def test_scores_with_and_without_are_paired(session: Session, tmp_path: Path) ->
     plain = [row for row in content["points"] if row["task"] == "choice"]
     assert [row["value"] for row in averages] == [row["value"] for row in plain]
     assert content["beside"] == {"pages_behind": "pages", "choice_behind": "choice"}
+
+
+def test_documented_columns_are_those_of_the_file() -> None:
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    section = text.split("/gates.parquet`\n")[1].split("\n###")[0]
+    named = [line.split("`")[1] for line in section.splitlines() if line.startswith("| `")]
+    assert named == SCHEMA.names

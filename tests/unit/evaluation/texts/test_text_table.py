@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from checkout import ROOT
 from interruptions import products
 from sparsity_atlas.evaluation.evaluate import Session, evaluate_node
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.samples import read_table
-from sparsity_atlas.evaluation.texts.text_table import NAME
+from sparsity_atlas.evaluation.texts.text_table import NAME, SCHEMA
 from sparsity_atlas.evaluation.texts.text_table import read_table as read_texts
 from tiny_lm import (
     CHOICE,
@@ -136,3 +137,10 @@ def test_they_are_the_same_after_a_stop(
     assert not (tmp_path / "stopped/eval.json").exists()
     evaluate_node(session, NODE, tmp_path / "stopped")
     assert products(tmp_path / "stopped") == products(tmp_path / "whole")
+
+
+def test_documented_columns_are_those_of_the_file() -> None:
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    section = text.split("/texts.parquet`\n")[1].split("\n###")[0]
+    named = [line.split("`")[1] for line in section.splitlines() if line.startswith("| `")]
+    assert named == SCHEMA.names
