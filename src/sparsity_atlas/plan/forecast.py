@@ -168,10 +168,13 @@ def _ending_seconds(config: Config, rule: str, start: Start) -> Amount:
         return Amount.exactly(start.light * (1 + TABLES_OF_A_CURVE * curves))
     from sparsity_atlas.report.report import MODEL_FIGURES
 
+    compared = {(curve.model, curve.site) for curve in grid.curves(config)}
+    panels = max(len({pair[place] for pair in compared}) for place in (0, 1))
     if rule == "figures":
-        drawn = len(wanted(config)) * figure_seconds("svg", "png")
+        drawn = len(wanted(config)) * figure_seconds("svg", "png", panels=panels)
     else:
-        drawn = len(MODEL_FIGURES) * len(grid.models(config)) * figure_seconds("svg")
+        models = len(grid.models(config))
+        drawn = len(MODEL_FIGURES) * models * figure_seconds("svg", panels=panels)
     return Amount.exactly(import_seconds(DRAWING_IMPORTS[rule]) + drawn)
 
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 ENOUGH_SECONDS = 0.4
 SMALLEST = (1, 32)  # rows, tokens
 FEW_REPLICATES = 1000  # of the bootstrap, to time it
+MOST_PANELS = 6  # of a figure that is drawn to time others; those of many models are about as dear
 FEW_POINTS = 200  # of a layer, to time their local dimension
 FEW_TOKENS, SMALL_SIDE = 128, 384  # of a tensor and its Gram matrix, to time their metrics
 
@@ -141,8 +142,13 @@ def import_seconds(modules: str) -> float:
 
 
 @functools.cache
-def figure_seconds(*suffixes: str) -> float:
-    """Seconds that a figure of six panels takes: laid out, and saved in these formats."""
+def figure_seconds(*suffixes: str, panels: int) -> float:
+    """Seconds that a figure of some panels takes: laid out, and saved in these formats.
+
+    Args:
+        suffixes: of the formats.
+        panels: as many as models or sites are compared; more than `MOST_PANELS` are taken for so many.
+    """
     from matplotlib.figure import Figure
 
     from sparsity_atlas.figures.style import arrange, save, styled
@@ -152,7 +158,9 @@ def figure_seconds(*suffixes: str) -> float:
         for _ in range(2):  # the first one finds fonts
             began = time.perf_counter()
             figure = Figure(figsize=(8, 5), layout="constrained")
-            for panel in figure.subplots(2, 3).flat:
+            panels = min(panels, MOST_PANELS)
+            columns = min(panels, MOST_PANELS // 2)
+            for panel in figure.subplots(-(-panels // columns), columns, squeeze=False).flat:
                 for line in range(4):
                     panel.plot(range(8), [line * place for place in range(8)], label=str(line))
                 panel.legend()

@@ -509,7 +509,8 @@ def test_the_end_takes_its_curves_and_figures(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "sparsity_atlas.plan.forecast.figure_seconds", lambda *suffixes: 100.0 * len(suffixes)
+        "sparsity_atlas.plan.forecast.figure_seconds",
+        lambda *suffixes, panels: 50.0 * len(suffixes) * panels,
     )
     config = make_config(
         {"m": {"path": str(model_folder)}},
@@ -521,7 +522,9 @@ def test_the_end_takes_its_curves_and_figures(
     assert took["tables"].expected == pytest.approx(5 * (1 + 2 * TABLES_OF_A_CURVE))
     assert took["figures"].expected == pytest.approx(5 + 200 * len(wanted(config)))
     assert took["page"].expected == pytest.approx(5 + 100 * len(MODEL_FIGURES))
-    assert figure_seconds("svg") > 0
+    # A run of one model and site has smaller figures.
+    assert figure_seconds("svg", panels=6) > figure_seconds("svg", panels=1) > 0
+    assert figure_seconds("svg", panels=7) == pytest.approx(figure_seconds("svg", panels=6), rel=1)
 
 
 def test_a_study_of_single_layers(model_folder: Path, tmp_path: Path) -> None:
