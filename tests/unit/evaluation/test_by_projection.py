@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsity_atlas.activations import capture
 from sparsity_atlas.activations.store import ActivationStore
-from sparsity_atlas.calibrate import calibrate
+from sparsity_atlas.calibrate import allocation, calibrate
 from sparsity_atlas.criteria.calibration_file import Calibration, read_calibration
 from sparsity_atlas.curves.curve import all_samples, build, equal_of, parameter_sparsity
 from sparsity_atlas.curves.node_samples import NodeSamples
@@ -274,9 +274,14 @@ def calibrated(store: Path, manifest: Path, criterion: dict[str, Any], output: P
 
 
 def test_calibrated_thresholds_are_by_map(
-    session: Session, manifest: Path, store: Path, tmp_path: Path
+    session: Session,
+    manifest: Path,
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """TEAL with its greedy allocation, which gives queries, keys and values a sparsity each."""
+    monkeypatch.setattr(allocation, "STEP", 0.25)  # five times as fast
     criterion = {"rule": "teal", "allocation": "greedy"}
     found = calibrated(store, manifest, criterion, tmp_path / "c.safetensors")
     assert set(found.states) == {f"{name}.{layer}" for name in TENSORS[SITE] for layer in (0, 1)}
