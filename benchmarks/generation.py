@@ -27,14 +27,13 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 
-from masked import SHAPES, Memory
+from llama import SHAPES, random_llama
+from masked import Memory
 from measure import machine
 from sparsity_atlas.criteria.built_in.topp import TopP
 from sparsity_atlas.lm import generation
@@ -63,22 +62,12 @@ class Bench:
     """
 
     def __init__(self, name: str, device: str, dtype: torch.dtype) -> None:
-        layers, hidden, width, heads, groups, vocabulary = SHAPES[name]
-        config = LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=hidden,
-            intermediate_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=groups,
-            max_position_embeddings=2048,
-            bos_token_id=1,
-            eos_token_id=EOS,
-            pad_token_id=0,
+        self.model = random_llama(
+            *(name, device, dtype),
+            **{"max_position_embeddings": 2048},
+            **{"bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": 0},
         )
-        torch.manual_seed(0)
-        with torch.device(device):
-            self.model = LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+        vocabulary = self.model.config.vocab_size
         self.parts = find_parts(self.model)
         # So that the end token's text is no part of another's.
         words = {f"w{number};": number for number in range(vocabulary)}

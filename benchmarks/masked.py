@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from lm_eval.api.instance import Instance
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+from llama import SHAPES, random_llama
 from measure import machine
 from sparsity_atlas.criteria.built_in.topp import TopP
 from sparsity_atlas.lm import journalled
@@ -29,11 +30,6 @@ from sparsity_atlas.lm.masked.passes import Passes
 from sparsity_atlas.sites.find import find_parts
 from sparsity_atlas.sparsify.attach import counted, sparsified
 
-# Layers, hidden width, FFN, heads, those of keys and values, vocabulary.
-SHAPES = {
-    "1b": (16, 2048, 8192, 32, 8, 128256),
-    "tiny": (2, 64, 128, 4, 2, 1000),
-}
 MASK, EOS = 5, 2
 # Questions of 100 to 140 tokens with four options of 3 to 12 each, by 32 sets of masks at most.
 QUESTIONS, SAMPLES = 24, 32
@@ -60,23 +56,12 @@ class Bench:
     """
 
     def __init__(self, name: str, device: str) -> None:
-        layers, hidden, width, heads, groups, vocabulary = SHAPES[name]
-        config = LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=hidden,
-            intermediate_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=groups,
-            max_position_embeddings=2048,
-            is_causal=False,
-            bos_token_id=1,
-            eos_token_id=EOS,
-            pad_token_id=0,
+        self.model = random_llama(
+            *(name, device, torch.bfloat16),
+            **{"max_position_embeddings": 2048, "is_causal": False},
+            **{"bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": 0},
         )
-        torch.manual_seed(0)
-        with torch.device(device):
-            self.model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+        vocabulary = self.model.config.vocab_size
         self.parts = find_parts(self.model)
         words = {f"w{number}": number for number in range(vocabulary)}
         tokenizer = PreTrainedTokenizerFast(
@@ -109,7 +94,7 @@ class Bench:
     def run(self, kind: str, *, level: float | None, ahead: int = 1, by_step: bool = True) -> float:
         """Seconds of all requests of a kind."""
         journalled.AHEAD = {self.device.type: ahead}
-        given = {kind: self.requests[kind]}, {kind: self.encodings[kind]}
+        given = {kind: self.requests[kind]}, lambda: {kind: self.encodings[kind]}
         work = self.lm.work(*given, greedy=())
         attached = (
             counted(self.model, self.parts)

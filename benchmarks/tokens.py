@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from masked import SHAPES
+from llama import SHAPES, random_llama
 from measure import machine
 from sparsity_atlas.criteria.base import Criterion
 from sparsity_atlas.decoding.trial import fixed, share_of_mass
@@ -30,7 +29,6 @@ from sparsity_atlas.speed.decoder import Decoder
 from sparsity_atlas.speed.replaced import replaced
 from sparsity_atlas.terms import TENSORS, PlaceKey
 
-SHAPES = SHAPES | {"8b": (32, 4096, 14336, 32, 8, 128256)}
 # Tokens that the thresholds are taken from.
 SEEN = 256
 FIND = {"fixed": fixed, "top-p": share_of_mass}
@@ -44,22 +42,6 @@ class Found(Criterion):
 
     def threshold(self, level: float, width: int) -> Threshold:
         return self.rule
-
-
-def make(name: str, device: str, dtype: torch.dtype) -> LlamaForCausalLM:
-    layers, hidden, width, heads, groups, vocabulary = SHAPES[name]
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        max_position_embeddings=8192,
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
 
 
 def captured(model: Any, parts: Any, site: str) -> dict[PlaceKey, Tensor]:
@@ -78,7 +60,7 @@ def captured(model: Any, parts: Any, site: str) -> dict[PlaceKey, Tensor]:
 def measure(name: str, arguments: argparse.Namespace) -> None:
     """Print the dense time, and a row for each site, way and share."""
     dtype = getattr(torch, arguments.dtype)
-    model = make(name, arguments.device, dtype)
+    model = random_llama(name, arguments.device, dtype, max_position_embeddings=8192)
     parts = find_parts(model)
     size = arguments.context + 32
     for rows in arguments.rows:
