@@ -154,16 +154,18 @@ class Engine:
 
         def read() -> Iterator[Text]:
             log = wait()
+            finite = log.finite.all(1)
             for row, text in enumerate(texts):
                 if text is not None and not text.done:
-                    yield from self._advance(text, row, log)
+                    yield from self._advance(text, row, log, finite)
 
         return read
 
-    def _advance(self, text: Text, row: int, log: Log) -> Iterator[Text]:
-        """Add to a text what some steps made of its row."""
+    def _advance(self, text: Text, row: int, log: Log, finite: np.ndarray) -> Iterator[Text]:
+        """Add to a text what some steps made of its row; `finite` of each step is whether all counts are."""
         for step, token in enumerate(log.tokens[:, row].tolist()):
-            self._counter.check(log.finite[step].tolist())
+            if not finite[step]:
+                self._counter.check(log.finite[step].tolist())
             _check(log.whole[step, row])
             text.zeros = text.zeros + log.zeros[step, :, row]
             yield from self._add(text, token)
