@@ -23,6 +23,8 @@ from torch import Tensor
 
 from measure import activations, bandwidth, host_seconds, machine, official, seconds
 from sparsity_atlas import kernels
+from sparsity_atlas.criteria import create
+from sparsity_atlas.criteria.base import Criterion
 from sparsity_atlas.kernels.definition import Threshold
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -183,6 +185,38 @@ def rules_table(device: str, rows: int, width: int, dtype: str) -> None:
             print(f"{name:<17} {level:4.2f} | {ours * 1e3:7.3f} ms, {ours / copy:5.2f} of a copy")
 
 
+def drop_half(criterion: Criterion, values: Tensor) -> kernels.Masked:
+    """What a criterion that has a mask of its own does at 0.5."""
+    return kernels.by_mask(criterion.mask(values, 0.5), values, values)
+
+
+def by_patterns(device: str, rows: int, width: int, dtype: str) -> bool:
+    """Criteria whose masks follow from no threshold, beside a copy and their definitions in torch.
+
+    Returns:
+        whether what is kept, and the counts, are the definitions'.
+    """
+    values = activations(rows, width, TYPES[dtype], device)
+    target = torch.empty_like(values)
+    copy = seconds(partial(target.copy_, values), device, 20, captured=True)
+    print(f"\nno threshold, {dtype}, {rows:,} vectors of width {width}; ms, over a copy; in torch")
+    good = True
+    for spec in ({"rule": "nm"}, {"rule": "nm", "group": 32}, {"rule": "random"}):
+        work = partial(drop_half, create(spec), values)
+        ours, found = seconds(work, device, 5), work()
+        os.environ[kernels.VARIABLE] = "reference"
+        plain, expected = seconds(work, device, 2), work()
+        os.environ[kernels.VARIABLE] = "compiled"
+        pairs = zip(found[:3], expected[:3], strict=True)
+        same = all(torch.equal(one, other.to(one.dtype)) for one, other in pairs)
+        good &= same
+        print(
+            f"{' '.join(map(str, spec.values())):<10} | {ours * 1e3:8.3f} ({ours / copy:.2f}), "
+            f"{plain * 1e3:9.3f} ({plain / ours:.1f} times) | {'same' if same else 'WRONG'}"
+        )
+    return good
+
+
 def ffn(x: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> Tensor:
     """A gated FFN with SiLU."""
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
@@ -264,6 +298,7 @@ def main() -> None:
         table("cuda", rows, [896, 2048, 4096, 8192, 11008, 14336, 28672], ["bf16"], arguments.level)
         table("cuda", rows, [8192, 14336], ["fp16", "fp32"], arguments.level)
         rules_table("cuda", rows, 14336, "bf16")
+        good &= by_patterns("cuda", rows, 14336, "bf16")
         launches()
         if arguments.tune:
             tune(rows)
@@ -271,6 +306,7 @@ def main() -> None:
         rows = arguments.rows or 512
         table("cpu", rows, [2048, 8192, 14336, 28672], ["fp32", "bf16"], arguments.level)
         rules_table("cpu", rows, 8192, "fp32")
+        good &= by_patterns("cpu", rows, 8192, "fp32")
         for width in (2048, 8192):
             share_of_ffn(rows, width, arguments.level)
     sys.exit(not good)

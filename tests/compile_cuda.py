@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparsity_atlas.decoding import cuda_inputs, cuda_outputs
-from sparsity_atlas.kernels import cuda
+from sparsity_atlas.kernels import cuda, cuda_masks
 from sparsity_atlas.kernels.cuda_row import GROUP
 from sparsity_atlas.kernels.definition import Threshold
 
@@ -66,6 +66,22 @@ def compile_product(kernel: triton.JITFunction, dtype: str, **choices: int | boo
     triton.compile(source, GPUTarget("cuda", 90, 32), options)
 
 
+def compile_masks(dtype: torch.dtype) -> None:
+    """Compile the kernels of masks that follow from no threshold."""
+    bits = "*i32" if dtype == torch.float32 else "*i16"
+    types = dict.fromkeys(("values", "onto", "out"), bits) | {"mask": "*i8", **POINTERS}
+    types |= {"codes": "*i64", "limits": "*i64"}
+    constants = {"INFINITY": cuda_masks.INFINITIES[dtype], "BLOCK": 512, "SIZE": 4}
+    for kernel in (cuda_masks._apply, cuda_masks._largest, cuda_masks._draw):
+        own = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        kinds = {name: "i32" for name in kernel.arg_names} | types | dict.fromkeys(own, "constexpr")
+        signature = {name: kinds[name] for name in kernel.arg_names}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=own)
+        triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": cuda_masks.WARPS})
+
+
+for dtype in (torch.bfloat16, torch.float32):
+    compile_masks(dtype)
 for rule in RULES:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         compile_kernel(cuda._mask, rule, dtype)

@@ -8,8 +8,9 @@ environment forces one: `auto`, `reference` (the definition) or `compiled` (fail
 from __future__ import annotations
 
 import functools
+import importlib
 import os
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import torch
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 VARIABLE = "SPARSITY_ATLAS_KERNELS"
 CHOICES = ("auto", "reference", "compiled")
+_LIBRARIES = {"cuda": "triton", "cpu": "numba"}
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Beyond, the kernels' bounds on the error of their sums do not hold.
 LARGEST_WIDTH = 1 << 17
@@ -47,6 +49,19 @@ class Masked(NamedTuple):
     zeros: Tensor
     finite: Tensor
     mask: Tensor | None = None
+
+
+class Masks(Protocol):
+    """What `cpu_masks` and `cuda_masks` have, for tensors [rows, width]."""
+
+    def applied(self, mask: Tensor, values: Tensor, onto: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`out`, `zeros` and `finite` of `by_mask`."""
+
+    def largest_of_groups(self, values: Tensor, size: int, kept: int) -> Tensor:
+        """As in `patterns`."""
+
+    def drawn(self, values: Tensor, codes: Tensor, bound: int) -> Tensor:
+        """The draws of `patterns` that lie below bound / 2^53."""
 
 
 def masked(rule: Threshold, values: Tensor, onto: Tensor) -> Masked:
@@ -86,9 +101,23 @@ def totals(device: str) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
 
 
 def by_mask(mask: Tensor, values: Tensor, onto: Tensor) -> Masked:
-    """As `masked`, with a mask (bool, True where kept) in place of a rule."""
-    zeros = (~mask | (values == 0)).sum(-1)
-    return Masked(torch.where(mask, onto, 0), zeros, finite(values), mask)
+    """As `masked`, with a mask (bool of the values' shape, True where kept) in place of a rule."""
+    module = masks_of(values)
+    if module is None or onto.dtype != values.dtype:
+        zeros = (~mask | (values == 0)).sum(-1)
+        return Masked(torch.where(mask, onto, 0), zeros, finite(values), mask)
+    shape = values.shape
+    rows = (one.reshape(-1, shape[-1]) for one in (mask, values, onto))
+    out, zeros, whole = module.applied(*rows)
+    return Masked(out.view(shape), zeros.view(shape[:-1]), whole.view(shape[:-1]), mask)
+
+
+def masks_of(values: Tensor) -> Masks | None:
+    """The module that works with masks of such values, `cpu_masks` or `cuda_masks`; None where torch does."""
+    choice = _choice()
+    if choice == "reference" or values.dtype not in _TYPES or values.shape[-1] == 0:
+        return None
+    return _masks_on(values.device.type)
 
 
 def finite(values: Tensor) -> Tensor:
@@ -116,24 +145,35 @@ def _choice() -> str:
 @functools.cache
 def _path(device: str, dtype: torch.dtype, narrow: bool, choice: str) -> _Kernel:
     """The path for a kind of device and type; it is logged when it is chosen, which is once."""
-    libraries = {"cuda": "triton", "cpu": "numba"}
     missing = f"none for {dtype} on {device}"
     if not narrow:
         missing = f"none for rows of more than {LARGEST_WIDTH:,} entries"
-    if choice != "reference" and device in libraries and dtype in _TYPES and narrow:
+    if choice != "reference" and device in _LIBRARIES and dtype in _TYPES and narrow:
         try:
             path = _compiled(device)
         except ModuleNotFoundError as error:
-            if error.name != libraries[device]:
+            if error.name != _LIBRARIES[device]:
                 raise
             missing = f"{error.name} is not installed"
         else:
-            cli.logger.info("kernels: compiled (%s)", libraries[device])
+            cli.logger.info("kernels: compiled (%s)", _LIBRARIES[device])
             return path
     if choice == "compiled":
         raise AtlasError(f"{VARIABLE}: compiled: no kernel ({missing}); use auto or reference")
     cli.logger.info("kernels: reference (%s)", "forced" if choice == "reference" else missing)
     return reference
+
+
+@functools.cache
+def _masks_on(device: str) -> Masks | None:
+    if device not in _LIBRARIES:
+        return None
+    try:
+        return cast("Masks", importlib.import_module(f"sparsity_atlas.kernels.{device}_masks"))
+    except ModuleNotFoundError as error:
+        if error.name != _LIBRARIES[device]:
+            raise
+        return None
 
 
 def _compiled(device: str) -> _Kernel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from sparsity_atlas.kernels.cpu_row import KINDS, mask_rows
 from sparsity_atlas.kernels.definition import limbs, mass_bits, not_above
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from sparsity_atlas.kernels.definition import Threshold
@@ -35,9 +37,9 @@ def masked(rule: Threshold, values: Tensor, onto: Tensor) -> tuple[Tensor, Tenso
     finite = np.empty(rows, dtype=np.bool_)
     nothing = np.empty(0, dtype=np.float32)
     arguments = (
-        _bits(values),
-        _bits(onto),
-        _bits(out),
+        bits_of(values),
+        bits_of(onto),
+        bits_of(out),
         zeros,
         finite,
         nothing if rule.weights is None else rule.weights.numpy(),
@@ -49,16 +51,29 @@ def masked(rule: Threshold, values: Tensor, onto: Tensor) -> tuple[Tensor, Tenso
         2.0 ** mass_bits(width),
         values.dtype == torch.float16,
     )
+    in_parts(mask_rows, arguments, rows, width)
+    return out, torch.from_numpy(zeros), torch.from_numpy(finite)
+
+
+def in_parts(work: Callable[..., None], arguments: tuple[Any, ...], rows: int, width: int) -> None:
+    """Do some work on all rows, by as many threads as torch has.
+
+    Args:
+        work: compiled, holds no lock; gets the arguments, and which rows it is for: the first, and the one
+            after the last.
+        arguments: its own.
+        rows: in all.
+        width: entries of a row.
+    """
     parts = min(torch.get_num_threads(), max(1, rows * width // _WORTH_A_THREAD))
     edges = [rows * part // parts for part in range(parts + 1)]
     if parts == 1:
-        mask_rows(*arguments, 0, rows)
-    else:
-        pool = _threads(parts)
-        tasks = [pool.submit(mask_rows, *arguments, first, last) for first, last in pairwise(edges)]
-        for task in tasks:
-            task.result()
-    return out, torch.from_numpy(zeros), torch.from_numpy(finite)
+        work(*arguments, 0, rows)
+        return
+    pool = _threads(parts)
+    tasks = [pool.submit(work, *arguments, first, last) for first, last in pairwise(edges)]
+    for task in tasks:
+        task.result()
 
 
 @functools.lru_cache(maxsize=256)
@@ -66,7 +81,7 @@ def _limbs(amount: float) -> np.ndarray:
     return np.array(limbs(amount), dtype=np.int64)
 
 
-def _bits(tensor: Tensor) -> np.ndarray:
+def bits_of(tensor: Tensor) -> np.ndarray:
     """The tensor's memory as signed integers of its size."""
     return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16).numpy()
 

@@ -62,7 +62,7 @@ def masked(rule: Threshold, values: Tensor, onto: Tensor) -> tuple[Tensor, Tenso
         return out, zeros, finite
     plan = _plan(rule, width, values.dtype, values.device, same)
     arguments = (
-        *(_bits(one) for one in (values, onto, out)),
+        *(bits_of(one) for one in (values, onto, out)),
         zeros,
         finite.view(torch.int8),
         *plan.tensors,
@@ -133,7 +133,7 @@ def launch(block: int, *, many: bool) -> tuple[int, int]:
     return warps, min(registers, _REGISTERS // (32 * warps))
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def bits_of(tensor: Tensor) -> Tensor:
     """The tensor's memory as signed integers of its size."""
     return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from sparsity_atlas.criteria.base import Criterion
-from sparsity_atlas.criteria.built_in.random import checked_seed, draws, salt_of
+from sparsity_atlas.criteria.built_in.random import checked_seed, salt_of
+from sparsity_atlas.kernels.patterns import draws
 
 if TYPE_CHECKING:
     from torch import Tensor

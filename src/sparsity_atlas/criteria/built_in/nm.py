@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import torch
-from torch.nn import functional as F
-
 from sparsity_atlas.criteria.base import Criterion
 from sparsity_atlas.kernels.definition import decimal
+from sparsity_atlas.kernels.patterns import largest_of_groups
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,13 +31,6 @@ class NM(Criterion):
 
     def mask(self, values: Tensor, level: float) -> Tensor:
         """See `Criterion.mask`."""
-        rows, width = values.shape
         # The decimal that the user wrote, as in top-k.
         kept = math.floor(decimal(level) * self.group)
-        padded = F.pad(values.abs(), (0, -width % self.group))
-        groups = padded.view(rows, -1, self.group)
-        order = groups.sort(dim=-1, descending=True, stable=True).indices
-        ranked = torch.zeros_like(groups, dtype=torch.bool)
-        ranked[..., :kept] = True
-        mask = torch.empty_like(ranked).scatter_(-1, order, ranked)
-        return mask.view(rows, -1)[:, :width]
+        return largest_of_groups(values, self.group, kept)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
-import torch
-
 from sparsity_atlas.criteria.base import PromptCriterion
 from sparsity_atlas.criteria.built_in.topk import TopK
 
@@ -64,8 +62,8 @@ class PromptMask(PromptCriterion):
         """
         lengths = prompt.norm(dim=-1, keepdim=True)
         used = counted[..., None] & (lengths > 0)
-        shares = torch.where(used, prompt / lengths, 0)
-        return TopK().mask(shares.square().sum(1), level)
+        shares = (prompt / lengths).masked_fill_(~used, 0)
+        return TopK().mask(shares.square_().sum(1), level)
 
     def scores(self, values: Tensor) -> Tensor:
         """What a token's own neurons are ordered by: float32 of the shape of values [..., width]."""

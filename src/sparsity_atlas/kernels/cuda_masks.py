@@ -1,0 +1,183 @@
+"""Masks on CUDA, in Triton: what `patterns` defines, and a mask put to use in one launch."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from sparsity_atlas.kernels.cuda import bits_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INFINITIES = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
+LARGEST_BLOCK = 2048
+WARPS = 4
+# SplitMix64's output function, see `patterns`, and what is left of a shift to the right.
+FIRST, SECOND = tl.constexpr(-0x40A7B892E31B1A47), tl.constexpr(-0x6B2FB644ECCEEE15)
+LEFT_30, LEFT_27 = tl.constexpr((1 << 34) - 1), tl.constexpr((1 << 37) - 1)
+LEFT_31, LEFT_11 = tl.constexpr((1 << 33) - 1), tl.constexpr((1 << 53) - 1)
+
+
+def applied(mask: Tensor, values: Tensor, onto: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `kernels.by_mask`, for tensors [rows, width] on one device."""
+    rows, width = values.shape
+    mask, values, onto = (
+        one if one.stride(-1) == 1 else one.contiguous() for one in (mask, values, onto)
+    )
+    out = torch.empty((rows, width), dtype=onto.dtype, device=onto.device)
+    zeros = torch.empty(rows, dtype=torch.int32, device=values.device)
+    finite = torch.empty(rows, dtype=torch.bool, device=values.device)
+    arguments = (
+        *(mask.view(torch.int8), *map(bits_of, (values, onto, out))),
+        *(zeros, finite.view(torch.int8), width),
+        *(mask.stride(0), values.stride(0), onto.stride(0)),
+    )
+    _launch(_apply, arguments, values, INFINITY=INFINITIES[values.dtype])
+    return out, zeros, finite
+
+
+def largest_of_groups(values: Tensor, size: int, kept: int) -> Tensor:
+    """As in `patterns`."""
+    values = values if values.stride(-1) == 1 else values.contiguous()
+    mask = torch.empty(values.shape, dtype=torch.bool, device=values.device)
+    arguments = bits_of(values), mask.view(torch.int8), values.shape[1], values.stride(0), kept
+    _launch(_largest, arguments, values, INFINITY=INFINITIES[values.dtype], SIZE=size)
+    return mask
+
+
+def drawn(values: Tensor, codes: Tensor, bound: int) -> Tensor:
+    """The draws of `patterns` that lie below bound / 2^53; see `cpu_masks.drawn`."""
+    values = values if values.stride(-1) == 1 else values.contiguous()
+    mask = torch.empty(values.shape, dtype=torch.bool, device=values.device)
+    limits = torch.full((1,), bound, dtype=torch.int64, device=values.device)
+    arguments = (
+        *(bits_of(values), mask.view(torch.int8), codes, limits),
+        *(values.shape[1], values.stride(0)),
+    )
+    _launch(_draw, arguments, values, INFINITY=INFINITIES[values.dtype])
+    return mask
+
+
+def _launch(
+    kernel: triton.JITFunction,
+    arguments: tuple[object, ...],
+    values: Tensor,
+    **constants: int,
+) -> None:
+    """A program for each row of the values."""
+    rows, width = values.shape
+    if rows == 0:
+        return
+    block = min(LARGEST_BLOCK, triton.next_power_of_2(width))
+    with torch.cuda.device(values.device) if values.is_cuda else contextlib.nullcontext():
+        kernel[(rows,)](*arguments, **constants, BLOCK=block, num_warps=WARPS)
+
+
+@triton.jit
+def _magnitude(value):
+    """A bit pattern without its sign, as int32."""
+    if value.dtype == tl.int32:
+        return value & 0x7FFFFFFF
+    return value.to(tl.int32) & 0x7FFF
+
+
+@triton.jit
+def _apply(
+    mask,
+    values,
+    onto,
+    out,
+    zeros,
+    finite,
+    width,
+    mask_stride,
+    values_stride,
+    onto_stride,
+    INFINITY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    count, largest = 0, 0
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < width
+        kept = tl.load(mask + row * mask_stride + column, mask=inside, other=1) != 0
+        size = _magnitude(tl.load(values + row * values_stride + column, mask=inside, other=1))
+        written = tl.load(onto + row * onto_stride + column, mask=inside, other=0)
+        zero = (kept == 0) | (size == 0)
+        count += tl.sum(zero.to(tl.int32), 0)
+        largest = tl.maximum(largest, tl.max(size, 0))
+        tl.store(out + row * width + column, tl.where(kept, written, 0), mask=inside)
+    tl.store(zeros + row, count)
+    tl.store(finite + row, (largest < INFINITY).to(tl.int8))
+
+
+@triton.jit
+def _largest(
+    values,
+    mask,
+    width,
+    stride,
+    kept,
+    INFINITY: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < width
+        value = tl.load(values + row * stride + column, mask=inside, other=0)
+        # NaN alike, whatever its bits.
+        key = tl.minimum(_magnitude(value), INFINITY + 1)
+        base = column - column % SIZE
+        ahead = tl.zeros((BLOCK,), tl.int32)
+        for place in range(SIZE):
+            other = base + place
+            # From the cache: the row has just been read.
+            value = tl.load(values + row * stride + other, mask=other < width, other=0)
+            rival = tl.minimum(_magnitude(value), INFINITY + 1)
+            before = (rival > key) | ((rival == key) & (other < column))
+            ahead += before.to(tl.int32)
+        tl.store(mask + row * width + column, (ahead < kept).to(tl.int8), mask=inside)
+
+
+@triton.jit
+def _hash(number):
+    number = (number ^ ((number >> 30) & LEFT_30)) * FIRST
+    number = (number ^ ((number >> 27) & LEFT_27)) * SECOND
+    return number ^ ((number >> 31) & LEFT_31)
+
+
+@triton.jit
+def _draw(
+    values,
+    mask,
+    codes,
+    limits,
+    width,
+    stride,
+    INFINITY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    bound = tl.load(limits)
+    token = bound * 0
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < width
+        value = tl.load(values + row * stride + column, mask=inside, other=0).to(tl.int32)
+        code = tl.load(codes + column, mask=inside, other=0)
+        token += tl.sum(tl.where((value > 0) & (value <= INFINITY), code, 0), 0)
+    token = _hash(token)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < width
+        code = tl.load(codes + column, mask=inside, other=0)
+        draw = (_hash(token + code) >> 11) & LEFT_11
+        tl.store(mask + row * width + column, (draw < bound).to(tl.int8), mask=inside)
