@@ -211,7 +211,7 @@ def _numbers(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 def not_finite(model: PreTrainedModel) -> str | None:
     """Which weights are no numbers, in words; None if all are."""
-    bad = {name: value for name, value in _numbers(model) if not value.isfinite().all()}
+    bad = {name: value for name, value in _numbers(model) if not _finite(value)}
     if not bad:
         return None
     first, value = next(iter(bad.items()))
@@ -219,6 +219,11 @@ def not_finite(model: PreTrainedModel) -> str | None:
     count = int((~value.isfinite()).sum())
     others = f", and {len(bad) - 1} other tensors have such values" if len(bad) > 1 else ""
     return f"{first}: {count:,} of {value.numel():,} values are {kind}{others}"
+
+
+def _finite(value: Tensor) -> bool:
+    """Whether all are numbers: seen at both ends, since masks of a whole vocabulary take its memory again."""
+    return not value.numel() or all(bool(end.isfinite()) for end in value.aminmax())
 
 
 def fill_buffers(model: PreTrainedModel, *, trust_remote_code: bool) -> None:

@@ -260,8 +260,8 @@ def _before_manifest(path: str | None, gguf: str | None = None) -> int:
     content = read_json(config) if config.is_file() else {}
     content = content.get("text_config", content) if isinstance(content, dict) else {}
     vocabulary = content.get("vocab_size") or 0
-    # In float32 twice as much as in 16 bits, beside the files that are mapped.
-    return (3 * files + PROVED_TOKENS * vocabulary * 4 * PROVED_COPIES) // MIB
+    # In float32 twice as much as in 16 bits; beside it first the files that are mapped, then the proof.
+    return (2 * files + max(files, PROVED_TOKENS * vocabulary * 4 * PROVED_COPIES)) // MIB
 
 
 def levels_of(config: Config, curve: grid.Curve) -> int:

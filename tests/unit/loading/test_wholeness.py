@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.loading.checkpoint import Checkpoint
 from sparsity_atlas.loading.pretrained import load
-from sparsity_atlas.loading.wholeness import is_constant
+from sparsity_atlas.loading.wholeness import is_constant, not_finite
 from sparsity_atlas.models.manifest import describe
 from tiny_lm import save_model
 from tiny_models import ARCHITECTURES, tiny_model, token_ids
@@ -213,3 +215,38 @@ def test_weights_that_are_no_numbers_beside_the_ffns(
 
     assert describe(changed(save_model(tmp_path / "m"), spoil), None)["layers"] == 2
     assert "model.norm.weight: 24 of 24 values are NaN" in caplog.text
+
+
+class _Largest(TorchDispatchMode):
+    """Entries of the largest tensor that anything makes."""
+
+    entries = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for one in found if isinstance(found, tuple) else (found,):
+            if torch.is_tensor(one) and not any(one is given for given in args):
+                self.entries = max(self.entries, one.numel())
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_are_looked_at_without_a_copy_of_them(dtype: torch.dtype) -> None:
+    """`isfinite` makes masks and a copy: of a vocabulary of 262,144 more than all else in that job takes."""
+    model = tiny_model("llama").to(dtype)
+    with _Largest() as largest:
+        assert not_finite(model) is None
+    assert largest.entries <= 1
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [("nan", "NaN"), ("inf", "infinite"), ("-inf", "infinite")]
+)
+def test_one_number_that_is_none_is_seen(value: str, kind: str) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[3, 5] = float(value)
+    found = not_finite(model)
+    assert found == f"lm_head.weight: 1 of {model.lm_head.weight.numel():,} values are {kind}"
