@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
+from datasets.features.features import require_decoding
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Kind
@@ -27,6 +28,9 @@ from sparsity_atlas.tasks.reported_metrics import check_metric_list
 
 if TYPE_CHECKING:
     from lm_eval.tasks._index import Entry
+
+# Of a task that evaluates its first few documents no more are read than this.
+TOGETHER = 1000
 
 
 class LocalFactory(TaskFactory):
@@ -220,3 +224,36 @@ def fresh_transforms(code: Iterable[Path]) -> Iterator[None]:
         datasets.config.HF_DATASETS_CACHE = folder
         if enabled:
             datasets.enable_caching()
+
+
+def rows_of(data: datasets.Dataset) -> Iterator[dict[str, Any]] | None:
+    """The rows of a data set as it gives them by itself; None where it does more than read them.
+
+    Args:
+        data: as some code has left it, with another order or another format, too.
+    """
+    if data.format["type"] is not None or set(data.format["columns"]) != set(data.column_names):
+        return None
+    if any(map(require_decoding, data.features.values())):
+        return None
+    tables = data.with_format("arrow").iter(TOGETHER)
+    return (row for table in tables for row in table.to_pylist())
+
+
+@contextlib.contextmanager
+def read_together() -> Iterator[None]:
+    """Have whoever goes through a data set get many rows at a time: one by one takes most of the loading.
+
+    lm-eval lists all documents that few-shot examples could be drawn from, whether or not there are any.
+    """
+    one_by_one = datasets.Dataset.__iter__
+
+    def every(data: datasets.Dataset) -> Iterator[Any]:
+        found = rows_of(data)
+        return one_by_one(data) if found is None else found
+
+    datasets.Dataset.__iter__ = every
+    try:
+        yield
+    finally:
+        datasets.Dataset.__iter__ = one_by_one

@@ -21,7 +21,12 @@ from sparsity_atlas.tasks import local_files, surroundings
 from sparsity_atlas.tasks.boundary import boundary
 from sparsity_atlas.tasks.built_in.index import built_in_tasks
 from sparsity_atlas.tasks.error_messages import RUNS_CODE, close
-from sparsity_atlas.tasks.factory import LocalFactory, fresh_transforms, kept_by_content
+from sparsity_atlas.tasks.factory import (
+    LocalFactory,
+    fresh_transforms,
+    kept_by_content,
+    read_together,
+)
 from sparsity_atlas.tasks.identity import code_digest, leaf_identity
 from sparsity_atlas.tasks.loaded import LoadedTask, RandomState, code_allowed, seed_as_lm_eval
 from sparsity_atlas.tasks.modules import OwnModules
@@ -86,6 +91,7 @@ def _load(name: str, entry: dict[str, Any], seed: int) -> LoadedTask:
         boundary(name, "cannot be loaded", modules),
         kept_by_content(path for path in files.data | files.code if path.suffix != ".py"),
         fresh_transforms(files.code),
+        read_together(),
     ):
         seed_as_lm_eval(seed)
         factory = LocalFactory(allow_code=allow_code)
