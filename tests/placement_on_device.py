@@ -2,7 +2,8 @@
 
 CI has none. What the unit test shows with a disk is shown here with GPUs, by the same stages (evaluation with
 generation, capture, output error, sensitivity, calibration): a small model in float32 and a larger one in
-bfloat16, on one GPU, on both, and on both with a part that waits in host memory. Ends with 1 if they differ.
+bfloat16, on one GPU, on the other, on both, and on both with a part that waits in host memory; all at once.
+Says what differs from the first, and ends with 1 if anything does, or if a model lay where it should not.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ import torch  # noqa: E402
 from sparsity_atlas.loading import placement  # noqa: E402
 from tiny_lm import save_model  # noqa: E402
 
-# The GPUs that a process sees; on more than one, models are spread.
-WAYS = {"one": "0", "both": "0,1", "waiting": "0,1"}
+# The GPUs that a process sees; on more than one, models are spread. The second is the first one's control.
+WAYS = {"one": "0", "other": "1", "both": "0,1", "waiting": "0,1"}
+SPREAD = ("both", "waiting")
 LARGE: dict[str, Any] = {
     **{"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 12},
     **{"num_attention_heads": 16, "dtype": torch.bfloat16, "initializer_range": 0.02},
@@ -49,33 +51,64 @@ def one_way(way: str, dtype: str, folder: Path, output: Path) -> None:
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         limits: placement.Limits = {0: size // 2, 1: size // 3, "cpu": size}
         vars(placement)["spread"] = partial(placement.spread, limits=limits)
-    spread = {} if way == "one" else {"device_map": "auto"}
+    spread = {"device_map": "auto"} if way in SPREAD else {}
     found = test_placement.stages(
         folder, output.with_suffix("") / "results", {"device": "cuda", "dtype": dtype, **spread}
     )
-    memory = [torch.cuda.max_memory_allocated(i) >> 20 for i in range(torch.cuda.device_count())]
-    say(f"{dtype} {way}: a part waits: {found['waits']}, peaks {memory} MiB")
+    found["peaks"] = [torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())]
     output.write_bytes(pickle.dumps(found))
 
 
+def start(base: Path, way: str, dtype: str, folder: Path) -> subprocess.Popen[str]:
+    """Begin a way in a process of its own. Locks on GPUs lie in TMPDIR: none waits for another."""
+    locks, output = base / f"{dtype}-{way}-tmp", base / f"{dtype}-{way}.pickle"
+    locks.mkdir()
+    command = [sys.executable, __file__, way, dtype, str(folder), str(output)]
+    seen = {"CUDA_VISIBLE_DEVICES": WAYS[way], "TMPDIR": str(locks)}
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env={**os.environ, **seen}, **options)
+
+
+def faults(way: str, found: dict[str, Any], first: dict[str, Any]) -> list[str]:
+    """What is wrong with a way's results, of those that are compared with the first way's."""
+    peaks = found.pop("peaks")
+    wrong = [name for name, value in found.items() if name != "waits" and value != first.get(name)]
+    if found["waits"] != (way == "waiting"):
+        wrong.append("whether a part waits in host memory")
+    if way in SPREAD and not all(peaks):
+        wrong.append(f"which GPUs it was on, of peaks of {peaks} bytes")
+    if {status for rule in test_placement.RULES for status in found[rule][0].values()} != {"ok"}:
+        wrong.append("a task without a result")
+    return wrong
+
+
 def main() -> None:
-    """Run each way in a process of its own, and compare."""
+    """Run every way of both models, and compare."""
+    if torch.cuda.device_count() < 2:
+        sys.exit(f"placement: needs two GPUs, found {torch.cuda.device_count()}")
     base = Path(tempfile.mkdtemp())
+    began = time.monotonic()
     models: dict[str, dict[str, Any]] = {"float32": {"num_hidden_layers": 6}, "bfloat16": LARGE}
-    good = True
-    for dtype, sizes in models.items():
-        folder = save_model(base / dtype, **sizes)
-        found = {}
-        for way, gpus in WAYS.items():
-            began = time.monotonic()
-            output = base / f"{dtype}-{way}.pickle"
-            command = [sys.executable, __file__, way, dtype, str(folder), str(output)]
-            subprocess.run(command, check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpus})
-            found[way] = pickle.loads(output.read_bytes())
-            assert found[way].pop("waits") == (way == "waiting")
-            differs = [name for name, value in found[way].items() if value != found["one"][name]]
-            say(f"{dtype} {way}: {time.monotonic() - began:.0f} s, differs: {differs or 'nothing'}")
-            good &= not differs
+    folders = {dtype: save_model(base / dtype, **sizes) for dtype, sizes in models.items()}
+    running = {
+        (dtype, way): start(base, way, dtype, folder)
+        for dtype, folder in folders.items()
+        for way in WAYS
+    }
+    good, found = True, {}
+    for (dtype, way), process in running.items():
+        told = process.communicate()[0]
+        if process.returncode:
+            wrong = [f"all, it ended with {process.returncode}: {told[-2000:]}"]
+        else:
+            found[dtype, way] = pickle.loads((base / f"{dtype}-{way}.pickle").read_bytes())
+            wrong = faults(way, found[dtype, way], found.get((dtype, "one"), {}))
+        say(
+            f"{'FAIL' if wrong else 'PASS'} {dtype} {way}: differs: {', '.join(wrong) or 'nothing'}"
+        )
+        good &= not wrong
+    seconds, gpu = time.monotonic() - began, torch.cuda.get_device_name(0)
+    say(f"placement: {'PASS' if good else 'FAIL'}, {seconds:.0f} s, {gpu}")
     sys.exit(not good)
 
 
