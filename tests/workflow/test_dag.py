@@ -166,12 +166,14 @@ def test_the_grid_of_a_real_model(
     """A GGUF file at all sites by eight rules; the same from the Hub, with nothing of the files left."""
     names = ["workflow/config/real.yaml", "workflow/config/real_hub.yaml"]
     used = names if source == "hub" else names[:1]
-    # 2 criteria at 8 sites, 2 at 6, 2 at 1 and 2 at another; with the chat template 1 at 5; in float32 2 at
-    # 2. Calibrated: one of those at 6 sites, and four at one.
+    # Searched: 2 criteria at 8 sites, 2 at 6, 2 at 1 and 2 at another; with the chat template 2 at 5; in
+    # float32 2 at 4; of three zoo models 1 at 8. Listed: 11 single layers, masks of prompts at 2 levels, and
+    # 2 nodes of the study of right answers. Calibrated: one of those at 6 sites, and four at one.
     assert counts(empty.plan("--configfile", *used)) == {
-        **{"all": 1, "run_config": 1, "model": 3, "dense": 3, "model_summary": 3, "tables": 1},
-        **{"capture": 15, "metrics": 15, "calibrate": 10},
-        **dict.fromkeys(("search", "output_error", "curve"), 41),
+        **{"all": 1, "run_config": 1, "model": 6, "dense": 6, "model_summary": 6, "tables": 1},
+        **{"capture": 41, "metrics": 41, "calibrate": 10, "evaluate": 15, "sensitivity": 6},
+        **{"answers": 2, "truthfulness": 2, "search": 74},
+        **dict.fromkeys(("output_error", "curve"), 74 + 11 + 1),
     }
     monkeypatch.chdir(empty.path)
     merged = yaml.safe_load(Path("config.yaml").read_text(encoding="utf-8"))
@@ -181,7 +183,11 @@ def test_the_grid_of_a_real_model(
     for model in grid.models(config):
         named = json.loads(grid.fetch_slice(config, model))
         assert {key for key in named if key in ("path", "gguf", "hub")} == (
-            {"hub"} if source == "hub" else {"path", "gguf"}
+            {"path"}
+            if model.startswith("zoo")
+            else {"hub"}
+            if source == "hub"
+            else {"path", "gguf"}
         )
         tasks = json.loads(grid.evaluation_slice(config, model, tuple(config.tasks)))["tasks"]
         of_files = {
