@@ -114,6 +114,14 @@ class Ahead:
             sender.close()
         return cls(process, list(receivers))
 
+    def ready(self, name: str) -> bool:
+        """Whether `wait` would not."""
+        if self.process is not None:
+            for connection in wait(self.open, 0):
+                assert isinstance(connection, multiprocessing.connection.Connection)
+                self._hear(connection)
+        return self.process is None or name in self._done or not self._expected(name)
+
     def wait(self, name: str, lm: JournalledLM) -> None:
         """Wait until a task's requests are in the cache, or nobody will put them there.
 

@@ -35,6 +35,8 @@ from sparsity_atlas.sites.available import Available
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
+    from sparsity_atlas.lm.work import Arranged
+
 
 # The table is written whole, once in so many seconds; until then a finished task's journal stays.
 WRITE_SECONDS = 30.0
@@ -84,18 +86,22 @@ def evaluate_node(
             names=names,
         )
         written = time.monotonic()
+        session.lm.forget_early()
+        left = list(session.tasks)
         for name, task in session.tasks.items():
             fingerprint = {
                 **identity,
                 "task": task.identity_with(partial(_leaves, session, name)),
             }
             key = digest(fingerprint)
-            journal_path = folder / f"{name}.journal"
+            journal_path = _journal(folder, name)
+            left.remove(name)
             if kept.has(name, key):
                 journal_path.unlink(missing_ok=True)
             else:
                 try:
-                    done = run_task(session, node, name, journal_path, fingerprint)
+                    following = partial(_following, session, node, left[:1], kept, identity)
+                    done = run_task(session, node, name, journal_path, fingerprint, following)
                 except (TaskFailure, NumericalFailure) as failure:
                     done = Finished.failed(str(failure))
                 kept.put(name, key, done, journal_path)
@@ -129,14 +135,44 @@ def _manifest(session: Session, node: Node | None, kept: Kept) -> dict[str, Any]
     }
 
 
+def _journal(folder: Path, name: str) -> Path:
+    return folder / f"{name}.journal"
+
+
+def _following(
+    session: Session,
+    node: Node | None,
+    names: list[str],
+    kept: Kept,
+    identity: dict[str, Any],
+) -> Arranged | None:
+    """What is run after a task, if that is another one from its beginning; see `JournalledLM.following`."""
+    for name in names:
+        task = session.tasks[name]
+        done = kept.has(name, digest({**identity, "task": task.identity}))
+        if not done and not task.unfollowed and not _journal(kept.folder, name).exists():
+            return session.at_hand(name, share=_shares(node))
+    return None
+
+
+def _shares(node: Node | None) -> bool:
+    """Whether requests may share what they have in common, where the model can."""
+    return node is None or not node.rule.sees_sequences
+
+
 def _leaves(session: Session, name: str) -> Mapping[str, Task]:
     return session.prepared(name).leaves
 
 
 def run_task(
-    session: Session, node: Node | None, name: str, path: Path, fingerprint: dict[str, Any]
+    session: Session,
+    node: Node | None,
+    name: str,
+    path: Path,
+    fingerprint: dict[str, Any],
+    following: Callable[[], Arranged | None] = lambda: None,
 ) -> Finished:
-    """Run one task, with its journal at `path`.
+    """Run one task, with its journal at `path`; `following` is for `JournalledLM`.
 
     Raises:
         TaskFailure: it cannot be run.
@@ -149,14 +185,14 @@ def run_task(
 
     task = session.tasks[name]
     # Before anything is attached: it tries the untouched model.
-    share = node is None or not node.rule.sees_sequences
-    prepared = session.prepared(name, share=share)
+    prepared = session.prepared(name, share=_shares(node))
     # Batches follow from what the model was seen to do right.
     journal = Journal(path, {**fingerprint, "abilities": asdict(prepared.work.abilities)})
     try:
         with torch.no_grad(), session.attach(node) as counter, task.code("cannot be evaluated"):
             # What scores a document may draw, and must not depend on where an earlier run was cut.
             seed_as_lm_eval(session.seed)
+            session.lm.following = following
             session.lm.start(journal, counter, prepared.work)
             outcome = evaluator.evaluate(
                 session.lm,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from sparsity_atlas.evaluation.node import Node
     from sparsity_atlas.lm.journalled import JournalledLM
+    from sparsity_atlas.lm.work import Arranged
     from sparsity_atlas.loading.checkpoint import Checkpoint
     from sparsity_atlas.sparsify.attach import Counter
     from sparsity_atlas.sparsify.counted_vectors import Slot
@@ -112,6 +113,26 @@ class Session:
             with task.code("its requests cannot be built"):
                 self._prepared[key] = prepare(self.lm, task, seed=self.seed, share=share)
         return self._prepared[key]
+
+    def at_hand(self, name: str, *, share: bool = True) -> Arranged | None:
+        """The batches of a task, if they are known without running the model or code of the task's own.
+
+        Args:
+            name: of the task.
+            share: as of `prepared`.
+        """
+        key = (name, share)
+        if key not in self._prepared:
+            from sparsity_atlas.tasks.prepared import prepare_kept
+
+            if not self.ahead.ready(name):
+                return None
+            self.ahead.wait(name, self.lm)
+            found = prepare_kept(self.lm, self.tasks[name], seed=self.seed, share=share)
+            if found is None:
+                return None
+            self._prepared[key] = found
+        return self._prepared[key].work
 
     def slots(self, node: Node | None) -> list[Slot]:
         """What is counted."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from sparsity_atlas.lm.prompts import PromptLM
 from sparsity_atlas.lm.usage import Usage
@@ -33,8 +33,10 @@ AHEAD = {"cuda": 1}
 WIDE = 4096
 
 
-# Begins a batch, and gives what waits for it and makes its record.
-Begin = Callable[[], Callable[[], Any]]
+# Waits for a batch that was begun, and makes its record.
+Wait = Callable[[], Any]
+Begin = Callable[[], Wait]
+_Batch = TypeVar("_Batch")
 
 
 class Records(Protocol):
@@ -44,6 +46,14 @@ class Records(Protocol):
 
     def append(self, record: Any) -> None:
         """Add what a batch left."""
+
+
+class Early(NamedTuple):
+    """A batch that was begun before its task, and what waits for it."""
+
+    work: Arranged
+    batch: object
+    wait: Wait
 
 
 def _at_once(begin: Begin) -> Any:
@@ -73,6 +83,9 @@ class JournalledLM(PromptLM):
     Attributes:
         usage: what each document cost, since `start`.
         sizes: of the model, by which it is seen before a task whether it fits; None: nobody looks.
+        following: gives the task that is run after the one in hand, at the same sites, if it is ready: its
+            first batch is begun before the last one of the task in hand is read.
+        tries: whether requests may be built, and the model run to see what it does right.
     """
 
     usage: Usage
@@ -86,6 +99,9 @@ class JournalledLM(PromptLM):
         # Of a model that names none, as of a wide one.
         self._hidden: int = getattr(model.config.get_text_config(), "hidden_size", None) or WIDE
         self.sizes: Sizes | None = None
+        self.following: Callable[[], Arranged | None] = lambda: None
+        self.tries = True
+        self._early: Early | None = None
 
     @property
     def shortest(self) -> int:
@@ -151,7 +167,10 @@ class JournalledLM(PromptLM):
         Raises:
             AtlasError: its batches do not fit into the memory that there is.
         """
-        self._check_room(work, counter)
+        if self._early is not None and self._early.work is not work:
+            self._early = None
+        if self._early is None:
+            self._check_room(work, counter)
         self._journal = journal
         self._counter = counter
         self._replayed = 0
@@ -187,14 +206,32 @@ class JournalledLM(PromptLM):
         """
         most = AHEAD.get(self.device.type, 0) if ahead else 0
         known = len(self._journal.records) - self._replayed
-        begun: deque[Callable[[], Any]] = deque()
+        begun: deque[Wait] = deque()
         for number, begin in enumerate(batches):
             early = most and number >= known
             begun.append(begin() if early else partial(_at_once, begin))
             if len(begun) > most:
                 yield self._batch(begun.popleft())
+        if most and self._early is None:
+            self._early = self._begin_following()
         while begun:
             yield self._batch(begun.popleft())
+
+    def forget_early(self) -> None:
+        """What was begun early was begun for another node, or for nothing."""
+        self._early = None
+
+    def _begin_following(self) -> Early | None:
+        """Begin the first batch of the task that follows, where that may be done."""
+        return None
+
+    def _begun(self, begin: Callable[[_Batch], Wait], batch: _Batch) -> Wait:
+        """Begin a batch, unless it was begun before its task was."""
+        early = self._early
+        if early is None or early.batch is not batch:
+            return begin(batch)
+        self._early = None
+        return early.wait
 
     def _batch(self, compute: Callable[[], Any]) -> Any:
         """The next batch's record: from the journal if an earlier run got so far."""

@@ -15,6 +15,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from sparsity_atlas import cli
 from sparsity_atlas.code_version import code_version
+from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.lm import forest, forward
 from sparsity_atlas.lm.answers import Answers
 from sparsity_atlas.lm.continuous.able import DEVICES
@@ -22,6 +23,7 @@ from sparsity_atlas.lm.continuous.generator import Generator
 from sparsity_atlas.lm.continuous.ring_proof import proved
 from sparsity_atlas.lm.forward import Abilities
 from sparsity_atlas.lm.generation import GeneratingLM
+from sparsity_atlas.lm.journalled import Early
 from sparsity_atlas.lm.kept.kept_work import arrange_once
 from sparsity_atlas.lm.longest import Lengths
 from sparsity_atlas.lm.sharing import abilities
@@ -52,7 +54,6 @@ SLOWER = {
     "follows": "batches are lm-eval's own, since the model's numbers follow the longest sequence",
     "steps": "transformers' own loop generates, since a step cannot be recorded here",
 }
-
 
 # What nearly every model does right, for those whose weights are not there to be tried.
 LIKELY = Abilities(branches=True, selects=True)
@@ -170,6 +171,7 @@ class AtlasLM(GeneratingLM):
             # Not beyond a length that may change the model's numbers.
             most=min([n for n in self._lengths.declared if n >= longest], default=self.max_length),
             answers=self._known,
+            tries=self.tries,
         )
         for name, fault in faults.items():
             self._tell(name, fault)
@@ -240,7 +242,8 @@ class AtlasLM(GeneratingLM):
         batches = self._work.batches[kind]
         # A model that remembers earlier batches is seen after each of them.
         records = self._in_flight(
-            (partial(self._score, one) for one in batches), ahead=not self._work.abilities.follows
+            (partial(self._begun, self._score, one) for one in batches),
+            ahead=not self._work.abilities.follows,
         )
         for batch, record in zip(batches, records, strict=True):
             self.usage.add_scored(batch, record)
@@ -248,6 +251,19 @@ class AtlasLM(GeneratingLM):
             for number, answer in zip(batch.requests, found, strict=True):
                 answers[number] = answer
         return answers
+
+    def _begin_following(self) -> Early | None:
+        work = None if self._lengths.watched else self.following()
+        if not isinstance(work, Work) or (first := work.first) is None:
+            return None
+        try:
+            self._check_room(work, self._counter)
+        except AtlasError:
+            return None  # which is said when its turn comes
+        own, self._work = self._work, work
+        early = Early(work, first, self._score(first))
+        self._work = own
+        return early
 
     def _score(self, batch: forest.Batch) -> Callable[[], dict[str, Any]]:
         """Begin one batch.

@@ -61,6 +61,7 @@ def abilities(
     branching: bool = True,
     most: int = 0,
     answers: Answers | None = None,
+    tries: bool = True,
 ) -> tuple[Abilities, dict[str, str]]:
     """Try what saves time on samples of some requests' tokens, without any hook of ours.
 
@@ -74,9 +75,13 @@ def abilities(
         branching: whether rows of theirs would branch; if not, that is not tried.
         most: length up to which the sample may be rounded up, so that its answer serves other tasks.
         answers: what is known already; what is found is added.
+        tries: whether what is not known may be tried.
 
     Returns:
         What the model does right, and of the rest what is wrong with it.
+
+    Raises:
+        Untried: something is not known, and nothing may be tried.
     """
     answers = Answers() if answers is None else answers
     tokens = max((request.tokens for request in requests), key=len)
@@ -87,12 +92,14 @@ def abilities(
             # What runs in an evaluation.
             stack.enter_context(installed(model))
         if answers.selects is None:
+            if not tries:
+                raise Untried
             answers.add_selects(head.fault(model))
         if answers.selects:
             faults["selects"] = answers.selects
         masks: Masks | None = None
         if branching:
-            proof = _proof(model, tokens, most, answers)
+            proof = _proof(model, tokens, most, answers, tries=tries)
             masks = proof.masks
             if masks is None:
                 faults["branches"] = proof.fault
@@ -102,7 +109,13 @@ def abilities(
     return found, faults
 
 
-def _proof(model: PreTrainedModel, tokens: list[int], most: int, answers: Answers) -> Proof:
+class Untried(Exception):
+    """What a model does right is not known, and must not be tried now."""
+
+
+def _proof(
+    model: PreTrainedModel, tokens: list[int], most: int, answers: Answers, *, tries: bool
+) -> Proof:
     """What is known, or is now found, of requests as long as `tokens`."""
     length = len(tokens) - 1
     rounded = round_up(length, SHORTEST_SAMPLE.get(model.device.type, SMALLEST), window_of(model))
@@ -110,6 +123,8 @@ def _proof(model: PreTrainedModel, tokens: list[int], most: int, answers: Answer
         known = answers.about(length)
         if known is not None:
             return known
+        if not tries:
+            raise Untried
         answers.add(_prove(model, _stretched(tokens, tried + 1)))
     found = answers.about(length)
     assert found is not None

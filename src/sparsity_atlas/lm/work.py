@@ -74,6 +74,11 @@ class Work(Arranged):
         return scored + ([PROMPT, GENERATION] if self.prompts else [])
 
     @property
+    def first(self) -> forest.Batch | None:
+        """The first batch of what is scored; None where nothing is."""
+        return next((some[0] for some in self.batches.values() if some), None)
+
+    @property
     def branching(self) -> bool:
         """Whether rows are more than one sequence."""
         return any(batch.branched for batches in self.batches.values() for batch in batches)

@@ -121,6 +121,20 @@ class LoadedTask:
             return self.documents[name]
         return [document for _, document in self.leaves[name].doc_iterator(limit=self.limit)]
 
+    def cluster_of(self, document: dict[str, Any]) -> str | None:
+        """What names the items that a document was made alike with; None where each is by itself.
+
+        Raises:
+            TaskFailure: the document has no such field.
+        """
+        if self.cluster is None:
+            return None
+        if self.cluster not in document:
+            raise TaskFailure(
+                f"cluster: documents have no field '{self.cluster}'; they have {', '.join(document)}"
+            )
+        return str(document[self.cluster])
+
     @property
     def data(self) -> dict[str, str]:
         """The commit of each Hub data set that it reads."""

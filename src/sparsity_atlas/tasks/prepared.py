@@ -15,6 +15,7 @@ from lm_eval.utils import handle_non_serializable, hash_string
 
 from sparsity_atlas.errors import TaskFailure
 from sparsity_atlas.garbage import kept_as_it_is
+from sparsity_atlas.lm.sharing import Untried
 from sparsity_atlas.tasks import request_cache
 from sparsity_atlas.tasks.choices import Choices, Group, can_score, grouped
 from sparsity_atlas.tasks.insertion.opening import behind, opened
@@ -161,6 +162,21 @@ def prepare(lm: JournalledLM, task: LoadedTask, *, seed: int, share: bool = True
         return _prepare(lm, task, seed, share)
 
 
+def prepare_kept(
+    lm: JournalledLM, task: LoadedTask, *, seed: int, share: bool = True
+) -> Prepared | None:
+    """As `prepare`, where that runs neither the model nor code of the task's own; None elsewhere."""
+    if any(map(task.may_change, task.leaves)):
+        return None
+    lm.tries = False
+    try:
+        return prepare(lm, task, seed=seed, share=share)
+    except (TaskFailure, Untried):
+        return None  # both come up again when the task's turn comes
+    finally:
+        lm.tries = True
+
+
 def build_ahead(lm: JournalledLM, task: LoadedTask, *, seed: int) -> None:
     """Put a task's requests into the cache, and their batches, as far as they follow without the model.
 
@@ -199,6 +215,8 @@ def _requests(
     lm: JournalledLM, task: LoadedTask, seed: int, made_of: dict[str, Any] | None
 ) -> _Requests:
     known = request_cache.read(made_of) if made_of else None
+    if not lm.tries and (known is None or any(row.kind == "generate_until" for row in known.rows)):
+        raise Untried
     rows, encoded = build(lm, task, seed=seed) if known is None else (known.rows, [])
     leaves = {}
     requests: dict[str, list[Instance]] = defaultdict(list)
@@ -241,7 +259,7 @@ def _prepare(lm: JournalledLM, task: LoadedTask, seed: int, share: bool) -> Prep
         ),
         hashes=labels.hashes,
         clusters={
-            name: [_cluster(task, one) for one in leaf.documents] for name, leaf in leaves.items()
+            name: [task.cluster_of(one) for one in leaf.documents] for name, leaf in leaves.items()
         },
         chance=labels.chance,
         mislabelled=labels.mislabelled,
@@ -324,13 +342,3 @@ def _hash(document: dict[str, Any]) -> str:
     text = json.dumps(document, indent=2, default=handle_non_serializable, ensure_ascii=False)
     digest: str = hash_string(text)
     return digest
-
-
-def _cluster(task: LoadedTask, document: dict[str, Any]) -> str | None:
-    if task.cluster is None:
-        return None
-    if task.cluster not in document:
-        raise TaskFailure(
-            f"cluster: documents have no field '{task.cluster}'; they have {', '.join(document)}"
-        )
-    return str(document[task.cluster])

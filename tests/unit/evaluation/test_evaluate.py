@@ -19,7 +19,10 @@ from sparsity_atlas.evaluation.evaluate import evaluate_node
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.samples import read_table
 from sparsity_atlas.lm import journalled
+from sparsity_atlas.lm.journalled import Early
+from sparsity_atlas.lm.model import AtlasLM
 from sparsity_atlas.loading import free_memory
+from sparsity_atlas.tasks.loaded import LoadedTask
 from tiny_lm import (
     CHOICE,
     GENERATION,
@@ -93,6 +96,102 @@ def test_a_batch_that_is_begun_early_changes_nothing(
         # The one in front was begun, and nobody has read it.
         assert evaluate(manifest, tasks, folder) in (whole[stop - 1 :], whole[stop:])
         assert products(folder) == products(tmp_path / "whole")
+
+
+@pytest.fixture
+def early(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Tasks whose first batch is begun before the one in front of them has ended, as on a GPU."""
+    monkeypatch.setattr(journalled, "AHEAD", {"cpu": 1})
+    found: list[str] = []
+    begin = AtlasLM._begin_following
+
+    def beginning(self: AtlasLM) -> Early | None:
+        one = begin(self)
+        found.extend(one.work.documents[0][:1] if one is not None else ())
+        return one
+
+    monkeypatch.setattr(AtlasLM, "_begin_following", beginning)
+    return found
+
+
+def scored(folder: Path) -> dict[str, dict[str, Any]]:
+    """Tasks without code of their own, two with a mask and two without."""
+    return {
+        "choice": write_task(folder, "choice", choice_documents(40), **CHOICE),
+        "pages": write_task(folder, "pages", rolling_documents(), **ROLLING),
+        "others": write_task(folder, "others", choice_documents(24), **CHOICE),
+        "last": write_task(folder, "last", rolling_documents(9, 4), **ROLLING),
+    }
+
+
+@pytest.mark.parametrize("node", [None, NODE], ids=["dense", "sparse"])
+def test_the_next_task_is_begun_before_one_has_ended(
+    manifest: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    early: list[str],
+    node: Node | None,
+) -> None:
+    tasks = scored(tmp_path / "tasks")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journalled, "AHEAD", {})
+        whole = evaluate(manifest, tasks, tmp_path / "whole", node)
+    assert sorted(evaluate(manifest, tasks, tmp_path / "early", node)) == sorted(whole)
+    # All requests and what the model does right are known from the first run.
+    assert early == ["pages", "others", "last"]
+    assert products(tmp_path / "early") == products(tmp_path / "whole")
+
+
+def test_what_is_not_ready_waits_for_its_turn(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, early: list[str]
+) -> None:
+    """Requests to be built, texts to be generated, code of a task, sharing that is not proved, a journal."""
+    tasks = scored(tmp_path / "tasks")
+    first = tasks.pop("choice")
+    words = write_task(tmp_path / "tasks", "words", rolling_documents(9, 4), **GENERATION)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    evaluate(manifest, {"choice": first, **tasks, "words": words}, tmp_path / "unknown")
+    assert early == []
+    evaluate(manifest, {"choice": first, "words": words}, tmp_path / "texts")
+    assert early == []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoadedTask, "may_change", lambda *_: True)
+        evaluate(manifest, {"choice": first, **tasks}, tmp_path / "code")
+    assert early == []
+    for path in (tmp_path / "cache").rglob("abilities/*"):
+        path.unlink()
+    evaluate(manifest, {"pages": tasks["pages"], "choice": first}, tmp_path / "unproved")
+    assert early == []
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/pages.journal").touch()
+    evaluate(manifest, {"choice": first, "pages": tasks["pages"]}, tmp_path / "begun")
+    assert early == []
+    evaluate(manifest, {"choice": first, "pages": tasks["pages"]}, tmp_path / "ready")
+    assert early == ["pages"]
+
+
+def test_what_was_begun_for_another_level_is_not_taken(
+    manifest: Path, tmp_path: Path, early: list[str]
+) -> None:
+    tasks = scored(tmp_path / "tasks")
+    other = Node.make({"rule": "topp"}, "intermediate", "0.5")
+    evaluate(manifest, tasks, tmp_path / "whole", other)
+    session = open_session(manifest, tasks)
+    early.clear()
+    begin = AtlasLM._begin_following
+
+    def stopping(self: AtlasLM) -> None:
+        self._early = begin(self)
+        raise Interrupted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AtlasLM, "_begin_following", stopping)
+        with pytest.raises(Interrupted):
+            evaluate_node(session, NODE, tmp_path / "stopped")
+    assert early == ["pages"]
+    evaluate_node(session, other, tmp_path / "after")
+    assert products(tmp_path / "after") == products(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1e9])
