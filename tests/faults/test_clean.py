@@ -52,6 +52,7 @@ def orphaned(spoilt: Checkout) -> tuple[Checkout, set[str]]:
         node / "forgotten.journal",  # of a task that is not asked for
         node / "choice.journal",  # its task stands in the table
         results / "no/dense/choice.journal",
+        results / "no/dense/gates.parquet",
         results / "no/activations.journal",  # without a store
         node / f".eval.json.4194304@{machine()}.tmp",  # of a dead process
         node / ".eval.json.1@elsewhere.tmp",  # of another machine, long ago

@@ -279,18 +279,47 @@ def test_a_node_that_no_block_names(empty: Checkout, path: str) -> None:
     assert planned.counts == {"evaluate": 1, "model": 1}
 
 
-def test_grid_of_a_training(empty: Checkout) -> None:
-    # Four checkpoints of one training, at one site under one criterion that is calibrated. The checkout has
-    # the smallest model alone; of these it needs what they say of their tokens.
+def tell_tokens(checkout: Checkout) -> None:
+    """A checkout has the smallest model alone: of the checkpoints it needs what they say of their tokens."""
     for record in (ROOT / ZOO / "tiny").glob("*/training.json"):
-        copy = empty.path / ZOO / "tiny" / record.parent.name / record.name
+        copy = checkout.path / ZOO / "tiny" / record.parent.name / record.name
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(record.read_bytes())
+
+
+def test_grid_of_a_training(empty: Checkout) -> None:
+    # Four checkpoints of one training, at one site under one criterion that is calibrated.
+    tell_tokens(empty)
     four = ("model", "dense", "model_summary", "capture", "metrics", "calibrate", "search")
     assert counts(empty.plan("--configfile", "workflow/config/training.yaml")) == {
         **dict.fromkeys(("all", "run_config", "tables"), 1),
         **dict.fromkeys((*four, "output_error", "curve"), 4),
     }
+
+
+# Of each configuration of a study: models, captures, curves, searched ones, listed nodes.
+STUDIES = {
+    "activations": (4, 8, 8, 4, 4),
+    # What runs one threshold, a prompt's masks and the same without them; calibrated: cett and tda.
+    "pitfalls": (2, 6, 16, 0, 48),
+    # ARM in the first layer alone, with two seeds.
+    "meaningless": (2, 2, 6, 0, 22),
+    # The diffusion twin has no pairs, but as many sites as the others; the checkpoints one.
+    "zoo": (10, 34, 94, 94, 0),
+}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_grids_of_the_studies(empty: Checkout, name: str) -> None:
+    tell_tokens(empty)
+    models, captures, curves, searched, nodes = STUDIES[name]
+    found = counts(empty.plan("--configfile", f"workflow/config/{name}.yaml"))
+    assert found["model"] == found["dense"] == found["model_summary"] == models
+    assert found["capture"] == found["metrics"] == captures
+    assert found["curve"] == found["output_error"] == curves
+    assert found.get("search", 0) == searched
+    assert found.get("evaluate", 0) == nodes
+    assert found.get("calibrate", 0) == (4 if name == "pitfalls" else 0)
 
 
 def test_revisions_are_planned_and_refused_as_models(

@@ -30,6 +30,8 @@ from sparsity_atlas.terms import IN_NATS, NAMED_PARTS, plain
 Key = TypeVar("Key")
 # Inches that a character of a note takes, on the average.
 CHARACTER = 0.062
+# Inches that a figure's height has beside its panels: legend, titles, the label of the x axis.
+ABOVE_AND_BELOW = 1.1
 # Characters that fit above one of four panels.
 LINE = 28
 
@@ -140,11 +142,15 @@ def empty(message: str) -> Figure:
 
 
 def label(figure: Figure, x: str, y: str = "", note: str = "") -> None:
-    """Label the axes of the whole figure; `note` goes on lines of its own below, as wide as the figure."""
+    """Label the axes of the whole figure; `note` goes on lines of its own below, as wide as the figure.
+
+    The y axis's label has as many lines as the panels' height makes of it.
+    """
     lines = [wrap(line, int(figure.get_figwidth() / CHARACTER)) for line in note.splitlines()]
     figure.supxlabel("\n".join(filter(None, (x, *lines))), fontsize=7.5)
     if y:
-        figure.supylabel(y, fontsize=7.5)
+        height = int((figure.get_figheight() - ABOVE_AND_BELOW) / CHARACTER)
+        figure.supylabel(wrap(y, height), fontsize=7.5)
 
 
 def sample(mark: Mark, name: str) -> Line2D:

@@ -18,6 +18,7 @@ from pathlib import Path
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config, parse
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.evaluation.gates import gate_table
 from sparsity_atlas.evaluation.kept import BESIDE
 from sparsity_atlas.evaluation.samples import read_table
 from sparsity_atlas.files.whole import abandoned, free, read_manifest
@@ -77,6 +78,7 @@ def orphans(results: Path, config: Config) -> Iterator[Orphan]:
 
 
 def _node_files(results: Path) -> Iterator[Path]:
+    yield from results.glob(f"*/dense/{gate_table.NAME}")
     for pattern in ("*/dense", "*/*/*/*"):
         yield from results.glob(f"{pattern}/*.journal")
         yield from results.glob(f"{pattern}/samples.parquet")
@@ -92,6 +94,9 @@ def _node_orphans(results: Path, config: Config, folder: Path) -> Iterator[Orpha
     for table in (samples, *(folder / one.NAME for one in BESIDE.values())):
         if table.is_file() and not whole and not asked:
             yield Orphan(table, "its node is not asked for, and no manifest names it")
+    gates = folder / gate_table.NAME
+    if gates.is_file() and not whole and not any(config.tasks[one].inserted for one in asked):
+        yield Orphan(gates, "no text is asked for before its prompts, and no manifest names it")
     if samples.is_file():
         try:
             done = set(read_table(samples)[0]["tasks"])

@@ -353,6 +353,21 @@ def test_a_long_note_stays_within_its_figure():
     assert box.x1 <= figure.bbox.width
 
 
+@pytest.mark.parametrize("panels_drawn", [1, 4, 12])
+def test_the_label_of_the_y_axis_is_no_taller_than_the_panels(panels_drawn: int) -> None:
+    figure, axes = panels.grid(panels_drawn, height=2.0)
+    panels.legend(figure, style.marks(["a", "b"]), panels.rule("independent neurons"))
+    for ax in axes:
+        ax.set_title("a model of some name\nand what of it")
+    what = "neurons that are kept so often at most, at each of several levels (%)"
+    panels.label(figure, "x", what)
+    figure.canvas.draw()
+    (written,) = [text for text in figure.texts if "neurons" in text.get_text()]
+    box = written.get_window_extent()
+    assert box.y0 >= 0
+    assert box.y1 <= max(ax.get_tightbbox().y1 for ax in axes)
+
+
 def test_a_figure_is_laid_out_as_where_it_is_drawn_twice(bad):
     """And stays so: to draw it takes longer than to lay it out."""
     with style.styled():

@@ -559,9 +559,9 @@ def test_predictors_of_masks_take_their_passes(site: str, passes: int) -> None:
     assert passes_of_a_level(asked, job) == passes
 
 
-@pytest.mark.parametrize(("asked", "passes"), [(None, 0), (["given"], 11), (["generated"], 23)])
+@pytest.mark.parametrize(("asked", "passes"), [(None, 0), (["given"], 11), (["generated"], 17)])
 def test_masks_of_prompts_take_their_passes(asked: list[str] | None, passes: int) -> None:
-    """Two dense ones and three a level; writing what follows the prompts twelve more."""
+    """Two dense ones and three a level; writing what follows the prompts six more."""
     config = make_config({"m": {"path": "m"}}, {"any": {}})
     studies = StudySettings.model_validate({"prompt_reuse": asked})
     assert passes_of_reuse(config.model_copy(update={"studies": studies}), 3) == passes
