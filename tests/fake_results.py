@@ -354,5 +354,7 @@ def make_tables(
     checkpoints: Mapping[str, Checkpoint] | None = None,
 ) -> Tables:
     """Write a run's tables, and read them."""
-    summarize.write_tables(results, *result_files(results, last), pairs, checkpoints)
+    speed = sorted(results.glob("*/*/*/speed.parquet"))
+    files = result_files(results, last)
+    summarize.write_tables(results, *files, pairs, checkpoints, speed=speed)
     return read_tables(sorted(results.glob("*.csv")))

@@ -26,7 +26,9 @@ _NO_SCIENCE = {
     "credentials",
     "errors",
     "config.schema",
+    "config.speed_settings",
     "config.study_settings",
+    "config.timings",
     "config.grid",
 }
 

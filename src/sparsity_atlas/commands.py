@@ -48,6 +48,7 @@ STAGES = {
     "curve": Command(
         "curves.curve", "read a curve's scores and critical sparsities from its samples"
     ),
+    "speed": Command("speed.measure", "time on this machine what a curve's zeros gain in decoding"),
     "answers": Command(
         "truthfulness.own_answers", "capture the last tokens of a model's own answers to a task"
     ),
@@ -61,9 +62,6 @@ STAGES = {
 TOOLS = {
     "plan": Command("plan.cost", "say what a run will cost, before it starts"),
     "export": Command("calibrate.export", "write a calibrated criterion's thresholds for kernels"),
-    "speed": Command(
-        "decoding.speed", "time a model's FFNs for a few tokens where zeros are left out"
-    ),
     "compare": Command("report.compare", "set two results folders side by side"),
     "doctor": Command("upkeep.doctor", "compare every file of a results folder with its manifest"),
     "clean": Command("upkeep.clean", "list or remove what runs left over"),

@@ -16,6 +16,7 @@ Path grammar, below results/:
     {model}/{criterion}/{site}/prompt_reuse.parquet what a prompt's mask is worth behind it
     {model}/{criterion}/{site}/sensitivity.parquet  what one layer at a time adds to the loss
     {model}/{criterion}/{site}/curve.json           what later stages need of the nodes
+    {model}/{criterion}/{site}/speed.parquet        what the zeros gain in time on this machine, if asked for
     {model}/{criterion}/{site}/equal_sparsity.parquet       scores at fixed sparsities, to compare criteria
     {model}/answers/{task}.json                     a model's own answers (last tokens in {task}.zarr)
     {model}/truthfulness/{task}.parquet             what tells right answers from wrong ones

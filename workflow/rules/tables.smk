@@ -16,6 +16,7 @@ rule tables:
         metrics=ask.metric_files(),
         sensitivity=ask.sensitivity_files(),
         truthfulness=ask.truthfulness_files(),
+        speed=ask.timing_files(),
     output:
         critical=report("results/critical_sparsity.csv", category="Tables"),
         curves=report("results/curves.csv", category="Tables"),
@@ -40,6 +41,7 @@ rule tables:
         training_fits="results/training_fits.csv",
         training_limits="results/training_limits.csv",
         truthfulness="results/truthfulness.csv",
+        speed="results/speed.csv",
         models="results/models.csv",
         failures="results/failures.csv",
     log:
@@ -55,6 +57,7 @@ rule tables:
         pairs=ask.pairs,
         checkpoints=ask.checkpoints,
         truthfulness=ask.truthfulness,
+        speed=ask.timed_curves,
         results=subpath(output.critical, parent=True),
         code=code_version("summarize"),
     shell:
@@ -65,5 +68,6 @@ rule tables:
             --pairs {params.pairs:q} \
             --checkpoints {params.checkpoints:q} \
             --truthfulness {params.truthfulness:q} \
+            --speed {params.speed:q} \
             --results {params.results} >{log} 2>&1
         """

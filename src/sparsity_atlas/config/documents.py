@@ -23,6 +23,7 @@ _SECTIONS = {
     "tasks.<name>": "TaskEntry",
     "tasks.<name>.inserted": "InsertedText",
     "run, each block": "RunBlock",
+    "run, each block, speed": "SpeedSettings",
     "capture": "CaptureSettings",
     "calibration": "CalibrationSettings",
     "search": "SearchSettings",

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
+from sparsity_atlas.config.speed_settings import SpeedSettings
 from sparsity_atlas.config.strict import Strict, some
 from sparsity_atlas.spelling import Level
 from sparsity_atlas.terms import PartBeside, Site
@@ -64,3 +65,5 @@ class RunBlock(Strict):
     are the curve's own all the same."""
     tasks: Annotated[list[str], AfterValidator(some)] | None = None
     """Unset: all of the catalogue."""
+    speed: SpeedSettings | None = None
+    """Measure on this machine what the zeros gain in time: `speed.csv`. Unset: nothing is timed."""

@@ -7,7 +7,12 @@ from typing import Any, get_args
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 
-def _unique(values: list[Any]) -> list[Any]:
+def unique(values: list[Any]) -> list[Any]:
+    """A list that names nothing twice.
+
+    Raises:
+        ValueError: it does.
+    """
     doubles = sorted({str(value) for value in values if values.count(value) > 1})
     if doubles:
         raise ValueError(f"given twice: {', '.join(doubles)}")
@@ -22,7 +27,7 @@ def some(values: list[Any]) -> list[Any]:
     """
     if not values:
         raise ValueError("the list is empty")
-    return _unique(values)
+    return unique(values)
 
 
 def filled(values: dict[str, Any]) -> dict[str, Any]:

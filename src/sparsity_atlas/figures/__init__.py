@@ -6,7 +6,7 @@ start with `draw`, which holds the functions.
 
 from __future__ import annotations
 
-from sparsity_atlas.figures.studies.catalogue import OF_MASKS, OF_TEXTS, OVER_MODELS, Entry
+from sparsity_atlas.figures.studies.catalogue import OF_MASKS, OF_TEXTS, OF_TIME, OVER_MODELS, Entry
 
 __all__ = ["FIGURES", "Entry"]
 
@@ -45,6 +45,7 @@ FIGURES = {
         "of the one propagated from the points and Student's t on their scatter.",
     ),
     **OVER_MODELS,
+    **OF_TIME,
     "added_loss": Entry(
         "Added loss",
         "Curves",

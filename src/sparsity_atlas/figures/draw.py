@@ -31,6 +31,7 @@ from sparsity_atlas.figures.studies import (
     rank_correlations,
     recall,
     single_layers,
+    speedups,
     training_curves,
     truth_by_layer,
 )
@@ -45,6 +46,9 @@ DRAW: dict[str, Callable[[Tables], Figure]] = {
     "foretelling": rank_correlations.foretelling,
     "training": training_curves.training,
     "training_limits": training_curves.limits,
+    "speed": speedups.whole,
+    "speed_parts": speedups.parts,
+    "speed_batch": speedups.batch,
     "added_loss": score_curves.added_loss,
     "retained_accuracy": score_curves.retained_accuracy,
     "criteria": score_curves.criteria,

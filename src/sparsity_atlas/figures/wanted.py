@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config
+from sparsity_atlas.config.timings import timings
 from sparsity_atlas.figures import FIGURES
 from sparsity_atlas.loading.contents import speaks_of_experts, speaks_of_masks
 from sparsity_atlas.tasks import local_files
@@ -23,6 +24,7 @@ def wanted(config: Config) -> list[str]:
     is drawn in any case, and the report leaves it out.
     """
     curves = grid.curves(config)
+    timed = timings(config).values()
     places = Counter((curve.model, curve.site) for curve in curves)
     specs = {curve.criterion: grid.criterion_slice(config, curve.criterion) for curve in curves}
     there = {
@@ -57,6 +59,9 @@ def wanted(config: Config) -> list[str]:
         "local_dimension": config.studies.lid is not None,
         "single_layers": max(_alone(curves).values(), default=0) > 1,
         "truthfulness": bool(grid.truthfulness(config)),
+        "speed": any(one.contexts for one in timed),
+        "speed_parts": bool(timed),
+        "speed_batch": any(len(one.tokens) > 1 for one in timed),
         "sensitivity": any(curve.sensitivity for curve in curves),
         **dict.fromkeys(
             ("allocation", "allocation_damage"),

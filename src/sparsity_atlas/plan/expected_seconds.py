@@ -27,7 +27,7 @@ FILE = "logs/plan.json"
 SECONDS = {
     **{"run_config": 1.0, "model": 4.0, "capture": 4.0, "metrics": 1.0, "calibrate": 5.0},
     **{"dense": 5.0, "evaluate": 1.0, "search": 4.0, "output_error": 7.0, "sensitivity": 12.0},
-    **{"answers": 5.0, "truthfulness": 3.0},
+    **{"answers": 5.0, "truthfulness": 3.0, "speed": 60.0},
     **{"curve": 1.2, "model_summary": 1.0, "tables": 2.0, "figures": 6.0, "page": 4.0},
 }
 EVALUATION = 2.5

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config
+from sparsity_atlas.config.timings import timings
 from sparsity_atlas.criteria import create, declared
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation.node import Node
@@ -33,23 +34,15 @@ from sparsity_atlas.plan.rates import (
     recorded,
 )
 from sparsity_atlas.plan.targets import missed_targets
+from sparsity_atlas.plan.timing_cost import timing_seconds
 from sparsity_atlas.tasks.load import load_tasks
 from sparsity_atlas.tasks.loaded import LoadedTask
 from sparsity_atlas.terms import RESIDUAL, ROUTING, TENSORS, plain
 from sparsity_atlas.truthfulness.predictors import REPLICATES
 
 # Rules whose jobs run a model, with what their stages import.
-HEAVY = {
-    "model",
-    "capture",
-    "dense",
-    "evaluate",
-    "search",
-    "output_error",
-    "calibrate",
-    "sensitivity",
-    "answers",
-}
+HEAVY = {"model", "capture", "dense", "evaluate", "search", "output_error", "calibrate"}
+HEAVY |= {"sensitivity", "answers", "speed"}
 HEAVY_IMPORTS = (
     "sparsity_atlas.lm.model, sparsity_atlas.sites.find, sparsity_atlas.tasks.load, "
     "lm_eval.evaluator"
@@ -145,6 +138,10 @@ def forecast(config: Config, results: Path) -> Forecast:
         if job.rule == "sensitivity" and not job.done:
             layers = outlooks[job.model].layers
             took += once[job.model] * (1 + layers * job.passes) if layers else UNKNOWN
+        if job.rule == "speed" and not job.done and job.node is not None:
+            parameters = outlooks[job.model].parameters
+            timing = timings(config)[job.model, *job.node]
+            took += Amount.exactly(timing_seconds(timing, parameters)) if parameters else UNKNOWN
         if job.rule == "output_error" and not job.done and job.rule not in start.recorded:
             share = outlooks[job.model].ffn_share
             levels = sum((one.nodes for one in every if _same_curve(one, job)), Amount.exactly(1))
@@ -323,7 +320,7 @@ def _seconds(job: Job, outlook: Outlook | None, start: Start) -> Amount:
         # The record of another model's captures says little: they are as long as it is large.
         return Amount.exactly(start.light)
     alone = start.heavy + (outlook or Outlook()).ready
-    if job.rule == "sensitivity":
+    if job.rule in ("sensitivity", "speed"):
         return Amount.exactly(alone)
     return Amount.exactly(start.recorded.get(job.rule, alone))
 

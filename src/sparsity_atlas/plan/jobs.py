@@ -14,6 +14,7 @@ from pathlib import Path
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.grid import Curve
 from sparsity_atlas.config.schema import Config
+from sparsity_atlas.config.timings import timings
 from sparsity_atlas.criteria import declared
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.terms import tensors_at
@@ -162,6 +163,8 @@ def _curve_jobs(config: Config, curve: Curve, folder: Path) -> Iterator[Job]:
         done = (folder / "sensitivity.parquet").is_file()
         passes = len(curve.sensitivity) * len(tensors_at(curve.site))
         yield Job("sensitivity", curve.model, done, node, passes=passes)
+    if (curve.model, *node) in timings(config):
+        yield Job("speed", curve.model, (folder / "speed.parquet").is_file(), node)
 
 
 def _truthfulness_jobs(config: Config, results: Path) -> Iterator[Job]:

@@ -16,7 +16,7 @@ STAGES = (
     ("calibrate", "metrics"),
     ("search", "evaluate", "sensitivity", "answers"),
     ("output_error", "curve", "export_curve", "truthfulness"),
-    ("model_summary",),
+    ("model_summary", "speed"),
 )
 EVALUATING = {"dense", "search", "evaluate", "sensitivity", "answers"}
 LIGHT = {"run_config", "metrics", "curve", "model_summary", "tables", "figures", "page", "all"}

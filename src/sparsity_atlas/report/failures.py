@@ -12,12 +12,14 @@ from sparsity_atlas.activations.metrics import SCHEMAS as METRICS
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.grid import Curve
 from sparsity_atlas.config.schema import Config
+from sparsity_atlas.config.timings import timings
 from sparsity_atlas.criteria import declared
 from sparsity_atlas.criteria.calibration_file import read_calibration
 from sparsity_atlas.curves.equal_sparsity import SCHEMA as EQUAL
 from sparsity_atlas.errors import AtlasError, one_line
 from sparsity_atlas.files.parquet import read_parquet
 from sparsity_atlas.files.whole import read_manifest
+from sparsity_atlas.speed.speed_table import SCHEMA as SPEED
 from sparsity_atlas.studies.mask_table import SCHEMA as MASKS
 from sparsity_atlas.studies.output_error import SCHEMAS as OUTPUT_ERROR
 from sparsity_atlas.studies.prompt_table import SCHEMA as REUSE
@@ -53,6 +55,7 @@ class Remains:
     metrics: list[Path]
     sensitivity: list[Path]
     truthfulness: list[Path]
+    speed: list[Path]
     failures: list[Failure]
     not_started: list[str]
     asked: int
@@ -75,7 +78,8 @@ def take_stock(results: Path, config: Config) -> Remains:
         (*chain, folders[name] / "metrics" / f"{site}.parquet")
         for (name, site), chain in captures.items()
     ]
-    curves, equals, calibrations, sensitivity = [], [], [], []
+    curves, equals, calibrations, sensitivity, speed = [], [], [], [], []
+    timed = timings(config)
     masks: list[tuple[Path, ...]] = []
     reuse: list[tuple[Path, ...]] = []
     sparsity: list[tuple[Path, ...]] = []
@@ -97,6 +101,8 @@ def take_stock(results: Path, config: Config) -> Remains:
         sparsity.append((*reuse[-1], folder / "sparsity.parquet"))
         if curve.sensitivity:
             sensitivity.append((*captured, folder / "sensitivity.parquet"))
+        if (curve.model, curve.criterion, curve.site) in timed:
+            speed.append((*captured, *curves[-1], folder / "speed.parquet"))
     truthfulness = [
         (
             *models[name],
@@ -119,6 +125,7 @@ def take_stock(results: Path, config: Config) -> Remains:
             *_damaged(sparsity, lambda path: read_parquet(path, *OUTPUT_ERROR)),
             *_damaged(sensitivity, lambda path: read_parquet(path, *SENSITIVITY)),
             *_damaged(truthfulness, lambda path: read_parquet(path, TRUTHFULNESS)),
+            *_damaged(speed, lambda path: read_parquet(path, SPEED)),
         )
     }
     missing = list(
@@ -126,7 +133,7 @@ def take_stock(results: Path, config: Config) -> Remains:
             path
             for chains in (
                 *(models.values(), captures.values(), calibrations, metrics),
-                *(curves, sparsity, sensitivity, truthfulness),
+                *(curves, sparsity, sensitivity, truthfulness, speed),
             )
             for chain in chains
             for path in chain
@@ -141,6 +148,7 @@ def take_stock(results: Path, config: Config) -> Remains:
         metrics=_whole(metrics, damaged),
         sensitivity=_whole(sensitivity, damaged),
         truthfulness=_whole(truthfulness, damaged),
+        speed=_whole(speed, damaged),
         failures=[
             *(Failure(str(path), reason) for path, reason in reasons.items() if reason),
             *damaged.values(),

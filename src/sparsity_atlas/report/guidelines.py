@@ -10,7 +10,8 @@ The rules, for each model and the headline bar (PPL-1%, or the same of a bound; 
   model;
 - tokens that are decoded together share what is read: of masks that have nothing to do with each other, a
   share s of one becomes s^B. A batch pays as long as the ideal speed-up is `WORTH` at least;
-- what is not resolved, or has no crossing, is said to be untold.
+- where times were measured, they say what it buys, by the rules of `measured_time`;
+- what is not resolved, or has no crossing, or could not be timed, is said to be untold.
 """
 
 from __future__ import annotations
@@ -22,21 +23,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sparsity_atlas.report import measured_time
+from sparsity_atlas.report.measured_time import WORTH, Advice
 from sparsity_atlas.statistics.bootstrap import in_percent
 from sparsity_atlas.tables.read import HEADLINE_BAR, Tables, records
 from sparsity_atlas.terms import AVERAGE, EVERY_PHASE, IN_NATS
 
 SPARSE = 0.1
-WORTH = 1.05
 LARGEST_BATCH = 64
-
-
-@dataclass(frozen=True)
-class Advice:
-    """One sentence or two, and the table rows that they are read from."""
-
-    text: str
-    rows: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,10 @@ def _of_model(tables: Tables, model: str) -> Iterator[tuple[str, list[Advice]]]:
     own = _by_itself(curves)
     if own is not None:
         yield "What is sparse already", [own]
-    untold = list(_untold(pd.concat([loss, average])))
+    in_time = list(measured_time.advices(tables, model))
+    if in_time:
+        yield "What it buys in time", in_time
+    untold = [*_untold(pd.concat([loss, average])), *measured_time.refusals(tables, model)]
     if untold:
         yield "What cannot be told", untold
 

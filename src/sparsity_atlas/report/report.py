@@ -39,6 +39,7 @@ from sparsity_atlas.files.whole import write_text
 from sparsity_atlas.report import beside_published, page
 from sparsity_atlas.report.failures import Remains, take_stock
 from sparsity_atlas.report.guidelines import guidelines
+from sparsity_atlas.report.measured_time import own_points
 from sparsity_atlas.tables.read import FILES, Tables, read_tables
 from sparsity_atlas.tables.summarize import write_tables
 
@@ -164,6 +165,7 @@ def build(
         remains=remains,
         numeric=page.numeric_failures(tables),
         missed=page.missed_targets(tables),
+        timed=own_points(tables),
         advised=[one for one in guidelines(tables) if one.advices],
         versions=versions,
         settings=settings,
@@ -198,6 +200,7 @@ def partial(results: Path, config: dict[str, Any]) -> Remains:
         grid.pairs(parsed),
         grid.checkpoints(parsed),
         remains.truthfulness,
+        remains.speed,
     )
     tables = read_tables([folder / f"{name}.csv" for name in FILES])
     draw_all(tables, folder / "figures")

@@ -33,7 +33,7 @@ from sparsity_atlas.terms import (
 # A stage's process without its model, as measured: Python with torch and what else it imports.
 BASE_MIB = {
     **{"models": 450, "capture": 500, "calibrate": 500, "output_error": 500, "sensitivity": 500},
-    **{"dense": 700, "evaluate": 700, "search": 700, "answers": 700},
+    **{"dense": 700, "evaluate": 700, "search": 700, "answers": 700, "speed": 800},
 }
 # What CUDA adds to a process in host memory, and each process holds on a GPU.
 CUDA_HOST_MIB, CUDA_DEVICE_MIB = 2000, 600
@@ -134,6 +134,9 @@ class Needs:
             case "calibrate":
                 captured = grid.calibration_tokens(self._config)
                 return captured * sizes.width * 4 * CALIBRATED_COPIES
+            case "speed":
+                # Transposed copies, and other ones of the maps that are timed by themselves.
+                return 2 * sizes.parameters * item
             case "output_error":
                 if not self._config.studies.prompt_reuse:
                     return ERROR_BYTES

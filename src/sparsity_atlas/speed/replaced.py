@@ -14,22 +14,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsity_atlas.criteria.base import Criterion, keeps_by_threshold
-from sparsity_atlas.decoding.backend import ACTIVATIONS, MOST_TOKENS, activated
-from sparsity_atlas.decoding.maps import SITES, GatedFFN, InputMap
+from sparsity_atlas.decoding.backend import MOST_TOKENS
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.models.logits.head import EXACT, ROUNDED
 from sparsity_atlas.sites.ffn import FFN
 from sparsity_atlas.sites.probe.hypotheses import relative_error
-from sparsity_atlas.sites.shaping import PLAIN
+from sparsity_atlas.speed.products import gated, joined, plain_weight
 from sparsity_atlas.terms import TENSORS, PlaceKey, plain
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from sparsity_atlas.kernels.definition import Threshold
-    from sparsity_atlas.sites.activation import Activation
     from sparsity_atlas.sites.part import Part
-    from sparsity_atlas.sites.projection import Projection
 
 # Rows that a module is tried with.
 TRIED = 3
@@ -115,8 +112,6 @@ def _replace(stack: ExitStack, single: _Single, part: Part, rules: Rules) -> int
         return _replace_ffn(stack, single, part, rules)
     copies = 0
     for name, rule in rules.items():
-        if name not in ("input", "intermediate", "qkv_input", "o_input"):
-            raise AtlasError(f"layer {part.layer}: {name}: there is no second factor to leave out")
         copies += _replace_readers(stack, single, part, name, rule)
     return copies
 
@@ -129,18 +124,7 @@ def _replace_readers(
     rule: Callable[[torch.device], Threshold],
 ) -> int:
     """Replace maps that read one tensor by one product, whose rows are those of all of them."""
-    readers = {reader.path: reader for reader in part.readers(name)}
-    weights, biases = [], []
-    for reader in readers.values():
-        weight = reader.weight()
-        if weight is None or reader.half is not None:
-            raise AtlasError(f"{reader.path}: it holds no plain matrix, or one for two factors")
-        weights.append(weight)
-        bias = _bias(reader)
-        biases.append(weight.new_zeros(len(weight)) if bias is None else bias)
-    joined = torch.cat(biases)
-    product = InputMap(torch.cat(weights), joined if bool(joined.any()) else None)
-    sizes = [len(weight) for weight in weights]
+    product, readers, sizes = joined(part, name)
     waiting: dict[str, Tensor] = {}
 
     def of(path: str, own: Forward) -> Forward:
@@ -160,15 +144,7 @@ def _replace_readers(
 
 
 def _replace_ffn(stack: ExitStack, single: _Single, part: FFN, rules: Rules) -> int:
-    assert part.gate is not None
-    (site,) = [one for one in SITES if TENSORS[one] == tuple(rules)]
-    up, gate, down = (_plain(reader) for reader in (part.up, part.gate, part.down))
-    name = _name_of(part.activation)
-    if name is None or part.norm is not None or part.shaping != PLAIN:
-        raise AtlasError(
-            f"layer {part.layer}: its FFN is none of plain maps with {' or '.join(ACTIVATIONS)}"
-        )
-    product = GatedFFN(up, gate, down, name, site)
+    product = gated(part, tuple(rules))
     module = _module_of(part)
     own: Forward = module.forward
 
@@ -182,31 +158,9 @@ def _replace_ffn(stack: ExitStack, single: _Single, part: FFN, rules: Rules) -> 
     return sum(one.nbytes for one in product.transposed.values())
 
 
-def _plain(reader: Projection) -> Tensor:
-    weight = reader.weight()
-    if weight is None or _bias(reader) is not None:
-        raise AtlasError(f"{reader.path}: it holds no plain matrix, or a bias")
-    return weight
-
-
-def _bias(reader: Projection) -> Tensor | None:
-    bias: Any = getattr(reader.module, "bias", None)
-    return bias.detach() if isinstance(bias, torch.Tensor) else None
-
-
 def _like(rows: Tensor, x: Tensor) -> Tensor:
     """Rows [tokens, width] in the form of x [rows, 1, ...]."""
     return rows.view(*x.shape[:-1], -1)
-
-
-def _name_of(activation: Activation) -> str | None:
-    """Which of the nonlinearities that the products know this is, by what it makes of some numbers."""
-    values = torch.linspace(-6, 6, 97)
-    found = activation(values)
-    for name in ACTIVATIONS:
-        if torch.allclose(found, activated(values, name), atol=EXACT, rtol=EXACT):
-            return name
-    return None
 
 
 def _module_of(part: FFN) -> nn.Module:
@@ -219,7 +173,7 @@ def _module_of(part: FFN) -> nn.Module:
     paths = [place.path.split(".") for place in (part.up, part.gate, part.down)]
     common = [names[0] for names in zip(*paths, strict=False) if len(set(names)) == 1]
     module = part.model.get_submodule(".".join(common))
-    weight = _plain(part.up)
+    weight = plain_weight(part.up)
     x = torch.randn(1, TRIED, part.hidden, generator=torch.Generator().manual_seed(0)).to(weight)
     with torch.no_grad():
         wanted = part.down(part.intermediate(x))

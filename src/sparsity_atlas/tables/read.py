@@ -37,6 +37,7 @@ _TEXT |= {"series", "checkpoint", "law", "over"}
 _TEXT |= {"predictor", "node"}
 _TEXT |= {"phase", "region", "quantity", "metric", "first", "second", "measure", "label", "note"}
 _TEXT |= {"continuation", "before"}
+_TEXT |= {"timed", "threshold", "of", "dense_by", "shape", "device", "driver", "versions"}
 _FLAGS = {"low_open", "high_open", "non_monotone", "resolved", "paired", "of_activation"}
 
 
@@ -74,6 +75,7 @@ class Tables:
     training_fits: pd.DataFrame
     training_limits: pd.DataFrame
     truthfulness: pd.DataFrame
+    speed: pd.DataFrame
     models: pd.DataFrame
     failures: pd.DataFrame
     phases: pd.DataFrame

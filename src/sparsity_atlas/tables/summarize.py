@@ -37,6 +37,8 @@ scaling.csv             criterion × family × site × task × bar: slope over l
                         non-embedding parameters; of mixtures of experts, the active ones
 truthfulness.csv        model × task × number of an answer (× tensor × layer, or × node): how well it tells
                         right answers from wrong ones
+speed.csv               model × criterion × site × what is timed × context × tokens together × threshold ×
+                        sparsity: what the zeros gain in time, on the machine that it names, if asked for
 foretelling.csv         measure × criterion × site × cheap number: rank correlation over the models
 training.csv            series × criterion × site × task × bar × checkpoint or law: activation ratio over the
                         training tokens; training_fits.csv and training_limits.csv, see `training`
@@ -53,9 +55,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from sparsity_atlas.activations.layout import part_of
 from sparsity_atlas.config.revisions import Checkpoint
 from sparsity_atlas.config.selection import unfold
 from sparsity_atlas.curves.critical import CriticalRow
@@ -63,14 +62,23 @@ from sparsity_atlas.curves.points import CurvePoint
 from sparsity_atlas.files.csv import Table, write_csv, write_side_by_side
 from sparsity_atlas.files.parquet import read_parquet
 from sparsity_atlas.files.whole import read_manifest
+from sparsity_atlas.models.token_weights import weights_of_a_token
+from sparsity_atlas.speed.speed_table import SPEED, speed_rows
 from sparsity_atlas.statistics.slopes import SCALING, Scaling
 from sparsity_atlas.tables.allocations import ALLOCATION, allocation_rows
 from sparsity_atlas.tables.comparison import COMPARISON, comparison_rows
 from sparsity_atlas.tables.experts import EXPERTS, expert_rows
 from sparsity_atlas.tables.foretelling import FORETELLING, Foretelling
-from sparsity_atlas.tables.ideal import Ideal, weights_of_a_token
+from sparsity_atlas.tables.ideal import Ideal
 from sparsity_atlas.tables.layer_table import ERRORS, LAYERS, captured_rows, error_rows, layer_rows
 from sparsity_atlas.tables.mask_summary import MASKS, mask_rows, read_masks
+from sparsity_atlas.tables.metric_table import (
+    MAGNITUDES,
+    METRICS,
+    PART,
+    magnitude_rows,
+    metric_rows,
+)
 from sparsity_atlas.tables.model_table import (
     ACTIVE,
     CHECKPOINT,
@@ -100,12 +108,6 @@ CRITICAL = [*KEY, *SIZES, *(one.name for one in fields(CriticalRow))]
 CRITICAL += ["cut_items", "windowed_items", "unfinished_items", "ideal_speedup"]
 POINTS = [*KEY, *(one.name for one in fields(CurvePoint)), "parameter_sparsity", "ideal_speedup"]
 POINTS += ["unfinished_items"]
-METRICS = ["model", "tensor", "layer", "tokens", "width", "effective_rank", "effective_rank_share"]
-METRICS += ["gini", "hoyer", "near_zero", "exact_zero", "at_most_zero", "rms", "kurtosis"]
-METRICS += ["quantile_10", "quantile_50", "quantile_90", "quantile_99", "lid", "lid_geomle"]
-MAGNITUDES = ["model", "tensor", "low", "high", "share"]
-# Further columns of the two where a model has parts that a tensor's name does not tell.
-PART = ["part", "expert"]
 SENSITIVITY = [*KEY, "level", "tensor", "layer", "sparsity"]
 SENSITIVITY += ["added_loss", "added_loss_low", "added_loss_high"]
 FAILURES = [*KEY, "level", "task", "reason"]
@@ -152,38 +154,6 @@ def point_rows(key: dict[str, str], curve: dict[str, Any], whole: int) -> Iterat
         yield {**key, **row, "ideal_speedup": ideal.of(row["parameter_sparsity"])}
 
 
-def metric_rows(metrics: list[Path]) -> list[dict[str, Any]]:
-    """Rows of metrics.csv and the histograms; `all_inputs` repeats other sites' tensors."""
-    from sparsity_atlas.activations.metrics import SCHEMAS
-
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for path in metrics:
-        for row in read_parquet(path, *SCHEMAS).to_pylist():
-            # Of a dense model the tensor's name tells the part.
-            row = {"part": part_of(row["tensor"])[0], "expert": None, **row}
-            key = (path.parts[-3], *(row[name] for name in ("tensor", "layer", "part", "expert")))
-            rows.setdefault(key, {"model": path.parts[-3], **row})
-    return list(rows.values())
-
-
-def magnitude_rows(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Rows of magnitudes.csv: the histograms of a model's layers, pooled; zeros are left out."""
-    from sparsity_atlas.activations.metrics import BIN_EDGES
-
-    pooled: dict[tuple[str, str, str], np.ndarray] = {}
-    for row in rows:
-        key = (row["model"], row["tensor"], row["part"])
-        if row["histogram"] is not None:  # of an expert with few rows
-            pooled[key] = pooled.get(key, 0) + np.array(row["histogram"])
-    for (model, tensor, part), counts in pooled.items():
-        for low, high, count in zip(BIN_EDGES[:-1], BIN_EDGES[1:], counts, strict=True):
-            yield {
-                **{"model": model, "tensor": tensor, "part": part},
-                **{"low": float(low), "high": float(high)},
-                "share": float(count / max(counts.sum(), 1)),
-            }
-
-
 def sensitivity_rows(paths: list[Path]) -> Iterator[dict[str, Any]]:
     """Rows of sensitivity.csv."""
     from sparsity_atlas.studies.sensitivity import SCHEMAS
@@ -203,6 +173,7 @@ def write_tables(
     pairs: Sequence[tuple[str, str]] = (),
     checkpoints: Mapping[str, Checkpoint] | None = None,
     truthfulness: Sequence[Path] = (),
+    speed: Sequence[Path] = (),
 ) -> None:
     """Write all tables of a run into a folder. One curve is in memory at a time.
 
@@ -217,6 +188,7 @@ def write_tables(
         checkpoints: those models that are one of a training; the last one stands for it where models are
             compared by size, or with one another.
         truthfulness: Parquet files of `truthfulness`.
+        speed: Parquet files of `speed`.
     """
     checkpoints = checkpoints or {}
     before = earlier(checkpoints)
@@ -275,6 +247,7 @@ def write_tables(
     write_csv(folder / "allocation.csv", ALLOCATION, allocation_rows(curves))
     write_csv(folder / "experts.csv", EXPERTS, expert_rows(curves, models))
     write_csv(folder / "truthfulness.csv", TRUTHFULNESS, truth_rows(truthfulness))
+    write_csv(folder / "speed.csv", SPEED, speed_rows(speed))
     write_csv(folder / "steps.csv", STEPS, step_rows(curves, models))
     of_one = SENSITIVITY + PART[:1] * parted
     write_csv(folder / "sensitivity.csv", of_one, sensitivity_rows(sensitivity))
@@ -317,6 +290,9 @@ def main() -> None:
         default=[],
         help="JSON: models and tasks that were studied",
     )
+    every.add_argument(
+        "--speed", type=json.loads, default=[], help="JSON: curves that were timed, a key each"
+    )
     every.add_argument("--results", required=True, type=Path, help="the results' folder")
     arguments = parser.parse_args()
 
@@ -338,4 +314,5 @@ def main() -> None:
             results / model / "truthfulness" / f"{task}.parquet"
             for model, task in arguments.truthfulness
         ],
+        [results.joinpath(*key, "speed.parquet") for key in arguments.speed],
     )

@@ -27,6 +27,7 @@ from sparsity_atlas.evaluation.samples import read_table
 from sparsity_atlas.files.journal import whole_lines
 from sparsity_atlas.files.parquet import read_parquet
 from sparsity_atlas.files.whole import free, read_manifest
+from sparsity_atlas.speed import speed_table
 from sparsity_atlas.studies import mask_table, output_error, prompt_table, sensitivity
 from sparsity_atlas.truthfulness import truth_table
 from sparsity_atlas.upkeep import kept_answers
@@ -92,6 +93,7 @@ def examine(results: Path) -> Iterator[Finding]:
         ("masks", (mask_table.SCHEMA,)),
         ("prompt_reuse", (prompt_table.SCHEMA,)),
         ("sensitivity", sensitivity.SCHEMAS),
+        ("speed", (speed_table.SCHEMA,)),
         ("equal_sparsity", (equal_sparsity.SCHEMA,)),
     ):
         for path in sorted(results.glob(f"*/*/*/{name}.parquet")):

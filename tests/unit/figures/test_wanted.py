@@ -27,6 +27,7 @@ DENOISED = {"step_sparsity", "step_overlap", "step_layers"}
 # Of five models, or named in `studies` or `layers`.
 PROMPTS = {"prompt_overlap", "prompt_overlap_layers", "prompt_loss"}
 ASKED_FOR = {"foretelling", "mask_recall", "local_dimension", "cett", "single_layers"}
+ASKED_FOR |= {"speed", "speed_parts", "speed_batch"}
 ASKED_FOR |= {"layer_profile", "truthfulness", "inserted", "inserted_gates", *PROMPTS}
 # Of checkpoints of a training.
 TRAINED = {"training", "training_limits"}
@@ -164,6 +165,19 @@ def test_layers_are_set_side_by_side_where_one_threshold_is_among_the_rules() ->
     one = config.criteria["topp"].model_copy(update={"rule": "weighted_threshold"})
     criteria = {**config.criteria, "topk": one}
     assert "layer_profile" in wanted(config.model_copy(update={"criteria": criteria}))
+
+
+@pytest.mark.parametrize(
+    ("asked", "there"),
+    [
+        ({}, {"speed", "speed_parts"}),
+        ({"tokens": [1, 4]}, {"speed", "speed_parts", "speed_batch"}),
+        ({"contexts": []}, {"speed_parts"}),
+    ],
+)
+def test_times_where_they_are_asked_for(asked: dict[str, Any], there: set[str]) -> None:
+    found = set(wanted(config_of(ONE, {**ONE, "speed": {"device": "cpu", **asked}})))
+    assert {name for name in found if name.startswith("speed")} == there
 
 
 def test_prompts_masks_where_they_are_asked_for() -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from fake_results import WEIGHTS, make_results, make_tables, write_model
 from sparsity_atlas.files.whole import read_manifest
-from sparsity_atlas.tables.ideal import Ideal, weights_of_a_token
+from sparsity_atlas.models.token_weights import weights_of_a_token
+from sparsity_atlas.tables.ideal import Ideal
 
 
 def curve(*points: tuple[float | None, float | None]) -> dict:

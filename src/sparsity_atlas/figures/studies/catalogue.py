@@ -150,6 +150,37 @@ OF_MASKS = {
         missed=False,
     ),
 }
+# Of what was timed on some machine.
+OF_TIME = {
+    "speed": Entry(
+        "Measured speed-up of whole tokens",
+        "Speed",
+        ("speed",),
+        "How many times as fast as the dense model a token is decoded where the weights that zeros meet are "
+        "not read, over the sparsity of the text, with thresholds found at each token as the criterion does "
+        "and with constants that drop as much. Dots: where the curve crosses the headline bar. Dotted: what "
+        "it would be if time were weight bytes. Bands: half the distance between the quartiles of the times "
+        "on either side. Of the machine that is named.",
+        missed=False,
+    ),
+    "speed_parts": Entry(
+        "Measured speed-up of parts' maps",
+        "Speed",
+        ("speed",),
+        "As in the figure before, of the maps of each kind of part by themselves, with cold caches.",
+        missed=False,
+    ),
+    "speed_batch": Entry(
+        "Measured speed-up over tokens decoded together",
+        "Speed",
+        ("speed",),
+        "The speed-up over the number of tokens of different sequences that are decoded together: a weight "
+        "is read if one of them wants it. Solid and dashed: at 50 and 90 % of zeros; dots: where the curve "
+        "crosses the headline bar. Of whole tokens, where these were timed.",
+        missed=False,
+    ),
+}
+
 # Of tasks that have a text put before their prompts.
 OF_TEXTS = {
     "inserted": Entry(

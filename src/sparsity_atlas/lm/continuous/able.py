@@ -31,12 +31,17 @@ def refusal(model: PreTrainedModel, counter: Counter, options: dict[str, Any]) -
         return "the criterion looks at more than the token in hand"
     if counter.by_expert.slots:
         return "tokens are counted by expert"
+    return refusal_of_model(model) or _beyond_the_likeliest(model, options)
+
+
+def refusal_of_model(model: PreTrainedModel) -> str | None:
+    """Why no step of a model could be recorded, whatever is attached to it; None: it may be."""
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         return "its layers lie on several devices"
     found = arguments(model)
     if not {"position_ids", "attention_mask"} <= found or not found & set(CACHE):
         return f"{type(model).__name__} takes no positions, mask, or cache"
-    return _beyond_the_likeliest(model, options)
+    return None
 
 
 def _beyond_the_likeliest(model: Any, options: dict[str, Any]) -> str | None:

@@ -1,0 +1,31 @@
+"""What the stage `speed` takes: how often it reads how many bytes."""
+
+from __future__ import annotations
+
+from sparsity_atlas.config.timings import Timing
+
+# Bytes a second that a machine reads weights at, at the least, and what a step costs beside.
+RATES = {"cpu": 8e9, "cuda": 1.5e12}
+STEP_SECONDS = {"cpu": 2e-3, "cuda": 2e-4}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Of a timing: rounds of steps of whole tokens, and rounds over the maps of some layers with their bytes.
+TOKEN_STEPS, MAP_ROUNDS, MAP_BYTES = 320, 24, 6e8
+# Beside what is timed: prompts, recording, copies. Of a curve: sparsities, by two thresholds; kinds of maps.
+ANOTHER, TIMINGS, KINDS = 2.0, 24, 3
+# What a slow model's token is timed for at most, as often as it has to be.
+LONGEST, FEWEST_STEPS = 30.0, 32
+
+
+def timing_seconds(timing: Timing, parameters: int) -> float:
+    """Seconds of a curve's times, without the start of the stage.
+
+    Args:
+        timing: what is asked.
+        parameters: of the model.
+    """
+    rate, beside = RATES[timing.device], STEP_SECONDS[timing.device]
+    step = parameters * ITEM_BYTES[timing.dtype] / rate + beside
+    token = min(TOKEN_STEPS * step, max(LONGEST, FEWEST_STEPS * step))
+    maps = KINDS * MAP_ROUNDS * (MAP_BYTES / rate + 10 * beside)
+    whole = len(timing.contexts) * token
+    return len(timing.tokens) * TIMINGS * (whole * ANOTHER + maps)

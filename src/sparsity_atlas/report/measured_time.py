@@ -1,0 +1,138 @@
+"""What the measured times come to: a table of the curves' own points, and advice in words.
+
+The rules, of each curve that was timed and where it crosses the headline bar:
+
+- whole tokens are spoken of, at the shortest context; maps where no whole token was timed;
+- a gain is told from none where the two times lie further apart than half of what both spread;
+- a number of tokens decoded together pays where the better kind of threshold is `WORTH` times as fast as
+  dense at the least, and all smaller numbers that were timed pay, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from sparsity_atlas.speed.speed_table import FIXED, FOUND, OK, TOKEN
+from sparsity_atlas.tables.read import Tables, records
+
+WORTH = 1.05
+_BY = {FOUND: "with thresholds found at each token", FIXED: "with fixed thresholds"}
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One sentence or two, and the table rows that they are read from."""
+
+    text: str
+    rows: tuple[str, ...]
+
+
+def advices(tables: Tables, model: str) -> Iterator[Advice]:
+    """What a model's zeros buy in time, a curve's own point each."""
+    timed = tables.speed[(tables.speed["model"] == model) & (tables.speed["status"] == OK)]
+    own = timed[timed["of"] != ""]
+    for _, curve in own.groupby(["criterion", "site", "of"], sort=False):
+        whole = curve[curve["timed"] == TOKEN]
+        if whole.empty:
+            for _, maps in curve.groupby("timed", sort=False):
+                yield _of_times(maps)
+        else:
+            yield _of_times(whole[whole["context"] == whole["context"].min()])
+
+
+def refusals(tables: Tables, model: str) -> Iterator[Advice]:
+    """What of a model could not be timed, and why."""
+    rows = tables.speed[(tables.speed["model"] == model) & (tables.speed["status"] != OK)]
+    for (criterion, site, reason), some in rows.groupby(
+        ["criterion", "site", "reason"], sort=False
+    ):
+        what = ", ".join("whole tokens" if one == TOKEN else one for one in some["timed"].unique())
+        yield Advice(
+            f"In time, of {criterion} at {site}: {what}: {reason}.",
+            tuple(dict.fromkeys(_row(row) for row in records(some))),
+        )
+
+
+def _of_times(rows: pd.DataFrame) -> Advice:
+    """Of one thing that was timed at one point of a curve, for all numbers of tokens and both thresholds."""
+    counts = sorted(rows["tokens"].unique())
+    fewest = list(records(rows[rows["tokens"] == counts[0]]))
+    first = fewest[0]
+    what = f"its maps ({first.timed})"
+    if first.timed == TOKEN:
+        what = f"a token behind {first.context:g} others"
+    if first.tokens > 1:
+        what += f", {first.tokens:g} decoded together,"
+    gains = " and ".join(_gain(row) for row in fewest)
+    text = (
+        f"{first.criterion} at {first.site}, where it crosses {first.of} ({first.sparsity:.1%} of the text "
+        f"dropped): on {first.device} in {first.dtype} {what} is {gains}; by bytes it would be "
+        f"{first.ideal_speedup:.2f} times. {_batch(rows, counts)}"
+    )
+    return Advice(text, tuple(_row(row) for row in records(rows)))
+
+
+def _gain(row: Any) -> str:
+    text = f"{row.speedup:.2f} times as fast as dense {_BY[row.threshold]}"
+    if abs(row.dense_us - row.sparse_us) <= (row.dense_spread_us + row.sparse_spread_us) / 2:
+        text += ", not told from none by the spread of the times,"
+    return text
+
+
+def _batch(rows: pd.DataFrame, counts: list[int]) -> str:
+    best = rows.groupby("tokens")["speedup"].max()
+    paying = []
+    for count in counts:
+        if best[count] < WORTH:
+            break
+        paying.append(count)
+    tried = ", ".join(f"{count:g}" for count in counts)
+    if not paying:
+        return f"A gain of {WORTH - 1:.0%} is not reached at {counts[0]:g}: it does not pay there."
+    if len(counts) == 1:
+        return f"More than {counts[0]:g} together were not timed."
+    if len(paying) == len(counts):
+        return f"Of {tried} tokens decoded together all gain {WORTH - 1:.0%} at the least."
+    stops = counts[len(paying)]
+    return (
+        f"Of {tried} tokens decoded together {paying[-1]:g} still gain {WORTH - 1:.0%}; with {stops:g} it "
+        f"stops paying ({best[stops]:.2f} times)."
+    )
+
+
+def _row(row: Any) -> str:
+    """Where a row of the times is found."""
+    named = [row.model, row.criterion, row.site, row.timed]
+    if row.status == OK:
+        named += [f"context {row.context:g}"] if row.timed == TOKEN else []
+        named += [f"{row.tokens:g} together", row.threshold, row.of]
+    return f"speed.csv: {', '.join(named)}"
+
+
+def own_points(tables: Tables) -> list[dict[str, str]]:
+    """The report's table: the curves' own points at the fewest tokens together, as they are shown."""
+    rows = tables.speed[(tables.speed["status"] == OK) & (tables.speed["of"] != "")]
+    key = ["model", "criterion", "site", "timed", "context"]
+    fewest = rows.groupby(key, dropna=False)["tokens"].transform("min")
+    return [_shown(row) for row in records(rows[rows["tokens"] == fewest])]
+
+
+def _shown(row: Any) -> dict[str, str]:
+    realised, pays = row.realised_share, row.pays_from
+    what = f"token behind {row.context:g}" if row.timed == TOKEN else row.timed
+    return {
+        **{"model": row.model, "criterion": row.criterion, "site": row.site, "of": row.of},
+        "timed": what + (f", {row.tokens:g} together" if row.tokens > 1 else ""),
+        **{"threshold": row.threshold, "sparsity": f"{100 * row.sparsity:.1f}"},
+        "dense": f"{row.dense_us:.1f} ± {row.dense_spread_us / 2:.1f}",
+        "sparse": f"{row.sparse_us:.1f} ± {row.sparse_spread_us / 2:.1f}",
+        **{"speedup": f"{row.speedup:.2f}", "ideal": f"{row.ideal_speedup:.2f}"},
+        "realised": "" if pd.isna(realised) else f"{realised:.2f}",
+        "pays": "never" if pd.isna(pays) else f"{100 * pays:.0f}",
+        "copies": f"{row.copies_bytes / 2**20:.1f}",
+        "machine": f"{row.device}, {row.dtype}",
+    }

@@ -1,0 +1,152 @@
+"""How long a whole token of a model takes, dense and where zeros are left out of its maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparsity_atlas.decoding.trial import Time
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.lm.continuous.able import refusal_of_model
+from sparsity_atlas.lm.continuous.ring_proof import proved
+from sparsity_atlas.speed.decoder import ROUNDS, STEPS, Decoder
+from sparsity_atlas.speed.part_times import weights_met
+from sparsity_atlas.speed.replaced import replaced
+from sparsity_atlas.speed.speed_table import TOKEN
+from sparsity_atlas.speed.timed_rows import Dense, Point, refused
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from sparsity_atlas.lm.forward import Masks
+    from sparsity_atlas.sites.part import Part
+    from sparsity_atlas.speed.text_vectors import Text
+
+# Seconds that a timing takes at most, where two rounds take less.
+LONGEST = 30.0
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """A model that is to be timed as a whole.
+
+    Attributes:
+        model: the model.
+        parts: those that the site is in.
+        site: one of `SITES`.
+        weights: that a token reads.
+    """
+
+    model: PreTrainedModel
+    parts: Sequence[Part]
+    site: str
+    weights: int
+
+    def unread(self, point: Point, groups: Sequence[Tensor]) -> float:
+        """Share of the model's weights that no token of a group wants, mean over the groups."""
+        spared = 0.0
+        for part in self.parts:
+            for place in point.seen.kept:
+                if (place.layer, place.part) == (part.layer, part.name):
+                    met = weights_met(part, place.tensor) * part.size(place.tensor)
+                    spared += met * point.seen.unread(place, groups)
+        return spared / self.weights
+
+
+def token_rows(
+    whole: Whole,
+    text: Text,
+    ids: Tensor,
+    points: Sequence[Point],
+    contexts: Sequence[int],
+    tokens: Sequence[int],
+) -> Iterator[dict[str, Any]]:
+    """Rows of the table, of whole tokens; one that says why where there are none.
+
+    Each row of a batch has a piece of the text as its prompt, of as many tokens as the context is to have,
+    and goes on by its likeliest tokens.
+
+    Args:
+        whole: what is timed.
+        text: that its zeros are counted in.
+        ids: int64 [positions], of some text.
+        points: sparsities, with the text's vectors there; the first leaves the model as it is.
+        contexts: tokens before the one that is timed.
+        tokens: numbers of tokens, of a row each, that are decoded together.
+    """
+    for context in contexts:
+        size = context + STEPS
+        masks, why = _masks(whole.model, ids, size)
+        if masks is None:
+            yield {**refused(TOKEN, why), "context": context}
+            continue
+        for count in tokens:
+            try:
+                yield from _of_batch(whole, text, ids, points, context, count, masks)
+            except AtlasError as error:
+                yield {**refused(TOKEN, str(error)), "context": context}
+                break
+
+
+def _masks(model: PreTrainedModel, ids: Tensor, size: int) -> tuple[Masks | None, str]:
+    """How the model is told who sees whom, or why it cannot be decoded with."""
+    why = refusal_of_model(model)
+    if why is not None:
+        return None, why
+    config: Any = model.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
+    if isinstance(most, int) and size > most:
+        return None, f"the model is made for {most} tokens, and {size} are wanted"
+    proof = proved(model, ids.tolist()[:size], size)
+    return proof.masks, f"with keys and values in fixed places: {proof.fault}"
+
+
+def _of_batch(
+    whole: Whole,
+    text: Text,
+    ids: Tensor,
+    points: Sequence[Point],
+    context: int,
+    count: int,
+    masks: Masks,
+) -> Iterator[dict[str, Any]]:
+    prompts = _pieces(ids, context, count).to(whole.model.device)
+
+    def timed(within: AbstractContextManager[int | None], rounds: int) -> tuple[Time, int | None]:
+        decoder = Decoder(whole.model, count, context + STEPS, masks=masks)
+        with torch.no_grad():
+            decoder.prompt(prompts)
+            with within as copies:
+                return decoder.timed(context, rounds), copies
+
+    first, _ = timed(nullcontext(), 2)
+    rounds = min(ROUNDS, max(2, int(LONGEST * 1e6 / (STEPS * first.median))))
+    dense = Dense()
+    dense.add("library", timed(nullcontext(), rounds)[0])
+    groups = text.groups(count)
+    rows = []
+    for point in points:
+        for threshold, bound in point.ways:
+            within = replaced(whole.model, whole.parts, whole.site, bound, point.seen.level)
+            took, copies = timed(within, rounds)
+            rows.append(
+                {
+                    **{"timed": TOKEN, "context": context, "tokens": count},
+                    **{"threshold": threshold, "copies_bytes": copies},
+                    **point.row(took, whole.unread(point, groups)),
+                }
+            )
+    yield from dense.finished(rows, whole.weights * whole.model.dtype.itemsize)
+
+
+def _pieces(ids: Tensor, length: int, count: int) -> Tensor:
+    """Pieces of a text, [count, length], from evenly spread places; a short one begins anew."""
+    starts = torch.arange(count) * len(ids) // count
+    return ids[(starts[:, None] + torch.arange(length)) % len(ids)]

@@ -1,0 +1,101 @@
+"""What measured times are said to come to, of tables made up so that each rule shows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from fake_results import make_results, make_tables
+from fake_speed import MACHINE, speed_row
+from sparsity_atlas.report import report
+from sparsity_atlas.report.guidelines import guidelines
+from sparsity_atlas.report.measured_time import advices, own_points, refusals
+from sparsity_atlas.speed.speed_table import FIXED, FOUND, REFUSED, SPEED, TOKEN
+from sparsity_atlas.tables.read import Tables
+
+KEY = {"model": "small", "criterion": "topp", "site": "input"}
+OF = "prose PPL-1%"
+
+
+@pytest.fixture(scope="module")
+def some(tmp_path_factory: pytest.TempPathFactory) -> Tables:
+    """Tables with every column, of a run in which nothing was timed."""
+    models = {"small": {"parameters": 10**6}}
+    return make_tables(make_results(tmp_path_factory.mktemp("results"), models, replicates=20))
+
+
+def with_rows(some: Tables, *rows: dict[str, Any]) -> Tables:
+    return replace(some, speed=pd.DataFrame([KEY | one for one in rows], columns=SPEED))
+
+
+def own(
+    tokens: int, sparsity: float = 0.6, timed: str = TOKEN, **other: Any
+) -> list[dict[str, Any]]:
+    return [speed_row(timed, tokens, name, sparsity, OF, **other) for name in (FOUND, FIXED)]
+
+
+def test_what_a_token_gains_and_at_which_batch_that_stops(some: Tables) -> None:
+    (one,) = advices(with_rows(some, *own(1), *own(2), *own(4)), "small")
+    # 100 over 70 and 80; of two 100 over 82, of four 100 over 93.5, and ten more to find thresholds.
+    assert one.text == (
+        "topp at input, where it crosses prose PPL-1% (60.0% of the text dropped): on Some GPU in bfloat16 "
+        "a token behind 512 others is 1.25 times as fast as dense with thresholds found at each token and "
+        "1.43 times as fast as dense with fixed thresholds; by bytes it would be 1.43 times. Of 1, 2, 4 "
+        "tokens decoded together all gain 5% at the least."
+    )
+    assert len(one.rows) == 6
+    assert one.rows[0] == (
+        "speed.csv: small, topp, input, token, context 512, 1 together, found, prose PPL-1%"
+    )
+    (one,) = advices(with_rows(some, *own(1), *own(2), *own(8), *own(16)), "small")
+    assert one.text.endswith(
+        "Of 1, 2, 8, 16 tokens decoded together 2 still gain 5%; with 8 it stops paying (1.01 times)."
+    )
+
+
+def test_a_small_gain_does_not_pay_and_one_within_the_spread_is_not_told(some: Tables) -> None:
+    (one,) = advices(with_rows(some, *own(1, 0.05, spread=30.0)), "small")
+    assert "not told from none by the spread of the times" in one.text
+    assert one.text.endswith("A gain of 5% is not reached at 1: it does not pay there.")
+    (one,) = advices(with_rows(some, *own(1, 0.6)), "small")
+    assert "not told" not in one.text
+    assert one.text.endswith("More than 1 together were not timed.")
+
+
+def test_maps_are_told_only_where_no_token_was_timed(some: Tables) -> None:
+    maps = own(1, timed="ffn")
+    assert len(list(advices(with_rows(some, *maps, *own(1)), "small"))) == 1
+    refused = {**MACHINE, "timed": TOKEN, "status": REFUSED, "reason": "it has a norm"}
+    tables = with_rows(some, *maps, refused)
+    (one,) = advices(tables, "small")
+    assert "its maps (ffn) is 1.25 times" in one.text
+    (why,) = refusals(tables, "small")
+    assert why.text == "In time, of topp at input: whole tokens: it has a norm."
+    assert why.rows == ("speed.csv: small, topp, input, token",)
+    (found,) = guidelines(tables)
+    headings = dict(found.advices)
+    assert one in headings["What it buys in time"]
+    assert why in headings["What cannot be told"]
+
+
+def test_the_table_of_own_points(some: Tables) -> None:
+    shares = [speed_row(TOKEN, 1, FOUND, 0.5)]
+    (found, fixed) = own_points(with_rows(some, *shares, *own(1), *own(2)))
+    assert found["timed"] == "token behind 512"
+    assert (found["dense"], found["sparse"]) == ("100.0 ± 0.5", "80.0 ± 0.5")
+    # Of 30 % that need not be read 20 are saved, or all.
+    assert (found["realised"], fixed["realised"]) == ("0.67", "1.00")
+    assert (found["pays"], fixed["pays"]) == ("20", "0")
+
+
+def test_the_page_says_whether_times_were_measured(some: Tables) -> None:
+    text = report.build(some, [], "a: 1\n")
+    assert "No time was measured in this run" in text
+    assert 'id="speed"' not in text
+    text = report.build(with_rows(some, *own(1)), [], "a: 1\n")
+    assert "No time was measured in this run" not in text
+    assert 'id="speed"' in text
+    assert "Some GPU, bfloat16" in text

@@ -1,0 +1,125 @@
+"""The stage `speed` on a model that takes microseconds: what its rows say, not how fast they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mixtures import tiny_mixture
+from sparsity_atlas.criteria import create
+from sparsity_atlas.models.parameters import count_parameters
+from sparsity_atlas.sites.find import describe_parts, find_parts, random_ids
+from sparsity_atlas.speed import measure
+from sparsity_atlas.speed.speed_table import OK, REFUSED, TOKEN
+from tiny_models import tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CURVE = {
+    "points": [
+        {"task": task, "level": level, "sparsity": sparsity}
+        for task in ("prose", "more")
+        for level, sparsity in (("dense", 0.0), ("0.9", 0.25), ("0.5", 0.75))
+    ],
+    "critical": [
+        {"task": "prose", "kind": "loss", "bar": 0.99, "bar_label": "PPL-1%", "value": 0.4}
+        | {"crossing_level": 0.8},
+        {"task": "pairs", "kind": "accuracy", "bar": 0.99, "bar_label": "99%", "value": 0.3},
+        {"task": "average", "kind": "accuracy", "bar": 0.99, "bar_label": "99%", "value": 0.5}
+        | {"crossing_level": None},
+        {"task": "prose", "kind": "loss", "bar": 0.95, "bar_label": "PPL-5%", "value": 0.6},
+        {"task": "more", "kind": "loss", "bar": 0.99, "bar_label": "PPL-1%", "value": None},
+    ],
+}
+SETTINGS = {"device": "cpu", "dtype": "float32", "contexts": [6], "tokens": [1, 2]}
+
+
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little weights, and as few times as there can be."""
+    monkeypatch.setattr("sparsity_atlas.decoding.trial.COLD", {"cpu": 0.0})
+    monkeypatch.setattr("sparsity_atlas.speed.part_times.REPEATS", 4)
+    monkeypatch.setattr("sparsity_atlas.speed.token_times.ROUNDS", 2)
+    for module in ("decoder", "token_times"):
+        monkeypatch.setattr(f"sparsity_atlas.speed.{module}.STEPS", 2)
+    monkeypatch.setattr(measure, "SHARES", (0.0, 0.5, 0.9))
+
+
+def rows_of(model: Any, site: str, rule: str = "topp", **settings: Any) -> list[dict[str, Any]]:
+    parts = find_parts(model)
+    config = model.config
+    manifest = {
+        **{"ffn": describe_parts(parts), "parameters": count_parameters(model, parts)},
+        **{"hidden": config.hidden_size, "memory": {"vocabulary": config.vocab_size}},
+    }
+    ids = random_ids(model, (4, 16)).numpy()
+    criterion = create({"rule": rule})
+    given = SETTINGS | settings
+    return list(measure.rows(manifest, model, site, criterion, None, CURVE, ids, given))
+
+
+def test_the_points_of_a_curve() -> None:
+    assert measure.own_points(CURVE) == {"prose PPL-1%": (0.4, 0.8), "average 99%": (0.5, None)}
+    assert measure.nodes_of(CURVE) == [(0.9, 0.25), (0.5, 0.75)]
+
+
+def test_maps_and_whole_tokens_are_timed_at_shares_and_at_the_curves_own() -> None:
+    model = tiny_model("llama", initializer_range=0.3)
+    rows = rows_of(model, "all_inputs")
+    assert {row["timed"] for row in rows} == {"ffn", TOKEN}
+    assert {row["status"] for row in rows} == {OK}
+    # Of each: two numbers of tokens, two kinds of threshold, three shares and two points of the curve.
+    assert len(rows) == 2 * 2 * 2 * 5
+    whole = [row for row in rows if row["timed"] == TOKEN]
+    assert {row["context"] for row in whole} == {6}
+    for row in rows:
+        if not row["of"]:
+            assert row["sparsity"] == pytest.approx(row["wanted"], abs=0.02)
+    own = {(row["of"], row["wanted"], row["level"]) for row in rows if row["of"] == "prose PPL-1%"}
+    assert own == {("prose PPL-1%", 0.4, 0.8)}
+    # One token meets all weights of the FFNs, and of those of attention and the head none is spared.
+    ffns = sum(
+        part.size("input") * part.size("intermediate") * 3 for part in find_parts(model)[1::2]
+    )
+    least = max(whole, key=lambda row: row["sparsity"] if row["tokens"] == 1 else 0)
+    read = (
+        count_parameters(model)["non_embedding"]
+        + model.config.hidden_size * model.config.vocab_size
+    )
+    assert least["unread_share"] < least["sparsity"] * ffns / read * 1.1
+    assert least["bytes_read"] == pytest.approx((1 - least["unread_share"]) * read * 4, abs=1)
+
+
+def test_a_model_that_is_refused_as_a_whole_still_has_its_maps() -> None:
+    rows = rows_of(tiny_model("llama", hidden_act="gelu"), "all_inputs", tokens=[1])
+    assert {row["timed"] for row in rows if row["status"] == OK} == {"up and gate", "down"}
+    refused = {row["timed"]: row["reason"] for row in rows if row["status"] == REFUSED}
+    assert set(refused) == {"ffn", TOKEN}
+    assert all("none of plain maps with silu or relu" in one for one in refused.values())
+
+
+def test_experts_leave_what_stands_beside_them() -> None:
+    rows = rows_of(tiny_mixture("qwen2_moe"), "intermediate", tokens=[1])
+    refused = {row["timed"]: row["reason"] for row in rows if row["status"] == REFUSED}
+    assert set(refused) >= {"experts", TOKEN}
+    assert "ffn" in {row["timed"] for row in rows if row["status"] == OK}
+
+
+@pytest.mark.parametrize(
+    ("rule", "site", "reason"),
+    [
+        ("random", "input", "Random: its masks follow from no threshold of one token"),
+        ("topp", "all_linear_inputs@projections", "have masks of their own"),
+    ],
+)
+def test_what_gains_nothing_is_said(rule: str, site: str, reason: str) -> None:
+    rows = rows_of(tiny_model("llama"), site, rule)
+    assert [(row["timed"], row["status"]) for row in rows] == [("maps", REFUSED), (TOKEN, REFUSED)]
+    assert all(reason in row["reason"] for row in rows)
+
+
+def test_a_context_beyond_the_models_is_refused() -> None:
+    rows = rows_of(tiny_model("llama"), "input", contexts=[100_000], tokens=[1])
+    (whole,) = (row for row in rows if row["timed"] == TOKEN)
+    assert whole["status"] == REFUSED
+    assert (whole["context"], "100002 are wanted" in whole["reason"]) == (100_000, True)
