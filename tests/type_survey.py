@@ -22,8 +22,8 @@ from sparsity_atlas.sites.find import find_parts
 from sparsity_atlas.terms import EXPERTS, SITES
 
 TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-# Several seconds each: linear attention without a kernel, many rounds, a vocabulary that is not made small.
-SLOW = ("bailing_hybrid", "kimi_linear", "hrm_text", "inkling2_loop_text", "inkling2_text")
+# Several seconds each: linear attention without a kernel, a vocabulary that is not made small.
+SLOW = ("bailing_hybrid", "kimi_linear", "inkling2_loop_text", "inkling2_text")
 # Parameters; a type that the table of sizes does not make so small is not tried.
 MOST = 30_000_000
 NOT_TRIED = "not tried: its default configuration is not made small by the table of the tests"

@@ -6,7 +6,9 @@ is used only where the model's entry of the configuration says so.
 
 from __future__ import annotations
 
+import math
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,8 @@ SAFE_FILE = "model.safetensors"
 SAFE_INDEX = "model.safetensors.index.json"
 PICKLE_FILE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
+# Types of numbers that need no scale, as safetensors names them, and as config.json does.
+FLOATING = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,19 @@ class Checkpoint:
         if self.gguf is not None:
             return []
         return list(_types(read_json(self.folder / "config.json")))
+
+    def dtype(self) -> str | None:
+        """Type of its numbers, before a model's entry names another.
+
+        That of config.json or of its text part; where neither has one, that of most of the weights, and of a
+        GGUF file what it is dequantised into. None of pickles that nothing is said of.
+        """
+        if self.gguf is not None:
+            return "float32"
+        declared = dict(self.declared_types())
+        keys = ("dtype", "torch_dtype", "text_config.dtype", "text_config.torch_dtype")
+        named = [declared[key] for key in keys if key in declared]
+        return named[0] if named else _most(self.weight_files())
 
     def settings(self) -> Iterator[tuple[str, Any]]:
         """Keys of config.json and of its parts, and their values."""
@@ -235,6 +252,22 @@ class Checkpoint:
         if len(found) > 1:
             raise AtlasError(f"{self}: its code is in {len(found)} repositories, one can be pinned")
         return found.pop() if found else None
+
+
+def _most(files: list[Path]) -> str | None:
+    """The type of most of the numbers in safetensors files; None where there is no such file."""
+    from safetensors import safe_open
+
+    counted: Counter[str] = Counter()
+    for path in files:
+        if path.suffix != ".safetensors":
+            continue
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dictionary)
+                tensor = file.get_slice(name)
+                counted[tensor.get_dtype()] += math.prod(tensor.get_shape())
+    known = [FLOATING[kind] for kind, _ in counted.most_common() if kind in FLOATING]
+    return known[0] if known else None
 
 
 def _flat(config: dict[str, Any], inside: str = "") -> Iterator[tuple[str, Any]]:

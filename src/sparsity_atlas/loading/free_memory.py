@@ -125,7 +125,7 @@ def check_weights(checkpoint: Checkpoint, dtype: str) -> int:
         AtlasError: in one line.
     """
     config = checkpoint.config()
-    own = ITEM_BYTES.get(str(config.get("dtype") or config.get("torch_dtype")), 4)
+    own = ITEM_BYTES.get(str(checkpoint.dtype()), 4)
     if checkpoint.gguf is None:
         files = sum(path.stat().st_size for path in checkpoint.weight_files())
         method = METHODS.get(method_of(config) or "")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.loading.checkpoint import Checkpoint
+from sparsity_atlas.loading.checkpoint import FLOATING, Checkpoint
 from sparsity_atlas.loading.layouts import layout_in
 from sparsity_atlas.sites.offloading import offloaded, present
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-# Types of numbers that need no scale, as safetensors names them.
-FLOATING = ("F64", "F32", "F16", "BF16")
 # How safetensors names those that always need one, whatever the tensor is called: experts may lie in a file
 # one by one, under names that the model does not have.
 SHORT = ("F8_", "F6_", "F4")

@@ -112,7 +112,7 @@ def describe(
         "architecture": own or type(model).__name__,
         "model_type": config.get("model_type") or model.config.model_type,
         **describe_kind(model, kind, mask_token_id, shifted_logits),
-        "dtype": config.get("dtype") or config.get("torch_dtype"),
+        "dtype": checkpoint.dtype(),
         "parameters": count_parameters(model, parts),
         "memory": {**head.describe(model), **({"routed": met(parts)} if met(parts) else {})},
         "tokenizer": tokenizer,

@@ -27,6 +27,7 @@ from sparsity_atlas.sites.part import Part, Vectors, having, sites_of
 from sparsity_atlas.sites.probe.attention_probe import Layer, find_attention
 from sparsity_atlas.sites.probe.ffn_probe import Search
 from sparsity_atlas.sites.probe.layers import (
+    SharedFFN,
     as_named,
     check_own_weights,
     check_run_once,
@@ -102,6 +103,8 @@ def find_parts(model: nn.Module, modules: dict[str, str] | None = None) -> list[
         probe = _Probe(model, named, routed, layers, _named_functions(text), run, shape, alone)
         try:
             return probe.parts(shaped=False)
+        except SharedFFN:
+            raise
         except AtlasError:
             # What bounds, shifts, cuts or norms do is looked for where it is needed only.
             return probe.parts(shaped=True)

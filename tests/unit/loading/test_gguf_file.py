@@ -142,6 +142,7 @@ def test_it_is_the_model_that_was_written(model: Any, tmp_path: Path) -> None:
 def test_it_is_dequantised(model: Any, file: Path) -> None:
     found = load(checkpoint_of(file), device="cpu")
     assert found.dtype == torch.float32
+    assert checkpoint_of(file).dtype() == "float32"
     weight = found.model.layers[1].mlp.up_proj.weight
     assert type(found.model.layers[1].mlp.up_proj) is torch.nn.Linear
     # Blocks of 32 with one scale each, in float16: half of a step, of which there are 127.

@@ -82,16 +82,20 @@ def as_named(findings: Findings, named: list[NamedFFN]) -> list[Hypothesis]:
     return findings.proved
 
 
+class SharedFFN(AtlasError):
+    """FFNs that are several layers', which no further search makes those of one."""
+
+
 def check_run_once(findings: Findings) -> None:
     """Refuse FFNs that several layers share.
 
     Raises:
-        AtlasError: a projection ran more than once in a forward pass.
+        SharedFFN: a projection ran more than once in a forward pass.
     """
     for entry in findings.proved:
         for projection in (entry.up, entry.gate, entry.norm, entry.down):
             if projection is not None and findings.calls[projection.path] != 1:
-                raise AtlasError(
+                raise SharedFFN(
                     f"{projection.path}: found {findings.calls[projection.path]} calls in one "
                     "forward pass, expected one: layers that share an FFN are not supported"
                 )
@@ -101,7 +105,7 @@ def check_own_weights(found: Iterable[Hypothesis]) -> None:
     """Refuse FFNs of several layers that are one: other modules with the same weights (Zamba).
 
     Raises:
-        AtlasError: names the first two.
+        SharedFFN: names the first two.
     """
     owner: dict[int, str] = {}
     for entry in found:
@@ -110,7 +114,7 @@ def check_own_weights(found: Iterable[Hypothesis]) -> None:
         for parameter in (one for own in maps for one in own.module.parameters()):
             first = owner.setdefault(id(parameter), place)
             if first != place:
-                raise AtlasError(
+                raise SharedFFN(
                     f"{first} and {place} are the same weights: layers that share an FFN are not supported"
                 )
 
