@@ -202,7 +202,7 @@ SCORE_KINDS: tuple[str, ...] = get_args(Kind)
 IN_NATS = ("loss", "bound")
 
 # How a criterion's level is spread over layers.
-ALLOCATIONS = ("uniform", "equal_cett", "sensitivity", "greedy")
+ALLOCATIONS = ("uniform", "equal_cett", "sensitivity", "greedy", "evolutionary")
 # Whose rows a calibration looks at together, where a layer has experts.
 CALIBRATIONS = ("per_layer", "per_expert")
 # The row of a table that stands for all tasks of a kind together.

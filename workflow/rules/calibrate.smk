@@ -22,7 +22,7 @@ rule calibrate:
         gpu=ask.gpus,
         mem_mb=ask.memory("calibrate"),
         gpu_mb=ask.gpu_memory("calibrate"),
-        runtime=ask.error_minutes,
+        runtime=ask.calibration_minutes,
     params:
         settings=ask.store_settings,
         criterion=ask.criterion,

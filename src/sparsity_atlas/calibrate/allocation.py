@@ -5,10 +5,13 @@ sensitivity   every place adds the same loss where it is sparsified alone
 greedy        block by block, as TEAL does (arXiv 2408.14690): the sparsity of whichever tensor hurts the
               output least, of the FFN or, of all linear inputs, of the block, is raised by a step, again
               and again
+evolutionary  over the blocks by an evolution that goes by what the whole model predicts, and within a block
+              as greedy does, where that is better than one sparsity for all of its tensors (WiSparse)
 
 An allocation is a table for each place: its own sparsity at each target. It is found on the calibration's
 tokens. Of equal_cett and sensitivity the target is the mean over entries, which is the induced sparsity;
-of greedy the mean over the parameters that the entries meet, in each block by itself.
+of greedy the mean over the parameters that the entries meet, in each block by itself; of evolutionary over
+all blocks, over entries where a block has one tensor, else over parameters.
 """
 
 from __future__ import annotations
@@ -22,6 +25,9 @@ import torch
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
+from sparsity_atlas.calibrate.allocation_cost import ERROR_TOKENS
+from sparsity_atlas.calibrate.divergence import Divergence
+from sparsity_atlas.calibrate.evolution import over_blocks
 from sparsity_atlas.criteria.base import Criterion
 from sparsity_atlas.criteria.binding import bind_all
 from sparsity_atlas.criteria.level_table import TARGETS
@@ -50,8 +56,8 @@ LOSS_GRID = np.array([0, 0.2, 0.4, 0.6, 0.8, 0.9, 1])
 STEP = 0.05
 # Sequences of a forward pass that measures a loss.
 BATCH = 16
-# Tokens that errors are measured on.
-ERROR_TOKENS = 1024
+# Allocations that divide what a block has among its tensors.
+IN_BLOCKS = ("greedy", "evolutionary")
 Inputs = Callable[["Part", str], "Given"]
 LayerError = Callable[["Mapping[PlaceKey, float]"], float]
 """Relative error of a layer's output, by the sparsity of each of its tensors."""
@@ -254,14 +260,15 @@ def allocate(
     rules = [
         {key: rule for key, rule in bound.items() if key.layer == own[0].layer} for own in layers
     ]
+    kind = criterion.allocation
+    few = torch.from_numpy(ids[: max(1, ERROR_TOKENS // ids.shape[1])])
     with torch.no_grad():
-        if criterion.allocation == "sensitivity":
+        if kind == "sensitivity":
             grid = LOSS_GRID
             damage = single_losses(parts, site, bound, torch.from_numpy(ids), grid)
         else:
             grid = ERROR_GRID
-            if criterion.allocation == "greedy" and plain(site) == "all_linear_inputs":
-                few = torch.from_numpy(ids[: max(1, ERROR_TOKENS // ids.shape[1])])
+            if kind in IN_BLOCKS and plain(site) == "all_linear_inputs":
                 whole = blocks(parts, few.to(device_of(parts[0].model)))
                 errors = [block_error(*one) for one in zip(whole, rules, strict=True)]
             else:
@@ -275,20 +282,32 @@ def allocate(
                     for error, known in zip(errors, rules, strict=True)
                 ]
             )
-        if criterion.allocation == "greedy":
+        if kind in IN_BLOCKS:
             met = {
                 place.key: place.part.size(place.tensor) * place.part.outputs(place.tensor)
                 for place in there
             }
-            share = np.concatenate(
-                [
-                    greedy(error, list(known), np.array([met[key] for key in known], np.float64))
-                    for error, known in zip(errors, rules, strict=True)
-                ]
-            )
+            parameters = [np.array([met[key] for key in known], np.float64) for known in rules]
+            # Among one tensor there is nothing to divide.
+            fine = [
+                greedy(error, list(known), own) if len(own) > 1 else TARGETS[None]
+                for error, known, own in zip(errors, rules, parameters, strict=True)
+            ]
+        sizes = np.array([place.part.size(place.tensor) for place in there], dtype=np.float64)
+        if kind == "greedy":
+            share = np.concatenate(fine)
+        elif kind == "evolutionary":
+            divergence = Divergence(parts, site, few, BATCH)
+
+            def cost(sparsities: np.ndarray) -> float:
+                pairs = zip(bound.items(), sparsities.tolist(), strict=True)
+                return divergence({key: _Fixed(rule, own) for (key, rule), own in pairs}, 0.0)
+
+            alone = all(len(own) == 1 for own in fine)
+            weights = sizes if alone else np.array([own.sum() for own in parameters])
+            share = over_blocks(cost, fine, weights, TARGETS)
         else:
-            weights = np.array([place.part.size(place.tensor) for place in there], dtype=np.float64)
-            share = spread(damage, grid, weights)
+            share = spread(damage, grid, sizes)
     return {
         state_name(place.key): {
             "share": torch.from_numpy(share[row]),

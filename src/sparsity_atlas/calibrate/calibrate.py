@@ -1,7 +1,7 @@
 """Stage `calibrate`: what a criterion needs to know of a model, from the captured activations.
 
 One job a (model, criterion, site) finds what all levels need, so that a search may choose any of them.
-Each layer is looked at by itself; the model is loaded for its weights, and run for two allocations only.
+Each layer is looked at by itself; the model is loaded for its weights, and run for some allocations only.
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ def calibrate(
     if criterion.allocation == "uniform":
         return states
 
-    from sparsity_atlas.calibrate.allocation import ERROR_TOKENS, allocate
+    from sparsity_atlas.calibrate.allocation import allocate
+    from sparsity_atlas.calibrate.allocation_cost import ERROR_TOKENS
 
     ids = store.ids()
 

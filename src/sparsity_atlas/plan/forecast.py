@@ -14,6 +14,14 @@ from sparsity_atlas.criteria import create, declared
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.figures.wanted import wanted
+from sparsity_atlas.plan.captured_passes import (
+    allocation_of,
+    criterion_of,
+    passes_of_a_level,
+    passes_of_allocation,
+    passes_of_reuse,
+    site_of,
+)
 from sparsity_atlas.plan.jobs import UNKNOWN, Amount, Job, jobs, usual_levels
 from sparsity_atlas.plan.model_facts import (
     NodeKey,
@@ -37,7 +45,7 @@ from sparsity_atlas.plan.targets import missed_targets
 from sparsity_atlas.plan.timing_cost import timing_seconds
 from sparsity_atlas.tasks.load import load_tasks
 from sparsity_atlas.tasks.loaded import LoadedTask
-from sparsity_atlas.terms import RESIDUAL, ROUTING, TENSORS, plain
+from sparsity_atlas.terms import RESIDUAL, ROUTING, TENSORS
 from sparsity_atlas.truthfulness.predictors import REPLICATES
 
 # Rules whose jobs run a model, with what their stages import.
@@ -51,9 +59,6 @@ LIGHT_IMPORTS = "sparsity_atlas.curves.curve, sparsity_atlas.tables.summarize"
 DRAWING_IMPORTS = {"figures": "sparsity_atlas.figures.draw", "page": "sparsity_atlas.report.report"}
 # What the tables' stage takes of a curve, as measured, in the time of its imports.
 TABLES_OF_A_CURVE = 0.12
-# What writing the later half of the captured text takes, in passes over it: on a CPU, of 16 sequences of 256
-# tokens, 8 at a time, 7.7, 6.7, 5.5, 4.4 for models of 0.2, 0.4, 1.6, 4.8 M parameters outside the embedding.
-GENERATED = 6
 EVALUATING = ("dense", "evaluate", "search", "answers")
 
 
@@ -135,6 +140,9 @@ def forecast(config: Config, results: Path) -> Forecast:
         ends = job.rule in ("tables", *DRAWING_IMPORTS) and job.rule not in start.recorded
         if ends and not job.done:
             took = _ending_seconds(config, job.rule, start)
+        if job.rule == "calibrate" and not job.done and allocation_of(config, job) != "uniform":
+            layers = outlooks[job.model].layers
+            took += once[job.model] * passes_of_allocation(config, job, layers)
         if job.rule == "sensitivity" and not job.done:
             layers = outlooks[job.model].layers
             took += once[job.model] * (1 + layers * job.passes) if layers else UNKNOWN
@@ -150,9 +158,9 @@ def forecast(config: Config, results: Path) -> Forecast:
                 took += UNKNOWN
             else:
                 took += levels * (share * whole.expected * passes_of_a_level(config, job))
-                thresholds = len(config.studies.cett or ()) if _site(job) == "intermediate" else 0
+                thresholds = len(config.studies.cett or ()) if site_of(job) == "intermediate" else 0
                 took += Amount.exactly(share * whole.expected * thresholds / 3)
-                if config.studies.prompt_reuse and grid.keeps_prompts(config, _criterion(job)):
+                if config.studies.prompt_reuse and grid.keeps_prompts(config, criterion_of(job)):
                     took += whole * passes_of_reuse(config, levels.expected - 1)
         seconds.append(took)
     targets = list(missed_targets(config, results, unknowns))
@@ -174,34 +182,6 @@ def _ending_seconds(config: Config, rule: str, start: Start) -> Amount:
         models = len(grid.models(config))
         drawn = len(MODEL_FIGURES) * models * figure_seconds("svg", panels=panels)
     return Amount.exactly(import_seconds(DRAWING_IMPORTS[rule]) + drawn)
-
-
-def passes_of_a_level(config: Config, job: Job) -> float:
-    """Passes through the FFNs that a level of `output_error` takes: its own, and those of its predictors.
-
-    These read the masks three times, once for each rank compute the FFN anew, and fit in float64.
-    """
-    ranks = config.studies.predictors or ()
-    return 1 + (4 + len(ranks) if ranks and _site(job) in ("up", "gate", "intermediate") else 0)
-
-
-def passes_of_reuse(config: Config, levels: float) -> float:
-    """Passes of the model over the captured tokens that prompts' masks take, of all levels of a curve.
-
-    Writing what follows the prompts is a pass for each token, of as many rows as a batch has.
-    """
-    each = 2 + 3 * levels
-    return sum(
-        each + (GENERATED if one == "generated" else 0) for one in config.studies.prompt_reuse or ()
-    )
-
-
-def _criterion(job: Job) -> str:
-    return job.node[0] if job.node is not None else ""
-
-
-def _site(job: Job) -> str:
-    return plain(job.node[1]) if job.node is not None else ""
 
 
 def _same_curve(one: Job, other: Job) -> bool:
@@ -320,7 +300,8 @@ def _seconds(job: Job, outlook: Outlook | None, start: Start) -> Amount:
         # The record of another model's captures says little: they are as long as it is large.
         return Amount.exactly(start.light)
     alone = start.heavy + (outlook or Outlook()).ready
-    if job.rule in ("sensitivity", "speed"):
+    if job.rule in ("sensitivity", "speed", "calibrate"):
+        # What they take beside that follows from what they are asked: others' records say little of it.
         return Amount.exactly(alone)
     return Amount.exactly(start.recorded.get(job.rule, alone))
 

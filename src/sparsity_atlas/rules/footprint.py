@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsity_atlas.activations.layout import groups
+from sparsity_atlas.calibrate.allocation_cost import ERROR_TOKENS, allocation, tokens_run
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config
 from sparsity_atlas.evaluation.ahead import MOST
@@ -72,6 +73,10 @@ class Needs:
         self._sizes: dict[str, Sizes] = {}
         self._dense: dict[str, dict[str, Any]] = {}
         self._missing: dict[Path, float] = {}  # when it was last looked for
+        self._evolves = any(
+            allocation(grid.criterion_slice(config, name)) == "evolutionary"
+            for name in config.criteria
+        )
         self._sites = functools.cache(functools.partial(grid.stored_sites, config))
 
     def memory(self, stage: str, model: str, site: str | None = None) -> int:
@@ -109,6 +114,8 @@ class Needs:
         running = weights
         if stage == "capture":
             running += self._held(model, dtype)
+        if stage == "calibrate" and self._evolves:
+            running += ERROR_TOKENS * sizes.vocabulary * 4  # the dense model's log-probabilities
         if device != "cuda":  # else it never leaves the GPU
             running += self._work(stage, model, sizes, site, "cpu")
         return base + max(loading, running) // MIB
@@ -133,7 +140,11 @@ class Needs:
                 return of_a_pass(sizes, Largest(tokens, length, tokens), item, device, slots)
             case "calibrate":
                 captured = grid.calibration_tokens(self._config)
-                return captured * sizes.width * 4 * CALIBRATED_COPIES
+                read = captured * sizes.width * 4 * CALIBRATED_COPIES
+                if not self._evolves:
+                    return read
+                largest = Largest(ERROR_TOKENS, length, ERROR_TOKENS)
+                return max(read, of_a_pass(sizes, largest, item, device, slots))
             case "speed":
                 # Transposed copies, and other ones of the maps that are timed by themselves.
                 return 2 * sizes.parameters * item
@@ -196,6 +207,20 @@ class Needs:
     def capture_minutes(self, model: str, passes: int = 1) -> int:
         """Minutes of a job that runs the captured tokens through a model, or through its FFNs, so often."""
         return self._minutes(model, self._config.capture.tokens * passes)
+
+    def calibration_minutes(self, model: str, kind: str, tensors: int) -> int:
+        """Minutes of a job that looks at captured tokens once, and runs what an allocation asks for.
+
+        Args:
+            model: of the catalogue.
+            kind: the allocation, one of `terms.ALLOCATIONS`.
+            tensors: of the site, in each layer.
+        """
+        sizes = self.sizes(model)
+        layers = sizes.layers if sizes else 0  # without a manifest no minutes are known
+        captured = grid.calibration_tokens(self._config)
+        run = tokens_run(kind, layers, tensors, captured)
+        return self._minutes(model, self._config.capture.tokens + run)
 
     def layer_by_layer_minutes(self, model: str, passes: int) -> int:
         """Minutes of a job that runs the captured tokens through a model so often for each layer."""

@@ -12,6 +12,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from sparsity_atlas.calibrate.allocation_cost import allocation
+from sparsity_atlas.config import grid
 from sparsity_atlas.config.grid import Curve
 from sparsity_atlas.config.schema import Config
 from sparsity_atlas.evaluation.ahead import MOST
@@ -67,6 +69,14 @@ class Resources(ABC):
         levels = levels_of(self._config, self.curve_of(wildcards))
         passes = levels + len(self._config.studies.prompt_reuse or ()) * (2 + 3 * levels)
         return attempt * self._needs.capture_minutes(wildcards.model, passes)
+
+    @question
+    def calibration_minutes(self, wildcards: Wildcards, attempt: int) -> int:
+        """Minutes of a calibration, with what its allocation runs through the model."""
+        kind = allocation(grid.criterion_slice(self._config, wildcards.criterion))
+        return attempt * self._needs.calibration_minutes(
+            wildcards.model, kind, len(tensors_at(wildcards.site))
+        )
 
     @question
     def sensitivity_minutes(self, wildcards: Wildcards, attempt: int) -> int:

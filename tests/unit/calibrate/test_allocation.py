@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from fake_results import make_results, make_tables
 from model_parts import by_tensor, ffns_of, find_ffns, shown
+from sparsity_atlas.calibrate import evolution
 from sparsity_atlas.calibrate.allocation import (
     ERROR_GRID,
     LOSS_GRID,
@@ -27,6 +29,7 @@ from sparsity_atlas.calibrate.allocation import (
     single_losses,
     spread,
 )
+from sparsity_atlas.calibrate.divergence import Divergence
 from sparsity_atlas.criteria import Criterion, create
 from sparsity_atlas.criteria.binding import bind_all
 from sparsity_atlas.criteria.calibration_file import write_calibration
@@ -36,6 +39,7 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.figures import layer_by_level
 from sparsity_atlas.sites.block import blocks
 from sparsity_atlas.sites.find import Part, find_parts, intercept, observe
+from sparsity_atlas.sparsify.attach import sparsified
 from sparsity_atlas.tables.read import Tables
 from sparsity_atlas.terms import TENSORS, PlaceKey
 from tiny_models import tiny_model, token_ids
@@ -90,6 +94,17 @@ def model() -> torch.nn.Module:
     model = tiny_model("llama", num_hidden_layers=3)
     with torch.no_grad():
         for scale, ffn in zip((3.0, 1.0, 0.1), find_ffns(model), strict=True):
+            ffn.down.module.weight *= scale
+    return model
+
+
+@pytest.fixture(scope="module")
+def decided() -> torch.nn.Module:
+    """The same, with logits that tell tokens apart."""
+    model = tiny_model("llama", num_hidden_layers=3)
+    with torch.no_grad():
+        model.lm_head.weight *= 40
+        for scale, ffn in zip((30.0, 10.0, 1.0), find_ffns(model), strict=True):
             ffn.down.module.weight *= scale
     return model
 
@@ -306,6 +321,79 @@ def test_greedy_at_all_linear_inputs_goes_by_the_whole_block(
         assert error(dict.fromkeys(rules, 0.5)) == pytest.approx(by_hand, rel=1e-5)
         assert error(dict.fromkeys(rules, 0.0)) == 0
     assert by_hand > 0.01
+
+
+def test_evolution_finds_the_best_allocation_of_all(
+    decided: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against every allocation of a few steps among three layers, by the model's own predictions."""
+    monkeypatch.setattr(evolution, "STEP", 0.25)
+    monkeypatch.setattr(evolution, "LEVELS", np.array([0.5]))
+    parts, _, bound, shares = allocated(decided, "teal", "intermediate", "evolutionary")
+    table = np.array([state["share"].numpy() for state in shares.values()])
+    assert table.mean(0) == pytest.approx(TARGETS)
+    # Each rule at what its layer has: `bound` is by layer, and knows its share.
+    rules = {PlaceKey(layer, "ffn", name): rule for (layer, name), rule in bound.items()}
+    divergence = Divergence(parts, "intermediate", IDS, 4)
+
+    def cost(steps: tuple[int, ...]) -> float:
+        for rule, step in zip(rules.values(), steps, strict=True):
+            rule._share = np.full(len(TARGETS), 0.5 + 0.25 * step)
+        return divergence(rules, 0.5)
+
+    every = [steps for steps in product(range(-2, 3), repeat=3) if sum(steps) == 0]
+    best = min(every, key=cost)
+    assert best != (0, 0, 0)
+    assert table[:, 50] == pytest.approx(0.5 + 0.25 * np.array(best))
+
+
+def test_evolution_keeps_the_target_over_all_parameters(
+    decided: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Blocks first, and greedy within them; what is tried begins with all alike, and with greedy's own."""
+    monkeypatch.setattr(evolution, "LEVELS", np.array([0.3, 0.6]))
+    with caplog.at_level("INFO"):
+        parts, _, bound, shares = allocated(decided, "teal", "all_inputs", "evolutionary")
+    own = {name: state["share"].numpy() for name, state in shares.items()}
+    weights = [
+        place.part.size(place.tensor) * place.part.outputs(place.tensor)
+        for place in places(parts, "all_inputs")
+    ]
+    assert np.average(list(own.values()), axis=0, weights=weights) == pytest.approx(TARGETS)
+    # The log says what was found beside what both even ways cost.
+    greedy_own = allocated(decided, "teal", "all_inputs", "greedy")[3]
+    for level, line in zip((0.3, 0.6), caplog.messages, strict=True):
+        found, alike, divided = map(float, re.findall(r"\d\.\d{2,}", line))
+        rules = {PlaceKey(layer, "ffn", name): rule for (layer, name), rule in bound.items()}
+        divergence = Divergence(parts, "all_inputs", IDS, 4)
+        for expected, tables in (
+            *((found, own), (divided, {n: s["share"].numpy() for n, s in greedy_own.items()})),
+            (alike, dict.fromkeys(own, TARGETS)),
+        ):
+            for key, rule in rules.items():
+                rule._share = tables[state_name(key)]
+            assert divergence(rules, level) == pytest.approx(expected, rel=1e-3)
+        assert found <= min(alike, divided)
+
+
+def test_divergence_is_that_of_the_definition(decided: torch.nn.Module) -> None:
+    """Σ p ln (p / q) in float64, in batches of unlike size; 0 where nothing is dropped."""
+    parts = find_parts(decided)
+    bound = bind_all(create({"rule": "topk"}), parts, "intermediate")
+    divergence = Divergence(parts, "intermediate", IDS, 4)
+    assert divergence(bound, 1.0) == 0
+
+    def logits() -> Tensor:
+        with torch.no_grad():
+            return decided(IDS).logits.double().log_softmax(-1)
+
+    dense = logits()
+    with sparsified(decided, parts, "intermediate", create({"rule": "topk"}), 0.25) as counter:
+        counter.expect(torch.ones_like(IDS, dtype=torch.bool))
+        sparse = logits()
+    by_hand = float((dense.exp() * (dense - sparse)).sum(-1).mean())
+    assert by_hand > 0.01
+    assert divergence(bound, 0.25) == pytest.approx(by_hand, rel=1e-3)
 
 
 def test_a_table_says_what_it_was_made_from(model: torch.nn.Module) -> None:

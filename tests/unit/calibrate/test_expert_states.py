@@ -385,7 +385,7 @@ def test_what_is_refused_is_known_without_a_model() -> None:
     assert "allocation" in (why_not(declared(chosen), chosen) or "")
 
 
-@pytest.mark.parametrize("allocation", ["equal_cett", "sensitivity", "greedy"])
+@pytest.mark.parametrize("allocation", ["equal_cett", "sensitivity", "greedy", "evolutionary"])
 def test_allocations_are_refused(experts: list[Any], allocation: str) -> None:
     criterion = create({"rule": "teal", "allocation": allocation})
     with pytest.raises(AtlasError, match="an allocation levels one error a layer"):

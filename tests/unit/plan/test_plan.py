@@ -21,6 +21,7 @@ from sparsity_atlas.figures.wanted import wanted
 from sparsity_atlas.files.whole import read_manifest, write_manifest
 from sparsity_atlas.lm.journalled import shortest
 from sparsity_atlas.plan import rates
+from sparsity_atlas.plan.captured_passes import passes_of_a_level, passes_of_reuse
 from sparsity_atlas.plan.cost import go_offline_if_unreachable
 from sparsity_atlas.plan.dry_run import Batch, TaskCost
 from sparsity_atlas.plan.forecast import (
@@ -28,8 +29,6 @@ from sparsity_atlas.plan.forecast import (
     Start,
     evaluation_seconds,
     forecast,
-    passes_of_a_level,
-    passes_of_reuse,
     truthfulness_seconds,
 )
 from sparsity_atlas.plan.jobs import UNKNOWN, Amount, Job, jobs
@@ -525,6 +524,30 @@ def test_the_end_takes_its_curves_and_figures(
     # A run of one model and site has smaller figures.
     assert figure_seconds("svg", panels=6) > figure_seconds("svg", panels=1) > 0
     assert figure_seconds("svg", panels=7) == pytest.approx(figure_seconds("svg", panels=6), rel=1)
+
+
+def test_an_allocation_is_timed_by_what_it_runs(model_folder: Path, tmp_path: Path) -> None:
+    """Forward passes of its candidates, over the tokens that divergences are measured on."""
+    criteria = {"teal": {}, "evolved": {"rule": "teal", "allocation": "evolutionary"}}
+    block = {"sites": ["input"], "levels": [0.5], "criteria": list(criteria)}
+    config = make_config(
+        {"m": {"path": str(model_folder)}},
+        {"choice": write_task(tmp_path / "tasks", "choice", choice_documents(), **CHOICE)},
+        block=block,
+        **{"criteria": criteria, "calibration": {"tokens": 256}},
+    )
+    planned = forecast(config, tmp_path / "results")
+    took = {
+        job.node[0]: seconds.expected
+        for job, seconds in zip(planned.jobs, planned.seconds, strict=True)
+        if job.rule == "calibrate" and job.node is not None
+    }
+    outlook = planned.outlooks["m"]
+    once = sum(outlook.seconds[None].values())
+    once /= sum(outlook.costs[task].positions for task in outlook.seconds[None])
+    # Of two layers at nine targets, and of one tensor of each alone at 21 sparsities.
+    run = 1024 * (1 + 9 * (3 + 6 * 4 * 2) + 21)
+    assert took["evolved"] - took["teal"] == pytest.approx(run * once)
 
 
 def test_a_study_of_single_layers(model_folder: Path, tmp_path: Path) -> None:

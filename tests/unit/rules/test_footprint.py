@@ -221,6 +221,26 @@ def test_vectors_are_counted_in_each_part_of_each_layer(tmp_path: Path) -> None:
     assert own._slots("m", sizes, "intermediate@shared+experts") == 2
 
 
+def test_an_evolution_asks_for_its_passes(tmp_path: Path) -> None:
+    write_model(tmp_path / "m", parameters=10**6, hidden=64, width=256)
+    evolved = {"evolved": {"rule": "teal", "allocation": "evolutionary"}}
+    with_evolution = config(device="cpu", criteria={"topp": {}, **evolved})
+    plain, own = (Needs(one, str(tmp_path)) for one in (config(device="cpu"), with_evolution))
+    asked = [
+        own.calibration_minutes("m", allocation, 1)
+        for allocation in ("uniform", "sensitivity", "evolutionary")
+    ]
+    assert asked == sorted(asked)
+    assert asked[0] == plain.capture_minutes("m") < asked[2]
+    sizes = own.sizes("m")
+    assert sizes is not None
+    kept = 1024 * sizes.vocabulary * 4 // 2**20
+    assert host(own, "calibrate", "input") - host(plain, "calibrate", "input") >= kept > 0
+    ask = Asks(with_evolution, str(tmp_path))
+    node = SimpleNamespace(model="m", criterion="evolved", site="input")
+    assert ask.calibration_minutes(node, attempt=2) == 2 * asked[2]
+
+
 def test_each_attempt_asks_for_more(tmp_path: Path) -> None:
     with_manifest(tmp_path)
     ask = Asks(config(device="cuda"), str(tmp_path))
@@ -232,6 +252,7 @@ def test_each_attempt_asks_for_more(tmp_path: Path) -> None:
         ask.node_minutes,
         ask.search_minutes,
         ask.error_minutes,
+        ask.calibration_minutes,
     ):
         once = question_(node, attempt=1)
         assert [question_(node, attempt=n) for n in (2, 3)] == [2 * once, 3 * once]

@@ -27,7 +27,7 @@ class Quantile(Criterion):
     drops everything.
 
     Every layer has the level for its sparsity, or one of its own by `allocation`: equal_cett,
-    sensitivity or greedy, which the module `allocation` describes.
+    sensitivity, greedy or evolutionary, which the module `allocation` describes.
     """
 
     dense_level = 0.0
