@@ -34,7 +34,12 @@ NUMBERS = ("width", "values_stride", "onto_stride", "rank")
 def compile_kernel(kernel: triton.JITFunction, rule: Threshold, dtype: torch.dtype) -> None:
     """Compile one kernel for one rule and type, down to machine code."""
     block = max(GROUP.value, triton.next_power_of_2(WIDTH))
-    constants = {**cuda.variant_of(rule, rule.kind, dtype, WIDTH), "SAME": False, "BLOCK": block}
+    constants = {
+        **cuda.variant_of(rule, rule.kind, dtype, WIDTH),
+        "SAME": False,
+        "BLOCK": block,
+        "CHAINED": True,
+    }
     bits = "*i32" if dtype == torch.float32 else "*i16"
     types = {**dict.fromkeys(("values", "onto", "out"), bits), **POINTERS}
     types |= dict.fromkeys(NUMBERS, "i32") | dict.fromkeys(constants, "constexpr")
@@ -44,7 +49,11 @@ def compile_kernel(kernel: triton.JITFunction, rule: Threshold, dtype: torch.dty
         signature={name: types[name] for name in kernel.arg_names},
         constexprs=constants,
     )
-    triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": warps, "maxnreg": registers})
+    triton.compile(
+        source,
+        GPUTarget("cuda", 90, 32),
+        {"num_warps": warps, "maxnreg": registers, "launch_pdl": True},
+    )
 
 
 def compile_product(kernel: triton.JITFunction, dtype: str, **choices: int | bool) -> None:

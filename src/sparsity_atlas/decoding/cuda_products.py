@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from sparsity_atlas.decoding import cuda_inputs, cuda_outputs
+from sparsity_atlas.decoding import cluster_products, cuda_inputs, cuda_outputs
 from sparsity_atlas.decoding.cuda_entries import ACTIVATIONS
+from sparsity_atlas.decoding.cuda_sources import processors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,17 +103,22 @@ def by_inputs(
     """
     x = vector.values.contiguous()
     (tokens, inputs), outputs = x.shape, weight.shape[1]
+    if cut is None and tokens == 1:
+        size, gated = x.element_size(), second is not None
+        plan = cluster_products.plan_of(inputs, outputs, size, gated, x.device)
+        if plan is not None:
+            return cluster_products.by_inputs(vector, weight, second, bias, activation, plan=plan)
     if cut is None:
         cut = _cut(inputs, outputs, x.element_size(), second is not None, tokens > 1, x.device)
     lines = 1 if tokens == 1 else _TOKENS
     per = triton.cdiv(triton.cdiv(inputs, cut.split), cut.rows) * cut.rows
     tiles = triton.cdiv(outputs, cut.columns)
-    room = _room(x.device)
+    room = room_of(x.device)
     floats = cut.split * lines * outputs * (1 if second is None else 2)
     reach = triton.next_power_of_2(per)
     partial, arrived, lists = room.of(floats, tiles, tiles * cut.split * reach if cut.listed else 1)
     out = torch.empty((tokens, outputs), dtype=x.dtype, device=x.device)
-    with _on(x.device):
+    with on(x.device):
         cuda_inputs.by_inputs[(tiles, cut.split)](
             *(x, weight, weight if second is None else second, weight if bias is None else bias),
             *(out, partial, arrived, lists, x if vector.constants is None else vector.constants),
@@ -130,10 +136,10 @@ def by_inputs(
             PER=reach if cut.listed else 1,
             LISTED=cut.listed,
             UNIT=_unit(x),
-            CHAINED=_chained(x.device),
+            CHAINED=chained(x.device),
             STAGES=cut.stages,
             num_warps=cut.warps,
-            launch_pdl=_chained(x.device),
+            launch_pdl=chained(x.device),
         )
     return out
 
@@ -175,7 +181,7 @@ def by_outputs(
     out = torch.empty((tokens, outputs), dtype=x.dtype, device=x.device)
     keep = 1 if factor is not None else 0 if rule is None else int(rule.keep)
     constants = None if rule is None else rule.constants
-    with _on(x.device):
+    with on(x.device):
         cuda_outputs.by_outputs[(triton.cdiv(outputs, cut.rows),)](
             *(x, weight, weight if second is None else second, weight if bias is None else bias),
             *(x if factor is None else factor.contiguous(), out),
@@ -189,9 +195,9 @@ def by_outputs(
             BR=cut.rows,
             BK=cut.columns,
             UNIT=_unit(x),
-            CHAINED=_chained(x.device),
+            CHAINED=chained(x.device),
             num_warps=cut.warps,
-            launch_pdl=_chained(x.device),
+            launch_pdl=chained(x.device),
         )
     return out
 
@@ -204,11 +210,11 @@ def _cut(
         return known
     if batched:
         columns, rows = _WARP_BYTES // size, 32
-        programs = 4 * _processors(device)
+        programs = 4 * processors(device)
     else:
         # Four times what a warp loads of a row at once: memory gives long stretches faster.
         columns, rows = 4 * _WARP_BYTES // size, 8 if gated else 16
-        programs = 5 * _processors(device)
+        programs = 5 * processors(device)
     while columns > 32 and columns >= 2 * outputs:
         columns, rows = columns // 2, 2 * rows
     split = programs // triton.cdiv(outputs, columns)
@@ -224,14 +230,7 @@ def _output_cut(inputs: int, size: int, batched: bool) -> OutputCut:
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":  # Triton's interpreter
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def _chained(device: torch.device) -> bool:
+def chained(device: torch.device) -> bool:
     """Whether a launch may begin to take its place before the last one has ended: from Hopper on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
@@ -264,7 +263,8 @@ class _Room:
 
 
 @functools.cache
-def _room(device: torch.device) -> _Room:
+def room_of(device: torch.device) -> _Room:
+    """The memory that all launches on a device share."""
     return _Room(device)
 
 
@@ -273,5 +273,6 @@ def _unit(x: Tensor) -> tl.dtype:
     return _UNITS[x.dtype] if x.is_cuda else tl.float32
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Within: launches are on this device; nothing for Triton's interpreter."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -35,6 +35,13 @@ from sparsity_atlas.kernels.definition import (
     not_above,
 )
 
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # an older Triton
+    _CHAINS = False
+else:
+    _CHAINS = True
+
 if TYPE_CHECKING:
     from torch import Tensor
     from triton.compiler import CompiledKernel
@@ -46,6 +53,8 @@ _EMPTY_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 # Entries a thread. Many make sums within a thread of sums between threads, but fill few rows' threads.
 ENTRIES, WIDE, WIDE_ENTRIES = 32, 16384, 64
 _REGISTERS_AN_ENTRY = 2  # one holds its score
+# Rows of a step of decoding, which waits for them.
+_FEW_ROWS = 16
 _MANY_REGISTERS = 255  # for masses in float64 and for weights, which take as many again
 _REGISTERS = 65536  # of a processor
 
@@ -60,7 +69,7 @@ def masked(rule: Threshold, values: Tensor, onto: Tensor) -> tuple[Tensor, Tenso
     finite = torch.empty(rows, dtype=torch.bool, device=values.device)
     if rows == 0:
         return out, zeros, finite
-    plan = _plan(rule, width, values.dtype, values.device, same)
+    plan = _plan(rule, width, values.dtype, values.device, same, rows <= _FEW_ROWS)
     arguments = (
         *(bits_of(one) for one in (values, onto, out)),
         zeros,
@@ -104,7 +113,7 @@ class _Plan(NamedTuple):
 # Made once: a forward pass over few tokens waits for its host.
 @functools.lru_cache(maxsize=256)
 def _plan(
-    rule: Threshold, width: int, dtype: torch.dtype, device: torch.device, same: bool
+    rule: Threshold, width: int, dtype: torch.dtype, device: torch.device, same: bool, few: bool
 ) -> _Plan:
     kind, constants = rule.kind, rule.constants
     if kind == "share" and rule.amount >= 1:
@@ -116,18 +125,22 @@ def _plan(
     bounds = numbers if constants is None else constants
     block = max(GROUP.value, triton.next_power_of_2(width))
     variant = variant_of(rule, kind, dtype, width)
-    options = variant | {"SAME": same, "BLOCK": block}
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    chained = few and hopper and _CHAINS
+    options = variant | {"SAME": same, "BLOCK": block, "CHAINED": chained}
     compiled_in = tuple(options[name] for name in _mask.arg_names if name in options)
     many = variant["WEIGHTED"] or variant["DIGITS"] or variant["UNIT_IS_PEAK"]
-    warps, registers = launch(block, many=bool(many))
+    warps, registers = launch(block, many=bool(many), few=few)
     options |= {"num_warps": warps, "maxnreg": registers}
+    if chained:
+        options["launch_pdl"] = True
     rank = int(rule.amount) if kind == "rank" else 0
     return _Plan((weights, bounds, numbers), rank, options, compiled_in, {})
 
 
-def launch(block: int, *, many: bool) -> tuple[int, int]:
-    """Warps a row, and registers a thread, for rows of up to `block` entries."""
-    entries = WIDE_ENTRIES if block >= WIDE else ENTRIES
+def launch(block: int, *, many: bool, few: bool = False) -> tuple[int, int]:
+    """Warps a row, and registers a thread, for (few) rows of up to `block` entries."""
+    entries = WIDE_ENTRIES if block >= WIDE and not few else ENTRIES
     warps = min(32, max(1, block // (32 * entries)))
     registers = _MANY_REGISTERS if many else _REGISTERS_AN_ENTRY * entries
     return warps, min(registers, _REGISTERS // (32 * warps))
@@ -204,8 +217,13 @@ def _mask(
     MASS_BITS: tl.constexpr,
     SAME: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """Mask one row."""
+    if CHAINED:
+        # The next launch may take its place already; this one waits for what the last one wrote.
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     score, peak = load_row(values, weights, row, width, values_stride, HALF, WEIGHTED, BLOCK)
     whole = peak < INFINITY

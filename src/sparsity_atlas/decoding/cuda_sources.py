@@ -1,0 +1,148 @@
+"""Kernels in CUDA C++: compiled when they are first needed, for Hopper and what comes after it.
+
+An optional way: `cuda.bindings` and its NVRTC come with torch for CUDA. Where they are missing, on an older
+device, and for what these kernels are not made for, `cuda_products` does it with Triton.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+# What all of them begin with; the others, and the names of their kernels.
+DEVICE = "device.cu"
+ENTRIES = {"cluster_product.cu": "by_inputs"}
+TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+# Bytes that a thread reads at once.
+READ = 16
+
+
+@functools.cache
+def has_clusters(device: torch.device) -> bool:
+    """Whether a device has clusters of blocks, and this Python what compiles for it."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    try:
+        from cuda.bindings import driver, nvrtc  # noqa: F401
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "cuda":
+            raise
+        return False
+    return True
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; of Triton's interpreter, some."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch(
+    source: str,
+    defined: dict[str, int],
+    grid: tuple[int, int],
+    shared: int,
+    tensors: Sequence[Tensor],
+    numbers: tuple[int, int],
+) -> None:
+    """Launch a kernel, which may begin before the last launch has ended, and waits for it itself.
+
+    Args:
+        source: file, whose kernel has its name.
+        defined: what the file wants to be fixed.
+        grid: blocks; each of its rows is a cluster.
+        shared: bytes of shared memory of a block.
+        tensors: the kernel's first arguments.
+        numbers: its last ones.
+    """
+    from cuda.bindings import driver
+
+    device = tensors[0].device
+    kernel = _kernel(source, tuple(defined.items()), shared, device)
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = defined["THREADS"], 1, 1
+    config.sharedMemBytes = shared
+    config.hStream = torch.cuda.current_stream(device).cuda_stream
+    kinds = driver.CUlaunchAttributeID
+    cluster, chained = driver.CUlaunchAttribute(), driver.CUlaunchAttribute()
+    cluster.id = kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    sizes = cluster.value.clusterDim
+    sizes.x, sizes.y, sizes.z = grid[0], 1, 1
+    chained.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    chained.value.programmaticStreamSerializationAllowed = 1
+    config.attrs, config.numAttrs = [cluster, chained], 2
+    arguments = (*(one.data_ptr() for one in tensors), *numbers)
+    types = (*[ctypes.c_void_p] * len(tensors), *[ctypes.c_int] * len(numbers))
+    with torch.cuda.device(device):
+        _done(driver.cuLaunchKernelEx(config, kernel, (arguments, types), 0))
+
+
+@functools.cache
+def _kernel(
+    source: str, defined: tuple[tuple[str, int], ...], shared: int, device: torch.device
+) -> Any:
+    """The kernel for a device, compiled for what is defined."""
+    from cuda.bindings import driver
+
+    major, minor = torch.cuda.get_device_capability(device)
+    code = compiled(source, dict(defined), f"sm_{major}{minor}")
+    with torch.cuda.device(device):
+        # torch has made the context that the driver needs when it has done anything.
+        torch.cuda.current_stream().synchronize()
+        module = _done(driver.cuModuleLoadData(code))
+    kernel = _done(driver.cuModuleGetFunction(module, ENTRIES[source].encode()))
+    attributes = driver.CUfunction_attribute
+    most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _done(driver.cuFuncSetAttribute(kernel, most, shared))
+    large = attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+    _done(driver.cuFuncSetAttribute(kernel, large, 1))
+    return kernel
+
+
+def compiled(source: str, defined: dict[str, int], architecture: str) -> bytes:
+    """Machine code of a kernel.
+
+    Args:
+        source: its file.
+        defined: what the file wants to be fixed.
+        architecture: as NVRTC calls it.
+
+    Raises:
+        RuntimeError: with the compiler's words.
+    """
+    from cuda.bindings import nvrtc
+
+    files = (resources.files(__package__).joinpath(name) for name in (DEVICE, source))
+    text = b"".join(one.read_bytes() for one in files)
+    program = _done(nvrtc.nvrtcCreateProgram(text, source.encode(), 0, [], []))
+    options = [f"--gpu-architecture={architecture}", "--std=c++17"]
+    options += [f"-D{name}={value}" for name, value in defined.items()]
+    found = nvrtc.nvrtcCompileProgram(program, len(options), [one.encode() for one in options])
+    if int(found[0]):
+        log = b" " * _done(nvrtc.nvrtcGetProgramLogSize(program))
+        _done(nvrtc.nvrtcGetProgramLog(program, log))
+        raise RuntimeError(log.decode())
+    code: bytes = b" " * _done(nvrtc.nvrtcGetCUBINSize(program))
+    _done(nvrtc.nvrtcGetCUBIN(program, code))
+    _done(nvrtc.nvrtcDestroyProgram(program))
+    return code
+
+
+def _done(found: tuple[Any, ...]) -> Any:
+    """What a call of the driver or of the compiler gave, if it went well."""
+    error, *made = found
+    if int(error):
+        raise RuntimeError(f"CUDA: {error!r}")
+    return made[0] if made else None

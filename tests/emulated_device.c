@@ -1,0 +1,168 @@
+// What the kernels in CUDA C++ take from a device, for a CPU: `device.cu` has the same names. The threads of a
+// cluster take turns; one that waits for others lets them go on. For TYPE 0 (bfloat16) and 2 (float32).
+#include <math.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+typedef uint32_t u32;
+typedef uint16_t u16;
+typedef struct { u32 x, y; } uint2;
+typedef struct { u32 x, y, z, w; } uint4;
+typedef struct { float x, y, z, w; } float4;
+
+#if TYPE == 2
+typedef float Number;
+#define VECTOR 4
+#else
+typedef u16 Number;
+#define VECTOR 8
+#endif
+#define ENTRY static void
+#define __device__ static inline
+#define __forceinline__
+#define make_uint2(...) ((uint2){__VA_ARGS__})
+#define make_uint4(...) ((uint4){__VA_ARGS__})
+#define make_float4(...) ((float4){__VA_ARGS__})
+#define __popc __builtin_popcount
+#define COUNT (THREADS * SPLIT)
+#define STACK 65536
+
+typedef struct { int x, y; } Index;
+static struct { ucontext_t context; bool ended; } all[COUNT];
+static ucontext_t outside;
+static int now;  // who has its turn
+static Index threadIdx, blockIdx, gridDim;
+static unsigned char rooms[SPLIT][ROOM] __attribute__((aligned(16)));
+
+// Where whole warps, blocks or clusters meet: how many have come, how often all had, and what each brought.
+typedef struct { int come, times; } Meeting;
+static Meeting warps[COUNT / 32], blocks[SPLIT], cluster;
+static u32 brought[COUNT];
+
+static void others(void) {
+    const int mine = now;
+    swapcontext(&all[mine].context, &outside);
+}
+
+static void meet(Meeting* where, int all_of_them) {
+    const int before = where->times;
+    if (++where->come == all_of_them) {
+        where->come = 0;
+        ++where->times;
+    }
+    while (where->times == before) others();
+}
+
+static u32 exchanged(u32 mine, int from, u32 otherwise) {
+    const int first = now / 32 * 32;
+    brought[now] = mine;
+    meet(&warps[now / 32], 32);
+    const u32 found = from < 0 ? otherwise : brought[first + from];
+    meet(&warps[now / 32], 32);
+    return found;
+}
+
+static u32 __ballot_sync(u32 who, bool yes) {
+    u32 made = 0;
+    brought[now] = yes;
+    meet(&warps[now / 32], 32);
+    for (int lane = 0; lane < 32; ++lane) made |= brought[now / 32 * 32 + lane] << lane;
+    meet(&warps[now / 32], 32);
+    return made;
+}
+
+static int __shfl_sync(u32 who, int mine, int from) { return (int)exchanged((u32)mine, from, 0); }
+
+static int __shfl_up_sync(u32 who, int mine, int step) {
+    return (int)exchanged((u32)mine, now % 32 - step, (u32)mine);
+}
+
+static float __uint_as_float(u32 bits) {
+    float made;
+    memcpy(&made, &bits, 4);
+    return made;
+}
+
+static u32 __float_as_uint(float one) {
+    u32 bits;
+    memcpy(&bits, &one, 4);
+    return bits;
+}
+
+static float __shfl_xor_sync(u32 who, float mine, int with) {
+    return __uint_as_float(exchanged(__float_as_uint(mine), now % 32 ^ with, 0));
+}
+
+static void __syncthreads(void) { meet(&blocks[now / THREADS], THREADS); }
+static void cluster_meets(void) { meet(&cluster, COUNT); }
+static void last_launch_ends(void) {}
+static unsigned char* block_room(void) { return rooms[now / THREADS]; }
+
+static float of_cluster(const float* own, u32 rank) {
+    float found;
+    memcpy(&found, rooms[rank] + ((const unsigned char*)own - rooms[now / THREADS]), 4);
+    return found;
+}
+
+#if TYPE == 2
+static float widened(float one) { return one; }
+static float rounded(float one) { return one; }
+#else
+static float widened(u16 one) { return __uint_as_float((u32)one << 16); }
+static u16 rounded(float one) {
+    const u32 bits = __float_as_uint(one);
+    return one != one ? 0x7fff : (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+#endif
+
+static uint4 read(const Number* place) {
+    uint4 found;
+    memcpy(&found, place, 16);
+    return found;
+}
+
+#include SOURCE
+
+static struct {
+    const Number *x, *weight, *second, *bias;
+    Number* out;
+    const float* cuts;
+    int K, N;
+} given;
+
+static void thread(void) {
+    KERNEL(given.x, given.weight, given.second, given.bias, given.out, given.cuts, given.K, given.N);
+    all[now].ended = true;
+    others();
+}
+
+// The whole grid, a cluster after another.
+void launch(const void* x, const void* weight, const void* second, const void* bias, void* out, const void* cuts,
+            int K, int N, int tiles) {
+    given.x = x, given.weight = weight, given.second = second, given.bias = bias, given.out = out;
+    given.cuts = cuts, given.K = K, given.N = N, gridDim.y = tiles;
+    char* stacks = malloc((size_t)COUNT * STACK);
+    for (int tile = 0; tile < tiles; ++tile) {
+        memset(rooms, 0xff, sizeof rooms);  // NaN, where nothing was written
+        for (int i = 0; i < COUNT; ++i) {
+            getcontext(&all[i].context);
+            all[i].context.uc_stack.ss_sp = stacks + (size_t)i * STACK;
+            all[i].context.uc_stack.ss_size = STACK;
+            makecontext(&all[i].context, thread, 0);
+            all[i].ended = false;
+        }
+        for (int left = COUNT; left > 0;) {
+            left = 0;
+            for (now = 0; now < COUNT; ++now) {
+                if (all[now].ended) continue;
+                ++left;
+                threadIdx.x = now % THREADS, blockIdx.x = now / THREADS, blockIdx.y = tile;
+                swapcontext(&outside, &all[now].context);
+            }
+        }
+    }
+    free(stacks);
+}
