@@ -55,6 +55,10 @@ HEAVY_IMPORTS = (
     "sparsity_atlas.lm.model, sparsity_atlas.sites.find, sparsity_atlas.tasks.load, "
     "lm_eval.evaluator"
 )
+# Also of one that finds its tensors captured.
+CAPTURE_IMPORTS = (
+    "sparsity_atlas.activations.capture, zarr, transformers.models.auto.tokenization_auto"
+)
 LIGHT_IMPORTS = "sparsity_atlas.curves.curve, sparsity_atlas.tables.summarize"
 DRAWING_IMPORTS = {"figures": "sparsity_atlas.figures.draw", "page": "sparsity_atlas.report.report"}
 # What the tables' stage takes of a curve, as measured, in the time of its imports.
@@ -67,6 +71,7 @@ class Start:
     """Seconds that every job spends before its own work, and those of whole jobs in earlier runs."""
 
     light: float
+    capture: float
     heavy: float
     tasks: float
     recorded: dict[str, float]
@@ -117,9 +122,10 @@ def forecast(config: Config, results: Path) -> Forecast:
                 unknowns.note(f"speed of {model}", error)
         if outlook.parameters is not None and not outlook.shapes:
             unknowns.note(f"activations of {model}", "its FFNs are looked for in its weights")
-    start = Start(0, 0, tasks_seconds, recorded(results / "benchmarks"))
+    start = Start(0, 0, 0, tasks_seconds, recorded(results / "benchmarks"))
     if left:
         start.light, start.heavy = import_seconds(LIGHT_IMPORTS), import_seconds(HEAVY_IMPORTS)
+        start.capture = import_seconds(CAPTURE_IMPORTS)
     once = {model: _pass_seconds(config, outlook) for model, outlook in outlooks.items()}
     curves = {job.model for job in left if job.rule == "curve"}
     statistics = {model: _statistics_seconds(config, outlooks[model]) for model in curves}
@@ -129,7 +135,7 @@ def forecast(config: Config, results: Path) -> Forecast:
         took = Amount() if job.done else _seconds(job, outlooks.get(job.model), start)
         if job.rule == "capture" and not job.done and job.model not in captured:
             # The first of a model's captures loads and runs the model for all of them.
-            took += Amount.exactly(start.heavy + outlooks[job.model].ready) + once[job.model]
+            took += Amount.exactly(outlooks[job.model].ready) + once[job.model]
             captured.add(job.model)
         if job.rule == "curve" and not job.done and job.rule not in start.recorded:
             took += statistics[job.model]
@@ -175,13 +181,14 @@ def _ending_seconds(config: Config, rule: str, start: Start) -> Amount:
     from sparsity_atlas.report.report import MODEL_FIGURES
 
     compared = {(curve.model, curve.site) for curve in grid.curves(config)}
-    panels = max(len({pair[place] for pair in compared}) for place in (0, 1))
-    if rule == "figures":
-        drawn = len(wanted(config)) * figure_seconds("svg", "png", panels=panels)
-    else:
-        models = len(grid.models(config))
-        drawn = len(MODEL_FIGURES) * models * figure_seconds("svg", panels=panels)
-    return Amount.exactly(import_seconds(DRAWING_IMPORTS[rule]) + drawn)
+    # Some have a panel for each model, the others one for each site.
+    panels = [len({pair[place] for pair in compared}) for place in (0, 1)]
+    suffixes = ("svg", "png") if rule == "figures" else ("svg",)
+    one = sum(figure_seconds(*suffixes, panels=count) for count in panels) / len(panels)
+    drawn = len(wanted(config))
+    if rule == "page":
+        drawn = len(MODEL_FIGURES) * len(grid.models(config))
+    return Amount.exactly(import_seconds(DRAWING_IMPORTS[rule]) + drawn * one)
 
 
 def _same_curve(one: Job, other: Job) -> bool:
@@ -298,7 +305,7 @@ def _seconds(job: Job, outlook: Outlook | None, start: Start) -> Amount:
         return Amount.exactly(start.recorded.get(job.rule, start.light))
     if job.rule == "capture":
         # The record of another model's captures says little: they are as long as it is large.
-        return Amount.exactly(start.light)
+        return Amount.exactly(start.capture)
     alone = start.heavy + (outlook or Outlook()).ready
     if job.rule in ("sensitivity", "speed", "calibrate"):
         # What they take beside that follows from what they are asked: others' records say little of it.

@@ -21,6 +21,8 @@ STAGES = (
 EVALUATING = {"dense", "search", "evaluate", "sensitivity", "answers"}
 LIGHT = {"run_config", "metrics", "curve", "model_summary", "tables", "figures", "page", "all"}
 LIGHT |= {"truthfulness"}
+# Of these the first job of a model does the work for all of them, whichever it is.
+FIRST = {"capture"}
 # How much a seen job says of another one: of the same rule, of a like one, of any; more for one model.
 SAME_RULE, LIKE, OTHER = 1.0, 0.2, 0.02
 ANOTHER_MODEL = 0.3
@@ -97,11 +99,12 @@ class TimeLeft:
         """A job was started."""
         self._start = now if self._start is None else self._start
         forecast = self._usual.get(key.rule, 0.0)
-        for place, (one, seconds) in enumerate(self._waiting[key.rule]):
-            if one == key:
-                forecast = seconds
-                del self._waiting[key.rule][place]
-                break
+        waiting, first = self._waiting[key.rule], key.rule in FIRST
+        own = [one for one in waiting if one[0] == key or (first and one[0].model == key.model)]
+        if own:
+            chosen = max(own, key=lambda one: one[1])
+            forecast = chosen[1]
+            waiting.remove(chosen)
         self._begun[key.rule] += 1
         self._running[job] = _Running(key, now, forecast)
         self._at_once = max(self._at_once, len(self._running))

@@ -519,9 +519,9 @@ def test_the_end_takes_its_curves_and_figures(
     planned = forecast(config, tmp_path / "results")
     took = dict(zip([job.rule for job in planned.jobs], planned.seconds, strict=True))
     assert took["tables"].expected == pytest.approx(5 * (1 + 2 * TABLES_OF_A_CURVE))
-    assert took["figures"].expected == pytest.approx(5 + 200 * len(wanted(config)))
-    assert took["page"].expected == pytest.approx(5 + 100 * len(MODEL_FIGURES))
-    # A run of one model and site has smaller figures.
+    assert took["figures"].expected == pytest.approx(5 + 150 * len(wanted(config)))
+    assert took["page"].expected == pytest.approx(5 + 75 * len(MODEL_FIGURES))
+    # Half of two panels and half of one; a run of one model and site has smaller figures.
     assert figure_seconds("svg", panels=6) > figure_seconds("svg", panels=1) > 0
     assert figure_seconds("svg", panels=7) == pytest.approx(figure_seconds("svg", panels=6), rel=1)
 
@@ -628,7 +628,7 @@ def test_a_job_builds_its_requests_once() -> None:
     node = ("topp", "input")
     job = Job("search", "m", False, node, evaluations={"choice": Amount(7, 9)})
     outlook = Outlook(costs={"choice": cost}, ready=1000.0, seconds={node: {"choice": 2.0}})
-    start = Start(light=0.0, heavy=100.0, tasks=10.0, recorded={})
+    start = Start(light=0.0, capture=0.0, heavy=100.0, tasks=10.0, recorded={})
     took = evaluation_seconds(job, outlook, start)
     assert (took.expected, took.most) == (1150 + 7 * 5, 1150 + 9 * 5)
 
