@@ -26,6 +26,7 @@ OF_OTHERS = {
     f"{{model}}/{{criterion}}/{{site}}/{{level}}/{name}.parquet"
     for name in ("experts", "steps", "texts")
 } | {"{model}/answers/{task}.parquet", "{model}/dense/gates.parquet"}
+OF_OTHERS.add("{model}/{criterion}/{site}/speed.parquet")
 
 
 def documented() -> dict[str, set[str]]:

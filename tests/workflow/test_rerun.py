@@ -113,6 +113,15 @@ def test_a_sensitivity_level_added(smoke: Checkout, config: dict[str, Any]) -> N
     assert planned.of("tables")
 
 
+def test_times_asked_for(smoke: Checkout, config: dict[str, Any]) -> None:
+    """The curve is timed, once all of it is there, and nothing else of it runs again."""
+    config["run"][1]["speed"] = {"device": "cpu", "tokens": [1, 2]}
+    planned = smoke.plan(config=config)
+    assert planned.of(*HEAVY, "curve") == set()
+    assert planned.of("speed") == {"speed zoo-small/topk/intermediate/speed.parquet"}
+    assert planned.of("tables")
+
+
 def test_a_study_taken_away(smoke: Checkout, config: dict[str, Any]) -> None:
     """Its file stays, and no table shows it."""
     del config["run"][1]["sensitivity"]
@@ -247,6 +256,9 @@ SOURCES = {
     "activations/metrics.py": {"metrics"},
     "studies/output_error.py": {"output_error"},
     "studies/sensitivity.py": {"sensitivity"},
+    # Nothing of the smoke run is timed.
+    "speed/measure.py": set(),
+    "decoding/maps.py": set(),
     "evaluation/evaluate.py": {"dense", "evaluate", "search", "curve", "output_error"},
     "lm/model.py": {"dense", "evaluate", "search", "curve", "output_error"},
     "activations/spool.py": {"capture", "metrics", "output_error", "sensitivity"},

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from checkout import ROOT
 from mixtures import tiny_mixture
+from sparsity_atlas.activations import capture
 from sparsity_atlas.criteria import create
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.files.whole import write_manifest
 from sparsity_atlas.models.parameters import count_parameters
 from sparsity_atlas.sites.find import describe_parts, find_parts, random_ids
 from sparsity_atlas.speed import measure
-from sparsity_atlas.speed.speed_table import OK, REFUSED, TOKEN
+from sparsity_atlas.speed.speed_table import OK, REFUSED, SCHEMA, SPEED, TOKEN, speed_rows
+from tiny_lm import run_stage, sentences
 from tiny_models import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -123,3 +131,61 @@ def test_a_context_beyond_the_models_is_refused() -> None:
     (whole,) = (row for row in rows if row["timed"] == TOKEN)
     assert whole["status"] == REFUSED
     assert (whole["context"], "100002 are wanted" in whole["reason"]) == (100_000, True)
+
+
+def stage(manifest: Path, folder: Path, **settings: Any) -> Path:
+    """The stage by its command line, of a model whose text is captured."""
+    text = folder / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in sentences(80, seed=3)))
+    given = {"dtype": "auto", "device": "cpu", "text": {"file": str(text)}, "tokens": 160}
+    given |= {"sequence_length": 16, "batch_size": 4, "add_bos_token": None}
+    run_stage(
+        capture,
+        {
+            **{"--model": manifest, "--site": "intermediate", "--siblings": "intermediate"},
+            **{"--settings": json.dumps(given), "--store": folder / "activations.zarr"},
+            "--output": folder / "capture/intermediate.json",
+        },
+    )
+    output = folder / "tiny/topp/intermediate/speed.parquet"
+    write_manifest(output.with_name("curve.json"), CURVE)
+    run_stage(
+        measure,
+        {
+            **{"--model": manifest, "--site": "intermediate", "--calibration": ""},
+            **{"--store": folder / "activations.zarr", "--output": output},
+            **{
+                "--criterion": json.dumps({"rule": "topp"}),
+                "--curve": output.parent / "curve.json",
+            },
+            "--settings": json.dumps({**SETTINGS, "calibration_tokens": 32, **settings}),
+        },
+    )
+    return output
+
+
+def test_the_command_names_the_machine(manifest: Path, tmp_path: Path) -> None:
+    rows = list(speed_rows([stage(manifest, tmp_path, tokens=[1], contexts=[])]))
+    assert list(rows[0]) == SPEED
+    assert {(row["model"], row["criterion"], row["site"]) for row in rows} == {
+        ("tiny", "topp", "intermediate")
+    }
+    assert {row["timed"] for row in rows} == {"ffn"}
+    assert {row["dtype"] for row in rows} == {"float32"}
+    assert all("1 thread" in row["device"] and "numba" in row["versions"] for row in rows)
+
+
+def test_too_little_text_ends_in_one_line(manifest: Path, tmp_path: Path) -> None:
+    with pytest.raises(AtlasError, match=r"capture\.tokens: 0 are too few to time 16 tokens"):
+        # All is left to calibrations.
+        stage(manifest, tmp_path, tokens=[16], calibration_tokens=160)
+
+
+def test_the_columns_are_written_down() -> None:
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    for title, names in (
+        ("speed.csv", SPEED),
+        ("{model}/{criterion}/{site}/speed.parquet", SCHEMA.names),
+    ):
+        section = text.partition(f"### `{title}`")[2].partition("### ")[0]
+        assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == names
