@@ -56,9 +56,7 @@ HEAVY_IMPORTS = (
     "lm_eval.evaluator"
 )
 # Also of one that finds its tensors captured.
-CAPTURE_IMPORTS = (
-    "sparsity_atlas.activations.capture, zarr, transformers.models.auto.tokenization_auto"
-)
+CAPTURE_IMPORTS = "sparsity_atlas.activations.capture, torch, zarr, transformers.models.auto"
 LIGHT_IMPORTS = "sparsity_atlas.curves.curve, sparsity_atlas.tables.summarize"
 DRAWING_IMPORTS = {"figures": "sparsity_atlas.figures.draw", "page": "sparsity_atlas.report.report"}
 # What the tables' stage takes of a curve, as measured, in the time of its imports.
