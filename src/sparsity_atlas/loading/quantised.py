@@ -7,7 +7,8 @@ unit vectors (`criteria.place.matrix`).
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,9 @@ class Method:
     packed: bool = True
     unpacks: bool = False
 
+
+# Tensors by which a packed map rounds what it reads or gives: plain numbers have no use for them.
+_ROUNDS = re.compile(r"\.(?:input|output|activation|k|v)_(?:global_scale|scale|zero_point)$")
 
 # By `quant_method` in config.json.
 METHODS = {
@@ -150,6 +154,11 @@ def in_numbers(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
         move: Any = model.to
         move(getattr(torch, dtype))
     return model
+
+
+def rounding(names: Iterable[str]) -> set[str]:
+    """Those of some tensors of a checkpoint that round what a packed map reads or gives."""
+    return {name for name in names if _ROUNDS.search(name)}
 
 
 def _installed(package: str) -> bool:

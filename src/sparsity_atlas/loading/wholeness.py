@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.loading.checkpoint import FLOATING, Checkpoint
 from sparsity_atlas.loading.layouts import layout_in
+from sparsity_atlas.loading.quantised import rounding
 from sparsity_atlas.sites.offloading import offloaded, present
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ def check_whole(checkpoint: Checkpoint, report: dict[str, Any], config: Any) -> 
         )
         names = [entry[0] for entry in mismatched]
         faults.append(f"{_count(names, 'has', 'have')} another shape ({_some(shown)})")
+    if checkpoint.dequantise:
+        unexpected -= rounding(unexpected)
     if unexpected and not faults:
         # Older releases saved masks and tables that are computed today.
         unexpected -= _constants(checkpoint, unexpected)

@@ -136,6 +136,23 @@ def test_fp8_in_plain_numbers(tmp_path: Path) -> None:
         assert blank(Checkpoint(folder, dequantise=True)).num_parameters() == model.num_parameters()
 
 
+def test_what_rounds_the_inputs_of_packed_maps_alone(tmp_path: Path) -> None:
+    """Scales that were fixed beforehand, one a map; anything else that the model lacks is still refused."""
+    folder = save_model(tmp_path, **SIZES)
+    plain = quantise_fp8(folder)
+    path = folder / "model.safetensors"
+    stored = load_file(path)
+    maps = [name.removesuffix("weight") for name in plain if "_proj" in name]
+    for end in ("input_scale", "input_zero_point", "output_scale"):
+        stored |= {f"{name}{end}": torch.ones(1) for name in maps}
+    save_file(stored, path, metadata={"format": "pt"})
+    model = load(Checkpoint(folder, dequantise=True), device="cpu")
+    assert set(dict(model.named_parameters())) == set(plain)
+    save_file({**stored, f"{maps[0]}odd_scale": torch.ones(1)}, path, metadata={"format": "pt"})
+    with pytest.raises(AtlasError, match=r"1 tensor is not expected \(\S+odd_scale\)"):
+        load(Checkpoint(folder, dequantise=True), device="cpu")
+
+
 def test_what_is_said_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_model(tmp_path / "m", **SIZES)
     quantise_fp8(folder)
