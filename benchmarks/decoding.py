@@ -182,10 +182,13 @@ def main() -> None:
     parser.add_argument("--cuts", type=Path, help="what `decoding_tune.py` chose")
     arguments = parser.parse_args()
     if arguments.cuts:
-        from sparsity_atlas.decoding import cuda_products
+        from sparsity_atlas.decoding import cluster_products, cuda_products
 
         for inputs, outputs, gated, cut in json.loads(arguments.cuts.read_text()):
-            cuda_products.CUTS[inputs, outputs, gated] = cuda_products.Cut(*cut)
+            if len(cut) == len(cluster_products.Plan._fields):
+                cluster_products.PLANS[inputs, outputs, gated] = cluster_products.Plan(*cut)
+            else:
+                cuda_products.CUTS[inputs, outputs, gated] = cuda_products.Cut(*cut)
     torch.manual_seed(0)
     print(machine(arguments.device), flush=True)
     wanted = tuple(arguments.sparsities)

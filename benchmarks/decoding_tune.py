@@ -1,4 +1,8 @@
-"""On a GPU: how the products of `decoding.cuda_products` are best cut into programs; see `decoding.py`."""
+"""On a GPU: how the products of `decoding` are best cut into blocks; see `decoding.py`.
+
+python benchmarks/decoding_tune.py                      # those in CUDA C++, of one token
+python benchmarks/decoding_tune.py --kernels triton --output cuts.json
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +24,12 @@ from torch import Tensor
 
 from decoding import SHAPES, TYPES
 from measure import machine
-from sparsity_atlas.decoding import cuda_products
+from sparsity_atlas.decoding import cluster_products, cuda_products, row_products
 from sparsity_atlas.decoding.trial import fixed, layers_of, matrix, timed
 from sparsity_atlas.decoding.vector import prepared
 
 Cut, OutputCut = cuda_products.Cut, cuda_products.OutputCut
+Plan, Rows = cluster_products.Plan, row_products.Rows
 PROCESSORS = 132
 # Of the first, the best go on to the others.
 SPARSITIES = (0.5, 0.05, 0.3, 0.89)
@@ -55,6 +61,34 @@ def input_cuts(inputs: int, outputs: int, size: int, gated: bool) -> list[Cut]:
             found.append(Cut(rows, columns, split, 4, listed, True, 3))
     return list(dict.fromkeys(found))
 
+
+def plans(inputs: int, outputs: int, size: int, gated: bool) -> list[Plan]:
+    """Ways to cut a product into clusters that are worth trying: all blocks have a place at once."""
+    found = []
+    for threads, per_row, split, unroll, loaded in itertools.product(
+        (128, 256, 512), (16, 32, 64), (1, 2, 4, 8, 16), (3, 4, 6, 8), (512, 768, 1024, 1536)
+    ):
+        plan = Plan(threads, per_row, split, unroll, loaded // threads)
+        blocks = math.ceil(outputs * size / (16 * per_row)) * split
+        if (
+            loaded % threads == 0
+            and 0.35 * 512 / threads < blocks / PROCESSORS <= 0.93 * plan.blocks
+            and 3000 <= loaded * unroll * (1 + gated) <= 8192
+            and plan.shared(inputs, size, 1 + gated) * plan.blocks <= 200 * 1024
+            and plan.chunks(inputs) <= threads // 2
+        ):
+            found.append(plan)
+    return found
+
+
+# Rows of the two factors' maps.
+ROWS = [
+    Rows(threads, rows, loaded // threads)
+    for threads, rows, loaded in itertools.product(
+        (64, 128, 256, 512), (1, 2, 4), (512, 768, 1024, 1536)
+    )
+    if loaded % threads == 0
+]
 
 OUTPUT_CUTS = [
     OutputCut(rows, columns, warps)
@@ -109,8 +143,8 @@ def jobs(dtype: torch.dtype) -> list[tuple[int, int, bool, torch.dtype, Cut | Ou
 
 
 def best_of(
-    name: str, inputs: int, outputs: int, gated: bool, dtype: torch.dtype, show: int
-) -> Cut:
+    name: str, inputs: int, outputs: int, gated: bool, dtype: torch.dtype, arguments: Any
+) -> Cut | Plan:
     """The cut that is best all in all, over the sparsities."""
     layers = layers_of(inputs * outputs * (1 + gated), dtype, "cuda")
     weights = [
@@ -119,13 +153,16 @@ def best_of(
     ]
     x = torch.randn(1, inputs, device="cuda").to(dtype)
     activation = "silu" if gated else None
-    cuts = input_cuts(inputs, outputs, dtype.itemsize, gated)
-    took: dict[Cut, list[float]] = {}
+    clusters = arguments.kernels == "clusters"
+    by_inputs = cluster_products.by_inputs if clusters else cuda_products.by_inputs
+    word, ways = ("plan", plans) if clusters else ("cut", input_cuts)
+    cuts: list[Any] = ways(inputs, outputs, dtype.itemsize, gated)
+    took: dict[Any, list[float]] = {}
     for sparsity in SPARSITIES:
         vector = prepared(fixed(x, sparsity), x, fused=True)
         for cut in cuts:
             calls = [
-                partial(cuda_products.by_inputs, vector, *three, activation=activation, cut=cut)
+                partial(by_inputs, vector, *three, activation=activation, **{word: cut})
                 for three in weights
             ]
             try:
@@ -138,7 +175,7 @@ def best_of(
             (one for one in took if len(took[one]) == len(took[cuts[0]])),
             key=lambda cut: took[cut][-1],
         )
-        for cut in ranked[:show]:
+        for cut in ranked[: arguments.show]:
             print(f"{name} {sparsity:.2f}: {took[cut][-1]:6.1f} us {tuple(cut)}", flush=True)
     least = [min(took[cut][place] for cut in cuts) for place in range(len(SPARSITIES))]
     chosen = min(
@@ -149,7 +186,7 @@ def best_of(
     return chosen
 
 
-def best_outputs(name: str, inputs: int, outputs: int, dtype: torch.dtype, show: int) -> None:
+def best_outputs(name: str, inputs: int, outputs: int, dtype: torch.dtype, arguments: Any) -> None:
     """Print the best cuts of products by outputs."""
     layers = layers_of(inputs * outputs * 2, dtype, "cuda")
     weights: list[tuple[Tensor, Tensor]] = [
@@ -158,16 +195,21 @@ def best_outputs(name: str, inputs: int, outputs: int, dtype: torch.dtype, show:
     ]
     x = torch.randn(1, inputs, device="cuda").to(dtype)
     gates = F.silu(F.linear(x, weights[0][0]))
+    if arguments.kernels == "clusters":
+        cuts: list[Any] = [one for one in ROWS if one.slices(inputs, dtype.itemsize) <= 4]
+        word, product = "rows", row_products.factors
+    else:
+        cuts, word, product = OUTPUT_CUTS, "cut", cuda_products.by_outputs
     for decides, rule in (
         (None, None),
         ("gate", prepared(fixed(gates, 0.5), gates, fused=True)),
     ):
         found = []
-        for cut in OUTPUT_CUTS:
-            options = {"activation": "silu", "decides": decides, "rule": rule, "cut": cut}
-            calls = [partial(cuda_products.by_outputs, x, *two, **options) for two in weights]
+        for cut in cuts:
+            options = {"activation": "silu", "decides": decides, "rule": rule, word: cut}
+            calls = [partial(product, x, *two, **options) for two in weights]
             found.append((timed(calls, "cuda", 7), cut))
-        for took, cut in sorted(found, key=lambda one: one[0].median)[:show]:
+        for took, cut in sorted(found, key=lambda one: one[0].median)[: arguments.show]:
             print(f"{name} {decides} {took} us {tuple(cut)}", flush=True)
 
 
@@ -175,24 +217,26 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--type", choices=TYPES, default="bf16")
+    parser.add_argument("--kernels", choices=["clusters", "triton"], default="clusters")
     parser.add_argument("--show", type=int, default=4)
     parser.add_argument("--output", type=Path, help="JSON file for what is chosen")
     arguments = parser.parse_args()
     dtype = TYPES[arguments.type]
-    workers = max(1, min(15, (os.cpu_count() or 2) - 1))
-    todo = jobs(dtype)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        failures = [one for one in pool.map(compile_one, todo) if one]
-    print(f"compiled {len(todo)}", *failures, sep="\n", flush=True)
+    if arguments.kernels == "triton":
+        workers = max(1, min(15, (os.cpu_count() or 2) - 1))
+        todo = jobs(dtype)
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            failures = [one for one in pool.map(compile_one, todo) if one]
+        print(f"compiled {len(todo)}", *failures, sep="\n", flush=True)
     print(machine("cuda"))
     chosen = []
     for name, inputs, outputs, gated in cases():
-        cut = best_of(name, inputs, outputs, gated, dtype, arguments.show)
+        cut = best_of(name, inputs, outputs, gated, dtype, arguments)
         chosen.append([inputs, outputs, gated, list(cut)])
         if arguments.output:
             arguments.output.write_text(json.dumps(chosen))
         if gated:
-            best_outputs(name, inputs, outputs, dtype, arguments.show)
+            best_outputs(name, inputs, outputs, dtype, arguments)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sparsity_atlas.decoding import cluster_products, cuda_inputs, cuda_outputs
+from sparsity_atlas.decoding import cluster_products, cuda_inputs, cuda_outputs, row_products
 from sparsity_atlas.decoding.cuda_entries import ACTIVATIONS
 from sparsity_atlas.decoding.cuda_sources import processors
 
@@ -177,6 +177,12 @@ def by_outputs(
     """
     x = x.contiguous()
     (tokens, inputs), outputs = x.shape, weight.shape[0]
+    if activation and second is not None and cut is None:
+        rows = row_products.rows_of(x, weight, second, decides=decides is not None)
+        if rows is not None:
+            return row_products.factors(
+                x, weight, second, activation, decides=decides, rule=rule, rows=rows
+            )
     cut = cut or _output_cut(inputs, x.element_size(), tokens > 1)
     out = torch.empty((tokens, outputs), dtype=x.dtype, device=x.device)
     keep = 1 if factor is not None else 0 if rule is None else int(rule.keep)

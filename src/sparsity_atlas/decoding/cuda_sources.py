@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # What all of them begin with; the others, and the names of their kernels.
 DEVICE = "device.cu"
-ENTRIES = {"cluster_product.cu": "by_inputs"}
+ENTRIES = {"cluster_product.cu": "by_inputs", "row_product.cu": "by_outputs"}
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 # Bytes that a thread reads at once.
 READ = 16
