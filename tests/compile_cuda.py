@@ -13,6 +13,7 @@ from sparsity_atlas.decoding import cuda_inputs, cuda_outputs
 from sparsity_atlas.kernels import cuda, cuda_masks
 from sparsity_atlas.kernels.cuda_row import GROUP
 from sparsity_atlas.kernels.definition import Threshold
+from sparsity_atlas.speed import cuda_step
 
 # More than one warp's, and no power of two; a wider row is more of the same code.
 WIDTH = 300
@@ -118,3 +119,31 @@ ROWS = {"BATCH": 1, "DECIDES": 0, "BR": 4, "BK": 512}
 for choices in ({"KEEP": 0, "ACTIVATION": 1}, {"DECIDES": 1, "ACTIVATION": 2}, {"KEEP": 1}):
     compile_product(cuda_outputs.by_outputs, "bf16", **ROWS | choices)
 compile_product(cuda_outputs.by_outputs, "fp32", **ROWS | {"BATCH": 16, "BR": 16, "BK": 64})
+
+
+def compile_step(
+    kernel: triton.JITFunction, constants: dict[str, int | bool], **others: str
+) -> None:
+    """Compile what stands between the products."""
+    types = {name: "i32" for name in kernel.arg_names} | others
+    types |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(
+        fn=kernel,
+        signature={name: types[name] for name in kernel.arg_names},
+        constexprs=constants,
+    )
+    options = {"num_warps": 4, "launch_pdl": True}
+    triton.compile(source, GPUTarget("cuda", 90, 32), options)
+
+
+for dtype in ("bf16", "fp32"):
+    pointers = dict.fromkeys(("x", "more", "weight", "total", "out"), f"*{dtype}")
+    compile_step(
+        cuda_step._normed, {"MORE": True, "BLOCK": 4096, "CHAINED": True}, **pointers, eps="fp32"
+    )
+    names = ("query", "key", "value", "cosines", "sines", "mask", "keys", "values", "out")
+    pointers = dict.fromkeys(names, f"*{dtype}")
+    pointers |= {"clock": "*i64", "partial": "*fp32", "arrived": "*i32", "scale": "fp32"}
+    for split in (1, 9):
+        constants = {"SPLIT": split, "WIDTH": 128, "PLACES": 64, "CHAINED": True}
+        compile_step(cuda_step._attended, constants, **pointers)

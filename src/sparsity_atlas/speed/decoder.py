@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from sparsity_atlas.decoding.trial import Time
 from sparsity_atlas.lm.continuous.called import Called
 from sparsity_atlas.lm.continuous.recorded_step import Step, prompt_columns
 from sparsity_atlas.lm.forward import Masks
+from sparsity_atlas.speed.joined import joined
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +35,7 @@ class Decoder:
         size: int,
         *,
         masks: Masks = Masks.ONE,
+        join: bool = True,
     ) -> None:
         """Make room.
 
@@ -41,7 +44,9 @@ class Decoder:
             rows: that are decoded together.
             size: tokens of a row at most, prompt and text.
             masks: how the model is told who sees whom.
+            join: on a GPU, join the small steps of layers for which that is right; see `joined`.
         """
+        self._model, self._join = model, join
         self._called = Called(model)
         self._step = Step(self._called, None, rows, size, masks, STEPS)
         self._recorded = False
@@ -108,5 +113,6 @@ class Decoder:
 
     def _record(self) -> None:
         if not self._recorded and self._called.device.type == "cuda":
-            self._step.record()
+            with joined(self._model) if self._join else nullcontext():
+                self._step.record()
         self._recorded = True

@@ -15,11 +15,10 @@ from sparsity_atlas.sites.shaping import PLAIN
 from sparsity_atlas.terms import TENSORS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-    from sparsity_atlas.sites.activation import Activation
     from sparsity_atlas.sites.part import Part
     from sparsity_atlas.sites.projection import Projection
 
@@ -94,7 +93,7 @@ def gated_of(part: FFN) -> Gated:
     """
     assert part.gate is not None
     up, gate, down = (plain_weight(reader) for reader in (part.up, part.gate, part.down))
-    name = _name_of(part.activation)
+    name = name_of(part.activation)
     if name is None or part.norm is not None or part.shaping != PLAIN:
         raise AtlasError(
             f"layer {part.layer}: its FFN is none of plain maps with {' or '.join(ACTIVATIONS)}"
@@ -129,7 +128,7 @@ def _bias(reader: Projection) -> Tensor | None:
     return bias.detach() if isinstance(bias, torch.Tensor) else None
 
 
-def _name_of(activation: Activation) -> str | None:
+def name_of(activation: Callable[[Tensor], Tensor]) -> str | None:
     """Which of the nonlinearities that the products know this is, by what it makes of some numbers."""
     values = torch.linspace(-6, 6, 97)
     found = activation(values)

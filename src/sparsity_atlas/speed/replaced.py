@@ -139,7 +139,7 @@ def _replace_readers(
         return forward
 
     for path, reader in readers.items():
-        _put(stack, reader.module, of(path, reader.module.forward))
+        put(stack, reader.module, of(path, reader.module.forward))
     return product.transposed.nbytes
 
 
@@ -154,7 +154,7 @@ def _replace_ffn(stack: ExitStack, single: _Single, part: FFN, rules: Rules) -> 
         made = product(x.flatten(0, -2), {name: rule(x.device) for name, rule in rules.items()})
         return _like(made, x)
 
-    _put(stack, module, forward)
+    put(stack, module, forward)
     return sum(one.nbytes for one in product.transposed.values())
 
 
@@ -185,7 +185,8 @@ def _module_of(part: FFN) -> nn.Module:
     return module
 
 
-def _put(stack: ExitStack, module: Any, forward: Forward) -> None:
+def put(stack: ExitStack, module: Any, forward: Forward) -> None:
+    """Give a module another forward pass until a stack unwinds."""
     before = module.__dict__.get("forward")
     module.forward = forward
 

@@ -47,12 +47,32 @@ class Ring(Cache):
         finally:
             self._prompts = None
 
+    @property
+    def steps(self) -> bool:
+        """Whether a pass is over one token of each row."""
+        return self._prompts is None
+
+    def buffers(self, layer_idx: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer [rows, heads, size, width], for whoever writes at the clock itself.
+
+        Args:
+            layer_idx: the layer.
+            like: [rows, heads, tokens, width], of the type and on the device of what they hold.
+        """
+        return self._layer(layer_idx).buffers(like)
+
+    def _layer(self, layer_idx: int) -> _Layer:
+        while len(self.layers) <= layer_idx:
+            self.layers.append(_Layer(self))
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, _Layer)
+        return layer
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Put in what a pass has made in one layer; returns what its tokens may see."""
-        while len(self.layers) <= layer_idx:
-            self.layers.append(_Layer(self))
+        self._layer(layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def age(self) -> Tensor:
@@ -74,6 +94,14 @@ class _Layer(CacheLayerMixin):
         CacheLayerMixin.__init__(self)
         self._ring = ring
 
+    def buffers(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, made when they are first asked for; see `Ring.buffers`."""
+        if not self.is_initialized:
+            self.lazy_initialization(like, like)
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make room for what has the shape of these."""
         rows, size = self._ring.rows, self._ring.size
@@ -94,16 +122,13 @@ class _Layer(CacheLayerMixin):
             args: what a class adds, which is not needed.
             kwargs: likewise.
         """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None
-        assert self.values is not None
+        keys, values = self.buffers(key_states)
         if self._ring._prompts is None:
-            self.keys.index_copy_(2, self._ring.clock, key_states)
-            self.values.index_copy_(2, self._ring.clock, value_states)
-            return self.keys, self.values
+            keys.index_copy_(2, self._ring.clock, key_states)
+            values.index_copy_(2, self._ring.clock, value_states)
+            return keys, values
         rows, columns, valid = self._ring._prompts
-        for kept, made in ((self.keys, key_states), (self.values, value_states)):
+        for kept, made in ((keys, key_states), (values, value_states)):
             # Zeros where there is nothing: what a mask hides is multiplied by zero, which NaN would survive.
             kept[rows] = 0
             kept[rows[:, None], :, columns] = torch.where(

@@ -1,0 +1,246 @@
+"""Layers of a model whose small steps are joined while single tokens go through them.
+
+A layer of Llama's kind (norm, attention, sum, norm, FFN, sum) starts some thirty launches beside its
+products; here they are three, and maps that read the same are one product each. Which layers are of this
+kind is not taken from names alone: each is tried beforehand, with a ring and a mask of random numbers, and
+left as it is where it gives anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sparsity_atlas.decoding.backend import backend_of
+from sparsity_atlas.lm.continuous.called import CACHE, arguments
+from sparsity_atlas.lm.continuous.ring import Ring
+from sparsity_atlas.models.logits.head import EXACT, ROUNDED
+from sparsity_atlas.sites.probe.hypotheses import relative_error
+from sparsity_atlas.speed.products import name_of
+from sparsity_atlas.speed.replaced import put
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+_LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+_READERS = ("q_proj", "k_proj", "v_proj")
+_ATTENTION = {*_READERS, "o_proj"}
+_FFN = ("up_proj", "gate_proj", "down_proj")
+# Rows and places of the ring that a layer is tried with.
+TRIED = 2, 80
+
+
+@contextmanager
+def joined(model: PreTrainedModel) -> Iterator[int]:
+    """Within: passes over one token of each row, with a `Ring`, go through joined layers.
+
+    Yields:
+        How many there are.
+    """
+    decoder: Any = model.get_decoder()
+    name = next((one for one in CACHE if one in arguments(model)), None)
+    turning = getattr(decoder, "rotary_emb", None)
+    found: dict[int, _Joined] = {}
+    if name is not None and turning is not None:
+        waiting: list[Tensor] = []
+        for place, layer in enumerate(getattr(decoder, "layers", ())):
+            if _is_known(layer):
+                one = _Joined(layer, place, name, waiting)
+                if one.is_right(turning):
+                    found[place] = one
+    with ExitStack() as stack:
+        for place, one in found.items():
+            one.last = place + 1 not in found
+            put(stack, one.layer, one.forward)
+        yield len(found)
+
+
+def _is_known(layer: Any) -> bool:
+    """Whether a layer looks like one that can be joined, and nothing hangs on what is passed over."""
+    if {name for name, _ in layer.named_children()} != _LAYER:
+        return False
+    attention: Any = layer.self_attn
+    if {name for name, _ in attention.named_children()} != _ATTENTION:
+        return False
+    norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    return (
+        all(hasattr(one, "weight") and hasattr(one, "variance_epsilon") for one in norms)
+        and all(hasattr(attention, one) for one in ("head_dim", "scaling"))
+        and isinstance(attention.k_proj, nn.Linear)
+        and all(_is_own(one) for one in (attention, *norms))
+        and "forward" not in layer.__dict__
+    )
+
+
+def _is_own(module: nn.Module) -> bool:
+    """Whether a module does what its class says: nothing is attached to it, or put in its place."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return not hooked and "forward" not in module.__dict__
+
+
+def _is_plain(module: Any) -> bool:
+    return type(module) is nn.Linear and _is_own(module)
+
+
+class _Joined:
+    """The joined form of a layer.
+
+    Attributes:
+        layer: the layer.
+        last: whether the next layer adds nothing for this one.
+    """
+
+    def __init__(self, layer: Any, place: int, name: str, waiting: list[Tensor]) -> None:
+        """Join what can be joined.
+
+        Args:
+            layer: the layer.
+            place: of it in the model, and in the ring.
+            name: how it calls its cache.
+            waiting: what was not yet added to what the last layer gave.
+        """
+        self.layer, self.last = layer, True
+        self._own, self._place, self._name, self._waiting = layer.forward, place, name, waiting
+        self._read = _reading([getattr(layer.self_attn, one) for one in _READERS])
+        self._ffn = _ffn(layer.mlp)
+
+    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Any:
+        """In place of the layer's own."""
+        ring: Any = options.get(self._name)
+        mask: Any = options.get("attention_mask")
+        turns: Any = options.get("position_embeddings")
+        if not _is_step(x, ring, mask, turns, self.layer.self_attn.head_dim):
+            return self._own(x, *arguments, **options)
+        more = self._waiting.pop() if self._waiting else None
+        x, seen = self._normed(self.layer.input_layernorm, x[:, 0], more)
+        made = self._attention(seen, ring, mask, turns)
+        x, seen = self._normed(self.layer.post_attention_layernorm, x, made)
+        made = self._ffn(seen[:, None])
+        if self.last:
+            return x[:, None] + made
+        self._waiting.append(x)
+        return made
+
+    def _normed(self, norm: Any, x: Tensor, more: Tensor | None) -> tuple[Tensor, Tensor]:
+        from sparsity_atlas.speed.cuda_step import normed
+
+        return normed(x, more, norm.weight, norm.variance_epsilon)
+
+    def _attention(self, seen: Tensor, ring: Any, mask: Tensor, turns: Any) -> Tensor:
+        """What attention adds [rows, hidden] for what it reads, of the same shape."""
+        from sparsity_atlas.speed.cuda_step import attended
+
+        attention = self.layer.self_attn
+        query, key, value = (one[:, 0] for one in self._read(seen[:, None]))
+        like = key.unflatten(-1, (-1, 1, attention.head_dim))
+        buffers = ring.buffers(self._place, like)
+        found = attended(query, key, value, turns, mask, buffers, ring.clock, attention.scaling)
+        made: Tensor = attention.o_proj(found[:, None])[:, 0]
+        return made
+
+    def is_right(self, turning: Any) -> bool:
+        """Whether norms, attention and the whole give what the layer's own do, and keep the same."""
+        attention = self.layer.self_attn
+        norms = self.layer.input_layernorm, self.layer.post_attention_layernorm
+        rows, size = TRIED
+        weight = norms[0].weight
+        generator = torch.Generator().manual_seed(self._place)
+
+        def drawn(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(weight)
+
+        x = drawn(rows, 1, len(weight))
+        clock = size // 3
+        hidden = torch.rand(rows, 1, 1, size, generator=generator).to(x.device) < 0.3
+        hidden[..., clock] = False
+        mask = x.new_zeros(hidden.shape).masked_fill_(hidden, torch.finfo(x.dtype).min)
+        positions = torch.tensor([[size - 1], [5]], device=x.device)
+        groups = attention.k_proj.out_features // attention.head_dim
+        kept = [drawn(rows, groups, size, attention.head_dim) for _ in range(2)]
+
+        def ring() -> tuple[Ring, list[Tensor]]:
+            made = Ring(rows, size, x.device)
+            made.clock.fill_(clock)
+            buffers = made.buffers(self._place, kept[0])
+            for one, value in zip(buffers, kept, strict=True):
+                one.copy_(value)
+            return made, [one[:, :, clock] for one in buffers]
+
+        pairs: list[tuple[Tensor, Tensor]] = []
+        with torch.no_grad():
+            turns = turning(x, positions)
+            options = {"attention_mask": mask, "position_embeddings": turns}
+            for norm in norms:
+                pairs.append((norm(x)[:, 0], self._normed(norm, x[:, 0], None)[1]))
+            (own, own_kept), (ours, ours_kept) = ring(), ring()
+            found = attention(hidden_states=x, **options, **{self._name: own})[0][:, 0]
+            pairs.append((found, self._attention(x[:, 0], ours, mask, turns)))
+            pairs += zip(own_kept, ours_kept, strict=True)
+            options |= {"position_ids": positions, "use_cache": True}
+            wanted, made = (
+                forward(x, **options, **{self._name: ring()[0]})
+                for forward in (self._own, self.forward)
+            )
+            pairs.append((wanted - x, made - x))
+        allowed = EXACT if x.dtype == torch.float32 else ROUNDED
+        # Written so that NaN is wrong.
+        return all(relative_error(*pair) <= allowed for pair in pairs)
+
+
+def _is_step(x: Tensor, ring: Any, mask: Any, turns: Any, width: int) -> bool:
+    """Whether a pass over x [rows, tokens, hidden] is over one token of each row."""
+    return (
+        x.shape[1] == 1
+        and isinstance(ring, Ring)
+        and ring.steps
+        and isinstance(mask, torch.Tensor)
+        and mask.shape == (len(x), 1, 1, ring.size)
+        and mask.is_floating_point()
+        and turns is not None
+        and all(one.shape == (len(x), 1, width) for one in turns)
+    )
+
+
+def _reading(readers: list[Any]) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """What several maps make of one vector: one product, if nothing hangs on them."""
+    if not all(_is_plain(one) for one in readers):
+        return lambda x: tuple(one(x) for one in readers)
+    sizes = [one.out_features for one in readers]
+    weight = torch.cat([one.weight.detach() for one in readers])
+    biases = [one.bias for one in readers if one.bias is not None]
+    bias = torch.cat([one.detach() for one in biases]) if len(biases) == len(readers) else None
+    if biases and bias is None:
+        return lambda x: tuple(one(x) for one in readers)
+    return lambda x: F.linear(x, weight, bias).split(sizes, -1)
+
+
+def _ffn(module: Any) -> Callable[[Tensor], Tensor]:
+    """What an FFN makes of a vector: its factors in one launch, if nothing hangs on their maps."""
+    maps: list[Any] = [getattr(module, one, None) for one in _FFN]
+    plain = all(_is_plain(one) and one.bias is None for one in maps)
+    function = getattr(module, "act_fn", None)
+    activation = name_of(function) if plain and function is not None else None
+
+    def own(x: Tensor) -> Tensor:
+        made: Tensor = module(x)
+        return made
+
+    if activation is None or not _is_own(module):
+        return own
+    up, gate, down = maps
+
+    def made(x: Tensor) -> Tensor:
+        rows = x[:, 0]
+        backend = backend_of(rows, up.weight)
+        if backend is None:
+            return own(x)
+        found: Tensor = down(backend.factors(rows, up.weight, gate.weight, activation))
+        return found[:, None]
+
+    return made

@@ -1,0 +1,63 @@
+"""Joined layers give the tokens that a model's own layers give; what they are not made for stays as it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsity_atlas.criteria import create
+from sparsity_atlas.criteria.binding import bind_all
+from sparsity_atlas.sites.find import find_parts, random_ids
+from sparsity_atlas.speed.decoder import Decoder
+from sparsity_atlas.speed.joined import joined
+from sparsity_atlas.speed.replaced import replaced
+from tiny_models import tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral"])
+def test_greedy_tokens(name: str) -> None:
+    model = tiny_model(name, initializer_range=0.3)
+    ids = random_ids(model, (2, 7))
+    wanted, found = (Decoder(model, 2, 24) for _ in range(2))
+    assert torch.equal(wanted.prompt(ids), found.prompt(ids))
+    with joined(model) as layers:
+        assert layers == 2
+        tokens = found.go_on(10)
+    assert torch.equal(tokens, wanted.go_on(10))
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_sparse_maps_within_joined_layers() -> None:
+    model = tiny_model("llama", initializer_range=0.3)
+    parts = find_parts(model)
+    bound = bind_all(create({"rule": "topp"}), parts, "all_linear_inputs")
+    ids = random_ids(model, (2, 7))
+    wanted, found = (Decoder(model, 2, 24) for _ in range(2))
+    assert torch.equal(wanted.prompt(ids), found.prompt(ids))
+    with replaced(model, parts, "all_linear_inputs", bound, 0.6):
+        tokens = wanted.go_on(10)
+        with joined(model) as layers:
+            assert layers == 2
+            assert torch.equal(found.go_on(10), tokens)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "qwen3", "cohere", "gpt_neox"])
+def test_other_layers_stay_as_they_are(name: str) -> None:
+    with joined(tiny_model(name, initializer_range=0.3)) as layers:
+        assert layers == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("granite", {"residual_multiplier": 0.5}, 0),
+        ("smollm3", {"no_rope_layers": [1, 0]}, 1),  # one layer without a rotary embedding
+    ],
+)
+def test_numbers_tell_layers_of_the_same_form(
+    name: str, settings: dict[str, object], expected: int
+) -> None:
+    with joined(tiny_model(name, initializer_range=0.3, **settings)) as layers:
+        assert layers == expected
