@@ -20,28 +20,17 @@ from torch import Tensor
 
 from llama import SHAPES, random_llama
 from measure import machine
-from sparsity_atlas.criteria.base import Criterion
 from sparsity_atlas.decoding.trial import fixed, share_of_mass
-from sparsity_atlas.kernels.definition import Threshold
 from sparsity_atlas.sites.find import find_parts, observe
 from sparsity_atlas.sites.part import Vectors
 from sparsity_atlas.speed.decoder import Decoder
 from sparsity_atlas.speed.replaced import replaced
+from sparsity_atlas.speed.timed_rows import Constant
 from sparsity_atlas.terms import TENSORS, PlaceKey
 
 # Tokens that the thresholds are taken from.
 SEEN = 256
 FIND = {"fixed": fixed, "top-p": share_of_mass}
-
-
-class Found(Criterion):
-    """A threshold that was found beforehand, whatever the level."""
-
-    def __init__(self, rule: Threshold) -> None:
-        self.rule = rule
-
-    def threshold(self, level: float, width: int) -> Threshold:
-        return self.rule
 
 
 def captured(model: Any, parts: Any, site: str) -> dict[PlaceKey, Tensor]:
@@ -73,11 +62,11 @@ def measure(name: str, arguments: argparse.Namespace) -> None:
             vectors = captured(model, parts, site)
             for way in arguments.ways:
                 for share in arguments.shares:
-                    bound = {key: Found(FIND[way](some, share)) for key, some in vectors.items()}
+                    rules = {key: FIND[way](some, share) for key, some in vectors.items()}
                     mask = [
-                        1 - rule.rule.mask(vectors[key]).float().mean()
-                        for key, rule in bound.items()
+                        1 - rule.mask(vectors[key]).float().mean() for key, rule in rules.items()
                     ]
+                    bound = {key: Constant(rule) for key, rule in rules.items()}
                     with replaced(model, parts, site, bound, share) as copies:
                         took = Decoder(model, rows, size).timed(arguments.context)
                     print(

@@ -4,8 +4,8 @@ The rules, of each curve that was timed and where it crosses the headline bar:
 
 - whole tokens are spoken of, at the shortest context; maps where no whole token was timed;
 - a gain is told from none where the two times lie further apart than half of what both spread;
-- a number of tokens decoded together pays where the better kind of threshold is `WORTH` times as fast as
-  dense at the least, and all smaller numbers that were timed pay, too.
+- a number of tokens decoded together pays where one kind of threshold is `WORTH` times as fast as dense at
+  the least, told from none, and all smaller numbers that were timed pay, too.
 """
 
 from __future__ import annotations
@@ -78,16 +78,24 @@ def _of_times(rows: pd.DataFrame) -> Advice:
 
 def _gain(row: Any) -> str:
     text = f"{row.speedup:.2f} times as fast as dense {_BY[row.threshold]}"
-    if abs(row.dense_us - row.sparse_us) <= (row.dense_spread_us + row.sparse_spread_us) / 2:
+    if not _told(row):
         text += ", not told from none by the spread of the times,"
     return text
 
 
+def _told(row: Any) -> bool:
+    """Whether the two times lie further apart than they spread."""
+    spread: float = (row.dense_spread_us + row.sparse_spread_us) / 2
+    apart: float = abs(row.dense_us - row.sparse_us)
+    return apart > spread
+
+
 def _batch(rows: pd.DataFrame, counts: list[int]) -> str:
     best = rows.groupby("tokens")["speedup"].max()
+    pay = {row.tokens for row in records(rows) if row.speedup >= WORTH and _told(row)}
     paying = []
     for count in counts:
-        if best[count] < WORTH:
+        if count not in pay:
             break
         paying.append(count)
     tried = ", ".join(f"{count:g}" for count in counts)

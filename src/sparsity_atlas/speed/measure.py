@@ -136,7 +136,10 @@ def rows(
         seen = levels.dropping(value) if level is None else levels.at(level)
         points.append(Point(value, name, seen, bound))
     for one in maps:
-        yield from part_rows(one, text, points, settings["tokens"], settings["device"])
+        try:
+            yield from part_rows(one, text, points, settings["tokens"], settings["device"])
+        except torch.OutOfMemoryError:
+            yield refused(one.name, "no memory is left for copies of its maps")
     whole = Whole(model, parts, plain_site, weights_of_a_token(manifest))
     contexts, tokens = settings["contexts"], settings["tokens"]
     yield from token_rows(whole, text, pieces.flatten(), points, contexts, tokens)
@@ -171,8 +174,13 @@ def main() -> None:
     ids = ids[settings["calibration_tokens"] // ids.shape[1] :]
     calibration = arguments.calibration
     states = read_calibration(calibration).states if calibration else None
-    common = machine(settings["device"])
+    import torch
+
     model = load(checkpoint, **how(settings))
+    if model.device.type == "cuda":
+        # Of several GPUs the model's own: graphs and kernels go to the current one.
+        torch.cuda.set_device(model.device)
+    common = machine(settings["device"])
     common["dtype"] = str(model.dtype).removeprefix("torch.")
     found = []
     for row in rows(manifest, model, site, criterion, states, curve, ids, settings):

@@ -179,15 +179,17 @@ def part_rows(
         groups = text.groups(count)
         given = partial(_given, maps, products, groups)
         vectors = given(points[0])
+        whole = {
+            "library": _each(_library, vectors, products),
+            "own": _each(_own, vectors, products),
+        }
+        repeats = _repeats(whole["library"], device)
         dense = Dense()
-        repeats = 0
-        for by, way in (("library", _library), ("own", _own)):
-            calls = _each(way, vectors, products)
-            repeats = repeats or _repeats(calls, device)
+        for by, calls in whole.items():
             dense.add(by, timed(calls, device, repeats))
         rows = []
         for point in points:
-            vectors = given(point)
+            vectors, share = given(point), maps.unread(point, groups)
             for threshold, rules in point.rules(maps.tensors):
                 calls = [
                     _masked(product, x, rules(part))
@@ -198,9 +200,12 @@ def part_rows(
                         **{"timed": maps.name, "context": None, "tokens": count},
                         **{"threshold": threshold, "copies_bytes": copies},
                         **{"shape": maps.shape, "layers": len(maps.parts)},
-                        **point.row(timed(calls, device, repeats), maps.unread(point, groups)),
+                        **point.row(timed(calls, device, repeats), share),
                     }
                 )
+        # Once more: what else a machine did meanwhile may have come or gone.
+        for by, calls in whole.items():
+            dense.add(by, timed(calls, device, repeats))
         yield from dense.finished(rows, maps.weights * dtype.itemsize)
 
 

@@ -60,6 +60,9 @@ def test_a_small_gain_does_not_pay_and_one_within_the_spread_is_not_told(some: T
     (one,) = advices(with_rows(some, *own(1, 0.05, spread=30.0)), "small")
     assert "not told from none by the spread of the times" in one.text
     assert one.text.endswith("A gain of 5% is not reached at 1: it does not pay there.")
+    # A gain that is large and not told is none to go by.
+    (one,) = advices(with_rows(some, *own(1, 0.6, spread=40.0)), "small")
+    assert one.text.endswith("A gain of 5% is not reached at 1: it does not pay there.")
     (one,) = advices(with_rows(some, *own(1, 0.6)), "small")
     assert "not told" not in one.text
     assert one.text.endswith("More than 1 together were not timed.")

@@ -148,7 +148,7 @@ def _spread(ax: Axes, line: pd.DataFrame, mark: Mark) -> None:
 
 def _note(rows: pd.DataFrame, note: str) -> str:
     """What the times are of."""
-    named = [" ".join(one) for one in rows[["device", "dtype"]].drop_duplicates().to_numpy()]
+    named = [", ".join(one) for one in rows[["device", "dtype"]].drop_duplicates().to_numpy()]
     least = [int(one) for one in sorted(rows["tokens"].unique())]
     if rows["timed"].eq(TOKEN).all():
         context = ", ".join(f"{one:g}" for one in sorted(rows["context"].unique()))
