@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +88,7 @@ def evaluate_node(
         )
         written = time.monotonic()
         session.lm.forget_early()
-        left = list(session.tasks)
+        after = dict(pairwise(session.tasks))
         for name, task in session.tasks.items():
             fingerprint = {
                 **identity,
@@ -95,12 +96,11 @@ def evaluate_node(
             }
             key = digest(fingerprint)
             journal_path = _journal(folder, name)
-            left.remove(name)
             if kept.has(name, key):
                 journal_path.unlink(missing_ok=True)
             else:
                 try:
-                    following = partial(_following, session, node, left[:1], kept, identity)
+                    following = partial(_following, session, node, after.get(name), kept, identity)
                     done = run_task(session, node, name, journal_path, fingerprint, following)
                 except (TaskFailure, NumericalFailure) as failure:
                     done = Finished.failed(str(failure))
@@ -142,17 +142,16 @@ def _journal(folder: Path, name: str) -> Path:
 def _following(
     session: Session,
     node: Node | None,
-    names: list[str],
+    name: str | None,
     kept: Kept,
     identity: dict[str, Any],
 ) -> Arranged | None:
     """What is run after a task, if that is another one from its beginning; see `JournalledLM.following`."""
-    for name in names:
-        task = session.tasks[name]
-        done = kept.has(name, digest({**identity, "task": task.identity}))
-        if not done and not task.unfollowed and not _journal(kept.folder, name).exists():
-            return session.at_hand(name, share=_shares(node))
-    return None
+    if name is None or session.tasks[name].unfollowed or _journal(kept.folder, name).exists():
+        return None
+    if kept.has(name, digest({**identity, "task": session.tasks[name].identity})):
+        return None
+    return session.at_hand(name, share=_shares(node))
 
 
 def _shares(node: Node | None) -> bool:
