@@ -170,6 +170,22 @@ def alone(session: Any, node: Any, clock: Callable[[], float]) -> tuple[float, f
     return total, begun
 
 
+def launching(session: Any, node: Any, clock: Callable[[], float]) -> float:
+    """Seconds of as many passes as a node has, over next to no tokens: the host's own time to begin them."""
+    works = [session.prepared(name).work for name in session.tasks]
+    count = sum(len(batches) for work in works for batches in work.batches.values())
+    ids = torch.zeros(2, 8, dtype=torch.long, device=session.lm.device)
+    with torch.no_grad(), session.attach(node):
+        for _ in range(3):
+            session.lm.model(ids)
+        _wait(session.lm.device)
+        began = clock()
+        for _ in range(count):
+            session.lm.model(ids)
+        _wait(session.lm.device)
+    return clock() - began
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -250,6 +266,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--models", type=int, default=2, help="of the same tokenizer")
     parser.add_argument("--levels", default="0.9,0.7", help="comma-separated")
+    parser.add_argument(
+        "--late", action="store_true", help="begin no task before the one in front of it has ended"
+    )
     parser.add_argument("--keep", type=Path, help="folder for the results, to be looked at")
     parser.add_argument("--profile", help="also write cProfile's records of each part here")
     arguments = parser.parse_args()
@@ -272,6 +291,7 @@ def main() -> None:
     from sparsity_atlas.evaluation.search import read_scores
     from sparsity_atlas.evaluation.session import Session
     from sparsity_atlas.files.whole import read_manifest, write_manifest
+    from sparsity_atlas.lm.model import AtlasLM
     from sparsity_atlas.loading.checkpoint import Checkpoint
     from sparsity_atlas.models.manifest import describe
     from sparsity_atlas.tasks.score import choose_metric
@@ -285,6 +305,7 @@ def main() -> None:
                 arguments.vocabulary,
                 seed,
                 arguments.dtype,
+                arguments.device,
             )
         )
         manifests.append(folder / f"{seed}/model.json")
@@ -296,6 +317,8 @@ def main() -> None:
                 **describe(checkpoint, None),
             },
         )
+    if arguments.late:
+        AtlasLM._begin_following = lambda _: None
     name_phases(phases)
     settings = settings_of(arguments, tasks)
     print(
@@ -324,6 +347,8 @@ def main() -> None:
                 report_sizes([session.prepared(task).work for task in tasks])
             passes = alone(session, node, clock)
             report(f"model {seed}: {name}", took, passes)
+            launched = launching(session, node, clock)
+            print(f"    as many passes over 16 tokens: {launched:.2f} s, the host's own")
             if node is None:
                 both = sum(started.values()) + sum(took.values())
                 print(f"    start and dense: {both:.2f} s, {both / passes[0]:.2f} times these")

@@ -197,8 +197,10 @@ SHAPES = {
 }
 
 
-def save_model(folder: Path, shape: str, vocabulary: int, seed: int, dtype: str) -> Path:
-    """Write a model of random weights with the suite's tokenizer."""
+def save_model(
+    folder: Path, shape: str, vocabulary: int, seed: int, dtype: str, device: str = "cpu"
+) -> Path:
+    """Write a model of random weights, made on a device, with the suite's tokenizer."""
     settings = dict(SHAPES[shape])
     config = AutoConfig.for_model(
         settings.pop("model_type"),
@@ -209,7 +211,8 @@ def save_model(folder: Path, shape: str, vocabulary: int, seed: int, dtype: str)
         **settings,
     )
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model.save_pretrained(folder)
     tokenizer(vocabulary).save_pretrained(folder)
     return folder
