@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -24,13 +24,17 @@ def machine(device: str) -> dict[str, str]:
     """
     library = "numba" if device == "cpu" else "triton"
     try:
-        versions = f"torch {torch.__version__}, {library} {version(library)}"
-    except PackageNotFoundError:
+        versions = f"torch {torch.__version__}, {library} {metadata.version(library)}"
+    except metadata.PackageNotFoundError:
         raise AtlasError(f"speed: device: {device}: {library} is not installed") from None
     if device == "cpu":
         threads = torch.get_num_threads()
         named = f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
         return {"device": named, "driver": "", "versions": versions}
+    # Some kernels are CUDA C++ where this is there.
+    bindings = next(iter(metadata.distributions(name="cuda-bindings")), None)
+    if bindings is not None:
+        versions += f", cuda-bindings {bindings.version}"
     driver, tool = "", shutil.which("nvidia-smi")
     if tool:
         query = "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem"
