@@ -51,7 +51,7 @@ class Predictor(NamedTuple):
 
     Attributes:
         about: its columns of `SCHEMA`.
-        values: float64 [samples].
+        values: float64 [samples]; NaN where a sample has none of its own.
         sign: -1 where the lower one is taken for right.
         reason: why there are no values.
     """
@@ -80,6 +80,10 @@ class Outcomes:
         cluster = samples["cluster"].to_pylist()
         named = None if None in cluster or not cluster else np.array(cluster)
         return cls(samples["value"].to_numpy() >= RIGHT, named)
+
+    def among(self, there: np.ndarray) -> Outcomes:
+        """Those of some samples; `there` is bool [samples]."""
+        return Outcomes(self.right[there], None if self.cluster is None else self.cluster[there])
 
     def reason(self) -> str:
         """Why nothing can be said of them; else empty."""
@@ -134,6 +138,9 @@ def local_dimensions(
 def induced_sparsity(folder: Path, node: str, task: str, samples: pa.Table) -> Predictor:
     """What a node dropped in each sample: zeros over entries at its site, all phases together.
 
+    Requests that run the same tokens are counted with the first one's document: a sample of which all are
+    another's has no entries, and thus no sparsity.
+
     Args:
         folder: of the node.
         node: criterion/site/level.
@@ -145,13 +152,17 @@ def induced_sparsity(folder: Path, node: str, task: str, samples: pa.Table) -> P
     if not evaluated.ok(task):
         return Predictor(about, np.empty(0), 1, evaluated.manifest["tasks"][task]["reason"])
     rows = evaluated.rows(task)
-    shares = evaluated.zeros(rows) / evaluated.entries(rows)
+    entries = evaluated.entries(rows)
+    shares = np.full(len(rows), np.nan)
+    np.divide(evaluated.zeros(rows), entries, out=shares, where=entries > 0)
     keys = zip(rows["leaf"].to_pylist(), rows["doc_id"].to_pylist(), strict=True)
     known = dict(zip(keys, shares.tolist(), strict=True))
     wanted = zip(samples["leaf"].to_pylist(), samples["doc_id"].to_pylist(), strict=True)
-    values = np.array([known.get(key, np.nan) for key in wanted])
-    lacking = int(np.isnan(values).sum())
-    return Predictor(about, values, 1, f"{lacking} samples are not there" if lacking else "")
+    values = np.array([known.get(key) for key in wanted], dtype=object)
+    lacking = sum(value is None for value in values)
+    return Predictor(
+        about, values.astype(np.float64), 1, f"{lacking} samples are not there" if lacking else ""
+    )
 
 
 def compared(
@@ -166,9 +177,10 @@ def compared(
         replicates: B.
         seed: of the bootstrap and of the halves.
     """
+    every = [_told(outcomes, one) for one in every]
     whole = [one for one in every if not one.reason]
-    scores = np.array([one.sign * one.values for one in whole])
-    counts = {"samples": len(outcomes.right), "right": int(outcomes.right.sum())}
+    scores = np.array([one.sign * np.nan_to_num(one.values) for one in whole])
+    counts = _counts(outcomes)
     draw = outcomes.right, outcomes.cluster, replicates, (seed, task)
     areas = resampled_aurocs(scores, *draw)
     sure = [i for i, one in enumerate(whole) if one.about["predictor"] in (LOGPROB, MARGIN)]
@@ -176,8 +188,16 @@ def compared(
     reference = None if place is None else areas[:, place]
     named = {"reference": None if place is None else whole[place].about["predictor"]}
     for number, one in enumerate(whole):
-        means = _means(one.values, outcomes.right)
-        yield {**one.about, **means, **named, **counts, **_ends(areas[:, number], reference)}
+        there = ~np.isnan(one.values)
+        some = outcomes.among(there)
+        told = {**one.about, **_means(one.values[there], some.right), **named, **_counts(some)}
+        alone, beside = areas[:, number], reference
+        if not there.all():
+            # The reference is judged on the same samples.
+            pair = scores[[number] if place is None else [number, place]]
+            both = resampled_aurocs(pair, *draw, among=there)
+            alone, beside = both[:, 0], None if place is None else both[:, 1]
+        yield {**told, **_ends(alone, beside)}
     first = outcomes.halves(seed)
     halves = [resampled_aurocs(scores, *draw, among=half) for half in (first, ~first)]
     for name, tensor in _dimensions(whole):
@@ -196,6 +216,19 @@ def compared(
     for one in every:
         if one.reason:
             yield {**one.about, **counts, "reason": one.reason}
+
+
+def _counts(outcomes: Outcomes) -> dict[str, int]:
+    return {"samples": len(outcomes.right), "right": int(outcomes.right.sum())}
+
+
+def _told(outcomes: Outcomes, one: Predictor) -> Predictor:
+    """A predictor, with a reason where those samples that have a number are too few to tell."""
+    there = ~np.isnan(one.values)
+    if one.reason or there.all():
+        return one
+    few = outcomes.among(there).reason()
+    return one._replace(reason=f"{(~there).sum()} samples have none: {few}" if few else "")
 
 
 def _dimensions(every: Sequence[Predictor]) -> list[tuple[str, str]]:
@@ -251,8 +284,7 @@ def study(
     outcomes = Outcomes.of(samples)
     reason = outcomes.reason()
     if reason:
-        counts = {"samples": len(outcomes.right), "right": int(outcomes.right.sum())}
-        return [{"reason": reason, **counts}]
+        return [{"reason": reason, **_counts(outcomes)}]
     store = ActivationStore(answered.with_suffix(".zarr"))
     tensors = manifest["tensors"]
     if {name: store.complete(name) for name in tensors} != tensors:

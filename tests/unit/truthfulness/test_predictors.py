@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -189,11 +190,21 @@ def test_another_store_is_refused(tmp_path: Path) -> None:
         study(path, [], SETTINGS)
 
 
-def node(folder: Path, count: int, status: str = "ok") -> Path:
-    """A node whose samples have 10 tokens each, of 4 entries in either layer; of sample i 2 i zeros."""
-    tokens = {f"{name}_tokens": [10 * (name in ("scoring", "unique"))] * count for name in ACCOUNTS}
+def node(folder: Path, count: int, status: str = "ok", copies: Collection[int] = ()) -> Path:
+    """A node whose samples have 10 tokens each, of 4 entries in either layer; of sample i 2 i zeros.
+
+    All requests of the samples `copies` run the tokens of another, with which they are counted.
+    """
+
+    def counted(name: str, i: int) -> bool:
+        return name == "unique" or (name == "scoring" and i not in copies)
+
+    tokens = {f"{name}_tokens": [10 * counted(name, i) for i in range(count)] for name in ACCOUNTS}
     zeros = {
-        f"{name}_zeros": [[i, i] if name in ("scoring", "unique") else [] for i in range(count)]
+        f"{name}_zeros": [
+            [i * counted(name, i)] * 2 if name in ("scoring", "unique") else []
+            for i in range(count)
+        ]
         for name in ACCOUNTS
     }
     plain: dict[str, Any] = {
@@ -230,6 +241,33 @@ def test_sparsity_of_each_sample(tmp_path: Path) -> None:
     assert own["node"] == "topp/input/0.9"
     assert own["auroc"] == pytest.approx(pairwise(shares, right))
     assert own["mean_right"] == pytest.approx(shares[right].mean())
+
+
+def test_samples_that_are_counted_with_another_are_left_out_beside_what_they_are_compared_with(
+    tmp_path: Path,
+) -> None:
+    right, points = cloud()
+    margin = np.random.default_rng(3).random(60) + right / 4
+    path = answered(tmp_path, right, {("input", 0): points}, margin=margin)
+    copies = {4, 7, 8, 31}
+    folder = node(tmp_path / "topp" / "input" / "0.9", 60, copies=copies)
+    name = "topp/input/0.9"
+    (own,) = [row for row in study(path, [(name, folder)], SETTINGS) if row.get("node") == name]
+    there = np.array([59 - i not in copies for i in range(60)])
+    shares = 2 * np.arange(60)[::-1][there] / 80
+    beside = pairwise(margin[there], right[there])
+    assert own["reason"] == ""
+    assert (own["samples"], own["right"]) == (56, right[there].sum())
+    assert own["auroc"] == pytest.approx(pairwise(shares, right[there]))
+    assert own["mean_wrong"] == pytest.approx(shares[~right[there]].mean())
+    assert own["difference"] == pytest.approx(own["auroc"] - beside)
+    assert own["low"] <= own["auroc"] <= own["high"]
+    # With most of them left out nothing is told.
+    few = node(tmp_path / "few" / "input" / "0.9", 60, copies=range(45))
+    rows = study(path, [("few/input/0.9", few)], SETTINGS)
+    (none,) = [row for row in rows if row.get("node") == "few/input/0.9"]
+    assert none["reason"] == "45 samples have none: 8 answers that are right, 10 are needed"
+    assert none.get("auroc") is None
 
 
 def test_a_node_without_numbers_says_why(tmp_path: Path) -> None:
