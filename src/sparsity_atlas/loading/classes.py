@@ -21,11 +21,13 @@ def auto_class(config: Any) -> Any:
 
     kind = config.model_type
     # Code of its own says what it is by itself.
-    named = getattr(config, "auto_map", None) or {}
-    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in named:
-        return AutoModelForCausalLM
+    own = getattr(config, "auto_map", None) or {}
+    decoder = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in own
     text = config.get_text_config()
-    if any(getattr(one, "is_encoder_decoder", False) for one in (config, text)):
+    both = any(getattr(one, "is_encoder_decoder", False) for one in (config, text))
+    # Of BART and its kin there are decoders that were saved alone, and say so.
+    alone = any(name.endswith("ForCausalLM") for name in config.architectures or ())
+    if both and not (decoder and (alone or own)):
         raise ValueError("it is an encoder-decoder, and only decoders can be evaluated")
-    multimodal = kind in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    multimodal = kind in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES and not decoder
     return AutoModelForMultimodalLM if multimodal else AutoModelForCausalLM

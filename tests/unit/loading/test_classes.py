@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForMultimodalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
+)
 
 from small_configs import small_config
 from sparsity_atlas.errors import AtlasError
@@ -81,4 +87,29 @@ def test_the_text_part_of_llama_4(tmp_path: Path) -> None:
         {"format": "pt"},
     )
     with pytest.raises(AtlasError, match=r"1 tensor is not expected \(vision_model.more\)"):
+        load(Checkpoint(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("kind", "auto", "found"),
+    [
+        ("bart", AutoModelForSeq2SeqLM, None),
+        ("bart", AutoModelForCausalLM, "BartForCausalLM"),
+        ("t5", AutoModelForSeq2SeqLM, None),
+    ],
+)
+def test_an_encoder_decoder_is_none_that_its_decoder_alone_is(
+    kind: str, auto: Any, found: str | None, tmp_path: Path
+) -> None:
+    sizes = {"d_model": 16, "vocab_size": 300}
+    if kind == "bart":
+        for part in ("encoder", "decoder"):
+            sizes |= {f"{part}_layers": 1, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 24}
+    else:
+        sizes |= {"num_layers": 1, "num_heads": 2, "d_ff": 24}
+    auto.from_config(AutoConfig.for_model(kind, **sizes)).save_pretrained(tmp_path)
+    if found is not None:
+        assert type(load(Checkpoint(tmp_path), device="cpu")).__name__ == found
+        return
+    with pytest.raises(AtlasError, match=f"'{kind}': it is an encoder-decoder, and only"):
         load(Checkpoint(tmp_path), device="cpu")
