@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from checkout import ROOT
 from sparsity_atlas.config.schema import Config, parse
 from sparsity_atlas.config.timings import Timing, timing_slice, timings
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.plan.jobs import jobs
 from sparsity_atlas.plan.timing_cost import timing_seconds
 from sparsity_atlas.rules.asks import Asks
 
@@ -85,6 +87,19 @@ def test_what_cannot_be_timed_ends_in_one_line(asked: dict[str, Any], line: str)
     with pytest.raises(AtlasError, match=line) as raised:
         config_of({"speed": asked})
     assert "\n" not in str(raised.value)
+
+
+def test_the_job_of_a_curve_that_is_timed(tmp_path: Path) -> None:
+    config = config_of({"speed": {"device": "cpu"}}, {"sites": ["up"]})
+
+    def found() -> list[tuple[str, tuple[str, str] | None, bool]]:
+        every = jobs(config, tmp_path)
+        return [(one.model, one.node, one.done) for one in every if one.rule == "speed"]
+
+    assert found() == [("small", ("topp", "input"), False)]
+    (tmp_path / "small/topp/input").mkdir(parents=True)
+    (tmp_path / "small/topp/input/speed.parquet").touch()
+    assert found() == [("small", ("topp", "input"), True)]
 
 
 def test_a_plan_counts_tokens_batches_and_contexts() -> None:
