@@ -19,7 +19,7 @@ from torch import nn
 from sparsity_atlas.decoding.backend import backend_of
 from sparsity_atlas.lm.continuous.called import CACHE, arguments
 from sparsity_atlas.lm.continuous.ring import Ring
-from sparsity_atlas.models.logits.head import EXACT, ROUNDED
+from sparsity_atlas.models.logits.head import EXACT, REFUSALS, ROUNDED
 from sparsity_atlas.sites.probe.hypotheses import relative_error
 from sparsity_atlas.speed.products import name_of
 from sparsity_atlas.speed.replaced import put
@@ -52,13 +52,23 @@ def joined(model: PreTrainedModel) -> Iterator[int]:
         for place, layer in enumerate(getattr(decoder, "layers", ())):
             if _is_known(layer):
                 one = _Joined(layer, place, name, waiting)
-                if one.is_right(turning):
+                if _tried(one, turning):
                     found[place] = one
     with ExitStack() as stack:
         for place, one in found.items():
             one.last = place + 1 not in found
             put(stack, one.layer, one.forward)
         yield len(found)
+
+
+def _tried(one: _Joined, turning: Any) -> bool:
+    """Whether a joined layer is right; one that trips over its arguments is not."""
+    try:
+        return one.is_right(turning)
+    except torch.OutOfMemoryError:
+        raise
+    except REFUSALS:
+        return False
 
 
 def _is_known(layer: Any) -> bool:

@@ -61,3 +61,14 @@ def test_numbers_tell_layers_of_the_same_form(
 ) -> None:
     with joined(tiny_model(name, initializer_range=0.3, **settings)) as layers:
         assert layers == expected
+
+
+def test_what_takes_other_arguments_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+
+    def by_type(x: torch.Tensor, positions: torch.Tensor, layer_type: str) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(model.model.rotary_emb, "forward", by_type)
+    with joined(model) as layers:
+        assert layers == 0
