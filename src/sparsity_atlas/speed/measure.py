@@ -21,6 +21,7 @@ from sparsity_atlas.activations.store import ActivationStore
 from sparsity_atlas.criteria import create
 from sparsity_atlas.criteria.base import Criterion, keeps_by_threshold
 from sparsity_atlas.criteria.calibration_file import read_calibration
+from sparsity_atlas.criteria.expert_rules import ExpertRules
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.parquet import write_parquet
 from sparsity_atlas.files.whole import read_manifest
@@ -29,7 +30,7 @@ from sparsity_atlas.loading.pretrained import load
 from sparsity_atlas.models.manifest import from_manifest
 from sparsity_atlas.models.token_weights import weights_of_a_token
 from sparsity_atlas.speed.speed_table import OK, SCHEMA, TOKEN
-from sparsity_atlas.terms import AVERAGE, by_projection
+from sparsity_atlas.terms import AVERAGE, EXPERTS, PlaceKey, by_projection
 
 SHARES = tuple(round(0.1 * step, 1) for step in range(10))
 BAR = 0.99
@@ -63,11 +64,15 @@ def nodes_of(curve: Mapping[str, Any]) -> list[tuple[float, float]]:
     return [(float(level), sum(some) / len(some)) for level, some in found.items()]
 
 
-def why_not(criterion: Criterion, bound: Mapping[Any, Criterion], site: str) -> str | None:
+def why_not(criterion: Criterion, bound: Mapping[PlaceKey, Criterion], site: str) -> str | None:
     """Why a criterion's zeros gain nothing here; None: they may."""
     if by_projection(site):
         return "maps that read one vector have masks of their own, and products share one"
+    if all(place.part == EXPERTS for place in bound):
+        return "routed experts have no sparse products"
     for rule in bound.values():
+        if isinstance(rule, ExpertRules):
+            return "each routed expert has a rule of its own"
         if not keeps_by_threshold(rule):
             name = type(criterion).__name__
             return f"{name}: its masks follow from no threshold of one token"

@@ -114,6 +114,18 @@ def test_experts_leave_what_stands_beside_them() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "rule", "reason"),
+    [
+        ("mixtral", "topp", "routed experts have no sparse products"),
+        ("qwen2_moe", "wina", "each routed expert has a rule of its own"),
+    ],
+)
+def test_experts_alone_or_with_rules_of_their_own(name: str, rule: str, reason: str) -> None:
+    rows = rows_of(tiny_mixture(name), "intermediate", rule, tokens=[1])
+    assert [(row["timed"], row["reason"]) for row in rows] == [("maps", reason), (TOKEN, reason)]
+
+
+@pytest.mark.parametrize(
     ("rule", "site", "reason"),
     [
         ("random", "input", "Random: its masks follow from no threshold of one token"),
