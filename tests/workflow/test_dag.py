@@ -198,12 +198,13 @@ def test_the_grid_of_a_real_model(
 
 def test_criteria_grid(empty: Checkout) -> None:
     # 4 models at 5 sites of the FFN: 15 + 13 + 8 + 5 + 4 criteria, 4 + 6 + 5 + 3 + 2 of them calibrated;
-    # and at 3 of attention: 7 + 7 + 7, of these 3 + 3 + 4. Layers one at a time: 2 criteria at 3 sites.
+    # and at 3 of attention: 7 + 7 + 10, of these 3 + 3 + 7; by projection 3, of these 2. Layers one at a
+    # time: 2 criteria at 3 sites.
     found = counts(empty.plan("--configfile", "workflow/config/criteria.yaml"))
     assert found == {
         **{"all": 1, "run_config": 1, "model": 4, "dense": 4, "model_summary": 4, "tables": 1},
-        **{"capture": 32, "metrics": 32, "calibrate": 120, "search": 264, "evaluate": 456},
-        **{"output_error": 264, "curve": 264, "sensitivity": 24},
+        **{"capture": 32, "metrics": 32, "calibrate": 140, "search": 288, "evaluate": 492},
+        **{"output_error": 288, "curve": 288, "sensitivity": 24},
     }
 
 

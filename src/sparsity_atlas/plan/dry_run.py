@@ -25,6 +25,7 @@ from sparsity_atlas.lm import forest
 from sparsity_atlas.lm.forward import Abilities
 from sparsity_atlas.lm.journalled import JournalledLM, Records, shortest
 from sparsity_atlas.lm.model import AtlasLM
+from sparsity_atlas.lm.usage import packed
 from sparsity_atlas.sparsify.attach import Counter
 from sparsity_atlas.sparsify.counted_vectors import Slot
 from sparsity_atlas.terms import DENOISING, GENERATION, PROMPT, SCORING
@@ -133,7 +134,7 @@ class DryLM(Dry, AtlasLM):
         self.batches.append(Batch(rows, predicted))
         count = len(batch.requests)
         return lambda: {
-            **{"zeros": "", "unique": ""},  # no slot is counted
+            **dict.fromkeys(("zeros", "unique"), packed(np.zeros(0))),  # no slot is counted
             **{"scores": [0.0] * count, "greedy": [False] * count},
         }
 
