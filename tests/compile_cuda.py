@@ -12,7 +12,7 @@ from triton.compiler import ASTSource
 from sparsity_atlas.decoding import cuda_inputs, cuda_outputs
 from sparsity_atlas.kernels import cuda, cuda_masks
 from sparsity_atlas.kernels.cuda_row import GROUP
-from sparsity_atlas.kernels.definition import Threshold
+from sparsity_atlas.kernels.definition import INFINITIES, Threshold
 from sparsity_atlas.speed import cuda_step
 
 # More than one warp's, and no power of two; a wider row is more of the same code.
@@ -81,7 +81,7 @@ def compile_masks(dtype: torch.dtype) -> None:
     bits = "*i32" if dtype == torch.float32 else "*i16"
     types = dict.fromkeys(("values", "onto", "out"), bits) | {"mask": "*i8", **POINTERS}
     types |= {"codes": "*i64", "limits": "*i64"}
-    constants = {"INFINITY": cuda_masks.INFINITIES[dtype], "BLOCK": 512, "SIZE": 4}
+    constants = {"INFINITY": INFINITIES[dtype], "BLOCK": 512, "SIZE": 4}
     for kernel in (cuda_masks._apply, cuda_masks._largest, cuda_masks._draw):
         own = {name: value for name, value in constants.items() if name in kernel.arg_names}
         kinds = {name: "i32" for name in kernel.arg_names} | types | dict.fromkeys(own, "constexpr")
@@ -93,9 +93,7 @@ def compile_masks(dtype: torch.dtype) -> None:
 for dtype in (torch.bfloat16, torch.float32):
     compile_masks(dtype)
 for rule in RULES:
-    # In float16 an entry is read in a way of its own, whatever the rule.
-    others = (torch.float16,) if rule in (RULES[0], RULES[3]) else ()
-    for dtype in (torch.bfloat16, torch.float32, *others):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
         compile_kernel(cuda._mask, rule, dtype)
 
 CUT = {

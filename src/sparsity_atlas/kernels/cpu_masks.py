@@ -12,12 +12,12 @@ import torch
 from numba import njit
 
 from sparsity_atlas.kernels.cpu import bits_of, in_parts
+from sparsity_atlas.kernels.definition import INFINITIES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _compiled = njit(nogil=True, cache=True, error_model="numpy")
-_INFINITIES = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 # SplitMix64's output function, see `patterns`. A signed number beside these would make float64 of both.
 _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _30, _27, _31, _11, _0 = (np.uint64(bits) for bits in (30, 27, 31, 11, 0))
@@ -61,7 +61,7 @@ def drawn(values: Tensor, codes: Tensor, bound: int) -> Tensor:
 
 def _numbers(values: Tensor) -> tuple[int, int]:
     """What leaves the sign out of a bit pattern, and the pattern of infinity."""
-    return (0x7FFFFFFF if values.element_size() == 4 else 0x7FFF), _INFINITIES[values.dtype]
+    return (0x7FFFFFFF if values.element_size() == 4 else 0x7FFF), INFINITIES[values.dtype]
 
 
 @_compiled

@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 
 from sparsity_atlas.kernels.cuda import bits_of
+from sparsity_atlas.kernels.definition import INFINITIES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-INFINITIES = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 LARGEST_BLOCK = 2048
 WARPS = 4
 # SplitMix64's output function, see `patterns`, and what is left of a shift to the right.

@@ -22,6 +22,8 @@ LARGEST_EXACT_POWER = 8
 # Digits of the base 2^LIMB_BITS that tell ⌈amount · total⌉ of any amount and of a total below 2^62: of a
 # decimal that is a float64, either less than one is asked for, or the last place lies above 10^-36.
 LIMBS, LIMB_BITS = 6, 31
+# Bit patterns of infinity; those of NaN lie above, without their signs.
+INFINITIES = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 
 
 Kind = Literal["share", "rank", "peak", "fixed"]

@@ -43,7 +43,7 @@ def rows(draw: st.DrawFn) -> Tensor:
 
 
 @pytest.mark.parametrize("module", MODULES)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(values=rows(), size=SIZES, share=st.floats(0, 1))
 def test_the_largest_of_groups(module: ModuleType, values: Tensor, size: int, share: float) -> None:
     kept = int(share * size)
@@ -64,7 +64,7 @@ def order(value: float) -> float:
 
 @pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize("module", MODULES)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(values=rows(), size=SIZES, salt=st.integers(0, 2**62), share=st.floats(0, 1))
 def test_the_same_masks_as_in_torch(
     module: ModuleType, values: Tensor, size: int, salt: int, share: float
@@ -80,7 +80,7 @@ def test_the_same_masks_as_in_torch(
 
 
 @pytest.mark.parametrize("module", MODULES)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(values=rows(), seed=st.integers(0, 99))
 def test_a_mask_put_to_use(module: ModuleType, values: Tensor, seed: int) -> None:
     chosen = torch.Generator().manual_seed(seed)
