@@ -132,6 +132,11 @@ def by_projection(site: str) -> bool:
     return in_every_layer(site).endswith(_PROJECTIONS)
 
 
+def with_one_mask(site: str) -> str:
+    """What a spelling names where one mask serves all maps that read a tensor."""
+    return confined(plain(site), parts_named(site), layers_named(site))
+
+
 def everywhere(site: str) -> str:
     """What a spelling names in all parts of every layer: a key of `TENSORS`."""
     return confined(plain(site), (), each=by_projection(site))

@@ -77,8 +77,9 @@ FIGURES = {
         ("comparison",),
         "Each criterion's score minus that of the first criterion at the same site of the same model, "
         "both read between their levels at the same induced sparsity of entries. Below zero a criterion "
-        "adds less loss than the reference. Bands are 95 % intervals of the difference by paired bootstrap: "
-        "both curves draw the same samples.",
+        "adds less loss than the reference. Where each map has a mask of its own, another panel has each "
+        "criterion minus itself with one mask for all maps, over the sparsity of the parameters. Bands are "
+        "95 % intervals of the difference by paired bootstrap: both curves draw the same samples.",
     ),
     "twins": Entry(
         "Pairs of models",

@@ -13,7 +13,6 @@ from sparsity_atlas.figures.panels import (
     legend,
     of_nats,
     percent_axis,
-    repeated,
     rule,
     select,
 )
@@ -27,24 +26,29 @@ X_LABEL = "induced sparsity (%)"
 
 
 def differences(tables: Tables) -> Figure:
-    """Each criterion's score minus the reference's, one panel a model and site."""
+    """Each criterion's score minus the reference's, one panel a model and site.
+
+    Where each map has a mask of its own, another panel has each criterion minus itself with one for all.
+    """
     task = tables.loss_task() or AVERAGE
     rows = tables.comparison
     rows = rows[(rows["task"] == task) & rows["difference"].notna()]
-    rows = rows[rows["sparsity_of"] == "entries"]
+    itself = rows["criterion"] == rows["reference"]
+    rows = rows[itself.where(_beside(rows), rows["sparsity_of"] == "entries")]
     keys, note = _keys(tables, rows)
     if not keys:
         return empty(NOTHING)
     nats = of_nats(rows)
     styles = marks(tables.criteria())
     figure, axes = grid(len(keys), height=2.0)
-    for ax, (model, site) in zip(axes, keys, strict=True):
-        panel = rows[(rows["model"] == model) & (rows["site"] == site)]
-        reference = panel["reference"].iloc[0]
+    for ax, key in zip(axes, keys, strict=True):
+        model, site, beside = key
+        panel = _panel(rows, key)
+        reference = panel["reference"].iloc[0] if site == beside else beside
         ax.set_title(heading(model, site, f"− {reference}"))
         ax.axhline(0, color=GREY, linewidth=0.8)
         for name, line in _lines(panel):
-            if name == reference:
+            if site == beside and name == reference:
                 continue
             mark = styles[name]
             x = line["sparsity"]
@@ -81,9 +85,9 @@ def output_errors(tables: Tables) -> Figure:
         return empty(NOTHING)
     styles = marks(tables.criteria())
     figure, axes = grid(len(keys), height=2.0)
-    for ax, (model, site) in zip(axes, keys, strict=True):
-        panel = rows[(rows["model"] == model) & (rows["site"] == site)]
-        ax.set_title(heading(model, site))
+    for ax, key in zip(axes, keys, strict=True):
+        panel = _panel(rows, key)
+        ax.set_title(heading(*key[:2]))
         for name, line in _lines(panel):
             mark = styles[name]
             ax.plot(
@@ -100,12 +104,30 @@ def output_errors(tables: Tables) -> Figure:
     return figure
 
 
-def _keys(tables: Tables, rows: pd.DataFrame) -> tuple[list[tuple[str, str]], str]:
-    """Models and sites with several criteria, the smallest model first."""
-    found = repeated(rows, ["model", "site"], "criterion")
+# Model, site, and the site of the curve that differences are taken from.
+_Key = tuple[str, str, str]
+_KEY = ["model", "site", "reference_site"]
+
+
+def _beside(rows: pd.DataFrame) -> pd.Series[bool]:
+    """Whether differences are from another site: that where one mask serves all maps."""
+    return rows["reference_site"] != rows["site"]
+
+
+def _keys(tables: Tables, rows: pd.DataFrame) -> tuple[list[_Key], str]:
+    """What has a panel: several criteria, or one beside itself at another site; the smallest model first."""
+    criteria: dict[_Key, set[str]] = {}
+    for *key, criterion in rows[[*_KEY, "criterion"]].itertuples(index=False, name=None):
+        model, site, beside = key
+        criteria.setdefault((model, site, beside), set()).add(criterion)
+    found = [key for key, names in criteria.items() if len(names) > 1 or key[1] != key[2]]
     sizes = tables.by_size()
-    found.sort(key=lambda key: (sizes.index(key[0]), site_rank(key[1])))
+    found.sort(key=lambda key: (sizes.index(key[0]), site_rank(key[1]), key[1] != key[2]))
     return select(found, PANELS)
+
+
+def _panel(rows: pd.DataFrame, key: _Key) -> pd.DataFrame:
+    return rows[(rows[_KEY] == [*key]).all(axis=1)]
 
 
 def _drawn(styles: dict[str, Mark], rows: pd.DataFrame) -> dict[str, Mark]:

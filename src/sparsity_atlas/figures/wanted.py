@@ -13,7 +13,13 @@ from sparsity_atlas.config.timings import timings
 from sparsity_atlas.figures import FIGURES
 from sparsity_atlas.loading.contents import speaks_of_experts, speaks_of_masks
 from sparsity_atlas.tasks import local_files
-from sparsity_atlas.terms import LEAST_MODELS, in_every_layer, layers_named
+from sparsity_atlas.terms import (
+    LEAST_MODELS,
+    by_projection,
+    in_every_layer,
+    layers_named,
+    with_one_mask,
+)
 
 
 def wanted(config: Config) -> list[str]:
@@ -26,9 +32,15 @@ def wanted(config: Config) -> list[str]:
     curves = grid.curves(config)
     timed = timings(config).values()
     places = Counter((curve.model, curve.site) for curve in curves)
+    named = {(curve.model, curve.criterion, curve.site) for curve in curves}
+    beside = any(
+        by_projection(site) and (model, criterion, with_one_mask(site)) in named
+        for model, criterion, site in named
+    )
     specs = {curve.criterion: grid.criterion_slice(config, curve.criterion) for curve in curves}
     there = {
-        **dict.fromkeys(("criteria", "comparison", "comparison_error"), max(places.values()) > 1),
+        **dict.fromkeys(("criteria", "comparison_error"), max(places.values()) > 1),
+        "comparison": max(places.values()) > 1 or beside,
         **dict.fromkeys(
             ("inserted", "inserted_gates"),
             any(config.tasks[task].inserted for curve in curves for task in curve.tasks),

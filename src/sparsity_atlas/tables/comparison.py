@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from sparsity_atlas.curves.equal_sparsity import SPARSITIES, read_between, read_equal
+from sparsity_atlas.curves.equal_sparsity import SPARSITIES, Of, read_between, read_equal
 from sparsity_atlas.files.parquet import read_parquet
 from sparsity_atlas.statistics.bootstrap import interval
+from sparsity_atlas.terms import by_projection, with_one_mask
 
-COMPARISON = ["model", "site", "task", "kind", "sparsity_of", "sparsity", "criterion", "reference"]
-COMPARISON += ["value", "value_low", "value_high"]
+COMPARISON = ["model", "site", "task", "kind", "sparsity_of", "sparsity", "criterion"]
+COMPARISON += ["reference", "reference_site", "value", "value_low", "value_high"]
 COMPARISON += ["difference", "difference_low", "difference_high", "output_error"]
+
+_ByPlace = dict[tuple[str, Of, float], dict[str, Any]]
 
 
 def comparison_rows(curves: Sequence[Path], sparsity: Sequence[Path]) -> Iterator[dict[str, Any]]:
@@ -26,6 +29,10 @@ def comparison_rows(curves: Sequence[Path], sparsity: Sequence[Path]) -> Iterato
     "parameters" too where these give another number. output_error: mean over layers of the relative
     FFN-output error at this sparsity of the captured text's entries.
 
+    A site where each map has a mask of its own is compared with the site where one mask serves them all, too
+    (reference_site): a criterion with itself, and with that site's first one. Seven maps have more entries
+    than the four vectors that they read, so that these are at equal sparsity of the parameters alone.
+
     Args:
         curves: curve.json files, with equal_sparsity.parquet beside each.
         sparsity: sparsity.parquet files.
@@ -36,28 +43,46 @@ def comparison_rows(curves: Sequence[Path], sparsity: Sequence[Path]) -> Iterato
         model, _, site = path.parts[-4:-1]
         groups.setdefault((model, site), []).append(path)
     for (model, site), paths in groups.items():
-        if len(paths) < 2:
-            continue
-        reference = paths[0].parts[-3]
-        base = _by_place(paths[0])
-        for path in paths:
-            criterion = path.parts[-3]
-            of_entries = errors.get((model, criterion, site), {})
-            for key, row in _by_place(path).items():
-                task, of, place = key
-                yield {
-                    **{"model": model, "site": site, "task": task, "kind": row["kind"]},
-                    **{"sparsity_of": of, "sparsity": place},
-                    **{"criterion": criterion, "reference": reference},
-                    **_interval("value", row),
-                    **_interval("difference", _difference(row, base.get(key))),
-                    "output_error": of_entries.get(place) if of == "entries" else None,
-                }
+        if len(paths) > 1:
+            base = _by_place(paths[0])
+            for path in paths:
+                of_entries = errors.get(path.parts[-4:-1], {})
+                yield from _rows(path, _by_place(path), paths[0], base, of_entries)
+        joined = groups.get((model, with_one_mask(site)), []) if by_projection(site) else []
+        for path in paths if joined else ():
+            rows = _of_parameters(_by_place(path))
+            own = [one for one in joined if one.parts[-3] == path.parts[-3]]
+            for reference in dict.fromkeys([*own, joined[0]]):
+                base = _of_parameters(_by_place(reference))
+                yield from _rows(path, rows, reference, base, {})
 
 
-def _by_place(path: Path) -> dict[tuple[str, str, float], dict[str, Any]]:
+def _rows(
+    path: Path, rows: _ByPlace, reference: Path, base: _ByPlace, errors: dict[float, float]
+) -> Iterator[dict[str, Any]]:
+    """A curve beside the one that differences are taken from; errors: by sparsity of entries."""
+    model, criterion, site = path.parts[-4:-1]
+    for key, row in rows.items():
+        task, of, place = key
+        yield {
+            **{"model": model, "site": site, "task": task, "kind": row["kind"]},
+            **{"sparsity_of": of, "sparsity": place, "criterion": criterion},
+            **{"reference": reference.parts[-3], "reference_site": reference.parts[-2]},
+            **_interval("value", row),
+            **_interval("difference", _difference(row, base.get(key))),
+            "output_error": errors.get(place) if of == "entries" else None,
+        }
+
+
+def _by_place(path: Path) -> _ByPlace:
     rows = read_equal(path.with_name("equal_sparsity.parquet"))
     return {(row["task"], row["sparsity_of"], row["sparsity"]): row for row in rows}
+
+
+def _of_parameters(rows: _ByPlace) -> _ByPlace:
+    """The rows at sparsities of parameters, which are those of entries where a curve has no others."""
+    of: Of = "parameters" if any(key[1] == "parameters" for key in rows) else "entries"
+    return {(key[0], "parameters", key[2]): row for key, row in rows.items() if key[1] == of}
 
 
 def _difference(row: dict[str, Any], base: dict[str, Any] | None) -> dict[str, Any] | None:

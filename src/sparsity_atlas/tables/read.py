@@ -32,9 +32,19 @@ HEADLINE_BAR = 0.99
 CHUNK = 200_000
 _TEXT = {"model", "criterion", "site", "level", "tensor", "task", "kind", "status", "relation"}
 _TEXT |= {"bar_label", "family", "reason", "source", "revision", "architecture", "activation"}
-_TEXT |= {"dtype", "sites", "digest", "reference", "allocation", "sparsity_of", "target_of", "part"}
+_TEXT |= {
+    "dtype",
+    "sites",
+    "digest",
+    "reference",
+    "reference_site",
+    "allocation",
+    "sparsity_of",
+    "target_of",
+    "part",
+}
 _TEXT |= {"series", "checkpoint", "law", "over"}
-_TEXT |= {"predictor", "node"}
+_TEXT |= {"predictor", "node", "reference_site"}
 _TEXT |= {"phase", "region", "quantity", "metric", "first", "second", "measure", "label", "note"}
 _TEXT |= {"continuation", "before"}
 _TEXT |= {"timed", "threshold", "of", "dense_by", "shape", "device", "driver", "versions"}

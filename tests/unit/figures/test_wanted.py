@@ -65,6 +65,18 @@ def config_of(*blocks: dict[str, Any]) -> Config:
             {"scaling", "sensitivity", *COMPARED, *ALLOCATED},
         ),
         ([{**ONE, "criteria": ["teal"]}], {"scaling", "sensitivity", *COMPARED}),
+        # A criterion with one mask for all maps and with one each; another one with one each alone.
+        (
+            [ONE, {**ONE, "sites": ["input"]}, {**ONE, "sites": ["input"], "by_projection": True}],
+            {"scaling", "sensitivity", *ALLOCATED, *COMPARED - {"comparison"}},
+        ),
+        (
+            [
+                {**ONE, "sites": ["input"]},
+                {**ONE, "criteria": ["topk"], "sites": ["input"], "by_projection": True},
+            ],
+            {"scaling", "sensitivity", *ALLOCATED, *COMPARED},
+        ),
     ],
 )
 def test_what_a_run_can_fill(blocks: list[dict[str, Any]], absent: set[str]) -> None:

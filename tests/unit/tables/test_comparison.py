@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from scipy.interpolate import PchipInterpolator
 
-from fake_results import ENTRIES, make_results, make_tables, samples, write_curve, write_model
+from fake_results import (
+    ENTRIES,
+    make_results,
+    make_tables,
+    samples,
+    write_curve,
+    write_metrics,
+    write_model,
+)
 from sparsity_atlas.curves.equal_sparsity import (
     SPARSITIES,
     at_sparsities,
@@ -22,9 +30,11 @@ from sparsity_atlas.curves.equal_sparsity import (
 from sparsity_atlas.curves.points import anchored_scores, estimate_all
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.figures import differences
-from sparsity_atlas.statistics.bootstrap import TaskSamples, estimate
+from sparsity_atlas.figures.style import heading
+from sparsity_atlas.statistics.bootstrap import TaskSamples, estimate, interval
 from sparsity_atlas.tables.comparison import comparison_rows
 from sparsity_atlas.tables.read import Tables
+from sparsity_atlas.terms import confined
 
 
 def test_a_curve_is_read_between_its_points() -> None:
@@ -197,6 +207,80 @@ def test_entries_and_parameters_are_compared_each_with_their_own(tmp_path: Path)
         assert rows["a", "parameters", place]["output_error"] is None
 
 
+def projected(results: Path) -> Path:
+    """`a` and `b` at a site with one mask, and with one a map; `c` with one a map alone.
+
+    Of the parameters `all_linear_inputs@projections` has half as many zeros as of the entries; `input` with
+    either has one number for both.
+    """
+    levels = ("0.97", "0.9", "0.75", "0.5")
+    write_model(results / "m")
+    for criterion, tolerance in (("a", 0.5), ("b", 0.6), ("c", 0.7)):
+        for site in ("all_linear_inputs", "input"):
+            for each in (True, False) if criterion != "c" else (True,):
+                better = tolerance + 0.05 * each
+                task = samples("prose", "loss", levels, tolerance=better)
+                folder = results / "m" / criterion / confined(site, (), each=each)
+                write_curve(folder, [task], levels)
+                if each and site == "all_linear_inputs":
+                    half = replace(task, zeros=task.zeros // 2)
+                    rows = equal_rows([estimate(task, 100)])
+                    rows += equal_rows([estimate(half, 100)], "parameters")
+                    write_equal(folder / "equal_sparsity.parquet", rows)
+    return results
+
+
+@pytest.mark.parametrize("site", ["all_linear_inputs", "input"])
+def test_a_mask_for_each_map_beside_one_for_all(tmp_path: Path, site: str) -> None:
+    projected(tmp_path)
+    curves = [
+        tmp_path / "m" / criterion / place / "curve.json"
+        for place in (f"{site}@projections", site)
+        for criterion in ("b", "a", "c")
+        if place != site or criterion != "c"
+    ]
+    rows = [row for row in comparison_rows(curves, []) if row["reference_site"] != row["site"]]
+    assert {(row["criterion"], row["reference"]) for row in rows} == {
+        *(("a", "a"), ("a", "b"), ("b", "b"), ("c", "b")),
+    }
+    assert {(row["site"], row["reference_site"]) for row in rows} == {(f"{site}@projections", site)}
+    assert {row["sparsity_of"] for row in rows} == {"parameters"}
+    # Each replicate by itself, from the two files; a curve without rows of parameters has those of entries.
+    of = "parameters" if site == "all_linear_inputs" else "entries"
+    for row in rows:
+        own, base = (
+            next(
+                one
+                for one in read_equal(tmp_path / "m" / name / place / "equal_sparsity.parquet")
+                if (one["sparsity_of"], one["sparsity"]) == (what, row["sparsity"])
+            )
+            if row["difference"] is not None
+            else None
+            for name, place, what in (
+                (row["criterion"], row["site"], of),
+                (row["reference"], row["reference_site"], "entries"),
+            )
+        )
+        if own is None or base is None:
+            continue
+        assert row["value"] == own["value"]
+        assert row["difference"] == own["value"] - base["value"]
+        ends = interval(row["difference"], own["replicates"] - base["replicates"])
+        assert (row["difference_low"], row["difference_high"]) == ends
+    assert any(row["difference"] for row in rows)
+
+
+def test_sites_of_single_layers_are_beside_the_same_layers(tmp_path: Path) -> None:
+    levels = ("0.97", "0.5")
+    write_model(tmp_path / "m")
+    sites = ("input@projections@layers1", "input@layers1", "input@layers2", "input")
+    for site in sites:
+        write_curve(tmp_path / "m" / "a" / site, [samples("prose", "loss", levels)], levels)
+    rows = list(comparison_rows([tmp_path / "m" / "a" / site / "curve.json" for site in sites], []))
+    found = {(row["site"], row["reference_site"]) for row in rows}
+    assert found == {("input@projections@layers1", "input@layers1")}
+
+
 def test_one_criterion_has_nothing_to_be_compared_with(tmp_path: Path) -> None:
     make_results(tmp_path, models={"m": {}})
     assert by_key(tmp_path) == {}
@@ -256,3 +340,27 @@ def test_output_errors_of_every_criterion(tables: Tables) -> None:
     for criterion, line in zip(("topp", "topk"), figure.axes[0].lines, strict=True):
         wanted = rows[rows["criterion"] == criterion]["output_error"].dropna()
         assert line.get_ydata().tolist() == wanted.tolist()
+
+
+def test_a_panel_of_masks_by_map(tmp_path: Path) -> None:
+    results = projected(tmp_path)
+    for site in ("input", "all_linear_inputs"):
+        write_metrics(results / "m", site)
+    tables = make_tables(results, last="c")
+    figure = differences.differences(tables)
+    assert [ax.get_title() for ax in figure.axes] == [
+        heading("m", each, f"− {reference}")
+        for site in ("input", "all_linear_inputs")
+        for each, reference in (
+            *((site, "a"), (f"{site}@projections", "a"), (f"{site}@projections", site)),
+        )
+    ]
+    # `a` has a line beside itself there; `c` has none.
+    rows = tables.comparison.query(
+        "site == 'all_linear_inputs@projections' and reference_site != site"
+    )
+    lines = [line for line in figure.axes[-1].lines if len(line.get_xdata()) > 2]
+    assert [line.get_ydata().tolist() for line in lines] == [
+        rows.query(f"criterion == reference == '{name}'")["difference"].dropna().tolist()
+        for name in ("a", "b")
+    ]
