@@ -169,14 +169,15 @@ def _describe_tokenizer(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[
 
 
 def _activation(model: PreTrainedModel, parts: list[Part]) -> str:
-    """What the first nonlinearity is, by its function or its module's class: silu, relu, ..."""
+    """What the first nonlinearity is called: silu, relu2, ..."""
+    from sparsity_atlas.sites.activation import name_of
+
     activation = next((part.activation for part in parts if part.activation is not None), None)
     if activation is None:
         return "the class's own"  # within the gate of its experts
     if activation.path is None:
         return activation.name.lower()
-    kind = type(model.get_submodule(activation.path)).__name__
-    return kind.removesuffix("Activation").lower()
+    return name_of(model.get_submodule(activation.path))
 
 
 def main() -> None:

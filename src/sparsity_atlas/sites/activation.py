@@ -22,6 +22,19 @@ ACTIVATIONS = (
 WITH_WEIGHTS = ("prelu", "xielu")
 
 
+# The commonest name of a class stands for it.
+_NAMES = {type(ACT2FN[name]): name for name in reversed(ACTIVATIONS) if name in ACT2FN}
+
+
+def name_of(module: nn.Module) -> str:
+    """What a nonlinearity is called: as in `ACTIVATIONS` where its class is of transformers' table.
+
+    A class of another kind goes by its own name: GELU is gelu, FATReLU fatrelu.
+    """
+    kind = type(module)
+    return _NAMES.get(kind, kind.__name__.removesuffix("Activation").lower())
+
+
 @dataclass(frozen=True)
 class Activation:
     """The nonlinearity σ: a module of the model (`path`), or a function of `ACTIVATIONS`."""

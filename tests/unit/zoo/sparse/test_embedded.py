@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from model_parts import ffns_of
 from sparsity_atlas.loading.checkpoint import Checkpoint
 from sparsity_atlas.loading.pretrained import load, load_tokenizer
+from sparsity_atlas.models.manifest import describe
 from sparsity_atlas.sites.find import bind_parts, describe_parts, find_parts, observe
 from sparsity_atlas.zoo import card, recipe
 from sparsity_atlas.zoo.sparse.penalty import Stages
@@ -64,6 +65,7 @@ def test_a_variant_is_the_middle_model_but_for_its_ffn(name):
     )
     assert recipe.Training(**facts["training"]) == recipe.Training()
     assert "from" not in facts
+    assert describe(Checkpoint(ZOO / name), None)["activation"] == activation
     assert facts["non_embedding_parameters"] == facts_of("medium")["non_embedding_parameters"]
     assert facts["valid"]["nats_per_token"] == pytest.approx(
         facts_of("medium")["valid"]["nats_per_token"], abs=0.1
