@@ -38,9 +38,11 @@ def machine(device: str) -> dict[str, str]:
     driver, tool = "", shutil.which("nvidia-smi")
     if tool:
         query = "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem"
-        asked = [tool, f"--id={torch.cuda.current_device()}", query, "--format=csv,noheader"]
+        # By its own name: the tool counts GPUs that this process may not see.
+        own = f"GPU-{torch.cuda.get_device_properties().uuid}"
+        asked = [tool, f"--id={own}", query, "--format=csv,noheader"]
         done = subprocess.run(asked, capture_output=True, text=True, check=False)
-        driver = done.stdout.strip()
+        driver = "" if done.returncode else done.stdout.strip()
     return {"device": torch.cuda.get_device_name(), "driver": driver, "versions": versions}
 
 
