@@ -25,10 +25,16 @@ COLD = {"cuda": 400e6, "cpu": 600e6}
 
 
 class Time(NamedTuple):
-    """Microseconds a call: the median (on a CPU the least), and the distance between the quartiles."""
+    """Microseconds a call: the median, and the distance between the quartiles."""
 
     median: float
     spread: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float], calls: int) -> Time:
+        """Time of one of some calls that run one after another, from what some rounds of all took."""
+        low, median, high = statistics.quantiles([one * 1e6 / calls for one in seconds], n=4)
+        return cls(median, high - low)
 
     def __str__(self) -> str:
         return f"{self.median:8.1f} ±{self.spread:4.1f}"
@@ -52,10 +58,7 @@ def timed(calls: Sequence[Callable[[], object]], device: str, repeats: int = 20)
             times.append(clock() - start)
     else:
         times = _replays(calls, repeats)
-    each = sorted(one * 1e6 / len(calls) for one in times)
-    low, _, high = statistics.quantiles(each, n=4)
-    # Other work on a CPU only ever adds to it.
-    return Time(statistics.median(each) if device == "cuda" else each[0], high - low)
+    return Time.of(times, len(calls))
 
 
 def _replays(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:

@@ -13,7 +13,7 @@ TOKEN_STEPS, MAP_ROUNDS, MAP_BYTES = 320, 24, 6e8
 # Beside what is timed: prompts, recording, copies. Of a curve: sparsities, by two thresholds; kinds of maps.
 ANOTHER, TIMINGS, KINDS = 2.0, 24, 3
 # What a slow model's token is timed for at most, as often as it has to be.
-LONGEST, FEWEST_STEPS = 30.0, 32
+LONGEST, FEWEST_STEPS = 30.0, 48
 
 
 def timing_seconds(timing: Timing, parameters: int) -> float:

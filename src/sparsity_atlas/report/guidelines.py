@@ -2,20 +2,24 @@
 
 The rules, for each model and the headline bar (PPL-1%, or the same of a bound; 99 % of accuracy):
 
-- of all curves whose crossing is resolved, the one with the largest ideal speed-up at it is recommended;
-  curves whose interval of it overlaps that of the recommended one are named as not told apart;
+- of all curves whose crossing is resolved, or that resolvedly have none and never fall below the bar, the one
+  with the largest ideal speed-up there is recommended; curves whose interval of it overlaps that of the
+  recommended one are named as not told apart. Of losses the run's first one counts, or the model's;
 - with a predictor that names the zeros of `intermediate` beforehand, rows of the factors' maps are spared as
   well: of a gated FFN three maps for one. What such a predictor costs and misses is not in it;
-- activations count as sparse by themselves from `SPARSE` of exact zeros at `intermediate` on, in the dense
-  model;
+- activations count as sparse by themselves from `SPARSE` of exact zeros on in the dense model, at
+  `intermediate`; where `gate` was measured, its zeros spare rows of the other factor as well;
 - tokens that are decoded together share what is read: of masks that have nothing to do with each other, a
-  share s of one becomes s^B. A batch pays as long as the ideal speed-up is `WORTH` at least;
+  share s of one becomes s^B. A batch pays as long as the ideal speed-up is `WORTH` at least. Nothing is said
+  of batches in a mixture, whose tokens meet other experts, nor of masked diffusion, whose passes go over
+  many tokens;
 - where times were measured, they say what it buys, by the rules of `measured_time`;
-- what is not resolved, or has no crossing, or could not be timed, is said to be untold.
+- what is not resolved, or below the bar from its first level on, or could not be timed, is said to be untold.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,13 +28,12 @@ import numpy as np
 import pandas as pd
 
 from sparsity_atlas.report import measured_time
-from sparsity_atlas.report.measured_time import WORTH, Advice
+from sparsity_atlas.report.measured_time import WORTH, Advice, critical_row
 from sparsity_atlas.statistics.bootstrap import in_percent
 from sparsity_atlas.tables.read import HEADLINE_BAR, Tables, records
 from sparsity_atlas.terms import AVERAGE, EVERY_PHASE, IN_NATS
 
 SPARSE = 0.1
-LARGEST_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -51,42 +54,60 @@ def _of_model(tables: Tables, model: str) -> Iterator[tuple[str, list[Advice]]]:
     rows = rows[(rows["model"] == model) & (rows["bar"] == HEADLINE_BAR)]
     curves = tables.curves[tables.curves["model"] == model]
     loss = rows[rows["kind"].isin(IN_NATS)]
-    loss = loss[loss["task"] == tables.loss_task()]
+    if (loss["task"] == tables.loss_task()).any():
+        loss = loss[loss["task"] == tables.loss_task()]
+    else:
+        loss = loss[loss["task"] == loss["task"].head(1).squeeze()]
     average = rows[rows["task"] == AVERAGE]
+    described = tables.models[tables.models["model"] == model].iloc[0]
+    alike = _alike(described)
     nothing = [
         advice
         for some, measure in ((loss, "PPL-1% sparsity"), (average, "critical sparsity"))
-        if (advice := _untrained(some, curves, measure)) is not None
+        if (advice := _untrained(some, curves, measure, alike)) is not None
     ]
     if nothing:
         yield "When nothing may be trained", nothing
-    described = tables.models[tables.models["model"] == model].iloc[0]
     predicted = _predicted(loss, curves, gated="gate" in described["sites"].split())
     if predicted is not None:
         yield "When a predictor may be trained", [predicted]
-    own = _by_itself(curves)
-    if own is not None:
-        yield "What is sparse already", [own]
+    own = [advice for site in ("intermediate", "gate") if (advice := _by_itself(curves, site))]
+    if own:
+        yield "What is sparse already", own
     in_time = list(measured_time.advices(tables, model))
     if in_time:
         yield "What it buys in time", in_time
-    untold = [*_untold(pd.concat([loss, average])), *measured_time.refusals(tables, model)]
+    untold = [*_untold(pd.concat([loss, average])), *measured_time.untold(tables, model)]
     if untold:
         yield "What cannot be told", untold
 
 
-def _untrained(rows: pd.DataFrame, curves: pd.DataFrame, measure: str) -> Advice | None:
-    """The curve that saves most, among those whose crossing is resolved."""
-    usable = rows[rows["resolved"] & rows["ideal_speedup"].notna()]
+def _alike(described: pd.Series) -> str:
+    """Why nothing is said of tokens that are decoded together; empty: it is."""
+    if described["kind"] == "diffusion":
+        return "its passes go over many tokens, which together leave less unread"
+    if described.get("active_parameters", described["parameters"]) != described["parameters"]:
+        return "tokens decoded together meet other experts, and what they share was not measured"
+    return ""
+
+
+def _usable(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows at whose sparsity the bar is kept, as far as can be told."""
+    return rows[rows["resolved"] & (rows["relation"] != "<") & rows["ideal_speedup"].notna()]
+
+
+def _untrained(rows: pd.DataFrame, curves: pd.DataFrame, measure: str, alike: str) -> Advice | None:
+    """The curve that saves most, among those that are usable."""
+    usable = _usable(rows)
     if usable.empty:
         return None
     ranked = list(records(usable.sort_values("ideal_speedup", ascending=False, kind="stable")))
     best = ranked[0]
-    low, high = _speedups(best, curves)
+    low = _speedups(best, curves)[0]
     text = (
         f"{best.criterion} at {best.site}: {measure} {_sparsity(best)}{_task(best)}. "
         f"If time were weight bytes a token would take {1 / best.ideal_speedup:.0%} of its time, "
-        f"{best.ideal_speedup:.2f} times as fast ({low:.2f} to {high:.2f}){_batch(best.value, best)}."
+        f"{best.ideal_speedup:.2f} times as fast ({_between(best, curves)}); {alike or _batch(best)}."
     )
     others = [one for one in ranked[1:] if _speedups(one, curves)[1] >= low]
     if others:
@@ -94,14 +115,12 @@ def _untrained(rows: pd.DataFrame, curves: pd.DataFrame, measure: str) -> Advice
             f"{one.criterion} at {one.site} ({one.ideal_speedup:.2f})" for one in others
         )
         text += f" Not told apart from it: {named}."
-    return Advice(text, tuple(_row(one) for one in (best, *others)))
+    return Advice(text, tuple(critical_row(one) for one in (best, *others)))
 
 
 def _predicted(rows: pd.DataFrame, curves: pd.DataFrame, *, gated: bool) -> Advice | None:
     """What the zeros of i would spare if they were known before u and g are made."""
-    usable = rows[
-        rows["resolved"] & rows["ideal_speedup"].notna() & (rows["site"] == "intermediate")
-    ]
+    usable = _usable(rows[rows["site"] == "intermediate"])
     if usable.empty:
         return None
     best = max(records(usable), key=lambda one: one.ideal_speedup)
@@ -115,37 +134,37 @@ def _predicted(rows: pd.DataFrame, curves: pd.DataFrame, *, gated: bool) -> Advi
         f"{bounds[0]:.2f} times as fast ({bounds[1]:.2f} to {bounds[2]:.2f}) if it costs nothing and "
         f"never errs, where without it are {best.ideal_speedup:.2f}. What it gets wrong was not measured."
     )
-    return Advice(text, (_row(best),))
+    return Advice(text, (critical_row(best),))
 
 
-def _by_itself(curves: pd.DataFrame) -> Advice | None:
+def _by_itself(curves: pd.DataFrame, site: str) -> Advice | None:
     """Exact zeros of the dense model, which may be left out at no loss."""
     rows = curves[
         (curves["level"] == "dense")
-        & (curves["site"] == "intermediate")
+        & (curves["site"] == site)
         & (curves["phase"] == EVERY_PHASE)
         & curves["sparsity"].notna()
     ]
     if rows.empty:
         return None
     row = next(records(rows))
-    named = f"curves.csv: {row.model}, {row.criterion}, intermediate, {row.task}, dense"
+    named = f"curves.csv: {row.model}, {row.criterion}, {site}, {row.task}, dense"
     if row.sparsity < SPARSE:
         text = (
-            f"Next to nothing: {row.sparsity:.1%} of the untouched model's intermediate entries are "
+            f"Next to nothing: {row.sparsity:.1%} of the untouched model's {site} entries are "
             "exact zeros, so that whatever is left out changes what it says."
         )
     else:
         text = (
-            f"{row.sparsity:.1%} of the untouched model's intermediate entries are exact zeros: they may "
-            f"be left out at no loss, at most {row.ideal_speedup:.2f} times as fast."
+            f"{row.sparsity:.1%} of the untouched model's {site} entries are exact zeros: take {site} and no "
+            f"criterion. Left out at no loss, they make it at most {row.ideal_speedup:.2f} times as fast."
         )
     return Advice(text, (named,))
 
 
 def _untold(rows: pd.DataFrame) -> Iterator[Advice]:
     """Curves that no advice is read from, and why."""
-    unusable = rows[~rows["resolved"]]
+    unusable = rows[~rows["resolved"] | (rows["relation"] == "<")]
     for keys, some in unusable.groupby(["task", "relation"], sort=False):
         task, relation = map(str, keys)
         curves = [f"{row.criterion} at {row.site}" for row in records(some)]
@@ -156,7 +175,7 @@ def _untold(rows: pd.DataFrame) -> Iterator[Advice]:
         }.get(relation, "its interval is too wide, or it was drawn from too few samples")
         yield Advice(
             f"By {task}, of {', '.join(dict.fromkeys(curves))}: {why}.",
-            tuple(_row(row) for row in records(some)),
+            tuple(critical_row(row) for row in records(some)),
         )
 
 
@@ -176,20 +195,24 @@ def _speedups(row: Any, curves: pd.DataFrame) -> tuple[float, float]:
     return low, high
 
 
-def _batch(sparsity: float, row: Any) -> str:
+def _between(row: Any, curves: pd.DataFrame) -> str:
+    """The interval of the ideal speed-up, with < and > where its ends lie beyond what was measured."""
+    low, high = _speedups(row, curves)
+    return f"{'<' if row.low_open else ''}{low:.2f} to {'>' if row.high_open else ''}{high:.2f}"
+
+
+def _batch(row: Any) -> str:
     """At which batch it stops paying, if masks were independent."""
-    whole = (1 - 1 / row.ideal_speedup) / sparsity if sparsity > 0 else 0.0
-    paying = [
-        batch for batch in range(1, LARGEST_BATCH + 1) if 1 / (1 - whole * sparsity**batch) >= WORTH
-    ]
-    if not paying:
-        return "; that is less than it takes to be worth anything"
-    if paying == [1]:
-        return f"; two tokens with nothing in common gain less than {WORTH - 1:.0%} together"
-    return (
-        f"; of tokens with nothing in common, {paying[-1]} together still gain {WORTH - 1:.0%}, "
-        "more do not"
-    )
+    gain, spared, least = f"{WORTH - 1:.0%}", 1 - 1 / row.ideal_speedup, 1 - 1 / WORTH
+    if spared < least:
+        return f"that is less than the {gain} from which on it is worth anything"
+    if row.value >= 1:
+        return f"any number of tokens together gains {gain}"
+    # Of B tokens spared · s^(B - 1) stays unread.
+    most = 1 + math.floor(math.log(least / spared) / math.log(row.value))
+    if most == 1:
+        return f"two tokens with nothing in common gain less than {gain} together"
+    return f"of tokens with nothing in common, {most} together still gain {gain}, more do not"
 
 
 def _sparsity(row: Any) -> str:
@@ -205,8 +228,3 @@ def _task(row: Any) -> str:
         return ", where 1 % of the accuracy over all tasks is lost"
     bound = "the bound of the " if row.kind == "bound" else "the "
     return f", where {bound}perplexity of {row.task} is 1 % higher"
-
-
-def _row(row: Any) -> str:
-    """Where a row of the critical sparsities is found."""
-    return f"critical_sparsity.csv: {row.model}, {row.criterion}, {row.site}, {row.task}, {row.bar_label}"

@@ -3,6 +3,8 @@
 The rules, of each curve that was timed and where it crosses the headline bar:
 
 - whole tokens are spoken of, at the shortest context; maps where no whole token was timed;
+- a curve that never crosses the bar is spoken of at its largest sparsity, and one that is below it from its
+  first level on only as untold; that a crossing is not resolved is said;
 - a gain is told from none where the two times lie further apart than half of what both spread;
 - a number of tokens decoded together pays where one kind of threshold is `WORTH` times as fast as dense at
   the least, told from none, and all smaller numbers that were timed pay, too.
@@ -17,7 +19,7 @@ from typing import Any
 import pandas as pd
 
 from sparsity_atlas.speed.speed_table import FIXED, FOUND, OK, TOKEN
-from sparsity_atlas.tables.read import Tables, records
+from sparsity_atlas.tables.read import HEADLINE_BAR, Tables, records
 
 WORTH = 1.05
 _BY = {FOUND: "with thresholds found at each token", FIXED: "with fixed thresholds"}
@@ -36,16 +38,43 @@ def advices(tables: Tables, model: str) -> Iterator[Advice]:
     timed = tables.speed[(tables.speed["model"] == model) & (tables.speed["status"] == OK)]
     own = timed[timed["of"] != ""]
     for _, curve in own.groupby(["criterion", "site", "of"], sort=False):
+        crossing = _crossing(tables, next(records(curve)))
+        if crossing is None:
+            continue
         whole = curve[curve["timed"] == TOKEN]
         if whole.empty:
             for _, maps in curve.groupby("timed", sort=False):
-                yield _of_times(maps)
+                yield _of_times(maps, crossing)
         else:
-            yield _of_times(whole[whole["context"] == whole["context"].min()])
+            yield _of_times(whole[whole["context"] == whole["context"].min()], crossing)
 
 
-def refusals(tables: Tables, model: str) -> Iterator[Advice]:
-    """What of a model could not be timed, and why."""
+def _crossing(tables: Tables, timed: Any) -> Any:
+    """The row of critical_sparsity.csv that a curve's own point is; None: the curve was made anew since."""
+    rows = tables.critical_sparsity
+    same = rows[
+        (rows["model"] == timed.model)
+        & (rows["criterion"] == timed.criterion)
+        & (rows["site"] == timed.site)
+        & (rows["bar"] == HEADLINE_BAR)
+        & (rows["task"] + " " + rows["bar_label"] == timed.of)
+    ]
+    return next(records(same), None)
+
+
+def untold(tables: Tables, model: str) -> Iterator[Advice]:
+    """What of a model has no time at a point of its own, and why."""
+    rows = tables.speed[(tables.speed["model"] == model) & (tables.speed["status"] == OK)]
+    for (criterion, site), some in rows.groupby(["criterion", "site"], sort=False):
+        if (some["of"] == "").all():
+            named = (
+                f"speed.csv: {model}, {criterion}, {site}, {one}" for one in some["timed"].unique()
+            )
+            yield Advice(
+                f"In time, of {criterion} at {site}: no sparsity is known at which the bar is kept, so that "
+                "only shares of the entries were timed.",
+                tuple(named),
+            )
     rows = tables.speed[(tables.speed["model"] == model) & (tables.speed["status"] != OK)]
     for (criterion, site, reason), some in rows.groupby(
         ["criterion", "site", "reason"], sort=False
@@ -57,7 +86,7 @@ def refusals(tables: Tables, model: str) -> Iterator[Advice]:
         )
 
 
-def _of_times(rows: pd.DataFrame) -> Advice:
+def _of_times(rows: pd.DataFrame, crossing: Any) -> Advice:
     """Of one thing that was timed at one point of a curve, for all numbers of tokens and both thresholds."""
     counts = sorted(rows["tokens"].unique())
     fewest = list(records(rows[rows["tokens"] == counts[0]]))
@@ -68,12 +97,18 @@ def _of_times(rows: pd.DataFrame) -> Advice:
     if first.tokens > 1:
         what += f", {first.tokens:g} decoded together,"
     gains = " and ".join(_gain(row) for row in fewest)
+    where = f"where it crosses {first.of}"
+    if crossing.relation == ">=":
+        where = f"at the largest sparsity measured, where it does not yet cross {first.of}"
+    if not crossing.resolved:
+        where += ", as far as the data tell, which do not resolve it"
     text = (
-        f"{first.criterion} at {first.site}, where it crosses {first.of} ({first.sparsity:.1%} of the text "
+        f"{first.criterion} at {first.site}, {where} ({first.sparsity:.1%} of the text "
         f"dropped): on {first.device} in {first.dtype} {what} is {gains}; by bytes it would be "
-        f"{first.ideal_speedup:.2f} times. {_batch(rows, counts)}"
+        f"{first.ideal_speedup:.2f} times. No slower than dense {', '.join(map(_pays, fewest))}. "
+        f"{_batch(rows, counts)}"
     )
-    return Advice(text, tuple(_row(row) for row in records(rows)))
+    return Advice(text, (critical_row(crossing), *(_row(row) for row in records(rows))))
 
 
 def _gain(row: Any) -> str:
@@ -81,6 +116,12 @@ def _gain(row: Any) -> str:
     if not _told(row):
         text += ", not told from none by the spread of the times,"
     return text
+
+
+def _pays(row: Any) -> str:
+    """From which sparsity on."""
+    pays = row.pays_from
+    return f"{'nowhere' if pd.isna(pays) else f'from {pays:.0%} on'} {_BY[row.threshold]}"
 
 
 def _told(row: Any) -> bool:
@@ -110,6 +151,11 @@ def _batch(rows: pd.DataFrame, counts: list[int]) -> str:
         f"Of {tried} tokens decoded together {paying[-1]:g} still gain {WORTH - 1:.0%}; with {stops:g} it "
         f"stops paying ({best[stops]:.2f} times)."
     )
+
+
+def critical_row(row: Any) -> str:
+    """Where a row of the critical sparsities is found."""
+    return f"critical_sparsity.csv: {row.model}, {row.criterion}, {row.site}, {row.task}, {row.bar_label}"
 
 
 def _row(row: Any) -> str:

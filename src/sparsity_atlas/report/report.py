@@ -40,6 +40,7 @@ from sparsity_atlas.report import beside_published, page
 from sparsity_atlas.report.failures import Remains, take_stock
 from sparsity_atlas.report.guidelines import guidelines
 from sparsity_atlas.report.measured_time import own_points
+from sparsity_atlas.speed.speed_table import OK
 from sparsity_atlas.tables.read import FILES, Tables, read_tables
 from sparsity_atlas.tables.summarize import write_tables
 
@@ -165,7 +166,8 @@ def build(
         remains=remains,
         numeric=page.numeric_failures(tables),
         missed=page.missed_targets(tables),
-        timed=own_points(tables),
+        timed=bool((tables.speed["status"] == OK).any()),
+        own_points=own_points(tables),
         advised=[one for one in guidelines(tables) if one.advices],
         versions=versions,
         settings=settings,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
@@ -89,11 +88,8 @@ class Decoder:
         for _ in range(rounds):
             step.lengths.fill_(context)
             step.read(0)
-            took.append(self._seconds(device) / STEPS)
-        each = sorted(one * 1e6 for one in took)
-        low, middle, high = statistics.quantiles(each, n=4)
-        # Other work on a CPU only ever adds to it.
-        return Time(middle if device.type == "cuda" else each[0], high - low)
+            took.append(self._seconds(device))
+        return Time.of(took, STEPS)
 
     def _seconds(self, device: torch.device) -> float:
         if device.type == "cuda":

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from sparsity_atlas.sites.part import Part
     from sparsity_atlas.speed.text_vectors import Text
 
-# Seconds that a timing takes at most, where two rounds take less.
-LONGEST = 30.0
+# Seconds that a timing takes at most, where the fewest rounds take less.
+LONGEST, FEWEST = 30.0, 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +133,7 @@ def _of_batch(
                 return decoder.timed(context, rounds), copies
 
     first, _ = timed(nullcontext(), 2)
-    rounds = min(ROUNDS, max(2, int(LONGEST * 1e6 / (STEPS * first.median))))
+    rounds = min(ROUNDS, max(FEWEST, int(LONGEST * 1e6 / (STEPS * first.median))))
     dense = Dense()
     dense.add("library", timed(nullcontext(), rounds)[0])
     groups = text.groups(count)

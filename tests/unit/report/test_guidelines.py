@@ -15,7 +15,7 @@ from sparsity_atlas.report.guidelines import Guideline, guidelines
 from sparsity_atlas.tables.read import Tables
 
 # Of what a token reads, what zeros at a site could spare.
-WHOLE = {"intermediate": 0.2, "input": 0.4}
+WHOLE = {"intermediate": 0.2, "input": 0.4, "gate": 0.4}
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_a_predictor_spares_the_factors_too(some: Tables, sites: str, maps: int)
 
 def test_zeros_that_are_there_already(some: Tables) -> None:
     for dense, words in (
-        (0.9, "may be left out at no loss, at most 1.22"),
+        (0.9, "at no loss, they make it at most 1.22"),
         (0.001, "Next to nothing"),
     ):
         made = tables(some, {"site": "intermediate", "value": 0.5, "dense": dense})
@@ -139,16 +139,77 @@ def test_zeros_that_are_there_already(some: Tables) -> None:
         assert rows == ("curves.csv: small, topp, intermediate, prose, dense",)
 
 
+def test_zeros_of_the_gate_spare_the_other_factor_too(some: Tables) -> None:
+    curves = ({"site": site, "value": 0.5, "dense": 0.9} for site in ("intermediate", "gate"))
+    (_, (text, rows)) = said(guidelines(tables(some, *curves)), "What is sparse")
+    assert text.startswith(
+        "90.0% of the untouched model's gate entries are exact zeros: take gate and no"
+    )
+    assert "at most 1.56 times" in text
+    assert rows == ("curves.csv: small, topp, gate, prose, dense",)
+
+
+def test_a_level_that_is_below_the_bar_already_is_not_recommended(some: Tables) -> None:
+    found = guidelines(
+        tables(
+            some,
+            {"site": "input", "value": 0.8, "relation": "<"},
+            {"site": "intermediate", "value": 0.7, "relation": ">=", "high_open": True},
+        )
+    )
+    ((text, _),) = said(found, "When nothing")
+    assert text.startswith("topp at intermediate: PPL-1% sparsity at least 70.0 % (68 to >72)")
+    # 1 / (1 - .2 · .7), at 68 and 72 %.
+    assert "1.16 times as fast (1.16 to >1.17)" in text
+    ((text, _),) = said(found, "What cannot")
+    assert (
+        text == "By prose, of topp at input: the mildest level is below the bar already, or may be."
+    )
+
+
+def test_a_model_without_the_runs_first_loss_has_its_own(some: Tables) -> None:
+    made = tables(
+        some, {"site": "input", "value": 0.4}, {"site": "input", "value": 0.3, "task": "own"}
+    )
+    rows = made.critical_sparsity
+    rows.loc[rows["task"] == "prose", "model"] = "another"
+    assert made.loss_task() == "prose"
+    ((text, _),) = said(guidelines(made), "When nothing")
+    assert "PPL-1% sparsity 30.0 % (28 to 32), where the perplexity of own is 1 % higher" in text
+
+
+@pytest.mark.parametrize(
+    ("described", "words"),
+    [
+        (
+            {"kind": "diffusion"},
+            "; its passes go over many tokens, which together leave less unread.",
+        ),
+        ({"active_parameters": 10**5}, "; tokens decoded together meet other experts"),
+    ],
+)
+def test_batches_are_told_of_dense_causal_models_alone(
+    some: Tables, described: dict[str, Any], words: str
+) -> None:
+    made = tables(some, {"site": "input", "value": 0.6})
+    found = guidelines(replace(made, models=made.models.assign(**described)))
+    ((text, _),) = said(found, "When nothing")
+    assert words in text
+    assert "nothing in common" not in text
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [
         (0.8, "9 together still gain 5%"),
+        (0.98, "105 together still gain 5%"),
+        (1.0, "any number of tokens together gains 5%"),
         (0.2, "two tokens with nothing in common gain less than 5%"),
-        (0.1, "less than it takes"),
+        (0.1, "less than the 5% from which on it is worth anything"),
     ],
 )
 def test_a_batch_reads_what_any_of_its_tokens_wants(some: Tables, value: float, words: str) -> None:
-    """.4 · s^B >= .0476 up to B = 9 where s is .8, up to 1 where it is .2, and never where it is .1."""
+    """.4 · s^B >= .0476 up to B = 9 where s is .8, 105 where it is .98, 1 where it is .2, never where .1."""
     ((text, _),) = said(guidelines(tables(some, {"site": "input", "value": value})), "When nothing")
     assert words in text
 

@@ -12,7 +12,7 @@ from fake_results import make_results, make_tables
 from fake_speed import MACHINE, speed_row
 from sparsity_atlas.report import report
 from sparsity_atlas.report.guidelines import guidelines
-from sparsity_atlas.report.measured_time import advices, own_points, refusals
+from sparsity_atlas.report.measured_time import advices, own_points, untold
 from sparsity_atlas.speed.speed_table import FIXED, FOUND, REFUSED, SPEED, TOKEN
 from sparsity_atlas.tables.read import Tables
 
@@ -27,8 +27,24 @@ def some(tmp_path_factory: pytest.TempPathFactory) -> Tables:
     return make_tables(make_results(tmp_path_factory.mktemp("results"), models, replicates=20))
 
 
-def with_rows(some: Tables, *rows: dict[str, Any]) -> Tables:
-    return replace(some, speed=pd.DataFrame([KEY | one for one in rows], columns=SPEED))
+def with_rows(
+    some: Tables, *rows: dict[str, Any], relation: str = "=", resolved: bool = True
+) -> Tables:
+    """With a curve whose own point is `OF`."""
+    named = KEY | {
+        "task": "prose",
+        "kind": "loss",
+        "bar": 0.99,
+        "bar_label": "PPL-1%",
+        "value": 0.6,
+    }
+    named |= {"relation": relation, "resolved": resolved}
+    crossing = some.critical_sparsity[:1].assign(**named)
+    return replace(
+        some,
+        speed=pd.DataFrame([KEY | one for one in rows], columns=SPEED),
+        critical_sparsity=crossing,
+    )
 
 
 def own(
@@ -43,12 +59,14 @@ def test_what_a_token_gains_and_at_which_batch_that_stops(some: Tables) -> None:
     assert one.text == (
         "topp at input, where it crosses prose PPL-1% (60.0% of the text dropped): on Some GPU in bfloat16 "
         "a token behind 512 others is 1.25 times as fast as dense with thresholds found at each token and "
-        "1.43 times as fast as dense with fixed thresholds; by bytes it would be 1.43 times. Of 1, 2, 4 "
+        "1.43 times as fast as dense with fixed thresholds; by bytes it would be 1.43 times. No slower than "
+        "dense from 20% on with thresholds found at each token, from 0% on with fixed thresholds. Of 1, 2, 4 "
         "tokens decoded together all gain 5% at the least."
     )
-    assert len(one.rows) == 6
-    assert one.rows[0] == (
-        "speed.csv: small, topp, input, token, context 512, 1 together, found, prose PPL-1%"
+    assert len(one.rows) == 7
+    assert one.rows[:2] == (
+        "critical_sparsity.csv: small, topp, input, prose, PPL-1%",
+        "speed.csv: small, topp, input, token, context 512, 1 together, found, prose PPL-1%",
     )
     (one,) = advices(with_rows(some, *own(1), *own(2), *own(8), *own(16)), "small")
     assert one.text.endswith(
@@ -68,6 +86,46 @@ def test_a_small_gain_does_not_pay_and_one_within_the_spread_is_not_told(some: T
     assert one.text.endswith("More than 1 together were not timed.")
 
 
+def test_what_never_pays_is_said(some: Tables) -> None:
+    (one,) = advices(with_rows(some, *own(1, pays_from=None)), "small")
+    assert (
+        "dense nowhere with thresholds found at each token, nowhere with fixed thresholds."
+        in one.text
+    )
+
+
+def test_a_curve_that_never_crosses_or_is_not_resolved_is_not_said_to_cross(some: Tables) -> None:
+    (one,) = advices(with_rows(some, *own(1), relation=">="), "small")
+    assert one.text.startswith(
+        "topp at input, at the largest sparsity measured, where it does not yet cross prose PPL-1% (60.0%"
+    )
+    (one,) = advices(with_rows(some, *own(1), resolved=False), "small")
+    assert (
+        "crosses prose PPL-1%, as far as the data tell, which do not resolve it (60.0%" in one.text
+    )
+
+
+def test_times_of_shares_alone_are_told_to_be_that(some: Tables) -> None:
+    tables = with_rows(some, speed_row(TOKEN, 1, FOUND, 0.5), relation="<")
+    assert list(advices(tables, "small")) == []
+    (one,) = untold(tables, "small")
+    assert one.text == (
+        "In time, of topp at input: no sparsity is known at which the bar is kept, so that only shares of "
+        "the entries were timed."
+    )
+    assert one.rows == ("speed.csv: small, topp, input, token",)
+    text = report.build(tables, [], "a: 1\n")
+    assert "No time was measured in this run" not in text
+    assert "no curve that was has a sparsity" in text
+
+
+def test_a_curve_made_anew_since_it_was_timed_is_passed_over(some: Tables) -> None:
+    tables = with_rows(some, *own(1))
+    assert (
+        list(advices(replace(tables, critical_sparsity=some.critical_sparsity[:0]), "small")) == []
+    )
+
+
 def test_maps_are_told_only_where_no_token_was_timed(some: Tables) -> None:
     maps = own(1, timed="ffn")
     assert len(list(advices(with_rows(some, *maps, *own(1)), "small"))) == 1
@@ -75,7 +133,7 @@ def test_maps_are_told_only_where_no_token_was_timed(some: Tables) -> None:
     tables = with_rows(some, *maps, refused)
     (one,) = advices(tables, "small")
     assert "its maps (ffn) is 1.25 times" in one.text
-    (why,) = refusals(tables, "small")
+    (why,) = untold(tables, "small")
     assert why.text == "In time, of topp at input: whole tokens: it has a norm."
     assert why.rows == ("speed.csv: small, topp, input, token",)
     (found,) = guidelines(tables)

@@ -23,6 +23,22 @@ from tiny_lm import run_stage, sentences
 from tiny_models import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def critical(
+    task: str,
+    kind: str,
+    label: str,
+    value: float | None,
+    relation: str = "=",
+    bar: float = 0.99,
+    level: float | None = None,
+) -> dict[str, Any]:
+    """A row of a curve's critical sparsities."""
+    named = {"task": task, "kind": kind, "bar": bar, "bar_label": label}
+    return {**named, "value": value, "relation": relation, "crossing_level": level}
+
+
 CURVE = {
     "points": [
         {"task": task, "level": level, "sparsity": sparsity}
@@ -30,13 +46,14 @@ CURVE = {
         for level, sparsity in (("dense", 0.0), ("0.9", 0.25), ("0.5", 0.75))
     ],
     "critical": [
-        {"task": "prose", "kind": "loss", "bar": 0.99, "bar_label": "PPL-1%", "value": 0.4}
-        | {"crossing_level": 0.8},
-        {"task": "pairs", "kind": "accuracy", "bar": 0.99, "bar_label": "99%", "value": 0.3},
-        {"task": "average", "kind": "accuracy", "bar": 0.99, "bar_label": "99%", "value": 0.5}
-        | {"crossing_level": None},
-        {"task": "prose", "kind": "loss", "bar": 0.95, "bar_label": "PPL-5%", "value": 0.6},
-        {"task": "more", "kind": "loss", "bar": 0.99, "bar_label": "PPL-1%", "value": None},
+        critical("prose", "loss", "PPL-1%", 0.4, level=0.8),
+        critical("pairs", "accuracy", "99%", 0.3),
+        # Never below the bar: at the largest sparsity.
+        critical("average", "accuracy", "99%", 0.5, ">="),
+        critical("prose", "loss", "PPL-5%", 0.6, bar=0.95),
+        critical("more", "loss", "PPL-1%", None, "none"),
+        # Below it from the first level on: no sparsity that keeps quality.
+        critical("third", "loss", "PPL-1%", 0.2, "<"),
     ],
 }
 SETTINGS = {"device": "cpu", "dtype": "float32", "contexts": [6], "tokens": [1, 2]}

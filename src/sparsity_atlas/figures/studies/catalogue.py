@@ -158,9 +158,9 @@ OF_TIME = {
         ("speed",),
         "How many times as fast as the dense model a token is decoded where the weights that zeros meet are "
         "not read, over the sparsity of the text, with thresholds found at each token as the criterion does "
-        "and with constants that drop as much. Dots: where the curve crosses the headline bar. Dotted: what "
-        "it would be if time were weight bytes. Bands: half the distance between the quartiles of the times "
-        "on either side. Of the machine that is named.",
+        "and with constants that drop as much. Dots: where the curve crosses the headline bar, or ends "
+        "above it. Dotted: what it would be if time were weight bytes. Bands: half the distance between the "
+        "quartiles of the times on either side. Of the machine that is named.",
         missed=False,
     ),
     "speed_parts": Entry(
@@ -176,7 +176,7 @@ OF_TIME = {
         ("speed",),
         "The speed-up over the number of tokens of different sequences that are decoded together: a weight "
         "is read if one of them wants it. Solid and dashed: at 50 and 90 % of zeros; dots: where the curve "
-        "crosses the headline bar. Of whole tokens, where these were timed.",
+        "crosses the headline bar, or ends above it. Of whole tokens, where these were timed.",
         missed=False,
     ),
 }
