@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.loading.contents import check_fetched
@@ -78,14 +79,23 @@ def count_numbers(path: Path) -> int:
 def alone(path: Path) -> Iterator[dict[str, Any]]:
     """What transformers' `from_pretrained` wants, to read a GGUF file and nothing beside it.
 
+    Meanwhile transformers gets the one reader that there is of the file, and each table of names once. Else
+    it reads all fields, of which a vocabulary has a hundred thousand, for the configuration, the tokenizer
+    and the weights each, and makes the table anew for each module: 19 s of a core for a model of 135 M
+    parameters, where it is seven now.
+
     Raises:
         AtlasError: see `describe_gguf`.
     """
-    _reader(path)
+    reader = _reader(path)
+    import gguf
+
+    names = functools.lru_cache(gguf.get_tensor_name_map)
     with TemporaryDirectory() as folder:
         link = Path(folder, path.name)
         link.symlink_to(path.resolve())
-        yield {"pretrained_model_name_or_path": folder, "gguf_file": link.name}
+        with mock.patch.multiple(gguf, GGUFReader=lambda _: reader, get_tensor_name_map=names):
+            yield {"pretrained_model_name_or_path": folder, "gguf_file": link.name}
 
 
 def dequantised() -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -153,6 +154,30 @@ def test_it_is_dequantised(model: Any, file: Path) -> None:
     assert 0 < (logits(found) - logits(model)).abs().mean() < 0.05 * logits(model).abs().mean()
     with torch.device("meta"):
         assert blank(checkpoint_of(file)).num_parameters() == model.num_parameters()
+
+
+def test_one_process_reads_the_fields_once(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_gguf(tmp_path / "once.gguf", model)
+    read, named = mock.Mock(), mock.Mock()
+
+    class Counted(gguf.GGUFReader):
+        def __init__(self, *args: Any) -> None:
+            read(*args)
+            super().__init__(*args)
+
+    def names(*args: Any) -> Any:
+        named(*args)
+        return made(*args)
+
+    made = gguf.get_tensor_name_map
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    monkeypatch.setattr(gguf, "get_tensor_name_map", names)
+    load_tokenizer(checkpoint_of(path))
+    assert gguf.GGUFReader is Counted
+    load(checkpoint_of(path), device="cpu")
+    assert (read.call_count, named.call_count) == (1, 1)
 
 
 def test_the_tokenizer_is_its_own_whatever_lies_beside(file: Path, tmp_path: Path) -> None:
