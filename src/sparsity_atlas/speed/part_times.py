@@ -16,7 +16,7 @@ from sparsity_atlas.decoding.trial import dense_ffn, layers_of, own_ffn, timed
 from sparsity_atlas.decoding.vector import Vector
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.sites.ffn import FFN
-from sparsity_atlas.speed.products import gated_of, joined, readers_of
+from sparsity_atlas.speed.products import READ, gated_of, joined, readers_of
 from sparsity_atlas.speed.timed_rows import Dense, Point
 from sparsity_atlas.terms import EXPERTS, TENSORS, PlaceKey
 
@@ -137,6 +137,8 @@ def _of_part(part: Part, tensors: tuple[str, ...], why: dict[str, str]) -> Itera
             shape = f"{up.shape[1]} to {up.shape[0]} to {down.shape[0]}, gated"
             yield Maps("ffn", "input", tensors, [part], shape, up.numel() * 2 + down.numel())
             return
+        # One by one then, where what they read is masked.
+        tensors = tuple(name for name in tensors if name in READ)
     for tensor in tensors:
         name = "up and gate" if pair and tensor == "input" else NAMES.get(tensor, tensor)
         try:

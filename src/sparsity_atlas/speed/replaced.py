@@ -1,7 +1,8 @@
 """A model's maps replaced, while it decodes, by products that leave out the weights which zeros meet.
 
 Prompts stay dense: what is replaced is what one token of each row goes through. Which module computes a gated
-FFN is found out by numbers: it is one that gives what the FFN's three maps give.
+FFN is found out by numbers: it is one that gives what the FFN's three maps give. Of an FFN that the products
+do not know as a whole its maps are replaced one by one, where what they read is masked.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.models.logits.head import EXACT, ROUNDED
 from sparsity_atlas.sites.ffn import FFN
 from sparsity_atlas.sites.probe.hypotheses import relative_error
-from sparsity_atlas.speed.products import gated, joined, plain_weight
+from sparsity_atlas.speed.products import READ, gated, joined, plain_weight
 from sparsity_atlas.terms import TENSORS, PlaceKey, plain
 
 if TYPE_CHECKING:
@@ -109,7 +110,11 @@ Rules = Mapping[str, Callable[[torch.device], "Threshold"]]
 def _replace(stack: ExitStack, single: _Single, part: Part, rules: Rules) -> int:
     """Replace what reads the tensors of a part; bytes of copies."""
     if isinstance(part, FFN) and part.gated:
-        return _replace_ffn(stack, single, part, rules)
+        try:
+            return _replace_ffn(stack, single, part, rules)
+        except AtlasError:
+            if not set(rules) <= set(READ):
+                raise
     copies = 0
     for name, rule in rules.items():
         copies += _replace_readers(stack, single, part, name, rule)

@@ -115,12 +115,18 @@ def test_maps_and_whole_tokens_are_timed_at_shares_and_at_the_curves_own() -> No
     assert least["bytes_read"] == pytest.approx((1 - least["unread_share"]) * read * 4, abs=1)
 
 
-def test_a_model_that_is_refused_as_a_whole_still_has_its_maps() -> None:
-    rows = rows_of(tiny_model("llama", hidden_act="gelu"), "all_inputs", tokens=[1])
-    assert {row["timed"] for row in rows if row["status"] == OK} == {"up and gate", "down"}
-    refused = {row["timed"]: row["reason"] for row in rows if row["status"] == REFUSED}
-    assert set(refused) == {"ffn", TOKEN}
-    assert all("none of plain maps with silu or relu" in one for one in refused.values())
+@pytest.mark.parametrize(
+    ("site", "timed", "refused"),
+    [("all_inputs", {"up and gate", "down", TOKEN}, {"ffn"}), ("gate", set(), {"ffn", TOKEN})],
+)
+def test_an_ffn_that_is_refused_as_a_whole_still_has_its_maps(
+    site: str, timed: set[str], refused: set[str]
+) -> None:
+    rows = rows_of(tiny_model("llama", hidden_act="gelu"), site, tokens=[1])
+    assert {row["timed"] for row in rows if row["status"] == OK} == timed
+    why = {row["timed"]: row["reason"] for row in rows if row["status"] == REFUSED}
+    assert set(why) == refused
+    assert all("none of plain maps with silu or relu" in one for one in why.values())
 
 
 def test_experts_leave_what_stands_beside_them() -> None:

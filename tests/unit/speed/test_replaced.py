@@ -26,6 +26,9 @@ CASES = [
     ("phi3", "all_linear_inputs", "topk", 0.5),  # one module for two factors, one for three maps
     ("qwen2", "qkv_input", "maxp", 0.3),  # biases of some maps
     ("gpt_neox", "all_linear_inputs", "wina", 0.5),
+    # FFNs with another nonlinearity, and with biases: their maps one by one; soft caps.
+    ("gemma2", "all_linear_inputs", "topp", 0.6),
+    ("llama-bias", "all_inputs", "threshold", 0.3),
 ]
 
 
