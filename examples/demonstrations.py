@@ -22,8 +22,8 @@ parameters hardly learn from demonstrations, so that no difference here is none 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -99,6 +99,18 @@ def small_model(folder: Path) -> Any:
     return likely
 
 
+def sampler_module() -> str:
+    """A module with `Chosen` alone: of what a task's code names, the pipeline follows every file."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    found = (node for node in ast.parse(source).body if getattr(node, "name", "") == "Chosen")
+    imports = (
+        "from __future__ import annotations",
+        "from collections.abc import Sequence\nfrom typing import Any",
+        "from lm_eval.api.samplers import ContextSampler\n",
+    )
+    return "\n\n".join([*imports, f"{ast.get_source_segment(source, next(found))}\n"])
+
+
 def write_tasks(folder: Path, pool: list[dict[str, Any]], items: list[dict[str, Any]]) -> None:
     """The pool, the items, a task for each kind of demonstrations, and what has the pipeline run both."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +118,7 @@ def write_tasks(folder: Path, pool: list[dict[str, Any]], items: list[dict[str, 
         # Both with the same fields, or the data set could not be read.
         lines = "".join(json.dumps({"worth": 0.0, **one}) + "\n" for one in some)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    shutil.copyfile(__file__, folder / "chosen_demonstrations.py")
+    (folder / "chosen_demonstrations.py").write_text(sampler_module(), encoding="utf-8")
     files = {name: str((folder / f"{name}.jsonl").resolve()) for name in ("pool", "items")}
     for kind in KINDS:
         task = {

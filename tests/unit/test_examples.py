@@ -17,6 +17,7 @@ from checkout import ROOT
 from sparsity_atlas.config.schema import parse
 from sparsity_atlas.evaluation.evaluate import evaluate_node
 from sparsity_atlas.evaluation.node import Node
+from sparsity_atlas.tasks.code import Reach, reach
 from tiny_lm import WORDS, open_session, sentences
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -136,6 +137,9 @@ def test_chosen_demonstrations_in_a_run(
     pool = [{**one, "worth": -float(i)} for i, one in enumerate(ITEMS[:6])]
     demonstrations["write_tasks"](tmp_path / "d", pool, ITEMS[6:])
     config = yaml.safe_load((tmp_path / "d/demonstrations.yaml").read_text())
+    # Nothing else is asked for by the sampler's code, wherever the folder lies.
+    own = tmp_path / "d/chosen_demonstrations.py"
+    assert reach([own], [tmp_path]) == Reach(frozenset({own}), *[frozenset()] * 3)
     merged = yaml.safe_load((ROOT / "config.yaml").read_text())
     update_config(merged, config)
     parse(merged)
