@@ -2,6 +2,7 @@
 
     python benchmarks/generation.py
     python benchmarks/generation.py --device cpu --models tiny
+    python benchmarks/generation.py --texts unequal --ways recorded
 
 Llama 3.2 1B's layers and vocabulary, bfloat16 and random weights; prompts of 100 to 140 tokens, 64 at once.
 `equal`: 64 texts of 256 tokens. `unequal`: 512 texts of 4 to 256 tokens, uniform in the logarithm: each of
@@ -15,7 +16,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -50,6 +51,7 @@ ROWS, WRITTEN = 64, 256
 TEXTS = {"equal": 64, "unequal": 512}
 LEVEL = 0.9
 SHORTEST = 4
+WAYS = ("own loop", "recorded")
 
 
 class Bench:
@@ -174,10 +176,13 @@ def told_where(lengths: Lengths) -> Iterator[None]:
         Engine._add = add
 
 
-def timed(call: Callable[[], Any], rounds: int) -> tuple[float, float, Any]:
-    """Median seconds of some rounds after one that is not counted, their spread, and what came out."""
-    found = call()
-    seconds = []
+def timed(
+    call: Callable[[], Any], rounds: int, before: Callable[[], Any] | None = None
+) -> tuple[float, float, Any]:
+    """Median seconds of some rounds, their spread, and what came out; `before`, or one round more, is
+    not counted."""
+    (before or call)()
+    found, seconds = None, []
     for _ in range(rounds):
         begun = time.perf_counter()
         found = call()
@@ -193,20 +198,23 @@ def alike(some: list[str], others: list[str]) -> str:
     )
 
 
-def measure(bench: Bench, count: int, rounds: int) -> None:
+def measure(bench: Bench, count: int, rounds: int, ways: list[str]) -> None:
     """Print a row for each way and node.
 
     Args:
         bench: the model.
         count: of texts.
         rounds: of each.
+        ways: some of `WAYS`.
     """
-    plain, spread, wanted = timed(partial(bench.lm_eval, count), rounds)
+    plain, spread, wanted = timed(
+        partial(bench.lm_eval, count), rounds, partial(bench.lm_eval, min(count, ROWS))
+    )
     print(f"  lm-eval's class: {plain:.2f} s (spread {spread:.2f})", flush=True)
     for level in (None, LEVEL):
         found = {}
-        for way, devices in (("own loop", set()), ("recorded", {bench.model.device.type})):
-            lm_model.DEVICES = devices
+        for way in ways:
+            lm_model.DEVICES = {bench.model.device.type} if way == "recorded" else set()
             took, spread, (texts, fed) = timed(partial(bench.counted, count, level), rounds)
             found[way] = texts
             node = "dense" if level is None else f"top-p {level}"
@@ -216,9 +224,11 @@ def measure(bench: Bench, count: int, rounds: int) -> None:
                 f"times that; {sum(fed)} tokens fed back, 5, 50, 95 % of texts up to {lengths}",
                 flush=True,
             )
-        print(f"    texts alike in both ways: {alike(*found.values())}")
+        if len(found) > 1:
+            print(f"    texts alike in both ways: {alike(*found.values())}")
         if level is None:
-            print(f"    and with lm-eval's class: {alike(wanted, found['recorded'])}", flush=True)
+            for way, texts in found.items():
+                print(f"    {way}, texts alike with lm-eval's class: {alike(wanted, texts)}", flush=True)
 
 
 def main() -> None:
@@ -227,16 +237,18 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--models", nargs="+", default=["1b"], choices=list(SHAPES))
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of equal lengths")
+    parser.add_argument("--texts", nargs="+", default=list(TEXTS), choices=TEXTS)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     arguments = parser.parse_args()
     print(machine(arguments.device))
     for name in arguments.models:
         bench = Bench(name, arguments.device, getattr(torch, arguments.dtype))
-        print(f"{name}, equal")
-        measure(bench, TEXTS["equal"], arguments.rounds)
-        print(f"{name}, unequal")
-        with told_where(bench.lengths()):
-            measure(bench, TEXTS["unequal"], 1)
+        for kind in arguments.texts:
+            print(f"{name}, {kind}", flush=True)
+            equal = kind == "equal"
+            with nullcontext() if equal else told_where(bench.lengths()):
+                measure(bench, TEXTS[kind], arguments.rounds if equal else 1, arguments.ways)
 
 
 if __name__ == "__main__":

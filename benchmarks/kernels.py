@@ -25,6 +25,7 @@ from measure import activations, bandwidth, host_seconds, machine, official, sec
 from sparsity_atlas import kernels
 from sparsity_atlas.criteria import create
 from sparsity_atlas.criteria.base import Criterion
+from sparsity_atlas.kernels import patterns
 from sparsity_atlas.kernels.definition import Threshold
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -127,6 +128,33 @@ def failure(case: Case) -> str | None:
     return None
 
 
+def patterns_failure(dtype: str, device: str) -> str | None:
+    """What is wrong with masks that follow from no threshold, of a type; None if nothing is."""
+    for width in WIDTHS:
+        values = hard_rows(width, TYPES[dtype])
+        there = values.to(device)
+        made = torch.rand(values.shape, generator=torch.Generator().manual_seed(width)) < 0.5
+        kinds = {"any": lambda _, made=made: made, "random": partial(patterns.drawn, salt=5, share=0.4)}
+        kinds |= {
+            f"{kept} of {size}": partial(patterns.largest_of_groups, size=size, kept=kept)
+            for size, kept in ((2, 1), (4, 2), (7, 3), (32, 16))
+        }
+        for name, mask in kinds.items():
+            onto, onto_there = values.flip(0), there.flip(0)
+            os.environ[kernels.VARIABLE] = "reference"
+            expected = kernels.by_mask(mask(values), values, onto)
+            os.environ[kernels.VARIABLE] = "compiled"
+            found = kernels.by_mask(mask(there).to(device), there, onto_there)
+            for number, part in enumerate(("out", "zeros", "finite", "mask")):
+                one, other = found[number].cpu(), expected[number]
+                if number == 0:
+                    bits = torch.int32 if one.element_size() == 4 else torch.int16
+                    one, other = one.view(bits), other.view(bits)
+                if not torch.equal(one, other.to(one.dtype)):
+                    return f"masks, {name}, {dtype}, width {width}: {part} differs"
+    return None
+
+
 def check(device: str) -> bool:
     """Check all cases, several at a time because most of it is compiling; print what is wrong."""
     todo = cases(device)
@@ -139,8 +167,18 @@ def check(device: str) -> bool:
     for text in failures:
         print(f"WRONG  {text}")
     print(
-        f"check: {len(todo) - len(failures)} of {len(todo)} cases equal the definition, bit for bit"
+        f"check: {len(todo) - len(failures)} of {len(todo)} cases equal the definition, bit for bit",
+        flush=True,
     )
+    return not failures
+
+
+def check_patterns(device: str) -> bool:
+    """Check masks that follow from no threshold; print what is wrong."""
+    failures = [found for dtype in TYPES if (found := patterns_failure(dtype, device))]
+    for text in failures:
+        print(f"WRONG  {text}")
+    print(f"check: masks without a threshold: {len(failures)} of {len(TYPES)} types wrong", flush=True)
     return not failures
 
 
