@@ -228,7 +228,10 @@ def measure(bench: Bench, count: int, rounds: int, ways: list[str]) -> None:
             print(f"    texts alike in both ways: {alike(*found.values())}")
         if level is None:
             for way, texts in found.items():
-                print(f"    {way}, texts alike with lm-eval's class: {alike(wanted, texts)}", flush=True)
+                print(
+                    f"    {way}, texts alike with lm-eval's class: {alike(wanted, texts)}",
+                    flush=True,
+                )
 
 
 def main() -> None:

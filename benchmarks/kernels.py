@@ -134,7 +134,10 @@ def patterns_failure(dtype: str, device: str) -> str | None:
         values = hard_rows(width, TYPES[dtype])
         there = values.to(device)
         made = torch.rand(values.shape, generator=torch.Generator().manual_seed(width)) < 0.5
-        kinds = {"any": lambda _, made=made: made, "random": partial(patterns.drawn, salt=5, share=0.4)}
+        kinds = {
+            "any": lambda _, made=made: made,
+            "random": partial(patterns.drawn, salt=5, share=0.4),
+        }
         kinds |= {
             f"{kept} of {size}": partial(patterns.largest_of_groups, size=size, kept=kept)
             for size, kept in ((2, 1), (4, 2), (7, 3), (32, 16))
@@ -178,7 +181,9 @@ def check_patterns(device: str) -> bool:
     failures = [found for dtype in TYPES if (found := patterns_failure(dtype, device))]
     for text in failures:
         print(f"WRONG  {text}")
-    print(f"check: masks without a threshold: {len(failures)} of {len(TYPES)} types wrong", flush=True)
+    print(
+        f"check: masks without a threshold: {len(failures)} of {len(TYPES)} types wrong", flush=True
+    )
     return not failures
 
 

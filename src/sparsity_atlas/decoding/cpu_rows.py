@@ -15,6 +15,8 @@ from numba.extending import intrinsic
 # Columns that are summed up at a time: their float32 sums, and as much of a few rows, stay in the first
 # cache.
 _BLOCK = 2048
+# Rows that are summed up by themselves: roundings add up along a sum, and two short ones have fewer.
+_RUN = 256
 # Products and sums may be one instruction, and a sum may have any order: the same one each time.
 _summing = njit(
     nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"}
@@ -51,33 +53,44 @@ def sum_rows(values, places, weight, sums, first, last):
         last: column.
     """
     tokens = values.shape[0]
-    count = len(places)
+    part = np.empty(_BLOCK, dtype=np.float32)
     for start in range(first, last, _BLOCK):
         end = min(start + _BLOCK, last)
         sums[:, start:end] = 0
         for token in range(tokens):
             total = sums[token, start:end]
-            x = values[token]
-            done = 0
-            # Four rows at a time: a sum is fetched and put back once for all of them.
-            while done + 4 <= count:
-                a, b, c, d = places[done], places[done + 1], places[done + 2], places[done + 3]
-                one, two = weight[a, start:end], weight[b, start:end]
-                three, four = weight[c, start:end], weight[d, start:end]
-                xa, xb, xc, xd = x[a], x[b], x[c], x[d]
+            for begin in range(0, len(places), _RUN):
+                run = places[begin : begin + _RUN]
+                _add_rows(values[token], run, weight, part, start, end)
                 for j in range(end - start):
-                    total[j] += (
-                        xa * _number(one[j])
-                        + xb * _number(two[j])
-                        + xc * _number(three[j])
-                        + xd * _number(four[j])
-                    )
-                done += 4
-            for rest in range(done, count):
-                row = weight[places[rest], start:end]
-                xr = x[places[rest]]
-                for j in range(end - start):
-                    total[j] += xr * _number(row[j])
+                    total[j] += part[j]
+
+
+@_summing
+def _add_rows(x, places, weight, total, start, end):
+    """Write the sum of x_k · row k for each k of `places`, in columns [start, end)."""
+    total[:] = 0
+    count, width = len(places), end - start
+    done = 0
+    # Four rows at a time: a sum is fetched and put back once for all of them.
+    while done + 4 <= count:
+        a, b, c, d = places[done], places[done + 1], places[done + 2], places[done + 3]
+        one, two = weight[a, start:end], weight[b, start:end]
+        three, four = weight[c, start:end], weight[d, start:end]
+        xa, xb, xc, xd = x[a], x[b], x[c], x[d]
+        for j in range(width):
+            total[j] += (
+                xa * _number(one[j])
+                + xb * _number(two[j])
+                + xc * _number(three[j])
+                + xd * _number(four[j])
+            )
+        done += 4
+    for rest in range(done, count):
+        row = weight[places[rest], start:end]
+        xr = x[places[rest]]
+        for j in range(width):
+            total[j] += xr * _number(row[j])
 
 
 @_summing

@@ -13,6 +13,7 @@ from torch import Tensor
 from sparsity_atlas import kernels
 from sparsity_atlas.decoding import backend, cuda_products, maps
 from sparsity_atlas.decoding.maps import GatedFFN, InputMap
+from sparsity_atlas.decoding.vector import Vector
 from sparsity_atlas.kernels.definition import Threshold
 from sparsity_atlas.terms import TENSORS
 
@@ -79,6 +80,13 @@ def test_a_map_of_a_masked_vector(device: str, name: str, tokens: int) -> None:
         wanted = F.linear(kept.double(), weight.double(), bias.double())
         assert found.dtype == dtype
         near(found, wanted, CLOSE[dtype])
+
+
+def test_roundings_do_not_add_up_along_a_long_sum() -> None:
+    """Of equal terms, whose roundings go one way: one long sum is off by 1.4e-4."""
+    x = torch.full((1, 14336), 0.1)
+    found = backend.Cpu().by_inputs(Vector(x), torch.ones(14336, 20), None)
+    near(found, x.double().sum(-1, keepdim=True).expand(1, 20), 4e-6)
 
 
 @pytest.mark.parametrize("site", maps.SITES)
