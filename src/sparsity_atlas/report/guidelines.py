@@ -129,8 +129,8 @@ def _predicted(rows: pd.DataFrame, curves: pd.DataFrame, *, gated: bool) -> Advi
         1 / (1 - maps * (1 - 1 / one)) for one in (best.ideal_speedup, *_speedups(best, curves))
     ]
     text = (
-        f"A predictor that names the entries of intermediate which {best.criterion} drops "
-        f"({_sparsity(best)}) spares rows of {'both factors' if gated else 'W_u'} and of W_d: "
+        f"A predictor that names the entries of intermediate which {best.criterion} drops, "
+        f"{_sparsity(best)}, spares rows of {'both factors' if gated else 'W_u'} and of W_d: "
         f"{bounds[0]:.2f} times as fast ({bounds[1]:.2f} to {bounds[2]:.2f}) if it costs nothing and "
         f"never errs, where without it are {best.ideal_speedup:.2f}. What it gets wrong was not measured."
     )

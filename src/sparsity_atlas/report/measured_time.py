@@ -67,13 +67,10 @@ def untold(tables: Tables, model: str) -> Iterator[Advice]:
     rows = tables.speed[(tables.speed["model"] == model) & (tables.speed["status"] == OK)]
     for (criterion, site), some in rows.groupby(["criterion", "site"], sort=False):
         if (some["of"] == "").all():
-            named = (
-                f"speed.csv: {model}, {criterion}, {site}, {one}" for one in some["timed"].unique()
-            )
             yield Advice(
                 f"In time, of {criterion} at {site}: no sparsity is known at which the bar is kept, so that "
                 "only shares of the entries were timed.",
-                tuple(named),
+                _all_of(model, criterion, site, some),
             )
     rows = tables.speed[(tables.speed["model"] == model) & (tables.speed["status"] != OK)]
     for (criterion, site, reason), some in rows.groupby(
@@ -82,8 +79,15 @@ def untold(tables: Tables, model: str) -> Iterator[Advice]:
         what = ", ".join("whole tokens" if one == TOKEN else one for one in some["timed"].unique())
         yield Advice(
             f"In time, of {criterion} at {site}: {what}: {reason}.",
-            tuple(dict.fromkeys(_row(row) for row in records(some))),
+            _all_of(model, criterion, site, some),
         )
+
+
+def _all_of(model: str, criterion: Any, site: Any, rows: pd.DataFrame) -> tuple[str, ...]:
+    """Where rows of a curve are found, by what was to be timed."""
+    return tuple(
+        f"speed.csv: {model}, {criterion}, {site}, {one}" for one in rows["timed"].unique()
+    )
 
 
 def _of_times(rows: pd.DataFrame, crossing: Any) -> Advice:
@@ -91,11 +95,10 @@ def _of_times(rows: pd.DataFrame, crossing: Any) -> Advice:
     counts = sorted(rows["tokens"].unique())
     fewest = list(records(rows[rows["tokens"] == counts[0]]))
     first = fewest[0]
-    what = f"its maps ({first.timed})"
+    together = f", {first.tokens:g} decoded together," if first.tokens > 1 else ""
+    what = f"its maps ({first.timed}){together} are"
     if first.timed == TOKEN:
-        what = f"a token behind {first.context:g} others"
-    if first.tokens > 1:
-        what += f", {first.tokens:g} decoded together,"
+        what = f"a token behind {first.context:g} others{together} is"
     gains = " and ".join(_gain(row) for row in fewest)
     where = f"where it crosses {first.of}"
     if crossing.relation == ">=":
@@ -104,11 +107,13 @@ def _of_times(rows: pd.DataFrame, crossing: Any) -> Advice:
         where += ", as far as the data tell, which do not resolve it"
     text = (
         f"{first.criterion} at {first.site}, {where} ({first.sparsity:.1%} of the text "
-        f"dropped): on {first.device} in {first.dtype} {what} is {gains}; by bytes it would be "
-        f"{first.ideal_speedup:.2f} times. No slower than dense {', '.join(map(_pays, fewest))}. "
+        f"dropped): on {first.device} in {first.dtype} {what} {gains}; by bytes it would be "
+        f"{first.ideal_speedup:.2f} times. Dense is caught up with {', '.join(map(_pays, fewest))}. "
         f"{_batch(rows, counts)}"
     )
-    return Advice(text, (critical_row(crossing), *(_row(row) for row in records(rows))))
+    if first.timed == TOKEN:
+        text += f" Copies of weights take {first.copies_bytes / 2**20:.1f} MiB."
+    return Advice(text, (critical_row(crossing), _named(rows)))
 
 
 def _gain(row: Any) -> str:
@@ -121,7 +126,7 @@ def _gain(row: Any) -> str:
 def _pays(row: Any) -> str:
     """From which sparsity on."""
     pays = row.pays_from
-    return f"{'nowhere' if pd.isna(pays) else f'from {pays:.0%} on'} {_BY[row.threshold]}"
+    return f"{'at no sparsity' if pd.isna(pays) else f'from {pays:.0%} on'} {_BY[row.threshold]}"
 
 
 def _told(row: Any) -> bool:
@@ -158,13 +163,16 @@ def critical_row(row: Any) -> str:
     return f"critical_sparsity.csv: {row.model}, {row.criterion}, {row.site}, {row.task}, {row.bar_label}"
 
 
-def _row(row: Any) -> str:
-    """Where a row of the times is found."""
-    named = [row.model, row.criterion, row.site, row.timed]
-    if row.status == OK:
-        named += [f"context {row.context:g}"] if row.timed == TOKEN else []
-        named += [f"{row.tokens:g} together", row.threshold, row.of]
-    return f"speed.csv: {', '.join(named)}"
+def _named(rows: pd.DataFrame) -> str:
+    """Where rows of one thing that was timed at one point of a curve are found."""
+    first = next(records(rows))
+    context = f", context {first.context:g}" if first.timed == TOKEN else ""
+    counts = ", ".join(f"{one:g}" for one in sorted(rows["tokens"].unique()))
+    thresholds = " and ".join(rows["threshold"].unique())
+    return (
+        f"speed.csv: {first.model}, {first.criterion}, {first.site}, {first.timed}{context}, "
+        f"{counts} together, {thresholds}, {first.of}"
+    )
 
 
 def own_points(tables: Tables) -> list[dict[str, str]]:

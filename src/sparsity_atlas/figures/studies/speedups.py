@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from string import ascii_lowercase
+from typing import Any
+
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,7 +14,7 @@ from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 from sparsity_atlas.figures.panels import empty, grid, label, legend, percent_axis, rule, select
 from sparsity_atlas.figures.style import GREY, Dashes, Mark, heading, marks
 from sparsity_atlas.speed.speed_table import FIXED, FOUND, OK, TOKEN
-from sparsity_atlas.tables.read import Tables
+from sparsity_atlas.tables.read import Tables, records
 
 PANELS = 12
 NAMES = {FOUND: "found at each token", FIXED: "fixed thresholds"}
@@ -45,7 +48,7 @@ def batch(tables: Tables) -> Figure:
         return empty(NOTHING if tables.speed.empty else "One number of tokens was timed.")
     keys, note = select(_keys(rows, tables), PANELS)
     figure, axes = grid(len(keys), height=2.2)
-    styles = _styles(rows)
+    styles, machines = _styles(rows), _machines(rows)
     for ax, key in zip(axes, keys, strict=True):
         panel = _of(rows, key)
         for threshold, mark in styles.items():
@@ -56,7 +59,7 @@ def batch(tables: Tables) -> Figure:
             first = next((one for one in own["of"] if one), None)
             dots = own[own["of"] == first]
             ax.plot(dots["tokens"], dots["speedup"], color=mark.color, marker="o", linestyle=":")
-        _title(ax, key)
+        _title(ax, key, panel, machines)
         ax.axhline(1, color=GREY, linewidth=0.6)
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_locator(FixedLocator(sorted(panel["tokens"].unique())))
@@ -79,7 +82,7 @@ def _over_sparsity(rows: pd.DataFrame, tables: Tables) -> Figure:
     rows = rows[rows["tokens"] == rows.groupby(KEY)["tokens"].transform("min")]
     keys, note = select(_keys(rows, tables), PANELS)
     figure, axes = grid(len(keys), height=2.2)
-    styles = _styles(rows)
+    styles, machines = _styles(rows), _machines(rows)
     for ax, key in zip(axes, keys, strict=True):
         panel = _of(rows, key)
         ideal = panel.drop_duplicates("sparsity").sort_values("sparsity")
@@ -93,7 +96,7 @@ def _over_sparsity(rows: pd.DataFrame, tables: Tables) -> Figure:
                 *(dots["sparsity"], dots["speedup"]), color=mark.color, marker="o", markersize=5,
                 markeredgecolor="white", markeredgewidth=0.6, linestyle="none", zorder=4,
             )  # fmt: skip
-        _title(ax, key)
+        _title(ax, key, panel, machines)
         ax.axhline(1, color=GREY, linewidth=0.6)
         percent_axis(ax.xaxis)
     fastest = max(rows["speedup"].max(), rows["ideal_speedup"].max())
@@ -133,10 +136,22 @@ def _styles(rows: pd.DataFrame) -> dict[str, Mark]:
     return {name: Mark(mark.color, "", "-") for name, mark in both.items() if name in there}
 
 
-def _title(ax: Axes, key: tuple[str, ...]) -> None:
+def _machines(rows: pd.DataFrame) -> dict[str, str]:
+    """Machines and types of a figure's times, each with a letter; an empty one where there is one."""
+    named = list(dict.fromkeys(_machine(row) for row in records(rows)))
+    letters = ascii_lowercase if len(named) > 1 else [""]
+    return dict(zip(named, letters, strict=False))
+
+
+def _machine(row: Any) -> str:
+    return f"{row.device}, {row.dtype}"
+
+
+def _title(ax: Axes, key: tuple[str, ...], panel: pd.DataFrame, machines: dict[str, str]) -> None:
     criterion, model, site, timed = key
     what = "" if timed == TOKEN else f": {timed}"
-    ax.set_title(f"{heading(model)}\n{criterion}, {site}{what}")
+    letter = machines[_machine(next(records(panel)))]
+    ax.set_title(f"{heading(model)}\n{criterion}, {site}{what}{letter and f' ({letter})'}")
 
 
 def _spread(ax: Axes, line: pd.DataFrame, mark: Mark) -> None:
@@ -148,11 +163,11 @@ def _spread(ax: Axes, line: pd.DataFrame, mark: Mark) -> None:
 
 def _note(rows: pd.DataFrame, note: str) -> str:
     """What the times are of."""
-    named = [", ".join(one) for one in rows[["device", "dtype"]].drop_duplicates().to_numpy()]
-    least = [int(one) for one in sorted(rows["tokens"].unique())]
+    machines = [f"{letter and f'({letter}) '}{one}" for one, letter in _machines(rows).items()]
+    least, how = [int(one) for one in sorted(rows["tokens"].unique())], []
     if rows["timed"].eq(TOKEN).all():
         context = ", ".join(f"{one:g}" for one in sorted(rows["context"].unique()))
-        named.append(f"context of {context} tokens")
+        how.append(f"context of {context} tokens")
     if len(least) == 1:
-        named.append(f"{least[0]} token{'s' if least[0] > 1 else ''} at once")
-    return "\n".join(filter(None, ("; ".join(named), note)))
+        how.append(f"{least[0]} token{'s' if least[0] > 1 else ''} at once")
+    return "\n".join(filter(None, ("; ".join(machines), "; ".join(how), note)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,17 @@ def test_each_kind_of_maps_has_a_panel(tables: Tables) -> None:
         "topp, input: ffn",
         "topp, intermediate: ffn",
     ]
+
+
+def test_machines_are_told_apart(tables: Tables) -> None:
+    rows = tables.speed
+    one = rows["site"] == "input"
+    made = replace(tables, speed=rows.assign(device=rows["device"].where(one, "Some CPU")))
+    with style.styled():
+        figure = speedups.parts(made)
+    titles = [ax.get_title().splitlines()[-1] for ax in figure.axes]
+    assert titles == ["topp, input: ffn (a)", "topp, intermediate: ffn (b)"]
+    assert "(a) Some GPU, bfloat16; (b) Some CPU, bfloat16" in figure._supxlabel.get_text()
 
 
 def test_over_tokens_whole_ones_are_shown(tables: Tables) -> None:
