@@ -18,7 +18,7 @@ from sparsity_atlas import cli
 from sparsity_atlas.errors import AtlasError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     # Rule, values and onto to out, zeros and finite.
     _Kernel = Callable[[Threshold, Tensor, Tensor], tuple[Tensor, Tensor, Tensor] | "Masked"]
+    _Counting = Callable[[Sequence[Tensor], Sequence[int], Tensor, Tensor], None]
 
 VARIABLE = "SPARSITY_ATLAS_KERNELS"
 CHOICES = ("auto", "reference", "compiled")
@@ -98,6 +99,40 @@ def totals(device: str) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
             raise
         return None
     return cuda_likely.totals
+
+
+def counts_together(values: Tensor) -> bool:
+    """Whether `count_together` counts such values: where a launch costs more than what it does."""
+    return values.dtype in _TYPES and _zeros_on(values.device.type, _choice()) is not None
+
+
+def count_together(
+    tensors: Sequence[Tensor], places: Sequence[int], zeros: Tensor, finite: Tensor
+) -> None:
+    """Count the zeros of each row of several tensors, as `masked` does with a rule that drops nothing.
+
+    Args:
+        tensors: [..., width], `counts_together`; of one type, on one device, with as many rows each.
+        places: of each tensor, which of `zeros` and `finite` its counts become.
+        zeros: int32 [places, ...], in one piece, written to.
+        finite: bool of the same shape, in one piece: no NaN and no infinity.
+    """
+    count = _zeros_on(tensors[0].device.type, _choice())
+    assert count is not None, "asked before"
+    count([one.reshape(-1, one.shape[-1]) for one in tensors], places, zeros, finite)
+
+
+@functools.cache
+def _zeros_on(device: str, choice: str) -> _Counting | None:
+    if device != "cuda" or choice == "reference":
+        return None
+    try:
+        from sparsity_atlas.kernels import cuda_zeros
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return None
+    return cuda_zeros.count
 
 
 def by_mask(mask: Tensor, values: Tensor, onto: Tensor) -> Masked:

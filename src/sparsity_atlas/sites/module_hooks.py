@@ -17,6 +17,8 @@ from sparsity_atlas.terms import PlaceKey
 
 def find_tensor(args: tuple[Any, ...], kwargs: dict[str, Any], place: str) -> int | str:
     """Where a module's one input tensor stands: position or keyword."""
+    if args and isinstance(args[0], Tensor):
+        return 0
     given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     for key, value in given:
         if isinstance(value, Tensor):
@@ -46,31 +48,37 @@ def on_input(
     `qkv_input`, with up to three.
     """
     read_by = {place.path: place for place in readers}.values()
-    keys = {place.path: (key, place.path) for place in read_by}
-    forwards.counts.update(dict.fromkeys(keys.values(), 0))
+    keys = [(key, place.path) for place in read_by]
+    forwards.counts.update(dict.fromkeys(keys, 0))
 
     def hook(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, path: str
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        own: tuple[PlaceKey, str],
     ) -> tuple[Any, ...] | None:
-        first = not any(forwards.counts[one] for one in keys.values())
-        forwards.fired(keys[path])
-        where = find_tensor(args, kwargs, path)
+        # A forward pass over few tokens waits for what is done here, at each site of each layer.
+        counts = forwards.counts
+        first = not any([counts[one] for one in keys])
+        forwards.fired(own)
+        where = find_tensor(args, kwargs, own[1])
         tensor = args[where] if isinstance(where, int) else kwargs[where]
         if first:
-            result = act(forwards.by_token(tensor, path))
+            result = act(forwards.by_token(tensor, own[1]))
             if result is not None:
                 forwards.kept[key] = result
+        if not forwards.kept:
+            return None
         result = forwards.kept.get(key)
-        if all(forwards.counts[one] for one in keys.values()):
+        if all([counts[one] for one in keys]):
             forwards.kept.pop(key, None)
         if result is None:
             return None
         return replace_tensor(args, kwargs, where, result.reshape(tensor.shape))
 
-    for place in read_by:
-        handle = place.module.register_forward_pre_hook(
-            partial(hook, path=place.path), with_kwargs=True
-        )
+    for place, one in zip(read_by, keys, strict=True):
+        handle = place.module.register_forward_pre_hook(partial(hook, own=one), with_kwargs=True)
         stack.callback(handle.remove)
 
 

@@ -22,6 +22,7 @@ from sparsity_atlas.sparsify.counter import Counter
 from sparsity_atlas.sparsify.each_expert import Drop, dropping_of_each
 from sparsity_atlas.sparsify.sparing import sparing
 from sparsity_atlas.sparsify.step_masks import left
+from sparsity_atlas.sparsify.together import Together
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -103,13 +104,18 @@ def counted(model: nn.Module, parts: Sequence[Part]) -> Iterator[Counter]:
     def rule(device: torch.device) -> Threshold:
         return everything.to(device)
 
-    def count(vectors: Vectors) -> None:
+    def at_once(vectors: Vectors) -> None:
         values = vectors.values
         found = kernels.masked(rule(values.device), values, values)
         counter.add(vectors, found.zeros, found.finite)
 
-    with _passes(model, counter), observe(parts, sites_of(parts), count):
-        yield counter
+    together = Together(model, counter, at_once)
+    handle = model.register_forward_pre_hook(together.begin_pass)
+    try:
+        with _passes(model, counter), observe(parts, sites_of(parts), together.add):
+            yield counter
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager

@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sparsity_atlas import kernels
 from sparsity_atlas.errors import NumericalFailure
 from sparsity_atlas.sparsify.counted_vectors import Slot
 from sparsity_atlas.sparsify.expert_counts import ByExpert
+from sparsity_atlas.sparsify.pass_counts import PassCounts
 from sparsity_atlas.sparsify.step_counts import ByStep
-from sparsity_atlas.sparsify.transfer import stacked
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from sparsity_atlas.sites.find import Vectors
@@ -51,9 +54,7 @@ class Counter:
         self._valid: Tensor | None = None
         self._phase: Phase = "scoring"
         self._next: Tensor | None = None  # how often the next pass's tokens count
-        self._zeros: list[list[Tensor | None]] = []  # [passes][slots], each [batch, tokens]
-        self._finite: list[list[Tensor | None]] = []
-        self._block: tuple[Tensor, Tensor] | None = None  # counts of the pass in hand
+        self._passes: list[PassCounts] = []  # of the batch
 
     def expect(
         self,
@@ -82,7 +83,7 @@ class Counter:
         self._next = None
         self._valid = valid
         self._phase = phase
-        self._zeros, self._finite = [], []
+        self._passes = []
 
     def feed(self, times: Tensor) -> None:
         """Announce the next pass of the batch, of one token a row.
@@ -95,12 +96,10 @@ class Counter:
 
     def begin_pass(self, *_: object) -> None:
         """A forward pass of the model begins (a hook calls this)."""
-        if self._zeros:
+        if self._passes:
             self.by_expert.follow(self._next)
             self._next = None
-        self._zeros.append([None] * len(self.slots))
-        self._finite.append([None] * len(self.slots))
-        self._block = None
+        self._passes.append(PassCounts(len(self.slots)))
 
     def sequences(self, values: Tensor) -> tuple[Tensor, Phase]:
         """What a pass is: its valid tokens, bool [batch, tokens], and its phase.
@@ -108,7 +107,7 @@ class Counter:
         Args:
             values: [batch, tokens, width], of the pass.
         """
-        if len(self._zeros) == 1 and self._valid is not None:
+        if len(self._passes) == 1 and self._valid is not None:
             return self._valid, self._phase
         valid = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
         return valid, "scoring" if self._valid is None else "generation"
@@ -125,18 +124,22 @@ class Counter:
             return
         slot = self._index[vectors.key]
         if self.by_expert.slots:
-            self.by_expert.add(vectors, zeros, later=len(self._zeros) > 1)
-        zeros, finite = vectors.of_tokens(zeros), vectors.of_tokens(finite)
-        if zeros.device.type == "cpu":
-            # In one block for all slots: kept by itself, each would lie where the pass had a large tensor,
-            # which malloc then could not give again, so that memory grew by one for each slot.
-            if self._block is None:
-                shape = (len(self.slots), *zeros.shape)
-                self._block = zeros.new_empty(shape), finite.new_empty(shape)
-            kept = self._block[0][slot], self._block[1][slot]
-            zeros, finite = kept[0].copy_(zeros), kept[1].copy_(finite)
-        self._zeros[-1][slot] = zeros
-        self._finite[-1][slot] = finite
+            self.by_expert.add(vectors, zeros, later=len(self._passes) > 1)
+        self._passes[-1].put(slot, vectors.of_tokens(zeros), vectors.of_tokens(finite))
+
+    def add_together(self, vectors: Sequence[Vectors]) -> None:
+        """Count the zeros of several slots that no experts have, see `kernels.count_together`.
+
+        Args:
+            vectors: of each, [batch, tokens, width], on one device and of one type.
+        """
+        if self._valid is None:
+            return
+        slots = [self._index[one.key] for one in vectors]
+        tensors = [one.values for one in vectors]
+        shape, device = tensors[0].shape[:-1], tensors[0].device
+        zeros, finite = self._passes[-1].room(slots, shape, torch.int32, device)
+        kernels.count_together(tensors, slots, zeros, finite)
 
     def take(self) -> tuple[Tensor, Tensor]:
         """Zeros of the batch, on the device.
@@ -160,9 +163,8 @@ class Counter:
         """
         valid, self._valid = self._valid, None
         assert valid is not None, "a batch is announced before it is run"
-        # Each [slots, batch, tokens]; what layers on other devices counted comes here now.
-        zeros = [stacked(one, valid.device).long() for one in self._zeros]
-        finite = [stacked(one, valid.device) for one in self._finite]
+        taken = [one.taken(valid.device) for one in self._passes]  # each [slots, batch, tokens]
+        zeros, finite = [one.long() for one, _ in taken], [one for _, one in taken]
         zeros[0] = zeros[0] * valid
         finite[0] = finite[0] | ~valid
         whole = torch.stack([one.flatten(1).all(-1) for one in finite]).all(0)
