@@ -156,12 +156,15 @@ def alone(session: Any, node: Any, clock: Callable[[], float]) -> tuple[float, f
         passes = []
         for batch in (batch for batches in work.batches.values() for batch in batches):
             where = torch.from_numpy(batch.scored).to(lm.device)
-            passes.append((*forward.inputs(lm.model, batch, work.abilities.masks), where))
-        with torch.no_grad(), session.attach(node):
+            valid = np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
+            valid = torch.from_numpy(valid).to(lm.device)
+            passes.append((*forward.inputs(lm.model, batch, work.abilities.masks), where, valid))
+        with torch.no_grad(), session.attach(node) as counter:
             _wait(lm.device)
             began = clock()
-            for ids, options, where in passes:
+            for ids, options, where, valid in passes:
                 scored[:] = [where]
+                counter.expect(valid)  # what nobody announces is not counted
                 lm.model(ids, **options)
             begun += clock() - began
             _wait(lm.device)
@@ -175,12 +178,15 @@ def launching(session: Any, node: Any, clock: Callable[[], float]) -> float:
     works = [session.prepared(name).work for name in session.tasks]
     count = sum(len(batches) for work in works for batches in work.batches.values())
     ids = torch.zeros(2, 8, dtype=torch.long, device=session.lm.device)
-    with torch.no_grad(), session.attach(node):
+    valid = torch.ones(2, 8, dtype=torch.bool, device=session.lm.device)
+    with torch.no_grad(), session.attach(node) as counter:
         for _ in range(3):
+            counter.expect(valid)
             session.lm.model(ids)
         _wait(session.lm.device)
         began = clock()
         for _ in range(count):
+            counter.expect(valid)
             session.lm.model(ids)
         _wait(session.lm.device)
     return clock() - began
