@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING
@@ -133,23 +133,30 @@ class Ahead:
 
         if self.process is None:
             return
-        computed, since = -1.0, time.monotonic()
-        while name not in self._done and self._expected(name):
-            heard = wait(self.open, 1.0)
-            for connection in heard:
-                assert isinstance(connection, multiprocessing.connection.Connection)
-                self._hear(connection)
-            now = computed if heard else _seconds(self.process.pid)
-            if heard or now > computed:
-                computed, since = now, time.monotonic()
-            elif time.monotonic() - since > STALLED:
-                self.process.kill()
+        self.first_of([name])
         if not self.open:
             self.process.join()
         if self._digest is not None:
             remember_digest(lm.tokenizer, self._digest)
         for level, line in self._done.pop(name, ()):
             cli.logger.log(level, "%s", line)
+
+    def first_of(self, names: Sequence[str]) -> str:
+        """The first of some tasks that nobody has in hand any more; waits until there is one.
+
+        Args:
+            names: of the tasks, one at least.
+        """
+        computed, since = -1.0, time.monotonic()
+        while not (ready := [name for name in names if self.ready(name)]):
+            assert self.process is not None, "else all are ready"
+            heard = wait(self.open, 1.0)
+            now = computed if heard else _seconds(self.process.pid)
+            if heard or now > computed:
+                computed, since = now, time.monotonic()
+            elif time.monotonic() - since > STALLED:
+                self.process.kill()
+        return ready[0]
 
     def _expected(self, name: str) -> bool:
         """Whether anybody may still build a task."""

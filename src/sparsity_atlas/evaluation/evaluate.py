@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,8 +87,9 @@ def evaluate_node(
         )
         written = time.monotonic()
         session.lm.forget_early()
-        after = dict(pairwise(session.tasks))
-        for name, task in session.tasks.items():
+        turns = _Turns(session, node, kept, identity)
+        while (name := turns.next()) is not None:
+            task = session.tasks[name]
             fingerprint = {
                 **identity,
                 "task": task.identity_with(partial(_leaves, session, name)),
@@ -100,8 +100,7 @@ def evaluate_node(
                 journal_path.unlink(missing_ok=True)
             else:
                 try:
-                    following = partial(_following, session, node, after.get(name), kept, identity)
-                    done = run_task(session, node, name, journal_path, fingerprint, following)
+                    done = run_task(session, node, name, journal_path, fingerprint, turns.following)
                 except (TaskFailure, NumericalFailure) as failure:
                     done = Finished.failed(str(failure))
                 kept.put(name, key, done, journal_path)
@@ -139,19 +138,44 @@ def _journal(folder: Path, name: str) -> Path:
     return folder / f"{name}.journal"
 
 
-def _following(
-    session: Session,
-    node: Node | None,
-    name: str | None,
-    kept: Kept,
-    identity: dict[str, Any],
-) -> Arranged | None:
-    """What is run after a task, if that is another one from its beginning; see `JournalledLM.following`."""
-    if name is None or session.tasks[name].unfollowed or _journal(kept.folder, name).exists():
+class _Turns:
+    """Which task is run next: the first that is left whose requests nobody is building.
+
+    Results do not depend on the order: each task has seeds of its own, and tables are sorted.
+    """
+
+    def __init__(
+        self, session: Session, node: Node | None, kept: Kept, identity: dict[str, Any]
+    ) -> None:
+        self._session, self._node, self._kept, self._identity = session, node, kept, identity
+        self._left = list(session.tasks)
+        self._chosen: str | None = None
+
+    def next(self) -> str | None:
+        """The task whose turn it is; None: all have been run."""
+        if not self._left:
+            return None
+        name = self._chosen or self._session.ahead.first_of(self._left)
+        self._chosen = None
+        self._left.remove(name)
+        return name
+
+    def following(self) -> Arranged | None:
+        """What is run next, if that is a task from its beginning; see `JournalledLM.following`."""
+        for name in self._left:
+            if self._session.ahead.ready(name):
+                found = self._from_its_beginning(name)
+                self._chosen = name if found else None
+                return found
         return None
-    if kept.has(name, digest({**identity, "task": session.tasks[name].identity})):
-        return None
-    return session.at_hand(name, share=_shares(node))
+
+    def _from_its_beginning(self, name: str) -> Arranged | None:
+        task = self._session.tasks[name]
+        if task.unfollowed or _journal(self._kept.folder, name).exists():
+            return None
+        if self._kept.has(name, digest({**self._identity, "task": task.identity})):
+            return None
+        return self._session.at_hand(name, share=_shares(self._node))
 
 
 def _shares(node: Node | None) -> bool:

@@ -18,7 +18,7 @@ import pytest
 from lm_eval.api.task import Task
 
 from sparsity_atlas.errors import AtlasError, TaskFailure
-from sparsity_atlas.evaluation import ahead, session
+from sparsity_atlas.evaluation import ahead, evaluate, session
 from sparsity_atlas.evaluation.ahead import Ahead, builders
 from sparsity_atlas.evaluation.evaluate import evaluate_node
 from sparsity_atlas.lm import forest
@@ -189,6 +189,37 @@ def test_one_that_is_killed_takes_no_other_with_it(
     for name in tasks:
         own.prepared(name)
     assert [name for name in built if name != "arranged"] == ["pages", "words"]
+
+
+def test_what_is_ready_is_run_before_what_is_still_built(
+    manifest: Path, tasks: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In turns the GPU waited for the largest task while three others were ready."""
+    original, run = prepared.build_ahead, evaluate.run_task
+    go = tmp_path / "go"
+
+    def slow(lm: Any, task: Any, **options: Any) -> None:
+        while task.name == "choice" and not go.exists():
+            time.sleep(0.01)
+        original(lm, task, **options)
+
+    order = []
+
+    def noting(session: Any, node: Any, name: str, *arguments: Any) -> Any:
+        order.append(name)
+        if len(order) == 2:
+            go.touch()
+        return run(session, node, name, *arguments)
+
+    monkeypatch.setattr(prepared, "build_ahead", slow)
+    monkeypatch.setattr(evaluate, "run_task", noting)
+    evaluate_node(open_session(manifest, tasks), None, tmp_path / "ready")
+    # The builder of the first also has the third.
+    assert order == ["pages", "words", "choice", "last"]
+    order.clear()
+    evaluate_node(open_session(manifest, tasks), None, tmp_path / "turns")
+    assert order == list(tasks)
+    assert bytes_of(tmp_path / "ready") == bytes_of(tmp_path / "turns")
 
 
 def test_where_all_is_kept_the_first_starts_no_other(manifest: Path, tasks: dict) -> None:

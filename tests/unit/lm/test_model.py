@@ -422,8 +422,9 @@ def test_no_hook_waits_for_the_device(manifest: Path, rule: str, site: str) -> N
     with session.attach(Node.make({"rule": rule}, site, "0.5")) as counter, torch.no_grad():
         counter.expect(torch.ones(3, 9, dtype=torch.bool, device="meta"))
         session.lm.model(ids)
-        assert len(counter._zeros[0]) == (4 if site == "all_inputs" else 2)
-        assert all(zeros.shape == (3, 9) for zeros in counter._zeros[0])
+        zeros, _, finite = counter.take_unseen()
+        assert zeros.shape == (4 if site == "all_inputs" else 2, 3, 9)
+        assert zeros.device.type == finite.device.type == "meta"
 
 
 # Failure
