@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -88,7 +88,7 @@ def evaluate_node(
         written = time.monotonic()
         session.lm.forget_early()
         turns = _Turns(session, node, kept, identity)
-        while (name := turns.next()) is not None:
+        for name in turns:
             task = session.tasks[name]
             fingerprint = {
                 **identity,
@@ -151,14 +151,13 @@ class _Turns:
         self._left = list(session.tasks)
         self._chosen: str | None = None
 
-    def next(self) -> str | None:
-        """The task whose turn it is; None: all have been run."""
-        if not self._left:
-            return None
-        name = self._chosen or self._session.ahead.first_of(self._left)
-        self._chosen = None
-        self._left.remove(name)
-        return name
+    def __iter__(self) -> Iterator[str]:
+        """The tasks, each when its turn comes."""
+        while self._left:
+            name = self._chosen or self._session.ahead.first_of(self._left)
+            self._chosen = None
+            self._left.remove(name)
+            yield name
 
     def following(self) -> Arranged | None:
         """What is run next, if that is a task from its beginning; see `JournalledLM.following`."""
