@@ -67,12 +67,12 @@ def measure(name: str, arguments: argparse.Namespace) -> None:
                         1 - rule.mask(vectors[key]).float().mean() for key, rule in rules.items()
                     ]
                     bound = {key: Constant(rule) for key, rule in rules.items()}
-                    with replaced(model, parts, site, bound, share) as copies:
+                    with replaced(model, parts, site, bound, share) as maps:
                         took = Decoder(model, rows, size).timed(arguments.context)
                     print(
                         f"  {site} ({len(TENSORS[site])} tensors), {way}, {float(sum(mask)) / len(mask):.3f} "
                         f"dropped: {took} us, {1e6 * rows / took.median:.1f} tokens/s, "
-                        f"{dense.median / took.median:.3f} times; copies {copies / 2**30:.1f} GiB",
+                        f"{dense.median / took.median:.3f} times; copies {maps.copies / 2**30:.1f} GiB",
                         flush=True,
                     )
                     torch.cuda.empty_cache()

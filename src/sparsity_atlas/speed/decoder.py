@@ -24,7 +24,8 @@ STEPS, ROUNDS = 16, 20
 class Decoder:
     """Rows that begin together and go on by their likeliest tokens.
 
-    What is attached to the model, or replaced in it, when the first step runs is part of all of them.
+    What is attached to the model, or replaced in it, when the first step runs is part of all of them, until
+    `changed` is called.
     """
 
     def __init__(
@@ -76,7 +77,10 @@ class Decoder:
         return torch.cat(made)
 
     def timed(self, context: int, rounds: int = ROUNDS) -> Time:
-        """Time of a step.
+        """Time of a step, and all is as before.
+
+        Each round is over the same tokens: those that would follow in any case, since texts that go on by
+        their likeliest tokens for long come to repeat themselves.
 
         Args:
             context: tokens that each row has when it begins.
@@ -84,12 +88,20 @@ class Decoder:
         """
         self._record()
         step, device = self._step, self._called.device
+        state = step.ring.clock, step.tokens, step.lengths
+        before = [one.clone() for one in state]
         took = []
         for _ in range(rounds):
             step.lengths.fill_(context)
-            step.read(0)
             took.append(self._seconds(device))
+            for one, value in zip(state, before, strict=True):
+                one.copy_(value)
+            step.read(0)
         return Time.of(took, STEPS)
+
+    def changed(self) -> None:
+        """Say that another thing is attached to the model, or replaced in it, from the next step on."""
+        self._recorded = False
 
     def _seconds(self, device: torch.device) -> float:
         if device.type == "cuda":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,7 +41,7 @@ def replaced(
     site: str,
     bound: Mapping[PlaceKey, Criterion],
     level: float,
-) -> Iterator[int]:
+) -> Iterator[Replaced]:
     """Within: tokens that are fed one by one go through sparse maps.
 
     Args:
@@ -52,7 +52,7 @@ def replaced(
         level: of all of them.
 
     Yields:
-        Bytes of transposed copies.
+        What knows the rules in force, and takes others.
 
     Raises:
         AtlasError: a rule that is no threshold, or a map of a form that the products do not know.
@@ -61,30 +61,49 @@ def replaced(
         single = _Single()
         handle = model.register_forward_pre_hook(single, with_kwargs=True)
         stack.callback(handle.remove)
-        copies = 0
+        found = Replaced(bound, level)
         for part in parts:
             keys = {name: PlaceKey(part.layer, part.name, name) for name in TENSORS[plain(site)]}
             rules = {
-                name: _rule(bound[key], level, part.size(name))
+                name: partial(found.rule, key, part.size(name))
                 for name, key in keys.items()
                 if key in bound
             }
             if rules:
-                copies += _replace(stack, single, part, rules)
-        yield copies
+                found.copies += _replace(stack, single, part, rules)
+        yield found
 
 
-def _rule(criterion: Criterion, level: float, width: int) -> Callable[[torch.device], Threshold]:
-    if not keeps_by_threshold(criterion):
-        raise AtlasError(
-            f"{type(criterion).__name__}: its masks follow from no threshold of a token"
-        )
+class Replaced:
+    """The rules that replaced maps go by.
 
-    @cache
-    def rule(device: torch.device) -> Threshold:
-        return criterion.threshold(level, width).to(device)
+    Attributes:
+        copies: bytes of transposed copies.
+    """
 
-    return rule
+    def __init__(self, bound: Mapping[PlaceKey, Criterion], level: float) -> None:
+        """As of `use`."""
+        self.copies = 0
+        self.use(bound, level)
+
+    def use(self, bound: Mapping[PlaceKey, Criterion], level: float) -> None:
+        """Go by other rules at the same places from now on; a recorded step keeps its own.
+
+        Raises:
+            AtlasError: a rule that is no threshold.
+        """
+        for criterion in bound.values():
+            if not keeps_by_threshold(criterion):
+                name = type(criterion).__name__
+                raise AtlasError(f"{name}: its masks follow from no threshold of a token")
+        self._bound, self._level = bound, level
+        self._known: dict[PlaceKey, Threshold] = {}
+
+    def rule(self, place: PlaceKey, width: int, device: torch.device) -> Threshold:
+        """The threshold of a place [width], with its tensors on a device."""
+        if place not in self._known:
+            self._known[place] = self._bound[place].threshold(self._level, width).to(device)
+        return self._known[place]
 
 
 class _Single:

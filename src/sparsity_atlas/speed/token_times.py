@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,6 @@ from sparsity_atlas.speed.speed_table import TOKEN
 from sparsity_atlas.speed.timed_rows import Dense, Point, refused
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -121,37 +118,37 @@ def _of_batch(
     count: int,
     masks: Masks,
 ) -> Iterator[dict[str, Any]]:
-    prompts = _pieces(ids, context, count).to(whole.model.device)
+    decoder = Decoder(whole.model, count, context + STEPS, masks=masks)
 
-    def timed(within: AbstractContextManager[int | None], rounds: int) -> tuple[Time, int | None]:
+    def timed(rounds: int) -> Time:
         if whole.model.device.type == "cuda":
             torch.cuda.empty_cache()  # what graphs and copies before it had
-        decoder = Decoder(whole.model, count, context + STEPS, masks=masks)
-        with torch.no_grad():
-            decoder.prompt(prompts)
-            with within as copies:
-                return decoder.timed(context, rounds), copies
+        decoder.changed()
+        return decoder.timed(context, rounds)
 
-    first, _ = timed(nullcontext(), 2)
-    rounds = min(ROUNDS, max(FEWEST, int(LONGEST * 1e6 / (STEPS * first.median))))
-    dense = Dense()
-    dense.add("library", timed(nullcontext(), rounds)[0])
     groups = text.groups(count)
-    rows = []
-    for point in points:
-        share = whole.unread(point, groups)
-        for threshold, bound in point.ways:
-            within = replaced(whole.model, whole.parts, whole.site, bound, point.seen.level)
-            took, copies = timed(within, rounds)
-            rows.append(
-                {
-                    **{"timed": TOKEN, "context": context, "tokens": count},
-                    **{"threshold": threshold, "copies_bytes": copies},
-                    **point.row(took, share),
-                }
-            )
-    # Once more: what else a machine did meanwhile may have come or gone.
-    dense.add("library", timed(nullcontext(), rounds)[0])
+    dense, rows = Dense(), []
+    with torch.no_grad():
+        decoder.prompt(_pieces(ids, context, count).to(whole.model.device))
+        rounds = int(LONGEST * 1e6 / (STEPS * timed(2).median))
+        rounds = min(ROUNDS, max(FEWEST, rounds))
+        dense.add("library", timed(rounds))
+        first = points[0]
+        within = replaced(whole.model, whole.parts, whole.site, first.bound, first.seen.level)
+        with within as maps:
+            for point in points:
+                share = whole.unread(point, groups)
+                for threshold, bound in point.ways:
+                    maps.use(bound, point.seen.level)
+                    rows.append(
+                        {
+                            **{"timed": TOKEN, "context": context, "tokens": count},
+                            **{"threshold": threshold, "copies_bytes": maps.copies},
+                            **point.row(timed(rounds), share),
+                        }
+                    )
+        # Once more: what else a machine did meanwhile may have come or gone.
+        dense.add("library", timed(rounds))
     yield from dense.finished(rows, whole.weights * whole.model.dtype.itemsize)
 
 

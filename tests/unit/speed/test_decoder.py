@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsity_atlas.sites.find import random_ids
-from sparsity_atlas.speed.decoder import Decoder
+from sparsity_atlas.speed.decoder import STEPS, Decoder
 from tiny_models import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,7 +24,16 @@ def test_greedy_tokens(rows: int) -> None:
     assert torch.equal(torch.cat(found).T, ids[:, 7:])
 
 
-def test_times_are_of_one_step() -> None:
-    took = Decoder(tiny_model("llama"), 1, 40).timed(16)
-    assert took.median > 0
-    assert took.spread >= 0
+def test_times_are_of_one_step_and_of_the_tokens_that_follow() -> None:
+    model = tiny_model("llama", initializer_range=0.3)
+    ids = random_ids(model, (2, 7))
+    texts = []
+    for rounds in (0, 3):
+        decoder = Decoder(model, 2, 7 + STEPS)
+        decoder.prompt(ids)
+        if rounds:
+            took = decoder.timed(8, rounds)
+            assert took.median > 0
+            assert took.spread >= 0
+        texts.append(decoder.go_on(STEPS))
+    assert torch.equal(*texts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -56,20 +57,33 @@ def test_tokens_are_those_of_the_simulated_criterion(
     assert {path: module.forward for path, module in model.named_modules()} == before
 
 
+def test_rules_can_be_changed_behind_one_prompt() -> None:
+    model = tiny_model("llama", initializer_range=0.3)
+    parts, site = find_parts(model), "all_inputs"
+    levels = 0.9, 0.4
+    bound = bind_all(create({"rule": "topp"}), parts, site)
+    wanted = [decoded(model, 12, applied(model, parts, site, bound, one)) for one in levels]
+    assert not torch.equal(*wanted)
+    with replaced(model, parts, site, bound, 1.0) as maps:
+        for level, tokens in zip(levels, wanted, strict=True):
+            maps.use(bound, level)
+            assert torch.equal(decoded(model, 12, nullcontext()), tokens)
+
+
 def test_a_prompt_stays_dense() -> None:
     model = tiny_model("llama", initializer_range=0.3)
     parts = find_parts(model)
     bound = bind_all(create({"rule": "topp"}), parts, "all_linear_inputs")
     ids = random_ids(model, (2, 7))
     wanted = Decoder(model, 2, 24).prompt(ids)
-    with replaced(model, parts, "all_linear_inputs", bound, 0.1) as copies:
+    with replaced(model, parts, "all_linear_inputs", bound, 0.1) as maps:
         assert torch.equal(Decoder(model, 2, 24).prompt(ids), wanted)
         dense = sum(
             one.weight.numel() * 4
             for path, one in model.named_modules()
             if path.endswith("_proj") and isinstance(one, nn.Linear)
         )
-        assert copies == dense
+        assert maps.copies == dense
 
 
 def test_what_the_products_do_not_know_is_refused() -> None:
