@@ -13,10 +13,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sparsity_atlas.activations.point_dimension import point_dimensions
 from sparsity_atlas.activations.store import ActivationStore
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import read_manifest
-from sparsity_atlas.truthfulness import last_tokens, own_answers
+from sparsity_atlas.truthfulness import last_tokens, own_answers, predictors
 from sparsity_atlas.upkeep import kept_answers
 from tiny_lm import (
     CHOICE,
@@ -71,6 +72,14 @@ class Plain:
         """Token ids of a prompt and an answer, and how many are the answer's."""
         whole = self.tokenizer(prompt + text)["input_ids"]
         return whole[-MAX_LENGTH:], len(whole) - len(self.tokenizer(prompt)["input_ids"])
+
+    def writes(self, prompt: str) -> str:
+        """What `GENERATION` asks for."""
+        ids = self.tokenizer(prompt)["input_ids"][-(MAX_LENGTH - 12) :]
+        with torch.no_grad():
+            made = self.model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)
+        text = self.tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True)
+        return str(re.split("[e\n]", text)[0])
 
     def likely(self, prompt: str, text: str) -> np.ndarray:
         """Log-probability of each of an answer's tokens."""
@@ -160,16 +169,47 @@ def test_what_it_wrote(tmp_path: Path, manifest: Path, plain: Plain) -> None:
     wanted = []
     for row in rows:
         page = pages[row["doc_id"]]
-        ids = plain.tokenizer(page)["input_ids"][-(MAX_LENGTH - 12) :]
-        with torch.no_grad():
-            made = plain.model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)
-        text = plain.tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True)
-        for stop in ("e", "\n"):
-            text = text.split(stop)[0]
+        text = plain.writes(page)
         assert row["margin"] is None
         assert row["logprob"] == pytest.approx(plain.likely(page, text).mean(), abs=1e-4)
         wanted.append(plain.last(page, text))
     check_vectors(output, wanted)
+
+
+def test_what_tells_right_ones_of_what_it_wrote(
+    tmp_path: Path, manifest: Path, plain: Plain
+) -> None:
+    """Half of the references are what the model writes; the areas are those of vectors read off the model."""
+    pages = sentences(70, 5, 3, 20)
+    texts = [plain.writes(page) for page in pages]
+    documents = [
+        {"page": page, "reference": text if place % 2 else "another"}
+        for place, (page, text) in enumerate(zip(pages, texts, strict=True))
+    ]
+    asked = {**GENERATION, "doc_to_target": "{{reference}}"}
+    entry = write_task(tmp_path / "tasks", "writing", documents, **asked)
+    output = answer(manifest, tmp_path, entry, metric="exact_match", tensors=["residual"])
+    written = [place for place, text in enumerate(texts) if text]
+    right = np.array([place % 2 == 1 for place in written])
+    rows = {
+        (row["predictor"], row.get("layer")): row
+        for row in predictors.study(output, [], {"neighbours": 4, "replicates": 20, "seed": 0})
+    }
+    likely = np.array([plain.likely(pages[one], texts[one]).mean() for one in written])
+    vectors = [plain.last(pages[one], texts[one]) for one in written]
+    layers = sorted(layer for name, layer in vectors[0] if name == "residual")
+    points = {one: np.array([each["residual", one] for each in vectors]) for one in layers}
+    told = {layer: point_dimensions(some.astype(float), 4, 0)[0] for layer, some in points.items()}
+    for key, scores in {
+        ("logprob", None): likely,
+        **{("lid", i): -told[i] for i in layers},
+    }.items():
+        pairs = scores[right][:, None] - scores[~right]
+        wanted = ((pairs > 0) + (pairs == 0) / 2).mean()
+        assert rows[key]["auroc"] == pytest.approx(wanted, abs=0.02)  # float32 may turn near ties
+        assert (rows[key]["samples"], rows[key]["right"]) == (len(written), right.sum())
+        assert rows[key]["reference"] == "logprob"
+    assert ("margin", None) not in rows
 
 
 def test_samples_are_spread_evenly(tmp_path: Path, manifest: Path) -> None:
