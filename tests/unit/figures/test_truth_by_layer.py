@@ -50,10 +50,12 @@ def test_layers_and_what_has_none(tables: Tables) -> None:
         row("lid", 0.55, tensor="residual"),
         row("margin", 0.8),
         row("sparsity", 0.45, node="topp/input/0.9"),
+        row("sparsity", 0.4, node="topp/gate/0.9"),
     ]
     failed = {**row("lid", np.nan), "reason": "too few"}
     made = replace(tables, truthfulness=pd.DataFrame([*dims, *others, failed]))
-    (ax,) = truthfulness(made).axes
+    figure = truthfulness(made)
+    (ax,) = figure.axes
     assert ax.get_title() == "m · pairs\n60 of 90 right"
     lines = [line for line in ax.lines if len(line.get_xdata()) == 4]
     assert [list(line.get_ydata()) for line in lines] == [
@@ -64,8 +66,18 @@ def test_layers_and_what_has_none(tables: Tables) -> None:
         for line in ax.lines
         if len(line.get_xdata()) == 1
     ]
-    assert [y for _, y in points] == [0.55, 0.8, 0.45]
+    assert [y for _, y in points] == [0.55, 0.8, 0.45, 0.4]
     assert all(x > 3 for x, _ in points)
+    # Each node has a mark of its own, which the legend names.
+    drawn = [line.get_marker() for line in ax.lines if len(line.get_xdata()) == 1][1:]
+    (legend,) = figure.legends
+    named = {
+        text.get_text(): line.get_marker()
+        for text, line in zip(legend.texts, legend.legend_handles, strict=True)
+    }
+    sparsity = [f"induced sparsity, topp/{site}/0.9" for site in ("input", "gate")]
+    assert [named[name] for name in ("margin", *sparsity)] == drawn
+    assert len(set(drawn)) == 3
     whiskers = [
         list(line.get_ydata())
         for line in ax.lines

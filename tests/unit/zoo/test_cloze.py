@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jinja2 import Template
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.zoo import cloze
@@ -142,3 +143,19 @@ def test_the_task_sets_a_space_between_context_and_word(tmp_path: Path) -> None:
     assert description["target_delimiter"] == " "
     assert not item["context"].endswith(" ")
     assert {description[f"doc_to_{part}"] for part in ("text", "choice", "target")} <= set(item)
+
+
+def test_the_written_form_is_of_the_same_items(items: list[dict]) -> None:
+    """Right is what begins with the missing word, whatever stands around it."""
+    chosen, written = (
+        yaml.safe_load((TASKS / name).read_text(encoding="utf-8"))
+        for name in ("cloze.yaml", "cloze_written.yaml")
+    )
+    for key in ("dataset_path", "dataset_kwargs", "test_split", "doc_to_text"):
+        assert written[key] == chosen[key]
+    pattern = written["filter_list"][0]["filter"][0]["regex_pattern"]
+    for item in items[:100]:
+        reference = Template(written["doc_to_target"]).render(**item)
+        assert reference == right(item)
+        for text in (" {}", "{}, and", ' "{}" he', " {} of the"):
+            assert re.findall(pattern, text.format(reference)) == [reference]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,6 +22,7 @@ KINDS: dict[str, tuple[Dashes, str]] = {
 # By name of the predictor: those that a sample has one of.
 BESIDE = {"logprob": "log-probability", "margin": "margin", "sparsity": "induced sparsity"}
 BLACK = (0.2, 0.2, 0.2)
+MARKERS = ("P", "X", "*", "D", "^", "v", "<", ">", "h", "8")
 
 
 def truthfulness(tables: Tables) -> Figure:
@@ -33,9 +36,8 @@ def truthfulness(tables: Tables) -> Figure:
     keys, note = select(sorted(found, key=lambda key: sizes.index(key[0])), PANELS)
     styles = {name: mark for name, mark in marks([*_tensors(rows)]).items()}
     beside = {
-        name: Mark(BLACK, marker, "-")
-        for name, marker in zip(BESIDE, ("P", "X", "*"), strict=True)
-        if (rows["predictor"] == name).any()
+        key: Mark(BLACK, marker, "-")
+        for key, marker in zip(_beside(rows), cycle(MARKERS), strict=False)
     }
     figure, axes = grid(len(keys), height=2.0, share_x=False)
     for ax, (model, task) in zip(axes, keys, strict=True):
@@ -50,8 +52,8 @@ def truthfulness(tables: Tables) -> Figure:
         Line2D([], [], color=GREY, linestyle=dashes, label=name) for dashes, name in KINDS.values()
     ]
     others = [
-        Line2D([], [], color=BLACK, marker=mark.marker, linestyle="", label=BESIDE[name])
-        for name, mark in beside.items()
+        Line2D([], [], color=BLACK, marker=mark.marker, linestyle="", label=_name(*key))
+        for key, mark in beside.items()
     ]
     legend(figure, styles, *kinds, *others)
     label(
@@ -61,6 +63,17 @@ def truthfulness(tables: Tables) -> Figure:
         note,
     )
     return figure
+
+
+def _beside(rows: pd.DataFrame) -> list[tuple[str, str]]:
+    """What has no layer: predictor, and of a sparsity the node; in the order of `BESIDE`."""
+    own = rows[rows["predictor"].isin([*BESIDE])]
+    found = {(str(one.predictor), str(one.node)) for one in records(own)}
+    return sorted(found, key=lambda key: ([*BESIDE].index(key[0]), key[1]))
+
+
+def _name(predictor: str, node: str) -> str:
+    return f"{BESIDE[predictor]}, {node}" if node else BESIDE[predictor]
 
 
 def _tensors(rows: pd.DataFrame) -> list[str]:
@@ -82,7 +95,7 @@ def _layers(ax: Axes, panel: pd.DataFrame, styles: dict[str, Mark]) -> None:
 
 
 def _without_layer(
-    ax: Axes, panel: pd.DataFrame, styles: dict[str, Mark], beside: dict[str, Mark]
+    ax: Axes, panel: pd.DataFrame, styles: dict[str, Mark], beside: dict[tuple[str, str], Mark]
 ) -> None:
     """Points with whiskers behind the last layer."""
     layers = panel["layer"].dropna()
@@ -92,7 +105,7 @@ def _without_layer(
     ax.axvline(last + step, color=GREY, linewidth=0.5)
     for row in records(panel[panel["layer"].isna()]):
         dimension = row.predictor in KINDS
-        mark = styles[row.tensor] if dimension else beside[row.predictor]
+        mark = styles[row.tensor] if dimension else beside[row.predictor, row.node]
         dashes: Dashes = KINDS[row.predictor][0] if dimension else "-"
         ends = [row.low, row.high]
         ax.plot([place, place], ends, color=mark.color, linewidth=0.8, linestyle=dashes)
