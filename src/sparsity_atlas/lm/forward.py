@@ -74,27 +74,48 @@ def _masks(model: PreTrainedModel, batch: Batch, masks: Masks) -> Tensor | dict[
     config = model.config.get_text_config()
     ends, depth = (sent(one, model.device) for one in (batch.ends, batch.depth))
     if masks is Masks.BY_LAYER:
-        windows = {"full_attention": None, "sliding_attention": config.sliding_window}
         return {
-            kind: _mask(ends, depth, windows[kind], model.dtype) for kind in set(config.layer_types)
+            kind: _mask(ends, depth, *reach, model.dtype)
+            for kind, reach in reach_by_layer(config).items()
         }
     window = config.sliding_window if masks is Masks.WINDOWED else None
-    return _mask(ends, depth, window, model.dtype)
+    return _mask(ends, depth, window, None, model.dtype)
 
 
-def _mask(ends: Tensor, depth: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+def reach_by_layer(config: Any) -> dict[str, tuple[int | None, int | None]]:
+    """How far back a model's layers see, by their type as transformers names it: window, chunk; see `_mask`.
+
+    Raises:
+        KeyError: a type that is not known here.
+    """
+    window, chunk = (
+        getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")
+    )
+    known = {
+        **{"full_attention": (None, None), "sliding_attention": (window, None)},
+        "chunked_attention": (None, chunk),
+    }
+    return {kind: known[kind] for kind in set(config.layer_types)}
+
+
+def _mask(
+    ends: Tensor, depth: Tensor, window: int | None, chunk: int | None, dtype: torch.dtype
+) -> Tensor:
     """What is added to attention scores, [rows, 1, queries, keys]: 0 for what a token sees.
 
     Args:
         ends: as `Batch.ends`.
         depth: as `Batch.depth`.
         window: how many of its ancestors, itself among them, a token sees; None: all.
+        chunk: tokens of the pieces of a request beyond whose beginning none sees; None: there are none.
         dtype: of the scores.
     """
     place = torch.arange(ends.shape[1], device=ends.device)
     seen = (place[:, None] >= place) & (place[:, None] < ends[:, None])
     if window is not None:
         seen &= depth[:, :, None] - depth[:, None] < window
+    if chunk is not None:
+        seen &= depth[:, :, None] // chunk == depth[:, None] // chunk
     hidden = torch.finfo(dtype).min
     return torch.zeros(seen.shape, dtype=dtype, device=ends.device).masked_fill_(~seen, hidden)[
         :, None

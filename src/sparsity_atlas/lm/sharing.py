@@ -144,7 +144,11 @@ def round_up(length: int, least: int, window: int | None) -> int:
 
 
 def window_of(model: PreTrainedModel) -> int | None:
-    window: int | None = getattr(model.config.get_text_config(), "sliding_window", None)
+    """The length beyond which some of a model's layers do not see: their window, or their chunks."""
+    config = model.config.get_text_config()
+    chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
+    name = "attention_chunk_size" if chunked else "sliding_window"
+    window: int | None = getattr(config, name, None)
     return window
 
 
@@ -177,7 +181,8 @@ def ways(model: PreTrainedModel, length: int) -> Iterator[Masks]:
     windowed = []
     if window:
         layers = getattr(model.config.get_text_config(), "layer_types", None) or []
-        windowed = [Masks.BY_LAYER] if len(set(layers)) > 1 else [Masks.WINDOWED]
+        by_layer = len(set(layers)) > 1 or "chunked_attention" in layers
+        windowed = [Masks.BY_LAYER] if by_layer else [Masks.WINDOWED]
     # A window that no request reaches needs no mask.
     yield from [*windowed, Masks.ONE] if window and length > window else [Masks.ONE]
 

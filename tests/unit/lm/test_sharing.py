@@ -174,6 +174,31 @@ def test_a_window_of_attention(name: str, window: int, dtype: torch.dtype) -> No
             assert greedy == likewise
 
 
+@pytest.mark.parametrize("layers", [["chunked", "full"], ["chunked", "chunked"]])
+@pytest.mark.parametrize("chunk", [6, 64])
+def test_chunks_of_attention(chunk: int, layers: list[str]) -> None:
+    """As in Llama 4: beyond the beginning of its piece of a sequence a token sees nothing."""
+    settings = {
+        **{"attention_chunk_size": chunk, "num_local_experts": 2, "intermediate_size_mlp": 40},
+        **{"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "head_dim": 8},
+        **{"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2},
+        **{"layer_types": [f"{one}_attention" for one in layers], "initializer_range": 0.2},
+    }
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama4_text", max_position_embeddings=64, **settings)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    requests = questions()
+    found, faults = abilities(model, requests)
+    masks = Masks.BY_LAYER if chunk == 6 else Masks.ONE
+    assert found == Abilities(branches=True, selects=True, masks=masks), faults
+    parts = find_parts(model)
+    alone, shared = (
+        [one for one, _ in run(model, requests, able, lambda: counted(model, parts))[0]]
+        for able in (Abilities(), found)
+    )
+    assert shared == pytest.approx(alone, abs=1e-4)
+
+
 def test_a_window_changes_no_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 12}
     model = tiny_model("gemma3", vocab_size=300, initializer_range=0.3, **settings)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparsity_atlas.lm.forward import Masks, before_head
+from sparsity_atlas.lm.forward import Masks, before_head, reach_by_layer
 from sparsity_atlas.models.logits import head
 
 if TYPE_CHECKING:
@@ -82,15 +82,19 @@ class Called:
         """
         config = self._config
         if masks is Masks.BY_LAYER:
-            windows = {"full_attention": None, "sliding_attention": config.sliding_window}
             return {
-                kind: self._mask(age, lengths, windows[kind]) for kind in set(config.layer_types)
+                kind: self._mask(age, lengths, *reach)
+                for kind, reach in reach_by_layer(config).items()
             }
         window = config.sliding_window if masks is Masks.WINDOWED else None
         return self._mask(age, lengths, window)
 
-    def _mask(self, age: Tensor, lengths: Tensor, window: int | None) -> Tensor:
+    def _mask(
+        self, age: Tensor, lengths: Tensor, window: int | None, chunk: int | None = None
+    ) -> Tensor:
         reach = lengths if window is None else lengths.clamp(max=window)
+        if chunk is not None:
+            reach = (reach - 1) % chunk + 1
         dtype = self._model.dtype
         hidden = (age >= reach[:, None])[:, None, None]
         return torch.zeros(hidden.shape, dtype=dtype, device=age.device).masked_fill_(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mixtures import tiny_mixture
 from sparsity_atlas.lm.continuous.called import Called
 from sparsity_atlas.lm.continuous.ring import Ring
 from sparsity_atlas.lm.continuous.ring_proof import proved
@@ -44,6 +45,18 @@ def test_models_that_can(name: str, dtype: torch.dtype) -> None:
 def test_a_window_of_attention(name: str, settings: dict, short: Masks, window: int) -> None:
     expected = short if window == 12 else Masks.ONE
     assert proof(name, sliding_window=window, **settings) == (expected, "")
+
+
+@pytest.mark.parametrize("layers", [["chunked", "full"], ["chunked", "chunked"]])
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_chunks_of_attention(chunk: int, layers: list[str]) -> None:
+    types = [f"{one}_attention" for one in layers]
+    model = tiny_mixture(
+        "llama4_text", num_experts_per_tok=1, attention_chunk_size=chunk, layer_types=types
+    )
+    found = proved(model, random_ids(model, (1, 64))[0].tolist(), SIZE)
+    expected = Masks.BY_LAYER if chunk == 7 else Masks.ONE
+    assert (found.masks, found.fault) == (expected, "")
 
 
 @pytest.mark.parametrize("name", ["bloom", "mpt"])
