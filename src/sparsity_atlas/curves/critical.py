@@ -176,10 +176,12 @@ def resolves(estimates: Estimates, bar: float, found: dict[str, Any]) -> bool:
     if estimates.kind == "accuracy" and allowed < RESOLVED_LOST * estimates.step:
         return False
     low, high = found["interval_low"], found["interval_high"]
+    below, beyond = found["low_open"], found["high_open"]
     told = {
-        ">=": low == found["value"],
-        "<": high == found["value"],
-        "=": not (found["low_open"] or found["high_open"]) and high - low <= RESOLVED_WIDTH,
+        # Of a single level both ends stand at the value, whichever side of it they lie on.
+        ">=": low == found["value"] and not below,
+        "<": high == found["value"] and not beyond,
+        "=": not (below or beyond) and high - low <= RESOLVED_WIDTH,
     }
     return estimates.units >= RESOLVED_UNITS and told[found["relation"]]
 

@@ -360,6 +360,21 @@ def test_what_the_interval_must_say(drop: list[float], relation: str, resolved: 
     assert (row.relation, row.resolved) == (relation, resolved)
 
 
+@pytest.mark.parametrize("relation", [">=", "<"])
+def test_a_single_level_is_resolved_only_if_no_replicate_lies_on_its_other_side(
+    relation: str,
+) -> None:
+    """Both ends of its interval stand at its own sparsity."""
+    # Items that change, as many to the better as to the worse but for a few.
+    task = accuracy_task([0.5], [1.0])
+    value = task.value.copy()
+    value[:, :300], value[:, -285 if relation == ">=" else -270 :] = 0.0, 1.0
+    row = headline(replace(task, value=value), 0.99)
+    assert (row.relation, row.low_open, row.high_open) == (relation, True, True)
+    assert row.interval_low == row.interval_high == row.value
+    assert not row.resolved
+
+
 def test_a_wide_interval_resolves_nothing() -> None:
     near, far = (
         headline(accuracy_task([0.1, end], [1.0, 0.97], items=1200)) for end in (0.3, 0.95)
