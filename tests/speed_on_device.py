@@ -24,6 +24,7 @@ from sparsity_atlas.sites.find import describe_parts, find_parts, random_ids  # 
 from sparsity_atlas.speed import measure  # noqa: E402
 from sparsity_atlas.speed.machine import machine  # noqa: E402
 from sparsity_atlas.speed.speed_table import OK, TOKEN  # noqa: E402
+from sparsity_atlas.terms import CAUSAL  # noqa: E402
 
 SHARES = (0.0, 0.5, 0.9)
 CURVE: dict[str, Any] = {"points": [], "critical": []}
@@ -55,7 +56,11 @@ def main() -> None:
     parts = find_parts(model)
     manifest = {
         **{"ffn": describe_parts(parts), "parameters": count_parameters(model, parts)},
-        **{"hidden": model.config.hidden_size, "memory": {"vocabulary": model.config.vocab_size}},
+        **{
+            "kind": CAUSAL,
+            "hidden": model.config.hidden_size,
+            "memory": {"vocabulary": model.config.vocab_size},
+        },
     }
     ids = random_ids(model, (8, 128)).cpu().numpy()
     settings = {"device": arguments.device, "contexts": [256], "tokens": [1, 4]}

@@ -29,8 +29,8 @@ from sparsity_atlas.loading.devices import how
 from sparsity_atlas.loading.pretrained import load
 from sparsity_atlas.models.manifest import from_manifest
 from sparsity_atlas.models.token_weights import weights_of_a_token
-from sparsity_atlas.speed.speed_table import OK, SCHEMA, TOKEN
-from sparsity_atlas.terms import AVERAGE, EXPERTS, PlaceKey, by_projection
+from sparsity_atlas.speed.speed_table import NO_EXPERTS, OK, SCHEMA, TOKEN
+from sparsity_atlas.terms import AVERAGE, DIFFUSION, EXPERTS, PlaceKey, by_projection
 
 SHARES = tuple(round(0.1 * step, 1) for step in range(10))
 BAR = 0.99
@@ -65,12 +65,16 @@ def nodes_of(curve: Mapping[str, Any]) -> list[tuple[float, float]]:
     return [(float(level), sum(some) / len(some)) for level, some in found.items()]
 
 
-def why_not(criterion: Criterion, bound: Mapping[PlaceKey, Criterion], site: str) -> str | None:
-    """Why a criterion's zeros gain nothing here; None: they may."""
+def why_not(
+    kind: str, criterion: Criterion, bound: Mapping[PlaceKey, Criterion], site: str
+) -> str | None:
+    """Why a criterion's zeros gain nothing here, in a model of this kind; None: they may."""
+    if kind == DIFFUSION:
+        return "a denoising pass goes over more tokens than products are made for"
     if by_projection(site):
         return "maps that read one vector have masks of their own, and products share one"
     if all(place.part == EXPERTS for place in bound):
-        return "routed experts have no sparse products"
+        return NO_EXPERTS
     for rule in bound.values():
         if isinstance(rule, ExpertRules):
             return "each routed expert has a rule of its own"
@@ -115,7 +119,7 @@ def rows(
     parts, plain_site = chosen(bind_parts(model, manifest["ffn"]), site)
     with torch.no_grad():
         bound = bind_all(criterion, parts, plain_site, states)
-    why = why_not(criterion, bound, site)
+    why = why_not(manifest["kind"], criterion, bound, site)
     if why is not None:
         yield from (refused(name, why) for name in ("maps", TOKEN))
         return

@@ -17,6 +17,7 @@ from sparsity_atlas.decoding.vector import Vector
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.sites.ffn import FFN
 from sparsity_atlas.speed.products import READ, gated_of, joined, readers_of
+from sparsity_atlas.speed.speed_table import NO_EXPERTS
 from sparsity_atlas.speed.timed_rows import Dense, Point
 from sparsity_atlas.terms import EXPERTS, TENSORS, PlaceKey
 
@@ -125,7 +126,7 @@ def maps_at(
 
 def _of_part(part: Part, tensors: tuple[str, ...], why: dict[str, str]) -> Iterator[Maps]:
     if part.name == EXPERTS:
-        why.setdefault(EXPERTS, "routed experts have no sparse products")
+        why.setdefault(EXPERTS, NO_EXPERTS)
         return
     pair = isinstance(part, FFN) and part.gated
     if isinstance(part, FFN) and pair:

@@ -12,7 +12,8 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.models.logits.head import EXACT
 from sparsity_atlas.sites.ffn import FFN
 from sparsity_atlas.sites.shaping import PLAIN
-from sparsity_atlas.terms import TENSORS
+from sparsity_atlas.speed.speed_table import NO_EXPERTS
+from sparsity_atlas.terms import EXPERTS, TENSORS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -44,8 +45,10 @@ def readers_of(part: Part, tensor: str) -> dict[str, Projection]:
     """The maps that read a tensor, by path, each of a plain matrix.
 
     Raises:
-        AtlasError: nothing reads it as it is, or a map of another form.
+        AtlasError: nothing reads it as it is, or a map of another form, or routed experts do.
     """
+    if part.name == EXPERTS:
+        raise AtlasError(NO_EXPERTS)
     if tensor not in READ:
         raise AtlasError(f"layer {part.layer}: {tensor}: there is no second factor to leave out")
     readers = {reader.path: reader for reader in part.readers(tensor)}

@@ -16,6 +16,7 @@ from sparsity_atlas.files.parquet import read_parquet
 TOKEN = "token"
 FIXED, FOUND = "fixed", "found"
 OK, REFUSED = "ok", "refused"
+NO_EXPERTS = "routed experts have no sparse products"
 SCHEMA = pa.schema(
     [
         ("timed", pa.string()),  # `token`: the whole model; else maps of a part

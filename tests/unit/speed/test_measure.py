@@ -19,6 +19,7 @@ from sparsity_atlas.models.parameters import count_parameters
 from sparsity_atlas.sites.find import describe_parts, find_parts, random_ids
 from sparsity_atlas.speed import measure
 from sparsity_atlas.speed.speed_table import OK, REFUSED, SCHEMA, SPEED, TOKEN, speed_rows
+from sparsity_atlas.terms import CAUSAL, DIFFUSION
 from tiny_lm import run_stage, sentences
 from tiny_models import tiny_model
 
@@ -70,12 +71,14 @@ def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "SHARES", (0.0, 0.5, 0.9))
 
 
-def rows_of(model: Any, site: str, rule: str = "topp", **settings: Any) -> list[dict[str, Any]]:
+def rows_of(
+    model: Any, site: str, rule: str = "topp", kind: str = CAUSAL, **settings: Any
+) -> list[dict[str, Any]]:
     parts = find_parts(model)
     config = model.config
     manifest = {
         **{"ffn": describe_parts(parts), "parameters": count_parameters(model, parts)},
-        **{"hidden": config.hidden_size, "memory": {"vocabulary": config.vocab_size}},
+        **{"kind": kind, "hidden": config.hidden_size, "memory": {"vocabulary": config.vocab_size}},
     }
     ids = random_ids(model, (4, 16)).numpy()
     criterion = create({"rule": rule})
@@ -132,7 +135,7 @@ def test_an_ffn_that_is_refused_as_a_whole_still_has_its_maps(
 def test_experts_leave_what_stands_beside_them() -> None:
     rows = rows_of(tiny_mixture("qwen2_moe"), "intermediate", tokens=[1])
     refused = {row["timed"]: row["reason"] for row in rows if row["status"] == REFUSED}
-    assert set(refused) >= {"experts", TOKEN}
+    assert refused == dict.fromkeys(("experts", TOKEN), "routed experts have no sparse products")
     assert "ffn" in {row["timed"] for row in rows if row["status"] == OK}
 
 
@@ -159,6 +162,12 @@ def test_what_gains_nothing_is_said(rule: str, site: str, reason: str) -> None:
     rows = rows_of(tiny_model("llama"), site, rule)
     assert [(row["timed"], row["status"]) for row in rows] == [("maps", REFUSED), (TOKEN, REFUSED)]
     assert all(reason in row["reason"] for row in rows)
+
+
+def test_masked_diffusion_has_no_single_tokens() -> None:
+    rows = rows_of(tiny_model("llama", is_causal=False), "input", kind=DIFFUSION)
+    assert [(row["timed"], row["status"]) for row in rows] == [("maps", REFUSED), (TOKEN, REFUSED)]
+    assert all("a denoising pass goes over more tokens" in row["reason"] for row in rows)
 
 
 def test_a_context_beyond_the_models_is_refused() -> None:
