@@ -28,6 +28,7 @@ from sparsity_atlas.tables.twins import CRITICAL, TWINS, differences
 COLUMNS = ["model", *(name for name in TWINS if name not in ("first", "second"))]
 # Of the text; a table of the configuration has them all.
 LONGEST_VALUE = 60
+RECORD = "run_config.yaml"
 MOST_CHANGES = 40
 _RULES = {"=": "", ">=": "≥ ", "<=": "≤ "}
 
@@ -59,7 +60,7 @@ class Results:
             )
         self.versions: dict[str, str] = {}
         self.config: dict[str, Any] = {}
-        record = path / "run_config.yaml"
+        record = path / RECORD
         if record.is_file():
             versions, text = split_config(record.read_text(encoding="utf-8"))
             self.versions, self.config = dict(versions), yaml.safe_load(text)
@@ -110,7 +111,9 @@ def node_changes(first: Results, second: Results) -> list[str]:
 
 
 def same_draws(first: Results, second: Results) -> bool:
-    """Whether both bootstraps drew the same of the same documents."""
+    """Whether both bootstraps drew the same of the same documents; False where it is not recorded."""
+    if not (first.config and second.config):
+        return False
     drawn = [
         (
             (one.config.get("seed"), one.config.get("replicates")),
@@ -137,9 +140,21 @@ def text(first: Results, second: Results, found: list[dict[str, Any]]) -> Iterat
     """The lines of the comparison."""
     yield f"A: {first.path}"
     yield f"B: {second.path}"
-    for title, lines in (
+    unrecorded = [name for name, one in (("A", first), ("B", second)) if not one.config]
+    if unrecorded:
+        lacking = (
+            f"{' and '.join(unrecorded)} {'have' if len(unrecorded) > 1 else 'has'} no {RECORD}"
+        )
+        yield (
+            f"\nVersions and configuration: not compared, since {lacking}, which a run of everything writes; "
+            "what was drawn is not known either, and nothing is paired"
+        )
+    recorded = (
         ("Versions", changes(first.versions, second.versions)),
         ("Configuration", changes(flat(first.config), flat(second.config))),
+    )
+    for title, lines in (
+        *(() if unrecorded else recorded),
         ("What nodes depend on", node_changes(first, second)),
     ):
         yield f"\n{title}: {'the same' if not lines else ''}".rstrip()

@@ -119,6 +119,20 @@ def test_other_draws_are_not_paired(pair: tuple[Path, Path], change: dict[str, o
     assert "not paired" in said(*pair)
 
 
+@pytest.mark.parametrize("without", [(0,), (1,), (0, 1)])
+def test_a_run_without_a_record_is_no_change_of_everything(
+    pair: tuple[Path, Path], without: tuple[int, ...]
+) -> None:
+    """A run of single curves writes none: nothing is known of its configuration, nor of its draws."""
+    for place in without:
+        (pair[place] / "run_config.yaml").unlink()
+    shown = said(*pair)
+    lacking = "A and B have" if len(without) > 1 else f"{'AB'[without[0]]} has"
+    assert f"Versions and configuration: not compared, since {lacking} no run_config.yaml" in shown
+    assert "→" not in shown
+    assert not any(row["paired"] for row in compare.rows(*map(compare.Results, pair)))
+
+
 def test_nothing_in_common(pair: tuple[Path, Path]) -> None:
     (pair[1] / "m").rename(pair[1] / "n")
     assert said(*pair).endswith("Curves: none in common.")
