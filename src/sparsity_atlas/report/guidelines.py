@@ -78,6 +78,8 @@ def _of_model(tables: Tables, model: str) -> Iterator[tuple[str, list[Advice]]]:
     if in_time:
         yield "What it buys in time", in_time
     untold = [*_untold(pd.concat([loss, average])), *measured_time.untold(tables, model)]
+    for some in (loss, average):
+        untold += [one for one in _not_timed(tables, some) if one not in untold]
     if untold:
         yield "What cannot be told", untold
 
@@ -96,12 +98,29 @@ def _usable(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["resolved"] & (rows["relation"] != "<") & rows["ideal_speedup"].notna()]
 
 
+def _ranked(rows: pd.DataFrame) -> list[Any]:
+    """Those, from the largest ideal speed-up down."""
+    usable = _usable(rows).sort_values("ideal_speedup", ascending=False, kind="stable")
+    return list(records(usable))
+
+
+def _not_timed(tables: Tables, rows: pd.DataFrame) -> Iterator[Advice]:
+    """What is recommended and was not timed, in a run that times others."""
+    for best in _ranked(rows)[:1] if len(tables.speed) else ():
+        own = tables.speed[["model", "criterion", "site"]] == [
+            best.model,
+            best.criterion,
+            best.site,
+        ]
+        if not own.all(axis=1).any():
+            text = f"In time, of {best.criterion} at {best.site}: it was not timed."
+            yield Advice(text, (critical_row(best),))
+
+
 def _untrained(rows: pd.DataFrame, curves: pd.DataFrame, measure: str, alike: str) -> Advice | None:
     """The curve that saves most, among those that are usable."""
-    usable = _usable(rows)
-    if usable.empty:
+    if not (ranked := _ranked(rows)):
         return None
-    ranked = list(records(usable.sort_values("ideal_speedup", ascending=False, kind="stable")))
     best = ranked[0]
     low = _speedups(best, curves)[0]
     text = (

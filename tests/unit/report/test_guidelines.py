@@ -10,8 +10,10 @@ import pandas as pd
 import pytest
 
 from fake_results import make_results, make_tables
+from fake_speed import speed_row
 from sparsity_atlas.report import report
 from sparsity_atlas.report.guidelines import Guideline, guidelines
+from sparsity_atlas.speed.speed_table import FOUND, SPEED
 from sparsity_atlas.tables.read import Tables
 
 # Of what a token reads, what zeros at a site could spare.
@@ -212,6 +214,19 @@ def test_a_batch_reads_what_any_of_its_tokens_wants(some: Tables, value: float, 
     """.4 · s^B >= .0476 up to B = 9 where s is .8, 105 where it is .98, 1 where it is .2, never where .1."""
     ((text, _),) = said(guidelines(tables(some, {"site": "input", "value": value})), "When nothing")
     assert words in text
+
+
+def test_what_is_recommended_and_was_not_timed_is_said(some: Tables) -> None:
+    made = tables(some, {"site": "input", "value": 0.4}, {"site": "intermediate", "value": 0.4})
+    for site, told in (
+        ("intermediate", ["In time, of topp at input: it was not timed."]),
+        ("input", []),
+    ):
+        key = {"model": "small", "criterion": "topp", "site": site}
+        speed = pd.DataFrame([key | speed_row("ffn", 1, FOUND, 0.5)], columns=SPEED)
+        texts = [text for text, _ in said(guidelines(replace(made, speed=speed)), "What cannot")]
+        assert [text for text in texts if "not timed" in text] == told
+    assert said(guidelines(made), "What cannot") == []
 
 
 def test_the_page_has_them(some: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
