@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 
 from sparsity_atlas import kernels
@@ -38,6 +39,16 @@ class InputMap:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
         self.transposed = self.weight.t().contiguous()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.weight.dtype
+
+    @property
+    def copies(self) -> int:
+        """Bytes beside the weights."""
+        return self.transposed.nbytes
 
     def __call__(self, x: Tensor, rule: Threshold | None) -> Tensor:
         """The map of a masked vector.
@@ -80,6 +91,16 @@ class GatedFFN:
         if self.tensors != ("input",):
             copied["down"] = self.down
         self.transposed = {name: one.t().contiguous() for name, one in copied.items()}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.down.dtype
+
+    @property
+    def copies(self) -> int:
+        """Bytes beside the weights."""
+        return sum(one.nbytes for one in self.transposed.values())
 
     def __call__(self, x: Tensor, rules: Mapping[str, Threshold]) -> Tensor:
         """The FFN's output.

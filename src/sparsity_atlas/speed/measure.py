@@ -12,7 +12,7 @@ import argparse
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -31,6 +31,10 @@ from sparsity_atlas.models.manifest import from_manifest
 from sparsity_atlas.models.token_weights import weights_of_a_token
 from sparsity_atlas.speed.speed_table import NO_EXPERTS, OK, SCHEMA, TOKEN
 from sparsity_atlas.terms import AVERAGE, DIFFUSION, EXPERTS, PlaceKey, by_projection
+
+if TYPE_CHECKING:
+    from sparsity_atlas.speed.text_vectors import Text
+    from sparsity_atlas.speed.timed_rows import Point
 
 SHARES = tuple(round(0.1 * step, 1) for step in range(10))
 BAR = 0.99
@@ -112,8 +116,8 @@ def rows(
     from sparsity_atlas.sites.find import bind_parts
     from sparsity_atlas.sites.part import chosen
     from sparsity_atlas.speed.part_times import maps_at, part_rows
-    from sparsity_atlas.speed.text_vectors import Levels, Text
-    from sparsity_atlas.speed.timed_rows import Point, refused
+    from sparsity_atlas.speed.text_vectors import Text
+    from sparsity_atlas.speed.timed_rows import refused
     from sparsity_atlas.speed.token_times import Whole, token_rows
 
     parts, plain_site = chosen(bind_parts(model, manifest["ffn"]), site)
@@ -133,18 +137,7 @@ def rows(
         raise AtlasError(
             f"capture.tokens: {text.tokens} are too few to time {most} tokens together"
         )
-    ends = sorted(
-        (criterion.lowest, criterion.highest), key=lambda one: abs(one - criterion.dense_level)
-    )
-    levels = Levels(text, criterion.dense_level, ends[-1], nodes_of(curve))
-    points: list[Point] = []
-    for share in SHARES:
-        seen = levels.dropping(share)
-        if not points or seen is not levels.dense:
-            points.append(Point(share, "", seen, bound))
-    for name, (value, level) in own_points(curve).items():
-        seen = levels.dropping(value) if level is None else levels.at(level)
-        points.append(Point(value, name, seen, bound))
+    points = points_of(criterion, bound, text, curve)
     for one in maps:
         try:
             yield from part_rows(one, text, points, settings["tokens"], settings["device"])
@@ -153,6 +146,35 @@ def rows(
     whole = Whole(model, parts, plain_site, weights_of_a_token(manifest))
     contexts, tokens = settings["contexts"], settings["tokens"]
     yield from token_rows(whole, text, pieces.flatten(), points, contexts, tokens)
+
+
+def points_of(
+    criterion: Criterion, bound: Mapping[PlaceKey, Criterion], text: Text, curve: Mapping[str, Any]
+) -> list[Point]:
+    """The sparsities at which is timed: shares from the model as it is on, and the curve's own points.
+
+    Args:
+        criterion: the rule.
+        bound: it at each place.
+        text: that its zeros are counted in.
+        curve: content of curve.json.
+    """
+    from sparsity_atlas.speed.text_vectors import Levels
+    from sparsity_atlas.speed.timed_rows import Point
+
+    dense = criterion.dense_level
+    harshest = max((criterion.lowest, criterion.highest), key=lambda one: abs(one - dense))
+    levels = Levels(text, dense, harshest, nodes_of(curve))
+    points: list[Point] = []
+    for share in SHARES:
+        seen = levels.dropping(share)
+        # What is zero by itself is not undone: such shares are all the same point.
+        if not points or seen is not levels.dense:
+            points.append(Point(share, "", seen, bound))
+    for name, (value, level) in own_points(curve).items():
+        seen = levels.dropping(value) if level is None else levels.at(level)
+        points.append(Point(value, name, seen, bound))
+    return points
 
 
 def main() -> None:

@@ -60,8 +60,7 @@ class Maps:
     def products(self, device: str, cold: float | None) -> list[tuple[Part, Product]]:
         """Enough of them that caches are cold after a round: of layers all over the model, or copies."""
         first = self._product(self.parts[0], copied=False)
-        dtype = (first.down if isinstance(first, GatedFFN) else first.weight).dtype
-        count = min(layers_of(self.weights, dtype, device, cold), MOST)
+        count = min(layers_of(self.weights, first.dtype, device, cold), MOST)
         own = len(self.parts)
         chosen = [index * own // count if count < own else index % own for index in range(count)]
         return [
@@ -172,12 +171,6 @@ def part_rows(
     """
     products = maps.products(device, cold)
     first = products[0][1]
-    copies = (
-        sum(one.nbytes for one in first.transposed.values())
-        if isinstance(first, GatedFFN)
-        else first.transposed.nbytes
-    )
-    dtype = (first.down if isinstance(first, GatedFFN) else first.weight).dtype
     for count in tokens:
         groups = text.groups(count)
         given = partial(_given, maps, products, groups)
@@ -201,7 +194,7 @@ def part_rows(
                 rows.append(
                     {
                         **{"timed": maps.name, "context": None, "tokens": count},
-                        **{"threshold": threshold, "copies_bytes": copies},
+                        **{"threshold": threshold, "copies_bytes": first.copies},
                         **{"shape": maps.shape, "layers": len(maps.parts)},
                         **point.row(timed(calls, device, repeats), share),
                     }
@@ -209,7 +202,7 @@ def part_rows(
         # Once more: what else a machine did meanwhile may have come or gone.
         for by, calls in whole.items():
             dense.add(by, timed(calls, device, repeats))
-        yield from dense.finished(rows, maps.weights * dtype.itemsize)
+        yield from dense.finished(rows, maps.weights * first.dtype.itemsize)
 
 
 def _each(

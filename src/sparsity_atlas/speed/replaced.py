@@ -164,7 +164,7 @@ def _replace_readers(
 
     for path, reader in readers.items():
         put(stack, reader.module, of(path, reader.module.forward))
-    return product.transposed.nbytes
+    return product.copies
 
 
 def _replace_ffn(stack: ExitStack, single: _Single, part: FFN, rules: Rules) -> int:
@@ -179,7 +179,7 @@ def _replace_ffn(stack: ExitStack, single: _Single, part: FFN, rules: Rules) -> 
         return _like(made, x)
 
     put(stack, module, forward)
-    return sum(one.nbytes for one in product.transposed.values())
+    return product.copies
 
 
 def _like(rows: Tensor, x: Tensor) -> Tensor:
