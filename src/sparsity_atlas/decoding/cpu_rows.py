@@ -72,20 +72,27 @@ def _add_rows(x, places, weight, total, start, end):
     total[:] = 0
     count, width = len(places), end - start
     done = 0
-    # Four rows at a time: a sum is fetched and put back once for all of them.
-    while done + 4 <= count:
+    # Eight rows at a time: a sum is fetched and put back once for all of them.
+    while done + 8 <= count:
         a, b, c, d = places[done], places[done + 1], places[done + 2], places[done + 3]
+        e, f, g, h = places[done + 4], places[done + 5], places[done + 6], places[done + 7]
         one, two = weight[a, start:end], weight[b, start:end]
         three, four = weight[c, start:end], weight[d, start:end]
-        xa, xb, xc, xd = x[a], x[b], x[c], x[d]
+        five, six = weight[e, start:end], weight[f, start:end]
+        seven, eight = weight[g, start:end], weight[h, start:end]
+        xa, xb, xc, xd, xe, xf, xg, xh = x[a], x[b], x[c], x[d], x[e], x[f], x[g], x[h]
         for j in range(width):
             total[j] += (
                 xa * _number(one[j])
                 + xb * _number(two[j])
                 + xc * _number(three[j])
                 + xd * _number(four[j])
+                + xe * _number(five[j])
+                + xf * _number(six[j])
+                + xg * _number(seven[j])
+                + xh * _number(eight[j])
             )
-        done += 4
+        done += 8
     for rest in range(done, count):
         row = weight[places[rest], start:end]
         xr = x[places[rest]]

@@ -121,3 +121,15 @@ def test_a_profile_is_drawn_where_most_criteria_drop_as_much(tables: Tables) -> 
         (float(one.layer), round(one.sparsity, 9)) for one in pd.DataFrame(own).itertuples()
     ]
     assert lines(ax) == [expected, expected]
+
+
+def test_a_legend_names_what_is_drawn(tables: Tables) -> None:
+    """A criterion that nowhere drops as much as another has no line."""
+    rows = tables.layer_profile
+    other = rows[rows["criterion"] == "topp"].assign(
+        criterion="third", site="input", tensor="input"
+    )
+    curves = pd.concat([tables.curves, tables.curves.assign(criterion="third")])
+    with_third = replace(tables, layer_profile=pd.concat([rows, other]), curves=curves)
+    (legend,) = layer_profile.layer_profile(with_third).legends
+    assert [text.get_text() for text in legend.texts] == ["topk", "topp"]
