@@ -22,7 +22,7 @@ class SpeedSettings(Strict):
     tokens: Annotated[
         list[Annotated[int, Field(ge=1, le=16)]], AfterValidator(some), AfterValidator(sorted)
     ] = Field(default=[1])
-    """Tokens that are decoded together, of a sequence each."""
+    """Tokens that are decoded together, of a sequence each; 16 at most."""
 
     @model_validator(mode="after")
     def _has_kernels(self) -> Self:
