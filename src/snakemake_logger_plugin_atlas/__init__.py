@@ -22,7 +22,8 @@ from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
 
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.plan.time_left import Key, TimeLeft
+from sparsity_atlas.plan.schedule import Key
+from sparsity_atlas.plan.time_left import TimeLeft
 
 # Scheduler's chatter, said by the lines below in fewer words.
 NOISE = (

@@ -15,7 +15,7 @@ from snakemake_interface_logger_plugins.settings import OutputSettingsLoggerInte
 
 import snakemake_logger_plugin_atlas as plugin
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.plan.time_left import Key
+from sparsity_atlas.plan.schedule import Key
 
 
 class Settings(OutputSettingsLoggerInterface):

@@ -14,7 +14,7 @@ from sparsity_atlas.config.schema import Config
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import digest, read_manifest, write_manifest
 from sparsity_atlas.plan.jobs import Job, jobs
-from sparsity_atlas.plan.time_left import Key
+from sparsity_atlas.plan.schedule import Key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,18 +9,12 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-# Rules in the order in which one model's jobs wait for each other, and what their time goes by.
-STAGES = (
-    ("model",),
-    ("capture", "dense"),
-    ("calibrate", "metrics"),
-    ("search", "evaluate", "sensitivity", "answers"),
-    ("output_error", "curve", "export_curve", "truthfulness"),
-    ("model_summary", "speed"),
-)
+from sparsity_atlas.plan.schedule import Key, makespan
+
 EVALUATING = {"dense", "search", "evaluate", "sensitivity", "answers"}
 LIGHT = {"run_config", "metrics", "curve", "model_summary", "tables", "figures", "page", "all"}
 LIGHT |= {"truthfulness"}
+LAST = ("tables", "figures", "page")
 # Of these the first job of a model does the work for all of them, whichever it is.
 FIRST = {"capture"}
 # How much a seen job says of another one: of the same rule, of a like one, of any; more for one model.
@@ -35,17 +29,6 @@ HALF_LIFE, OLDEST = 0.15, 0.2
 START = 4.0
 # A job that takes longer than was expected is taken to be so far.
 OVERDUE = 0.8
-
-
-@dataclass(frozen=True)
-class Key:
-    """What distinguishes a job in a forecast: rule, and of its wildcards those that it has."""
-
-    rule: str
-    model: str = ""
-    criterion: str = ""
-    site: str = ""
-    task: str = ""
 
 
 @dataclass
@@ -160,35 +143,26 @@ class TimeLeft:
                 ratios[kind] = _ratio(key, seen)
             return forecast * ratios[kind]
 
-        stages: dict[tuple[str, int], float] = defaultdict(float)
-        work = last = 0.0
-
-        def add(key: Key, seconds: float) -> None:
-            nonlocal work, last
-            if key.rule in ("tables", "figures", "page"):
-                last += seconds  # one after the other, when all else is done
-                return
-            work += seconds
-            stage = next((i for i, rules in enumerate(STAGES) if key.rule in rules), 0)
-            stages[key.model, stage] = max(stages[key.model, stage], seconds)
-
-        for one in self._running.values():
-            add(one.key, _rest(one, expected(one.key, one.forecast), now))
+        running = [
+            (one.key, _rest(one, expected(one.key, one.forecast), now))
+            for one in self._running.values()
+        ]
+        waiting: list[tuple[Key, float]] = []
         for rule, count in self.counts.items():
             count -= self._begun[rule]
-            jobs = self._waiting[rule]
-            whole = len(jobs) == count
-            for key, seconds in jobs if whole else ():
-                add(key, expected(key, seconds))
-            if not whole and count > 0:
+            jobs = [(key, expected(key, seconds)) for key, seconds in self._waiting[rule]]
+            if len(jobs) != count and count > 0:
                 # Which of the forecast's jobs these are is not known.
-                each = [expected(key, seconds) for key, seconds in jobs]
-                usual = sum(each) / len(each) if each else self._usual.get(rule, 0.0)
-                work += count * usual
-        chains: dict[str, float] = defaultdict(float)
-        for (model, _), seconds in stages.items():
-            chains[model] += seconds
-        return max(work / self._at_once, *chains.values(), 0.0) + last
+                seconds = [one for _, one in jobs]
+                usual = sum(seconds) / len(jobs) if jobs else self._usual.get(rule, 0.0)
+                jobs = [(Key(rule), usual)] * count
+            waiting += jobs if count > 0 else ()
+        # One after the other, when all else is done.
+        last = sum(seconds for key, seconds in (*running, *waiting) if key.rule in LAST)
+        running, waiting = (
+            [one for one in some if one[0].rule not in LAST] for some in (running, waiting)
+        )
+        return makespan(running, waiting, self._at_once) + last
 
 
 def _rest(one: _Running, expected: float, now: float) -> float:

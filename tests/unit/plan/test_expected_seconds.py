@@ -11,7 +11,7 @@ from sparsity_atlas.config.schema import Config, parse
 from sparsity_atlas.files.whole import write_manifest
 from sparsity_atlas.plan.expected_seconds import FILE, expected, key_of, save
 from sparsity_atlas.plan.jobs import UNKNOWN, Amount, jobs
-from sparsity_atlas.plan.time_left import Key
+from sparsity_atlas.plan.schedule import Key
 
 
 def config_of(folder: Path, **changes: Any) -> Config:

@@ -13,7 +13,8 @@ import yaml
 
 from sparsity_atlas.config.schema import parse
 from sparsity_atlas.plan.expected_seconds import expected
-from sparsity_atlas.plan.time_left import Key, TimeLeft
+from sparsity_atlas.plan.schedule import Key
+from sparsity_atlas.plan.time_left import TimeLeft
 
 ROOT = Path(__file__).parents[3]
 SEARCHES = [Key("search", model, "topp", "input") for model in ("a", "b", "c")]

@@ -1,0 +1,116 @@
+"""How long some jobs take that wait for each other, so many at once."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+# Rules in the order in which one model's jobs wait for each other, and what their time goes by.
+STAGES = (
+    ("model",),
+    ("capture", "dense"),
+    ("calibrate", "metrics"),
+    ("search", "evaluate", "sensitivity", "answers"),
+    ("output_error", "curve", "export_curve", "truthfulness"),
+    ("model_summary", "speed"),
+)
+_STAGE = {rule: stage for stage, rules in enumerate(STAGES) for rule in rules}
+# Jobs up to which it is gone through who waits for whom. Of more, what the last ones wait for is little.
+MOST = 500
+
+
+@dataclass(frozen=True)
+class Key:
+    """What distinguishes a job in a forecast: rule, and of its wildcards those that it has."""
+
+    rule: str
+    model: str = ""
+    criterion: str = ""
+    site: str = ""
+    task: str = ""
+
+    @property
+    def stage(self) -> int:
+        """Which of `STAGES` it is in; what is in none waits for nothing."""
+        return _STAGE.get(self.rule, 0)
+
+
+Jobs = Sequence[tuple[Key, float]]
+
+
+def makespan(running: Jobs, waiting: Jobs, at_once: int) -> float:
+    """Seconds until the last job has ended.
+
+    A job waits for those of its model in earlier stages that are of its site or of none; which of those that
+    could begin does so first is not known, and taken to be the first.
+
+    Args:
+        running: jobs with the seconds that they still take.
+        waiting: jobs with the seconds that they will take.
+        at_once: how many run at a time, at the most.
+    """
+    if len(waiting) > MOST:
+        return _at_least([*running, *waiting], at_once)
+    return _Run(running, waiting, at_once).end()
+
+
+def _at_least(jobs: Jobs, at_once: int) -> float:
+    """All of it by as many as run at once, or the longest chain of a model's jobs."""
+    longest: dict[tuple[str, int], float] = defaultdict(float)
+    for key, seconds in jobs:
+        longest[key.model, key.stage] = max(longest[key.model, key.stage], seconds)
+    chains: dict[str, float] = defaultdict(float)
+    for (model, _), seconds in longest.items():
+        chains[model] += seconds
+    return max(sum(seconds for _, seconds in jobs) / at_once, *chains.values(), 0.0)
+
+
+@dataclass
+class _Run:
+    running: Jobs
+    waiting: Jobs
+    at_once: int
+    _left: Counter[tuple[str, int, str]] = field(init=False, default_factory=Counter)
+    _of_model: dict[str, list[int]] = field(init=False)
+
+    def end(self) -> float:
+        """See `makespan`."""
+        self._of_model = defaultdict(list)
+        for number, (key, _) in enumerate(self.waiting):
+            self._of_model[key.model].append(number)
+        for key, _ in (*self.running, *self.waiting):
+            self._left[key.model, key.stage, key.site] += 1
+            if key.site:
+                self._left[key.model, key.stage, "any"] += 1
+        ends = [(seconds, number, key) for number, (key, seconds) in enumerate(self.running)]
+        heapq.heapify(ends)
+        ready = sorted(number for model in self._of_model for number in self._free(model))
+        now, count = 0.0, len(ends)
+        while ends or ready:
+            while ready and len(ends) < self.at_once:
+                key, seconds = self.waiting[ready.pop(0)]
+                heapq.heappush(ends, (now + seconds, count, key))
+                count += 1
+            now, _, key = heapq.heappop(ends)
+            self._left[key.model, key.stage, key.site] -= 1
+            if key.site:
+                self._left[key.model, key.stage, "any"] -= 1
+            ready = sorted([*ready, *self._free(key.model)])
+        return now
+
+    def _free(self, model: str) -> Iterator[int]:
+        """Waiting jobs of a model that nothing holds any more; each is given once."""
+        held = []
+        for number in self._of_model[model]:
+            key, _ = self.waiting[number]
+            other = key.site or "any"
+            if any(
+                self._left[model, stage, ""] or self._left[model, stage, other]
+                for stage in range(key.stage)
+            ):
+                held.append(number)
+            else:
+                yield number
+        self._of_model[model] = held
