@@ -66,8 +66,11 @@ class Checkpoint:
         """Where its tokenizer is read from: a folder, or its GGUF file."""
         return self.tokenizer or (self.folder if self.gguf is None else self.folder / self.gguf)
 
-    def config(self) -> dict[str, Any]:
+    def config(self, *, weights: bool = True) -> dict[str, Any]:
         """Read config.json (nothing of a GGUF file), and see that the files are those of a usable model.
+
+        Args:
+            weights: whether they should be here, too.
 
         Raises:
             AtlasError: a file is missing or damaged, or the checkpoint is of a kind that is not
@@ -104,7 +107,7 @@ class Checkpoint:
                     f"{path}: {key}: found '{value}', expected '{value.removeprefix('torch.')}'"
                 )
         self._check_generation()
-        check_fetched([*self.weight_files(), *self._small(self.folder)])
+        check_fetched([*(self.weight_files() if weights else ()), *self._small(self.folder)])
         self._check_beside()
         return config
 

@@ -61,8 +61,10 @@ def method_of(config: dict[str, Any]) -> str | None:
     for part in _parts(config):
         found = part.get(KEY)
         if found is not None:
-            name = found.get("quant_method") if isinstance(found, dict) else None
-            return name or "unknown method"
+            found = found if isinstance(found, dict) else {}
+            # As transformers reads what bitsandbytes' first releases saved.
+            old = "bitsandbytes" if found.get("load_in_8bit") or found.get("load_in_4bit") else None
+            return found.get("quant_method") or old or "unknown method"
     return None
 
 

@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 SHORT = ("F8_", "F6_", "F4")
 # Names that an error quotes.
 SHOWN = 4
+# Ends of names that packed weights have, and who packs them.
+PACKED = {
+    ".qweight": "GPTQ or AWQ",
+    ".weight_packed": "compressed-tensors",
+    ".weight.absmax": "bitsandbytes",
+    ".SCB": "bitsandbytes",
+}
 # What wrapped a model while it was saved, by the name that the wrapper puts into those of its tensors.
 WRAPPERS = {
     "_orig_mod.": "torch.compile",
@@ -102,6 +109,12 @@ def _some(names: Iterable[str]) -> str:
 
 def _explanation(missing: set[str], unexpected: set[str]) -> str:
     """A part of the names that explains most of what is wrong with them, and where it comes from."""
+    for end, method in PACKED.items():
+        if any(name.endswith(end) for name in unexpected):
+            return (
+                f"; '*{end}' is packed, as {method} does it, and config.json has no quantization_config that "
+                "says how: take a checkpoint that has one, or the model's unquantised weights"
+            )
     found = Counter(
         part
         for name in unexpected

@@ -140,7 +140,11 @@ def look(
     outlook = Outlook()
     settings = json.loads(grid.evaluation_slice(config, name, ()))
     try:
-        checkpoint = find(json.loads(grid.fetch_slice(config, name)))
+        source = json.loads(grid.fetch_slice(config, name))
+        checkpoint = find(source)
+        # What the stage `model` refuses is no model to make here: of some methods to quantise, transformers'
+        # configuration alone wants the package.
+        checkpoint.config(weights="path" in source)
         with torch.device("meta"):
             empty = blank(checkpoint)
         tokenizer = load_tokenizer(checkpoint, add_bos_token=settings["add_bos_token"])

@@ -48,6 +48,7 @@ PACKED = {"quant_method": "compressed-tensors", "format": "float-quantized"}
         ({"model_type": "llama4", "quantization_config": PACKED}, "compressed-tensors"),
         ({"model_type": "llama4", "text_config": {"quantization_config": PACKED}}, "compressed-t"),
         ({"model_type": "olmoe", "quantization_config": {"bits": 4}}, "unknown method"),
+        ({"model_type": "llama", "quantization_config": {"load_in_8bit": True}}, "bitsandbytes"),
     ],
 )
 def test_by_its_configuration(tmp_path: Path, config: dict[str, Any], kind: str) -> None:

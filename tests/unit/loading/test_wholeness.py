@@ -65,6 +65,10 @@ def prefixed(prefix: str) -> Callable[[Weights], Weights]:
             r"8 tensors are missing .*; 8 tensors are not expected",
         ),
         (
+            renamed("up_proj.weight", "up_proj.qweight"),
+            r"'\*\.qweight' is packed, as GPTQ or AWQ does it, and config.json has no quantization_config",
+        ),
+        (
             lambda weights: {**weights, "v_head.weight": torch.ones(1, 24)},
             r"1 tensor is not expected \(v_head\.weight\)$",
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -363,6 +364,28 @@ def test_a_manifest_from_before_attention_was_looked_for(
     assert [shape["input"] for shape in outlook.shapes] == [
         entry["hidden"] for entry in manifest["ffn"]
     ]
+
+
+@pytest.mark.parametrize("method", ["hqq", "gptq", "fp8"])
+def test_what_will_be_refused_is_no_traceback(
+    method: str, model_folder: Path, tmp_path: Path
+) -> None:
+    """Of some, transformers' own configuration wants a package that is not here."""
+    folder = Path(shutil.copytree(model_folder, tmp_path / "m"))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    block = {"sites": ["input"], "levels": [0.5]}
+    unknowns = Unknowns()
+    look(
+        make_config({"tiny": {"path": str(folder)}}, {}, block=block),
+        "tiny",
+        {},
+        tmp_path / "no",
+        unknowns,
+    )
+    (said,) = unknowns
+    assert f"a quantised checkpoint ({method})" in said
 
 
 def test_what_cannot_be_known_is_said(model_folder: Path, tmp_path: Path) -> None:
