@@ -38,7 +38,9 @@ ECHO = "RuleException:\nCalledProcessError"
 
 
 # What a search says of each level as it ends (`sparsity_atlas.evaluation.search`), and in it what is left.
-LEVEL = re.compile(r"level \S+: .*? (?:at most (?P<more>\d+) more.*|the last)$")
+LEVEL = re.compile(
+    r"level \S+: .*; took (?P<took>\d+) s, (?:at most (?P<more>\d+) more.*|the last)$"
+)
 POLL = 1.0
 
 # What the Snakefile expects of its jobs: called once, when the jobs of a run are known.
@@ -71,6 +73,7 @@ class _Job:
     log: Path | None
     said: int = 0  # bytes of the log that were looked at
     levels: int = 0
+    seconds: float = 0.0  # of all these
 
 
 def duration(seconds: float) -> str:
@@ -250,7 +253,8 @@ class LogHandler(LogHandlerBase):
             if found := LEVEL.match(line):
                 now = time.monotonic()
                 job.levels += 1
-                self._time.reach(jobid, job.levels / (job.levels + int(found["more"] or 0)), now)
+                job.seconds += float(found["took"])
+                self._time.reach(jobid, int(found["more"] or 0) * job.seconds / job.levels, now)
                 self._say(f"{'':>11} {job.rule} {job.what}: {line}{self._rest(now)}")
 
     def _say(self, text: str) -> None:

@@ -25,8 +25,6 @@ FORECAST = 0.02
 # What was seen counts half once such a share of the time so far has passed since, but never less than a
 # fifth: machines get busier, or less.
 HALF_LIFE, OLDEST = 0.15, 0.2
-# Seconds that a job needs, at the least, before it begins what it counts its progress by.
-START = 4.0
 # A job that takes longer than was expected is taken to be so far.
 OVERDUE = 0.8
 
@@ -36,8 +34,8 @@ class _Running:
     key: Key
     began: float
     forecast: float
-    share: float = 0.0
-    shared_at: float = 0.0
+    rest: float | None = None  # as it said
+    told_at: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -92,12 +90,11 @@ class TimeLeft:
         self._running[job] = _Running(key, now, forecast)
         self._at_once = max(self._at_once, len(self._running))
 
-    def reach(self, job: int, share: float, now: float) -> None:
-        """A running job has done a share of what it does once it has started."""
+    def reach(self, job: int, rest: float, now: float) -> None:
+        """A running job says how many seconds it still takes, by those of its parts that have ended."""
         if job in self._running:
             one = self._running[job]
-            start = min(START, one.forecast / 2) / one.forecast if one.forecast else 0.0
-            one.share, one.shared_at = start + (1 - start) * share, now
+            one.rest, one.told_at = rest, now
 
     def finish(self, job: int, now: float) -> None:
         """A job has ended."""
@@ -123,15 +120,15 @@ class TimeLeft:
             for fresh in (self._freshness(one.at, now),)
         ]
         seen += [
-            (one.key, one.shared_at - one.began, one.share * one.forecast)
+            (one.key, past, one.forecast * past / (past + one.rest))
             for one in self._running.values()
-            if one.share > 0
+            if one.rest is not None and (past := one.told_at - one.began) > 0
         ]
         # A job that has not ended says something once it takes longer than those that have.
         seen += [
             (one.key, now - one.began, OVERDUE * one.forecast)
             for one in self._running.values()
-            if not one.share and now - one.began > one.forecast * _ratio(one.key, seen) > 0
+            if one.rest is None and now - one.began > one.forecast * _ratio(one.key, seen) > 0
         ]
         if not seen:
             return None
@@ -167,9 +164,8 @@ class TimeLeft:
 
 def _rest(one: _Running, expected: float, now: float) -> float:
     """Seconds that a running job still takes."""
-    if one.share > 0:
-        whole = (one.shared_at - one.began) / one.share
-        return max(one.began + whole - now, 0.0)
+    if one.rest is not None:
+        return max(one.told_at + one.rest - now, 0.0)
     past = now - one.began
     return max(expected - past, (1 - OVERDUE) / OVERDUE * min(past, expected))
 

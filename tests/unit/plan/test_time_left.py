@@ -63,11 +63,22 @@ def test_levels_of_a_search_count_before_it_ends() -> None:
     time.begin(0, Key("model", "a"), 0.0)
     time.finish(0, 4.0)
     time.begin(1, SEARCHES[0], 4.0)
-    time.reach(1, 1 / 6, 604.0)
-    # 4 of its 60 s are the start: with a level of six, 13 of 60 are done.
-    assert time.seconds_left(604.0) == pytest.approx(600 * 60 / (4 + 56 / 6) - 600)
-    time.reach(1, 5 / 6, 3004.0)
-    assert time.seconds_left(3304.0) == pytest.approx(3000 * 60 / (4 + 56 * 5 / 6) - 3300)
+    # A level of six took 500 s, and what is before it 100.
+    time.reach(1, 5 * 500.0, 604.0)
+    assert time.seconds_left(604.0) == pytest.approx(2500)
+    assert time.seconds_left(704.0) == pytest.approx(2400)
+    time.reach(1, 480.0, 3104.0)
+    assert time.seconds_left(3404.0) == pytest.approx(180)
+    assert time.seconds_left(3904.0) == 0
+
+
+def test_a_slow_start_is_not_taken_for_slow_levels() -> None:
+    """A search that took a minute to begin beside its levels of 15 s was said to take twice as long."""
+    forecast = [(one, 60.0) for one in SEARCHES[:2]]
+    time = TimeLeft({"search": 2}, forecast)
+    time.begin(0, SEARCHES[0], 0.0)
+    time.reach(0, 75.0, 75.0)
+    assert time.seconds_left(75.0) == pytest.approx(75 + 150, rel=0.05)
 
 
 def test_a_job_that_is_overdue_is_seen_before_it_ends() -> None:
@@ -97,7 +108,7 @@ def test_jobs_that_run_at_once_share_the_time_and_the_last_ones_do_not() -> None
 def test_a_part_of_the_grid_is_not_charged_for_the_rest() -> None:
     time = TimeLeft({"search": 1}, [(key, 100.0) for key in SEARCHES])
     time.begin(0, Key("search", "a", "topp", "input"), 0.0)
-    time.reach(0, 0.5, 52.0)
+    time.reach(0, 48.0, 52.0)
     assert time.seconds_left(52.0) == pytest.approx(48.0)
 
 
@@ -176,7 +187,8 @@ def run(
                 work = seconds[other] - start
                 level = int(levels * max(1 - (end - at) / work, 0.0))
                 if jobs[other].rule == "search" and level:
-                    time.reach(other, level / levels, end - work * (1 - level / levels))
+                    rest = work * (1 - level / levels)
+                    time.reach(other, rest, end - rest)
             said.append((at, time.seconds_left(at)))
         now = ends
         done.add(job)
