@@ -187,6 +187,34 @@ def check_patterns(device: str) -> bool:
     return not failures
 
 
+def check_counts(device: str) -> bool:
+    """Check zeros that several tensors are counted for at once; print what is wrong."""
+    everything = Threshold("fixed", constants=torch.zeros(1))
+    failures = []
+    for name, dtype in TYPES.items():
+        rows = [hard_rows(width, dtype) for width in WIDTHS]
+        # Half of a wider tensor, too.
+        rows += [torch.cat([one, one], 1)[:, one.shape[1] :] for one in rows]
+        shape = len(rows), len(rows[0])
+        zeros = torch.empty(shape, dtype=torch.int32, device=device)
+        finite = torch.empty(shape, dtype=torch.bool, device=device)
+        there = [one.to(device) for one in rows]
+        if not kernels.counts_together(there[0]):
+            print(f"check: on {device} each tensor is counted by itself")
+            return True
+        kernels.count_together(there, range(len(rows)), zeros, finite)
+        for number, one in enumerate(rows):
+            expected = kernels.reference(everything, one, one)
+            if zeros[number].tolist() != expected.zeros.tolist():
+                failures.append(f"{name}, width {one.shape[1]}: zeros of several tensors")
+            if finite[number].tolist() != expected.finite.tolist():
+                failures.append(f"{name}, width {one.shape[1]}: broken rows of several tensors")
+    for text in failures:
+        print(f"WRONG  {text}")
+    print(f"check: zeros of several tensors at once: {len(failures)} wrong", flush=True)
+    return not failures
+
+
 def table(device: str, rows: int, widths: list[int], dtypes: list[str], level: float) -> None:
     """Top-p at several widths, beside a copy and the official algorithm."""
     print(f"\ntop-p, p = {level:g}, {rows:,} vectors; ms")
@@ -335,7 +363,8 @@ def main() -> None:
     if arguments.device == "cpu":
         torch.set_num_threads(1)
     print(machine(arguments.device))
-    good = check(arguments.device) if arguments.check else True
+    checks = (check, check_patterns, check_counts) if arguments.check else ()
+    good = all([one(arguments.device) for one in checks])
     if arguments.device == "cuda":
         rows = arguments.rows or 8192
         table("cuda", rows, [896, 2048, 4096, 8192, 11008, 14336, 28672], ["bf16"], arguments.level)
