@@ -75,7 +75,7 @@ def test_layers_and_what_has_none(tables: Tables) -> None:
         text.get_text(): line.get_marker()
         for text, line in zip(legend.texts, legend.legend_handles, strict=True)
     }
-    sparsity = [f"induced sparsity, topp/{site}/0.9" for site in ("input", "gate")]
+    sparsity = [f"induced sparsity,\ntopp/{site}/0.9" for site in ("input", "gate")]
     assert [named[name] for name in ("margin", *sparsity)] == drawn
     assert len(set(drawn)) == 3
     whiskers = [
@@ -84,6 +84,12 @@ def test_layers_and_what_has_none(tables: Tables) -> None:
         if len(line.get_xdata()) == 2 and line.get_xdata()[0] in [x for x, _ in points]
     ]
     assert whiskers == [[y - 0.05, y + 0.04] for _, y in points]
+
+
+def test_one_node_needs_no_name(tables: Tables) -> None:
+    rows = [row("margin", 0.8), row("sparsity", 0.45, node="topp/input/0.9")]
+    (legend,) = truthfulness(replace(tables, truthfulness=pd.DataFrame(rows))).legends
+    assert [text.get_text() for text in legend.texts][-2:] == ["margin", "induced sparsity"]
 
 
 def test_a_task_of_one_kind_of_answers_says_so(tables: Tables) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import cycle
 
 import pandas as pd
@@ -52,7 +53,7 @@ def truthfulness(tables: Tables) -> Figure:
         Line2D([], [], color=GREY, linestyle=dashes, label=name) for dashes, name in KINDS.values()
     ]
     others = [
-        Line2D([], [], color=BLACK, marker=mark.marker, linestyle="", label=_name(*key))
+        Line2D([], [], color=BLACK, marker=mark.marker, linestyle="", label=_name(*key, beside))
         for key, mark in beside.items()
     ]
     legend(figure, styles, *kinds, *others)
@@ -72,8 +73,10 @@ def _beside(rows: pd.DataFrame) -> list[tuple[str, str]]:
     return sorted(found, key=lambda key: ([*BESIDE].index(key[0]), key[1]))
 
 
-def _name(predictor: str, node: str) -> str:
-    return f"{BESIDE[predictor]}, {node}" if node else BESIDE[predictor]
+def _name(predictor: str, node: str, beside: Collection[tuple[str, str]]) -> str:
+    """As a legend has it: with its node where there are several, below, or it would be one column."""
+    alone = sum(name == predictor for name, _ in beside) == 1
+    return BESIDE[predictor] if alone else f"{BESIDE[predictor]},\n{node}"
 
 
 def _tensors(rows: pd.DataFrame) -> list[str]:
