@@ -161,15 +161,24 @@ def _attended(
     PLACES: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    if CHAINED:
-        gdc_launch_dependents()
-        gdc_wait()
     kind = out.dtype.element_ty
     which, split = tl.program_id(0), tl.program_id(1)
     row, head = which // heads, which % heads
     group = head // (heads // groups)
     d = tl.arange(0, WIDTH)
     there = d < width
+    low = split * places
+    high = tl.minimum(low + places, size)
+    ring = (row * groups + group).to(tl.int64) * size * width
+    place = low + tl.arange(0, PLACES)
+    cell = ring + place[:, None] * width + d[None, :]
+    known = (place < high)[:, None] & there[None, :]
+    # What earlier steps left is there long before the last launch ends: whole launches of torch lie between.
+    k = tl.load(keys + cell, mask=known, other=0.0)
+    v = tl.load(values + cell, mask=known, other=0.0)
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
     half = width // 2
     other = tl.where(d < half, d + half, d - half)
     cosine = tl.load(cosines + row * width + d, mask=there, other=0.0).to(tl.float32)
@@ -180,33 +189,23 @@ def _attended(
     made = tl.load(value + row * value_step + group * width + d, mask=there, other=0.0)
     made = made.to(tl.float32)
     at = tl.load(clock).to(tl.int32)
-    low = split * places
-    high = tl.minimum(low + places, size)
-    ring = (row * groups + group).to(tl.int64) * size * width
     lowest = -3.0e38
     peak = tl.full((), lowest, tl.float32)
     total = tl.zeros((), tl.float32)
     sums = tl.zeros((WIDTH,), tl.float32)
-    for first in range(low, high, PLACES):
+    hidden = mask + row * size
+    peak, total, sums = _looked_at(
+        *(k, v, q, new, made, place, at, high, hidden, scale, lowest, peak, total, sums)
+    )
+    for first in range(low + PLACES, high, PLACES):
         place = first + tl.arange(0, PLACES)
-        inside = place < high
         cell = ring + place[:, None] * width + d[None, :]
-        known = inside[:, None] & there[None, :]
-        k = tl.load(keys + cell, mask=known, other=0.0).to(tl.float32)
-        v = tl.load(values + cell, mask=known, other=0.0).to(tl.float32)
-        # What comes in is not there yet, or only for some programs.
-        fresh = (place == at)[:, None]
-        k = tl.where(fresh, new[None, :], k)
-        v = tl.where(fresh, made[None, :], v)
-        hidden = tl.load(mask + row * size + place, mask=inside, other=0.0).to(tl.float32)
-        score = tl.maximum(tl.sum(k * q[None, :], 1) * scale + hidden, lowest)
-        score = tl.where(inside, score, lowest)
-        higher = tl.maximum(peak, tl.max(score, 0))
-        weight = tl.where(inside, tl.exp(score - higher), 0.0)
-        less = tl.exp(peak - higher)
-        total = total * less + tl.sum(weight, 0)
-        sums = sums * less + tl.sum(weight[:, None] * v, 0)
-        peak = higher
+        known = (place < high)[:, None] & there[None, :]
+        k = tl.load(keys + cell, mask=known, other=0.0)
+        v = tl.load(values + cell, mask=known, other=0.0)
+        peak, total, sums = _looked_at(
+            *(k, v, q, new, made, place, at, high, hidden, scale, lowest, peak, total, sums)
+        )
     if (head % (heads // groups) == 0) & (at >= low) & (at < high):
         tl.store(keys + ring + at * width + d, new.to(kind), mask=there)
         tl.store(values + ring + at * width + d, made.to(kind), mask=there)
@@ -226,6 +225,27 @@ def _attended(
             _together(
                 partial + which * SPLIT * step, spot, d, there, width, lowest, kind, SPLIT, WIDTH
             )
+
+
+@triton.jit
+def _looked_at(
+    k, v, q, new, made, place, at, high, hidden, scale, lowest, peak, total, sums
+):  # fmt: skip
+    """The largest score, the sum of weights and the weighted sum, with some places more."""
+    inside = place < high
+    # What comes in is not there yet, or only for some programs.
+    fresh = (place == at)[:, None]
+    k = tl.where(fresh, new[None, :], k.to(tl.float32))
+    v = tl.where(fresh, made[None, :], v.to(tl.float32))
+    hidden = tl.load(hidden + place, mask=inside, other=0.0).to(tl.float32)
+    score = tl.maximum(tl.sum(k * q[None, :], 1) * scale + hidden, lowest)
+    score = tl.where(inside, score, lowest)
+    higher = tl.maximum(peak, tl.max(score, 0))
+    weight = tl.where(inside, tl.exp(score - higher), 0.0)
+    less = tl.exp(peak - higher)
+    total = total * less + tl.sum(weight, 0)
+    sums = sums * less + tl.sum(weight[:, None] * v, 0)
+    return higher, total, sums
 
 
 @triton.jit
