@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from sparsity_atlas.sparsify.attach import Counter
 
 
+# Of a vocabulary, whose maxima are found side by side, at most.
+_PARTS = 512
+
+
 class Log(NamedTuple):
     """What some steps in a row left.
 
@@ -153,12 +157,12 @@ class Step:
             self._called.masks(ring.age(), self.lengths, self._masks),
             ring,
         )
-        tokens = self.logits.argmax(-1)
+        tokens, entire = likeliest(self.logits)
         if counter:
             zeros, _, finite = counter.take_unseen()
         else:
             zeros, finite = self._fed.new_zeros(0, *self._fed.shape), self._fed.new_ones(0)
-        made = Log(tokens, zeros.squeeze(-1).long(), finite, whole(self.logits))
+        made = Log(tokens, zeros.squeeze(-1).long(), finite, entire)
         for kept, value in zip(self._log, made, strict=True):
             kept.index_copy_(0, self._at, value[None])
         self._at.add_(1)
@@ -166,6 +170,20 @@ class Step:
         self.tokens.copy_(tokens)
         # Rows that nobody reads go on as well; they must not leave the room that there is.
         self.lengths.add_(1).clamp_(max=ring.size)
+
+
+def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The first largest of each row, and `whole`, of logits [rows, vocabulary].
+
+    A GPU has one block for a row's maximum; of parts of a row it has many.
+    """
+    rows, size = logits.shape
+    parts = next(one for one in range(min(_PARTS, size), 0, -1) if size % one == 0)
+    largest, place = logits.reshape(rows, parts, -1).max(-1)
+    part = largest.argmax(-1, keepdim=True)
+    tokens = (part * (size // parts) + place.gather(-1, part)).squeeze(-1)
+    # The largest of a part is NaN where one of it is.
+    return tokens, whole(largest)
 
 
 def whole(logits: Tensor) -> Tensor:
