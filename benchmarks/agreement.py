@@ -1,0 +1,146 @@
+"""How well a step of decoding with sparse maps agrees with the simulated criterion, token by token.
+
+    python benchmarks/agreement.py
+    python benchmarks/agreement.py --device cpu --model tiny
+
+One step after each of some dense prompts, compared by log probabilities: the step as it is timed, of joined
+layers and sparse products, against the model with the criterion attached; in float32, and in bfloat16 both
+against float32. An entry that lies within the rounding of a sum of its threshold goes either way, and what it
+changes moves others across theirs in the layers behind: in float32 steps are told apart by whether there was
+one, where thresholds are constants. Random weights of Llama's shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama import SHAPES, random_llama
+from measure import machine
+from sparsity_atlas import kernels
+from sparsity_atlas.kernels.definition import Threshold
+from sparsity_atlas.sites.find import find_parts
+from sparsity_atlas.sparsify.attach import applied
+from sparsity_atlas.speed.decoder import STEPS, Decoder
+from sparsity_atlas.speed.replaced import replaced
+from sparsity_atlas.speed.timed_rows import Constant
+from tokens import FIND, captured
+
+# Two layers as wide as Llama 3.1 8B's.
+SHAPES["8b-2"] = (2, 4096, 14336, 32, 8, 32000)
+# How near to a threshold, as a share of it; what float32 sums round is some of the first.
+NEAR = (4e-6, 2e-5, 1e-4)
+PROMPT = 40
+
+
+class Fed:
+    """Steps after some prompts, and how many entries were near their thresholds."""
+
+    def __init__(self, device: str, vocabulary: int, steps: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randint(10, vocabulary, (steps, PROMPT + 1), generator=generator).to(device)
+        self._prompts, self._tokens = drawn[:, :PROMPT], drawn[:, PROMPT:]
+        self._near = torch.zeros(len(NEAR), dtype=torch.int64, device=device)
+        self._recorded = device == "cuda"
+
+    def run(self, model: Any, around: Callable[[], Any], *, join: bool) -> tuple[Tensor, Tensor]:
+        """Log probabilities [steps, vocabulary], and entries near thresholds [steps, NEAR]."""
+        decoder = Decoder(model, 1, PROMPT + STEPS, join=join)
+        own, logits, near = kernels.masked, [], []
+
+        def watched(rule: Threshold, values: Tensor, onto: Tensor) -> kernels.Masked:
+            if rule.constants is not None:
+                apart = (values.abs() - rule.constants).abs()
+                for place, share in enumerate(NEAR):
+                    self._near[place] += (apart <= share * rule.constants).sum()
+            return own(rule, values, onto)
+
+        kernels.masked = watched
+        try:
+            if self._recorded:
+                with around():
+                    decoder._record()
+            for prompt, token in zip(self._prompts, self._tokens, strict=True):
+                decoder.prompt(prompt[None])
+                decoder._step.read(0)
+                self._near.zero_()
+                decoder._step.tokens.copy_(token)
+                with contextlib.nullcontext() if self._recorded else around():
+                    decoder._step.run()
+                logits.append(decoder._step.logits[0].float().clone())
+                near.append(self._near.clone())
+        finally:
+            kernels.masked = own
+        return torch.stack(logits).log_softmax(-1), torch.stack(near)
+
+
+def said(found: Tensor, wanted: Tensor) -> str:
+    """How far log probabilities [steps, vocabulary] are apart."""
+    if not len(found):
+        return "no such step"
+    apart = (found - wanted).abs()
+    largest = apart.max(-1).values
+    same = (found.argmax(-1) == wanted.argmax(-1)).sum()
+    return (
+        f"{len(found)} steps, median {float(apart.median()):.1e}, largest of a step: median "
+        f"{float(largest.median()):.1e}, most {float(largest.max()):.1e}; same likeliest token in {int(same)}"
+    )
+
+
+def main() -> None:
+    """Print what is compared."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--model", default="8b-2", choices=list(SHAPES))
+    parser.add_argument("--steps", type=int, default=96)
+    parser.add_argument("--sites", nargs="+", default=["all_linear_inputs"])
+    parser.add_argument("--ways", nargs="+", default=list(FIND), choices=list(FIND))
+    parser.add_argument("--share", type=float, default=0.5)
+    arguments = parser.parse_args()
+    print(machine(arguments.device))
+    make = partial(random_llama, arguments.model, arguments.device, max_position_embeddings=2048)
+    low, full = make(dtype=torch.bfloat16), make(dtype=torch.float32)
+    # The same numbers in both.
+    full.load_state_dict({name: one.float() for name, one in low.state_dict().items()})
+    fed = Fed(arguments.device, full.config.vocab_size, arguments.steps)
+    dense, _ = fed.run(full, contextlib.nullcontext, join=False)
+    for model in (full, low):
+        for join in (False, True):
+            found, _ = fed.run(model, contextlib.nullcontext, join=join)
+            layers = "joined" if join else "its own"
+            print(f"dense {model.dtype}, {layers} layers: {said(found, dense)}", flush=True)
+    for site in arguments.sites:
+        vectors = captured(low, find_parts(low), site)
+        for way in arguments.ways:
+            bound = {
+                key: Constant(FIND[way](some, arguments.share)) for key, some in vectors.items()
+            }
+            runs = {}
+            for model in (full, low):
+                parts = find_parts(model)
+                attached = partial(applied, model, parts, site, bound, arguments.share)
+                sparse = partial(replaced, model, parts, site, bound, arguments.share)
+                runs[model.dtype] = (
+                    fed.run(model, attached, join=False),
+                    fed.run(model, sparse, join=True)[0],
+                )
+            (wanted, near), found = runs[torch.float32]
+            print(f"{site}, {way}, {arguments.share}: float32 sparse: {said(found, wanted)}")
+            for share, of in zip(NEAR, near.T, strict=True):
+                if int(of.sum()):
+                    print(f"  {int(of.sum())} entries within {share:.0e} of their thresholds")
+                    for word, which in (("with", of > 0), ("without", of == 0)):
+                        print(f"    steps {word} one: {said(found[which], wanted[which])}")
+            (simulated, _), found = runs[torch.bfloat16]
+            print(f"  bfloat16 simulated, against float32: {said(simulated, wanted)}")
+            print(f"  bfloat16 sparse, against float32: {said(found, wanted)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
