@@ -113,11 +113,36 @@ def merge_adapter(model: PreTrainedModel, folder: Path, *, pickles: bool) -> Pre
             if keys:
                 named = ", ".join(sorted(keys)[:_SHOWN])
                 raise AtlasError(f"{where}: {len(keys)} of its tensors {fault} ({named})")
+        _untie(model)
         merged: PreTrainedModel = wrapped.merge_and_unload(safe_merge=True)
     left = [name for name, one in merged.named_modules() if type(one).__module__.startswith("peft")]
     if left:
         raise AtlasError(f"{where}: {content['peft_type']} cannot be merged into {left[0]}")
     return merged
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Give modules weights of their own that they share with one that an adapter changes.
+
+    Of a tied embedding and head, PEFT has each changed by what the adapter names it for, if it does. Merged
+    into the weight that they share, one's change would reach the other, or come twice.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch import nn
+
+    layers = [one for one in model.modules() if isinstance(one, BaseTunerLayer)]
+    adapted = [one.get_base_layer() for one in layers]
+    inside = {part for one in layers for part in one.modules()}
+    changed = {id(weight) for one in adapted for weight in one.parameters(recurse=False)}
+    taken: set[int] = set()
+    for module in (*dict.fromkeys(adapted), *(set(model.modules()) - inside)):
+        for name, weight in module.named_parameters(recurse=False):
+            if id(weight) in taken:
+                setattr(module, name, nn.Parameter(weight.clone(), requires_grad=False))
+                for config in (model.config, model.config.get_text_config()):
+                    config.tie_word_embeddings = False
+            elif id(weight) in changed:
+                taken.add(id(weight))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -72,6 +72,23 @@ def test_merged_it_computes_what_the_adapter_does(kind: str, base: Path, tmp_pat
         assert (merged(IDS).logits - plain(IDS).logits).abs().max() > 0.01
 
 
+@pytest.mark.parametrize(
+    ("changed", "tied"), [("embed_tokens", False), ("lm_head", False), ("embed_tokens", True)]
+)
+def test_of_tied_tables_those_are_changed_that_it_names(
+    changed: str, tied: bool, tmp_path: Path
+) -> None:
+    base = save_model(tmp_path / "base", tie_word_embeddings=True)
+    more = {"init_lora_weights": False, "ensure_weight_tying": tied}
+    config = LoraConfig(r=2, target_modules=[changed], **more)
+    folder = save_adapter(tmp_path / "adapter", base, config)
+    merged = load(Checkpoint(base, adapter=folder), device="cpu")
+    merged.tie_weights()
+    beside = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(IDS).logits, beside(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_it_is_in_the_digest_and_in_the_manifest(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
