@@ -12,6 +12,8 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TOKEN_STEPS, MAP_ROUNDS, MAP_BYTES = 320, 24, 6e8
 # Beside what is timed: prompts, recording, copies. Of a curve: sparsities, by two thresholds; kinds of maps.
 ANOTHER, TIMINGS, KINDS = 2.0, 24, 3
+# On a GPU, about: kernels are compiled once, and each timing is recorded.
+COMPILING, RECORDING = {"cpu": 0.0, "cuda": 20.0}, {"cpu": 0.0, "cuda": 0.1}
 # What a slow model's token is timed for at most, as often as it has to be.
 LONGEST, FEWEST_STEPS = 30.0, 48
 
@@ -27,5 +29,7 @@ def timing_seconds(timing: Timing, parameters: int) -> float:
     step = parameters * ITEM_BYTES[timing.dtype] / rate + beside
     token = min(TOKEN_STEPS * step, max(LONGEST, FEWEST_STEPS * step))
     maps = KINDS * MAP_ROUNDS * (MAP_BYTES / rate + 10 * beside)
-    whole = len(timing.contexts) * token
-    return len(timing.tokens) * TIMINGS * (whole * ANOTHER + maps)
+    recording = RECORDING[timing.device]
+    whole = len(timing.contexts) * (token * ANOTHER + recording)
+    each = TIMINGS * (whole + maps + KINDS * recording)
+    return COMPILING[timing.device] + len(timing.tokens) * each

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 Product = GatedFFN | InputMap
 # Rounds of a timing, and of one on a CPU at the least, where more would take longer than so many seconds.
 REPEATS, FEWEST, LONGEST = 20, 3, 2.0
-# Products of a round at most: of smaller maps what takes time is to call them, whatever a cache holds.
-MOST = 256
+# Products of a round at most: of smaller maps what takes time is to call them, whatever a cache holds. On a
+# GPU each call of a round is recorded for each timing, and a last cache is smaller.
+MOST = {"cuda": 64, "cpu": 256}
 # Maps that read one tensor, as the table calls them.
 NAMES = {"input": "up", "intermediate": "down", "qkv_input": "qkv", "o_input": "o"}
 
@@ -60,7 +61,7 @@ class Maps:
     def products(self, device: str, cold: float | None) -> list[tuple[Part, Product]]:
         """Enough of them that caches are cold after a round: of layers all over the model, or copies."""
         first = self._product(self.parts[0], copied=False)
-        count = min(layers_of(self.weights, first.dtype, device, cold), MOST)
+        count = min(layers_of(self.weights, first.dtype, device, cold), MOST[device])
         own = len(self.parts)
         chosen = [index * own // count if count < own else index % own for index in range(count)]
         return [
