@@ -106,7 +106,9 @@ def name_phases(phases: Phases) -> None:
             *((AtlasLM, "encode"), (AtlasLM, "work")),
             *((request_cache, "read"), (request_cache, "write")),
         ],
-        "starting and waiting for builders": [(Ahead, "wait"), (Ahead, "begin")],
+        "starting and waiting for builders": [
+            *((Ahead, "wait"), (Ahead, "begin"), (Ahead, "first_of")),
+        ],
         "proof of sharing": [(AtlasLM, "_abilities")],
         "lm-eval's scoring": [(evaluator, "evaluate")],
         "inputs and counts": [
