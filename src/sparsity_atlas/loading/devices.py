@@ -133,6 +133,12 @@ def _share(identity: str, number: int) -> str:
     return f"{identity}-{number}" if number else identity
 
 
+def _holds(name: str) -> bool:
+    """Whether this process has claimed a GPU's share: it would wait for itself."""
+    stem = f"sparsity-atlas-{os.getuid()}-gpu-{name}"
+    return any(path.stem == stem for _, path in _claimed)
+
+
 def others_wait() -> bool:
     """Whether another job waits for the GPU that this process has claimed."""
     for _, path in _claimed:
@@ -172,7 +178,8 @@ def _all_gpus() -> tuple[int, ...]:
     uuids = _uuids()
     for share in range(gpu_shares()):
         for one in uuids:
-            claim_gpu([_share(one, share)], shares=1)
+            if not _holds(_share(one, share)):
+                claim_gpu([_share(one, share)], shares=1)
     _settle(0)
     return tuple(range(len(uuids)))
 
@@ -186,7 +193,9 @@ def _uuids() -> list[str]:
 @functools.cache
 def _own_gpu() -> int:
     """This process's GPU, among those that CUDA_VISIBLE_DEVICES leaves; made the current one."""
-    index = claim_gpu(_uuids())
+    uuids = _uuids()
+    held = [number for number, one in enumerate(uuids) if _holds(one)]
+    index = held[0] if held else claim_gpu(uuids)
     _settle(index)
     return index
 

@@ -7,6 +7,7 @@ fits on no GPU lies in host memory.
 from __future__ import annotations
 
 import json
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,31 @@ def test_every_gpu_is_claimed_in_one_order(monkeypatch: pytest.MonkeyPatch) -> N
     devices._all_gpus.cache_clear()
     assert claimed == ["a", "b", "a-1", "b-1"]
     assert devices.own_devices(CPU) == [CPU]
+
+
+@pytest.mark.parametrize("first", ["one", "all"])
+def test_a_process_does_not_wait_for_what_it_holds(
+    first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait(seconds: float) -> None:
+        raise AssertionError("it waits for itself")
+
+    monkeypatch.setenv("SPARSITY_ATLAS_GPU_SHARES", "2")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(devices, "_uuids", lambda: ["a", "b"])
+    monkeypatch.setattr(devices, "_settle", lambda index: None)
+    monkeypatch.setattr(devices, "_claimed", [])
+    monkeypatch.setattr(devices.time, "sleep", wait)
+    for cached in (devices._all_gpus, devices._own_gpu):
+        cached.cache_clear()
+    cuda = torch.device("cuda")
+    asked = [devices.own_device, devices.own_devices]
+    found = [one(cuda) for one in (asked if first == "one" else reversed(asked))]
+    for cached in (devices._all_gpus, devices._own_gpu):
+        cached.cache_clear()
+    every = [torch.device("cuda", index) for index in range(2)]
+    assert found == ([every[0], every] if first == "one" else [every, every[0]])
+    assert len(devices._claimed) == 4
 
 
 def test_counts_of_several_devices_come_to_one() -> None:
