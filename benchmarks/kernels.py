@@ -10,6 +10,7 @@ any difference, and any variant that does not compile, is listed and makes the e
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import sys
@@ -30,6 +31,7 @@ from sparsity_atlas.kernels.definition import Threshold
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WIDTHS = (1, 896, 1001, 2048, 8192, 14336, 28671, 28672)
+PATTERN_WIDTHS = (1, 896, 1001, 14336)
 LEVELS = (0.0, 0.3, 0.5, 0.75, 0.9, 0.98, 0.9999, 1.0)
 
 
@@ -130,7 +132,7 @@ def failure(case: Case) -> str | None:
 
 def patterns_failure(dtype: str, device: str) -> str | None:
     """What is wrong with masks that follow from no threshold, of a type; None if nothing is."""
-    for width in WIDTHS:
+    for width in PATTERN_WIDTHS:
         values = hard_rows(width, TYPES[dtype])
         there = values.to(device)
         made = torch.rand(values.shape, generator=torch.Generator().manual_seed(width)) < 0.5
@@ -327,26 +329,26 @@ def launches() -> None:
 
 
 def tune(rows: int) -> None:
-    """On a GPU: entries and registers a thread, of which the kernel has two choices built in."""
-    from sparsity_atlas.kernels import cuda
+    """On a GPU: how rows are cut for the kernel in CUDA C++, which takes what `cuda_share.cut_of` says."""
+    from sparsity_atlas.kernels import cuda_share
 
-    built_in = cuda.launch
-    print(f"\nentries/registers a thread, bf16, {rows:,} vectors; ms")
-    for width in (2048, 8192, 14336, 28672):
-        values = activations(rows, width, torch.bfloat16, "cuda")
-        line = []
-        for entries, registers in ((16, 40), (32, 48), (32, 64), (64, 96), (64, 128), (128, 255)):
-            cuda.launch = lambda block, many, entries=entries, registers=registers: (
-                min(32, max(1, block // (32 * entries))),
-                registers,
-            )
-            work = partial(kernels.masked, rule("topp", width, 0.9, "cuda"), values, values)
-            line.append(
-                f"{entries}/{registers}: {seconds(work, 'cuda', 20, captured=True) * 1e3:.3f}"
-            )
-        warps, registers = built_in(1 << (width - 1).bit_length(), many=False)
-        print(f"width {width:>5} | {'  '.join(line)} | built in: {warps} warps, {registers}")
-    cuda.launch = built_in
+    built_in = cuda_share.cut_of
+    print(f"\nvectors a thread x threads (blocks at least), {rows:,} vectors; ms")
+    for dtype, width in itertools.product(TYPES, (2048, 8192, 14336, 28672)):
+        values = activations(rows, width, TYPES[dtype], "cuda")
+        made, line = rule("topp", width, 0.9, "cuda"), []
+        for each in (2, 4, 6, 7, 8):
+            threads = -(-width * values.element_size() // (16 * 32 * each)) * 32
+            for blocks in {max(1, most // threads) for most in (512, 768, 1024)}:
+                if threads > 1024 or threads * blocks > 2048:
+                    continue
+                cut = cuda_share.Cut(threads, each, blocks)
+                cuda_share.cut_of = lambda *_, cut=cut: cut
+                took = seconds(partial(kernels.masked, made, values, values), "cuda", captured=True)
+                line.append(f"{each} x {threads} ({blocks}): {took * 1e3:.3f}")
+        chosen = built_in(made, width, TYPES[dtype])
+        print(f"{dtype} {width:>5} | {'  '.join(line)} | built in: {chosen}")
+    cuda_share.cut_of = built_in
 
 
 def main() -> None:

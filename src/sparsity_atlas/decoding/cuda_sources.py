@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsity_atlas.kernels import nvrtc
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -29,15 +31,7 @@ READ = 16
 @functools.cache
 def has_clusters(device: torch.device) -> bool:
     """Whether a device has clusters of blocks, and this Python what compiles for it."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
-        return False
-    try:
-        from cuda.bindings import driver, nvrtc  # noqa: F401
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "cuda":
-            raise
-        return False
-    return True
+    return nvrtc.is_there(device)
 
 
 @functools.cache
@@ -86,7 +80,7 @@ def launch(
     arguments = (*(one.data_ptr() for one in tensors), *numbers)
     types = (*[ctypes.c_void_p] * len(tensors), *[ctypes.c_int] * len(numbers))
     with torch.cuda.device(device):
-        _done(driver.cuLaunchKernelEx(config, kernel, (arguments, types), 0))
+        nvrtc.done(driver.cuLaunchKernelEx(config, kernel, (arguments, types), 0))
 
 
 @functools.cache
@@ -101,13 +95,13 @@ def _kernel(
     with torch.cuda.device(device):
         # torch has made the context that the driver needs when it has done anything.
         torch.cuda.current_stream().synchronize()
-        module = _done(driver.cuModuleLoadData(code))
-    kernel = _done(driver.cuModuleGetFunction(module, ENTRIES[source].encode()))
+        module = nvrtc.done(driver.cuModuleLoadData(code))
+    kernel = nvrtc.done(driver.cuModuleGetFunction(module, ENTRIES[source].encode()))
     attributes = driver.CUfunction_attribute
     most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _done(driver.cuFuncSetAttribute(kernel, most, shared))
+    nvrtc.done(driver.cuFuncSetAttribute(kernel, most, shared))
     large = attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
-    _done(driver.cuFuncSetAttribute(kernel, large, 1))
+    nvrtc.done(driver.cuFuncSetAttribute(kernel, large, 1))
     return kernel
 
 
@@ -122,27 +116,6 @@ def compiled(source: str, defined: dict[str, int], architecture: str) -> bytes:
     Raises:
         RuntimeError: with the compiler's words.
     """
-    from cuda.bindings import nvrtc
-
     files = (resources.files(__package__).joinpath(name) for name in (DEVICE, source))
     text = b"".join(one.read_bytes() for one in files)
-    program = _done(nvrtc.nvrtcCreateProgram(text, source.encode(), 0, [], []))
-    options = [f"--gpu-architecture={architecture}", "--std=c++17"]
-    options += [f"-D{name}={value}" for name, value in defined.items()]
-    found = nvrtc.nvrtcCompileProgram(program, len(options), [one.encode() for one in options])
-    if int(found[0]):
-        log = b" " * _done(nvrtc.nvrtcGetProgramLogSize(program))
-        _done(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(log.decode())
-    code: bytes = b" " * _done(nvrtc.nvrtcGetCUBINSize(program))
-    _done(nvrtc.nvrtcGetCUBIN(program, code))
-    _done(nvrtc.nvrtcDestroyProgram(program))
-    return code
-
-
-def _done(found: tuple[Any, ...]) -> Any:
-    """What a call of the driver or of the compiler gave, if it went well."""
-    error, *made = found
-    if int(error):
-        raise RuntimeError(f"CUDA: {error!r}")
-    return made[0] if made else None
+    return nvrtc.compiled(text, source, defined, architecture)

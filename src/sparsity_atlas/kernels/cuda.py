@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sparsity_atlas.kernels import cuda_share, nvrtc
 from sparsity_atlas.kernels.cuda_row import (
     FIXED,
     GROUP,
@@ -62,6 +63,10 @@ _REGISTERS = 65536  # of a processor
 def masked(rule: Threshold, values: Tensor, onto: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `kernels.masked`, for tensors [rows, width] on one CUDA device."""
     rows, width = values.shape
+    if rows > _FEW_ROWS and nvrtc.is_there(values.device):
+        found = _share(rule, values, onto)
+        if found is not None:
+            return found
     same = onto.data_ptr() == values.data_ptr() and onto.stride() == values.stride()
     values, onto = (one if one.stride(-1) == 1 else one.contiguous() for one in (values, onto))
     out = torch.empty((rows, width), dtype=onto.dtype, device=onto.device)
@@ -88,6 +93,23 @@ def masked(rule: Threshold, values: Tensor, onto: Tensor) -> tuple[Tensor, Tenso
             plan.compiled[key] = _mask[(rows,)](*arguments, **plan.options)
         else:
             compiled[(rows, 1, 1)](*arguments, *plan.constants)
+    return out, zeros, finite
+
+
+def _share(rule: Threshold, values: Tensor, onto: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What `masked` returns, by `cuda_share`; None where that is not made for it."""
+    rows, width = values.shape
+    cut = cuda_share.cut_of(rule, width, values.dtype)
+    if cut is None or not all(map(cuda_share.is_aligned, (values, onto))):
+        return None
+    weights = rule.weights
+    if weights is not None and not cuda_share.is_aligned(weights[None]):
+        return None
+    out = torch.empty((rows, width), dtype=onto.dtype, device=onto.device)
+    zeros = torch.empty(rows, dtype=torch.int32, device=values.device)
+    finite = torch.empty(rows, dtype=torch.bool, device=values.device)
+    _, _, numbers = _plan(rule, width, values.dtype, values.device, True, False).tensors
+    cuda_share.masked(values, onto, out, zeros, finite, weights, numbers, cut)
     return out, zeros, finite
 
 
@@ -120,7 +142,7 @@ def _plan(
         kind, constants = "fixed", torch.tensor([0.0], device=device)
     elif kind == "rank" and rule.amount == 0:
         kind, constants = "fixed", torch.tensor([math.inf], device=device)
-    numbers = _numbers(rule, width, device)
+    numbers = numbers_of(rule, width, device)
     weights = numbers if rule.weights is None else rule.weights
     bounds = numbers if constants is None else constants
     block = max(GROUP.value, triton.next_power_of_2(width))
@@ -171,7 +193,7 @@ def variant_of(rule: Threshold, kind: str, dtype: torch.dtype, width: int) -> di
     }
 
 
-def _numbers(rule: Threshold, width: int, device: torch.device) -> Tensor:
+def numbers_of(rule: Threshold, width: int, device: torch.device) -> Tensor:
     """float64 [4 + LIMBS] on the device: the amount; over the mean score a first guess and a lower bound; one
     over the power of a threshold that the mass below it is taken for at first; and the amount's limbs."""
     guess, low = 1.0, 0.0
