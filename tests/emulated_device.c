@@ -92,19 +92,34 @@ static u32 __float_as_uint(float one) {
     return bits;
 }
 
+static float rsqrtf(float one) { return 1.0f / sqrtf(one); }
+
 static float __shfl_xor_sync(u32 who, float mine, int with) {
     return __uint_as_float(exchanged(__float_as_uint(mine), now % 32 ^ with, 0));
 }
 
 static void __syncthreads(void) { meet(&blocks[now / THREADS], THREADS); }
-static void cluster_meets(void) { meet(&cluster, COUNT); }
+// A thread that only says that it has come goes on until it waits for the others.
+static int waited[COUNT];
+static void cluster_arrives(void) {
+    waited[now] = cluster.times;
+    if (++cluster.come == COUNT) {
+        cluster.come = 0;
+        ++cluster.times;
+    }
+}
+static void cluster_has_come(void) {
+    while (cluster.times == waited[now]) others();
+}
+static void cluster_meets(void) {
+    cluster_arrives();
+    cluster_has_come();
+}
 static void last_launch_ends(void) {}
 static unsigned char* block_room(void) { return rooms[now / THREADS]; }
 
-static float of_cluster(const float* own, u32 rank) {
-    float found;
-    memcpy(&found, rooms[rank] + ((const unsigned char*)own - rooms[now / THREADS]), 4);
-    return found;
+static void to_cluster(float* own, u32 rank, float value) {
+    memcpy(rooms[rank] + ((const unsigned char*)own - rooms[now / THREADS]), &value, 4);
 }
 
 #if TYPE == 2
@@ -124,26 +139,22 @@ static uint4 read(const Number* place) {
     return found;
 }
 
+static uint4 read_at(const Number* place, u32 slices) { return read(place + (size_t)slices * VECTOR); }
+
 #include SOURCE
 
-static struct {
-    const Number *x, *weight, *second, *bias;
-    Number* out;
-    const float* cuts;
-    int K, N;
-} given;
+static void** given;
+static const int* numbers;
 
 static void thread(void) {
-    KERNEL(given.x, given.weight, given.second, given.bias, given.out, given.cuts, given.K, given.N);
+    KERNEL(ARGUMENTS);
     all[now].ended = true;
     others();
 }
 
 // The whole grid, a cluster after another.
-void launch(const void* x, const void* weight, const void* second, const void* bias, void* out, const void* cuts,
-            int K, int N, int tiles) {
-    given.x = x, given.weight = weight, given.second = second, given.bias = bias, given.out = out;
-    given.cuts = cuts, given.K = K, given.N = N, gridDim.y = tiles;
+void launch(void** tensors, const int* others_given, int tiles) {
+    given = tensors, numbers = others_given, gridDim.y = tiles;
     char* stacks = malloc((size_t)COUNT * STACK);
     for (int tile = 0; tile < tiles; ++tile) {
         memset(rooms, 0xff, sizeof rooms);  // NaN, where nothing was written

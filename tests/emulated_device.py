@@ -24,6 +24,7 @@ def launcher(folder: Path) -> Callable[..., None]:
         folder: for what is compiled.
     """
     compiler = shlex.split(sysconfig.get_config_var("CC") or "cc")[0]
+    compiled: dict[tuple[tuple[str, object], ...], ctypes.CDLL] = {}
 
     def launch(
         source: str,
@@ -31,19 +32,28 @@ def launcher(folder: Path) -> Callable[..., None]:
         grid: tuple[int, int],
         shared: int,
         tensors: Sequence[Tensor],
-        numbers: tuple[int, int],
+        numbers: Sequence[int],
     ) -> None:
-        path = folder / f"kernel{len(list(folder.iterdir()))}.so"
         file = resources.files("sparsity_atlas.decoding").joinpath(source)
         options = {**defined, "ROOM": shared, "SOURCE": f'"{file}"', "KERNEL": ENTRIES[source]}
-        subprocess.run(
+        options["ARGUMENTS"] = ", ".join(
             [
-                *(compiler, "-shared", "-fPIC", "-O1", "-w", "-o", path, DEVICE, "-lm"),
-                *(f"-D{name}={value}" for name, value in options.items()),
-            ],
-            check=True,
+                *(f"given[{i}]" for i in range(len(tensors))),
+                *(f"numbers[{i}]" for i in range(len(numbers))),
+            ]
         )
-        pointers = (ctypes.c_void_p(one.data_ptr()) for one in tensors)
-        ctypes.CDLL(str(path)).launch(*pointers, *numbers, grid[1])
+        key = tuple(options.items())
+        if key not in compiled:
+            path = folder / f"kernel{len(compiled)}.so"
+            subprocess.run(
+                [
+                    *(compiler, "-shared", "-fPIC", "-O1", "-w", "-o", path, DEVICE, "-lm"),
+                    *(f"-D{name}={value}" for name, value in options.items()),
+                ],
+                check=True,
+            )
+            compiled[key] = ctypes.CDLL(str(path))
+        pointers = (ctypes.c_void_p * len(tensors))(*(one.data_ptr() for one in tensors))
+        compiled[key].launch(pointers, (ctypes.c_int * len(numbers))(*numbers), grid[1])
 
     return launch

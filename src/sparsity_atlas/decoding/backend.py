@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from sparsity_atlas import kernels
-from sparsity_atlas.decoding.vector import Vector, looks_at_entries, prepared
+from sparsity_atlas.decoding.vector import Norm, Vector, looks_at_entries, prepared
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,6 +46,17 @@ class Backend(Protocol):
     ) -> Tensor:
         """u ⊙ σ(g) of a masked vector, from rows of W_uᵀ and W_gᵀ."""
 
+    def after_norm(
+        self,
+        vector: Vector,
+        norm: Norm,
+        transposed: Tensor,
+        second: Tensor | None,
+        bias: Tensor | None,
+        activation: str | None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """x + more, and what `by_inputs` or `factors_by_inputs` makes of its masked norm; None: it cannot."""
+
     def factors(self, x: Tensor, up: Tensor, gate: Tensor, activation: str) -> Tensor:
         """u ⊙ σ(g) of a whole vector."""
 
@@ -74,6 +85,20 @@ class Cuda:
         from sparsity_atlas.decoding import cuda_products
 
         return cuda_products.by_inputs(vector, up, gate, activation=activation)
+
+    def after_norm(
+        self,
+        vector: Vector,
+        norm: Norm,
+        transposed: Tensor,
+        second: Tensor | None,
+        bias: Tensor | None,
+        activation: str | None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """See `Backend`: one launch, of one token."""
+        from sparsity_atlas.decoding import cuda_products
+
+        return cuda_products.after_norm(vector, norm, transposed, second, bias, activation)
 
     def factors(self, x: Tensor, up: Tensor, gate: Tensor, activation: str) -> Tensor:
         """See `Backend`: one launch."""
@@ -119,6 +144,17 @@ class Cpu:
         """See `Backend`."""
         gates = activated(self.by_inputs(vector, gate, None), activation)
         return self.by_inputs(vector, up, None) * gates
+
+    def after_norm(
+        self,
+        vector: Vector,
+        norm: Norm,
+        transposed: Tensor,
+        second: Tensor | None,
+        bias: Tensor | None,
+        activation: str | None,
+    ) -> None:
+        """See `Backend`."""
 
     def factors(self, x: Tensor, up: Tensor, gate: Tensor, activation: str) -> Tensor:
         """See `Backend`: torch's own, which reads all of both, too."""

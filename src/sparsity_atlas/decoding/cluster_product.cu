@@ -2,19 +2,27 @@
 //
 // A cluster of SPLIT blocks makes COLUMNS entries of y. Each block lists those of its rows that x keeps in its
 // shared memory, in their own order; its threads read 16 bytes of UNROLL listed rows at once, PER_ROW threads
-// side by side, and add up in float32. Sums meet in shared memory, within a block and then within the cluster,
-// in an order that is always the same: no counter, no fence, nothing to be cleared, nothing in global memory.
+// side by side, and add up in float32. Sums meet within a warp, in shared memory, and in that of the block of
+// the cluster that owns them, in an order that is always the same: no counter, no fence, nothing to be cleared,
+// nothing in global memory.
+//
+// With NORM what is read is the root-mean-square norm of x + more, times `scale`. Each block makes it for itself;
+// the blocks of the first tile leave the sum in `total`.
 //
 // Fixed when this is compiled (see cluster_products.py): TYPE 0 bfloat16, 1 float16, 2 float32; THREADS,
 // PER_ROW, SPLIT, UNROLL, BLOCKS (of a processor, at least); CHUNKS of 32 rows that a block has at most;
 // KEEP 0 all, 1 what is not zero, 2 what reaches a constant, BY_CHANNEL each its own; MAPS, ACTIVATION 1 silu,
-// 2 relu; BIAS.
+// 2 relu; BIAS; NORM 0 none, else of how many slices of 16 bytes a thread adds up the squares, with MORE and EPS,
+// the bits of what is added to their mean.
 
 #define COLUMNS (PER_ROW * VECTOR)
 #define GROUPS (THREADS / PER_ROW)
 #define WARPS (THREADS / 32)
 #define ROUNDS ((CHUNKS + WARPS - 1) / WARPS)
 #define OWN ((COLUMNS + SPLIT - 1) / SPLIT)
+#define NONE 0xffffffffu
+// What a warp has added up by itself, where its threads go on to several rows.
+#define PARTS (PER_ROW < 32 ? WARPS : GROUPS)
 
 __device__ __forceinline__ void add(float* sums, uint4 row, float value) {
     u32 words[4] = {row.x, row.y, row.z, row.w};
@@ -29,22 +37,47 @@ __device__ __forceinline__ void add(float* sums, uint4 row, float value) {
     }
 }
 
-__device__ __forceinline__ bool kept(float one, const float* cuts, int k) {
+__device__ __forceinline__ bool kept(float one, float cut) {
 #if KEEP == 0
     return true;
 #elif KEEP == 1
     return one != 0.0f;  // NaN is kept
 #else
-    return !(fabsf(one) < cuts[BY_CHANNEL ? k : 0]);
+    return !(fabsf(one) < cut);
 #endif
 }
+
+#if NORM
+// An entry of x + more, rounded where torch rounds.
+__device__ __forceinline__ Number summed(Number x, Number more) {
+    return MORE ? rounded(widened(x) + widened(more)) : x;
+}
+
+__device__ __forceinline__ float squared(const Number* x, const Number* more) {
+    const uint4 one = *(const uint4*)x, other = MORE ? *(const uint4*)more : one;
+    const u32 words[4] = {one.x, one.y, one.z, one.w}, others[4] = {other.x, other.y, other.z, other.w};
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#if TYPE == 2
+        const float made = summed(__uint_as_float(words[i]), __uint_as_float(others[i]));
+        sum = fmaf(made, made, sum);
+#else
+        const float low = widened(summed((u16)(words[i] & 0xffff), (u16)(others[i] & 0xffff)));
+        const float high = widened(summed((u16)(words[i] >> 16), (u16)(others[i] >> 16)));
+        sum = fmaf(high, high, fmaf(low, low, sum));
+#endif
+    }
+    return sum;
+}
+#endif
 
 ENTRY by_inputs(
     // Not restrict: the last launch may be writing x, or the constants, while this one takes its place.
     const Number* x, const Number* weight, const Number* second, const Number* bias, Number* out,
-    const float* cuts, int K, int N) {
-    float* sums = (float*)block_room();
-    int* counts = (int*)(sums + MAPS * COLUMNS);
+    const float* cuts, const Number* more, const Number* scale, Number* total, int K, int N) {
+    float* inbox = (float*)block_room();  // of each block of the cluster
+    int* counts = (int*)(inbox + (MAPS * SPLIT * OWN + 3) / 4 * 4);
     uint2* list = (uint2*)(counts + (CHUNKS + 3) / 4 * 4);
     float* parts = (float*)list;  // once that was read
 
@@ -53,21 +86,51 @@ ENTRY by_inputs(
     const int rank = blockIdx.x, tile = blockIdx.y;
 
     // Chunks of 32 rows go round the blocks of a cluster, and those of a block round its warps.
-    float values[ROUNDS];
+    float values[ROUNDS], constants[ROUNDS];
     u32 masks[ROUNDS];
+    const float constant = KEEP == 2 && !BY_CHANNEL ? *cuts : 0.0f;
+#if NORM
+    float scales[ROUNDS], squares = 0.0f;
+#endif
 #pragma unroll
     for (int i = 0; i < ROUNDS; ++i) {
         const int chunk = warp + i * WARPS, k = (chunk * SPLIT + rank) * 32 + lane;
-        values[i] = chunk < CHUNKS && k < K ? widened(x[k]) : 0.0f;
+        const bool inside = chunk < CHUNKS && k < K;
+        constants[i] = KEEP == 2 && BY_CHANNEL && inside ? cuts[k] : constant;
+#if NORM
+        const Number made = inside ? summed(x[k], more[k]) : (Number)0;
+        scales[i] = inside ? widened(scale[k]) : 0.0f;
+        values[i] = widened(made);
+        if (inside && tile == 0) total[k] = made;
+#else
+        values[i] = inside ? widened(x[k]) : 0.0f;
+#endif
+    }
+#if NORM
+#pragma unroll
+    for (int i = 0; i < NORM; ++i) {
+        const int k = (i * THREADS + thread) * VECTOR;
+        if (k < K) squares += squared(x + k, more + k);
     }
 #pragma unroll
+    for (int step = 16; step > 0; step /= 2) squares += __shfl_xor_sync(~0u, squares, step);
+    if (lane == 0) inbox[warp] = squares;  // where nothing comes in yet
+    __syncthreads();
+    squares = 0.0f;
+#pragma unroll
+    for (int from = 0; from < WARPS; ++from) squares += inbox[from];
+    const float unit = rsqrtf(squares / K + __uint_as_float(EPS));
+#pragma unroll
+    for (int i = 0; i < ROUNDS; ++i) values[i] = widened(rounded(widened(rounded(values[i] * unit)) * scales[i]));
+#endif
+#pragma unroll
     for (int i = 0; i < ROUNDS; ++i) {
         const int chunk = warp + i * WARPS, k = (chunk * SPLIT + rank) * 32 + lane;
-        masks[i] = __ballot_sync(~0u, chunk < CHUNKS && k < K && kept(values[i], cuts, k));
+        masks[i] = __ballot_sync(~0u, chunk < CHUNKS && k < K && kept(values[i], constants[i]));
         if (lane == 0 && chunk < CHUNKS) counts[chunk] = __popc(masks[i]);
     }
     __syncthreads();
-    int total = 0, begins[ROUNDS];
+    int listed = 0, begins[ROUNDS];
 #pragma unroll
     for (int block = 0; block < (CHUNKS + 31) / 32; ++block) {
         const int own = block * 32 + lane < CHUNKS ? counts[block * 32 + lane] : 0;
@@ -80,59 +143,77 @@ ENTRY by_inputs(
 #pragma unroll
         for (int i = 0; i < ROUNDS; ++i) {
             const int chunk = warp + i * WARPS, before = __shfl_sync(~0u, upto - own, chunk % 32);
-            if (chunk / 32 == block) begins[i] = total + before;
+            if (chunk / 32 == block) begins[i] = listed + before;
         }
-        total += __shfl_sync(~0u, upto, 31);
+        listed += __shfl_sync(~0u, upto, 31);
     }
 #pragma unroll
     for (int i = 0; i < ROUNDS; ++i) {
         const int k = ((warp + i * WARPS) * SPLIT + rank) * 32 + lane;
         if (masks[i] >> lane & 1)
-            list[begins[i] + __popc(masks[i] & ((1u << lane) - 1))] = make_uint2(k, __float_as_uint(values[i]));
+            list[begins[i] + __popc(masks[i] & ((1u << lane) - 1))] =
+                make_uint2((u32)k * (N / VECTOR), __float_as_uint(values[i]));
     }
+    // What is asked for beyond the end.
+    for (int i = thread; i < 2 * GROUPS * UNROLL; i += THREADS) list[listed + i] = make_uint2(NONE, 0);
     __syncthreads();
+    cluster_arrives();
 
     const int place = thread % PER_ROW, group = thread / PER_ROW;
     const int n0 = tile * COLUMNS + place * VECTOR;
-    const bool there = n0 < N;
+    if (n0 >= N) listed = 0;
     float made[MAPS][VECTOR] = {};
-    for (int first = group; first < total; first += GROUPS * UNROLL) {
+    // Where slices of rows begin, in slices, and what they are multiplied by; of the next rows while those before
+    // are on their way.
+    uint2 next[UNROLL];
+#pragma unroll
+    for (int i = 0; i < UNROLL; ++i) next[i] = list[group + i * GROUPS];
+    for (int first = group; first < listed; first += GROUPS * UNROLL) {
         uint4 rows[MAPS][UNROLL];
         float factors[UNROLL];
 #pragma unroll
         for (int i = 0; i < UNROLL; ++i) {
-            const int which = first + i * GROUPS;
-            const bool on = which < total && there;
-            const uint2 entry = on ? list[which] : make_uint2(0, 0);
-            factors[i] = __uint_as_float(entry.y);
-            const long long from = (long long)entry.x * N + n0;
-            rows[0][i] = on ? read(weight + from) : make_uint4(0, 0, 0, 0);
+            const bool on = next[i].x != NONE;
+            factors[i] = __uint_as_float(next[i].y);
+            rows[0][i] = on ? read_at(weight + n0, next[i].x) : make_uint4(0, 0, 0, 0);
 #if MAPS == 2
-            rows[MAPS - 1][i] = on ? read(second + from) : make_uint4(0, 0, 0, 0);
+            rows[MAPS - 1][i] = on ? read_at(second + n0, next[i].x) : make_uint4(0, 0, 0, 0);
 #endif
         }
+#pragma unroll
+        for (int i = 0; i < UNROLL; ++i) next[i] = list[first + (UNROLL + i) * GROUPS];
 #pragma unroll
         for (int i = 0; i < UNROLL; ++i)
 #pragma unroll
             for (int map = 0; map < MAPS; ++map) add(made[map], rows[map][i], factors[i]);
     }
 
-    __syncthreads();
+    // Threads of a warp that have the same columns of other rows.
 #pragma unroll
-    for (int map = 0; map < MAPS; ++map)
+    for (int step = PER_ROW; step < 32; step *= 2)
 #pragma unroll
-        for (int i = 0; i < VECTOR; i += 4)
-            *(float4*)(parts + (map * GROUPS + group) * COLUMNS + place * VECTOR + i) =
-                make_float4(made[map][i], made[map][i + 1], made[map][i + 2], made[map][i + 3]);
+        for (int map = 0; map < MAPS; ++map)
+#pragma unroll
+            for (int i = 0; i < VECTOR; ++i) made[map][i] += __shfl_xor_sync(~0u, made[map][i], step);
     __syncthreads();
+    const int part = PER_ROW < 32 ? warp : group;
+    if (PER_ROW >= 32 || lane < PER_ROW) {
+#pragma unroll
+        for (int map = 0; map < MAPS; ++map)
+#pragma unroll
+            for (int i = 0; i < VECTOR; i += 4)
+                *(float4*)(parts + (map * PARTS + part) * COLUMNS + place * VECTOR + i) =
+                    make_float4(made[map][i], made[map][i + 1], made[map][i + 2], made[map][i + 3]);
+    }
+    __syncthreads();
+    cluster_has_come();
     for (int i = thread; i < MAPS * COLUMNS; i += THREADS) {
         const int map = i / COLUMNS, column = i % COLUMNS;
         float sum = 0.0f;
 #pragma unroll
-        for (int from = 0; from < GROUPS; ++from) sum += parts[(map * GROUPS + from) * COLUMNS + column];
-        sums[i] = sum;
+        for (int from = 0; from < PARTS; ++from) sum += parts[(map * PARTS + from) * COLUMNS + column];
+        to_cluster(inbox + (rank * MAPS + map) * OWN + column % OWN, column / OWN, sum);
     }
-    if (SPLIT == 1) __syncthreads();
     cluster_meets();
     for (int i = thread; i < OWN; i += THREADS) {
         const int column = rank * OWN + i, n = tile * COLUMNS + column;
@@ -141,7 +222,7 @@ ENTRY by_inputs(
 #pragma unroll
             for (int map = 0; map < MAPS; ++map)
 #pragma unroll
-                for (int from = 0; from < SPLIT; ++from) all[map] += of_cluster(sums + map * COLUMNS + column, from);
+                for (int from = 0; from < SPLIT; ++from) all[map] += inbox[(from * MAPS + map) * OWN + i];
 #if BIAS
             all[0] += widened(bias[n]);
 #endif
@@ -154,6 +235,4 @@ ENTRY by_inputs(
             out[n] = rounded(all[0]);
         }
     }
-    // A block's sums stay until all have read them.
-    cluster_meets();
 }

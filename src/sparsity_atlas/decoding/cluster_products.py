@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from sparsity_atlas.decoding.cuda_sources import READ, TYPES
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparsity_atlas.decoding.vector import Vector
+    from sparsity_atlas.decoding.vector import Norm, Vector
 
 # Rows that are looked at together.
 _CHUNK = 32
@@ -44,21 +45,28 @@ class Plan(NamedTuple):
         return math.ceil(math.ceil(inputs / _CHUNK) / self.split)
 
     def shared(self, inputs: int, size: int, maps: int) -> int:
-        """Bytes of shared memory that a block has: what it makes, counts, and a list or parts of sums."""
-        chunks, each = self.chunks(inputs), 4 * maps * READ // size
-        listed, parts = 8 * _CHUNK * chunks, each * self.threads
-        return each * self.per_row + 16 * math.ceil(chunks / 4) + max(listed, parts)
+        """Bytes of shared memory that a block has: what comes in, counts, and a list or parts of sums."""
+        chunks, columns = self.chunks(inputs), self.per_row * READ // size
+        own = 4 * maps * self.split * math.ceil(columns / self.split)
+        # Threads of a warp that have the same columns add up among themselves.
+        # A list goes on beyond its end, twice as far as a block looks at once.
+        beyond = 2 * self.threads // self.per_row * self.unroll
+        listed = 8 * (_CHUNK * chunks + beyond)
+        parts = 4 * maps * columns * self.threads // max(self.per_row, 32)
+        return 16 * (math.ceil(own / 16) + math.ceil(chunks / 4)) + max(listed, parts)
 
 
 # By inputs, outputs, and whether two maps are made together: what was best on an H200 for one token of
-# bfloat16 over sparsities of 5 to 60 %, as `benchmarks/decoding_tune.py` finds it; Llama 3.2 1B and 3.1 8B.
+# bfloat16 over sparsities of 5 to 60 %, as `benchmarks/decoding_tune.py` finds it; Llama 3.2 1B, 3.1 8B
+# and the factors of 70B.
 PLANS: dict[tuple[int, int, bool], Plan] = {
     (2048, 8192, False): Plan(512, 16, 2, 8, 1),
     (8192, 2048, False): Plan(512, 16, 8, 4, 2),
     (2048, 8192, True): Plan(512, 16, 2, 8, 1),
-    (4096, 14336, False): Plan(512, 64, 8, 4, 2),
-    (14336, 4096, False): Plan(256, 16, 8, 6, 3),
+    (4096, 14336, False): Plan(256, 32, 4, 6, 3),
+    (14336, 4096, False): Plan(512, 32, 8, 6, 2),
     (4096, 14336, True): Plan(256, 64, 8, 6, 2),
+    (8192, 28672, True): Plan(256, 64, 4, 3, 3),
     (4096, 6144, False): Plan(256, 32, 16, 6, 4),
     (4096, 4096, False): Plan(256, 16, 8, 6, 3),
 }
@@ -74,7 +82,8 @@ def plan_of(inputs: int, outputs: int, size: int, gated: bool, device: torch.dev
         gated: whether two maps are made together.
         device: that it is made on.
     """
-    if outputs * size % READ or not cuda_sources.has_clusters(device):
+    slices = inputs * (outputs * size // READ)  # which a list has 32 bits for
+    if outputs * size % READ or slices >= 1 << 31 or not cuda_sources.has_clusters(device):
         return None
     known = PLANS.get((inputs, outputs, gated)) if size == 2 else None
     plan = known or likely(outputs, size, gated, cuda_sources.processors(device))
@@ -106,6 +115,8 @@ def by_inputs(
     activation: str | None = None,
     *,
     plan: Plan,
+    norm: Norm | None = None,
+    total: Tensor | None = None,
 ) -> Tensor:
     """As `cuda_products.by_inputs`, of one token.
 
@@ -116,6 +127,8 @@ def by_inputs(
         bias: [N]; without an activation.
         activation: one of `ACTIVATIONS`.
         plan: of `plan_of`.
+        norm: that makes the vector of x, whose rows are whole slices of 16 bytes.
+        total: [1, K], for x + more, with a norm.
 
     Returns:
         [1, N], of the type of x.
@@ -141,11 +154,22 @@ def by_inputs(
         "MAPS": maps,
         "ACTIVATION": ACTIVATIONS[activation] if activation else 0,
         "BIAS": int(bias is not None),
+        "NORM": 0,
     }
+    more = scale = x
+    if norm is not None:
+        assert total is not None
+        assert inputs * size % READ == 0
+        assert x.data_ptr() % READ == 0
+        more, scale = x if norm.more is None else norm.more.contiguous(), norm.weight
+        assert more.data_ptr() % READ == 0
+        defined["NORM"] = math.ceil(inputs * size / READ / plan.threads)
+        defined["MORE"] = int(norm.more is not None)
+        (defined["EPS"],) = struct.unpack("I", struct.pack("f", norm.eps))
     cuts = x if vector.constants is None else vector.constants
     tensors = (
         *(x, weight, weight if second is None else second, weight if bias is None else bias),
-        *(out, cuts),
+        *(out, cuts, more, scale, x if total is None else total),
     )
     grid = plan.split, math.ceil(outputs / columns)
     cuda_sources.launch("cluster_product.cu", defined, grid, shared, tensors, (inputs, outputs))

@@ -12,12 +12,12 @@ import triton.language as tl
 
 from sparsity_atlas.decoding import cluster_products, cuda_inputs, cuda_outputs, row_products
 from sparsity_atlas.decoding.cuda_entries import ACTIVATIONS
-from sparsity_atlas.decoding.cuda_sources import processors
+from sparsity_atlas.decoding.cuda_sources import READ, processors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparsity_atlas.decoding.vector import Vector
+    from sparsity_atlas.decoding.vector import Norm, Vector
 
 # Bytes that a warp loads at once of a row: 16 of each thread.
 _WARP_BYTES = 512
@@ -142,6 +142,46 @@ def by_inputs(
             launch_pdl=chained(x.device),
         )
     return out
+
+
+def after_norm(
+    vector: Vector,
+    norm: Norm,
+    weight: Tensor,
+    second: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """As `by_inputs`, of the norm of a sum, both of which it makes on the way.
+
+    Args:
+        vector: x [1, K], and the mask of its norm.
+        norm: what is added to x, and by what is multiplied.
+        weight: as there.
+        second: likewise.
+        bias: likewise.
+        activation: likewise.
+
+    Returns:
+        The sum [1, K], and what is made [1, N]; None where no kernel does that.
+    """
+    x = vector.values
+    (tokens, inputs), outputs = x.shape, weight.shape[1]
+    size = x.element_size()
+    given = [x, norm.weight] if norm.more is None else [x, norm.weight, norm.more]
+    whole = all(
+        one.dtype == x.dtype and one.is_contiguous() and one.data_ptr() % READ == 0 for one in given
+    )
+    if tokens != 1 or not whole or inputs * size % READ:
+        return None
+    plan = cluster_products.plan_of(inputs, outputs, size, second is not None, x.device)
+    if plan is None:
+        return None
+    total = torch.empty_like(x)
+    made = cluster_products.by_inputs(
+        vector, weight, second, bias, activation, plan=plan, norm=norm, total=total
+    )
+    return total, made
 
 
 def by_outputs(

@@ -48,7 +48,7 @@ def launch(
     grid: tuple[int, int],
     shared: int,
     tensors: Sequence[Tensor],
-    numbers: tuple[int, int],
+    numbers: Sequence[int],
 ) -> None:
     """Launch a kernel, which may begin before the last launch has ended, and waits for it itself.
 

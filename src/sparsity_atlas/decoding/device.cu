@@ -48,21 +48,47 @@ __device__ __forceinline__ uint4 read(const Number* place) {
     return made;
 }
 
-__device__ __forceinline__ float of_cluster(const float* own, u32 rank) {
+// The same, so many slices of 16 bytes behind a place.
+__device__ __forceinline__ uint4 read_at(const Number* place, u32 slices) {
+    uint4 made;
+    asm volatile(
+        "{.reg .u64 at;\nmad.wide.u32 at, %5, 16, %4;\n"
+        "ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [at];}"
+        : "=r"(made.x), "=r"(made.y), "=r"(made.z), "=r"(made.w)
+        : "l"(place), "r"(slices));
+    return made;
+}
+
+// Into another block's memory, at the place of one's own.
+__device__ __forceinline__ void to_cluster(float* own, u32 rank, float value) {
 #if SPLIT == 1
-    return *own;
+    *own = value;
 #else
     u32 here = (u32)__cvta_generic_to_shared(own), there;
-    float made;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(made) : "r"(there) : "memory");
-    return made;
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
+#endif
+}
+
+// All blocks of a cluster, which one says that it has come, and waits for the others at the next.
+__device__ __forceinline__ void cluster_arrives() {
+#if SPLIT > 1
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_has_come() {
+#if SPLIT > 1
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 
 __device__ __forceinline__ void cluster_meets() {
 #if SPLIT > 1
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    cluster_arrives();
+    cluster_has_come();
+#else
+    __syncthreads();
 #endif
 }
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from sparsity_atlas import kernels
-from sparsity_atlas.decoding.backend import ACTIVATIONS, activated, backend_of
-from sparsity_atlas.decoding.vector import Keep, Vector, prepared
+from sparsity_atlas.decoding.backend import ACTIVATIONS, Backend, activated, backend_of
+from sparsity_atlas.decoding.vector import Keep, Norm, Vector, looks_at_entries, prepared
 from sparsity_atlas.terms import TENSORS
 
 if TYPE_CHECKING:
@@ -64,6 +64,25 @@ class InputMap:
         if backend is None or rule is None:
             return F.linear(_masked(rule, x), self.weight, self.bias)
         return backend.by_inputs(prepared(rule, x, fused=backend.fuses), self.transposed, self.bias)
+
+    def after_norm(
+        self, x: Tensor, norm: Norm, rule: Threshold | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """The map of a masked norm, which is made on the way.
+
+        Args:
+            x: [tokens, inputs].
+            norm: of it, and of what is added to it.
+            rule: as above.
+
+        Returns:
+            The sum [tokens, inputs] and what the map makes of its norm; None where that takes two steps.
+        """
+        backend = backend_of(x, self.weight)
+        if backend is None or rule is None or not looks_at_entries(rule):
+            return None
+        vector = Vector(x, Keep.REACHES, rule.constants)
+        return backend.after_norm(vector, norm, self.transposed, None, self.bias, None)
 
 
 class GatedFFN:
@@ -126,6 +145,34 @@ class GatedFFN:
         else:
             ((name, rule),) = rules.items()
             i = backend.factors_by_rule(x, self.up, self.gate, self.activation, name, rule)
+        return self._lowered(backend, i, rules)
+
+    def after_norm(
+        self, x: Tensor, norm: Norm, rules: Mapping[str, Threshold]
+    ) -> tuple[Tensor, Tensor] | None:
+        """The FFN's output of a norm, which is made on the way.
+
+        Args:
+            x: [tokens, hidden].
+            norm: of it, and of what is added to it.
+            rules: as above.
+
+        Returns:
+            The sum and the output, [tokens, hidden] each; None where that takes one step more.
+        """
+        backend, rule = backend_of(x, self.up), rules.get("input")
+        if backend is None or rule is None or not looks_at_entries(rule):
+            return None
+        vector = Vector(x, Keep.REACHES, rule.constants)
+        maps = self.transposed["up"], self.transposed["gate"]
+        found = backend.after_norm(vector, norm, *maps, None, self.activation)
+        if found is None:
+            return None
+        total, i = found
+        return total, self._lowered(backend, i, rules)
+
+    def _lowered(self, backend: Backend, i: Tensor, rules: Mapping[str, Threshold]) -> Tensor:
+        """W_d of what the factors made, [tokens, width]."""
         if "down" not in self.transposed:
             return F.linear(i, self.down)
         # What a factor dropped are zeros by now.

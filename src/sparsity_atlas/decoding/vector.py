@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sparsity_atlas import kernels
 from sparsity_atlas.kernels.definition import Threshold
@@ -46,6 +46,20 @@ class Vector:
             return self.values
         rule = Threshold("fixed", constants=self.constants)
         return kernels.masked(rule, self.values, self.values).out
+
+
+class Norm(NamedTuple):
+    """What makes a vector of x: the root-mean-square norm of x + more.
+
+    Attributes:
+        more: of the shape of x; None: nothing.
+        weight: [width], that the norm is multiplied by.
+        eps: beside the mean square.
+    """
+
+    more: Tensor | None
+    weight: Tensor
+    eps: float
 
 
 def looks_at_entries(rule: Threshold) -> bool:

@@ -8,7 +8,8 @@ left as it is where it gives anything else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparsity_atlas.decoding.backend import backend_of
+from sparsity_atlas.decoding.vector import Norm
 from sparsity_atlas.lm.continuous.called import CACHE, arguments
 from sparsity_atlas.lm.continuous.ring import Ring
 from sparsity_atlas.models.logits.head import EXACT, REFUSALS, ROUNDED
 from sparsity_atlas.sites.probe.hypotheses import relative_error
 from sparsity_atlas.speed.products import name_of
-from sparsity_atlas.speed.replaced import put
+from sparsity_atlas.speed.replaced import Reader, Readers, SparseFFN, put
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,6 +63,16 @@ def joined(model: PreTrainedModel) -> Iterator[int]:
         yield len(found)
 
 
+def _is_norm(module: Any) -> bool:
+    """Whether a module looks like a root-mean-square norm, and nothing hangs on it."""
+    named = hasattr(module, "weight") and hasattr(module, "variance_epsilon")
+    return named and _is_own(module)
+
+
+def _allowed(x: Tensor) -> float:
+    return EXACT if x.dtype == torch.float32 else ROUNDED
+
+
 def _tried(one: _Joined, turning: Any) -> bool:
     """Whether a joined layer is right; one that trips over its arguments is not."""
     try:
@@ -80,10 +92,10 @@ def _is_known(layer: Any) -> bool:
         return False
     norms = (layer.input_layernorm, layer.post_attention_layernorm)
     return (
-        all(hasattr(one, "weight") and hasattr(one, "variance_epsilon") for one in norms)
+        all(_is_norm(one) for one in norms)
         and all(hasattr(attention, one) for one in ("head_dim", "scaling"))
         and isinstance(attention.k_proj, nn.Linear)
-        and all(_is_own(one) for one in (attention, *norms))
+        and _is_own(attention)
         and "forward" not in layer.__dict__
     )
 
@@ -128,10 +140,9 @@ class _Joined:
         if not _is_step(x, ring, mask, turns, self.layer.self_attn.head_dim):
             return self._own(x, *arguments, **options)
         more = self._waiting.pop() if self._waiting else None
-        x, seen = self._normed(self.layer.input_layernorm, x[:, 0], more)
-        made = self._attention(seen, ring, mask, turns)
-        x, seen = self._normed(self.layer.post_attention_layernorm, x, made)
-        made = self._ffn(seen[:, None])
+        x, read = self._read_norm(x[:, 0], more)
+        made = self._attention(read, ring, mask, turns)
+        x, made = self._ffn_of_norm(x, made)
         if self.last:
             return x[:, None] + made
         self._waiting.append(x)
@@ -142,12 +153,34 @@ class _Joined:
 
         return normed(x, more, norm.weight, norm.variance_epsilon)
 
-    def _attention(self, seen: Tensor, ring: Any, mask: Tensor, turns: Any) -> Tensor:
-        """What attention adds [rows, hidden] for what it reads, of the same shape."""
+    def _read_norm(self, x: Tensor, more: Tensor | None) -> tuple[Tensor, Sequence[Tensor]]:
+        """x + more, [rows, hidden], and queries, keys and values of its norm."""
+        norm = self.layer.input_layernorm
+        readers = _readers(self.layer.self_attn)
+        if readers is not None:
+            found = readers.after_norm(x, Norm(more, norm.weight, norm.variance_epsilon))
+            if found is not None:
+                return found
+        x, seen = self._normed(norm, x, more)
+        return x, [one[:, 0] for one in self._read(seen[:, None])]
+
+    def _ffn_of_norm(self, x: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
+        """x + more, [rows, hidden], and what the FFN makes of its norm, [rows, 1, hidden]."""
+        norm = self.layer.post_attention_layernorm
+        forward = self.layer.mlp.__dict__.get("forward")
+        if isinstance(forward, SparseFFN):
+            found = forward.after_norm(x, Norm(more, norm.weight, norm.variance_epsilon))
+            if found is not None:
+                return found[0], found[1][:, None]
+        x, seen = self._normed(norm, x, more)
+        return x, self._ffn(seen[:, None])
+
+    def _attention(self, read: Sequence[Tensor], ring: Any, mask: Tensor, turns: Any) -> Tensor:
+        """What attention adds [rows, hidden], of queries, keys and values, [rows, ...] each."""
         from sparsity_atlas.speed.cuda_step import attended
 
         attention = self.layer.self_attn
-        query, key, value = (one[:, 0] for one in self._read(seen[:, None]))
+        query, key, value = read
         like = key.unflatten(-1, (-1, 1, attention.head_dim))
         buffers = ring.buffers(self._place, like)
         found = attended(query, key, value, turns, mask, buffers, ring.clock, attention.scaling)
@@ -190,7 +223,8 @@ class _Joined:
                 pairs.append((norm(x)[:, 0], self._normed(norm, x[:, 0], None)[1]))
             (own, own_kept), (ours, ours_kept) = ring(), ring()
             found = attention(hidden_states=x, **options, **{self._name: own})[0][:, 0]
-            pairs.append((found, self._attention(x[:, 0], ours, mask, turns)))
+            read = [one[:, 0] for one in self._read(x)]
+            pairs.append((found, self._attention(read, ours, mask, turns)))
             pairs += zip(own_kept, ours_kept, strict=True)
             options |= {"position_ids": positions, "use_cache": True}
             wanted, made = (
@@ -198,9 +232,8 @@ class _Joined:
                 for forward in (self._own, self.forward)
             )
             pairs.append((wanted - x, made - x))
-        allowed = EXACT if x.dtype == torch.float32 else ROUNDED
         # Written so that NaN is wrong.
-        return all(relative_error(*pair) <= allowed for pair in pairs)
+        return all(relative_error(*pair) <= _allowed(x) for pair in pairs)
 
 
 def _is_step(x: Tensor, ring: Any, mask: Any, turns: Any, width: int) -> bool:
@@ -215,6 +248,17 @@ def _is_step(x: Tensor, ring: Any, mask: Any, turns: Any, width: int) -> bool:
         and turns is not None
         and all(one.shape == (len(x), 1, width) for one in turns)
     )
+
+
+def _readers(attention: Any) -> Readers | None:
+    """What queries, keys and values are made by together, if something sparse is in their place."""
+    modules = [getattr(attention, one) for one in _READERS]
+    forward = modules[0].__dict__.get("forward")
+    if not isinstance(forward, Reader):
+        return None
+    found = forward.readers
+    same = len(found.modules) == len(modules) and all(map(operator.is_, found.modules, modules))
+    return found if same else None
 
 
 def _reading(readers: list[Any]) -> Callable[[Tensor], tuple[Tensor, ...]]:

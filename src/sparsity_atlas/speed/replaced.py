@@ -26,6 +26,8 @@ from sparsity_atlas.terms import TENSORS, PlaceKey, plain
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from sparsity_atlas.decoding.maps import GatedFFN
+    from sparsity_atlas.decoding.vector import Norm
     from sparsity_atlas.kernels.definition import Threshold
     from sparsity_atlas.sites.part import Part
 
@@ -123,7 +125,8 @@ class _Single:
         return self._single and x.shape[:-1].numel() <= MOST_TOKENS
 
 
-Rules = Mapping[str, Callable[[torch.device], "Threshold"]]
+Rule = Callable[[torch.device], "Threshold"]
+Rules = Mapping[str, Rule]
 
 
 def _replace(stack: ExitStack, single: _Single, part: Part, rules: Rules) -> int:
@@ -140,45 +143,85 @@ def _replace(stack: ExitStack, single: _Single, part: Part, rules: Rules) -> int
     return copies
 
 
-def _replace_readers(
-    stack: ExitStack,
-    single: _Single,
-    part: Part,
-    name: str,
-    rule: Callable[[torch.device], Threshold],
-) -> int:
-    """Replace maps that read one tensor by one product, whose rows are those of all of them."""
-    product, readers, sizes = joined(part, name)
-    waiting: dict[str, Tensor] = {}
+class Readers:
+    """Maps that read one tensor, as one product, whose rows are those of all of them.
 
-    def of(path: str, own: Forward) -> Forward:
-        def forward(x: Tensor) -> Tensor:
-            if not single.holds(x):
-                return own(x)
-            if path not in waiting:
-                made = product(x.flatten(0, -2), rule(x.device)).split(sizes, -1)
-                waiting.update(zip(readers, made, strict=True))
-            return _like(waiting.pop(path), x)
+    Attributes:
+        modules: of the maps, in the order of what is made.
+    """
 
-        return forward
+    def __init__(self, single: _Single, part: Part, name: str, rule: Rule) -> None:
+        self._single, self._rule = single, rule
+        self.product, readers, self._sizes = joined(part, name)
+        self.modules: list[Any] = [reader.module for reader in readers.values()]
+        self._waiting: dict[int, Tensor] = {}
 
-    for path, reader in readers.items():
-        put(stack, reader.module, of(path, reader.module.forward))
-    return product.copies
+    def made(self, place: int, x: Tensor) -> Tensor | None:
+        """What one of the maps makes; None: this is no single token."""
+        if not self._single.holds(x):
+            return None
+        if place not in self._waiting:
+            made = self.product(x.flatten(0, -2), self._rule(x.device)).split(self._sizes, -1)
+            self._waiting.update(enumerate(made))
+        return _like(self._waiting.pop(place), x)
+
+    def after_norm(self, x: Tensor, norm: Norm) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        """x + more, and what the maps make of its norm; None where that takes two steps.
+
+        Args:
+            x: [rows, width].
+            norm: of it.
+        """
+        found = None
+        if self._single.holds(x[:, None]):
+            found = self.product.after_norm(x, norm, self._rule(x.device))
+        return None if found is None else (found[0], found[1].split(self._sizes, -1))
+
+
+class Reader:
+    """The forward pass of one of `readers`."""
+
+    def __init__(self, readers: Readers, place: int, own: Forward) -> None:
+        self.readers, self._place, self._own = readers, place, own
+
+    def __call__(self, x: Tensor) -> Tensor:
+        found = self.readers.made(self._place, x)
+        return self._own(x) if found is None else found
+
+
+def _replace_readers(stack: ExitStack, single: _Single, part: Part, name: str, rule: Rule) -> int:
+    """Replace maps that read one tensor by one product."""
+    readers = Readers(single, part, name, rule)
+    for place, module in enumerate(readers.modules):
+        put(stack, module, Reader(readers, place, module.forward))
+    return readers.product.copies
+
+
+class SparseFFN:
+    """The forward pass of an FFN."""
+
+    def __init__(self, single: _Single, product: GatedFFN, rules: Rules, own: Forward) -> None:
+        self._single, self._product, self._rules, self._own = single, product, rules, own
+
+    def __call__(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        if not self._single.holds(x):
+            return self._own(x, *arguments, **options)
+        return _like(self._product(x.flatten(0, -2), self._at(x)), x)
+
+    def after_norm(self, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor] | None:
+        """As `Readers.after_norm`, of the whole FFN."""
+        if not self._single.holds(x[:, None]):
+            return None
+        return self._product.after_norm(x, norm, self._at(x))
+
+    def _at(self, x: Tensor) -> dict[str, Threshold]:
+        return {name: rule(x.device) for name, rule in self._rules.items()}
 
 
 def _replace_ffn(stack: ExitStack, single: _Single, part: FFN, rules: Rules) -> int:
     product = gated(part, tuple(rules))
     module = _module_of(part)
-    own: Forward = module.forward
-
-    def forward(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        if not single.holds(x):
-            return own(x, *arguments, **options)
-        made = product(x.flatten(0, -2), {name: rule(x.device) for name, rule in rules.items()})
-        return _like(made, x)
-
-    put(stack, module, forward)
+    put(stack, module, SparseFFN(single, product, rules, module.forward))
     return product.copies
 
 

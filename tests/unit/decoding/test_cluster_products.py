@@ -12,7 +12,7 @@ from torch import Tensor
 from emulated_device import launcher
 from sparsity_atlas.decoding import cluster_products, cuda_sources
 from sparsity_atlas.decoding.cluster_products import Plan
-from sparsity_atlas.decoding.vector import Keep, Vector
+from sparsity_atlas.decoding.vector import Keep, Norm, Vector
 
 # Of a result's largest entry: float32 sums of some hundred products, and one rounding of the type.
 CLOSE = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8}
@@ -73,6 +73,37 @@ def test_two_factors(dtype: torch.dtype, activation: str, plan: Plan) -> None:
     u, g = ((kept @ weight.double()).to(dtype) for weight in (up, gate))
     wanted = u * getattr(F, activation)(g)
     assert float((found - wanted).abs().max() / wanted.abs().max()) <= 4 * CLOSE[dtype]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "keep", "added", "plan"),
+    [
+        (torch.bfloat16, "fixed", True, PLANS[0]),
+        (torch.float32, "by channel", True, PLANS[1]),
+        (torch.float32, "all", False, PLANS[3]),
+    ],
+)
+def test_a_map_of_a_norm(dtype: torch.dtype, keep: str, added: bool, plan: Plan) -> None:
+    """A sum and its norm within the product are those that torch makes beforehand."""
+    inputs, size = 296, 72
+    x, more = (drawn(1, inputs, dtype=dtype, seed=seed) for seed in (1, 2))
+    scale, weight = drawn(inputs, dtype=dtype, seed=5), drawn(inputs, size, dtype=dtype, seed=3)
+    summed = x + more if added else x
+    norm = F.rms_norm(summed.float(), (inputs,), eps=1e-5).to(dtype) * scale
+    constants = {
+        "all": None,
+        "fixed": torch.tensor([0.6]),
+        "by channel": torch.linspace(0, 1.2, inputs),
+    }[keep]
+    kept = norm if constants is None else torch.where(norm.abs().float() >= constants, norm, 0)
+    vector = Vector(x, Keep.ALL if constants is None else Keep.REACHES, constants)
+    total = torch.full_like(x, torch.nan)
+    found = cluster_products.by_inputs(
+        vector, weight, plan=plan, norm=Norm(more if added else None, scale, 1e-5), total=total
+    )
+    wanted = kept.double() @ weight.double()
+    assert torch.equal(total, summed)
+    assert float((found - wanted).abs().max() / wanted.abs().max()) <= CLOSE[dtype]
 
 
 def test_what_is_not_finite_is_not_lost() -> None:

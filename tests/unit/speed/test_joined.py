@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 
+from emulated_device import launcher
 from sparsity_atlas.criteria import create
 from sparsity_atlas.criteria.binding import bind_all
+from sparsity_atlas.decoding import backend, cluster_products, cuda_products, cuda_sources
+from sparsity_atlas.decoding.cluster_products import Plan
+from sparsity_atlas.kernels.definition import Threshold
 from sparsity_atlas.sites.find import find_parts, random_ids
 from sparsity_atlas.speed.decoder import Decoder
 from sparsity_atlas.speed.joined import joined
 from sparsity_atlas.speed.replaced import replaced
+from sparsity_atlas.speed.timed_rows import Constant
+from sparsity_atlas.terms import TENSORS, PlaceKey
 from tiny_models import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,6 +50,42 @@ def test_sparse_maps_within_joined_layers() -> None:
         with joined(model) as layers:
             assert layers == 2
             assert torch.equal(found.go_on(10), tokens)
+
+
+def test_norms_within_sparse_products(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One row by fixed thresholds: products by clusters make the norms of what they read, too."""
+    model = tiny_model("llama", initializer_range=0.3)
+    parts = find_parts(model)
+    rule = Constant(Threshold("fixed", constants=torch.tensor([0.4])))
+    keys = [
+        PlaceKey(part.layer, part.name, tensor)
+        for part in parts
+        for tensor in TENSORS["all_linear_inputs"]
+        if tensor in part.tensors
+    ]
+    ids = random_ids(model, (1, 7))
+    wanted, found = (Decoder(model, 1, 24) for _ in range(2))
+    assert torch.equal(wanted.prompt(ids), found.prompt(ids))
+    with replaced(model, parts, "all_linear_inputs", dict.fromkeys(keys, rule), 0.5):
+        tokens = wanted.go_on(3)
+        launched = []
+
+        def after_norm(*arguments: object) -> object:
+            made = within(*arguments)
+            launched.append(made is not None)
+            return made
+
+        within: Callable[..., object] = cuda_products.after_norm
+        monkeypatch.setattr(cuda_products, "after_norm", after_norm)
+        monkeypatch.setattr(cuda_sources, "launch", launcher(tmp_path))
+        plan = Plan(32, 8, 2, 2, 1)
+        monkeypatch.setattr(cluster_products, "plan_of", lambda *arguments: plan)
+        monkeypatch.setattr(backend, "_backend", lambda device: backend.Cuda())
+        with joined(model) as layers:
+            assert layers == 2
+            assert torch.equal(found.go_on(3), tokens)
+    # Of two rows, with which layers are tried, there are none; of each step both norms of both layers.
+    assert launched == [False] * 4 + [True] * 12
 
 
 @pytest.mark.parametrize("name", ["gemma2", "qwen3", "cohere", "gpt_neox"])
