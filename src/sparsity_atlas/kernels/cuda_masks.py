@@ -135,26 +135,15 @@ def _largest(
         value = tl.load(values + row * stride + column, mask=inside, other=0)
         # NaN alike, whatever its bits.
         key = tl.minimum(_magnitude(value), INFINITY + 1)
-        if SIZE & (SIZE - 1) == 0 and SIZE <= BLOCK:
-            # Groups side by side in registers.
-            keys = tl.reshape(key, (BLOCK // SIZE, SIZE))
-            own = tl.arange(0, SIZE)[None, :]
-            found = tl.zeros((BLOCK // SIZE, SIZE), tl.int32)
-            for place in range(SIZE):
-                rival = tl.sum(tl.where(own == place, keys, 0), 1)[:, None]
-                before = (rival > keys) | ((rival == keys) & (place < own))
-                found += before.to(tl.int32)
-            ahead = tl.reshape(found, (BLOCK,))
-        else:
-            base = column - column % SIZE
-            ahead = tl.zeros((BLOCK,), tl.int32)
-            for place in range(SIZE):
-                other = base + place
-                # From the cache: the row has just been read.
-                value = tl.load(values + row * stride + other, mask=other < width, other=0)
-                rival = tl.minimum(_magnitude(value), INFINITY + 1)
-                before = (rival > key) | ((rival == key) & (other < column))
-                ahead += before.to(tl.int32)
+        base = column - column % SIZE
+        ahead = tl.zeros((BLOCK,), tl.int32)
+        for place in range(SIZE):
+            other = base + place
+            # From the cache: the row has just been read.
+            value = tl.load(values + row * stride + other, mask=other < width, other=0)
+            rival = tl.minimum(_magnitude(value), INFINITY + 1)
+            before = (rival > key) | ((rival == key) & (other < column))
+            ahead += before.to(tl.int32)
         tl.store(mask + row * width + column, (ahead < kept).to(tl.int8), mask=inside)
 
 
