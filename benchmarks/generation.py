@@ -207,31 +207,32 @@ def measure(bench: Bench, count: int, rounds: int, ways: list[str]) -> None:
         rounds: of each.
         ways: some of `WAYS`.
     """
-    plain, spread, wanted = timed(
-        partial(bench.lm_eval, count), rounds, partial(bench.lm_eval, min(count, ROWS))
-    )
-    print(f"  lm-eval's class: {plain:.2f} s (spread {spread:.2f})", flush=True)
+    warm = min(count, ROWS)
+    found: dict[str, tuple[float, list[str]]] = {}
     for level in (None, LEVEL):
-        found = {}
         for way in ways:
             lm_model.DEVICES = {bench.model.device.type} if way == "recorded" else set()
-            took, spread, (texts, fed) = timed(partial(bench.counted, count, level), rounds)
-            found[way] = texts
-            node = "dense" if level is None else f"top-p {level}"
+            took, spread, (texts, fed) = timed(
+                partial(bench.counted, count, level), rounds, partial(bench.counted, warm, level)
+            )
+            node = f"{'dense' if level is None else f'top-p {level}'}, {way}"
+            found[node] = took, texts
             lengths = np.percentile(fed, [5, 50, 95]).astype(int).tolist()
             print(
-                f"  {node}, {way}: {took:.2f} s (spread {spread:.2f}), lm-eval's class {plain / took:.2f} "
-                f"times that; {sum(fed)} tokens fed back, 5, 50, 95 % of texts up to {lengths}",
+                f"  {node}: {took:.2f} s (spread {spread:.2f}); {sum(fed)} tokens fed back, 5, 50, 95 % of "
+                f"texts up to {lengths}",
                 flush=True,
             )
-        if len(found) > 1:
-            print(f"    texts alike in both ways: {alike(*found.values())}")
-        if level is None:
-            for way, texts in found.items():
-                print(
-                    f"    {way}, texts alike with lm-eval's class: {alike(wanted, texts)}",
-                    flush=True,
-                )
+        if len(ways) > 1:
+            print(
+                f"    texts alike in both ways: {alike(*(one[1] for one in [*found.values()][-2:]))}"
+            )
+    plain, spread, wanted = timed(
+        partial(bench.lm_eval, count), rounds, partial(bench.lm_eval, warm)
+    )
+    print(f"  lm-eval's class: {plain:.2f} s (spread {spread:.2f})")
+    for node, (took, texts) in found.items():
+        print(f"  {plain / took:.2f} times {node}, texts alike: {alike(wanted, texts)}", flush=True)
 
 
 def main() -> None:
