@@ -12,9 +12,9 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
-# Columns that are summed up at a time: their float32 sums, and as much of a few rows, stay in the first
-# cache.
-_BLOCK = 2048
+# Columns that are summed up at a time: long pieces of rows are read faster, and their float32 sums still stay
+# in the second cache.
+_BLOCK = 16384
 # Rows that are summed up by themselves: roundings add up along a sum, and two short ones have fewer.
 _RUN = 256
 # Products and sums may be one instruction, and a sum may have any order: the same one each time.

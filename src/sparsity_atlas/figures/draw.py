@@ -92,8 +92,10 @@ def draw_all(tables: Tables, folder: Path, names: Iterable[str] = tuple(DRAW)) -
     whole = tables.without_single_layers()
     with styled():
         for name in names:
-            # A panel or a line for each of many layers would hide all others.
-            figure = DRAW[name](tables if name == "single_layers" else whole)
+            # A panel or a line for each of many layers would hide all others; what ARM does to texts before
+            # the prompts may stand there alone.
+            alone = name == "single_layers" or (name == "inserted" and whole.inserted.empty)
+            figure = DRAW[name](tables if alone else whole)
             arrange(figure)
             for suffix in SUFFIXES:
                 save(figure, folder / f"{name}.{suffix}")

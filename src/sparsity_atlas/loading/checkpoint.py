@@ -166,7 +166,7 @@ class Checkpoint:
         base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
         if alone:
             raise AtlasError(
-                f"{self}: {ADAPTER}: it holds only an adapter of {base}; name that model in the "
+                f"{self}: {ADAPTER}: it holds only an adapter of {base or 'a model'}; name that model in the "
                 "entry, and this folder as its `adapter`"
             )
         raise AtlasError(

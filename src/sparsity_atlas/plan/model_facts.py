@@ -24,7 +24,7 @@ from sparsity_atlas.loading.devices import ITEM_BYTES, pick_device, pick_dtype
 from sparsity_atlas.loading.pretrained import blank, load, load_tokenizer, moved
 from sparsity_atlas.loading.source import resolve
 from sparsity_atlas.models.causality import mask_token_of
-from sparsity_atlas.models.parameters import count_resting
+from sparsity_atlas.models.parameters import count_parameters
 from sparsity_atlas.plan.dry_masked import DryMaskedLM
 from sparsity_atlas.plan.dry_run import Dry, DryLM, TaskCost, count
 from sparsity_atlas.plan.rates import TimedLM, free_memory, node_seconds
@@ -61,7 +61,8 @@ class Outlook:
     """What is known of a model; what is empty is not known.
 
     Attributes:
-        parameters: all of them.
+        parameters: those that a text passes, once the sites are found; until then all.
+        loaded: all of them, also for images and sound.
         active: of a mixture of experts those that a token meets, once it is known.
         dtype: of the computation, and so of the activations.
         layers: how many.
@@ -73,6 +74,7 @@ class Outlook:
     """
 
     parameters: int | None = None
+    loaded: int = 0
     active: int | None = None
     dtype: str = ""
     layers: int = 0
@@ -86,8 +88,9 @@ class Outlook:
         """Share of what a token meets, and so about of a pass's time, that are FFNs'; None if not known."""
         if not self.parameters or not self.shapes:
             return None
-        # Three maps where the factors have a gate; two of them are most of it without.
-        weights = sum(3 * one["input"] * one["intermediate"] for one in self.shapes)
+        # Three maps where the factors have a gate; two of them are most of it without. None where a layer is
+        # an attention alone.
+        weights = sum(3 * one.get("input", 0) * one.get("intermediate", 0) for one in self.shapes)
         return min(weights / (self.active or self.parameters), 1.0)
 
     def store_bytes(self, tokens: int, tensors: Sequence[str]) -> int:
@@ -152,10 +155,11 @@ def look(
     except (AtlasError, OSError, ValueError, KeyError) as error:
         unknowns.note(name, error)
         return outlook
-    outlook.parameters = empty.num_parameters()
+    outlook.parameters = outlook.loaded = empty.num_parameters()
     outlook.dtype = _dtype(settings, empty)
     described = read_manifest(manifest) if manifest.is_file() else None
     if described is not None:
+        outlook.parameters = described["parameters"]["total"]
         outlook.active = described["parameters"].get("active")
         outlook.shapes = [_described(part) for part in described["ffn"]]
         outlook.layers = described["layers"]
@@ -274,7 +278,7 @@ def measure(config: Config, name: str, outlook: Outlook, nodes: dict[NodeKey, No
     source = json.loads(grid.fetch_slice(config, name))
     settings = json.loads(grid.evaluation_slice(config, name, ()))
     device = pick_device(settings["device"])
-    needed = (outlook.parameters or 0) * ITEM_BYTES[outlook.dtype]
+    needed = outlook.loaded * ITEM_BYTES[outlook.dtype]
     free = free_memory(device)
     if settings.get("device_map"):
         raise AtlasError("spread over devices (device_map), which is not timed here")
@@ -293,8 +297,8 @@ def measure(config: Config, name: str, outlook: Outlook, nodes: dict[NodeKey, No
     layers = by_layer(parts).values()
     outlook.layers = len(layers)
     outlook.shapes = [shape for own in layers for shape in _proved(own)]
-    if resting := count_resting(parts):
-        outlook.active = (outlook.parameters or 0) - resting
+    counted = count_parameters(model, parts)
+    outlook.parameters, outlook.active = counted["total"], counted.get("active")
     lm = TimedLM(
         model, load_tokenizer(checkpoint), batch_size=settings["batch_size"], max_length=None
     )

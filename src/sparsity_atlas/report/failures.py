@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparsity_atlas.activations.metrics import SCHEMAS as METRICS
@@ -67,95 +67,114 @@ def take_stock(results: Path, config: Config) -> Remains:
     A file counts only if all that it was made from is there, too: an old curve of a model that
     could not be loaded again is not shown as if it were this run's.
     """
-    folders = {model: results / model for model in grid.models(config)}
-    models = {name: (folder / "model.json",) for name, folder in folders.items()}
-    captures = {
-        (name, site): (*models[name], folder / "capture" / f"{site}.json")
-        for name, folder in folders.items()
-        for site in grid.stored_sites(config, name)
-    }
-    metrics = [
-        (*chain, folders[name] / "metrics" / f"{site}.parquet")
-        for (name, site), chain in captures.items()
-    ]
-    curves, equals, calibrations, sensitivity, speed = [], [], [], [], []
-    timed = timings(config)
-    masks: list[tuple[Path, ...]] = []
-    reuse: list[tuple[Path, ...]] = []
-    sparsity: list[tuple[Path, ...]] = []
-    for curve in grid.curves(config):
-        folder = results / curve.folder
-        search = (folder / "search.json",) if curve.auto else ()
-        dense = folders[curve.model] / "dense" / "eval.json"
-        nodes = _nodes(folder, curve)
-        captured: tuple[Path, ...] = captures[curve.model, plain(curve.site)]
-        if declared(json.loads(grid.criterion_slice(config, curve.criterion)))["calibrated"]:
-            calibrations.append((*captured, folder / "calibration.safetensors"))
-            captured = calibrations[-1]
-        equals.append(
-            (*models[curve.model], dense, *search, *nodes, folder / "equal_sparsity.parquet")
-        )
-        curves.append((*equals[-1], folder / "curve.json"))
-        masks.append((*captured, *search, folder / "masks.parquet"))
-        reuse.append((*masks[-1], folder / "prompt_reuse.parquet"))
-        sparsity.append((*reuse[-1], folder / "sparsity.parquet"))
-        if curve.sensitivity:
-            sensitivity.append((*captured, folder / "sensitivity.parquet"))
-        if (curve.model, curve.criterion, curve.site) in timed:
-            speed.append((*captured, *curves[-1], folder / "speed.parquet"))
-    truthfulness = [
-        (
-            *models[name],
-            *(folders[name] / "answers" / f"{task}.{end}" for end in ("json", "parquet")),
-            folders[name] / "truthfulness" / f"{task}.parquet",
-        )
-        for name, task in grid.truthfulness(config)
-    ]
-    damaged = {
-        failure.output: failure
-        for failure in (
-            *_damaged(models.values(), read_manifest),
-            *_damaged(captures.values(), read_manifest),
-            *_damaged(curves, read_manifest),
-            *_damaged(equals, lambda path: read_parquet(path, EQUAL)),
-            *_damaged(calibrations, lambda path: read_calibration(path, "np")),
-            *_damaged(metrics, lambda path: read_parquet(path, *METRICS)),
-            *_damaged(masks, lambda path: read_parquet(path, MASKS)),
-            *_damaged(reuse, lambda path: read_parquet(path, REUSE)),
-            *_damaged(sparsity, lambda path: read_parquet(path, *OUTPUT_ERROR)),
-            *_damaged(sensitivity, lambda path: read_parquet(path, *SENSITIVITY)),
-            *_damaged(truthfulness, lambda path: read_parquet(path, TRUTHFULNESS)),
-            *_damaged(speed, lambda path: read_parquet(path, SPEED)),
-        )
-    }
-    missing = list(
-        dict.fromkeys(
-            path
-            for chains in (
-                *(models.values(), captures.values(), calibrations, metrics),
-                *(curves, sparsity, sensitivity, truthfulness, speed),
-            )
-            for chain in chains
-            for path in chain
-            if not path.is_file() and path.name not in BESIDE
-        )
-    )
-    reasons = {path: last_error(_log(path, results)) for path in missing}
+    chains = _Chains.of(results, config)
+    damaged = {failure.output: failure for failure in chains.damaged()}
+    reasons = {path: last_error(_log(path, results)) for path in chains.missing()}
     return Remains(
-        models=_whole(models.values(), damaged),
-        curves=_whole(curves, damaged),
-        sparsity=_whole(sparsity, damaged),
-        metrics=_whole(metrics, damaged),
-        sensitivity=_whole(sensitivity, damaged),
-        truthfulness=_whole(truthfulness, damaged),
-        speed=_whole(speed, damaged),
+        models=_whole(chains.models, damaged),
+        curves=_whole(chains.curves, damaged),
+        sparsity=_whole(chains.sparsity, damaged),
+        metrics=_whole(chains.metrics, damaged),
+        sensitivity=_whole(chains.sensitivity, damaged),
+        truthfulness=_whole(chains.truthfulness, damaged),
+        speed=_whole(chains.speed, damaged),
         failures=[
             *(Failure(str(path), reason) for path, reason in reasons.items() if reason),
             *damaged.values(),
         ],
         not_started=[str(path) for path, reason in reasons.items() if not reason],
-        asked=len(curves),
+        asked=len(chains.curves),
     )
+
+
+Chain = tuple[Path, ...]
+
+
+@dataclass
+class _Chains:
+    """Outputs by kind, each behind all that it is made from."""
+
+    models: list[Chain] = field(default_factory=list)
+    captures: list[Chain] = field(default_factory=list)
+    metrics: list[Chain] = field(default_factory=list)
+    calibrations: list[Chain] = field(default_factory=list)
+    equals: list[Chain] = field(default_factory=list)
+    curves: list[Chain] = field(default_factory=list)
+    masks: list[Chain] = field(default_factory=list)
+    reuse: list[Chain] = field(default_factory=list)
+    sparsity: list[Chain] = field(default_factory=list)
+    sensitivity: list[Chain] = field(default_factory=list)
+    truthfulness: list[Chain] = field(default_factory=list)
+    speed: list[Chain] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, results: Path, config: Config) -> _Chains:
+        """All that a configuration asks for."""
+        found = cls()
+        captures: dict[tuple[str, str], Chain] = {}
+        for name in grid.models(config):
+            folder = results / name
+            found.models.append((folder / "model.json",))
+            for site in grid.stored_sites(config, name):
+                captures[name, site] = (*found.models[-1], folder / "capture" / f"{site}.json")
+                metrics = folder / "metrics" / f"{site}.parquet"
+                found.metrics.append((*captures[name, site], metrics))
+        found.captures = list(captures.values())
+        timed = timings(config)
+        for curve in grid.curves(config):
+            captured = found._add(results, config, curve, captures[curve.model, plain(curve.site)])
+            if (curve.model, curve.criterion, curve.site) in timed:
+                made_from = (*captured, *found.curves[-1])
+                found.speed.append((*made_from, results / curve.folder / "speed.parquet"))
+        for name, task in grid.truthfulness(config):
+            answers = (results / name / "answers" / f"{task}.{end}" for end in ("json", "parquet"))
+            output = results / name / "truthfulness" / f"{task}.parquet"
+            found.truthfulness.append((results / name / "model.json", *answers, output))
+        return found
+
+    def _add(self, results: Path, config: Config, curve: Curve, captured: Chain) -> Chain:
+        """A curve, and what is made beside it; returns what is captured, with the curve's calibration."""
+        folder = results / curve.folder
+        search = (folder / "search.json",) if curve.auto else ()
+        model = results / curve.model
+        scored = (model / "model.json", model / "dense" / "eval.json")
+        if declared(json.loads(grid.criterion_slice(config, curve.criterion)))["calibrated"]:
+            captured = (*captured, folder / "calibration.safetensors")
+            self.calibrations.append(captured)
+        made_from = (*scored, *search, *_nodes(folder, curve))
+        self.equals.append((*made_from, folder / "equal_sparsity.parquet"))
+        self.curves.append((*self.equals[-1], folder / "curve.json"))
+        self.masks.append((*captured, *search, folder / "masks.parquet"))
+        self.reuse.append((*self.masks[-1], folder / "prompt_reuse.parquet"))
+        self.sparsity.append((*self.reuse[-1], folder / "sparsity.parquet"))
+        if curve.sensitivity:
+            self.sensitivity.append((*captured, folder / "sensitivity.parquet"))
+        return captured
+
+    def damaged(self) -> Iterator[Failure]:
+        """Outputs that cannot be read as what they are to be."""
+        yield from _damaged(self.models, read_manifest)
+        yield from _damaged(self.captures, read_manifest)
+        yield from _damaged(self.curves, read_manifest)
+        yield from _damaged(self.equals, lambda path: read_parquet(path, EQUAL))
+        yield from _damaged(self.calibrations, lambda path: read_calibration(path, "np"))
+        yield from _damaged(self.metrics, lambda path: read_parquet(path, *METRICS))
+        yield from _damaged(self.masks, lambda path: read_parquet(path, MASKS))
+        yield from _damaged(self.reuse, lambda path: read_parquet(path, REUSE))
+        yield from _damaged(self.sparsity, lambda path: read_parquet(path, *OUTPUT_ERROR))
+        yield from _damaged(self.sensitivity, lambda path: read_parquet(path, *SENSITIVITY))
+        yield from _damaged(self.truthfulness, lambda path: read_parquet(path, TRUTHFULNESS))
+        yield from _damaged(self.speed, lambda path: read_parquet(path, SPEED))
+
+    def missing(self) -> list[Path]:
+        """Outputs that are not there, and what they should have been made from, each once."""
+        kinds = (
+            *(self.models, self.captures, self.calibrations, self.metrics),
+            *(self.curves, self.sparsity, self.sensitivity, self.truthfulness, self.speed),
+        )
+        every = (path for chains in kinds for chain in chains for path in chain)
+        gone = (path for path in every if not path.is_file() and path.name not in BESIDE)
+        return list(dict.fromkeys(gone))
 
 
 def last_error(log: Path) -> str:

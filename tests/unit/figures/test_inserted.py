@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
 from fake_results import make_results, make_tables
+from sparsity_atlas.figures.draw import draw_all
 from sparsity_atlas.figures.studies import inserted
-from sparsity_atlas.figures.style import NothingToShow
+from sparsity_atlas.figures.style import NothingToShow, shows_nothing
 from sparsity_atlas.tables.read import Tables
 
 
@@ -50,6 +52,15 @@ def test_differences_over_the_sparsity_without_the_text(tables: Tables) -> None:
         (line,) = [one for one in lines(ax) if one]
         assert [x for x, _ in line] == pytest.approx([0, 0.5, 0.5**0.5], abs=0.01)
         assert [y for _, y in line] == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_one_layer_alone_is_drawn_where_nothing_else_is(tables: Tables, tmp_path: Path) -> None:
+    """As of ARM in the first layer; figures of several curves leave such out."""
+    frames = {
+        name: getattr(tables, name).assign(site="gate@layers0") for name in ("inserted", "curves")
+    }
+    draw_all(replace(tables, **frames), tmp_path, ["inserted"])
+    assert not shows_nothing((tmp_path / "inserted.svg").read_bytes())
 
 
 def test_gates_as_shares_of_what_they_were(tables: Tables) -> None:

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import zarr
+from transformers import AutoModelForMultimodalLM
 
 from checkout import Checkout
 from mixtures import save_mixture, wide_mixture
+from small_configs import small_config
 from sparsity_atlas.activations import capture
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config, StudySettings, parse
@@ -163,6 +166,23 @@ def test_a_mixture_is_planned_by_what_a_token_meets(family: str, tmp_path: Path)
         assert [one["input"] for one in found.shapes] == [128] * len(beside)
         weights = sum(3 * 128 * each[one.name] for one in beside)
         assert found.ffn_share == weights / found.active
+
+
+def test_a_model_for_more_than_text_is_planned_by_its_decoder(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    config = small_config("llava", vocab_size=300)
+    model = AutoModelForMultimodalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    path = write_model_manifest(folder, tmp_path / "model.json")
+    asked = make_config({"m": {"path": str(folder)}}, {}, block={"levels": [0.5]})
+    known, unseen = (
+        look(asked, "m", {}, one, Unknowns()) for one in (path, tmp_path / "none.json")
+    )
+    assert known.loaded == unseen.loaded == unseen.parameters == model.num_parameters()
+    measure(asked, "m", unseen, {})
+    decoder = read_manifest(path)["parameters"]["total"]
+    assert known.parameters == unseen.parameters == decoder < model.num_parameters()
 
 
 def test_equal_requests_are_run_once(model_folder: Path, tmp_path: Path) -> None:
@@ -489,6 +509,11 @@ def test_recorded_times_are_means_by_rule(tmp_path: Path) -> None:
     (tmp_path / "y.jsonl").write_text('{"rule_name": "model", "s": 5.5}\n{"s": 7}\n')
     assert rates.recorded(tmp_path) == {"curve": 2, "model": 5.5}
     assert rates.recorded(tmp_path / "none") == {}
+
+
+def test_layers_that_are_an_attention_alone_have_no_ffn() -> None:
+    shapes = [{"qkv_input": 8, "o_input": 8}, {"input": 8, "intermediate": 16}]
+    assert Outlook(parameters=1536, shapes=shapes).ffn_share == 3 * 8 * 16 / 1536
 
 
 def test_amounts_in_words() -> None:

@@ -35,11 +35,15 @@ def layer_profile(tables: Tables) -> Figure:
         sorted(means, key=lambda key: (sizes.index(key[0]), sites.index(key[1]), key[2])), PANELS
     )
     styles = marks([one for one in tables.criteria() if one in set(rows["criterion"])])
+    drawn = set()
     figure, axes = grid(len(keys), height=2.2, share_x=False)
     for ax, key in zip(axes, keys, strict=True):
         own = rows[(rows[_KEY] == list(key)).all(axis=1) & (rows["mean_sparsity"] == means[key])]
         for criterion, mark in styles.items():
             line = own[own["criterion"] == criterion].sort_values("layer")
+            if line.empty:
+                continue
+            drawn.add(criterion)
             ax.plot(
                 *(line["layer"], line["sparsity"]), color=mark.color, marker=mark.marker,
                 linestyle=mark.dashes,
@@ -50,6 +54,6 @@ def layer_profile(tables: Tables) -> Figure:
         ax.set_ylim(-0.02, 1.04)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         percent_axis(ax.yaxis)
-    legend(figure, styles)
+    legend(figure, {name: mark for name, mark in styles.items() if name in drawn})
     label(figure, "layer", "induced sparsity (%)", note)
     return figure
