@@ -167,11 +167,14 @@ class Asks(StudyAsks):
         """The search that left a node.
 
         Snakemake has no record of such a node, and sees by this whether it is still what the
-        configuration asks for.
+        configuration asks for. A node that a study names has a record of its own, from before the search
+        came to its level: another set of inputs would make it anew.
         """
         curve = self.curve_of(wildcards)
-        searched = wildcards.level in self._searched.get(curve, ())
-        return [f"results/{curve.folder}/search.json"] if searched else []
+        level = wildcards.level
+        searched = level in self._searched.get(curve, ())
+        named = f"{curve.folder}/{level}" in self._studied_nodes
+        return [f"results/{curve.folder}/search.json"] if searched and not named else []
 
     @question
     def model_curves(self, wildcards: Wildcards) -> list[str]:

@@ -102,6 +102,13 @@ class StudyAsks(Resources):
         nodes = asked.nodes if asked is not None else ()
         return [f"results/{wildcards.model}/{node}/eval.json" for node in nodes]
 
+    @functools.cached_property
+    def _studied_nodes(self) -> frozenset[str]:
+        asked = self._config.studies.truthfulness
+        nodes = asked.nodes if asked is not None else ()
+        models = {model for model, _ in grid.truthfulness(self._config)}
+        return frozenset(f"{model}/{node}" for model in models for node in nodes)
+
     @question
     def truthfulness_settings(self, wildcards: TaskWildcards) -> str:
         """How it is found what tells right answers."""

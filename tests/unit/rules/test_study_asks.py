@@ -12,6 +12,7 @@ import pytest
 from checkout import ROOT
 from sparsity_atlas.config.schema import Config, parse
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.files.whole import write_manifest
 from sparsity_atlas.plan.jobs import jobs
 from sparsity_atlas.rules.asks import Asks
 from sparsity_atlas.rules.inputs import check_inputs
@@ -47,6 +48,29 @@ def test_files_settings_and_nodes() -> None:
     assert set(json.loads(ask.answers_settings(job))["tasks"]) == {"cloze"}
     wanted = {"neighbours": 9, "replicates": 10000, "seed": 1234}
     assert json.loads(ask.truthfulness_settings(job)) == wanted
+
+
+def test_a_search_that_comes_to_a_node_of_a_study_does_not_make_it_anew(tmp_path: Path) -> None:
+    """Snakemake runs a job again whose set of inputs is another one than when it ran."""
+    content = config_of(nodes=["topp/input/0.9"], models=["small"]).model_dump(exclude_none=True)
+    content["models"]["other"] = {"path": "other"}
+    content["run"] = [{"models": ["small", "other"], "sites": ["input"], "levels": "auto"}]
+    config = parse(content)
+
+    def search_of(model: str, level: str) -> list[str]:
+        node = SimpleNamespace(model=model, criterion="topp", site="input", level=level)
+        return Asks(config, str(tmp_path)).search_of_node(node)
+
+    assert search_of("small", "0.9") == []
+    for model in ("small", "other"):
+        found = {"levels": [{"level": "0.9"}, {"level": "0.95"}]}
+        write_manifest(tmp_path / model / "topp/input/search.json", found)
+    assert search_of("small", "0.9") == []
+    # Those that only the search has made, and the other model's, which no study asks for.
+    assert search_of("small", "0.95") == ["results/small/topp/input/search.json"]
+    assert search_of("other", "0.9") == ["results/other/topp/input/search.json"]
+    # Deleted, they are missing to the curve all the same.
+    assert "results/small/topp/input/0.9/eval.json" in Asks(config, str(tmp_path)).lost_nodes()
 
 
 def test_the_plan_knows_these_jobs(tmp_path: Path) -> None:
