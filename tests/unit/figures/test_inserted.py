@@ -12,7 +12,7 @@ import pytest
 from fake_results import make_results, make_tables
 from sparsity_atlas.figures.draw import draw_all
 from sparsity_atlas.figures.studies import inserted
-from sparsity_atlas.figures.style import NothingToShow, shows_nothing
+from sparsity_atlas.figures.style import NothingToShow, arrange, shows_nothing, styled
 from sparsity_atlas.tables.read import Tables
 
 
@@ -44,14 +44,25 @@ def lines(ax: Any) -> list[list[tuple[float, float]]]:
 
 def test_differences_over_the_sparsity_without_the_text(tables: Tables) -> None:
     axes = inserted.scores(tables).axes
-    assert [ax.get_title().rpartition(": ")[2] for ax in axes] == [
-        "accuracy (points)",
-        "added loss (nats)",
+    assert [ax.get_title().splitlines() for ax in axes] == [
+        ["m", "topp · gate", "accuracy (points)"],
+        ["m", "topp · gate", "added loss (nats)"],
     ]
     for ax in axes:
         (line,) = [one for one in lines(ax) if one]
         assert [x for x, _ in line] == pytest.approx([0, 0.5, 0.5**0.5], abs=0.01)
         assert [y for _, y in line] == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_titles_of_long_names_lie_apart(tables: Tables) -> None:
+    """`weighted_threshold` at `intermediate` ran into the next panel."""
+    longer = {"criterion": "weighted_threshold", "site": "intermediate"}
+    frames = {name: getattr(tables, name).assign(**longer) for name in ("inserted", "curves")}
+    with styled():
+        figure = inserted.scores(replace(tables, **frames))
+        arrange(figure)
+        left, right = (ax.title.get_window_extent() for ax in figure.axes)
+    assert left.x1 < right.x0
 
 
 def test_one_layer_alone_is_drawn_where_nothing_else_is(tables: Tables, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def scores(tables: Tables) -> Figure:
         ax.axhline(0, color=GREY, linewidth=0.6)
         criterion, model, site, unit = key
         what = "added loss (nats)" if unit == "nats" else "accuracy (points)"
-        ax.set_title(f"{heading(model)}\n{criterion}, {site}: {what}")
+        ax.set_title("\n".join((heading(model), heading(criterion, site), what)))
         percent_axis(ax.xaxis)
         if unit != "nats":
             ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
