@@ -17,7 +17,7 @@ from checkout import ROOT
 from sparsity_atlas.config.schema import parse
 from sparsity_atlas.evaluation.evaluate import evaluate_node
 from sparsity_atlas.evaluation.node import Node
-from sparsity_atlas.tasks.code import Reach, reach
+from sparsity_atlas.tasks.code.follow import Reach, reach
 from tiny_lm import WORDS, open_session, sentences
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,9 +17,10 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from sparsity_atlas import cli
 from sparsity_atlas.errors import AtlasError, TaskFailure
-from sparsity_atlas.tasks import local_files, surroundings
+from sparsity_atlas.tasks import local_files
 from sparsity_atlas.tasks.boundary import boundary
 from sparsity_atlas.tasks.built_in.index import built_in_tasks
+from sparsity_atlas.tasks.code import surroundings
 from sparsity_atlas.tasks.error_messages import RUNS_CODE, close
 from sparsity_atlas.tasks.factory import (
     LocalFactory,

@@ -19,8 +19,9 @@ import yaml
 
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import digest, file_digest
-from sparsity_atlas.tasks import surroundings
-from sparsity_atlas.tasks.code import files_below, import_roots, module_files, reach
+from sparsity_atlas.tasks.code import surroundings
+from sparsity_atlas.tasks.code.follow import reach
+from sparsity_atlas.tasks.code.own_modules import files_below, import_roots, module_files
 
 # Bytes; lm-eval's largest is a hundredth of it.
 LARGEST = 2**20

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
-from sparsity_atlas.tasks.code import local
+from sparsity_atlas.tasks.code.own_modules import local
 
 
 class OwnModules:

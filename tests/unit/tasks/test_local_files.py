@@ -16,7 +16,8 @@ import yaml
 
 from sparsity_atlas import cli
 from sparsity_atlas.tasks import local_files
-from sparsity_atlas.tasks.code import import_roots, local, reach
+from sparsity_atlas.tasks.code.follow import reach
+from sparsity_atlas.tasks.code.own_modules import import_roots, local
 from sparsity_atlas.tasks.load import load_tasks
 from tiny_lm import CHOICE, choice_documents
 

@@ -9,21 +9,19 @@ named by an environment variable.
 from __future__ import annotations
 
 import ast
-import functools
 import glob
 import os
-import re
-import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-from sparsity_atlas.tasks import surroundings
+from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.tasks.code import surroundings
+from sparsity_atlas.tasks.code.own_modules import files_in, local, module_files
+from sparsity_atlas.tasks.code.upwards import rise
 
-PACKAGE = Path(__file__).parents[1]
-# Files and folders that the texts of one file of code may stand for.
-MOST = 10_000
+# Files, and folders, that the texts of one file of code may stand for.
+MOST, MOST_FOLDERS = 10_000, 1_000
 # Calls whose argument names what is read or imported.
 _READERS = {
     *("open", "read_text", "read_bytes", "fdopen", "fromfile", "memmap", "loadtxt", "genfromtxt"),
@@ -33,17 +31,6 @@ _READERS = {
     *("from_text", "read_csv", "read_json", "read_parquet", "read_table", "read_excel"),
 }
 _LOADERS = {"np", "numpy", "torch", "joblib"}  # whose `load` takes a name
-# Signs that code looks above its own folder.
-_UPWARDS = re.compile(
-    r"\.parent\.parent|\.parents\[|pardir|['\"/]\.\.['\"/]|dirname\([^)\n]*dirname|from \.\."
-)
-_INSTALLED = tuple(
-    {
-        Path(sysconfig.get_path(name)).resolve()
-        for name in ("stdlib", "platstdlib", "purelib", "platlib")
-    }
-    | {PACKAGE}
-)
 
 
 @dataclass(frozen=True)
@@ -61,39 +48,6 @@ class Reach:
     computed: frozenset[Path]
     unsteady: frozenset[Path]
     variables: frozenset[str]
-
-
-def local(path: Path) -> bool:
-    """Whether a file is somebody's own: neither installed nor part of Python or of this package."""
-    named = _named(os.environ.get("PYTHONPATH", ""))
-    return not any(path.is_relative_to(folder) for folder in (*_INSTALLED, *named.installed))
-
-
-def import_roots() -> list[Path]:
-    """Where Python looks for local modules: the working directory, and PYTHONPATH but for packages there."""
-    return [Path.cwd(), *_named(os.environ.get("PYTHONPATH", "")).own]
-
-
-class _Named(NamedTuple):
-    """Folders of PYTHONPATH: somebody's own, and those that packages were installed into."""
-
-    own: tuple[Path, ...]
-    installed: tuple[Path, ...]
-
-
-@functools.cache
-def _named(variable: str) -> _Named:
-    """The folders that the variable names.
-
-    `pip install --target` leaves records of what it installed, and whoever names its folder there would
-    have all that a package imports followed, through the whole of PyTorch.
-    """
-    folders = [Path(one) for one in variable.split(os.pathsep) if one]
-    installed = {one for one in folders if next(one.glob("*.dist-info"), None) is not None}
-    return _Named(
-        tuple(one for one in folders if one not in installed),
-        tuple(one.resolve() for one in folders if one in installed),
-    )
 
 
 def reach(starts: Iterable[Path], roots: Iterable[Path]) -> Reach:
@@ -129,18 +83,6 @@ def reach(starts: Iterable[Path], roots: Iterable[Path]) -> Reach:
     return Reach(frozenset(files), frozenset(computed), frozenset(unsteady), frozenset(variables))
 
 
-def files_below(folder: Path) -> list[Path]:
-    """Files in a folder and below it, but for hidden ones and the results of a run."""
-    found: list[Path] = []
-    for top, folders, names in os.walk(folder):
-        if "run_config.yaml" in names:
-            folders.clear()
-            continue
-        folders[:] = sorted(one for one in folders if not one.startswith((".", "__pycache__")))
-        found += [Path(top, name) for name in sorted(names) if not name.startswith(".")]
-    return found
-
-
 @dataclass(frozen=True)
 class _Code:
     """One Python file: what it names, whether it computes names, and what lies where it may look."""
@@ -153,13 +95,16 @@ class _Code:
 
     @classmethod
     def read(cls, path: Path, roots: list[Path]) -> _Code | None:
-        """None if the file cannot be read as Python; whoever runs it will say why."""
+        """None if the file cannot be read as Python; whoever runs it will say why.
+
+        Raises:
+            AtlasError: its texts stand for more files or folders than can be looked through.
+        """
         try:
-            source = path.read_text(encoding="utf-8")
-            tree = ast.parse(source)
+            tree = ast.parse(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):
             return None
-        above = list(path.parents)[1:4] if _UPWARDS.search(source) else []
+        above = path.parents[1 : 1 + rise(tree, len(path.parents) - 1)]
         bases = list(dict.fromkeys([path.parent, *above, *roots]))
         texts = {
             node.value
@@ -167,19 +112,21 @@ class _Code:
             if isinstance(node, ast.Constant) and isinstance(node.value, str)
         }
         texts = {text for text in texts if _may_be_a_name(text)}
-        folders = _folders(bases, texts)
+        folders = _folders(bases, texts, path)
         variables = surroundings.variables(tree)
         values = {name: value for name in variables if (value := os.environ.get(name))}
         # Of a folder that a variable names only what the code names in it: it may be somebody's home.
         bases += [*folders, *(Path(one) for one in values.values() if os.path.isdir(one))]
-        named = {text: _files(bases, text) for text in texts}
-        named |= {name: named.get(name, []) + _files(bases, one) for name, one in values.items()}
-        modules = [*_imports(tree, path), *(text for text in texts if _is_dotted(text))]
+        named = {text: _files(bases, text, path) for text in texts}
+        for name, one in values.items():
+            named[name] = named.get(name, []) + _files(bases, one, path)
+        modules = [*_imports(tree), *(text for text in texts if _is_dotted(text))]
         found = [file for files in named.values() for file in files]
         found += [file for name in modules for file in module_files(bases, name)]
-        below = [file for folder in folders for file in files_below(folder)][:MOST]
+        found += _relative(tree, path)
         beside = [file for file in path.parent.iterdir() if _plain(file)]
         computes = any(_computes(call, tree, named) for call in _reads(tree))
+        below = _below(folders, path) if computes else []
         unsteady = surroundings.is_unsteady(tree)
         return cls(found, computes, [*beside, *below], unsteady, variables)
 
@@ -196,60 +143,96 @@ def _is_dotted(text: str) -> bool:
     return all(part.isidentifier() for part in text.split("."))
 
 
-def _folders(bases: list[Path], texts: set[str]) -> list[Path]:
-    """Folders that the texts name, alone or one inside the other."""
+def _too_many(path: Path, what: str, most: int, where: Path) -> AtlasError:
+    return AtlasError(
+        f"tasks: {path}: its texts stand for more than {most:,} {what} ({where} among them), and all of "
+        "them would count: name files, or a folder that holds fewer"
+    )
+
+
+def _below(folders: list[Path], path: Path) -> list[Path]:
+    """What lies in folders that code names and below them.
+
+    Raises:
+        AtlasError: too much.
+    """
+    found: dict[Path, None] = {}
+    for folder in folders:
+        if not any(one in folders for one in folder.parents):
+            for file in files_in(folder):
+                found[file] = None
+                if len(found) > MOST:
+                    raise _too_many(path, "files", MOST, folder)
+    return list(found)
+
+
+def _folders(bases: list[Path], texts: set[str], path: Path) -> list[Path]:
+    """Folders that the texts name, alone or one inside the other.
+
+    Raises:
+        AtlasError: too many.
+    """
     found: dict[Path, None] = {}
     waiting = list(bases)
-    while waiting and len(found) < MOST:
+    while waiting:
         base = waiting.pop()
         for text in texts:
             folder = base / (text if len(Path(text).parts) > 2 else text.lstrip("/"))
             # Not what encloses the code: `..` is seen by its own sign.
             if os.path.isdir(folder) and folder not in found and folder not in base.parents:
                 found[folder] = None
+                if len(found) > MOST_FOLDERS:
+                    raise _too_many(path, "folders", MOST_FOLDERS, folder)
                 if len(folder.parts) < len(base.parts) + 8:
                     waiting.append(folder)
     return list(found)
 
 
-def _files(bases: list[Path], text: str) -> list[Path]:
-    """Files that a text names, seen from some folders; it may begin where an f-string's name ends."""
+def _files(bases: list[Path], text: str, path: Path) -> list[Path]:
+    """Files that a text names, seen from some folders; it may begin where an f-string's name ends.
+
+    Raises:
+        AtlasError: too many.
+    """
     text = os.path.expanduser(os.path.expandvars(text))
     names = {text, text.lstrip("/")}
     found = [base / name for base in bases for name in names if os.path.isfile(base / name)]
     if glob.has_magic(text):
         for base in bases:
             pattern = os.path.join(glob.escape(str(base)), text.lstrip("/"))
-            found += [
-                Path(one) for one in glob.glob(pattern, recursive=True) if os.path.isfile(one)
-            ]
-    return found[:MOST]
-
-
-def module_files(bases: Iterable[Path], name: str) -> list[Path]:
-    """Files of a dotted module and of the packages that it lies in, in every folder that has them."""
-    parts = name.split(".")
-    found = []
-    for base in bases:
-        for depth in range(1, len(parts) + 1):
-            place = base.joinpath(*parts[:depth])
-            candidates = (place.with_name(f"{place.name}.py"), place / "__init__.py")
-            found += [path for path in candidates if os.path.isfile(path)]
+            for seen, one in enumerate(glob.iglob(pattern, recursive=True)):
+                if seen >= MOST:
+                    raise _too_many(path, "files", MOST, base)
+                if os.path.isfile(one):
+                    found.append(Path(one))
     return found
 
 
-def _imports(tree: ast.AST, path: Path) -> Iterator[str]:
+def _imports(tree: ast.AST) -> Iterator[str]:
     """Modules that code imports, as seen from the folders that imports are looked for in."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            # A relative one is looked for beside the code; one level up is a package's own business.
-            module = node.module or ""
-            if module:
-                yield module
-            prefix = f"{module}." if module else ""
-            yield from (f"{prefix}{alias.name}" for alias in node.names if alias.name != "*")
+            yield from _of_import(node)
+
+
+def _of_import(node: ast.ImportFrom) -> Iterator[str]:
+    """The module that names are imported from, and each name, which may be a module."""
+    if node.module:
+        yield node.module
+    prefix = f"{node.module}." if node.module else ""
+    yield from (f"{prefix}{alias.name}" for alias in node.names if alias.name != "*")
+
+
+def _relative(tree: ast.AST, path: Path) -> Iterator[Path]:
+    """Files of relative imports, which are looked for from the folder that their dots lead to."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and 0 < node.level <= len(path.parents):
+            passed = path.parents[: node.level]
+            yield from (one / "__init__.py" for one in passed if (one / "__init__.py").is_file())
+            for name in _of_import(node):
+                yield from module_files([passed[-1]], name)
 
 
 def _reads(tree: ast.AST) -> Iterator[ast.Call]:
