@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from sparsity_atlas.plan.schedule import Key, makespan
 
 EVALUATING = {"dense", "search", "evaluate", "sensitivity", "answers"}
-LIGHT = {"run_config", "metrics", "curve", "model_summary", "tables", "figures", "page", "all"}
+LIGHT = {"run_config", "curve", "model_summary", "tables", "figures", "page", "all"}
 LIGHT |= {"truthfulness"}
+# Jobs of these say nothing of others: a wide model's take eighty times their forecast, on a CPU.
+APART = {"metrics"}
 LAST = ("tables", "figures", "page")
 # Of these the first job of a model does the work for all of them, whichever it is.
 FIRST = {"capture"}
@@ -65,6 +67,9 @@ class TimeLeft:
     _start: float | None = field(init=False, default=None)
     _usual: dict[str, float] = field(init=False)
     _at_once: int = field(init=False, default=1)
+    # What jobs took that had said a rest, and what was left of it when they ended.
+    _told: float = field(init=False, default=0.0)
+    _unused: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         self._waiting, self._begun = defaultdict(list), defaultdict(int)
@@ -100,6 +105,9 @@ class TimeLeft:
         """A job has ended."""
         done = self._running.pop(job, None)
         if done is not None:
+            if done.rest is not None:
+                self._told += now - done.began
+                self._unused += max(done.told_at + done.rest - now, 0.0)
             kind = Key(done.key.rule, done.key.model)
             before = self._seen.get(kind, _Seen(at=now))
             kept = self._freshness(before.at, now)
@@ -119,11 +127,12 @@ class TimeLeft:
             for key, one in self._seen.items()
             for fresh in (self._freshness(one.at, now),)
         ]
-        seen += [
-            (one.key, past, one.forecast * past / (past + one.rest))
-            for one in self._running.values()
-            if one.rest is not None and (past := one.told_at - one.began) > 0
-        ]
+        spared = self._unused / (self._told or 1.0)
+        for one in self._running.values():
+            past = one.told_at - one.began
+            if one.rest is not None and past > 0:
+                rest = _spare(one.rest, past, spared)
+                seen.append((one.key, past, one.forecast * past / (past + rest)))
         # A job that has not ended says something once it takes longer than those that have.
         seen += [
             (one.key, now - one.began, OVERDUE * one.forecast)
@@ -141,7 +150,7 @@ class TimeLeft:
             return forecast * ratios[kind]
 
         running = [
-            (one.key, _rest(one, expected(one.key, one.forecast), now))
+            (one.key, _rest(one, expected(one.key, one.forecast), now, spared))
             for one in self._running.values()
         ]
         waiting: list[tuple[Key, float]] = []
@@ -162,11 +171,23 @@ class TimeLeft:
         return makespan(running, waiting, self._at_once) + last
 
 
-def _rest(one: _Running, expected: float, now: float) -> float:
+def _spare(rest: float, past: float, spared: float) -> float:
+    """What a job still takes that says at most so much.
+
+    Args:
+        rest: as it said.
+        past: seconds it had taken by then.
+        spared: of what ended jobs took, the share by which they ended earlier than they had said.
+    """
+    return max(rest - spared / (1 + spared) * (past + rest), 0.0)
+
+
+def _rest(one: _Running, expected: float, now: float, spared: float) -> float:
     """Seconds that a running job still takes."""
-    if one.rest is not None:
-        return max(one.told_at + one.rest - now, 0.0)
     past = now - one.began
+    if one.rest is not None:
+        rest = _spare(one.rest, one.told_at - one.began, spared)
+        return max(one.told_at + rest - now, 0.0)
     return max(expected - past, (1 - OVERDUE) / OVERDUE * min(past, expected))
 
 
@@ -189,8 +210,10 @@ def _ratio(key: Key, seen: Iterable[tuple[Key, float, float]]) -> float:
 
 
 def _nearness(key: Key, other: Key) -> float:
+    if other.rule in APART and key.rule != other.rule:
+        return 0.0
     kinds = [rule in EVALUATING for rule in (key.rule, other.rule)]
-    light = [rule in LIGHT for rule in (key.rule, other.rule)]
+    light = [rule in LIGHT or rule in APART for rule in (key.rule, other.rule)]
     like = kinds[0] == kinds[1] and light[0] == light[1]
     near = SAME_RULE if key.rule == other.rule else LIKE if like else OTHER
     return near if key.model == other.model else ANOTHER_MODEL * near

@@ -32,11 +32,50 @@ def config_of(folder: Path, **changes: Any) -> Config:
 
 
 def test_searches_are_long_and_those_of_large_models_longer(tmp_path: Path) -> None:
-    found = dict(expected(config_of(tmp_path), tmp_path / "results"))
+    config = config_of(tmp_path, tasks={"pairs": {}, "prose": {}, "cloze": {}})
+    found = dict(expected(config, tmp_path / "results"))
     small, large = (found[Key("search", model, "topp", "input")] for model in ("small", "large"))
     assert small > 2 * found[Key("dense", "small")] > 2 * found[Key("model", "small")]
     assert large > 1.5 * small
     assert found[Key("page")] > 0
+
+
+def test_a_gguf_file_is_as_large_as_it_is(tmp_path: Path) -> None:
+    """Its searches were expected to be as long as the mean of all."""
+    config = config_of(tmp_path)
+    (tmp_path / "one.gguf").write_bytes(bytes(4000))
+    entries = {
+        "small": {"path": str(tmp_path / "small")},
+        "large": {"gguf": str(tmp_path / "one.gguf")},
+    }
+    assert expected(config_of(tmp_path, models=entries), tmp_path) == expected(config, tmp_path)
+    (tmp_path / "large" / "model.safetensors").unlink()
+    (tmp_path / "large" / "one.gguf").write_bytes(bytes(4000))
+    entries["large"] = {"path": str(tmp_path / "large"), "gguf": "one.gguf"}
+    inside = parse({**config.model_dump(mode="json", exclude_unset=True), "models": entries})
+    assert expected(inside, tmp_path) == expected(config_of(tmp_path), tmp_path)
+
+
+def test_more_tasks_tensors_predictors_and_curves_take_longer(tmp_path: Path) -> None:
+    one = dict(expected(config_of(tmp_path), tmp_path / "results"))
+    asked = {
+        "tasks": {"pairs": {}, "prose": {}, "cloze": {}},
+        "studies": {"predictors": [4, 16, 64]},
+    }
+    models = ["small", "large"]
+    run = [
+        {"models": models, "sites": ["input", "all_inputs", "gate"]},
+        {"models": models, "sites": ["gate"], "layers": [[1]], "levels": [0.5]},
+    ]
+    many = dict(expected(config_of(tmp_path, **asked, run=run), tmp_path / "results"))
+    search = Key("search", "large", "topp", "input")
+    assert many[search] > 1.3 * one[search]
+    assert many[Key("tables")] > 1.1 * one[Key("tables")]
+    errors = [many[Key("output_error", "large", "topp", site)] for site in ("gate", "input")]
+    confined = many[Key("output_error", "large", "topp", "gate@layers1")]
+    assert errors[0] > 1.5 * errors[1] > 1.5 * confined
+    both, single = (many[Key("metrics", "large", site=site)] for site in ("all_inputs", "input"))
+    assert both > 1.3 * single
 
 
 def test_what_is_done_is_not_expected(tmp_path: Path) -> None:
