@@ -43,7 +43,7 @@ _TEXT |= {
     "target_of",
     "part",
 }
-_TEXT |= {"series", "checkpoint", "law", "over"}
+_TEXT |= {"series", "checkpoint", "law", "activation_law", "over"}
 _TEXT |= {"predictor", "node", "reference_site"}
 _TEXT |= {"phase", "region", "quantity", "metric", "first", "second", "measure", "label", "note"}
 _TEXT |= {"continuation", "before"}

@@ -52,6 +52,7 @@ FITS = [
     *OF,
     "law",
     "of_activation",
+    "activation_law",
     "points",
     "left_out",
     *NUMBERS,
@@ -65,13 +66,30 @@ LIMITS += ["models", "slope", "intercept", "low", "high", "resolved", "reason"]
 # Replicates of each bootstrap, and places where bands are given.
 REPLICATES, PLACES = 1000, 40
 Ends = Callable[[np.ndarray], tuple[float, ...]]
+# Activations as model.json calls them: zero for all that is negative, and the smooth ones that are near it.
+# The paper tried relu and silu. A leaky or clipped ReLU, and any other name, is neither's kin here.
+RELU_KIN = {"relu", "relu2", "drelu", "fatrelu"}
+SILU_KIN = {
+    "silu",
+    "gelu",
+    "gelu_new",
+    "gelu_fast",
+    "gelu_pytorch_tanh",
+    "accurategelu",
+    "quick_gelu",
+}
+UNKNOWN = "unknown"
 # What limits are set against.
 SIZE, WIDTH_BY_DEPTH = "non_embedding_parameters", "width_by_depth"
 
 
 def law_of(activation: str) -> str:
-    """The law that Sparsing Law has for an activation: ReLU's, also for its kin, or SiLU's."""
-    return LOGSPACE if "relu" in activation.lower() else POWER
+    """The law that Sparsing Law has for an activation: ReLU's, SiLU's, or that of neither's kin.
+
+    Args:
+        activation: as model.json names it.
+    """
+    return LOGSPACE if activation in RELU_KIN else POWER if activation in SILU_KIN else UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -278,12 +296,14 @@ def _fit_row(law: Law, points: list[Point], fitted: Fitted | str) -> dict[str, A
 
 def _about(model: dict[str, Any], law: Law) -> dict[str, Any]:
     """What the series' models are: columns `ABOUT`, and whether the law is that of their activation."""
+    known = law_of(model["activation"])
     size = model.get("active_non_embedding_parameters", model["non_embedding_parameters"])
     return {
         **{name: model[name] for name in ("family", "activation", "hidden", "layers")},
         "non_embedding_parameters": size,
         "width_by_depth": model["hidden"] / model["layers"],
-        "of_activation": law.name == law_of(model["activation"]),
+        "of_activation": law.name == known,
+        "activation_law": known,
     }
 
 

@@ -11,7 +11,7 @@ from fake_results import make_results, make_tables
 from sparsity_atlas.config.revisions import Checkpoint
 from sparsity_atlas.statistics.training_laws import BILLION, LAWS, LOGSPACE, POWER, fit
 from sparsity_atlas.tables.read import Tables
-from sparsity_atlas.tables.training import Fitted, Point, fit_points, law_of
+from sparsity_atlas.tables.training import UNKNOWN, Fitted, Point, fit_points, law_of
 
 TOKENS = np.array([1, 2, 5, 12, 40]) * 1e9
 
@@ -96,6 +96,13 @@ def test_a_fit_at_an_end_of_its_law_has_no_interval() -> None:
         ("relu", LOGSPACE),
         ("relu2", LOGSPACE),
         ("drelu", LOGSPACE),
+        ("fatrelu", LOGSPACE),
+        ("gelu_pytorch_tanh", POWER),
+        ("quick_gelu", POWER),
+        # A name that holds another one: these are not zero for all that is negative, or end at 6.
+        *((name, UNKNOWN) for name in ("leaky_relu", "prelu", "relu6", "xielu", "crelu", "RELU")),
+        ("the class's own", UNKNOWN),
+        ("", UNKNOWN),
     ],
 )
 def test_the_law_of_an_activation(activation: str, law: str) -> None:
@@ -146,6 +153,7 @@ def test_laws_are_fitted_where_there_are_points_for_them(trained: tuple[Path, Ta
     assert row["alpha"] == pytest.approx(plain.alpha[0])
     assert row["limit_low"] <= row["limit"] <= row["limit_high"]
     assert row["of_activation"]
+    assert row["activation_law"] == POWER
     assert (row["points"], row["left_out"]) == (5, 0)
     assert row["width_by_depth"] == pytest.approx(64 / 3)
     other = fits.loc["a", LOGSPACE, "PPL-1%"]
