@@ -90,13 +90,10 @@ def _kernel(
     """The kernel for a device, compiled for what is defined."""
     from cuda.bindings import driver
 
-    major, minor = torch.cuda.get_device_capability(device)
-    code = compiled(source, dict(defined), f"sm_{major}{minor}")
     with torch.cuda.device(device):
         # torch has made the context that the driver needs when it has done anything.
         torch.cuda.current_stream().synchronize()
-        module = nvrtc.done(driver.cuModuleLoadData(code))
-    kernel = nvrtc.done(driver.cuModuleGetFunction(module, ENTRIES[source].encode()))
+    kernel = nvrtc.loaded(text(source), source, ENTRIES[source], dict(defined), device)
     attributes = driver.CUfunction_attribute
     most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     nvrtc.done(driver.cuFuncSetAttribute(kernel, most, shared))
@@ -105,17 +102,7 @@ def _kernel(
     return kernel
 
 
-def compiled(source: str, defined: dict[str, int], architecture: str) -> bytes:
-    """Machine code of a kernel.
-
-    Args:
-        source: its file.
-        defined: what the file wants to be fixed.
-        architecture: as NVRTC calls it.
-
-    Raises:
-        RuntimeError: with the compiler's words.
-    """
+def text(source: str) -> bytes:
+    """All of a kernel's files."""
     files = (resources.files(__package__).joinpath(name) for name in (DEVICE, source))
-    text = b"".join(one.read_bytes() for one in files)
-    return nvrtc.compiled(text, source, defined, architecture)
+    return b"".join(one.read_bytes() for one in files)

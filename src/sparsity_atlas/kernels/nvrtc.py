@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsity_atlas.files.kept_bytes import keep, kept_path, read_kept
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 
 @functools.cache
@@ -57,10 +59,35 @@ def compiled(text: bytes, name: str, defined: Mapping[str, int], architecture: s
     return code
 
 
+def kept(
+    text: bytes,
+    name: str,
+    defined: Mapping[str, int],
+    architecture: str,
+    version: Sequence[int],
+) -> bytes:
+    """As `compiled`, or what another process has made of the same: one takes a second or two.
+
+    Args:
+        text: of its file.
+        name: of its file.
+        defined: what the file wants to be fixed.
+        architecture: as NVRTC calls it.
+        version: of NVRTC.
+    """
+    made_of = [text.decode(), sorted(defined.items()), architecture, list(version)]
+    path = kept_path("cuda", made_of, ".cubin")
+    code = read_kept(path)
+    if code is None:
+        code = compiled(text, name, defined, architecture)
+        keep(path, code, "compiled kernels")
+    return code
+
+
 def loaded(
     text: bytes, name: str, entry: str, defined: Mapping[str, int], device: torch.device
 ) -> Any:
-    """A kernel of a file, ready for a device; see `compiled`.
+    """A kernel of a file, ready for a device; see `kept`.
 
     Args:
         text: of its file.
@@ -69,10 +96,12 @@ def loaded(
         defined: what the file wants to be fixed.
         device: on which torch has done something, so that the driver has its context.
     """
-    from cuda.bindings import driver
+    from cuda.bindings import driver, nvrtc
 
     major, minor = torch.cuda.get_device_capability(device)
-    code = compiled(text, name, defined, f"sm_{major}{minor}")
+    error, *version = nvrtc.nvrtcVersion()
+    done((error,))
+    code = kept(text, name, defined, f"sm_{major}{minor}", version)
     with torch.cuda.device(device):
         module = done(driver.cuModuleLoadData(code))
     return done(driver.cuModuleGetFunction(module, entry.encode()))
