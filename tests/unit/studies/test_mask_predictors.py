@@ -20,6 +20,7 @@ from sparsity_atlas.studies.mask_predictors import (
     LowRank,
     Probe,
     Tally,
+    _threshold,
     predictor_rows,
 )
 from tiny_models import tiny_model
@@ -131,3 +132,22 @@ def test_one_sequence_is_too_few(ffn: FFN, tmp_path: Path) -> None:
     store = stored(tmp_path, ffn, drawn(16, ffn.hidden), 16)
     with pytest.raises(AtlasError, match="two captured sequences"):
         numbers(ffn, store, [1])
+
+
+@pytest.mark.parametrize("dropped", [0, 1, 7, 299, 599, 600])
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_threshold_is_that_of_the_sorted_scores(dropped: int, ties: bool) -> None:
+    """Bit for bit, also among equal scores; where everything is dropped, above all of them."""
+    values = drawn(20, 30, seed=dropped).double()
+    if ties:
+        values = values.round()
+    kept = torch.ones(600, dtype=torch.bool)
+    kept[:dropped] = False
+    found = _threshold(lambda x, rank: x, 1, values, kept.view(20, 30))
+    ordered = sorted(values.flatten().tolist())
+    expected = ordered[dropped] if dropped < 600 else float("inf")
+    assert found.dtype == torch.float64
+    assert found.shape == ()
+    assert found.item() == expected
+    if dropped < 600:
+        assert int((values < found).sum()) <= dropped < int((values <= found).sum())
