@@ -213,7 +213,7 @@ def _threshold(
     rows = max(1, FEW_ENTRIES // kept.shape[1])
     found = scores(x[:rows], rank).flatten()
     dropped = int((~kept[:rows]).sum())
-    # One number of the order: sorting 4 million for it takes six times as long (0.97 s and 0.17 s of one core).
+    # One number of the order: sorting 4 million for it takes six times as long, 0.97 s and 0.17 s of a core.
     nothing = found.new_tensor(torch.inf)
     return found.kthvalue(dropped + 1).values if dropped < len(found) else nothing
 
