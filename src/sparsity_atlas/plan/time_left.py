@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from sparsity_atlas.plan.schedule import Key, makespan
 
 EVALUATING = {"dense", "search", "evaluate", "sensitivity", "answers"}
-LIGHT = {"run_config", "curve", "model_summary", "tables", "figures", "page", "all"}
+LIGHT = {"run_config", "metrics", "curve", "model_summary", "tables", "figures", "page", "all"}
 LIGHT |= {"truthfulness"}
 # Jobs of these say nothing of others: a wide model's take eighty times their forecast, on a CPU.
 APART = {"metrics"}
@@ -213,7 +213,7 @@ def _nearness(key: Key, other: Key) -> float:
     if other.rule in APART and key.rule != other.rule:
         return 0.0
     kinds = [rule in EVALUATING for rule in (key.rule, other.rule)]
-    light = [rule in LIGHT or rule in APART for rule in (key.rule, other.rule)]
+    light = [rule in LIGHT for rule in (key.rule, other.rule)]
     like = kinds[0] == kinds[1] and light[0] == light[1]
     near = SAME_RULE if key.rule == other.rule else LIKE if like else OTHER
     return near if key.model == other.model else ANOTHER_MODEL * near
