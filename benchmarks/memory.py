@@ -221,12 +221,9 @@ def main() -> None:
             needs = Needs(config, str(results))
             site = row.site if stage in ("evaluate", "calibrate") else None
             told = needs.host(stage, "m", site)
-            builders = needs.builders(stage)
             host, device = peak(command(config, row, stage, place), place / f"logs/{stage}.log")
             if stage == "dense":  # which is known to it only, and to all jobs after it
                 told = Needs(config, str(results)).host(stage, "m", site)
-            # Other processes, of which there are none here.
-            told -= builders
             line = f"{name:<15}{stage:<10}host {host // MIB:>6,} MiB, expected {told:>6,}"
             line += f" ({told * MIB / host:.2f})"
             if device:

@@ -22,7 +22,7 @@ rule dense:
     threads: ask.dense_threads
     resources:
         gpu=ask.gpus,
-        mem_mb=ask.memory("dense"),
+        mem_mb=ask.dense_memory,
         gpu_mb=ask.gpu_memory("dense"),
         runtime=ask.node_minutes,
     params:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,17 @@ from sparsity_atlas.calibrate.allocation_cost import ERROR_TOKENS, allocation, t
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config
 from sparsity_atlas.evaluation.ahead import MOST
-from sparsity_atlas.files.whole import read_json, read_manifest
-from sparsity_atlas.loading.devices import ITEM_BYTES
+from sparsity_atlas.files.whole import read_manifest
+from sparsity_atlas.loading.devices import ITEM_BYTES, visible_gpus
 from sparsity_atlas.models.memory import MIB, Largest, Sizes, of_a_capture, of_a_pass
+from sparsity_atlas.rules import beside_gpu
+from sparsity_atlas.rules.before_manifest import (
+    PROVED_COPIES,
+    PROVED_TOKENS,
+    before_manifest,
+    before_manifest_on_gpu,
+    gguf_bytes,
+)
 from sparsity_atlas.terms import (
     ATTENTION_TENSORS,
     FFN,
@@ -31,28 +38,22 @@ from sparsity_atlas.terms import (
     tensors_at,
 )
 
-# A stage's process without its model, as measured: Python with torch and what else it imports.
+# A stage's process without its model, on a CPU, as measured: Python with torch and what else it imports.
 BASE_MIB = {
     **{"models": 450, "capture": 500, "calibrate": 500, "output_error": 500, "sensitivity": 500},
     **{"dense": 700, "evaluate": 700, "search": 700, "answers": 700, "speed": 800},
 }
-# What CUDA adds to a process in host memory, and each process holds on a GPU.
-CUDA_HOST_MIB, CUDA_DEVICE_MIB = 2000, 600
+# What each process holds on a GPU, for its context; for what it takes in host memory see `beside_gpu`.
+CUDA_DEVICE_MIB = 600
 # Of each process that builds requests beside a dense baseline on a GPU, what is its own.
 BUILDER_MIB = 250
 # The two Snakemake processes that a cluster's job runs in.
 SNAKEMAKE_MIB = 500
-# Peaks lie within this factor of what is expected (benchmarks/memory.py).
+# Peaks on a CPU, and on the GPU itself, lie within this factor of what is expected (benchmarks/memory.py).
 MARGIN = 1.25
-# Of a model of which nothing is known: its manifest is not written and its weights are not here.
-UNKNOWN_WEIGHTS_MIB = 32000
 # Tokens a sequence before a model's dense baseline has run, where the configuration sets no limit; longer
 # ones are rare in the usual tasks.
 USUAL_LENGTH = 2048
-# Tokens whose logits the proof of a model compares, and copies of them in float32.
-PROVED_TOKENS, PROVED_COPIES = 64, 6
-# Tokens of a vocabulary whose file is not opened.
-GGUF_VOCABULARY = 2**18
 # Copies of a layer's captured tensor that a calibration makes, and bytes that output errors take.
 CALIBRATED_COPIES, ERROR_BYTES = 4, 512 * MIB
 
@@ -73,15 +74,20 @@ class Needs:
         self._sizes: dict[str, Sizes] = {}
         self._dense: dict[str, dict[str, Any]] = {}
         self._missing: dict[Path, float] = {}  # when it was last looked for
+        # As `pick_device` will, on a machine like this one.
+        self._on_gpu = config.device == "cuda" or (config.device == "auto" and visible_gpus() > 0)
         self._evolves = any(
             allocation(grid.criterion_slice(config, name)) == "evolutionary"
             for name in config.criteria
         )
         self._sites = functools.cache(functools.partial(grid.stored_sites, config))
 
-    def memory(self, stage: str, model: str, site: str | None = None) -> int:
-        """Host memory in MiB to ask for; see `host`."""
-        return round(MARGIN * self.host(stage, model, site)) + SNAKEMAKE_MIB
+    def memory(self, stage: str, model: str, site: str | None = None, threads: int = 1) -> int:
+        """Host memory in MiB to ask for; see `host`. On a GPU a dense baseline's builders are beside it."""
+        margin = 1 if self._on_gpu else MARGIN
+        builders = min(threads - 1, MOST) if self._on_gpu and stage == "dense" else 0
+        own = round(margin * self.host(stage, model, site))
+        return own + builders * BUILDER_MIB + SNAKEMAKE_MIB
 
     def gpu_memory(self, stage: str, model: str, site: str | None = None) -> int:
         """Memory of a GPU in MiB to ask for; 0 where none is used, or nothing is known yet."""
@@ -100,29 +106,49 @@ class Needs:
             model: of the catalogue.
             site: of the stage, if it has one.
         """
-        entry, device = self._config.models[model], self._config.device
-        sizes = self.sizes(model)
-        base = BASE_MIB[stage] + (CUDA_HOST_MIB if device == "cuda" else 0)
-        base += self.builders(stage)
+        entry = self._config.models[model]
+        if self._on_gpu:
+            return beside_gpu.PROCESS_MIB[stage] + self._beside_gpu(stage, model)
+        sizes, base = self.sizes(model), BASE_MIB[stage]
         if sizes is None:
-            return base + _before_manifest(entry.path, entry.gguf)
-        # `auto` is float32 on the CPU; with `device: cuda` a checkpoint is hardly ever wider than 16 bits.
-        dtype = self._dtype(model, "bfloat16" if device == "cuda" else "float32")
+            return base + before_manifest(entry.path, entry.gguf)
+        dtype = self._dtype(model, "float32")
         weights = sizes.parameters * ITEM_BYTES[dtype]
         # Files are mapped while their numbers are copied.
         loading = weights + sizes.parameters * self._file_item(model)
-        running = weights
+        running = weights + self._work(stage, model, sizes, site, "cpu")
         if stage == "capture":
             running += self._held(model, dtype)
-        if stage == "calibrate" and self._evolves:
-            running += ERROR_TOKENS * sizes.vocabulary * 4  # the dense model's log-probabilities
-        if device != "cuda":  # else it never leaves the GPU
-            running += self._work(stage, model, sizes, site, "cpu")
+        if stage == "calibrate":
+            running += self._kept(sizes)
         return base + max(loading, running) // MIB
 
-    def builders(self, stage: str) -> int:
-        """MiB of that for the processes that build requests beside; see `evaluation.ahead`."""
-        return MOST * BUILDER_MIB if self._config.device == "cuda" and stage == "dense" else 0
+    def _beside_gpu(self, stage: str, model: str) -> int:
+        """MiB of host memory that a model costs which is on a GPU."""
+        entry, sizes = self._config.models[model], self.sizes(model)
+        if sizes is None:
+            return before_manifest_on_gpu(entry.path, entry.gguf)
+        # A checkpoint is hardly ever wider than 16 bits; a GGUF file's numbers become float32.
+        dtype = self._dtype(model, "bfloat16" if entry.gguf is None else "float32")
+        weights = sizes.parameters * ITEM_BYTES[dtype]
+        if entry.gguf is None:
+            loading = beside_gpu.of_loading(weights, sizes.parameters * self._file_item(model))
+        else:  # of a file that is not here, a byte a number
+            widest = sizes.vocabulary * sizes.hidden
+            file = gguf_bytes(entry.path, entry.gguf) or sizes.parameters
+            loading = beside_gpu.of_loading(weights, file, widest)
+        read = grid.calibration_tokens(self._config) * sizes.width * 4 + self._kept(sizes)
+        running = beside_gpu.of_running(
+            stage, self._held(model, dtype) if stage == "capture" else 0, read
+        )
+        if entry.device_map is not None:  # what the GPUs do not hold
+            running += weights
+        stays = entry.gguf is not None
+        return beside_gpu.of_a_job(loading, running, stays=stays) // MIB
+
+    def _kept(self, sizes: Sizes) -> int:
+        """Bytes of the dense model's log-probabilities, which an evolution compares with."""
+        return ERROR_TOKENS * sizes.vocabulary * 4 if self._evolves else 0
 
     def _work(self, stage: str, model: str, sizes: Sizes, site: str | None, device: str) -> int:
         """Bytes beside the weights on the device where the model runs."""
@@ -273,23 +299,6 @@ class Needs:
             return read_manifest(path)
         self._missing[path] = time.monotonic()
         return None
-
-
-def _before_manifest(path: str | None, gguf: str | None = None) -> int:
-    """MiB that a model will need that has no manifest yet: its files at float32, its proof, or a guess."""
-    if gguf is not None and os.path.isfile(os.path.join(path or "", gguf)):
-        # Of four bits a number in most files; in float32 twice, while it is copied.
-        numbers = 2 * os.path.getsize(os.path.join(path or "", gguf))
-        return (2 * 4 * numbers + PROVED_TOKENS * GGUF_VOCABULARY * 4 * PROVED_COPIES) // MIB
-    if path is None or not Path(path).is_dir():
-        return UNKNOWN_WEIGHTS_MIB
-    files = sum(one.stat().st_size for one in Path(path).glob("*.safetensors"))
-    config = Path(path, "config.json")
-    content = read_json(config) if config.is_file() else {}
-    content = content.get("text_config", content) if isinstance(content, dict) else {}
-    vocabulary = content.get("vocab_size") or 0
-    # In float32 twice as much as in 16 bits; beside it first the files that are mapped, then the proof.
-    return (2 * files + max(files, PROVED_TOKENS * vocabulary * 4 * PROVED_COPIES)) // MIB
 
 
 def levels_of(config: Config, curve: grid.Curve) -> int:

@@ -49,6 +49,11 @@ class Resources(ABC):
         """MiB of host memory of a stage that loads a model."""
         return _scaled(functools.partial(self._asked, self._needs.memory, stage))
 
+    @question
+    def dense_memory(self, wildcards: Wildcards, attempt: int, threads: int) -> int:
+        """That of a dense baseline, with a process for each further thread; see `dense_threads`."""
+        return attempt * self._needs.memory("dense", wildcards.model, threads=threads)
+
     def gpu_memory(self, stage: str) -> Callable[..., int]:
         """MiB of GPU memory of such a stage, to be known where GPUs are chosen by it."""
         return _scaled(functools.partial(self._asked, self._needs.gpu_memory, stage))

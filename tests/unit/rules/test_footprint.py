@@ -18,7 +18,7 @@ from sparsity_atlas.config.schema import Config, parse
 from sparsity_atlas.config.selection import fold, unfold
 from sparsity_atlas.files.whole import write_manifest
 from sparsity_atlas.models.memory import Largest
-from sparsity_atlas.rules import asks, footprint
+from sparsity_atlas.rules import asks, before_manifest, beside_gpu, footprint
 from sparsity_atlas.rules.asks import Asks
 from sparsity_atlas.rules.footprint import Needs
 from sparsity_atlas.rules.question import question
@@ -44,7 +44,8 @@ def with_manifest(results: Path) -> None:
 
 def host(own: Needs, stage: str = "evaluate", site: str | None = "input") -> int:
     """Of the model, beside what each stage's process has without one."""
-    return own.host(stage, "m", site) - footprint.BASE_MIB[stage]
+    process = beside_gpu.PROCESS_MIB if own.gpu_memory(stage, "m", site) else footprint.BASE_MIB
+    return own.host(stage, "m", site) - process[stage]
 
 
 @pytest.mark.parametrize(
@@ -56,8 +57,7 @@ def test_a_model_is_mapped_while_it_is_read(
 ) -> None:
     with_manifest(tmp_path)  # whose files hold bfloat16
     own = Needs(config({"hub": "x/y", "dtype": dtype}, device=device), str(tmp_path))
-    cuda = footprint.CUDA_HOST_MIB if device == "cuda" else 0
-    assert host(own, "output_error") == cuda + 8 * 10**9 * (item + 2) // 2**20
+    assert host(own, "output_error") == 8 * 10**9 * (item + 2) // 2**20
 
 
 def test_a_file_of_four_bits_a_number_is_no_guess(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_a_file_of_four_bits_a_number_is_no_guess(tmp_path: Path) -> None:
         expected = host(Needs(config(entry, device="cpu"), str(tmp_path)), "models", None)
         assert 2 * 4 * 135_000_000 / 2**20 < expected < 3000
     missing = Needs(config({"gguf": "nowhere.gguf"}, device="cpu"), str(tmp_path))
-    assert host(missing, "models", None) == footprint.UNKNOWN_WEIGHTS_MIB
+    assert host(missing, "models", None) == before_manifest.UNKNOWN_WEIGHTS_MIB
 
 
 def test_what_is_asked_for_is_more_than_what_is_expected(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_gpu_memory_is_weights_and_the_work(tmp_path: Path) -> None:
     work = 10**6 * ((4 * 4096 + 3 * 14336) * 2 + 3 * 9)
     expected = 1.25 * (footprint.CUDA_DEVICE_MIB + (8 * 10**9 * 2 + work) / 2**20)
     assert own.gpu_memory("evaluate", "m", "input") == round(expected)
-    assert host(own) == footprint.CUDA_HOST_MIB + 8 * 10**9 * 4 // 2**20
+    assert host(own) == 8 * 10**9 * 4 // 2**20
 
 
 def test_memory_before_there_is_a_manifest(tmp_path: Path) -> None:
@@ -269,13 +269,6 @@ def test_a_capture_from_a_gpu_has_threads_to_write(
     # A job of a cluster must not take more than it was given.
     monkeypatch.setattr("sparsity_atlas.rules.resources.inside_allocation", lambda: True)
     assert Asks(config(), str(tmp_path)).capture_threads(SimpleNamespace(model="m")) == 1
-
-
-def test_processes_that_build_requests_are_counted_where_a_gpu_computes(tmp_path: Path) -> None:
-    with_manifest(tmp_path)
-    for device, more in (("cuda", 7 * footprint.BUILDER_MIB), ("cpu", 0)):
-        own = Needs(config(device=device), str(tmp_path))
-        assert host(own, "dense") - host(own, "evaluate") == more
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,61 @@
+"""What a process takes in host memory whose model is on a GPU: none of it grows with a batch.
+
+Batches, logits and what is made of them are on the device. Here are the process itself, whose CUDA context
+and libraries are most of it, weights on their way through, and what waits to be written or was read from a
+store. Parts are upper bounds and take no margin: benchmarks/README.md, section j, holds them against the
+peaks of a run on two H200 (torch 2.11).
+"""
+
+from __future__ import annotations
+
+from sparsity_atlas.models.memory import MIB
+
+# Python with torch, what the stage imports, a CUDA context, libraries and kernels in use: about the most that
+# jobs of models of 1 to 6 million parameters took there, less those. That of `speed` is a guess.
+PROCESS_MIB = {
+    **{"models": 1625, "capture": 1500, "calibrate": 1500, "output_error": 1500},
+    **{"sensitivity": 1500, "evaluate": 1550, "search": 1550, "answers": 1600, "dense": 1650},
+    "speed": 1900,
+}
+# Blocks of a store, and what libraries for dense matrices take where a layer's masks are foretold: 180 MiB at
+# a width of 256, some 500 at 1,536.
+ERROR_HOST_BYTES = 512 * MIB
+# Copies in float32 of the widest tensor of a GGUF file while it is turned into numbers.
+WIDEST_COPIES = 2
+
+
+def of_loading(weights: int, file: int, widest: int | None = None) -> int:
+    """Bytes of weights on their way to the device.
+
+    Of a GGUF file of SmolLM2-135M, on a CPU, 546 MiB in bfloat16 (567 by this) and 791 in float32 (823).
+
+    Args:
+        weights: in the type of the computation.
+        file: of the files, which are mapped meanwhile.
+        widest: numbers of the widest tensor of a GGUF file; None for another one.
+    """
+    return weights + file + (0 if widest is None else WIDEST_COPIES * 4 * widest)
+
+
+def of_running(stage: str, held: int, read: int) -> int:
+    """Bytes that a stage has in host memory beside its process, once the model is on the device.
+
+    Args:
+        stage: as `PROCESS_MIB` names it.
+        held: of captured tensors that wait to be written.
+        read: of a layer's captured tensor, as a calibration reads it.
+    """
+    return {"capture": held, "calibrate": read, "output_error": ERROR_HOST_BYTES}.get(stage, 0)
+
+
+def of_a_job(loading: int, running: int, *, stays: bool) -> int:
+    """Bytes of both, at their peak.
+
+    Args:
+        loading: of weights on their way.
+        running: afterwards.
+        stays: whether what loading took is not given back. Of a GGUF file, whose numbers are thousands of
+            arrays for Python's allocator, 521 of 546 MiB (bfloat16) and 332 of 791 (float32) stayed; of
+            safetensors' pages 13 and 114 MiB for as many parameters.
+    """
+    return loading + running if stays else max(loading, running)
