@@ -20,7 +20,7 @@ rule speed:
         "results/benchmarks/{model}/{criterion}/{site}/speed.jsonl"
     conda:
         "../../envs/atlas.yaml"
-    # All of them, so that nothing else runs meanwhile.
+    # All of them, so that nothing else runs meanwhile; of two such jobs on a machine one waits for the other.
     threads: ask.timing_threads
     resources:
         gpu=ask.timing_gpus,

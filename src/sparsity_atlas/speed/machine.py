@@ -1,16 +1,46 @@
-"""What measured times are of: the device, its driver and clocks, and the libraries that multiply."""
+"""What measured times are of: the device, its driver and clocks, and the libraries that multiply.
+
+And that one job at a time measures them.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import platform
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from sparsity_atlas import cli
 from sparsity_atlas.errors import AtlasError
+
+
+@contextlib.contextmanager
+def alone(folder: Path | None = None) -> Iterator[None]:
+    """Wait until no other job of this user times on this machine, and keep others waiting.
+
+    A job asks for all cores; with `--cores` above the machine's, or in a second run, another one starts.
+
+    Args:
+        folder: of the lock file; by default the system's for temporary files, which is the machine's own.
+    """
+    # Named by the user: nobody may open the lock file of another one in a shared /tmp.
+    path = Path(folder or tempfile.gettempdir()) / f"sparsity-atlas-{os.getuid()}-speed.lock"
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            cli.logger.info("another job measures times on this machine; waiting")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        # The kernel frees it when its holder ends, however that is.
+        yield
 
 
 def machine(device: str) -> dict[str, str]:

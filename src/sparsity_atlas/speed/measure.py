@@ -193,7 +193,14 @@ def main() -> None:
     )
     parser.add_argument("--output", required=True, type=Path, help="Parquet file to write")
     arguments = parser.parse_args()
+    from sparsity_atlas.speed.machine import alone
 
+    with alone():
+        _measure(arguments)
+
+
+def _measure(arguments: argparse.Namespace) -> None:
+    """Write the table that the command line asks for."""
     settings, site = arguments.settings, arguments.site
     criterion = create(arguments.criterion)
     curve = read_manifest(arguments.curve)

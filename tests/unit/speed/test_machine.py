@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from sparsity_atlas import cli
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.speed import machine as module
-from sparsity_atlas.speed.machine import machine
+from sparsity_atlas.speed.machine import alone, machine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OWN = "53a06ed6-0000-4000-8000-000000000001"
@@ -50,3 +53,39 @@ def test_a_gpu_is_asked_for_by_its_own_name(
     assert (found["device"], found["driver"]) == ("a card", driver)
     assert found["versions"].startswith(f"torch {torch.__version__}, triton 3.6")
     assert f"--id=GPU-{OWN} " in (tmp_path / "asked").read_text()
+
+
+def test_of_two_jobs_that_time_one_waits_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    entered, said = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with alone(tmp_path):
+            entered.set()
+
+    class Heard(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.set()
+
+    heard = Heard()
+    cli.logger.addHandler(heard)
+    waiting = threading.Thread(target=other, daemon=True)
+    try:
+        with caplog.at_level("INFO", logger=cli.logger.name), alone(tmp_path):
+            assert "waiting" not in caplog.text
+            waiting.start()
+            assert said.wait(30)
+            assert not entered.wait(0.1)
+            assert "another job measures times on this machine; waiting" in caplog.text
+        assert entered.wait(30)
+    finally:
+        cli.logger.removeHandler(heard)
+    waiting.join(30)
+
+
+def test_a_job_that_fails_leaves_the_machine(tmp_path: Path) -> None:
+    with pytest.raises(AtlasError, match="nothing"), alone(tmp_path):
+        raise AtlasError("nothing")
+    with alone(tmp_path):
+        pass

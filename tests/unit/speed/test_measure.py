@@ -219,6 +219,20 @@ def test_the_command_names_the_machine(manifest: Path, tmp_path: Path) -> None:
     assert all("1 thread" in row["device"] and "numba" in row["versions"] for row in rows)
 
 
+def test_the_command_waits_for_the_machine(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it loads anything: whoever waits takes no memory from the one that is timed."""
+
+    def busy() -> None:
+        raise AtlasError("busy")
+
+    monkeypatch.setattr("sparsity_atlas.speed.machine.alone", busy)
+    monkeypatch.setattr(measure, "load", None)
+    with pytest.raises(AtlasError, match="busy"):
+        stage(manifest, tmp_path)
+
+
 def test_too_little_text_ends_in_one_line(manifest: Path, tmp_path: Path) -> None:
     with pytest.raises(AtlasError, match=r"capture\.tokens: 0 are too few to time 16 tokens"):
         # All is left to calibrations.
