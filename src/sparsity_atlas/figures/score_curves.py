@@ -79,7 +79,10 @@ def criteria(tables: Tables) -> Figure:
     order = {model: place for place, model in enumerate(tables.by_size())}
     several.sort(key=lambda key: (order[key[0]], site_rank(key[1])))
     keys, note = select(several, PANELS)
-    styles = marks(tables.criteria())
+    rows = rows[[key in keys for key in zip(rows["model"], rows["site"], strict=True)]]
+    # Of those alone that are shown, in the colours that they have elsewhere.
+    shown = set(rows["criterion"])
+    styles = {name: mark for name, mark in marks(tables.criteria()).items() if name in shown}
     figure, axes = grid(len(keys), height=2.0)
     for ax, (model, site) in zip(axes, keys, strict=True):
         panel = rows[(rows["model"] == model) & (rows["site"] == site)]

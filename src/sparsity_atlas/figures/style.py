@@ -180,7 +180,8 @@ def arrange(figure: Figure) -> None:
         # The second pass sees the labels that the first one made room for.
         engine.execute(figure)
         engine.execute(figure)
-    figure.set_layout_engine("none")
+    # Not "none", which is a layout of its own: before it is saved, all is drawn for that once more.
+    figure.set_layout_engine(None)
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -382,6 +382,33 @@ def test_a_figure_is_laid_out_as_where_it_is_drawn_twice(bad):
         assert style.to_svg(laid_out) == style.to_svg(drawn)
 
 
+def test_a_figure_that_is_laid_out_is_drawn_once(plain, monkeypatch):
+    """With a layout engine, also one that does nothing, saving draws all of it once more."""
+    draws = []
+    with style.styled():
+        figure = score_curves.criteria(plain)
+        style.arrange(figure)
+        draw = figure.draw
+        monkeypatch.setattr(figure, "draw", lambda renderer: (draws.append(1), draw(renderer)))
+        style.to_svg(figure)
+    assert len(draws) == 1
+
+
+def test_the_legend_has_no_criterion_that_no_panel_shows(tmp_path):
+    tables = tables_of(
+        tmp_path, models={"m": {}}, sites=("input",), criteria=("topp", "topk", "prompt_mask")
+    )
+    task, curves = tables.loss_task(), tables.curves
+    # Asked of other tasks alone.
+    kept = (curves["criterion"] != "prompt_mask") | (curves["task"] != task)
+    some = replace(tables, curves=curves[kept])
+    with style.styled():
+        every, fewer = score_curves.criteria(tables), score_curves.criteria(some)
+    names = [[text.get_text() for text in one.legends[0].get_texts()] for one in (every, fewer)]
+    assert "prompt_mask" in names[0]
+    assert names[1] == [name for name in names[0] if name != "prompt_mask"]
+
+
 def test_a_selection_keeps_both_ends():
     kept, note = panels.select(list(range(50)), 7)
     assert kept[0] == 0
