@@ -20,6 +20,8 @@ PROCESS_MIB = {
 # Blocks of a store, and what libraries for dense matrices take where a layer's masks are foretold: 180 MiB at
 # a width of 256, some 500 at 1,536.
 ERROR_HOST_BYTES = 512 * MIB
+# Of a token of a model's tasks in requests: 48,000 of some 46 tokens took 135 MiB, and their tokens more.
+REQUEST_BYTES, ASKING = 100, ("dense", "evaluate", "search", "answers")
 # Copies in float32 of the widest tensor of a GGUF file while it is turned into numbers.
 WIDEST_COPIES = 2
 
@@ -35,6 +37,11 @@ def of_loading(weights: int, file: int, widest: int | None = None) -> int:
         widest: numbers of the widest tensor of a GGUF file; None for another one.
     """
     return weights + file + (0 if widest is None else WIDEST_COPIES * 4 * widest)
+
+
+def of_requests(stage: str, tokens: int) -> int:
+    """Bytes of the requests of a model's tasks, from the tokens that they have in all."""
+    return REQUEST_BYTES * tokens if stage in ASKING else 0
 
 
 def of_running(stage: str, held: int, read: int) -> int:

@@ -144,7 +144,8 @@ class Needs:
         if entry.device_map is not None:  # what the GPUs do not hold
             running += weights
         stays = entry.gguf is not None
-        return beside_gpu.of_a_job(loading, running, stays=stays) // MIB
+        requests = beside_gpu.of_requests(stage, self.tokens(model) or 0)
+        return (beside_gpu.of_a_job(loading, running, stays=stays) + requests) // MIB
 
     def _kept(self, sizes: Sizes) -> int:
         """Bytes of the dense model's log-probabilities, which an evolution compares with."""

@@ -10,6 +10,7 @@ import pytest
 
 from fake_results import write_model
 from sparsity_atlas.config.schema import Config, parse
+from sparsity_atlas.files.whole import write_manifest
 from sparsity_atlas.rules.asks import Asks
 from sparsity_atlas.rules.footprint import SNAKEMAKE_MIB, Needs
 from sparsity_atlas.terms import SITES
@@ -41,6 +42,8 @@ PEAKS = {
     "sensitivity": (1792,),
     "answers": (2104,),
 }
+# Tokens of its tasks.
+TOKENS = {"smollm2": 763_953, "smollm2-chat": 850_084, "smollm2-float32": 288_098}
 # Loaded after the 15 s in which Snakemake looks twice a second, so that the peak was not seen: to load such a
 # file takes 791 MiB in float32, where these had 270 beside what a process has.
 UNSEEN = {("models", name) for name in ("smollm2", "smollm2-chat", "smollm2-float32")}
@@ -85,6 +88,11 @@ def with_manifest(results: Path, name: str) -> None:
     )
 
 
+def with_dense(results: Path, tokens: int) -> None:
+    task = {"status": "ok", "tokens": {"scoring": tokens}}
+    write_manifest(results / "m/dense/eval.json", {"tasks": {"a": task}})
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_what_is_told_is_within_a_quarter_of_the_peaks(tmp_path: Path, name: str) -> None:
     """Snakemake's own processes, which a cluster's job holds as well, are not in the peaks."""
@@ -92,7 +100,10 @@ def test_what_is_told_is_within_a_quarter_of_the_peaks(tmp_path: Path, name: str
     told = {"models": own.memory("models", "m")}
     with_manifest(tmp_path, name)
     own = Needs(configured(tmp_path, name), str(tmp_path))
-    told |= {stage: own.memory(stage, "m") for stage in PEAKS if stage != "models"}
+    told["dense"] = own.memory("dense", "m")
+    with_dense(tmp_path, TOKENS.get(name, 351_200))
+    own = Needs(configured(tmp_path, name), str(tmp_path))
+    told |= {stage: own.memory(stage, "m") for stage in PEAKS if stage not in told}
     place = list(SHAPES).index(name)
     for stage, peaks in PEAKS.items():
         if place < len(peaks):
@@ -125,6 +136,16 @@ def test_a_file_of_four_bits_stays_where_it_was_turned_into_numbers(tmp_path: Pa
     (tmp_path / "files/model.gguf").unlink()
     loading += 134_515_008 - GGUF
     assert own.host("search", "m") == 1550 + loading // MIB
+
+
+def test_requests_count_with_their_tokens_where_tasks_run(tmp_path: Path) -> None:
+    with_manifest(tmp_path, "zoo-small")
+    before = Needs(configured(tmp_path, "zoo-small"), str(tmp_path))
+    without = {stage: before.host(stage, "m") for stage in ("search", "sensitivity")}
+    with_dense(tmp_path, 10 * MIB)
+    after = Needs(configured(tmp_path, "zoo-small"), str(tmp_path))
+    assert after.host("search", "m") == without["search"] + 1000
+    assert after.host("sensitivity", "m") == without["sensitivity"]
 
 
 def test_weights_that_the_gpus_do_not_hold_are_in_host_memory(tmp_path: Path) -> None:
