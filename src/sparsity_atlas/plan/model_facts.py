@@ -15,6 +15,7 @@ from sparsity_atlas.activations.layout import stored_type
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.model_entry import DiffusionSettings
 from sparsity_atlas.config.schema import Config
+from sparsity_atlas.config.timings import timings
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.session import Session
@@ -32,6 +33,8 @@ from sparsity_atlas.sites.available import Available
 from sparsity_atlas.sites.experts.experts_modules import experts_modules
 from sparsity_atlas.sites.find import find_parts, sees_earlier_only
 from sparsity_atlas.sites.part import by_layer
+from sparsity_atlas.speed.decoder import STEPS
+from sparsity_atlas.speed.token_times import made_for
 from sparsity_atlas.terms import ATTENTION, ROUTING
 
 if TYPE_CHECKING:
@@ -139,6 +142,9 @@ def look(
         tasks: of the model, as far as they could be loaded.
         manifest: where an earlier run may have left the model's manifest.
         unknowns: takes what could not be found out.
+
+    Raises:
+        AtlasError: times are asked for at more tokens than the model is made for.
     """
     outlook = Outlook()
     settings = json.loads(grid.evaluation_slice(config, name, ()))
@@ -155,6 +161,7 @@ def look(
     except (AtlasError, OSError, ValueError, KeyError) as error:
         unknowns.note(name, error)
         return outlook
+    _check_contexts(config, name, made_for(empty))
     outlook.parameters = outlook.loaded = empty.num_parameters()
     outlook.dtype = _dtype(settings, empty)
     described = read_manifest(manifest) if manifest.is_file() else None
@@ -175,6 +182,17 @@ def look(
         else:
             outlook.costs[task.name] = cost
     return outlook
+
+
+def _check_contexts(config: Config, name: str, most: int | None) -> None:
+    """Refuse contexts that the model cannot have, of which each job of its curves would say so at its end."""
+    asked = [one.contexts for (model, *_), one in timings(config).items() if model == name]
+    context = max((context for some in asked for context in some), default=0)
+    if most is not None and context and context + STEPS > most:
+        raise AtlasError(
+            f"config: speed: contexts: {context} and the {STEPS} tokens that are timed after it are more "
+            f"than the {most} that {name} is made for; use at most {most - STEPS}"
+        )
 
 
 def _dry(

@@ -96,14 +96,19 @@ def token_rows(
                 break
 
 
+def made_for(model: PreTrainedModel) -> int | None:
+    """Tokens of a sequence that a model is made for at most; None: its configuration does not say."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return most if isinstance(most, int) else None
+
+
 def _masks(model: PreTrainedModel, ids: Tensor, size: int) -> tuple[Masks | None, str]:
     """How the model is told who sees whom, or why it cannot be decoded with."""
     why = refusal_of_model(model)
     if why is not None:
         return None, why
-    config: Any = model.config.get_text_config()
-    most = getattr(config, "max_position_embeddings", None)
-    if isinstance(most, int) and size > most:
+    most = made_for(model)
+    if most is not None and size > most:
         return None, f"the model is made for {most} tokens, and {size} are wanted"
     proof = proved(model, ids.tolist()[:size], size)
     return proof.masks, f"with keys and values in fixed places: {proof.fault}"

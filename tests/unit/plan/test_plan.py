@@ -20,6 +20,7 @@ from small_configs import small_config
 from sparsity_atlas.activations import capture
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config, StudySettings, parse
+from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation.evaluate import evaluate_node
 from sparsity_atlas.figures.wanted import wanted
 from sparsity_atlas.files.whole import read_manifest, write_manifest
@@ -41,11 +42,13 @@ from sparsity_atlas.plan.rates import dimension_seconds, figure_seconds
 from sparsity_atlas.plan.text import duration, show, size, text
 from sparsity_atlas.report.report import MODEL_FIGURES
 from sparsity_atlas.sites.find import find_parts
+from sparsity_atlas.speed.decoder import STEPS
 from sparsity_atlas.tasks.load import load_tasks
 from tiny_lm import (
     CHOICE,
     GENERATION,
     LAST_WORD,
+    MAX_LENGTH,
     ROLLING,
     choice_documents,
     letter_documents,
@@ -406,6 +409,25 @@ def test_what_will_be_refused_is_no_traceback(
     )
     (said,) = unknowns
     assert f"a quantised checkpoint ({method})" in said
+
+
+@pytest.mark.parametrize(("beyond", "contexts"), [(0, [1]), (1, []), (100_000, [])])
+def test_times_beyond_the_models_length_end_in_a_line(
+    beyond: int, contexts: list[int], model_folder: Path, tmp_path: Path
+) -> None:
+    """The last context that leaves room for what is timed after it is planned, the next one is not."""
+    last = MAX_LENGTH - STEPS
+    block = {"sites": ["input"], "criteria": ["topp"], "levels": [0.5]}
+    block |= {"speed": {"device": "cpu", "contexts": [*contexts, last + beyond]}}
+    config = make_config({"tiny": {"path": str(model_folder)}}, {}, block=block)
+    unknowns = Unknowns()
+    if not beyond:
+        assert look(config, "tiny", {}, tmp_path / "no", unknowns).parameters
+        assert not unknowns
+        return
+    said = f"config: speed: contexts: {last + beyond} and .* {MAX_LENGTH} that tiny .* use at most {last}$"
+    with pytest.raises(AtlasError, match=said):
+        look(config, "tiny", {}, tmp_path / "no", unknowns)
 
 
 def test_what_cannot_be_known_is_said(model_folder: Path, tmp_path: Path) -> None:
