@@ -17,6 +17,7 @@ from sparsity_atlas.decoding.vector import Vector
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.sites.ffn import FFN
 from sparsity_atlas.speed.products import READ, gated_of, joined, readers_of
+from sparsity_atlas.speed.proved_matrix import matrix_of
 from sparsity_atlas.speed.speed_table import NO_EXPERTS
 from sparsity_atlas.speed.timed_rows import Dense, Point
 from sparsity_atlas.terms import EXPERTS, TENSORS, PlaceKey
@@ -143,11 +144,10 @@ def _of_part(part: Part, tensors: tuple[str, ...], why: dict[str, str]) -> Itera
     for tensor in tensors:
         name = "up and gate" if pair and tensor == "input" else NAMES.get(tensor, tensor)
         try:
-            weights = [reader.weight() for reader in readers_of(part, tensor).values()]
+            held = [matrix_of(reader) for reader in readers_of(part, tensor).values()]
         except AtlasError as error:
             why.setdefault(name, str(error))
         else:
-            held = [one for one in weights if one is not None]
             shape = f"{held[0].shape[1]} to {sum(len(one) for one in held)}"
             yield Maps(name, tensor, (tensor,), [part], shape, sum(one.numel() for one in held))
 

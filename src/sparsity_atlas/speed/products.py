@@ -12,6 +12,7 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.models.logits.head import EXACT
 from sparsity_atlas.sites.ffn import FFN
 from sparsity_atlas.sites.shaping import PLAIN
+from sparsity_atlas.speed.proved_matrix import matrix_of
 from sparsity_atlas.speed.speed_table import NO_EXPERTS
 from sparsity_atlas.terms import EXPERTS, TENSORS
 
@@ -42,10 +43,10 @@ class Joined(NamedTuple):
 
 
 def readers_of(part: Part, tensor: str) -> dict[str, Projection]:
-    """The maps that read a tensor, by path, each of a plain matrix.
+    """The maps that read a tensor, by path, each with a matrix of its own.
 
     Raises:
-        AtlasError: nothing reads it as it is, or a map of another form, or routed experts do.
+        AtlasError: nothing reads it as it is, or a map for two factors, or routed experts do.
     """
     if part.name == EXPERTS:
         raise AtlasError(NO_EXPERTS)
@@ -53,8 +54,8 @@ def readers_of(part: Part, tensor: str) -> dict[str, Projection]:
         raise AtlasError(f"layer {part.layer}: {tensor}: there is no second factor to leave out")
     readers = {reader.path: reader for reader in part.readers(tensor)}
     for path, reader in readers.items():
-        if reader.weight() is None or reader.half is not None:
-            raise AtlasError(f"{path}: it holds no plain matrix, or one for two factors")
+        if reader.half is not None:
+            raise AtlasError(f"{path}: its matrix makes two factors")
     if not readers:
         raise AtlasError(f"layer {part.layer}: {part.name}: its maps are not read one by one")
     return readers
@@ -64,13 +65,12 @@ def joined(part: Part, tensor: str) -> Joined:
     """The maps that read a tensor, with a copy of their weights.
 
     Raises:
-        AtlasError: as of `readers_of`.
+        AtlasError: as of `readers_of`, or a map is packed.
     """
     readers = readers_of(part, tensor)
     weights, biases = [], []
     for reader in readers.values():
-        weight = reader.weight()
-        assert weight is not None
+        weight = matrix_of(reader)
         weights.append(weight)
         bias = _bias(reader)
         biases.append(weight.new_zeros(len(weight)) if bias is None else bias)
@@ -120,10 +120,9 @@ def plain_weight(reader: Projection) -> Tensor:
     Raises:
         AtlasError: it has.
     """
-    weight = reader.weight()
-    if weight is None or _bias(reader) is not None:
-        raise AtlasError(f"{reader.path}: it holds no plain matrix, or a bias")
-    return weight
+    if _bias(reader) is not None:
+        raise AtlasError(f"{reader.path}: it has a bias")
+    return matrix_of(reader)
 
 
 def _bias(reader: Projection) -> Tensor | None:

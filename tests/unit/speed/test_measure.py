@@ -118,6 +118,13 @@ def test_maps_and_whole_tokens_are_timed_at_shares_and_at_the_curves_own() -> No
     assert least["bytes_read"] == pytest.approx((1 - least["unread_share"]) * read * 4, abs=1)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "falcon"])
+def test_maps_of_a_class_of_their_own_are_timed(name: str) -> None:
+    rows = rows_of(tiny_model(name, initializer_range=0.3), "all_linear_inputs", tokens=[1])
+    assert {row["status"] for row in rows} == {OK}
+    assert TOKEN in {row["timed"] for row in rows}
+
+
 @pytest.mark.parametrize(
     ("site", "timed", "refused"),
     [("all_inputs", {"up and gate", "down", TOKEN}, {"ffn"}), ("gate", set(), {"ffn", TOKEN})],

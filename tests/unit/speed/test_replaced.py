@@ -30,6 +30,9 @@ CASES = [
     # FFNs with another nonlinearity, and with biases: their maps one by one; soft caps.
     ("gemma2", "all_linear_inputs", "topp", 0.6),
     ("llama-bias", "all_inputs", "threshold", 0.3),
+    # Transposed matrices, and a class that adds its bias by itself.
+    ("gpt2", "all_linear_inputs", "topp", 0.6),
+    ("falcon", "all_linear_inputs", "topp", 0.6),
 ]
 
 
