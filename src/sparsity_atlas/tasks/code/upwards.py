@@ -17,8 +17,14 @@ from typing import NamedTuple
 
 # Folders above the code's own that a path may lie in whose beginning or whose steps are not known.
 FAR = 3
-_OF_MODULES = {"__file__", "__path__", "co_filename", "origin", "submodule_search_locations"}
-_ASKS = {"getfile", "getsourcefile", "getabsfile"}
+_OF_MODULES = {
+    "__file__": 0,
+    "co_filename": 0,
+    "origin": 0,
+    "__path__": 1,
+    "submodule_search_locations": 1,
+}
+_ASKS = {"getfile": 0, "getsourcefile": 0, "getabsfile": 0, "files": 1}
 # What cuts a path as text.
 _CUTS = {"split", "rsplit", "rpartition", "partition", "parts"}
 # Methods of texts to which `..` is two dots.
@@ -29,7 +35,7 @@ _OF_TEXTS = {
 # Methods that give what they are called on a part more.
 _ADDS = {"append", "add", "insert", "extend", "update", "setdefault"}
 _JOINS = {"join", "joinpath", "Path", "PurePath", "PosixPath"}
-_BUILT_IN = set(dir(builtins))
+_BUILT_IN = {name for name in dir(builtins) if not name.startswith("__")}
 _Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 
@@ -125,7 +131,11 @@ class _Paths:
                 if item.optional_vars is not None:
                     self._bind(item.optional_vars, self._of(item.context_expr))
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            inside = (one for one in ast.walk(node) if isinstance(one, ast.Return | ast.Yield))
+            inside = (
+                one
+                for one in ast.walk(node)
+                if isinstance(one, ast.Return | ast.Yield | ast.YieldFrom)
+            )
             values = [self._of(one.value) for one in inside if one.value is not None]
             self._pass(node, self._together(self._of(one) for one in self._children(node.args)))
             self._meet(f"{node.name}()", self._together(values))
@@ -189,13 +199,15 @@ class _Paths:
 
     def _of(self, node: ast.AST) -> _Place:
         """Where an expression's value may lie."""
+        if isinstance(node, ast.Constant) and node.value == "__file__":
+            return _Place(0)  # of `globals()` or `getattr`
         if isinstance(node, ast.Constant):
             # Of a text that goes on after it, `../texts`, what it names is looked for as it stands.
             parts = node.value.rstrip("/").split("/") if isinstance(node.value, str) else [""]
             return _Place(dots=parts.count("..") if parts[-1] == ".." else 0)
         if isinstance(node, ast.Name):
-            if node.id == "__file__" or node.id in _OF_MODULES:
-                return _Place(0)
+            if node.id in _OF_MODULES:
+                return _Place(_OF_MODULES[node.id])
             if node.id == "pardir":
                 return _Place(dots=1)
             given = [] if node.id in self._bound else [_GIVEN]
@@ -227,9 +239,10 @@ class _Paths:
         if node.attr == "pardir":
             return _Place(dots=1)
         if node.attr in _OF_MODULES:
-            return _Place(0)
+            return _Place(_OF_MODULES[node.attr])
         own = self._higher(
-            self._places.get(name, _Place()) for name in (f".{node.attr}", f"{node.attr}()")
+            self._places.get(name, _Place())
+            for name in (node.attr, f".{node.attr}", f"{node.attr}()")
         )
         place = self._of(node.value)
         if own.steps is not None and getattr(node.value, "id", "") in ("self", "cls"):
@@ -252,7 +265,7 @@ class _Paths:
         function = node.func
         name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
         if name in _ASKS:
-            return _Place(0)
+            return _Place(_ASKS[name])
         arguments = [*node.args, *(one.value for one in node.keywords)]
         places = [self._of(one) for one in arguments]
         if name in _OF_TEXTS:
@@ -267,9 +280,11 @@ class _Paths:
         if isinstance(function, ast.Attribute):
             if name in _ADDS:
                 self._bind(function.value, passed)
-            if not isinstance(function.value, ast.Constant):
+            # Of a text's methods only `format` makes a path of it.
+            if not isinstance(function.value, ast.Constant) or name == "format":
                 owner = [self._of(function)]
         results = [self._places.get(f"{own}()", _Place()) for own in called]
+        results += [self._places.get(own, _Place()) for own in called if own in self._functions]
         if name in _CUTS:
             places = [self._cut(one) for one in places]
         found = self._together([*places, *owner, *results], joined=name in _JOINS)

@@ -55,6 +55,21 @@ RISES = {
         1,
     ),
     "two_dots_of_the_working_folder": ("import os\nA = open(os.path.join('..', 'a'))", FAR),
+    "of_a_lambda_s_result": (HERE + "root = lambda: HERE.parent\nA = root().parent", 2),
+    "of_a_class_s_attribute": (HERE + "class P:\n    ROOT = HERE.parent\nA = P.ROOT.parent", 2),
+    "of_a_text_that_is_filled": (
+        HERE + "A = open('{}/../../a'.format(HERE)), '{}/..'.format(HERE)",
+        1,
+    ),
+    "of_a_sum_of_texts": ("import os\nA = os.path.abspath(__file__ + '/../..')", 1),
+    "of_a_percent": (HERE + "A = '%s/../..' % HERE", 2),
+    "of_a_package": ("from pathlib import Path\nA = Path(__path__[0]).parent", 1),
+    "of_its_resources": (
+        "from importlib.resources import files\nA = files(__package__).parent.parent",
+        2,
+    ),
+    "of_its_loader": ("from pathlib import Path\nA = Path(__loader__.path).parent.parent", FAR),
+    "of_globals": ("from pathlib import Path\nA = Path(globals()['__file__']).parents[1]", 1),
     # And what has nothing to do with the code's place.
     "a_scratch_file": (
         "import tempfile\nfrom pathlib import Path\nA = Path(tempfile.mkdtemp()).parents[1]",
