@@ -77,9 +77,12 @@ class _Job:
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it: 40 s, 7 min, 3.5 h."""
+    """A time as people say it: 40 s, 2.5 min, 17 min, 3.5 h."""
     if seconds < 100:
         return f"{max(seconds, 1):.0f} s"
+    if seconds < 570:
+        # A whole minute would be off by a quarter of two.
+        return f"{seconds / 60:.1f} min"
     if seconds < 6000:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"

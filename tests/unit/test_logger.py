@@ -120,3 +120,19 @@ def test_a_run_goes_on_where_nothing_can_be_expected(
     handler._counts = {"model": 1}
     begin(handler, 1, "model", tmp_path / "model.log", model="m")
     assert len(shown(handler, 1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.2, "1 s"),
+        (99, "99 s"),
+        (101, "1.7 min"),
+        (145, "2.4 min"),
+        (569, "9.5 min"),
+        (600, "10 min"),
+        (9000, "2.5 h"),
+    ],
+)
+def test_times_are_said_to_within_a_twentieth(seconds: float, said: str) -> None:
+    assert plugin.duration(seconds) == said
