@@ -1,11 +1,11 @@
 // What the kernels in CUDA C++ take from a device, for a CPU: `device.cu` has the same names. The threads of a
-// cluster take turns; one that waits for others lets them go on. For TYPE 0 (bfloat16) and 2 (float32).
+// cluster take turns. For TYPE 0 (bfloat16) and 2 (float32).
+#define COUNT (THREADS * SPLIT)
+#include "emulated_turns.h"
+
 #include <math.h>
-#include <stdbool.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
-#include <ucontext.h>
 
 typedef uint32_t u32;
 typedef uint16_t u16;
@@ -27,34 +27,14 @@ typedef u16 Number;
 #define make_uint4(...) ((uint4){__VA_ARGS__})
 #define make_float4(...) ((float4){__VA_ARGS__})
 #define __popc __builtin_popcount
-#define COUNT (THREADS * SPLIT)
-#define STACK 65536
 
 typedef struct { int x, y; } Index;
-static struct { ucontext_t context; bool ended; } all[COUNT];
-static ucontext_t outside;
-static int now;  // who has its turn
 static Index threadIdx, blockIdx, gridDim;
 static unsigned char rooms[SPLIT][ROOM] __attribute__((aligned(16)));
 
-// Where whole warps, blocks or clusters meet: how many have come, how often all had, and what each brought.
-typedef struct { int come, times; } Meeting;
+// Where whole warps, blocks or clusters meet, and what each thread brought.
 static Meeting warps[COUNT / 32], blocks[SPLIT], cluster;
 static u32 brought[COUNT];
-
-static void others(void) {
-    const int mine = now;
-    swapcontext(&all[mine].context, &outside);
-}
-
-static void meet(Meeting* where, int all_of_them) {
-    const int before = where->times;
-    if (++where->come == all_of_them) {
-        where->come = 0;
-        ++where->times;
-    }
-    while (where->times == before) others();
-}
 
 static u32 exchanged(u32 mine, int from, u32 otherwise) {
     const int first = now / 32 * 32;
@@ -146,34 +126,15 @@ static uint4 read_at(const Number* place, u32 slices) { return read(place + (siz
 static void** given;
 static const int* numbers;
 
-static void thread(void) {
-    KERNEL(ARGUMENTS);
-    all[now].ended = true;
-    others();
-}
+static void tile(void) { KERNEL(ARGUMENTS); }
+
+static void place(void) { threadIdx.x = now % THREADS, blockIdx.x = now / THREADS; }
 
 // The whole grid, a cluster after another.
 void launch(void** tensors, const int* others_given, int tiles) {
     given = tensors, numbers = others_given, gridDim.y = tiles;
-    char* stacks = malloc((size_t)COUNT * STACK);
-    for (int tile = 0; tile < tiles; ++tile) {
+    for (blockIdx.y = 0; blockIdx.y < tiles; ++blockIdx.y) {
         memset(rooms, 0xff, sizeof rooms);  // NaN, where nothing was written
-        for (int i = 0; i < COUNT; ++i) {
-            getcontext(&all[i].context);
-            all[i].context.uc_stack.ss_sp = stacks + (size_t)i * STACK;
-            all[i].context.uc_stack.ss_size = STACK;
-            makecontext(&all[i].context, thread, 0);
-            all[i].ended = false;
-        }
-        for (int left = COUNT; left > 0;) {
-            left = 0;
-            for (now = 0; now < COUNT; ++now) {
-                if (all[now].ended) continue;
-                ++left;
-                threadIdx.x = now % THREADS, blockIdx.x = now / THREADS, blockIdx.y = tile;
-                swapcontext(&outside, &all[now].context);
-            }
-        }
+        take_turns(tile, place);
     }
-    free(stacks);
 }

@@ -1,11 +1,11 @@
 // What `kernels/share.cu` takes from a device, for a CPU: `share_device.cu` has the same names. The threads of a block
-// take turns; one that waits for others lets them go on.
+// take turns.
+#define COUNT THREADS
+#include "emulated_turns.h"
+
 #include <math.h>
-#include <stdbool.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
-#include <ucontext.h>
 
 typedef uint32_t u32;
 typedef uint16_t u16;
@@ -23,36 +23,17 @@ typedef u16 Bits;
 #define ENTRY static void
 #define INLINE static inline
 #define SHARED static
-#define STACK 65536
 #define make_uint4(...) ((uint4){__VA_ARGS__})
 #define forget(one)
 #define nearest(one) ((u32)rintf(one))
 #define __clz __builtin_clz
 
 typedef struct { int x; } Index;
-static struct { ucontext_t context; bool ended; } all[THREADS];
-static ucontext_t outside;
-static int now;  // who has its turn
 static Index threadIdx, blockIdx;
 
-// Where warps or the block meet: how many have come, how often all had, and what each brought.
-typedef struct { int come, times; } Meeting;
+// Where warps or the block meet, and what each thread brought.
 static Meeting warps[THREADS / 32], block;
 static u32 brought[THREADS];
-
-static void others(void) {
-    const int mine = now;
-    swapcontext(&all[mine].context, &outside);
-}
-
-static void meet(Meeting* where, int all_of_them) {
-    const int before = where->times;
-    if (++where->come == all_of_them) {
-        where->come = 0;
-        ++where->times;
-    }
-    while (where->times == before) others();
-}
 
 static void block_meets(void) { meet(&block, THREADS); }
 
@@ -173,34 +154,15 @@ static float part_of(const float* sums, int which) { return sums[2 * which]; }
 static const void** given;
 static const int* numbers;
 
-static void thread(void) {
+static void row(void) {
     mask_rows(given[0], given[1], (void*)given[2], (void*)given[3], (void*)given[4], given[5], given[6], numbers[0],
               numbers[1], numbers[2]);
-    all[now].ended = true;
-    others();
 }
+
+static void place(void) { threadIdx.x = now; }
 
 // A block after another.
 void launch(const void** tensors, const int* integers, int rows) {
     given = tensors, numbers = integers;
-    char* stacks = malloc((size_t)THREADS * STACK);
-    for (int row = 0; row < rows; ++row) {
-        for (int i = 0; i < THREADS; ++i) {
-            getcontext(&all[i].context);
-            all[i].context.uc_stack.ss_sp = stacks + (size_t)i * STACK;
-            all[i].context.uc_stack.ss_size = STACK;
-            makecontext(&all[i].context, thread, 0);
-            all[i].ended = false;
-        }
-        for (int left = THREADS; left > 0;) {
-            left = 0;
-            for (now = 0; now < THREADS; ++now) {
-                if (all[now].ended) continue;
-                ++left;
-                threadIdx.x = now, blockIdx.x = row;
-                swapcontext(&outside, &all[now].context);
-            }
-        }
-    }
-    free(stacks);
+    for (blockIdx.x = 0; blockIdx.x < rows; ++blockIdx.x) take_turns(row, place);
 }
