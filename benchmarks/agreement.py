@@ -47,12 +47,13 @@ class Fed:
         drawn = torch.randint(10, vocabulary, (steps, PROMPT + 1), generator=generator).to(device)
         self._prompts, self._tokens = drawn[:, :PROMPT], drawn[:, PROMPT:]
         self._near = torch.zeros(len(NEAR), dtype=torch.int64, device=device)
-        self._recorded = device == "cuda"
 
     def run(self, model: Any, around: Callable[[], Any], *, join: bool) -> tuple[Tensor, Tensor]:
         """Log probabilities [steps, vocabulary], and entries near thresholds [steps, NEAR]."""
         decoder = Decoder(model, 1, PROMPT + STEPS, join=join)
         own, logits, near = kernels.masked, [], []
+        # Prompts first, as the model is: what a recorded step reads is there within `around` alone.
+        begun = [self._begun(decoder, prompt) for prompt in self._prompts]
 
         def watched(rule: Threshold, values: Tensor, onto: Tensor) -> kernels.Masked:
             if rule.constants is not None:
@@ -63,21 +64,33 @@ class Fed:
 
         kernels.masked = watched
         try:
-            if self._recorded:
-                with around():
-                    decoder._record()
-            for prompt, token in zip(self._prompts, self._tokens, strict=True):
-                decoder.prompt(prompt[None])
-                decoder._step.read(0)
-                self._near.zero_()
-                decoder._step.tokens.copy_(token)
-                with contextlib.nullcontext() if self._recorded else around():
+            with around():
+                decoder._record()
+                for before, token in zip(begun, self._tokens, strict=True):
+                    for one, value in zip(_state(decoder), before, strict=True):
+                        one.copy_(value)
+                    decoder._step.read(0)
+                    self._near.zero_()
+                    decoder._step.tokens.copy_(token)
                     decoder._step.run()
-                logits.append(decoder._step.logits[0].float().clone())
-                near.append(self._near.clone())
+                    logits.append(decoder._step.logits[0].float().clone())
+                    near.append(self._near.clone())
         finally:
             kernels.masked = own
         return torch.stack(logits).log_softmax(-1), torch.stack(near)
+
+    @staticmethod
+    def _begun(decoder: Decoder, prompt: Tensor) -> list[Tensor]:
+        """What a decoder has after a prompt."""
+        decoder.prompt(prompt[None])
+        return [one.clone() for one in _state(decoder)]
+
+
+def _state(decoder: Decoder) -> list[Tensor]:
+    """What a step begins with: the clock, lengths, keys and values."""
+    step = decoder._step
+    held = [one for layer in step.ring.layers for one in (layer.keys, layer.values)]
+    return [step.ring.clock, step.lengths, *held]
 
 
 def said(found: Tensor, wanted: Tensor) -> str:

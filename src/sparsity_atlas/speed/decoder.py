@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,7 @@ from sparsity_atlas.lm.forward import Masks
 from sparsity_atlas.speed.joined import joined
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 # Steps that are one round of a measurement, and rounds.
@@ -50,6 +51,7 @@ class Decoder:
         self._called = Called(model)
         self._step = Step(self._called, None, rows, size, masks, STEPS)
         self._recorded = False
+        self._held: list[Any] = []
 
     def prompt(self, ids: torch.Tensor) -> torch.Tensor:
         """Run prompts of one length [rows, tokens]; returns the token that follows each, [rows]."""
@@ -120,7 +122,23 @@ class Decoder:
         return clock() - begun
 
     def _record(self) -> None:
-        if not self._recorded and self._called.device.type == "cuda":
+        if not self._recorded and records(self._called.device):
             with joined(self._model) if self._join else nullcontext():
+                # A recorded step knows addresses: what has tensors there must not go before the step does.
+                self._held = _attached(self._model)
                 self._step.record()
         self._recorded = True
+
+
+def _attached(model: nn.Module) -> list[Any]:
+    """What stands in place of modules' own forward passes, and hangs on them."""
+    found = []
+    for module in model.modules():
+        found += [module.__dict__.get("forward"), *module._forward_hooks.values()]
+        found += module._forward_pre_hooks.values()
+    return found
+
+
+def records(device: torch.device) -> bool:
+    """Whether steps are recorded on a device."""
+    return device.type == "cuda"

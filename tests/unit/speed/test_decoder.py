@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsity_atlas.sites.find import random_ids
+from sparsity_atlas.decoding.backend import Cpu
+from sparsity_atlas.decoding.vector import Vector
+from sparsity_atlas.kernels.definition import Threshold
+from sparsity_atlas.lm.continuous.recorded_step import Step
+from sparsity_atlas.sites.find import find_parts, random_ids
+from sparsity_atlas.speed import decoder as decoder_module
 from sparsity_atlas.speed.decoder import STEPS, Decoder
+from sparsity_atlas.speed.replaced import replaced
+from sparsity_atlas.speed.timed_rows import Constant
+from sparsity_atlas.terms import TENSORS, PlaceKey
 from tiny_models import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,3 +53,70 @@ def test_times_are_of_one_step_and_of_the_tokens_that_follow() -> None:
             assert took.spread >= 0
         texts.append(decoder.go_on(STEPS))
     assert torch.equal(*texts)
+
+
+class _Read(TorchDispatchMode):
+    """Tensors that operations read within, but for what is made within: a recorded step knows addresses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._made: dict[int, weakref.ref[torch.Tensor]] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        # What a kernel for the CPU made in NumPy comes in by this one.
+        if func is not torch.ops.aten.lift_fresh.default:
+            for one in pytree.arg_tree_leaves(*args, **(kwargs or {})):
+                known = self._made.get(id(one))
+                if isinstance(one, torch.Tensor) and (known is None or known() is not one):
+                    self.of[id(one)] = weakref.ref(one)
+        for one in pytree.tree_leaves(found):
+            if isinstance(one, torch.Tensor):
+                self._made[id(one)] = weakref.ref(one)
+        return found
+
+
+@pytest.mark.parametrize("site", [None, "gate", "all_linear_inputs"])
+def test_what_a_recorded_step_reads_is_held_on_to(
+    site: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama", initializer_range=0.3)
+    parts = find_parts(model)
+    read, own, product = _Read(), Step.run, Cpu.by_inputs
+
+    def by_inputs(self: Cpu, vector: Vector, transposed: torch.Tensor, bias: Any) -> torch.Tensor:
+        read.of[id(transposed)] = weakref.ref(transposed)
+        return product(self, vector, transposed, bias)
+
+    def record(step: Step) -> None:
+        with read:
+            own(step)
+
+    monkeypatch.setattr(decoder_module, "records", lambda device: True)
+    monkeypatch.setattr(Step, "record", record)
+    monkeypatch.setattr(Cpu, "by_inputs", by_inputs)
+    decoder = Decoder(model, 1, 24)
+    decoder.prompt(random_ids(model, (1, 7)))
+    around: Any = contextlib.nullcontext()
+    if site is not None:
+        keys = [
+            PlaceKey(part.layer, part.name, tensor)
+            for part in parts
+            for tensor in TENSORS[site]
+            if tensor in part.tensors
+        ]
+        rule = Constant(Threshold("fixed", constants=torch.tensor([0.4])))
+        around = replaced(model, parts, site, dict.fromkeys(keys, rule), 0.5)
+    with around:
+        decoder.go_on(1)
+    del around
+    gc.collect()
+    assert len(read.of) > 10
+    assert all(one() is not None for one in read.of.values())
