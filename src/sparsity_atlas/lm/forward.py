@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 Call = Callable[..., "Tensor"]
 
+# Types of layers, as transformers names them, of which it is known how far back they see.
+LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+
 
 class Masks(StrEnum):
     """How a model is told who sees whom in a row that branches."""
@@ -86,15 +89,13 @@ def reach_by_layer(config: Any) -> dict[str, tuple[int | None, int | None]]:
     """How far back a model's layers see, by their type as transformers names it: window, chunk; see `_mask`.
 
     Raises:
-        KeyError: a type that is not known here.
+        KeyError: a type that is none of `LAYER_TYPES`.
     """
     window, chunk = (
         getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")
     )
-    known = {
-        **{"full_attention": (None, None), "sliding_attention": (window, None)},
-        "chunked_attention": (None, chunk),
-    }
+    reaches = ((None, None), (window, None), (None, chunk))
+    known = dict(zip(LAYER_TYPES, reaches, strict=True))
     return {kind: known[kind] for kind in set(config.layer_types)}
 
 

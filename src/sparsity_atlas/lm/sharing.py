@@ -29,7 +29,7 @@ import torch
 
 from sparsity_atlas.lm.answers import Answers, Proof
 from sparsity_atlas.lm.forest import Batch, Request, pack
-from sparsity_atlas.lm.forward import Abilities, Masks, before_head, inputs
+from sparsity_atlas.lm.forward import LAYER_TYPES, Abilities, Masks, before_head, inputs
 from sparsity_atlas.lm.trees.planting import GROWTH, SMALL_TREE
 from sparsity_atlas.models.logits import head
 from sparsity_atlas.models.logits.head import EXACT, REFUSALS, ROUNDED
@@ -180,9 +180,11 @@ def ways(model: PreTrainedModel, length: int) -> Iterator[Masks]:
     window = window_of(model)
     windowed = []
     if window:
-        layers = getattr(model.config.get_text_config(), "layer_types", None) or []
-        by_layer = len(set(layers)) > 1 or "chunked_attention" in layers
-        windowed = [Masks.BY_LAYER] if by_layer else [Masks.WINDOWED]
+        layers = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+        if len(layers) < 2 and "chunked_attention" not in layers:
+            windowed = [Masks.WINDOWED]
+        elif layers <= set(LAYER_TYPES):  # a state beside the windows takes no mask at all
+            windowed = [Masks.BY_LAYER]
     # A window that no request reaches needs no mask.
     yield from [*windowed, Masks.ONE] if window and length > window else [Masks.ONE]
 

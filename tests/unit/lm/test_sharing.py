@@ -13,12 +13,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from plain_lm import assert_same, plainly, through_atlas
+from small_configs import small_config
 from sparsity_atlas.criteria import create
 from sparsity_atlas.evaluation.evaluate import evaluate_node
 from sparsity_atlas.lm import forward
 from sparsity_atlas.lm.answers import Answers
 from sparsity_atlas.lm.forest import Request, pack
-from sparsity_atlas.lm.forward import Abilities, Masks
+from sparsity_atlas.lm.forward import LAYER_TYPES, Abilities, Masks
 from sparsity_atlas.lm.sharing import abilities, round_up
 from sparsity_atlas.models import memory
 from sparsity_atlas.sites.find import find_parts, sites_of
@@ -233,6 +234,19 @@ def test_a_window_that_the_model_keeps_to_itself(window: int) -> None:
     found, faults = abilities(model, questions())
     assert found.branches == (window == 256), faults
     assert ("relative error" in faults.get("branches", "")) == (window == 6)
+
+
+@pytest.mark.parametrize("window", [6, 64])
+@pytest.mark.parametrize("kind", ["recurrent_gemma", "minimax", "lfm3"])
+def test_windows_beside_a_state_that_follows_the_row(kind: str, window: int) -> None:
+    config = small_config(kind)
+    assert not set(config.layer_types) <= set(LAYER_TYPES)
+    config.sliding_window, config.initializer_range = window, 0.2
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    found, faults = abilities(model, questions())
+    assert found == Abilities(selects=True)
+    assert faults["branches"].startswith("relative error")
 
 
 def test_requests_that_share_nothing_need_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
