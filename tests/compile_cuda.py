@@ -145,5 +145,5 @@ for dtype in ("bf16", "fp32"):
     pointers = dict.fromkeys(names, f"*{dtype}")
     pointers |= {"clock": "*i64", "partial": "*fp32", "arrived": "*i32", "scale": "fp32"}
     for split in (1, 9):
-        constants = {"SPLIT": split, "WIDTH": 128, "PLACES": 64, "CHAINED": True}
+        constants = {"SPLIT": split, "WIDTH": 128, "PLACES": cuda_step._PLACES, "CHAINED": True}
         compile_step(cuda_step._attended, constants, **pointers)

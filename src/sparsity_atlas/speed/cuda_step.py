@@ -18,8 +18,8 @@ from sparsity_atlas.decoding.cuda_products import chained, on, room_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Places of a ring that a program looks at at once, and programs that there should be.
-_PLACES, _PROGRAMS = 64, 264
+# Places of a ring that a program looks at at once, programs that there should be, and warps of each.
+_PLACES, _PROGRAMS, _WARPS = 32, 528, 2
 
 
 def normed(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -99,7 +99,8 @@ def attended(
         key: [rows, groups * width], likewise; heads share those of their group.
         value: likewise.
         turns: cosines and sines, [rows, 1, width] each, of halves that turn against each other.
-        mask: [rows, 1, 1, size], added to the scores.
+        mask: [rows, 1, 1, size], added to the scores. On a GPU mask, turns and clock are of launches whose
+            ends another one has waited for, before the one that makes the vectors.
         ring: keys and values [rows, groups, size, width].
         clock: int64 [1], the place in the ring of what comes in.
         scale: of scores.
@@ -110,6 +111,8 @@ def attended(
     keys, values = ring
     rows, groups, size, width = keys.shape
     heads = query.shape[1] // width
+    # A copy of these would be the last launch, for which a kernel that begins ahead of its end does not wait.
+    ahead = chained(query.device) and all(one.is_contiguous() for one in (*turns, mask))
     cosines, sines = (one.contiguous() for one in turns)
     out = torch.empty((rows, heads * width), dtype=query.dtype, device=query.device)
     split = min(triton.cdiv(size, _PLACES), max(1, _PROGRAMS // (rows * heads)))
@@ -126,9 +129,9 @@ def attended(
             SPLIT=split,
             WIDTH=triton.next_power_of_2(width),
             PLACES=_PLACES,
-            CHAINED=chained(query.device),
-            num_warps=4,
-            launch_pdl=chained(query.device),
+            CHAINED=ahead,
+            num_warps=_WARPS,
+            launch_pdl=ahead,
         )
     return out
 
@@ -173,27 +176,28 @@ def _attended(
     place = low + tl.arange(0, PLACES)
     cell = ring + place[:, None] * width + d[None, :]
     known = (place < high)[:, None] & there[None, :]
-    # What earlier steps left is there long before the last launch ends: whole launches of torch lie between.
+    # What earlier steps left, and what this one began with, is there before the launch that makes the vectors
+    # has begun: a launch that waits for the ends of all others lies between (see `joined`).
     k = tl.load(keys + cell, mask=known, other=0.0)
     v = tl.load(values + cell, mask=known, other=0.0)
-    if CHAINED:
-        gdc_launch_dependents()
-        gdc_wait()
+    hidden = tl.load(mask + row * size + place, mask=place < high, other=0.0)
+    at = tl.load(clock).to(tl.int32)
     half = width // 2
     other = tl.where(d < half, d + half, d - half)
     cosine = tl.load(cosines + row * width + d, mask=there, other=0.0).to(tl.float32)
     sine = tl.load(sines + row * width + d, mask=there, other=0.0).to(tl.float32)
     sine = tl.where(d < half, -sine, sine)
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
     q = _turned(query + row * query_step + head * width, d, other, there, cosine, sine, kind)
     new = _turned(key + row * key_step + group * width, d, other, there, cosine, sine, kind)
     made = tl.load(value + row * value_step + group * width + d, mask=there, other=0.0)
     made = made.to(tl.float32)
-    at = tl.load(clock).to(tl.int32)
     lowest = -3.0e38
     peak = tl.full((), lowest, tl.float32)
     total = tl.zeros((), tl.float32)
     sums = tl.zeros((WIDTH,), tl.float32)
-    hidden = mask + row * size
     peak, total, sums = _looked_at(
         *(k, v, q, new, made, place, at, high, hidden, scale, lowest, peak, total, sums)
     )
@@ -203,6 +207,7 @@ def _attended(
         known = (place < high)[:, None] & there[None, :]
         k = tl.load(keys + cell, mask=known, other=0.0)
         v = tl.load(values + cell, mask=known, other=0.0)
+        hidden = tl.load(mask + row * size + place, mask=place < high, other=0.0)
         peak, total, sums = _looked_at(
             *(k, v, q, new, made, place, at, high, hidden, scale, lowest, peak, total, sums)
         )
@@ -237,8 +242,7 @@ def _looked_at(
     fresh = (place == at)[:, None]
     k = tl.where(fresh, new[None, :], k.to(tl.float32))
     v = tl.where(fresh, made[None, :], v.to(tl.float32))
-    hidden = tl.load(hidden + place, mask=inside, other=0.0).to(tl.float32)
-    score = tl.maximum(tl.sum(k * q[None, :], 1) * scale + hidden, lowest)
+    score = tl.maximum(tl.sum(k * q[None, :], 1) * scale + hidden.to(tl.float32), lowest)
     score = tl.where(inside, score, lowest)
     higher = tl.maximum(peak, tl.max(score, 0))
     weight = tl.where(inside, tl.exp(score - higher), 0.0)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsity_atlas import cli
 from sparsity_atlas.decoding.trial import Time
 from sparsity_atlas.lm.continuous.called import Called
 from sparsity_atlas.lm.continuous.recorded_step import Step, prompt_columns
 from sparsity_atlas.lm.forward import Masks
+from sparsity_atlas.models.logits.head import EXACT, ROUNDED
+from sparsity_atlas.sites.probe.hypotheses import relative_error
 from sparsity_atlas.speed.joined import joined
+from sparsity_atlas.speed.replaced import has_replaced
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,6 +25,9 @@ if TYPE_CHECKING:
 
 # Steps that are one round of a measurement, and rounds.
 STEPS, ROUNDS = 16, 20
+# How often as far as one rounding of what each layer reads moves them, logits of joined layers may be from
+# the model's own: a layer rounds some ten times in a row, and sums in another order. Never beyond MOST.
+ROUNDINGS, MOST = 16, 0.5
 
 
 class Decoder:
@@ -45,13 +53,15 @@ class Decoder:
             rows: that are decoded together.
             size: tokens of a row at most, prompt and text.
             masks: how the model is told who sees whom.
-            join: on a GPU, join the small steps of layers for which that is right; see `joined`.
+            join: on a GPU, join the small steps of layers for which that is right (see `joined`), unless a
+                whole step, of the model as it is, turns out to be another one than that of its own layers.
         """
         self._model, self._join = model, join
         self._called = Called(model)
         self._step = Step(self._called, None, rows, size, masks, STEPS)
         self._recorded = False
         self._held: list[Any] = []
+        self._tried = False
 
     def prompt(self, ids: torch.Tensor) -> torch.Tensor:
         """Run prompts of one length [rows, tokens]; returns the token that follows each, [rows]."""
@@ -89,21 +99,29 @@ class Decoder:
             rounds: of `STEPS` steps each, two at the least.
         """
         self._record()
-        step, device = self._step, self._called.device
-        state = step.ring.clock, step.tokens, step.lengths
-        before = [one.clone() for one in state]
         took = []
         for _ in range(rounds):
-            step.lengths.fill_(context)
-            took.append(self._seconds(device))
-            for one, value in zip(state, before, strict=True):
-                one.copy_(value)
-            step.read(0)
+            with self._as_before():
+                self._step.lengths.fill_(context)
+                took.append(self._seconds(self._called.device))
         return Time.of(took, STEPS)
+
+    @contextmanager
+    def _as_before(self) -> Iterator[None]:
+        """Put back afterwards what steps within change."""
+        step = self._step
+        state = step.ring.clock, step.tokens, step.lengths
+        before = [one.clone() for one in state]
+        yield
+        for one, value in zip(state, before, strict=True):
+            one.copy_(value)
+        step.read(0)
 
     def changed(self) -> None:
         """Say that another thing is attached to the model, or replaced in it, from the next step on."""
         self._recorded = False
+        self._held.clear()
+        self._step.forget()
 
     def _seconds(self, device: torch.device) -> float:
         if device.type == "cuda":
@@ -123,11 +141,64 @@ class Decoder:
 
     def _record(self) -> None:
         if not self._recorded and records(self._called.device):
-            with joined(self._model) if self._join else nullcontext():
-                # A recorded step knows addresses: what has tensors there must not go before the step does.
-                self._held = _attached(self._model)
-                self._step.record()
+            # Of zeros that a rounding brings about or takes away no bound is known.
+            if self._join and not self._tried and not has_replaced(self._model):
+                self._record_what_is_right()
+            else:
+                self._record_step()
         self._recorded = True
+
+    def _record_step(self) -> None:
+        with joined(self._model) if self._join else nullcontext():
+            # A recorded step knows addresses: what has tensors there must not go before the step does.
+            self._held = _attached(self._model)
+            self._step.record()
+
+    def _record_what_is_right(self) -> None:
+        """Record joined layers if a step of them is the model's own but for rounding, else its own."""
+        own = self._logits()
+        with _rounded_once_more(self._model):
+            explained = relative_error(own, self._logits())
+        self._record_step()
+        error = relative_error(own, self._logits())
+        least = EXACT if own.dtype == torch.float32 else ROUNDED
+        allowed = min(max(least, ROUNDINGS * explained), MOST)
+        self._tried = True
+        # Written so that NaN is wrong.
+        if not error <= allowed:
+            cli.logger.warning(
+                "joined layers give other logits than the model's own: relative error %.2g, allowed %.2g; "
+                "its own layers are timed",
+                *(error, allowed),
+            )
+            self._join = False
+            self.changed()
+            self._record_step()
+
+    def _logits(self) -> torch.Tensor:
+        """Of one step, [rows, vocabulary]; all is as before."""
+        with self._as_before():
+            self._step.run()
+            return self._step.logits.clone()
+
+
+@contextmanager
+def _rounded_once_more(model: PreTrainedModel) -> Iterator[None]:
+    """Within: what each layer reads is off by a rounding of its type, up or down by chance."""
+    generator = torch.Generator().manual_seed(0)
+
+    def move(
+        layer: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        x, *others = arguments or (options.pop("hidden_states"),)
+        signs = torch.randint(2, x.shape, generator=generator).to(x) * 2 - 1
+        return (x + x * signs * torch.finfo(x.dtype).eps, *others), options
+
+    with ExitStack() as stack:
+        for layer in getattr(model.get_decoder(), "layers", ()):
+            handle = layer.register_forward_pre_hook(move, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
 
 
 def _attached(model: nn.Module) -> list[Any]:

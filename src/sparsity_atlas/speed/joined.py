@@ -58,8 +58,10 @@ def joined(model: PreTrainedModel) -> Iterator[int]:
                     found[place] = one
     with ExitStack() as stack:
         for place, one in found.items():
-            one.last = place + 1 not in found
+            one.first, one.last = place == min(found), place + 1 not in found
             put(stack, one.layer, one.forward)
+        if found:
+            _join_norm(stack, getattr(decoder, "norm", None))
         yield len(found)
 
 
@@ -67,6 +69,30 @@ def _is_norm(module: Any) -> bool:
     """Whether a module looks like a root-mean-square norm, and nothing hangs on it."""
     named = hasattr(module, "weight") and hasattr(module, "variance_epsilon")
     return named and _is_own(module)
+
+
+def _join_norm(stack: ExitStack, norm: Any) -> None:
+    """Have the norm behind all layers be one launch for single tokens, if that is what it computes."""
+    from sparsity_atlas.speed.cuda_step import normed
+
+    if not _is_norm(norm):
+        return
+    own, weight = norm.forward, norm.weight
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(TRIED[0], len(weight), generator=generator).to(weight)
+
+    def made(x: Tensor) -> Tensor:
+        return normed(x, None, weight, norm.variance_epsilon)[1]
+
+    def forward(x: Tensor) -> Tensor:
+        found: Tensor = made(x[:, 0])[:, None] if x.shape[1] == 1 else own(x)
+        return found
+
+    with torch.no_grad():
+        error = relative_error(own(x), made(x))
+    # Written so that NaN is wrong.
+    if error <= _allowed(x):
+        put(stack, norm, forward)
 
 
 def _allowed(x: Tensor) -> float:
@@ -115,6 +141,7 @@ class _Joined:
 
     Attributes:
         layer: the layer.
+        first: whether none of the layers before it is joined.
         last: whether the next layer adds nothing for this one.
     """
 
@@ -127,7 +154,7 @@ class _Joined:
             name: how it calls its cache.
             waiting: what was not yet added to what the last layer gave.
         """
-        self.layer, self.last = layer, True
+        self.layer, self.first, self.last = layer, True, True
         self._own, self._place, self._name, self._waiting = layer.forward, place, name, waiting
         self._read = _reading([getattr(layer.self_attn, one) for one in _READERS])
         self._ffn = _ffn(layer.mlp)
@@ -140,6 +167,9 @@ class _Joined:
         if not _is_step(x, ring, mask, turns, self.layer.self_attn.head_dim):
             return self._own(x, *arguments, **options)
         more = self._waiting.pop() if self._waiting else None
+        if self.first:
+            # A launch that begins when all before it have ended: attention does not wait for mask and angles.
+            x = x.clone()
         x, read = self._read_norm(x[:, 0], more)
         made = self._attention(read, ring, mask, turns)
         x, made = self._ffn_of_norm(x, made)

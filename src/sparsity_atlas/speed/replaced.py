@@ -252,6 +252,13 @@ def _module_of(part: FFN) -> nn.Module:
     return module
 
 
+def has_replaced(model: nn.Module) -> bool:
+    """Whether maps of a model are replaced."""
+    return any(
+        isinstance(module.__dict__.get("forward"), SparseFFN | Reader) for module in model.modules()
+    )
+
+
 def put(stack: ExitStack, module: Any, forward: Forward) -> None:
     """Give a module another forward pass until a stack unwinds."""
     before = module.__dict__.get("forward")

@@ -126,9 +126,9 @@ def _of_batch(
     decoder = Decoder(whole.model, count, context + STEPS, masks=masks)
 
     def timed(rounds: int) -> Time:
+        decoder.changed()
         if whole.model.device.type == "cuda":
             torch.cuda.empty_cache()  # what graphs and copies before it had
-        decoder.changed()
         return decoder.timed(context, rounds)
 
     groups = text.groups(count)

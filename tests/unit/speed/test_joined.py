@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from emulated_device import launcher
 from sparsity_atlas.criteria import create
@@ -36,6 +37,26 @@ def test_greedy_tokens(name: str) -> None:
         tokens = found.go_on(10)
     assert torch.equal(tokens, wanted.go_on(10))
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+class _Doubled(LlamaRMSNorm):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = super().forward(hidden_states)
+        return found * 2
+
+
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, _Doubled])
+def test_norm_behind_all_layers(kind: type[LlamaRMSNorm]) -> None:
+    model = tiny_model("llama")
+    norm = model.model.norm
+    norm.__class__ = kind
+    x = torch.randn(2, 1, len(norm.weight))
+    wanted = norm(x)
+    with joined(model):
+        assert ("forward" in norm.__dict__) == (kind is LlamaRMSNorm)
+        torch.testing.assert_close(norm(x), wanted)
+        torch.testing.assert_close(norm(x.transpose(0, 1)), wanted.transpose(0, 1))
+    assert "forward" not in norm.__dict__
 
 
 def test_sparse_maps_within_joined_layers() -> None:

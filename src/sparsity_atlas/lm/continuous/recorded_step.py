@@ -105,6 +105,10 @@ class Step:
         self._at.zero_()
         return lambda: Log(*wait())
 
+    def forget(self) -> None:
+        """Let go of what was recorded; what runs next is the model as it is then."""
+        self._replay = None
+
     def record(self) -> None:
         """Have a GPU keep the step as it is, to be run again in one piece.
 
