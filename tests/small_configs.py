@@ -29,7 +29,7 @@ _SIZES = (
     (
         HEAD,
         "head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim index_head_dim linear_key_head_dim "
-        "linear_value_head_dim global_head_dim kv_channels state_size mamba_d_state ssm_state_size "
+        "linear_value_head_dim kv_channels state_size mamba_d_state ssm_state_size "
         "mamba_head_dim hidden_size_per_layer_input",
     ),
     (2, "num_key_value_heads num_experts_per_tok moe_k index_n_heads mamba_expand expand"),
@@ -38,7 +38,8 @@ _SIZES = (
         0,
         "num_kv_shared_layers num_nextn_predict_layers zero_expert_num oe_vocab_size_ratio pad_token_id",
     ),
-    (16, "kv_lora_rank q_lora_rank mamba_d_head"),
+    # Where Gemma 4 sees everything its heads are wider.
+    (16, "kv_lora_rank q_lora_rank mamba_d_head global_head_dim"),
     (
         24,
         "moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size "

@@ -31,6 +31,7 @@ from sparsity_atlas.lm.answers import Answers, Proof
 from sparsity_atlas.lm.forest import Batch, Request, pack
 from sparsity_atlas.lm.forward import LAYER_TYPES, Abilities, Masks, before_head, inputs
 from sparsity_atlas.lm.trees.planting import GROWTH, SMALL_TREE
+from sparsity_atlas.loading.layer_settings import in_all_layers
 from sparsity_atlas.models.logits import head
 from sparsity_atlas.models.logits.head import EXACT, REFUSALS, ROUNDED
 from sparsity_atlas.sites.experts.experts_modules import experts_modules
@@ -148,7 +149,7 @@ def window_of(model: PreTrainedModel) -> int | None:
     config = model.config.get_text_config()
     chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
     name = "attention_chunk_size" if chunked else "sliding_window"
-    window: int | None = getattr(config, name, None)
+    window: int | None = in_all_layers(config, name)
     return window
 
 

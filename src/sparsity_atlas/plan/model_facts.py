@@ -22,6 +22,7 @@ from sparsity_atlas.evaluation.session import Session
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.lm.prompts import PromptSettings
 from sparsity_atlas.loading.devices import ITEM_BYTES, pick_device, pick_dtype
+from sparsity_atlas.loading.layer_settings import in_layers
 from sparsity_atlas.loading.pretrained import blank, load, load_tokenizer, moved
 from sparsity_atlas.loading.source import resolve
 from sparsity_atlas.models.causality import mask_token_of
@@ -248,12 +249,14 @@ def _described(part: dict[str, Any]) -> dict[str, int]:
 def _configured(model: PreTrainedModel) -> list[dict[str, int]]:
     """Of the tensors of each layer of a dense model, as its configuration says."""
     text = model.config.get_text_config()
-    hidden, width = (getattr(text, name, None) for name in ("hidden_size", "intermediate_size"))
-    if not (isinstance(hidden, int) and isinstance(width, int)):
-        return []
-    heads, head = (getattr(text, name, None) for name in ("num_attention_heads", "head_dim"))
-    attended = heads * head if isinstance(heads, int) and isinstance(head, int) else None
-    return [_widths(hidden, width, attended)] * getattr(text, "num_hidden_layers", 0)
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "head_dim")
+    found = []
+    for hidden, width, heads, head in zip(*(in_layers(text, name) for name in names), strict=True):
+        if not (isinstance(hidden, int) and isinstance(width, int)):
+            return []
+        attended = heads * head if isinstance(heads, int) and isinstance(head, int) else None
+        found.append(_widths(hidden, width, attended))
+    return found
 
 
 _WIDE = ("up", "gate", "intermediate")

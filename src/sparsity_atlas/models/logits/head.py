@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from sparsity_atlas.loading.layer_settings import in_layers
 from sparsity_atlas.models.memory import PIECE
 from sparsity_atlas.sites.find import random_ids
 from sparsity_atlas.sites.probe.hypotheses import relative_error
@@ -185,16 +186,20 @@ def shown_the_last(model: PreTrainedModel) -> Iterator[None]:
 def describe(model: PreTrainedModel) -> dict[str, Any]:
     """What memory depends on beside the sizes of a model's layers; see `memory.Sizes`."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None) or 0
-    keys = getattr(config, "num_key_value_heads", None) or heads
     hidden = getattr(config, "hidden_size", None) or 0
-    each = getattr(config, "head_dim", None) or (hidden // heads if heads else 0)
+    heads = [one or 0 for one in in_layers(config, "num_attention_heads")]
+    keys = in_layers(config, "num_key_value_heads")
+    sizes = in_layers(config, "head_dim")
+    cached = (
+        (key or head) * (size or (hidden // head if head else 0))
+        for head, key, size in zip(heads, keys, sizes, strict=True)
+    )
     return {
         "vocabulary": vocabulary(model),
         "pieces": able(model),
-        "heads": heads if config._attn_implementation == "eager" else 0,
+        "heads": max(heads, default=0) if config._attn_implementation == "eager" else 0,
         "capped": bool(getattr(config, "final_logit_softcapping", None)),
-        "cache": 2 * keys * each * (getattr(config, "num_hidden_layers", None) or 0),
+        "cache": 2 * sum(cached),
     }
 
 
