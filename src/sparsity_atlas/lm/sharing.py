@@ -31,7 +31,7 @@ from sparsity_atlas.lm.answers import Answers, Proof
 from sparsity_atlas.lm.forest import Batch, Request, pack
 from sparsity_atlas.lm.forward import LAYER_TYPES, Abilities, Masks, before_head, inputs
 from sparsity_atlas.lm.trees.planting import GROWTH, SMALL_TREE
-from sparsity_atlas.loading.layer_settings import in_all_layers
+from sparsity_atlas.models.layer_settings import in_all_layers
 from sparsity_atlas.models.logits import head
 from sparsity_atlas.models.logits.head import EXACT, REFUSALS, ROUNDED
 from sparsity_atlas.sites.experts.experts_modules import experts_modules

@@ -22,10 +22,10 @@ from sparsity_atlas.evaluation.session import Session
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.lm.prompts import PromptSettings
 from sparsity_atlas.loading.devices import ITEM_BYTES, pick_device, pick_dtype
-from sparsity_atlas.loading.layer_settings import in_layers
 from sparsity_atlas.loading.pretrained import blank, load, load_tokenizer, moved
 from sparsity_atlas.loading.source import resolve
 from sparsity_atlas.models.causality import mask_token_of
+from sparsity_atlas.models.layer_settings import in_layers
 from sparsity_atlas.models.parameters import count_parameters
 from sparsity_atlas.plan.dry_masked import DryMaskedLM
 from sparsity_atlas.plan.dry_run import Dry, DryLM, TaskCost, count

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from sparsity_atlas.loading.layer_settings import in_layers
+from sparsity_atlas.models.layer_settings import in_layers
 from sparsity_atlas.models.memory import PIECE
 from sparsity_atlas.sites.find import random_ids
 from sparsity_atlas.sites.probe.hypotheses import relative_error

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparsity_atlas.loading.checkpoint import Checkpoint
-from sparsity_atlas.loading.layer_settings import in_all_layers, in_layers
 from sparsity_atlas.loading.pretrained import blank
+from sparsity_atlas.models.layer_settings import in_all_layers, in_layers
 from sparsity_atlas.models.manifest import describe
 from sparsity_atlas.plan.model_facts import _configured
 from tiny_lm import tiny_tokenizer
