@@ -6,8 +6,9 @@
 One step after each of some dense prompts, compared by log probabilities: the step as it is timed, of joined
 layers and sparse products, against the model with the criterion attached; in float32, and in bfloat16 both
 against float32. An entry that lies within the rounding of a sum of its threshold goes either way, and what it
-changes moves others across theirs in the layers behind: in float32 steps are told apart by whether there was
-one, where thresholds are constants. Random weights of Llama's shapes.
+changes moves others across theirs in the layers behind. So float32 steps are told apart: by whether there was
+one, where thresholds are constants; where they are found, by whether all masks were the same. Random weights
+of Llama's shapes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import contextlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,21 +38,39 @@ SHAPES["8b-2"] = (2, 4096, 14336, 32, 8, 32000)
 # How near to a threshold, as a share of it; what float32 sums round is some of the first.
 NEAR = (4e-6, 2e-5, 1e-4)
 PROMPT = 40
+# No vector is wider.
+WIDEST = 2**15
+
+
+class Run(NamedTuple):
+    """What some steps gave.
+
+    Attributes:
+        logs: log probabilities, [steps, vocabulary].
+        near: entries near thresholds that are constants, [steps, NEAR].
+        masks: a number that is another one where another mask was found, [steps].
+    """
+
+    logs: Tensor
+    near: Tensor
+    masks: Tensor
 
 
 class Fed:
-    """Steps after some prompts, and how many entries were near their thresholds."""
+    """Steps after some prompts, how many entries were near their thresholds, and which masks were found."""
 
     def __init__(self, device: str, vocabulary: int, steps: int) -> None:
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randint(10, vocabulary, (steps, PROMPT + 1), generator=generator).to(device)
         self._prompts, self._tokens = drawn[:, :PROMPT], drawn[:, PROMPT:]
         self._near = torch.zeros(len(NEAR), dtype=torch.int64, device=device)
+        self._masks = torch.zeros(1, dtype=torch.int64, device=device)
+        self._marks = torch.randint(2**40, (WIDEST,), generator=generator).to(device)
 
-    def run(self, model: Any, around: Callable[[], Any], *, join: bool) -> tuple[Tensor, Tensor]:
-        """Log probabilities [steps, vocabulary], and entries near thresholds [steps, NEAR]."""
+    def run(self, model: Any, around: Callable[[], Any], *, join: bool) -> Run:
+        """Take the steps."""
         decoder = Decoder(model, 1, PROMPT + STEPS, join=join)
-        own, logits, near = kernels.masked, [], []
+        own, logits, near, masks = kernels.masked, [], [], []
         # Prompts first, as the model is: what a recorded step reads is there within `around` alone.
         begun = [self._begun(decoder, prompt) for prompt in self._prompts]
 
@@ -60,7 +79,10 @@ class Fed:
                 apart = (values.abs() - rule.constants).abs()
                 for place, share in enumerate(NEAR):
                     self._near[place] += (apart <= share * rule.constants).sum()
-            return own(rule, values, onto)
+                return own(rule, values, onto)
+            found = own(rule, values, onto)
+            self._masks.mul_(3).add_(((found.out != 0) * self._marks[: values.shape[-1]]).sum())
+            return found
 
         kernels.masked = watched
         try:
@@ -71,13 +93,15 @@ class Fed:
                         one.copy_(value)
                     decoder._step.read(0)
                     self._near.zero_()
+                    self._masks.zero_()
                     decoder._step.tokens.copy_(token)
                     decoder._step.run()
                     logits.append(decoder._step.logits[0].float().clone())
                     near.append(self._near.clone())
+                    masks.append(self._masks.clone())
         finally:
             kernels.masked = own
-        return torch.stack(logits).log_softmax(-1), torch.stack(near)
+        return Run(torch.stack(logits).log_softmax(-1), torch.stack(near), torch.cat(masks))
 
     @staticmethod
     def _begun(decoder: Decoder, prompt: Tensor) -> list[Tensor]:
@@ -122,10 +146,10 @@ def main() -> None:
     # The same numbers in both.
     full.load_state_dict({name: one.float() for name, one in low.state_dict().items()})
     fed = Fed(arguments.device, full.config.vocab_size, arguments.steps)
-    dense, _ = fed.run(full, contextlib.nullcontext, join=False)
+    dense = fed.run(full, contextlib.nullcontext, join=False).logs
     for model in (full, low):
         for join in (False, True):
-            found, _ = fed.run(model, contextlib.nullcontext, join=join)
+            found = fed.run(model, contextlib.nullcontext, join=join).logs
             layers = "joined" if join else "its own"
             print(f"dense {model.dtype}, {layers} layers: {said(found, dense)}", flush=True)
     for site in arguments.sites:
@@ -141,18 +165,29 @@ def main() -> None:
                 sparse = partial(replaced, model, parts, site, bound, arguments.share)
                 runs[model.dtype] = (
                     fed.run(model, attached, join=False),
-                    fed.run(model, sparse, join=True)[0],
+                    fed.run(model, sparse, join=True),
                 )
-            (wanted, near), found = runs[torch.float32]
-            print(f"{site}, {way}, {arguments.share}: float32 sparse: {said(found, wanted)}")
-            for share, of in zip(NEAR, near.T, strict=True):
+            wanted, found = runs[torch.float32]
+            print(
+                f"{site}, {way}, {arguments.share}: float32 sparse: {said(found.logs, wanted.logs)}"
+            )
+            for share, of in zip(NEAR, wanted.near.T, strict=True):
                 if int(of.sum()):
                     print(f"  {int(of.sum())} entries within {share:.0e} of their thresholds")
-                    for word, which in (("with", of > 0), ("without", of == 0)):
-                        print(f"    steps {word} one: {said(found[which], wanted[which])}")
-            (simulated, _), found = runs[torch.bfloat16]
-            print(f"  bfloat16 simulated, against float32: {said(simulated, wanted)}")
-            print(f"  bfloat16 sparse, against float32: {said(found, wanted)}", flush=True)
+                    _parted(found, wanted, of == 0, "without one", "with one")
+            if int(wanted.masks.any()):
+                same = found.masks == wanted.masks
+                _parted(found, wanted, same, "of the same masks", "of other masks")
+            simulated, found = runs[torch.bfloat16]
+            print(f"  bfloat16 simulated, against float32: {said(simulated.logs, wanted.logs)}")
+            print(
+                f"  bfloat16 sparse, against float32: {said(found.logs, wanted.logs)}", flush=True
+            )
+
+
+def _parted(found: Run, wanted: Run, which: Tensor, some: str, others: str) -> None:
+    for word, steps in ((some, which), (others, ~which)):
+        print(f"    steps {word}: {said(found.logs[steps], wanted.logs[steps])}")
 
 
 if __name__ == "__main__":
