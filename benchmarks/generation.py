@@ -7,7 +7,8 @@
 Llama 3.2 1B's layers and vocabulary, bfloat16 and random weights; prompts of 100 to 140 tokens, 64 at once.
 `equal`: 64 texts of 256 tokens. `unequal`: 512 texts of 4 to 256 tokens, uniform in the logarithm: each of
 the three is told where a text ends, after it has looked for stop strings as ever, since a random model ends
-none. lm-eval's class counts nothing and drops nothing. Times include all that the host does.
+none. lm-eval's class counts nothing and drops nothing. Times include all that the host does; a first round,
+which compiles and plans what is not there yet, stands by itself.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -39,7 +40,10 @@ from measure import machine
 from sparsity_atlas.criteria.built_in.topp import TopP
 from sparsity_atlas.lm import generation
 from sparsity_atlas.lm import model as lm_model
+from sparsity_atlas.lm.continuous.ends import Ends
 from sparsity_atlas.lm.continuous.engine import Engine
+from sparsity_atlas.lm.continuous.prompt_passes import PromptPasses
+from sparsity_atlas.lm.continuous.recorded_step import Step
 from sparsity_atlas.lm.generation import Text
 from sparsity_atlas.lm.model import AtlasLM
 from sparsity_atlas.sites.find import find_parts
@@ -176,18 +180,20 @@ def told_where(lengths: Lengths) -> Iterator[None]:
         Engine._add = add
 
 
-def timed(
-    call: Callable[[], Any], rounds: int, before: Callable[[], Any] | None = None
-) -> tuple[float, float, Any]:
-    """Median seconds of some rounds, their spread, and what came out; `before`, or one round more, is
-    not counted."""
-    (before or call)()
+def timed(call: Callable[[], Any], rounds: int) -> tuple[list[float], Any]:
+    """Seconds of a first round, which makes what is made once, and of some more, and what came out."""
     found, seconds = None, []
-    for _ in range(rounds):
+    for _ in range(1 + rounds):
         begun = time.perf_counter()
         found = call()
         seconds.append(time.perf_counter() - begun)
-    return statistics.median(seconds), max(seconds) - min(seconds), found
+    return seconds, found
+
+
+def said(seconds: list[float]) -> str:
+    """Rounds in words."""
+    first, *later = seconds
+    return f"{statistics.median(later):.2f} s (spread {max(later) - min(later):.2f}; the first {first:.2f})"
 
 
 def alike(some: list[str], others: list[str]) -> str:
@@ -198,39 +204,83 @@ def alike(some: list[str], others: list[str]) -> str:
     )
 
 
-def measure(bench: Bench, count: int, rounds: int, ways: list[str]) -> None:
+class Parts:
+    """What a recorded node was made of, in the last round: how often, and seconds of the host."""
+
+    NAMED: ClassVar[dict[str, tuple[type, str]]] = {
+        "recording": (Step, "record"),
+        "steps": (Step, "run"),
+        "passes over prompts": (PromptPasses, "begin"),
+        "passes kept": (PromptPasses, "_keep"),
+        "portions": (Step, "read"),
+        "ends": (Ends, "met"),
+        "telling": (AtlasLM, "told"),
+    }
+
+    def __init__(self) -> None:
+        self.times: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}
+        for name, (owner, method) in self.NAMED.items():
+            setattr(owner, method, self._watched(name, getattr(owner, method)))
+
+    def _watched(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            begun = time.perf_counter()
+            found = method(*arguments, **options)
+            self.times[name] = self.times.get(name, 0) + 1
+            self.seconds[name] = self.seconds.get(name, 0) + time.perf_counter() - begun
+            # Of what a GPU has begun.
+            return self._watched(f"waiting for {name}", found) if callable(found) else found
+
+        return run
+
+    def clear(self) -> None:
+        """Begin a round."""
+        self.times, self.seconds = {}, {}
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{name} {count} ({self.seconds[name]:.2f} s)" for name, count in self.times.items()
+        )
+
+
+def measure(bench: Bench, count: int, rounds: int, ways: list[str], parts: Parts) -> None:
     """Print a row for each way and node.
 
     Args:
         bench: the model.
         count: of texts.
-        rounds: of each.
+        rounds: of each, beside a first one.
         ways: some of `WAYS`.
+        parts: of what is recorded.
     """
-    warm = min(count, ROWS)
     found: dict[str, tuple[float, list[str]]] = {}
+
+    def work(level: float | None) -> tuple[list[str], list[int]]:
+        parts.clear()
+        return bench.counted(count, level)
+
     for level in (None, LEVEL):
         for way in ways:
             lm_model.DEVICES = {bench.model.device.type} if way == "recorded" else set()
-            took, spread, (texts, fed) = timed(
-                partial(bench.counted, count, level), rounds, partial(bench.counted, warm, level)
-            )
+            seconds, (texts, fed) = timed(partial(work, level), rounds)
             node = f"{'dense' if level is None else f'top-p {level}'}, {way}"
-            found[node] = took, texts
+            found[node] = statistics.median(seconds[1:]), texts
             lengths = np.percentile(fed, [5, 50, 95]).astype(int).tolist()
             print(
-                f"  {node}: {took:.2f} s (spread {spread:.2f}); {sum(fed)} tokens fed back, 5, 50, 95 % of "
-                f"texts up to {lengths}",
+                f"  {node}: {said(seconds)}; {sum(fed)} tokens fed back, 5, 50, 95 % of texts up to "
+                f"{lengths}",
                 flush=True,
             )
+            if way == "recorded":
+                print(f"    {parts}", flush=True)
         if len(ways) > 1:
             print(
                 f"    texts alike in both ways: {alike(*(one[1] for one in [*found.values()][-2:]))}"
             )
-    plain, spread, wanted = timed(
-        partial(bench.lm_eval, count), rounds, partial(bench.lm_eval, warm)
-    )
-    print(f"  lm-eval's class: {plain:.2f} s (spread {spread:.2f})")
+    seconds, wanted = timed(partial(bench.lm_eval, count), rounds)
+    print(f"  lm-eval's class: {said(seconds)}")
+    plain = statistics.median(seconds[1:])
     for node, (took, texts) in found.items():
         print(f"  {plain / took:.2f} times {node}, texts alike: {alike(wanted, texts)}", flush=True)
 
@@ -241,18 +291,21 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--models", nargs="+", default=["1b"], choices=list(SHAPES))
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=3, help="of equal lengths")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="of equal lengths; of unequal ones one"
+    )
     parser.add_argument("--texts", nargs="+", default=list(TEXTS), choices=TEXTS)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     arguments = parser.parse_args()
     print(machine(arguments.device))
+    parts = Parts()
     for name in arguments.models:
         bench = Bench(name, arguments.device, getattr(torch, arguments.dtype))
         for kind in arguments.texts:
             print(f"{name}, {kind}", flush=True)
             equal = kind == "equal"
             with nullcontext() if equal else told_where(bench.lengths()):
-                measure(bench, TEXTS[kind], arguments.rounds if equal else 1, arguments.ways)
+                measure(bench, TEXTS[kind], arguments.rounds if equal else 1, arguments.ways, parts)
 
 
 if __name__ == "__main__":

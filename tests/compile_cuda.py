@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparsity_atlas.decoding import cuda_inputs, cuda_outputs
-from sparsity_atlas.kernels import cuda, cuda_masks
+from sparsity_atlas.kernels import cuda, cuda_masks, cuda_zeros
 from sparsity_atlas.kernels.cuda_row import GROUP
 from sparsity_atlas.kernels.definition import INFINITIES, Threshold
 from sparsity_atlas.speed import cuda_step
@@ -90,8 +90,20 @@ def compile_masks(dtype: torch.dtype) -> None:
         triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": cuda_masks.WARPS})
 
 
+def compile_counts(dtype: torch.dtype) -> None:
+    """Compile the kernel that counts several tensors."""
+    own = {"WIDE": dtype == torch.float32, "INFINITY": INFINITIES[dtype]}
+    own |= {"ALIGNED": True, "BLOCK": 512}
+    kinds = {name: "i64" if name in ("a0", "a1", "a2", "a3") else "i32" for name in cuda_zeros.TOLD}
+    kinds |= {"zeros": "*i32", "finite": "*i8", "rows": "i32"} | dict.fromkeys(own, "constexpr")
+    signature = {name: kinds[name] for name in cuda_zeros._count.arg_names}
+    source = ASTSource(fn=cuda_zeros._count, signature=signature, constexprs=own)
+    triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": cuda_zeros.WARPS})
+
+
 for dtype in (torch.bfloat16, torch.float32):
     compile_masks(dtype)
+    compile_counts(dtype)
 for rule in RULES:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         compile_kernel(cuda._mask, rule, dtype)

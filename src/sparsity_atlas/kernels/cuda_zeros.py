@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -21,46 +20,80 @@ if TYPE_CHECKING:
 LARGEST_BLOCK = 2048
 WARPS = 4
 ALIGNMENT = 16  # bytes
+AT_ONCE = 4  # of a part and its attention no more are counted
 # Triton's own way to what it compiled takes longer than the rest of a launch.
 _COMPILED: dict[tuple[object, ...], CompiledKernel | None] = {}
 
 
 def count(tensors: Sequence[Tensor], places: Sequence[int], zeros: Tensor, finite: Tensor) -> None:
     """As `kernels.count_together`, for tensors [rows, width] of one type on one device, as many rows each."""
+    for start in range(0, len(tensors), AT_ONCE):
+        some = slice(start, start + AT_ONCE)
+        _launch(tensors[some], places[some], zeros, finite)
+
+
+def _launch(
+    tensors: Sequence[Tensor], places: Sequence[int], zeros: Tensor, finite: Tensor
+) -> None:
+    """Count up to `AT_ONCE` of them. All that the kernel is told of them it is told by value, since a table
+    in memory could not be recorded with a step."""
     rows, device, dtype = len(tensors[0]), tensors[0].device, tensors[0].dtype
     if rows == 0:
         return
     tensors = [one if one.stride(-1) == 1 else one.contiguous() for one in tensors]
-    table = [
+    told = [
         (one.data_ptr(), one.shape[-1], one.stride(0), place)
         for one, place in zip(tensors, places, strict=True)
     ]
-    entries = np.array(table, np.int64)
     size = tensors[0].element_size()
-    aligned = not any((at | wide * size | apart * size) % ALIGNMENT for at, wide, apart, _ in table)
-    sent = torch.from_numpy(entries)
-    if device.type == "cuda":
-        # Pinned, the copy takes its turn on the device like any other work.
-        sent = sent.pin_memory().to(device, non_blocking=True)
-    block = min(LARGEST_BLOCK, triton.next_power_of_2(max(wide for _, wide, _, _ in table)))
+    aligned = not any((at | wide * size | apart * size) % ALIGNMENT for at, wide, apart, _ in told)
+    block = min(LARGEST_BLOCK, triton.next_power_of_2(max(wide for _, wide, _, _ in told)))
     constants = {"WIDE": size == 4, "INFINITY": INFINITIES[dtype]}
     constants |= {"ALIGNED": aligned, "BLOCK": block}
-    arguments = sent, zeros, finite.view(torch.int8), rows
+    # Nothing runs for those that are not there.
+    told += told[:1] * (AT_ONCE - len(told))
+    by_kind = (one for kind in zip(*told, strict=True) for one in kind)
+    arguments = zeros, finite.view(torch.int8), rows, *by_kind
     key = (device, *constants.values())
     compiled = _COMPILED.get(key)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         if compiled is None:
-            _COMPILED[key] = _count[(rows, len(table))](*arguments, **constants, num_warps=WARPS)
+            _COMPILED[key] = _count[(rows, len(tensors))](*arguments, **constants, num_warps=WARPS)
         else:
-            compiled[(rows, len(table), 1)](*arguments, *constants.values())
+            compiled[(rows, len(tensors), 1)](*arguments, *constants.values())
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
+def _of(which, n0, n1, n2, n3):
+    """One of some numbers."""
+    return tl.where(which < 2, tl.where(which == 0, n0, n1), tl.where(which == 2, n2, n3))
+
+
+TOLD = [f"{kind}{number}" for kind in "awsp" for number in range(AT_ONCE)]
+
+
+@triton.jit(do_not_specialize=["rows", *TOLD])
 def _count(
-    table,
     zeros,
     finite,
     rows,
+    # Addresses, widths, strides and places of `AT_ONCE` tensors.
+    a0,
+    a1,
+    a2,
+    a3,
+    w0,
+    w1,
+    w2,
+    w3,
+    s0,
+    s1,
+    s2,
+    s3,
+    p0,
+    p1,
+    p2,
+    p3,
     WIDE: tl.constexpr,
     INFINITY: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -68,9 +101,11 @@ def _count(
 ):
     """Count one row of one tensor."""
     row = tl.program_id(0).to(tl.int64)
-    entry = table + 4 * tl.program_id(1)
-    address, width = tl.load(entry), tl.load(entry + 1)
-    stride, place = tl.load(entry + 2), tl.load(entry + 3)
+    which = tl.program_id(1)
+    address = _of(which, a0, a1, a2, a3)
+    width = _of(which, w0, w1, w2, w3)
+    stride = _of(which, s0, s1, s2, s3)
+    place = _of(which, p0, p1, p2, p3)
     if ALIGNED:
         # Said to the compiler, which then reads several entries at once.
         width, stride = tl.multiple_of(width, 4), tl.multiple_of(stride, 4)

@@ -69,7 +69,9 @@ class GeneratingLM(JournalledLM):
         """
         self._texts = texts
         try:
-            answers = HFLM.generate_until(self, batch, disable_tqdm=True)
+            # HFLM reads each prompt once to sort them; a GPU may wait meanwhile.
+            with self._tokenised([one.args[0] for one in batch]):
+                answers = HFLM.generate_until(self, batch, disable_tqdm=True)
         finally:
             self._texts = None
         return {

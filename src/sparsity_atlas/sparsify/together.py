@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-import torch
-
 from sparsity_atlas import kernels
 from sparsity_atlas.errors import AtlasError
 
@@ -72,7 +70,6 @@ class Together:
         self._seen = _SEEN.setdefault(model, {})
         self._counter = counter
         self._at_once = at_once
-        self._recording = False
         slots = [((slot.key.layer, slot.key.part), slot) for slot in counter.slots]
         # Of experts' tensors rows stand in an order of their own, and are counted by expert too.
         routed = {part for part, slot in slots if slot.routing is not None}
@@ -86,8 +83,6 @@ class Together:
         for made in self._parts.values():
             if made.held:  # of a pass that did not come to its end
                 made.clear()
-        # What is sent to the device is not recorded with a step that is to be run again.
-        self._recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
     def add(self, vectors: Vectors) -> None:
         """Count a tensor, now or with the others of its part.
@@ -97,9 +92,9 @@ class Together:
         """
         part = vectors.part
         made = self._parts[part.layer, part.name]
-        if not made.together or self._recording:
+        if not made.together:
             self._at_once(vectors)
-        if made.together is False or self._recording:
+        if made.together is False:
             return
         made.held.append(vectors)
         made.versions.append(vectors.values._version)

@@ -1,8 +1,8 @@
 """Prompts in, texts out: which row runs which prompt, and what each of them cost.
 
 A GPU is given some steps at a time. While it runs them, the host reads what the ones before them left, ends
-the rows that have met their end, and gives their places to prompts that wait. So a row runs on for up to
-twice as many steps as it need to; what comes of these counts nowhere.
+the rows that have met their end, and gives their places to prompts that wait. So a row runs on behind its
+end, for less than two such portions; what comes of these steps counts nowhere.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparsity_atlas.errors import NumericalFailure
-from sparsity_atlas.lm.continuous.recorded_step import Step, prompt_columns, whole
+from sparsity_atlas.lm.continuous.prompt_passes import PromptPasses
+from sparsity_atlas.lm.continuous.recorded_step import Step
 from sparsity_atlas.lm.generation import Text
-from sparsity_atlas.sparsify.transfer import fetched, sent
 
 if TYPE_CHECKING:
     from sparsity_atlas.lm.continuous.called import Called
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from sparsity_atlas.sparsify.attach import Counter
 
 # Steps that a GPU is given at a time, and such portions that it has before the first of them is read.
-STEPS, AHEAD = 8, 1
-# Prompts wait until they can take this share of all rows, so that few of them are not run by themselves.
+STEPS, AHEAD = 4, 1
+# One of so many rows is a prompt's in a pass beside rows that go on; fewer wait for others.
 SHARE = 8
 
 
@@ -62,10 +62,13 @@ class Engine:
             RuntimeError: the step cannot be recorded.
         """
         self._called, self._counter, self._ends = called, counter, ends
-        self._budget, self._padding = budget, padding
+        self._budget = budget
         self._rows: list[Text | None] = [None] * rows
         self._step = Step(called, counter, rows, size, masks, STEPS)
-        self._clock = 0
+        self._together = max(rows // SHARE, 1)
+        self._prompts = PromptPasses(
+            called, counter, self._step, together=self._together, padding=padding
+        )
         if called.device.type == "cuda":
             self._step.record()
 
@@ -84,7 +87,7 @@ class Engine:
         waiting = deque(Text(number, prompt) for number, prompt in enumerate(prompts))
         begun: deque[Callable[[], Iterator[Text]]] = deque()
         while waiting or begun or any(self._rows):
-            if self._worth_it(waiting):
+            while self._worth_it(waiting):
                 begun.append(self._begin(waiting))
             if steps := self._needed():
                 begun.append(self._go_on(steps))
@@ -96,7 +99,7 @@ class Engine:
 
     def _worth_it(self, waiting: deque[Text]) -> bool:
         free = len(self._free())
-        enough = min(max(len(self._rows) // SHARE, 1), len(waiting))
+        enough = min(self._together, len(waiting))
         return bool(waiting) and free > 0 and (free >= enough or free == len(self._rows))
 
     def _needed(self) -> int:
@@ -105,37 +108,21 @@ class Engine:
         return min(STEPS, max([0, *left]))
 
     def _begin(self, waiting: deque[Text]) -> Callable[[], Iterator[Text]]:
-        """Run prompts in the rows that are free."""
-        rows = self._free()[: len(waiting)]
+        """Run prompts in rows that are free: in all of them where none runs, else so many as fill a pass."""
+        rows = self._free()
+        if len(rows) < len(self._rows):
+            rows = rows[: self._together]
+        rows = rows[: len(waiting)]
         texts = [waiting.popleft() for _ in rows]
         for row, text in zip(rows, texts, strict=True):
             self._rows[row] = text
-        longest = max(len(text.prompt) for text in texts)
-        ids = np.full((len(rows), longest), self._padding, np.int64)
-        for text, tokens in zip(texts, ids, strict=True):
-            tokens[longest - len(text.prompt) :] = text.prompt
-        lengths = np.array([len(text.prompt) for text in texts])
-        valid = np.arange(longest) >= longest - lengths[:, None]
-        positions = np.maximum(valid.cumsum(1) - 1, 0)
-        step, device = self._step, self._called.device
-        columns = prompt_columns(self._clock, longest, step.ring.size)
-        places, known, there = (sent(one, device) for one in (np.array(rows), valid, columns))
-        self._counter.expect(known, "prompt")
-        with step.ring.prompts(places, there, known):
-            logits = self._called.next_logits(
-                sent(ids, device), sent(positions, device), known, step.ring
-            )
-        zeros, _, finite = self._counter.take_unseen()
-        first = logits.argmax(-1)
-        step.tokens[places] = first
-        step.lengths[places] = sent(lengths + 1, device)
-        wait = fetched([first, zeros.sum(2).T.contiguous(), finite, whole(logits)])
+        wait = self._prompts.begin(rows, [text.prompt for text in texts])
 
         def read() -> Iterator[Text]:
-            tokens, zeros, finite, whole = wait()
-            self._counter.check(finite.tolist())
-            _check(whole)
-            for text, token, own in zip(texts, tokens.tolist(), zeros, strict=True):
+            first = wait()
+            self._counter.check(first.finite.tolist())
+            _check(first.whole)
+            for text, token, own in zip(texts, first.tokens.tolist(), first.zeros, strict=True):
                 text.prompt_zeros, text.zeros = own, np.zeros_like(own)
                 yield from self._add(text, token)
 
@@ -149,7 +136,6 @@ class Engine:
         for text in texts:
             if text is not None:
                 text.given += steps
-        self._clock = (self._clock + steps) % self._step.ring.size
         wait = self._step.read(steps)
 
         def read() -> Iterator[Text]:

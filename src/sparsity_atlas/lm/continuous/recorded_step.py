@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from sparsity_atlas.lm.continuous import recording
 from sparsity_atlas.lm.continuous.ring import Ring
 from sparsity_atlas.sparsify.transfer import fetched
 
@@ -126,23 +127,11 @@ class Step:
         torch.cuda.current_stream(self._called.device).wait_stream(stream)
         seen = self.logits.clone(), self._log.zeros[0].clone()
         self._reset(before)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._run()
-        self._replay = graph.replay
+        self._replay, _ = recording.recorded(self._run)
         self.run()
         again = self.logits, self._log.zeros[0]
         self._reset(before)
-        self._check(seen, again)
-
-    def _check(self, seen: tuple[Tensor, Tensor], again: tuple[Tensor, Tensor]) -> None:
-        """See that the recorded step does what the step does.
-
-        Raises:
-            RuntimeError: it does not.
-        """
-        if not all(torch.equal(*pair) for pair in zip(seen, again, strict=True)):
-            raise RuntimeError("a recorded step gives other numbers than the step itself")
+        recording.check(seen, again)
 
     def _state(self) -> list[Tensor]:
         return [self.ring.clock, self.tokens, self.lengths, self._at]
