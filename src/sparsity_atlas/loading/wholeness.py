@@ -216,11 +216,22 @@ def is_constant(tensor: Tensor) -> bool:
 def _numbers(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Parameters with their numbers, also where these wait in host memory."""
     if not offloaded(model):
-        yield from model.named_parameters()
+        yield from ((name, _compared(value)) for name, value in model.named_parameters())
         return
     for path, module in model.named_modules():
         with present(module):
-            yield from module.named_parameters(path, recurse=False)
+            for name, value in module.named_parameters(path, recurse=False):
+                yield name, _compared(value)
+
+
+def _compared(value: Tensor) -> Tensor:
+    """Packed numbers of eight bits and fewer in a type that torch compares, and which has all of them."""
+    import torch
+
+    if not value.is_floating_point() or value.itemsize > 1:
+        return value
+    # Pairs of four bits are none but numbers.
+    return value.view(torch.uint8) if value.dtype == torch.float4_e2m1fn_x2 else value.bfloat16()
 
 
 def not_finite(model: PreTrainedModel) -> str | None:

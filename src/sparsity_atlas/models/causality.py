@@ -24,6 +24,11 @@ POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "
 ROUNDING = 1e-5
 # A change is no rounding where it is this many times what the same pass differs from itself.
 REPEATED = 10.0
+# bitsandbytes in 8 bits takes the columns that have a large entry anywhere in a batch as they are.
+_PACKED = (
+    "; it runs packed, and its kernels may round a token by all others of its batch: with dequantise: true "
+    "in the model's entry it is computed in plain numbers"
+)
 NOT_YET = (
     "a masked-diffusion model: the pipeline evaluates and captures it, but calibrates nothing for it, and "
     "does not take its layers one at a time"
@@ -65,6 +70,8 @@ def kind_of(model: nn.Module, mask_token: int | None = None) -> str:
     if not declared:
         advice = "; is_decoder: true in its config.json makes it one, if it was trained as such"
         hint = advice if getattr(text, "is_decoder", None) is False else ""
+        if getattr(model, "is_quantized", False):
+            hint = f"{hint}{_PACKED}"
         raise AtlasError(
             f"{what}; only causal language models and masked-diffusion models (is_causal: false) can be "
             f"evaluated{hint}"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sparsity_atlas.sites.part import Part
 
 PROBE = (1, 4)
+_OF_A_MAP = ("weight", "bias")
 
 
 def count_parameters(model: nn.Module, parts: Iterable[Part] = ()) -> dict[str, int]:
@@ -35,10 +36,11 @@ def count_parameters(model: nn.Module, parts: Iterable[Part] = ()) -> dict[str, 
         `active_non_embedding`: the same as `total` and `non_embedding`, but of E routed experts only
         the K that a token meets.
     """
+    # First: a pass makes new objects of parameters that are brought to a device for it, or unpacked by it.
+    used = {id(one) for one in [*_reached(model), *_brought(model)]}
     packed = {id(module): module for module in model.modules() if _is_packed(module)}
     inside = {id(one) for module in packed.values() for one in module.parameters()}
-    # First: a pass makes new objects of parameters that are brought to a device for it.
-    used = {id(one) for one in [*_reached(model), *_brought(model)]}
+    inside |= {id(one) for one in _left(model)}
     everything = {id(one): one for one in model.parameters() if id(one) not in inside}
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     ask = getattr(model, "get_output_embeddings", None)
@@ -70,6 +72,18 @@ def _is_packed(module: nn.Module) -> bool:
     return weight is None or weight.dtype not in COMPUTED or weight.numel() != inputs * outputs
 
 
+def _is_quantised(model: nn.Module) -> bool:
+    return bool(getattr(model, "is_quantized", False))
+
+
+def _left(model: nn.Module) -> Iterator[Tensor]:
+    """What a quantised map that is unpacked by now keeps beside its matrix: scales, and what is like them."""
+    for module in model.modules() if _is_quantised(model) else ():
+        if isinstance(module, nn.Linear):
+            own = module.named_parameters(recurse=False)
+            yield from (value for name, value in own if name not in _OF_A_MAP)
+
+
 def _numbers(module: nn.Module) -> int:
     """Numbers that a packed map stands for."""
     bias: Any = getattr(module, "bias", None)
@@ -83,12 +97,14 @@ def count_resting(parts: Iterable[Part]) -> int:
 
 
 def _brought(model: nn.Module) -> list[Tensor]:
-    """Parameters that wait in host memory and were brought to a device in a pass: of modules that ran.
+    """Parameters of modules that ran in a pass, which autograd's graph does not tell.
 
-    What they were there is in autograd's graph, and is none of the model's parameters any more.
+    Of weights that wait in host memory and were brought to a device for it the graph holds what they were
+    there; in a quantised model it may end where numbers are rounded.
     """
     ran: list[nn.Module] = []
-    waiting = [one for one in model.modules() if waits(one)]
+    quantised = _is_quantised(model)
+    waiting = [one for one in model.modules() if quantised or waits(one)]
     with ExitStack() as stack:
         for module in waiting:
             handle = module.register_forward_pre_hook(lambda module, _: ran.append(module))
@@ -96,7 +112,8 @@ def _brought(model: nn.Module) -> list[Tensor]:
         if waiting:
             with torch.no_grad():
                 forward_of(model, random_ids(model, PROBE))()
-    return [one for module in ran for one in module.parameters(recurse=False)]
+    own = (pair for module in ran for pair in module.named_parameters(recurse=False))
+    return [value for name, value in own if not quantised or name in _OF_A_MAP]
 
 
 def _reached(model: nn.Module) -> Iterator[Tensor]:

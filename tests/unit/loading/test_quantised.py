@@ -299,6 +299,36 @@ def test_packed_maps_are_found_and_their_weights_are_what_they_stand_for() -> No
         torch.testing.assert_close(place.outputs(rows), torch.cat(made, -1))
 
 
+class Unpacked(nn.Linear):
+    """Rounds inputs to whole numbers, which has no derivative; unpacked when it runs, and keeps its scales."""
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__(plain.in_features, plain.out_features, bias=False)
+        self.numbers = plain.weight.data
+        self.weight = nn.Parameter(torch.zeros_like(plain.weight, dtype=torch.int8), False)
+        self.weight_scale = nn.Parameter(torch.ones(plain.out_features, 1), False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.weight.is_floating_point():
+            self.weight = nn.Parameter(self.numbers, False)
+        scale = x.abs().amax(-1, keepdim=True) / 127
+        return nn.functional.linear((x / scale).round().to(torch.int8).float() * scale, self.weight)
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_parameters_of_maps_that_round_inputs_and_unpack_themselves(ran: bool) -> None:
+    """Norms before such maps are counted, and no map twice or with its scales."""
+    plain, model = (tiny_model("llama", initializer_range=0.3) for _ in range(2))
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear and "layers" in path:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, Unpacked(module))
+    model.is_quantized = True
+    if ran:
+        model(torch.arange(3, 9)[None])
+    assert count_parameters(model) == count_parameters(plain)
+
+
 class Saturated(Packed):
     """Rounds what it reads by a scale that was fixed for other values."""
 

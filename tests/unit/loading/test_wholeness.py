@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsity_atlas.errors import AtlasError
@@ -254,3 +254,22 @@ def test_one_number_that_is_none_is_seen(value: str, kind: str) -> None:
         model.lm_head.weight[3, 5] = float(value)
     found = not_finite(model)
     assert found == f"lm_head.weight: 1 of {model.lm_head.weight.numel():,} values are {kind}"
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu])
+def test_packed_numbers_of_eight_bits(kind: torch.dtype) -> None:
+    """torch neither orders them nor asks all of their types whether they are finite."""
+    model = nn.Linear(8, 4, bias=False)
+    numbers = torch.full((4, 8), 0.5)
+    model.weight = nn.Parameter(numbers.to(kind), requires_grad=False)
+    assert not_finite(model) is None
+    numbers[1, 2] = torch.nan
+    model.weight = nn.Parameter(numbers.to(kind), requires_grad=False)
+    assert not_finite(model) == "weight: 1 of 32 values are NaN"
+
+
+def test_packed_pairs_of_four_bits() -> None:
+    model = nn.Linear(8, 4, bias=False)
+    pairs = torch.randint(256, (4, 4), dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    model.weight = nn.Parameter(pairs, requires_grad=False)
+    assert not_finite(model) is None

@@ -51,6 +51,19 @@ def test_not_causal(kind: str, dtype: torch.dtype) -> None:
         kind_of(made(kind, dtype, **SEES_ALL[kind]))
 
 
+def test_a_packed_model_that_rounds_by_its_batch() -> None:
+    """As LLM.int8 does, which looks for large entries in all tokens at once."""
+    model = made("llama", torch.float32, **GROUPED)
+    model.is_quantized = True
+    assert kind_of(model) == "causal"
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_hook(
+            lambda module, arguments, output: output + output.std() / 10
+        )
+    with pytest.raises(AtlasError, match=r"not causal: .*runs packed.* with dequantise: true in"):
+        kind_of(model)
+
+
 def test_a_decoder_of_the_bert_family() -> None:
     for kind in ("bert", "roberta", "electra"):
         kind_of(made(kind, torch.float32, **COMMON, is_decoder=True))
