@@ -230,8 +230,9 @@ def _compared(value: Tensor) -> Tensor:
 
     if not value.is_floating_point() or value.itemsize > 1:
         return value
-    # Pairs of four bits are none but numbers.
-    return value.view(torch.uint8) if value.dtype == torch.float4_e2m1fn_x2 else value.bfloat16()
+    if "float4" in str(value.dtype):  # which older releases do not have
+        return value.view(torch.uint8)  # pairs, none of which is no number
+    return value.bfloat16()
 
 
 def not_finite(model: PreTrainedModel) -> str | None:

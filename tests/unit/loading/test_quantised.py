@@ -300,7 +300,7 @@ def test_packed_maps_are_found_and_their_weights_are_what_they_stand_for() -> No
 
 
 class Unpacked(nn.Linear):
-    """Rounds inputs to whole numbers, which has no derivative; unpacked when it runs, and keeps its scales."""
+    """Rounds inputs to whole numbers, without a derivative; unpacked when it runs, and keeps its scales."""
 
     def __init__(self, plain: nn.Linear) -> None:
         super().__init__(plain.in_features, plain.out_features, bias=False)
