@@ -37,7 +37,7 @@ def applied(mask: Tensor, values: Tensor, onto: Tensor) -> tuple[Tensor, Tensor,
         *(zeros, finite.view(torch.int8), width),
         *(mask.stride(0), values.stride(0), onto.stride(0)),
     )
-    _launch(_apply, arguments, values, INFINITY=INFINITIES[values.dtype])
+    _launch(_apply, arguments, values, INFINITY=INFINITIES[values.dtype], BLOCK=_block(values))
     return out, zeros, finite
 
 
@@ -46,8 +46,24 @@ def largest_of_groups(values: Tensor, size: int, kept: int) -> Tensor:
     values = values if values.stride(-1) == 1 else values.contiguous()
     mask = torch.empty(values.shape, dtype=torch.bool, device=values.device)
     arguments = bits_of(values), mask.view(torch.int8), values.shape[1], values.stride(0), kept
-    _launch(_largest, arguments, values, INFINITY=INFINITIES[values.dtype], SIZE=size)
+    _launch(_largest, arguments, values, **_groups(values, size))
     return mask
+
+
+def _groups(values: Tensor, size: int) -> dict[str, int]:
+    """How `_largest` takes groups of a size."""
+    places = triton.next_power_of_2(size)
+    groups = min(LARGEST_BLOCK // places, triton.next_power_of_2(-(-values.shape[1] // size)))
+    return {
+        **{"INFINITY": INFINITIES[values.dtype], "BITS": 8 * values.element_size() - 1},
+        **{"SIZE": size, "PLACES": places, "GROUPS": groups},
+    }
+
+
+def _block(values: Tensor) -> int:
+    """How many entries of a row the other kernels take at a time."""
+    block: int = min(LARGEST_BLOCK, triton.next_power_of_2(values.shape[1]))
+    return block
 
 
 def drawn(values: Tensor, codes: Tensor, bound: int) -> Tensor:
@@ -59,7 +75,7 @@ def drawn(values: Tensor, codes: Tensor, bound: int) -> Tensor:
         *(bits_of(values), mask.view(torch.int8), codes, limits),
         *(values.shape[1], values.stride(0)),
     )
-    _launch(_draw, arguments, values, INFINITY=INFINITIES[values.dtype])
+    _launch(_draw, arguments, values, INFINITY=INFINITIES[values.dtype], BLOCK=_block(values))
     return mask
 
 
@@ -70,12 +86,11 @@ def _launch(
     **constants: int,
 ) -> None:
     """A program for each row of the values."""
-    rows, width = values.shape
+    rows = len(values)
     if rows == 0:
         return
-    block = min(LARGEST_BLOCK, triton.next_power_of_2(width))
     with torch.cuda.device(values.device) if values.is_cuda else contextlib.nullcontext():
-        kernel[(rows,)](*arguments, **constants, BLOCK=block, num_warps=WARPS)
+        kernel[(rows,)](*arguments, **constants, num_warps=WARPS)
 
 
 @triton.jit
@@ -102,7 +117,8 @@ def _apply(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    count, largest = 0, 0
+    # Added up over threads at the end.
+    count, largest = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < width
@@ -110,11 +126,11 @@ def _apply(
         size = _magnitude(tl.load(values + row * values_stride + column, mask=inside, other=1))
         written = tl.load(onto + row * onto_stride + column, mask=inside, other=0)
         zero = (kept == 0) | (size == 0)
-        count += tl.sum(zero.to(tl.int32), 0)
-        largest = tl.maximum(largest, tl.max(size, 0))
+        count += zero.to(tl.int32)
+        largest = tl.maximum(largest, size)
         tl.store(out + row * width + column, tl.where(kept, written, 0), mask=inside)
-    tl.store(zeros + row, count)
-    tl.store(finite + row, (largest < INFINITY).to(tl.int8))
+    tl.store(zeros + row, tl.sum(count, 0))
+    tl.store(finite + row, (tl.max(largest, 0) < INFINITY).to(tl.int8))
 
 
 @triton.jit
@@ -125,26 +141,31 @@ def _largest(
     stride,
     kept,
     INFINITY: tl.constexpr,
+    BITS: tl.constexpr,
     SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PLACES: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):
+    """Groups lie side by side, in places of a power of two; those behind the last entry are empty."""
     row = tl.program_id(0).to(tl.int64)
-    for start in range(0, width, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = column < width
+    place = tl.arange(0, PLACES)[None, :]
+    for start in range(0, width, SIZE * GROUPS):
+        column = start + tl.arange(0, GROUPS)[:, None] * SIZE + place
+        inside = (column < width) & (place < SIZE)
         value = tl.load(values + row * stride + column, mask=inside, other=0)
-        # NaN alike, whatever its bits.
-        key = tl.minimum(_magnitude(value), INFINITY + 1)
-        base = column - column % SIZE
-        ahead = tl.zeros((BLOCK,), tl.int32)
-        for place in range(SIZE):
-            other = base + place
-            # From the cache: the row has just been read.
-            value = tl.load(values + row * stride + other, mask=other < width, other=0)
-            rival = tl.minimum(_magnitude(value), INFINITY + 1)
-            before = (rival > key) | ((rival == key) & (other < column))
-            ahead += before.to(tl.int32)
-        tl.store(mask + row * width + column, (ahead < kept).to(tl.int8), mask=inside)
+        # NaN alike, whatever its bits; what fills up the last group counts as zeros, an empty place never.
+        key = tl.where(place < SIZE, tl.minimum(_magnitude(value), INFINITY + 1), -1)
+        # The largest key that is reached so often, bit by bit.
+        least = tl.zeros((GROUPS,), tl.int32)
+        for bit in tl.static_range(BITS - 1, -1, -1):
+            higher = least | (1 << bit)
+            reached = tl.sum((key >= higher[:, None]).to(tl.int32), 1)
+            least = tl.where(reached >= kept, higher, least)
+        above, alike = key > least[:, None], key == least[:, None]
+        # Of ties the first.
+        left = kept - tl.sum(above.to(tl.int32), 1)
+        first = alike & (tl.cumsum(alike.to(tl.int32), 1) <= left[:, None])
+        tl.store(mask + row * width + column, (above | first).to(tl.int8), mask=inside)
 
 
 @triton.jit
@@ -167,14 +188,14 @@ def _draw(
 ):
     row = tl.program_id(0).to(tl.int64)
     bound = tl.load(limits)
-    token = bound * 0
+    tokens = tl.zeros((BLOCK,), tl.int64)
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < width
         value = tl.load(values + row * stride + column, mask=inside, other=0).to(tl.int32)
         code = tl.load(codes + column, mask=inside, other=0)
-        token += tl.sum(tl.where((value > 0) & (value <= INFINITY), code, 0), 0)
-    token = _hash(token)
+        tokens += tl.where((value > 0) & (value <= INFINITY), code, 0)
+    token = _hash(tl.sum(tokens, 0))
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < width

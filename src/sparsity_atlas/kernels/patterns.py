@@ -17,7 +17,7 @@ from sparsity_atlas import kernels
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The kernels compare each entry of a group with each other one.
+# The CPU's kernel compares each entry of a group with each other one.
 LARGEST_GROUP = 64
 DRAW_BITS = 53  # of a draw, which float64 holds exactly
 

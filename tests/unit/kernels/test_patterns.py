@@ -22,8 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered in scalar multiply:RuntimeWarning"),
 ]
 MODULES = (cpu_masks, cuda_masks)
-# A kernel in the interpreter takes as many steps as a group has entries.
-SIZES = st.sampled_from((2, 3, 4, 7, 16))
+SIZES = st.sampled_from((2, 3, 4, 7, 16, 32))
 
 
 @pytest.fixture
