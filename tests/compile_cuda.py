@@ -82,8 +82,9 @@ def compile_masks(dtype: torch.dtype) -> None:
     types = dict.fromkeys(("values", "onto", "out"), bits) | {"mask": "*i8", **POINTERS}
     types |= {"codes": "*i64", "limits": "*i64"}
     constants = {"INFINITY": INFINITIES[dtype], "BLOCK": 512, "SIZE": 12, "PLACES": 16}
-    constants |= {"GROUPS": 32, "BITS": 31 if dtype == torch.float32 else 15}
-    for kernel in (cuda_masks._apply, cuda_masks._largest, cuda_masks._draw):
+    constants["GROUPS"] = 32
+    largest = cuda_masks._largest if dtype == torch.float32 else cuda_masks._largest_in_pairs
+    for kernel in (cuda_masks._apply, largest, cuda_masks._draw):
         own = {name: value for name, value in constants.items() if name in kernel.arg_names}
         kinds = {name: "i32" for name in kernel.arg_names} | types | dict.fromkeys(own, "constexpr")
         signature = {name: kinds[name] for name in kernel.arg_names}

@@ -21,6 +21,8 @@ WARPS = 4
 FIRST, SECOND = tl.constexpr(-0x40A7B892E31B1A47), tl.constexpr(-0x6B2FB644ECCEEE15)
 LEFT_30, LEFT_27 = tl.constexpr((1 << 34) - 1), tl.constexpr((1 << 37) - 1)
 LEFT_31, LEFT_11 = tl.constexpr((1 << 33) - 1), tl.constexpr((1 << 53) - 1)
+# The lowest and the highest bits of both halves.
+EACH, HIGHEST = tl.constexpr(0x00010001), tl.constexpr(-0x7FFF8000)
 
 
 def applied(mask: Tensor, values: Tensor, onto: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,16 +48,17 @@ def largest_of_groups(values: Tensor, size: int, kept: int) -> Tensor:
     values = values if values.stride(-1) == 1 else values.contiguous()
     mask = torch.empty(values.shape, dtype=torch.bool, device=values.device)
     arguments = bits_of(values), mask.view(torch.int8), values.shape[1], values.stride(0), kept
-    _launch(_largest, arguments, values, **_groups(values, size))
+    kernel = _largest if values.element_size() == 4 else _largest_in_pairs
+    _launch(kernel, arguments, values, **_groups(values, size))
     return mask
 
 
 def _groups(values: Tensor, size: int) -> dict[str, int]:
-    """How `_largest` takes groups of a size."""
+    """How groups of a size are taken."""
     places = triton.next_power_of_2(size)
     groups = min(LARGEST_BLOCK // places, triton.next_power_of_2(-(-values.shape[1] // size)))
     return {
-        **{"INFINITY": INFINITIES[values.dtype], "BITS": 8 * values.element_size() - 1},
+        "INFINITY": INFINITIES[values.dtype],
         **{"SIZE": size, "PLACES": places, "GROUPS": groups},
     }
 
@@ -134,6 +137,21 @@ def _apply(
 
 
 @triton.jit
+def _keys(
+    values, column, width, place, INFINITY: tl.constexpr, SIZE: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """What entries of a row are ranked by, and where there are any.
+
+    What fills up a last group counts as zeros, and so does what fills up places to a power of two: it is
+    behind all others, and of ties the first are kept.
+    """
+    inside = (column < width) & (place < SIZE)
+    value = tl.load(values + column, mask=inside, other=0)
+    # NaN alike, whatever its bits.
+    return tl.minimum(_magnitude(value), INFINITY + 1), inside
+
+
+@triton.jit
 def _largest(
     values,
     mask,
@@ -141,31 +159,68 @@ def _largest(
     stride,
     kept,
     INFINITY: tl.constexpr,
-    BITS: tl.constexpr,
     SIZE: tl.constexpr,
     PLACES: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Groups lie side by side, in places of a power of two; those behind the last entry are empty."""
+    """Groups side by side; of each the largest key that enough of it reach is found, bit by bit."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, PLACES)[None, :]
     for start in range(0, width, SIZE * GROUPS):
         column = start + tl.arange(0, GROUPS)[:, None] * SIZE + place
-        inside = (column < width) & (place < SIZE)
-        value = tl.load(values + row * stride + column, mask=inside, other=0)
-        # NaN alike, whatever its bits; what fills up the last group counts as zeros, an empty place never.
-        key = tl.where(place < SIZE, tl.minimum(_magnitude(value), INFINITY + 1), -1)
-        # The largest key that is reached so often, bit by bit.
+        key, inside = _keys(values + row * stride, column, width, place, INFINITY, SIZE)
         least = tl.zeros((GROUPS,), tl.int32)
-        for bit in tl.static_range(BITS - 1, -1, -1):
+        for bit in tl.static_range(30, -1, -1):
             higher = least | (1 << bit)
             reached = tl.sum((key >= higher[:, None]).to(tl.int32), 1)
             least = tl.where(reached >= kept, higher, least)
         above, alike = key > least[:, None], key == least[:, None]
-        # Of ties the first.
         left = kept - tl.sum(above.to(tl.int32), 1)
         first = alike & (tl.cumsum(alike.to(tl.int32), 1) <= left[:, None])
         tl.store(mask + row * width + column, (above | first).to(tl.int8), mask=inside)
+
+
+@triton.jit
+def _reaches(some, others):
+    """1 in the halves of 16 bits whose number of 15 bits reaches the other's, else 0.
+
+    `some` have their highest bits set, so that no half takes anything from the other.
+    """
+    return ((some - others) >> 15) & EACH
+
+
+@triton.jit
+def _largest_in_pairs(
+    values,
+    mask,
+    width,
+    stride,
+    kept,
+    INFINITY: tl.constexpr,
+    SIZE: tl.constexpr,
+    PLACES: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """As `_largest`, of two groups at once, in the halves of a register."""
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, PLACES)[None, :]
+    kept = kept * EACH
+    for start in range(0, width, 2 * SIZE * GROUPS):
+        column = start + tl.arange(0, GROUPS)[:, None] * SIZE + place
+        other = column + SIZE * GROUPS
+        low, inside = _keys(values + row * stride, column, width, place, INFINITY, SIZE)
+        high, others = _keys(values + row * stride, other, width, place, INFINITY, SIZE)
+        keys = low | (high << 16) | HIGHEST
+        least = tl.zeros((GROUPS,), tl.int32)
+        for bit in tl.static_range(14, -1, -1):
+            reached = tl.sum(_reaches(keys, (least | (EACH << bit))[:, None]), 1)
+            least |= _reaches(reached | HIGHEST, kept) << bit
+        above = _reaches(keys, (least + EACH)[:, None])
+        alike = _reaches(keys, least[:, None]) - above
+        left = (kept - tl.sum(above, 1)) | HIGHEST
+        chosen = above | (alike & _reaches(left[:, None], tl.cumsum(alike, 1)))
+        tl.store(mask + row * width + column, (chosen & 1).to(tl.int8), mask=inside)
+        tl.store(mask + row * width + other, (chosen >> 16).to(tl.int8), mask=others)
 
 
 @triton.jit
