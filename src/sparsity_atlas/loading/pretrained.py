@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,9 +76,8 @@ def load(
         native |= where_packed(str(checkpoint), target, whole=whole)
     with _one_line(checkpoint, what):
         found = _config(checkpoint)
-        if checkpoint.dequantise:
-            as_numbers(found)
-        with _files(checkpoint) as files:
+        undone = as_numbers(found) if checkpoint.dequantise else nullcontext()
+        with _files(checkpoint) as files, undone:
             loaded = auto_class(found).from_pretrained(
                 **files,
                 config=found,

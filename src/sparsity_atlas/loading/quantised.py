@@ -9,13 +9,16 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from sparsity_atlas.errors import AtlasError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
 
 KEY = "quantization_config"
@@ -124,12 +127,44 @@ def where_packed(
     return {"device_map": {"": target}}
 
 
-def as_numbers(config: PretrainedConfig) -> None:
-    """Have transformers undo the quantisation while it reads weights, where it can then."""
+@contextmanager
+def as_numbers(config: PretrainedConfig) -> Iterator[None]:
+    """Have transformers undo the quantisation while it reads weights, where it can then.
+
+    A map's scales it spreads over the map evenly: where the last block of a row or column is a part of one,
+    as in DeepSeek-V3's latent attention, it would multiply by a neighbour's scale, or give up. Here such a
+    map of FP8 is filled up to whole blocks meanwhile.
+
+    Args:
+        config: of the checkpoint; it is changed.
+    """
+    from torch.nn import functional
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    block = None
     for part in (config, config.get_text_config()):
         found = getattr(part, KEY, None)
         if isinstance(found, dict) and METHODS[found["quant_method"]].undone == "reading":
             setattr(part, KEY, {**found, "dequantize": True})
+            block = found.get("weight_block_size") or block
+    undo = Fp8Dequantize._dequantize_one
+
+    def in_blocks(
+        self: Fp8Dequantize, packed: Tensor, scales: Tensor, output_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        if block is None or not packed.is_floating_point() or scales.dim() < len(block):
+            return undo(self, packed, scales, output_dtype)
+        shape = packed.shape[-2:]
+        grid = [-(-size // step) for size, step in zip(shape, block, strict=True)]
+        beyond = [-size % step for size, step in zip(shape, block, strict=True)]
+        if not any(beyond) or list(scales.shape[-2:]) != grid:
+            return undo(self, packed, scales, output_dtype)
+        filled = functional.pad(packed.float(), (0, beyond[1], 0, beyond[0]))
+        made = undo(self, filled, scales, output_dtype)
+        return made[..., : shape[0], : shape[1]].contiguous()
+
+    with mock.patch.object(Fp8Dequantize, "_dequantize_one", in_blocks):
+        yield
 
 
 def in_numbers(model: PreTrainedModel, dtype: str) -> PreTrainedModel:

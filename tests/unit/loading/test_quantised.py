@@ -104,11 +104,14 @@ def quantise_fp8(folder: Path, block: int = 16) -> dict[str, torch.Tensor]:
             stored[name] = value.to(torch.bfloat16)
             plain[name] = stored[name].float()
             continue
-        tiles = value.unflatten(1, (-1, block)).unflatten(0, (-1, block))
+        rows, columns = value.shape
+        # The last blocks may be parts of one.
+        whole = nn.functional.pad(value, (0, -columns % block, 0, -rows % block))
+        tiles = whole.unflatten(1, (-1, block)).unflatten(0, (-1, block))
         scale = tiles.abs().amax((1, 3), keepdim=True) / 448
         short = (tiles / scale).to(torch.float8_e4m3fn)
-        plain[name] = (short.float() * scale).reshape(value.shape)
-        stored[name] = short.reshape(value.shape)
+        plain[name] = (short.float() * scale).reshape(whole.shape)[:rows, :columns]
+        stored[name] = short.reshape(whole.shape)[:rows, :columns].contiguous()
         stored[f"{name}_scale_inv"] = scale.reshape(scale.shape[0], scale.shape[2])
     save_file(stored, path, metadata={"format": "pt"})
     _say(folder, {**FP8, "weight_block_size": [block, block]})
@@ -121,8 +124,10 @@ def _say(folder: Path, how: dict[str, Any]) -> None:
     path.write_text(json.dumps(content))
 
 
-def test_fp8_in_plain_numbers(tmp_path: Path) -> None:
-    folder = save_model(tmp_path, **SIZES)
+@pytest.mark.parametrize(("hidden", "width"), [(32, 48), (24, 40)])
+def test_fp8_in_plain_numbers(hidden: int, width: int, tmp_path: Path) -> None:
+    """Also where blocks of 16 do not fill a map: even shares of 24 are two of 12, of 40 none."""
+    folder = save_model(tmp_path, **{**SIZES, "hidden_size": hidden, "intermediate_size": width})
     plain = quantise_fp8(folder)
     model = load(Checkpoint(folder, dequantise=True), device="cpu")
     found = dict(model.named_parameters())
