@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -147,21 +147,20 @@ def as_numbers(config: PretrainedConfig) -> Iterator[None]:
         if isinstance(found, dict) and METHODS[found["quant_method"]].undone == "reading":
             setattr(part, KEY, {**found, "dequantize": True})
             block = found.get("weight_block_size") or block
-    undo = Fp8Dequantize._dequantize_one
+    undo: Callable[..., Tensor] = Fp8Dequantize._dequantize_one
 
     def in_blocks(
         self: Fp8Dequantize, packed: Tensor, scales: Tensor, output_dtype: torch.dtype | None = None
     ) -> Tensor:
         if block is None or not packed.is_floating_point() or scales.dim() < len(block):
             return undo(self, packed, scales, output_dtype)
-        shape = packed.shape[-2:]
-        grid = [-(-size // step) for size, step in zip(shape, block, strict=True)]
-        beyond = [-size % step for size, step in zip(shape, block, strict=True)]
-        if not any(beyond) or list(scales.shape[-2:]) != grid:
+        rows, columns = packed.shape[-2:]
+        below, beside = (-size % step for size, step in zip((rows, columns), block, strict=True))
+        grid = ((rows + below) // block[0], (columns + beside) // block[1])
+        if not (below or beside) or tuple(scales.shape[-2:]) != grid:
             return undo(self, packed, scales, output_dtype)
-        filled = functional.pad(packed.float(), (0, beyond[1], 0, beyond[0]))
-        made = undo(self, filled, scales, output_dtype)
-        return made[..., : shape[0], : shape[1]].contiguous()
+        filled = functional.pad(packed.float(), (0, beside, 0, below))
+        return undo(self, filled, scales, output_dtype)[..., :rows, :columns].contiguous()
 
     with mock.patch.object(Fp8Dequantize, "_dequantize_one", in_blocks):
         yield
