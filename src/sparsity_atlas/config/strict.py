@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
@@ -50,6 +50,9 @@ class Strict(BaseModel):
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, about: ValidationInfo) -> Any:
         kind = cls.model_fields[about.field_name or ""].annotation
-        if isinstance(value, bool) and {int, float} & {kind, *get_args(kind)}:
+        if get_origin(kind) is list and isinstance(value, list):
+            (kind,) = get_args(kind)
+        found = value if isinstance(value, list) else [value]
+        if any(isinstance(one, bool) for one in found) and {int, float} & {kind, *get_args(kind)}:
             raise ValueError("a number is wanted")
         return value

@@ -90,6 +90,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("tasks.pairs.limit", 0, "tasks.pairs.limit: .*greater than 0, found 0"),
         ("tasks.pairs.limit", True, "tasks.pairs.limit: a number is wanted, found True"),
         ("seed", True, "seed: a number is wanted, found True"),
+        ("bars", [0.9, True], "bars: a number is wanted"),
         (
             "models.small.max_length",
             False,
