@@ -213,7 +213,7 @@ class _Study:
         made: dict[tuple[str, PlaceKey], list[Tensor]] = {}
 
         def look(vectors: Vectors) -> None:
-            values = vectors.values.double()
+            values = vectors.values
             counted = torch.zeros(values.shape[:2], dtype=torch.bool, device=values.device)
             counted[:, : self._prompt] = True
             rule = self._rules["prompt"][vectors.key]

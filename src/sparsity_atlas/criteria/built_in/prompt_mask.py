@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
+import torch
+
 from sparsity_atlas.criteria.base import PromptCriterion
 from sparsity_atlas.criteria.built_in.topk import TopK
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from sparsity_atlas.terms import Phase
 
 After = Literal["prompt", "own"]
+# Numbers of a piece.
+PIECE = 1 << 18
 
 
 class PromptMask(PromptCriterion):
@@ -56,14 +60,19 @@ class PromptMask(PromptCriterion):
         """Which neurons a prompt keeps: bool [batch, width].
 
         Args:
-            prompt: float64 [batch, tokens, width].
+            prompt: [batch, tokens, width]; what is made of it is float64.
             counted: bool [batch, tokens], True for the prompt's tokens; at least one in each row.
             level: in [lowest, highest].
         """
-        lengths = prompt.norm(dim=-1, keepdim=True)
+        tokens = pieces(prompt.flatten(0, 1), 0)
+        norms = [one.double().norm(dim=-1, keepdim=True) for one in tokens]
+        lengths = torch.cat(norms).view(*counted.shape, 1)
         used = counted[..., None] & (lengths > 0)
-        shares = (prompt / lengths).masked_fill_(~used, 0)
-        return TopK().mask(shares.square_().sum(1), level)
+
+        def squares(some: Tensor) -> Tensor:
+            return (some.double() / lengths).masked_fill_(~used, 0).square_().sum(1)
+
+        return TopK().mask(torch.cat([squares(one) for one in pieces(prompt, -1)], -1), level)
 
     def scores(self, values: Tensor) -> Tensor:
         """What a token's own neurons are ordered by: float32 of the shape of values [..., width]."""
@@ -102,7 +111,7 @@ class PromptMask(PromptCriterion):
             assert self._kept is not None, "a generation begins with its prompt"
             return self._later(values, self._kept)
         prompt = self.prompt_of(valid) if phase in ("scoring", "denoising") else valid
-        self._kept = self.neurons(values.double(), prompt, level)
+        self._kept = self.neurons(values, prompt, level)
         # Padding takes part in neither; after a prompt follows nothing in its own pass.
         after = valid & ~prompt
         return self._later(values, self._kept) | ~after[..., None]
@@ -112,3 +121,15 @@ class PromptMask(PromptCriterion):
         if self.after == "own":
             return self.own(values, kept)
         return kept[:, None].expand(values.shape)
+
+
+def pieces(values: Tensor, along: int) -> tuple[Tensor, ...]:
+    """A tensor in parts along a dimension, on the CPU so small that what is made of one stays in its cache.
+
+    What is made of a whole one lies in memory that the system clears first, which took most of the time.
+    """
+    if values.device.type != "cpu":
+        return (values,)
+    size = max(1, PIECE * values.shape[along] // max(values.numel(), 1))
+    parts: tuple[Tensor, ...] = values.split(size, along)
+    return parts

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from sparsity_atlas.criteria.built_in.cett import Cett
-from sparsity_atlas.criteria.built_in.prompt_mask import PromptMask
+from sparsity_atlas.criteria.built_in.prompt_mask import PromptMask, pieces
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +49,11 @@ class Tda(PromptMask):
 
     def neurons(self, prompt: Tensor, counted: Tensor, level: float) -> Tensor:
         """See `PromptMask.neurons`."""
-        squares = torch.where(counted[..., None], prompt, 0).square().sum(1)
+        found = [
+            torch.where(counted[..., None], one.double(), 0).square_().sum(1)
+            for one in pieces(prompt, -1)
+        ]
+        squares = torch.cat(found, -1)
         rms = (squares / counted.sum(1, keepdim=True)).sqrt()
         return self._cett.mask(rms, level)
 
