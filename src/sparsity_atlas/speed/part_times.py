@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from sparsity_atlas.kernels.definition import Threshold
     from sparsity_atlas.sites.part import Part
-    from sparsity_atlas.speed.text_vectors import Text
+    from sparsity_atlas.speed.text_vectors import Seen, Text
 
 Product = GatedFFN | InputMap
 # Rounds of a timing, and of one on a CPU at the least, where more would take longer than so many seconds.
@@ -80,14 +80,14 @@ class Maps:
         (site,) = [site for site, tensors in TENSORS.items() if tensors == self.tensors]
         return GatedFFN(up, gate, down, activation, site)
 
-    def unread(self, point: Point, groups: Sequence[Tensor]) -> float:
+    def unread(self, seen: Seen, groups: Sequence[Tensor]) -> float:
         """Share of their weights that no token of a group wants, mean over layers and groups."""
         shares = []
         for part in self.parts:
             for tensor in self.tensors:
                 place = PlaceKey(part.layer, part.name, tensor)
                 met = weights_met(part, tensor) * part.size(tensor)
-                shares.append(point.seen.unread(place, groups) * met / self.weights)
+                shares.append(seen.unread(place, groups) * met / self.weights)
         return sum(shares) / len(self.parts)
 
 
@@ -186,18 +186,19 @@ def part_rows(
             dense.add(by, timed(calls, device, repeats))
         rows = []
         for point in points:
-            vectors, share = given(point), maps.unread(point, groups)
-            for threshold, rules in point.rules(maps.tensors):
+            vectors = given(point)
+            for way in point.ways:
+                share = maps.unread(way.seen, groups)
                 calls = [
-                    _masked(product, x, rules(part))
+                    _masked(product, x, way.rules(part, maps.tensors))
                     for x, (part, product) in zip(vectors, products, strict=True)
                 ]
                 rows.append(
                     {
                         **{"timed": maps.name, "context": None, "tokens": count},
-                        **{"threshold": threshold, "copies_bytes": first.copies},
+                        **{"copies_bytes": first.copies},
                         **{"shape": maps.shape, "layers": len(maps.parts)},
-                        **point.row(timed(calls, device, repeats), share),
+                        **point.row(way, timed(calls, device, repeats), share),
                     }
                 )
         # Once more: what else a machine did meanwhile may have come or gone.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,6 +62,14 @@ class Seen:
             place: fixed(self.vectors[place], float((~kept).float().mean()))
             for place, kept in self.kept.items()
         }
+
+    def by(self, rules: Mapping[PlaceKey, Threshold]) -> Seen:
+        """The same vectors, and which of their entries other rules keep."""
+        masked = {
+            place: kernels.masked(rule, self.vectors[place], self.vectors[place]).out
+            for place, rule in rules.items()
+        }
+        return replace(self, kept={place: out != 0 for place, out in masked.items()})
 
 
 class Text:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparsity_atlas.criteria.base import Criterion
 from sparsity_atlas.decoding.trial import Time, realised
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from sparsity_atlas.sites.part import Part
     from sparsity_atlas.speed.text_vectors import Seen
 
-RulesOf = Callable[["Part"], "dict[str, Threshold]"]
-
 
 class Constant(Criterion):
     """A threshold that is there beforehand, whatever the level."""
@@ -30,6 +28,29 @@ class Constant(Criterion):
     def threshold(self, level: float, width: int) -> Threshold:
         """See `Criterion.threshold`."""
         return self._rule
+
+
+class Way(NamedTuple):
+    """How thresholds come about.
+
+    Attributes:
+        threshold: `FOUND` at each token, or `FIXED` beforehand.
+        bound: the rule of each place.
+        seen: the text's vectors, and what these rules keep of them.
+    """
+
+    threshold: str
+    bound: Mapping[PlaceKey, Criterion]
+    seen: Seen
+
+    def rules(self, part: Part, tensors: Sequence[str]) -> dict[str, Threshold]:
+        """Of some tensors of a part."""
+        found = {}
+        for tensor in tensors:
+            place = PlaceKey(part.layer, part.name, tensor)
+            rule = self.bound[place].threshold(self.seen.level, part.size(tensor))
+            found[tensor] = rule.to(self.seen.kept[place].device)
+        return found
 
 
 @dataclass(frozen=True)
@@ -49,7 +70,7 @@ class Point:
     bound: Mapping[PlaceKey, Criterion]
 
     @cached_property
-    def ways(self) -> list[tuple[str, Mapping[PlaceKey, Criterion]]]:
+    def ways(self) -> list[Way]:
         """How thresholds come about: the criterion's own way, and where that is another one, constants.
 
         Those drop of each place as much of the text as the criterion does.
@@ -57,36 +78,25 @@ class Point:
         place, rule = next(iter(self.bound.items()))
         width = self.seen.kept[place].shape[-1]
         if looks_at_entries(rule.threshold(self.seen.level, width)):
-            return [(FIXED, self.bound)]
-        constants = {place: Constant(one) for place, one in self.seen.constants().items()}
-        return [(FOUND, self.bound), (FIXED, constants)]
+            return [Way(FIXED, self.bound, self.seen)]
+        constants = self.seen.constants()
+        fixed = {place: Constant(one) for place, one in constants.items()}
+        return [
+            Way(FOUND, self.bound, self.seen),
+            Way(FIXED, fixed, self.seen.by(constants)),
+        ]
 
-    def rules(self, tensors: Sequence[str]) -> Iterator[tuple[str, RulesOf]]:
-        """How thresholds come about, and what gives those of some tensors of a part."""
-        for name, bound in self.ways:
-
-            def rules_of(
-                part: Part, bound: Mapping[PlaceKey, Criterion] = bound
-            ) -> dict[str, Threshold]:
-                found = {}
-                for tensor in tensors:
-                    place = PlaceKey(part.layer, part.name, tensor)
-                    rule = bound[place].threshold(self.seen.level, part.size(tensor))
-                    found[tensor] = rule.to(self.seen.kept[place].device)
-                return found
-
-            yield name, rules_of
-
-    def row(self, took: Time, share: float) -> dict[str, Any]:
+    def row(self, way: Way, took: Time, share: float) -> dict[str, Any]:
         """What a row says of a time at this point.
 
         Args:
+            way: how thresholds came about.
             took: the time.
             share: of the weights that are timed, that need not be read.
         """
         return {
             **{"of": self.of, "wanted": self.wanted, "level": self.seen.level},
-            **{"sparsity": self.seen.sparsity, "unread_share": share},
+            **{"threshold": way.threshold, "sparsity": self.seen.sparsity, "unread_share": share},
             **{"sparse_us": took.median, "sparse_spread_us": took.spread},
         }
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from sparsity_atlas.lm.forward import Masks
     from sparsity_atlas.sites.part import Part
-    from sparsity_atlas.speed.text_vectors import Text
+    from sparsity_atlas.speed.text_vectors import Seen, Text
 
 # Seconds that a timing takes at most, where the fewest rounds take less.
 LONGEST, FEWEST = 30.0, 3
@@ -46,14 +46,14 @@ class Whole:
     site: str
     weights: int
 
-    def unread(self, point: Point, groups: Sequence[Tensor]) -> float:
+    def unread(self, seen: Seen, groups: Sequence[Tensor]) -> float:
         """Share of the model's weights that no token of a group wants, mean over the groups."""
         spared = 0.0
         for part in self.parts:
-            for place in point.seen.kept:
+            for place in seen.kept:
                 if (place.layer, place.part) == (part.layer, part.name):
                     met = weights_met(part, place.tensor) * part.size(place.tensor)
-                    spared += met * point.seen.unread(place, groups)
+                    spared += met * seen.unread(place, groups)
         return spared / self.weights
 
 
@@ -142,14 +142,14 @@ def _of_batch(
         within = replaced(whole.model, whole.parts, whole.site, first.bound, first.seen.level)
         with within as maps:
             for point in points:
-                share = whole.unread(point, groups)
-                for threshold, bound in point.ways:
-                    maps.use(bound, point.seen.level)
+                for way in point.ways:
+                    share = whole.unread(way.seen, groups)
+                    maps.use(way.bound, point.seen.level)
                     rows.append(
                         {
                             **{"timed": TOKEN, "context": context, "tokens": count},
-                            **{"threshold": threshold, "copies_bytes": maps.copies},
-                            **point.row(timed(rounds), share),
+                            **{"copies_bytes": maps.copies},
+                            **point.row(way, timed(rounds), share),
                         }
                     )
         # Once more: what else a machine did meanwhile may have come or gone.

@@ -13,6 +13,7 @@ from sparsity_atlas.criteria.binding import bind_all
 from sparsity_atlas.decoding.maps import GatedFFN
 from sparsity_atlas.sites.find import find_parts, random_ids
 from sparsity_atlas.speed.part_times import maps_at, part_rows
+from sparsity_atlas.speed.speed_table import FIXED
 from sparsity_atlas.speed.text_vectors import Text
 from sparsity_atlas.speed.timed_rows import Point
 from tiny_models import tiny_model
@@ -69,10 +70,16 @@ def test_rows_say_what_is_left_out(site: str, maps: int) -> None:
     for row in rows:
         groups = text.groups(row["tokens"])
         seen = points[row["of"] == "own"].seen
+        masks = seen.kept
+        if row["threshold"] == FIXED:
+            masks = {
+                place: seen.vectors[place].abs() >= rule.constants
+                for place, rule in seen.constants().items()
+            }
         # Brute force: rows of W_u, W_g and W_d, of which each tensor's zeros spare some.
         shares = []
         for part in ffn.parts:
-            for place, kept in seen.kept.items():
+            for place, kept in masks.items():
                 if place.layer == part.layer:
                     weight = {"intermediate": 1, "input": 2, "gate": 2}[place.tensor] / 3
                     shares += [weight * float((~kept[one].any(0)).float().mean()) for one in groups]

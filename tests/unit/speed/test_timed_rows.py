@@ -73,15 +73,21 @@ def point(rule: str, level: float) -> tuple[Point, torch.Tensor]:
 
 def test_constants_drop_as_much_as_the_criterion() -> None:
     own, values = point("topp", 0.8)
-    (found, _), (fixed, constants) = own.ways
-    assert (found, fixed) == (FOUND, FIXED)
-    mask = constants[PLACE].mask(values, own.seen.level)
+    found, fixed = own.ways
+    assert (found.threshold, fixed.threshold) == (FOUND, FIXED)
+    mask = fixed.bound[PLACE].mask(values, own.seen.level)
     assert float((~mask).float().mean()) == pytest.approx(
         own.seen.sparsity, abs=1.5 / values.numel()
     )
+    # Of single tokens they drop other shares, and rows say what is left out by their own masks.
+    assert torch.equal(fixed.seen.kept[PLACE], mask)
+    assert found.seen is own.seen
+    one = [torch.tensor([3])]
+    assert fixed.seen.unread(PLACE, one) == pytest.approx(float((~mask[3]).float().mean()))
+    assert fixed.seen.unread(PLACE, one) != found.seen.unread(PLACE, one)
 
 
 def test_a_rule_of_constants_is_timed_once() -> None:
     own, _ = point("threshold", 0.3)
-    assert [name for name, _ in own.ways] == [FIXED]
-    assert own.ways[0][1] is own.bound
+    (way,) = own.ways
+    assert way == (FIXED, own.bound, own.seen)
