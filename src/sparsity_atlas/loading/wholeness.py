@@ -54,6 +54,12 @@ def check_whole(checkpoint: Checkpoint, report: dict[str, Any], config: Any) -> 
     Raises:
         AtlasError: names the first tensors that are missing, of another shape, or not expected.
     """
+    # Of a GGUF file transformers reads some fields, and takes its own defaults for others.
+    said = (
+        "config.json"
+        if checkpoint.gguf is None
+        else "the configuration that transformers makes of it"
+    )
     missing, unexpected = set(report["missing_keys"]), set(report["unexpected_keys"])
     mismatched = sorted(report["mismatched_keys"])
     faults = []
@@ -61,7 +67,7 @@ def check_whole(checkpoint: Checkpoint, report: dict[str, Any], config: Any) -> 
         faults.append(f"{_count(missing, 'is', 'are')} missing ({_some(missing)})")
     if mismatched:
         shown = (
-            f"{name}: {list(found)} in the file, {list(wanted)} by config.json"
+            f"{name}: {list(found)} in the file, {list(wanted)} by {said}"
             for name, found, wanted in mismatched
         )
         names = [entry[0] for entry in mismatched]
@@ -76,7 +82,7 @@ def check_whole(checkpoint: Checkpoint, report: dict[str, Any], config: Any) -> 
         faults.append(f"{_count(unexpected, 'is', 'are')} not expected ({_some(unexpected)})")
     if faults:
         raise AtlasError(
-            f"{checkpoint}: the weights are not those of the model that config.json describes: "
+            f"{checkpoint}: the weights are not those of the model that {said} describes: "
             + "; ".join(faults)
             + _explanation(missing, unexpected)
         )

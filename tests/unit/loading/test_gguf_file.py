@@ -235,6 +235,19 @@ def test_a_tensor_that_would_be_lost(model: Any, tmp_path: Path) -> None:
         load(checkpoint_of(path), device="cpu")
 
 
+def test_shapes_that_its_fields_do_not_say(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No config.json is named: there is none."""
+    monkeypatch.setattr(model.config, "intermediate_size", 2 * WIDTH)
+    path = write_gguf(tmp_path / "m.gguf", model)
+    with pytest.raises(
+        AtlasError, match=r"that transformers makes of it describes: .*shape"
+    ) as caught:
+        load(Checkpoint(tmp_path, gguf=path.name), device="cpu")
+    assert "config.json" not in str(caught.value)
+
+
 def test_what_is_no_whole_file(model: Any, file: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     with pytest.raises(AtlasError, match=r"a\.gguf: no such file"):
