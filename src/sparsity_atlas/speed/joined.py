@@ -24,7 +24,7 @@ from sparsity_atlas.lm.continuous.ring import Ring
 from sparsity_atlas.models.logits.head import EXACT, REFUSALS, ROUNDED
 from sparsity_atlas.sites.probe.hypotheses import relative_error
 from sparsity_atlas.speed.products import name_of
-from sparsity_atlas.speed.replaced import Reader, Readers, SparseFFN, put
+from sparsity_atlas.speed.replaced import Reader, Readers, SparseFFN, dense_meanwhile, put
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,8 +54,10 @@ def joined(model: PreTrainedModel) -> Iterator[int]:
         for place, layer in enumerate(getattr(decoder, "layers", ())):
             if _is_known(layer):
                 one = _Joined(layer, place, name, waiting)
-                if _tried(one, turning):
-                    found[place] = one
+                # An entry at its threshold, that a rounding moves across, says nothing about the layer.
+                with dense_meanwhile(layer):
+                    if _tried(one, turning):
+                        found[place] = one
     with ExitStack() as stack:
         for place, one in found.items():
             one.first, one.last = place == min(found), place + 1 not in found

@@ -124,6 +124,15 @@ class _Single:
         """Whether x [..., width] are vectors of such a pass."""
         return self._single and x.shape[:-1].numel() <= MOST_TOKENS
 
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Within: no pass is."""
+        before, self._single = self._single, False
+        try:
+            yield
+        finally:
+            self._single = before
+
 
 Rule = Callable[[torch.device], "Threshold"]
 Rules = Mapping[str, Rule]
@@ -148,17 +157,18 @@ class Readers:
 
     Attributes:
         modules: of the maps, in the order of what is made.
+        single: what says which passes they make.
     """
 
     def __init__(self, single: _Single, part: Part, name: str, rule: Rule) -> None:
-        self._single, self._rule = single, rule
+        self.single, self._rule = single, rule
         self.product, readers, self._sizes = joined(part, name)
         self.modules: list[Any] = [reader.module for reader in readers.values()]
         self._waiting: dict[int, Tensor] = {}
 
     def made(self, place: int, x: Tensor) -> Tensor | None:
         """What one of the maps makes; None: this is no single token."""
-        if not self._single.holds(x):
+        if not self.single.holds(x):
             return None
         if place not in self._waiting:
             made = self.product(x.flatten(0, -2), self._rule(x.device)).split(self._sizes, -1)
@@ -173,7 +183,7 @@ class Readers:
             norm: of it.
         """
         found = None
-        if self._single.holds(x[:, None]):
+        if self.single.holds(x[:, None]):
             found = self.product.after_norm(x, norm, self._rule(x.device))
         return None if found is None else (found[0], found[1].split(self._sizes, -1))
 
@@ -183,6 +193,7 @@ class Reader:
 
     def __init__(self, readers: Readers, place: int, own: Forward) -> None:
         self.readers, self._place, self._own = readers, place, own
+        self.single = readers.single
 
     def __call__(self, x: Tensor) -> Tensor:
         found = self.readers.made(self._place, x)
@@ -201,16 +212,16 @@ class SparseFFN:
     """The forward pass of an FFN."""
 
     def __init__(self, single: _Single, product: GatedFFN, rules: Rules, own: Forward) -> None:
-        self._single, self._product, self._rules, self._own = single, product, rules, own
+        self.single, self._product, self._rules, self._own = single, product, rules, own
 
     def __call__(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        if not self._single.holds(x):
+        if not self.single.holds(x):
             return self._own(x, *arguments, **options)
         return _like(self._product(x.flatten(0, -2), self._at(x)), x)
 
     def after_norm(self, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor] | None:
         """As `Readers.after_norm`, of the whole FFN."""
-        if not self._single.holds(x[:, None]):
+        if not self.single.holds(x[:, None]):
             return None
         return self._product.after_norm(x, norm, self._at(x))
 
@@ -254,9 +265,22 @@ def _module_of(part: FFN) -> nn.Module:
 
 def has_replaced(model: nn.Module) -> bool:
     """Whether maps of a model are replaced."""
-    return any(
-        isinstance(module.__dict__.get("forward"), SparseFFN | Reader) for module in model.modules()
-    )
+    return bool(_singles(model))
+
+
+@contextmanager
+def dense_meanwhile(model: nn.Module) -> Iterator[None]:
+    """Within: maps that are replaced give what the model's own give."""
+    with ExitStack() as stack:
+        for single in _singles(model):
+            stack.enter_context(single.off())
+        yield
+
+
+def _singles(model: nn.Module) -> list[_Single]:
+    """Of each replacement of a model's maps what says which passes it makes."""
+    forwards = [module.__dict__.get("forward") for module in model.modules()]
+    return list({one.single: None for one in forwards if isinstance(one, SparseFFN | Reader)})
 
 
 def put(stack: ExitStack, module: Any, forward: Forward) -> None:

@@ -73,6 +73,30 @@ def test_sparse_maps_within_joined_layers() -> None:
             assert torch.equal(found.go_on(10), tokens)
 
 
+def test_layers_are_tried_as_they_are_without_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the last pass was over single tokens: an entry at its threshold may go either way."""
+    model = tiny_model("llama", initializer_range=0.3)
+    parts = find_parts(model)
+    bound = bind_all(create({"rule": "topp"}), parts, "all_linear_inputs")
+    decoder = Decoder(model, 2, 24)
+    decoder.prompt(random_ids(model, (2, 7)))
+    with replaced(model, parts, "all_linear_inputs", bound, 0.6):
+        decoder.go_on(1)
+        made = []
+        product: Callable[..., torch.Tensor] = backend.Cpu.by_inputs
+
+        def by_inputs(*arguments: object) -> torch.Tensor:
+            made.append(arguments)
+            return product(*arguments)
+
+        monkeypatch.setattr(backend.Cpu, "by_inputs", by_inputs)
+        with joined(model) as layers:
+            assert layers == 2
+            assert not made
+            decoder.go_on(1)
+            assert made
+
+
 def test_norms_within_sparse_products(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One row by fixed thresholds: products by clusters make the norms of what they read, too."""
     model = tiny_model("llama", initializer_range=0.3)
@@ -105,8 +129,8 @@ def test_norms_within_sparse_products(monkeypatch: pytest.MonkeyPatch, tmp_path:
         with joined(model) as layers:
             assert layers == 2
             assert torch.equal(found.go_on(3), tokens)
-    # Of two rows, with which layers are tried, there are none; of each step both norms of both layers.
-    assert launched == [False] * 4 + [True] * 12
+    # Layers are tried without zeros; of each step both norms of both layers.
+    assert launched == [True] * 12
 
 
 @pytest.mark.parametrize("name", ["gemma2", "qwen3", "cohere", "gpt_neox"])

@@ -62,7 +62,8 @@ def batch(tables: Tables) -> Figure:
         _title(ax, key, panel, machines)
         ax.axhline(1, color=GREY, linewidth=0.6)
         ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_locator(FixedLocator(sorted(panel["tokens"].unique())))
+        # Panels share their axis, and so its marks.
+        ax.xaxis.set_major_locator(FixedLocator(sorted(rows["tokens"].unique())))
         ax.xaxis.set_minor_locator(NullLocator())
         ax.xaxis.set_major_formatter(ScalarFormatter())
     lines = [

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from fake_results import make_results, make_tables
@@ -74,6 +75,16 @@ def test_over_tokens_whole_ones_are_shown(tables: Tables) -> None:
     assert half[1] == pytest.approx([100 / (110 - 50 * 0.5**count) for count in (1, 2, 4)])
     assert most[1] == pytest.approx([100 / (110 - 50 * 0.9**count) for count in (1, 2, 4)])
     assert dots[1] == pytest.approx([100 / (110 - 50 * 0.4**count) for count in (1, 2, 4)])
+
+
+def test_panels_name_all_numbers_of_tokens(tables: Tables) -> None:
+    rows = tables.speed[tables.speed["site"] == "input"]
+    other = rows[rows["tokens"] < 4].assign(site="gate")
+    more = rows.assign(tokens=rows["tokens"] * 4)
+    with style.styled():
+        figure = speedups.batch(replace(tables, speed=pd.concat([rows, more, other])))
+    named = [[int(one) for one in ax.xaxis.get_majorticklocs()] for ax in figure.axes]
+    assert named == [[1, 2, 4, 8, 16]] * 2
 
 
 def test_nothing_is_drawn_of_a_run_without_times(tmp_path: Path) -> None:
