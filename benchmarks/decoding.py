@@ -15,8 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import statistics
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from measure import machine
+from sparsity_atlas.decoding import cluster_products
 from sparsity_atlas.decoding.backend import backend_of
 from sparsity_atlas.decoding.maps import SITES, GatedFFN, InputMap
 from sparsity_atlas.decoding.trial import (
@@ -41,12 +46,14 @@ from sparsity_atlas.decoding.trial import (
     timed,
     unread,
 )
-from sparsity_atlas.decoding.vector import Vector
+from sparsity_atlas.decoding.vector import Keep, Vector, prepared
 from sparsity_atlas.kernels.definition import Threshold
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Hidden and FFN width of Llama 3.2 1B, 3.1 8B and 3.1 70B.
 SHAPES = {"1B": (2048, 8192), "8B": (4096, 14336), "70B": (8192, 28672)}
+# Of a result's largest entry: one rounding of the type, and float32 sums.
+CLOSE = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 SPARSITIES = (0.0, 0.05, 0.1, 0.3, 0.5, 0.6, 0.7, 0.89)
 
 
@@ -131,42 +138,102 @@ def show(rows: Iterator[dict[str, Any]], name: str, dtype: str, kept: list[dict[
         kept.append({"shape": name, "type": dtype, **plain})
 
 
-def check(device: str, dtypes: list[torch.dtype]) -> bool:
-    """Maps and FFNs of odd and real widths against dense products of masked vectors; twice the same
-    bits."""
-    wrong = 0
-    for dtype in dtypes:
-        close = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[dtype]
-        for inputs, outputs in ((101, 77), (1000, 3001), (2048, 8192), (14336, 4096)):
-            made = InputMap(matrix(outputs, inputs, dtype, device))
-            for tokens in (1, 2, 7, 16):
-                x = torch.randn(tokens, inputs, device=device).to(dtype)
-                for rule in (fixed(x, 0.5), share_of_mass(x, 0.6), Threshold("rank", inputs // 9)):
-                    kept = rule.mask(x) * x
-                    wanted = F.linear(kept.double(), made.weight.double())
-                    found = made(x, rule)
-                    off = float((found.double() - wanted).abs().max() / wanted.abs().max())
-                    same = torch.equal(found, made(x, rule))
-                    if not off <= close or not same:
-                        wrong += 1
-                        print(f"WRONG {dtype} {inputs} to {outputs}, {tokens}: {off:.1e}, {same}")
-        hidden, width = 1024, 2816
-        three = [matrix(width, hidden, dtype, device) for _ in range(2)]
-        three.append(matrix(hidden, width, dtype, device))
-        for site in SITES:
-            ffn = GatedFFN(*three, "silu", site)
-            for tokens in (1, 5):
-                x = torch.randn(tokens, hidden, device=device).to(dtype)
-                for find in RULES.values():
-                    rules, _ = rules_of(x, ffn, site, find, 0.5)
-                    found, wanted = ffn(x, rules), ffn._dense(x, rules)
-                    # An entry beside the threshold may go either way in 16 bits.
-                    off = float((found - wanted).float().norm() / wanted.float().norm())
-                    if not off <= 8 * close or not torch.equal(found, ffn(x, rules)):
-                        wrong += 1
-                        print(f"WRONG {dtype} FFN {site}, {tokens} tokens: {off:.1e}")
-    print(f"check: {wrong} wrong", flush=True)
-    return wrong == 0
+def check_map(device: str, kind: str, inputs: int, outputs: int) -> list[str]:
+    """What is wrong with a map: against the dense product of the masked vector; twice the same bits."""
+    dtype, wrong = TYPES[kind], []
+    made = InputMap(matrix(outputs, inputs, dtype, device))
+    for tokens in (1, 2, 7, 16):
+        x = torch.randn(tokens, inputs, device=device).to(dtype)
+        weights = torch.rand(inputs, device=device) + 0.5
+        weighted = Threshold("share", 0.6, weights=weights)
+        by_rank = Threshold("rank", inputs // 9)
+        for rule in (fixed(x, 0.5), share_of_mass(x, 0.6), by_rank, weighted):
+            kept = rule.mask(x) * x
+            wanted = F.linear(kept.double(), made.weight.double())
+            found = made(x, rule)
+            off = float((found.double() - wanted).abs().max() / wanted.abs().max())
+            if not off <= CLOSE[dtype] or not torch.equal(found, made(x, rule)):
+                wrong.append(f"{tokens} tokens, {rule.kind}: {off:.1e}")
+    return wrong
+
+
+def check_search(device: str, kind: str, inputs: int, outputs: int) -> list[str]:
+    """What is wrong where a threshold is sought on the way: other bits than of a vector that the definition
+    masked before."""
+    dtype, wrong = TYPES[kind], []
+    made = InputMap(matrix(outputs, inputs, dtype, device))
+    backend = backend_of(torch.zeros(1, inputs, dtype=dtype, device=device), made.weight)
+    assert backend is not None
+    x = torch.randn(1, inputs, device=device)
+    vectors = {"normal": x, "heavy tails": x**3, "ties": (4 * x).round() / 4, "zero": 0 * x}
+    vectors |= {"tiny": 1e-7 * x, "huge": 9e3 * x, "one": torch.where(x == x.max(), x, 0)}
+    vectors["not finite"] = torch.where(x == x.max(), torch.nan, x)
+    vectors |= {f"normal {i}": torch.randn(1, inputs, device=device) for i in range(12)}
+    for name, values in vectors.items():
+        one = values.to(dtype)
+        for amount in (0.5, 0.8, 0.99):
+            for weights in (None, torch.rand(inputs, device=device) + 0.5):
+                rule = Threshold("share", amount, weights=weights)
+                before = Vector(torch.where(rule.mask(one), one, 0), Keep.NONZERO)
+                wanted = backend.by_inputs(before, made.transposed, None)
+                found = backend.by_inputs(prepared(rule, one, fused=True), made.transposed, None)
+                if not torch.equal(found.nan_to_num(7), wanted.nan_to_num(7)):
+                    wrong.append(f"{name}, {amount}, weights {weights is not None}: other bits")
+    return wrong
+
+
+def check_ffn(device: str, kind: str, site: str) -> list[str]:
+    """What is wrong with a gated FFN."""
+    dtype, wrong = TYPES[kind], []
+    hidden, width = 1024, 2816
+    three = [matrix(width, hidden, dtype, device) for _ in range(2)]
+    three.append(matrix(hidden, width, dtype, device))
+    ffn = GatedFFN(*three, "silu", site)
+    for tokens in (1, 5):
+        x = torch.randn(tokens, hidden, device=device).to(dtype)
+        for name, find in RULES.items():
+            rules, _ = rules_of(x, ffn, site, find, 0.5)
+            found, wanted = ffn(x, rules), ffn._dense(x, rules)
+            # An entry beside the threshold may go either way in 16 bits.
+            off = float((found - wanted).float().norm() / wanted.float().norm())
+            if not off <= 8 * CLOSE[dtype] or not torch.equal(found, ffn(x, rules)):
+                wrong.append(f"{tokens} tokens, {name}: {off:.1e}")
+    return wrong
+
+
+def check_one(case: tuple[Callable[..., list[str]], tuple[Any, ...]]) -> tuple[str, list[str]]:
+    """Name and findings of one check, in a process of its own on a GPU."""
+    call, arguments = case
+    torch.manual_seed(0)
+    start = time.monotonic()
+    wrong = call(*arguments)
+    name = " ".join(map(str, arguments[1:]))
+    return f"{call.__name__} {name}: {time.monotonic() - start:.0f} s", wrong
+
+
+def check(device: str, kinds: list[str]) -> bool:
+    """Maps and FFNs of odd and real widths; each process compiles what it needs."""
+    shapes = ((101, 77), (1000, 3001), (2048, 8192), (14336, 4096))
+    cases: list[tuple[Callable[..., list[str]], tuple[Any, ...]]] = []
+    for kind in kinds:
+        cases += [(check_map, (device, kind, *shape)) for shape in shapes[::-1]]
+        cases += [(check_ffn, (device, kind, site)) for site in SITES]
+        if device == "cuda":
+            known = (*cluster_products.PLANS, (1000, 1000, False), (8192, 28672, False))
+            maps = dict.fromkeys((inputs, outputs) for inputs, outputs, _ in known)
+            cases += [(check_search, (device, kind, *shape)) for shape in maps]
+    failed = 0
+    if device == "cuda":
+        workers = max(1, min(14, (os.cpu_count() or 2) - 1, len(cases)))
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+        results: Iterator[tuple[str, list[str]]] = pool.map(check_one, cases)
+    else:
+        results = map(check_one, cases)
+    for name, wrong in results:
+        failed += len(wrong)
+        print(f"{name}, {'WRONG' if wrong else 'right'}", *wrong, sep="\n    ", flush=True)
+    print(f"check: {failed} wrong", flush=True)
+    return failed == 0
 
 
 def main() -> None:
@@ -182,7 +249,7 @@ def main() -> None:
     parser.add_argument("--cuts", type=Path, help="what `decoding_tune.py` chose")
     arguments = parser.parse_args()
     if arguments.cuts:
-        from sparsity_atlas.decoding import cluster_products, cuda_products
+        from sparsity_atlas.decoding import cuda_products
 
         for inputs, outputs, gated, cut in json.loads(arguments.cuts.read_text()):
             if len(cut) == len(cluster_products.Plan._fields):
@@ -193,11 +260,7 @@ def main() -> None:
     print(machine(arguments.device), flush=True)
     wanted = tuple(arguments.sparsities)
     kept: list[dict[str, Any]] = []
-    good = (
-        check(arguments.device, [TYPES[one] for one in arguments.types])
-        if arguments.check
-        else True
-    )
+    good = check(arguments.device, arguments.types) if arguments.check else True
     for dtype in arguments.types:
         for name in arguments.shapes:
             kind = TYPES[dtype]
