@@ -105,9 +105,7 @@ def masked(
         "BLOCKS": cut.blocks,
     }
     tensors = values, onto, out, zeros, finite, numbers if weights is None else weights, numbers
-    # A row that is begun when about so many blocks have ended.
-    ahead = cut.blocks * _processors(values.device)
-    launch(defined, rows, tensors, (width, values.stride(0), onto.stride(0), ahead))
+    launch(defined, rows, tensors, (width, values.stride(0), onto.stride(0)))
 
 
 def is_aligned(rows: Tensor) -> bool:
@@ -144,14 +142,6 @@ def launch(
 def text() -> bytes:
     """All of the kernel's files."""
     return b"".join(resources.files(__package__).joinpath(name).read_bytes() for name in FILES)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    """How many a device has; 1 on a CPU, where tests run the kernel."""
-    if device.type == "cpu":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache

@@ -19,9 +19,6 @@
 #define UNIT (TYPE == 0 ? 0x3f803f80u : 0x3c003c00u)
 #define ROOM 32
 #define PASSES 5
-#ifndef TRIED
-#define TRIED 2  // patterns, before those near it are all counted
-#endif
 #if TYPE == 0
 #define SCORE(i) float_of((i) % 2 ? held[(i) / 2] & 0xffff0000u : held[(i) / 2] << 16)
 #else
@@ -114,13 +111,6 @@ INLINE void take_note(u32* room, u32* listed, u32 bits, u32 low, u32 high) {
 #endif
 }
 
-// Of a row that a later block takes: from memory into the cache, while this one is searched.
-INLINE void expect_row(const Bits* values, size_t row, int stride, int width) {
-    const char* from = (const char*)(values + row * stride);
-    if (row < gridDim.x)
-        for (int at = threadIdx.x * LINE; at < width * (int)sizeof(Bits); at += THREADS * LINE) expect(from + at);
-}
-
 #if PACKED
 INLINE float value_of(int pattern) { return TYPE == 0 ? float_of((u32)pattern << 16) : half_low((u32)pattern); }
 
@@ -131,8 +121,7 @@ INLINE int pattern_of(float value) {
 #endif
 
 ENTRY mask_rows(const Bits* values, const Bits* onto, Bits* out, int* zeros, unsigned char* finite,
-                const float* weights, const double* numbers, int width, int values_stride, int onto_stride,
-                int ahead) {
+                const float* weights, const double* numbers, int width, int values_stride, int onto_stride) {
     SHARED u32 slots[2][MOST * WARPS], ends[WARPS];
     SHARED u64 long_slots[2][2 * WARPS];
     SHARED u32 room[ROOM];  // counts by pattern (PACKED), or scores near the threshold
@@ -153,7 +142,6 @@ ENTRY mask_rows(const Bits* values, const Bits* onto, Bits* out, int* zeros, uns
         held[4 * v] = q.x & 0x7fff7fff, held[4 * v + 1] = q.y & 0x7fff7fff;
         held[4 * v + 2] = q.z & 0x7fff7fff, held[4 * v + 3] = q.w & 0x7fff7fff;
     }
-    expect_row(values, row + ahead, values_stride, width);
     float products[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
 #pragma unroll
     for (int i = 0; i < COUNT / 4; ++i) {
@@ -193,7 +181,6 @@ ENTRY mask_rows(const Bits* values, const Bits* onto, Bits* out, int* zeros, uns
             }
 #endif
     }
-    expect_row(values, row + ahead, values_stride, width);
     float part[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
@@ -284,7 +271,7 @@ ENTRY mask_rows(const Bits* values, const Bits* onto, Bits* out, int* zeros, uns
 #endif
 #if PACKED && TYPE == 0
         // Of bfloat16 many entries are alike: one pattern is tried after the other.
-        for (int pass = 0; pass < TRIED; ++pass) {
+        for (int pass = 0; pass < 3; ++pass) {
             const u32 both = (u32)pattern | (u32)pattern << 16;
             float sums[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
             u32 same = 0, reached = 0;
@@ -365,8 +352,9 @@ ENTRY mask_rows(const Bits* values, const Bits* onto, Bits* out, int* zeros, uns
             if (fabsf((float)few[0] - rest_wanted) <= NEAR * mass) break;
         }
 #endif
+#if !(PACKED && TYPE == 0)
         // What stands near it, entry for entry.
-        if (!proved) {
+        {
             const u32 low = (u32)between(center - margin, 1, (int)peak) >> EMPTY << EMPTY, high = low + 2 * margin;
             float sums[4] = {0, 0, 0, 0};
 #if PACKED
@@ -421,6 +409,7 @@ ENTRY mask_rows(const Bits* values, const Bits* onto, Bits* out, int* zeros, uns
             }
 #endif
         }
+#endif
 
         // By integers: all is reached at `low`, and less than is asked for at `high`.
         const u32 turned = 56 - MASS_BITS + (peak >> 23);

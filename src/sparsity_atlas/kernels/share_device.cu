@@ -21,7 +21,6 @@ typedef u16 Bits;
 #define INLINE __device__ __forceinline__
 #define SHARED __shared__
 #define ALL 0xffffffff
-#define LINE 128  // bytes of the cache
 
 #define float_of __uint_as_float
 #define bits_of __float_as_uint
@@ -39,8 +38,6 @@ INLINE float warp_total(float one) {
     for (int step = 16; step; step /= 2) one += __shfl_xor_sync(ALL, one, step);
     return one;
 }
-
-INLINE void expect(const void* line) { asm volatile("prefetch.global.L2 [%0];" ::"l"(line)); }
 
 INLINE void block_meets() {
     if (THREADS > 32) __syncthreads();

@@ -130,7 +130,8 @@ class _Layer(CacheLayerMixin):
         rows, columns, valid = self._ring._prompts
         for kept, made in ((keys, key_states), (values, value_states)):
             # Zeros where there is nothing: what a mask hides is multiplied by zero, which NaN would survive.
-            kept[rows] = 0
+            # Not by an assignment, which copies the number to a GPU and waits for it.
+            kept.index_fill_(0, rows, 0)
             kept[rows[:, None], :, columns] = torch.where(
                 valid[..., None, None], made.transpose(1, 2), 0
             )

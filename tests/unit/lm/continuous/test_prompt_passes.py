@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_generator import on_a_gpu, outcome
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.lm.continuous import recording
@@ -95,6 +96,44 @@ def kept(monkeypatch: pytest.MonkeyPatch, *, wrong: bool = False) -> list[int]:
     monkeypatch.setattr(recording, "pool", lambda: None)
     monkeypatch.setattr(PromptPasses, "begin", begun)
     return times
+
+
+class Waits(TorchDispatchMode):
+    """Notes what a GPU would be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        scalar = name.startswith("aten.index_put") and args[2].dim() == 0
+        if scalar or "_local_scalar_dense" in name or "nonzero" in name:
+            self.found.append(name)
+        return func(*args, **kwargs or {})
+
+
+def test_no_pass_waits_for_the_device(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_gpu(monkeypatch)
+    passed, waits = PromptPasses._pass, Waits()
+
+    def spy(self: PromptPasses, table: Tensor) -> Any:
+        # As transformers sees it when it is recorded.
+        with monkeypatch.context() as recording, waits:
+            recording.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            return passed(self, table)
+
+    monkeypatch.setattr(PromptPasses, "_pass", spy)
+    # Two prompts at a time at least: of one, what is assigned looks like a number.
+    task = write_task(tmp_path / "t", "texts", rolling_documents(18), **GENERATION)
+    session = open_session(manifest, {"texts": task}, batch_size=SIZE)
+    outcome(session, Node.make({"rule": "topk"}, "intermediate", "0.5"), tmp_path)
+    assert waits.found == []
+    with waits:
+        torch.zeros(3)[torch.tensor([1])] = 0
+    assert len(waits.found) == 1
 
 
 @pytest.mark.parametrize("wrong", [False, True])
