@@ -38,6 +38,8 @@ SHAPES["8b-2"] = (2, 4096, 14336, 32, 8, 32000)
 # How near to a threshold, as a share of it; what float32 sums round is some of the first.
 NEAR = (4e-6, 2e-5, 1e-4)
 PROMPT = 40
+# What no rounding of a sum explains, of log probabilities in float32.
+FAR = 1e-4
 # No vector is wider.
 WIDEST = 2**15
 
@@ -124,9 +126,11 @@ def said(found: Tensor, wanted: Tensor) -> str:
     apart = (found - wanted).abs()
     largest = apart.max(-1).values
     same = (found.argmax(-1) == wanted.argmax(-1)).sum()
+    far = (largest > FAR).sum()
     return (
         f"{len(found)} steps, median {float(apart.median()):.1e}, largest of a step: median "
-        f"{float(largest.median()):.1e}, most {float(largest.max()):.1e}; same likeliest token in {int(same)}"
+        f"{float(largest.median()):.1e}, most {float(largest.max()):.1e}, {int(far)} beyond {FAR:.0e}; "
+        f"same likeliest token in {int(same)}"
     )
 
 
