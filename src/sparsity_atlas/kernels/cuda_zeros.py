@@ -117,13 +117,14 @@ def _count(
         if ALIGNED:
             width, stride = tl.multiple_of(width, 8), tl.multiple_of(stride, 8)
     values += row * stride
-    count, largest = 0, 0
+    # Added up over threads at the end.
+    count, largest = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         value = tl.load(values + column, mask=column < width, other=1).to(tl.int32)
         size = value & (0x7FFFFFFF if WIDE else 0x7FFF)
-        count += tl.sum((size == 0).to(tl.int32), 0)
-        largest = tl.maximum(largest, tl.max(size, 0))
+        count += (size == 0).to(tl.int32)
+        largest = tl.maximum(largest, size)
     at = place * rows + row
-    tl.store(zeros + at, count)
-    tl.store(finite + at, (largest < INFINITY).to(tl.int8))
+    tl.store(zeros + at, tl.sum(count, 0))
+    tl.store(finite + at, (tl.max(largest, 0) < INFINITY).to(tl.int8))
