@@ -86,6 +86,16 @@ def test_a_small_gain_does_not_pay_and_one_within_the_spread_is_not_told(some: T
     assert "More than 1 together were not timed. " in one.text
 
 
+def test_a_gain_counts_as_it_is_shown(some: Tables) -> None:
+    (one,) = advices(with_rows(some, *own(1, 0.09)), "small")
+    # 100 over 95.5.
+    assert "1.05 times as fast as dense with fixed thresholds" in one.text
+    assert "A gain of 5% is not reached" not in one.text
+    (one,) = advices(with_rows(some, *own(1, 0.085)), "small")
+    assert "1.04 times as fast as dense with fixed thresholds" in one.text
+    assert "A gain of 5% is not reached at 1: it does not pay there. " in one.text
+
+
 def test_what_never_pays_is_said(some: Tables) -> None:
     (one,) = advices(with_rows(some, *own(1, pays_from=None)), "small")
     assert (
