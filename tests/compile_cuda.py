@@ -107,8 +107,11 @@ for dtype in (torch.bfloat16, torch.float32):
     compile_masks(dtype)
     compile_counts(dtype)
 for rule in RULES:
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float32):
         compile_kernel(cuda._mask, rule, dtype)
+# The same code as bfloat16's, but for where its bits are parted.
+for rule in RULES[:1] + RULES[-1:]:
+    compile_kernel(cuda._mask, rule, torch.float16)
 
 CUT = {
     "LINES": 1,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -171,16 +173,36 @@ def talks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     }
 
 
+@pytest.fixture(scope="module")
+def talking(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool, str], Place]:
+    """The same model with either tokenizer, as in `places`, and a chat template."""
+
+    @functools.cache
+    def made(own: bool, template: str) -> Place:
+        folder = tmp_path_factory.mktemp("talking")
+        place = Place(folder, bos=own, max_position_embeddings=160)
+        (place.folder / "chat_template.jinja").write_text(TEMPLATES[template])
+        place.describe()
+        return place
+
+    return made
+
+
 @pytest.mark.parametrize("bos", BOS)
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_chat_prompts(
-    talks: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, own: bool, bos: Any
+    talks: dict,
+    talking: Callable[[bool, str], Place],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    template: str,
+    own: bool,
+    bos: Any,
 ) -> None:
-    place = Place(tmp_path, bos=own, max_position_embeddings=160)
-    (place.folder / "chat_template.jinja").write_text(TEMPLATES[template])
-    place.describe()
-    session = place.session(talks, add_bos_token=bos, apply_chat_template=True, lm_eval_prefix=True)
+    session = talking(own, template).session(
+        talks, add_bos_token=bos, apply_chat_template=True, lm_eval_prefix=True
+    )
     outcomes = through_atlas(session, None, tmp_path / "dense", monkeypatch)
     plain = plainly(
         *(session, list(talks), Path(talks["shots"]["include"]), 4),
@@ -194,11 +216,11 @@ def test_chat_prompts(
     assert ("<think>" in context) is (template == "thinks")
 
 
-def test_a_text_begins_the_user_s_first_message(talks: dict, tmp_path: Path) -> None:
+def test_a_text_begins_the_user_s_first_message(
+    talks: dict, talking: Callable[[bool, str], Place]
+) -> None:
     """Behind the system's message, before the first example; what is scored stays the same."""
-    place = Place(tmp_path, max_position_embeddings=160)
-    (place.folder / "chat_template.jinja").write_text(TEMPLATES["plain"])
-    place.describe()
+    place = talking(False, "plain")
     put = {"inserted": {"text": "/ ", "times": 4}}
     both = {"shots": talks["shots"], "shots_behind": {**talks["shots"], **put}}
     session = place.session(both, apply_chat_template=True, system_instruction="Be brief.")
