@@ -34,7 +34,7 @@ from sparsity_atlas.files.whole import canonical, read_manifest, write_manifest
 from sparsity_atlas.loading.checkpoint import Checkpoint
 from sparsity_atlas.report.failures import last_error
 from sparsity_atlas.spelling import canonical_level
-from sparsity_atlas.tasks import local_files
+from sparsity_atlas.tasks import local_files, yaml_tasks
 from sparsity_atlas.terms import ACCOUNTS
 
 JSON = st.recursive(
@@ -215,7 +215,7 @@ def read_crafted_journal(path: Path, lines: list[bytes]) -> None:
 
 
 def read_task(path: Path) -> None:
-    local_files._catalogue.cache_clear()
+    yaml_tasks.entries.cache_clear()
     local_files.files_digest(str(path.parent), "a")
 
 

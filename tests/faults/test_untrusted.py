@@ -30,7 +30,7 @@ from sparsity_atlas.report import report
 from sparsity_atlas.rules.inputs import check_inputs, locate, model_content
 from sparsity_atlas.tables import summarize
 from sparsity_atlas.tables.read import read_tables
-from sparsity_atlas.tasks import local_files
+from sparsity_atlas.tasks import local_files, yaml_tasks
 from tiny_lm import tiny_tokenizer
 
 BASE: dict[str, Any] = {
@@ -161,7 +161,7 @@ def bomb() -> str:
 )
 def test_strange_task_files_have_a_digest(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.yaml").write_text(text)
-    local_files._catalogue.cache_clear()
+    yaml_tasks.entries.cache_clear()
     assert len(local_files.files_digest(str(tmp_path), "a")) in (0, 64)
 
 
@@ -178,7 +178,7 @@ def test_strange_task_files_have_a_digest(tmp_path: Path, text: str) -> None:
 )
 def test_task_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.yaml").write_text(text)
-    local_files._catalogue.cache_clear()
+    yaml_tasks.entries.cache_clear()
     with pytest.raises(AtlasError, match=message) as caught:
         local_files.files_digest(str(tmp_path), "a")
     assert "a.yaml" in str(caught.value)

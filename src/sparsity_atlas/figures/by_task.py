@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from sparsity_atlas.figures.panels import empty, label, select_pairs
+from sparsity_atlas.figures.panels import NO_VALUE, empty, label, select_pairs
 from sparsity_atlas.figures.style import GREY, TALL, WIDE, shorten
 from sparsity_atlas.statistics.bootstrap import in_percent
 from sparsity_atlas.tables.read import HEADLINE_BAR, Tables, in_order
@@ -32,6 +32,8 @@ def tasks(tables: Tables) -> Figure:
     rows = rows[rows["bar"] == HEADLINE_BAR]
     if rows.empty:
         return empty("No curve.")
+    if (rows["relation"] == "none").all():
+        return empty(NO_VALUE)
     names = [task for task in rows["task"].unique() if task != AVERAGE]
     if rows[rows["kind"] == "accuracy"]["task"].nunique() > 2:  # the average is one of them
         names.append(AVERAGE)

@@ -12,6 +12,7 @@ from matplotlib.markers import CARETLEFT, CARETRIGHT
 
 from sparsity_atlas.figures.panels import (
     CHARACTER,
+    NO_VALUE,
     empty,
     label,
     of_nats,
@@ -46,6 +47,8 @@ def critical_sparsity(tables: Tables) -> Figure:
 
 
 def _points(tables: Tables, rows: pd.DataFrame, x_label: str) -> Figure:
+    if (rows["relation"] == "none").all():
+        return empty(NO_VALUE)
     keys, note = select_pairs(tables, rows, ROWS)
     several = len(tables.criteria()) > 1
     names = [shorten(m, 26) + (f" · {shorten(c, 12)}" if several else "") for c, m in keys]

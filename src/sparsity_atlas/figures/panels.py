@@ -134,6 +134,10 @@ def grid(
     return figure, list(axes.flat[:count])
 
 
+# Of a figure in which each row would say so.
+NO_VALUE = "No value in this run: dense accuracy not above chance, or no usable result."
+
+
 def empty(message: str) -> Figure:
     """A figure for what the run did not measure."""
     figure = NothingToShow((NARROW, 1.2), layout="constrained")

@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from sparsity_atlas.figures.panels import (
+    NO_VALUE,
     empty,
     grid,
     label,
@@ -132,6 +133,10 @@ def _by_model(tables: Tables, task: str, x_label: str) -> Figure:
     rows = tables.curves[tables.curves["task"] == task]
     if rows.empty:
         return empty("No curve.")
+    if rows[_SCORES[rows["kind"].iloc[0]].column].isna().all() and "failed" not in set(
+        rows["status"]
+    ):
+        return empty(NO_VALUE)
     several = len(tables.criteria()) > 1
     keys, note = select_pairs(tables, rows, PANELS)
     styles = marks(in_order(rows["site"]))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from sparsity_atlas.config import grid
-from sparsity_atlas.config.schema import Config
+from sparsity_atlas.config.schema import Config, TaskEntry
 from sparsity_atlas.config.timings import timings
 from sparsity_atlas.figures import FIGURES
 from sparsity_atlas.loading.contents import speaks_of_experts, speaks_of_masks
-from sparsity_atlas.tasks import local_files
+from sparsity_atlas.tasks import yaml_tasks
 from sparsity_atlas.terms import (
     LEAST_MODELS,
     by_projection,
@@ -25,9 +25,9 @@ from sparsity_atlas.terms import (
 def wanted(config: Config) -> list[str]:
     """Names of the figures of a run, without those that have nothing to compare or to show.
 
-    Whether tasks have a loss or an accuracy is not known before they ran, nor whether tasks of lm-eval's own
-    generate, nor whether a model of the Hub has experts or fills masks in before it is fetched: such a figure
-    is drawn in any case, and the report leaves it out.
+    What some tasks of lm-eval's own ask for is not known before they ran, nor whether a model of the Hub has
+    experts or fills masks in before it is fetched: such a figure is drawn in any case, and the report leaves
+    it out.
     """
     curves = grid.curves(config)
     timed = timings(config).values()
@@ -38,7 +38,10 @@ def wanted(config: Config) -> list[str]:
         for model, criterion, site in named
     )
     specs = {curve.criterion: grid.criterion_slice(config, curve.criterion) for curve in curves}
+    losses, accuracies = _may_have(config)
     there = {
+        **dict.fromkeys(("ppl_sparsity", "added_loss"), losses),
+        **dict.fromkeys(("critical_sparsity", "retained_accuracy"), accuracies),
         **dict.fromkeys(("criteria", "comparison_error"), max(places.values()) > 1),
         "comparison": max(places.values()) > 1 or beside,
         **dict.fromkeys(
@@ -54,13 +57,13 @@ def wanted(config: Config) -> list[str]:
             any(config.models[name].series is not None for name in grid.models(config)),
         ),
         "foretelling": len(grid.models(config)) >= LEAST_MODELS,
-        "phase_sparsity": _may_ask(config, local_files.GENERATED),
+        "phase_sparsity": _may_ask(config, yaml_tasks.GENERATED),
         **dict.fromkeys(("expert_sparsity", "expert_load"), _may(config, speaks_of_experts)),
         **dict.fromkeys(
             ("step_sparsity", "step_overlap", "step_layers"),
             # Whether a given answer is the likeliest is seen by filling it in.
             _may(config, speaks_of_masks)
-            and _may_ask(config, local_files.GENERATED, "loglikelihood"),
+            and _may_ask(config, yaml_tasks.GENERATED, "loglikelihood"),
         ),
         **dict.fromkeys(
             ("prompt_overlap", "prompt_overlap_layers", "prompt_loss"),
@@ -95,14 +98,26 @@ def _alone(curves: Iterable[grid.Curve]) -> Counter[tuple[str, str, str]]:
     )
 
 
+def _asked(config: Config) -> Iterator[tuple[TaskEntry, set[str] | None]]:
+    """The tasks of the curves, and what each asks a model for; None where that is not known."""
+    for name in dict.fromkeys(task for curve in grid.curves(config) for task in curve.tasks):
+        entry = config.tasks[name]
+        yield entry, yaml_tasks.output_types(entry.include, entry.task or name, entry.override)
+
+
 def _may_ask(config: Config, *kinds: str) -> bool:
     """Whether a task may have requests of some of these kinds."""
-    names = dict.fromkeys(task for curve in grid.curves(config) for task in curve.tasks)
-    types = (
-        local_files.output_types(entry.include, entry.task or name, entry.override)
-        for name, entry in ((name, config.tasks[name]) for name in names)
+    return any(found is None or not found.isdisjoint(kinds) for _, found in _asked(config))
+
+
+def _may_have(config: Config) -> tuple[bool, bool]:
+    """Whether a task may have a loss, or its bound, and whether one may have an accuracy; see `score`."""
+    asked = list(_asked(config))
+    losses = any(found is None or found == {yaml_tasks.ROLLING} for _, found in asked)
+    accuracies = any(
+        found != {yaml_tasks.ROLLING} or entry.metric is not None for entry, found in asked
     )
-    return any(found is None or not found.isdisjoint(kinds) for found in types)
+    return losses, accuracies
 
 
 def _may(config: Config, speaks: Callable[[Path], bool]) -> bool:

@@ -25,6 +25,7 @@ from sparsity_atlas.loading import contents
 from sparsity_atlas.loading.adapter import adapter_digest
 from sparsity_atlas.loading.checkpoint import Checkpoint
 from sparsity_atlas.tasks import local_files
+from sparsity_atlas.tasks.yaml_tasks import output_types
 from sparsity_atlas.terms import (
     ALLOCATIONS,
     BY_PROJECTION,
@@ -150,7 +151,7 @@ def _check_truthfulness(config: Config, declared: dict[str, dict[str, Any]]) -> 
                 "causal ones"
             )
         entry = config.tasks[task]
-        kinds = local_files.output_types(entry.include, entry.task or task, entry.override)
+        kinds = output_types(entry.include, entry.task or task, entry.override)
         if kinds and (others := kinds - {CHOICE, WRITTEN}):
             raise AtlasError(not_answered(task, others))
     for node in asked.nodes if asked is not None else ():

@@ -17,7 +17,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from sparsity_atlas import cli
 from sparsity_atlas.errors import AtlasError, TaskFailure
-from sparsity_atlas.tasks import local_files
+from sparsity_atlas.tasks import local_files, yaml_tasks
 from sparsity_atlas.tasks.boundary import boundary
 from sparsity_atlas.tasks.built_in.index import built_in_tasks
 from sparsity_atlas.tasks.code import surroundings
@@ -168,7 +168,7 @@ def _index(entry: dict[str, Any], lm_eval_name: str) -> dict[str, Entry]:
     own: dict[str, Entry] = {}
     if include is not None:
         own = TaskIndex.build([Path(include)])
-        if lm_eval_name in own and local_files.members(include, lm_eval_name) <= own.keys():
+        if lm_eval_name in own and yaml_tasks.members(include, lm_eval_name) <= own.keys():
             return own
     index = {**built_in_tasks(), **own}
     if lm_eval_name not in index:

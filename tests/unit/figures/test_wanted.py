@@ -32,6 +32,8 @@ ASKED_FOR |= {"layer_profile", "truthfulness", "inserted", "inserted_gates", *PR
 # Of checkpoints of a training.
 TRAINED = {"training", "training_limits"}
 PHASES, TWINS = {"phase_sparsity"}, {"twins"}
+LOSSES = {"ppl_sparsity", "added_loss"}
+ACCURACIES = {"critical_sparsity", "retained_accuracy"}
 TASKS = str(ROOT / "workflow/resources/tasks")
 ONE = {"models": ["a"], "criteria": ["topp"], "sites": ["input", "up"], "tasks": ["prose"]}
 
@@ -44,7 +46,8 @@ def config_of(*blocks: dict[str, Any]) -> Config:
             "texts": {"prose": {"file": "prose.jsonl"}},
             "tasks": {
                 "prose": {"task": "atlas_prose", "include": TASKS},
-                "gsm8k": {},
+                **{"gsm8k": {}, "arc_easy": {}, "blimp": {}},
+                "counted": {"task": "atlas_prose", "include": TASKS, "metric": "acc"},
             },
             "calibration": {"tokens": 256},
             "run": list(blocks),
@@ -81,7 +84,7 @@ def config_of(*blocks: dict[str, Any]) -> Config:
 )
 def test_what_a_run_can_fill(blocks: list[dict[str, Any]], absent: set[str]) -> None:
     missing = set(FIGURES) - set(wanted(config_of(*blocks)))
-    assert missing == absent | ROUTED | DENOISED | PHASES | TWINS | ASKED_FOR | TRAINED
+    assert missing == absent | ACCURACIES | ROUTED | DENOISED | PHASES | TWINS | ASKED_FOR | TRAINED
 
 
 def test_training_where_a_model_of_the_run_is_a_checkpoint() -> None:
@@ -106,8 +109,28 @@ def test_experts_where_a_model_may_have_some(
 
 def test_phases_where_a_task_may_generate() -> None:
     assert not PHASES & set(wanted(config_of(ONE)))
-    # What lm-eval's own task does is known when it is loaded.
-    assert set(wanted(config_of(ONE, {**ONE, "tasks": ["gsm8k"]}))) >= PHASES
+    # What tasks of lm-eval's own do that its folders do not name is known when they are loaded.
+    for task in ("gsm8k", "blimp"):
+        assert set(wanted(config_of(ONE, {**ONE, "tasks": [task]}))) >= PHASES
+    assert not PHASES & set(wanted(config_of(ONE, {**ONE, "tasks": ["arc_easy"]})))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "absent"),
+    [
+        (["prose"], ACCURACIES),
+        (["arc_easy"], LOSSES),
+        (["prose", "arc_easy"], set()),
+        (["blimp"], set()),
+        # Of whole texts another number may be asked for.
+        (["counted"], set()),
+    ],
+)
+def test_a_loss_and_an_accuracy_where_a_task_may_have_one(
+    tasks: list[str], absent: set[str]
+) -> None:
+    missing = set(FIGURES) - set(wanted(config_of({**ONE, "tasks": tasks})))
+    assert missing & (LOSSES | ACCURACIES) == absent
 
 
 @pytest.mark.parametrize("said", [{"is_causal": False}, {"mask_token_id": 5}, {}])

@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 
 import forks
 from checkout import Checkout
-from sparsity_atlas.tasks import load, local_files
+from sparsity_atlas.tasks import load, yaml_tasks
 from sparsity_atlas.tasks.load import load_tasks
 from sparsity_atlas.tasks.local_files import files_digest
 from tiny_lm import CHOICE, letter_documents, open_session, write_task
@@ -340,7 +340,7 @@ def group(tmp_path: Path) -> Path:
 
 
 def digest_of(folder: Path, name: str) -> str:
-    local_files._catalogue.cache_clear()
+    yaml_tasks.entries.cache_clear()
     return files_digest(str(folder), name)
 
 

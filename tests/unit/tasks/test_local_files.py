@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from sparsity_atlas import cli
-from sparsity_atlas.tasks import local_files
+from sparsity_atlas.tasks import local_files, yaml_tasks
 from sparsity_atlas.tasks.code.follow import reach
 from sparsity_atlas.tasks.code.own_modules import import_roots, local
 from sparsity_atlas.tasks.load import load_tasks
@@ -309,7 +309,7 @@ GROUPS = {
 
 
 def seen(name: str, entry: dict[str, Any]) -> tuple[str, str]:
-    local_files._catalogue.cache_clear()
+    yaml_tasks.entries.cache_clear()
     found = local_files.files_digest(entry.get("include"), name, entry.get("override"))
     loaded = load_tasks({name: entry}, 1234)[name]
     assert loaded.problem is None
@@ -429,7 +429,7 @@ def test_code_that_asks_for_what_is_another_each_time(
 ) -> None:
     files = {"u.py": code + USES.replace("PREFIX", "P")}
     entry = Case("", functions=TEXT, files=files).write(tmp_path)
-    local_files._catalogue.cache_clear()
+    yaml_tasks.entries.cache_clear()
     with caplog.at_level("INFO", logger=cli.logger.name):
         task = load_tasks({"one": entry}, 1)["one"]
     assert task.problem is None
@@ -459,7 +459,7 @@ def test_what_it_does_not_reach(tmp_path: Path, edited: str, counts: bool) -> No
     files = dict.fromkeys(("stranger.jsonl", "stranger.py", "results/a.json"), "1\n")
     case = Case(edited, functions=TEXT, files={**files, "u.py": F, "results/run_config.yaml": ""})
     entry = case.write(tmp_path)
-    local_files._catalogue.cache_clear()
+    yaml_tasks.entries.cache_clear()
     before = local_files.files_digest(entry["include"], "one")
     (tmp_path / edited).write_text("# another\n" + F)
     assert (local_files.files_digest(entry["include"], "one") != before) == counts
@@ -480,7 +480,7 @@ FOLLOWED: dict[str, tuple[str, bool]] = {
 def test_code_that_cannot_be_followed_is_known(tmp_path: Path, code: str, followed: bool) -> None:
     case = Case("", functions=TEXT, files={"u.py": code, "p.txt": "x", "beside.json": "1"})
     entry = case.write(tmp_path)
-    local_files._catalogue.cache_clear()
+    yaml_tasks.entries.cache_clear()
     found = local_files.find(entry["include"], "one")
     assert found.computed == (set() if followed else {tmp_path / "u.py"})
     assert (tmp_path / "beside.json" in found.code) == (not followed)
@@ -532,31 +532,3 @@ def test_an_edited_helper_is_imported_anew(tmp_path: Path) -> None:
         assert first_prompt(lambda entry=entry: load_tasks({"one": entry}, 1)["one"]).startswith(
             prefix
         )
-
-
-def test_what_a_task_asks_a_model_for(tmp_path: Path) -> None:
-    files = {
-        "base": {"output_type": "multiple_choice", "doc_to_text": ""},
-        "options": {"task": "options", "include": "base.yaml"},
-        "pages": {"task": "pages", "tag": "ours", "output_type": "loglikelihood_rolling"},
-        "stories": {"task": "stories", "tag": "ours"},
-        "both": {"group": "both", "task": ["options", "stories"]},
-        "theirs": {"group": "theirs", "task": ["options", "gsm8k"]},
-        "written": {"group": "written", "task": [{"task": "options", "output_type": "?"}]},
-        "own": {"task": "own", "class": "!function own.Own"},
-    }
-    for name, content in files.items():
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
-
-    def found(name: str, **override: Any) -> set[str] | None:
-        return local_files.output_types(str(tmp_path), name, override)
-
-    assert found("options") == {"multiple_choice"}
-    # lm-eval generates where nothing is said.
-    assert found("stories") == {"generate_until"}
-    assert found("options", output_type="generate_until") == {"generate_until"}
-    assert found("both") == {"multiple_choice", "generate_until"}
-    assert found("ours") == {"loglikelihood_rolling", "generate_until"}
-    for name in ("theirs", "written", "own", "gsm8k"):
-        assert found(name) is None
-    assert local_files.output_types(None, "gsm8k") is None
