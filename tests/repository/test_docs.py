@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from checkout import ROOT
+from snakemake_logger_plugin_atlas import misplaced
 
 PAGES = [
     path
@@ -71,6 +73,24 @@ def test_yaml_blocks_are_yaml(page: Path) -> None:
     for token in _tokens(page):
         if token.type == "fence" and token.info == "yaml":
             yaml.safe_load(token.content)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Lines of a page's blocks of commands that start Snakemake, as words."""
+    blocks = (one.content for one in _tokens(page) if one.type == "fence" and one.info == "bash")
+    lines = (line for block in blocks for line in block.replace("\\\n", " ").splitlines())
+    words = (shlex.split(line, comments=True) for line in lines if "snakemake" in line)
+    return [one for one in words if "snakemake" in one]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_no_target_is_given_for_a_configuration(
+    page: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command of a page runs as it is written: `mine.yaml` is the reader's."""
+    monkeypatch.chdir(ROOT)
+    said = [misplaced(words) for words in commands(page)]
+    assert [one for one in said if one and "mine.yaml: no such file" not in one] == []
 
 
 def test_the_map_shows_all_rooms_in_the_order_of_imports() -> None:

@@ -154,7 +154,6 @@ class GeneratingLM(JournalledLM):
         watch = _FinishWatch(stops, self.end_tokens(), context.shape, self._feed)
         once = torch.tensor(self._once, device=mask.device)[:, None]
         self._counter.expect(mask, "prompt", torch.stack([mask, mask & once]).long())
-        # transformers' own classes see to it by themselves.
         with torch.no_grad(), head.shown_the_last(self.model):
             output: Tensor = self.model.generate(
                 input_ids=context,
@@ -163,6 +162,7 @@ class GeneratingLM(JournalledLM):
                 logits_processor=LogitsProcessorList([self._logits]),
                 pad_token_id=self.padding_id,
                 use_cache=True,
+                **head.of_the_last(self.model),
                 **generation_kwargs,
             )
         generated = output.shape[1] - context.shape[1]

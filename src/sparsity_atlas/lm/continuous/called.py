@@ -52,9 +52,7 @@ class Called:
             mask: bool [rows, tokens], False where padding is, of whole prompts; else what `masks` gives.
             ring: keys and values of the rows.
         """
-        options = self._options(positions, mask, ring)
-        if "logits_to_keep" in self._arguments:
-            options["logits_to_keep"] = 1
+        options = {**self._options(positions, mask, ring), **head.of_the_last(self._model)}
         with torch.no_grad(), head.shown_the_last(self._model):
             logits: Tensor = self._model(ids, **options).logits[:, -1]
         return logits

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 EXACT, ROUNDED = 1e-5, 0.05
 # How a model says that it does not take an argument, or trips over it.
 REFUSALS = (TypeError, ValueError, IndexError, RuntimeError, AttributeError, KeyError)
+# What transformers' classes call the number of last tokens whose logits they make; 0: of all.
+KEEP = "logits_to_keep"
 # Sequences and tokens that are tried, and tokens of a piece of them.
 TRIED, TRIED_ROWS = (2, 12), 5
 
@@ -140,6 +142,19 @@ def _behind(model: PreTrainedModel, decoder: nn.Module, output: Any, hidden: Ten
         del decoder.forward
         if before is not None:
             decoder.forward = before
+
+
+def of_the_last(model: PreTrainedModel) -> dict[str, int]:
+    """Arguments of a forward pass that asks for the last token's logits alone, and runs all in every layer.
+
+    Gemma 4 runs that token alone through the layers that reuse earlier ones' keys: there all are asked for,
+    and `shown_the_last` leaves that one.
+    """
+    if KEEP not in inspect.signature(model.forward).parameters:
+        return {}
+    inside = (one for one in model.modules() if one is not model)
+    cut = any(KEEP in inspect.signature(one.forward).parameters for one in inside)
+    return {KEEP: 0 if cut else 1}
 
 
 def without_cache(model: PreTrainedModel) -> dict[str, Any]:
