@@ -63,14 +63,6 @@ def _tokens(rows: Rows) -> int:
     return max(1, BLOCK_BYTES // (4 * rows.shape[1] * rows.chunk)) * chunk
 
 
-def of_expert(
-    store: ActivationStore, tensor: str, layer: int, expert: int, stop: int | None = None
-) -> np.ndarray:
-    """The rows of one expert among the first `stop` tokens, token behind token: float32 [rows, width]."""
-    ((_, values),) = of_experts(store, tensor, layer, [expert], stop)
-    return values
-
-
 def of_experts(
     store: ActivationStore,
     tensor: str,

@@ -235,7 +235,6 @@ def test_rows_of_an_expert(captured: Work, monkeypatch: pytest.MonkeyPatch) -> N
             for expert, rows in enumerate(by_hand):
                 assert len(found[expert]) == len(rows)
                 assert not rows or np.array_equal(found[expert], np.stack(rows))
-        assert np.array_equal(expert_rows.of_expert(stored, tensor, layer, 1, stop), found[1])
         read = list(expert_rows.blocks(stored, tensor, layer))
         assert len(read) > 2
         experts = np.concatenate([one.experts for one in read])

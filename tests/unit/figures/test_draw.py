@@ -359,7 +359,8 @@ def test_many_models_fit_on_a_page_and_the_figure_says_what_is_left_out(tmp_path
                 "prompt_loss",
                 "truthfulness",
             ):
-                assert re.search(r"\d+ of (42|24) shown", words(figure)), name
+                notes = " ".join(text.get_text() for text in figure.texts)
+                assert re.search(r"\d+ of (42|24) shown", notes), name
 
 
 def test_a_long_note_stays_within_its_figure():
