@@ -9,9 +9,10 @@ their error is searched once more with the integer masses of the definition. So 
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import triton
@@ -132,9 +133,22 @@ class _Plan(NamedTuple):
     compiled: dict[tuple[int, ...], CompiledKernel | None]
 
 
-# Made once: a forward pass over few tokens waits for its host.
-@functools.lru_cache(maxsize=256)
+# Made once: a forward pass over few tokens waits for its host. Kept for as long as their rules: a recorded
+# step goes on reading their tensors.
+_PLANS: WeakKeyDictionary[Threshold, dict[Hashable, _Plan]] = WeakKeyDictionary()
+
+
 def _plan(
+    rule: Threshold, width: int, dtype: torch.dtype, device: torch.device, same: bool, few: bool
+) -> _Plan:
+    """What is launched for a rule."""
+    known, key = _PLANS.setdefault(rule, {}), (width, dtype, device, same, few)
+    if key not in known:
+        known[key] = _planned(rule, *key)
+    return known[key]
+
+
+def _planned(
     rule: Threshold, width: int, dtype: torch.dtype, device: torch.device, same: bool, few: bool
 ) -> _Plan:
     kind, constants = rule.kind, rule.constants

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from fractions import Fraction
@@ -454,3 +456,16 @@ def test_the_cuda_kernels_compile(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "compile_cuda.py"
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_plans_last_as_long_as_their_rules() -> None:
+    """A recorded step reads its plans' tensors: those of 144 places, and others come after them."""
+    asked = 4, torch.float32, torch.device("cpu"), True, True
+    rule = Threshold("share", 0.9, weights=torch.ones(4))
+    numbers = weakref.ref(cuda._plan(rule, *asked).tensors[2])
+    for _ in range(300):
+        cuda._plan(Threshold("share", 0.9, weights=torch.ones(4)), *asked)
+    assert numbers() is not None
+    del rule
+    gc.collect()
+    assert numbers() is None
