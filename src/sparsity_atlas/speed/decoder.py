@@ -187,17 +187,16 @@ def _rounded_once_more(model: PreTrainedModel) -> Iterator[None]:
     """Within: what each layer reads is off by a rounding of its type, up or down by chance."""
     generator = torch.Generator().manual_seed(0)
 
-    def move(
-        layer: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        x, *others = arguments or (options.pop("hidden_states"),)
+    def move(layer: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not arguments:
+            return arguments  # called by names: no layer that is joined
+        x, *others = arguments
         signs = torch.randint(2, x.shape, generator=generator).to(x) * 2 - 1
-        return (x + x * signs * torch.finfo(x.dtype).eps, *others), options
+        return (x + x * signs * torch.finfo(x.dtype).eps, *others)
 
     with ExitStack() as stack:
         for layer in getattr(model.get_decoder(), "layers", ()):
-            handle = layer.register_forward_pre_hook(move, with_kwargs=True)
-            stack.callback(handle.remove)
+            stack.callback(layer.register_forward_pre_hook(move).remove)
         yield
 
 
