@@ -22,6 +22,7 @@ from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
 
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.plan.corrections import Seconds
 from sparsity_atlas.plan.schedule import Key
 from sparsity_atlas.plan.time_left import TimeLeft
 
@@ -44,10 +45,10 @@ LEVEL = re.compile(
 POLL = 1.0
 
 # What the Snakefile expects of its jobs: called once, when the jobs of a run are known.
-_expected: Callable[[], list[tuple[Key, float]]] | None = None
+_expected: Callable[[], list[tuple[Key, Seconds]]] | None = None
 
 
-def expect(jobs: Callable[[], list[tuple[Key, float]]]) -> None:
+def expect(jobs: Callable[[], list[tuple[Key, Seconds]]]) -> None:
     """Say what the jobs of this process's workflow are expected to take.
 
     Args:
@@ -57,7 +58,7 @@ def expect(jobs: Callable[[], list[tuple[Key, float]]]) -> None:
     _expected = jobs
 
 
-def _forecast() -> list[tuple[Key, float]]:
+def _forecast() -> list[tuple[Key, Seconds]]:
     """What is expected of the jobs; nothing where files stand in the way, of which a job will say more."""
     try:
         return _expected() if _expected else []
@@ -257,7 +258,8 @@ class LogHandler(LogHandlerBase):
                 now = time.monotonic()
                 job.levels += 1
                 job.seconds += float(found["took"])
-                self._time.reach(jobid, int(found["more"] or 0) * job.seconds / job.levels, now)
+                rest = int(found["more"] or 0) * job.seconds / job.levels
+                self._time.reach(jobid, job.seconds, rest, now)
                 self._say(f"{'':>11} {job.rule} {job.what}: {line}{self._rest(now)}")
 
     def _say(self, text: str) -> None:

@@ -15,6 +15,7 @@ from snakemake_interface_logger_plugins.settings import OutputSettingsLoggerInte
 
 import snakemake_logger_plugin_atlas as plugin
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.plan.corrections import Seconds
 from sparsity_atlas.plan.schedule import Key
 
 
@@ -102,7 +103,8 @@ def test_the_time_left_begins_with_what_is_expected_of_each_job(
 ) -> None:
     clock = [100.0]
     monkeypatch.setattr(plugin.time, "monotonic", lambda: clock[0])
-    plugin.expect(lambda: [(Key("model", "m"), 4.0), (Key("search", "m", "topp", "up"), 600.0)])
+    jobs = {Key("model", "m"): Seconds(4.0), Key("search", "m", "topp", "up"): Seconds(0.0, 600.0)}
+    plugin.expect(lambda: list(jobs.items()))
     handler._counts = {"model": 1, "search": 1}
     begin(handler, 1, "model", tmp_path / "model.log", model="m")
     clock[0] += 4

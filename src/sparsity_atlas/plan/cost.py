@@ -17,6 +17,7 @@ from pathlib import Path
 
 from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config, parse
+from sparsity_atlas.loading.devices import gpu_shares
 
 
 def go_offline_if_unreachable(config: Config) -> None:
@@ -40,6 +41,18 @@ def go_offline_if_unreachable(config: Config) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def parallel_jobs(config: Config, cores: int) -> tuple[int, int]:
+    """Jobs that run at once: of all one a core, and of those with a model as many as GPUs let.
+
+    Returns:
+        Both; the same number where no GPU is used.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count() * gpu_shares()
+    return cores, min(cores, gpus) if gpus and config.device in ("auto", "cuda") else cores
+
+
 def main() -> None:
     """Command line of the target."""
     parser = argparse.ArgumentParser(prog="sparsity-atlas plan", description=__doc__)
@@ -53,10 +66,10 @@ def main() -> None:
     config = parse(arguments.config)
     go_offline_if_unreachable(config)
     from sparsity_atlas.plan.expected_seconds import save
-    from sparsity_atlas.plan.forecast import forecast, parallel_jobs
+    from sparsity_atlas.plan.forecast import forecast
     from sparsity_atlas.plan.text import text
 
     parallel = parallel_jobs(config, arguments.cores)
     found = forecast(config, arguments.results)
-    save(arguments.results, config, found.jobs, found.seconds)
+    save(arguments.results, config, found.jobs, found.seconds, found.starts)
     sys.stdout.write(text(config, found, parallel))

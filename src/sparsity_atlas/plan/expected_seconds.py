@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +16,10 @@ from sparsity_atlas.config.schema import Config
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import digest, read_manifest, write_manifest
 from sparsity_atlas.plan.captured_passes import passes_of_a_level
+from sparsity_atlas.plan.corrections import LIGHT, Seconds
 from sparsity_atlas.plan.jobs import Job, jobs
-from sparsity_atlas.plan.schedule import Key
-from sparsity_atlas.terms import TENSORS, layers_named
+from sparsity_atlas.plan.schedule import LAST, Key
+from sparsity_atlas.terms import TENSORS, layers_named, tensors_at
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,21 +28,40 @@ if TYPE_CHECKING:
     from sparsity_atlas.plan.jobs import Amount
 
 FILE = "logs/plan.json"
-# Seconds of a small model's jobs on two cores, without its evaluations: what they are worth beside each
-# other is what counts, since the first jobs of a run say how fast it is.
+# Seconds of jobs of models of the zoo on two cores, until they begin what they are for, and of that, without
+# evaluations: what they are worth beside each other is what counts, since the first jobs of a run say how
+# fast it is. What is the same for every model is all start.
 SECONDS = {
-    **{"run_config": 1.0, "model": 4.0, "capture": 4.0, "metrics": 1.0, "calibrate": 5.0},
-    **{"dense": 5.0, "evaluate": 1.0, "search": 4.0, "output_error": 7.0, "sensitivity": 12.0},
-    **{"answers": 5.0, "truthfulness": 3.0, "speed": 60.0},
-    **{"curve": 1.2, "model_summary": 1.0, "tables": 2.0, "figures": 6.0, "page": 4.0},
+    **{"run_config": Seconds(0.8), "model": Seconds(5.0), "capture": Seconds(3.5, 0.8)},
+    **{"metrics": Seconds(0.8, 0.6), "calibrate": Seconds(4.0, 6.0), "dense": Seconds(5.5)},
+    **{"evaluate": Seconds(5.5), "search": Seconds(5.7), "output_error": Seconds(5.0, 2.5)},
+    **{
+        "sensitivity": Seconds(5.0, 12.0),
+        "answers": Seconds(5.5, 1.5),
+        "speed": Seconds(5.0, 55.0),
+    },
+    **{"truthfulness": Seconds(1.0, 2.0), "curve": Seconds(1.1), "model_summary": Seconds(0.7)},
+    **{"tables": Seconds(2.3), "figures": Seconds(13.2), "page": Seconds(6.8)},
 }
-EVALUATION = 2.5
-# The default run's, with which these were measured.
-TASKS, CURVES = 3, 15
-# Of what a job takes, the share that is the same whatever it is asked; the rest goes by its passes over masks
-# or its tensors. SmolLM2-135M's on an H200: output errors of one layer, of all, and with three predictors
-# take 30, 36 to 45 and 80 s.
-SAME = {"output_error": 0.9, "metrics": 0.5}
+# An evaluation of a model of the mean size; in a dense baseline, where all is counted, it takes more.
+EVALUATION, DENSE = 3.0, 1.25
+# What these were measured with: the default run, and the zoo's mean size in bytes.
+TASKS, CURVES, BYTES = 3, 15, 6.3e6
+# Tables, figures and page go by this power of the number of curves.
+SHOWN = 0.65
+# And of a curve, for any number of tasks.
+CURVE = 0.7
+# The share of work that is the same for a model of any size.
+SAME = 0.2
+# And of an output error, however many predictors are tried, and what is left of it where it looks at one
+# layer: SmolLM2-135M's on an H200, which take some 27 s to start, take 30 of one layer, 45 of all, 75 of four
+# tensors, and 120 with three predictors.
+PASS, ONE_LAYER = 0.3, 0.3
+# Seconds a byte until weights are loaded, and numbers a byte beside 16 bits: a GGUF file's are worked out.
+LOADING, GGUF_LOADING, GGUF_NUMBERS = 2e-9, 5e-8, 3.5
+# A request of a masked-diffusion model is as many rows as it has samples; short answers have fewer. With
+# eight samples the zoo's takes 6.2 times as long as its causal twin.
+SAMPLE = 0.65
 
 
 def key_of(job: Job) -> Key:
@@ -49,7 +70,13 @@ def key_of(job: Job) -> Key:
     return Key(job.rule, job.model, criterion, site, job.task)
 
 
-def save(results: Path, config: Config, every: Sequence[Job], seconds: Sequence[Amount]) -> None:
+def save(
+    results: Path,
+    config: Config,
+    every: Sequence[Job],
+    seconds: Sequence[Amount],
+    starts: Sequence[float],
+) -> None:
     """Keep a forecast among the workflow's logs, for the run that follows it.
 
     Args:
@@ -57,19 +84,20 @@ def save(results: Path, config: Config, every: Sequence[Job], seconds: Sequence[
         config: the forecast's.
         every: its jobs.
         seconds: of each.
+        starts: seconds of each until it begins what it is for.
     """
     path = results / FILE
     if not path.parent.is_dir():
         return  # asked for outside of a workflow, which leaves nothing behind
-    known = [
-        {**vars(key_of(job)), "seconds": amount.expected}
-        for job, amount in zip(every, seconds, strict=True)
-        if not job.done and amount.complete
-    ]
+    known = []
+    for job, amount, begin in zip(every, seconds, starts, strict=True):
+        if not job.done and amount.complete:
+            start = min(begin, amount.expected)
+            known.append(vars(key_of(job)) | vars(Seconds(start, amount.expected - start)))
     write_manifest(path, {"config": _digest(config), "jobs": known})
 
 
-def expected(config: Config, results: Path) -> list[tuple[Key, float]]:
+def expected(config: Config, results: Path) -> list[tuple[Key, Seconds]]:
     """Seconds of each job that is still to be done.
 
     Args:
@@ -80,33 +108,20 @@ def expected(config: Config, results: Path) -> list[tuple[Key, float]]:
         AtlasError: a damaged manifest among the results.
     """
     planned = _planned(results / FILE, config)
-    sizes = {name: _bytes(entry) for name, entry in config.models.items()}
     left = [job for job in jobs(config, results) if not job.done]
-    # A request of a masked-diffusion model is as many rows as it has samples; short answers have fewer. With
-    # eight samples the zoo's takes 4.6 times as long as its causal twin.
-    rows = {
-        name: 1.0 if entry.diffusion is None else (1 + entry.diffusion.samples) / 2
-        for name, entry in config.models.items()
-    }
-    known = [size for size in sizes.values() if size]
-    mean = sum(known) / len(known) if known else 1
-    large = {name: (size or mean) / mean for name, size in sizes.items()}
-    usual = [
-        _usual_seconds(job, large.get(job.model, 1.0), rows.get(job.model, 1.0))
-        * _asked(job, large.get(job.model, 1.0), config)
-        for job in left
-    ]
+    facts = _facts(config)
+    usual = [_usual_seconds(job, facts.get(job.model, _Facts()), config) for job in left]
     # What was not planned is put on the scale of what was.
     both: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for job, seconds in zip(left, usual, strict=True):
         if (key := key_of(job)) in planned:
             for rule in (job.rule, ""):
-                both[rule][0] += planned[key]
-                both[rule][1] += seconds
+                both[rule][0] += planned[key].total
+                both[rule][1] += seconds.total
 
-    def on_scale(job: Job, seconds: float) -> float:
+    def on_scale(job: Job, seconds: Seconds) -> Seconds:
         found, own = both.get(job.rule) or both.get("") or (1.0, 1.0)
-        return planned.get(key_of(job), seconds * found / own)
+        return planned.get(key_of(job), seconds * (found / own))
 
     return [(key_of(job), on_scale(job, own)) for job, own in zip(left, usual, strict=True)]
 
@@ -115,7 +130,7 @@ def _digest(config: Config) -> str:
     return digest(json.loads(config.model_dump_json()))
 
 
-def _planned(path: Path, config: Config) -> dict[Key, float]:
+def _planned(path: Path, config: Config) -> dict[Key, Seconds]:
     """The forecast that `plan` left, by job; nothing if it was of another configuration."""
     try:
         content = read_manifest(path) if path.is_file() else {}
@@ -124,9 +139,45 @@ def _planned(path: Path, config: Config) -> dict[Key, float]:
     if content.get("config") != _digest(config):
         return {}
     return {
-        Key(*(one[name] for name in ("rule", "model", "criterion", "site", "task"))): one["seconds"]
+        Key(*(one[name] for name in ("rule", "model", "criterion", "site", "task"))): Seconds(
+            one["start"], one["work"]
+        )
         for one in content["jobs"]
     }
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What the files of a model say of it.
+
+    Attributes:
+        loading: seconds until its weights are loaded.
+        large: its bytes over the mean of all models.
+        numbers: its parameters over those of the zoo's mean.
+        rows: that it runs for a request.
+    """
+
+    loading: float = 0.0
+    large: float = 1.0
+    numbers: float = 1.0
+    rows: float = 1.0
+
+
+def _facts(config: Config) -> dict[str, _Facts]:
+    """Of each model; one whose weights are not here is taken to be as large as the mean."""
+    sizes = {name: _bytes(entry) for name, entry in config.models.items()}
+    known = [size for size in sizes.values() if size]
+    mean = sum(known) / len(known) if known else 1
+    found = {}
+    for name, entry in config.models.items():
+        size, packed = sizes[name], entry.gguf is not None
+        found[name] = _Facts(
+            size * (GGUF_LOADING if packed else LOADING),
+            (size or mean) / mean,
+            size * (GGUF_NUMBERS if packed else 1.0) / BYTES if size else 1.0,
+            1.0 if entry.diffusion is None else 1 + SAMPLE * entry.diffusion.samples,
+        )
+    return found
 
 
 def _bytes(entry: ModelEntry) -> int:
@@ -139,32 +190,41 @@ def _bytes(entry: ModelEntry) -> int:
     return sum(file.stat().st_size for file in Path(entry.path).glob("*.safetensors"))
 
 
-def _asked(job: Job, large: float, config: Config) -> float:
-    """How much longer a job takes than one of its rule in the default run, by what it is asked.
+def _usual_seconds(job: Job, facts: _Facts, config: Config) -> Seconds:
+    """By rule, evaluations, what is asked of the job beside them, and its model.
 
     Args:
         job: the job.
-        large: bytes of its model over the mean of all models.
+        facts: of its model.
         config: of the run.
     """
-    if job.rule in ("tables", "figures", "page"):
-        return (1 + len(grid.curves(config)) / CURVES) / 2
-    if job.rule == "metrics":
-        much = float(len(TENSORS[job.site]))
-    elif job.rule == "output_error" and job.node is not None:
-        # Of how many layers a site is confined to some is not known here; they are few.
-        confined = bool(layers_named(job.node[1]))
-        much = 0.0 if confined else large * passes_of_a_level(config, job)
-    else:
-        return 1.0
-    same = SAME[job.rule]
-    return same + (1 - same) * much
-
-
-def _usual_seconds(job: Job, large: float, rows: float) -> float:
-    """By rule, evaluations (of so many rows a request), and the model's size beside the others'."""
+    usual = SECONDS.get(job.rule, Seconds(1.0))
+    if job.rule in LAST:
+        return usual * float((len(grid.curves(config)) / CURVES) ** SHOWN)
+    if job.rule in LIGHT:
+        # They go by widths and have no GPU.
+        if job.rule == "curve":
+            tasks = len(grid.model_tasks(config, job.model))
+            return usual * (CURVE + (1 - CURVE) * tasks / TASKS)
+        much = len(TENSORS[job.site]) * _sized(facts.numbers) if job.rule == "metrics" else 1.0
+        return Seconds(usual.start, usual.work * much)
     evaluations = max((amount.expected for amount in job.evaluations.values()), default=0.0)
     # One task alone takes half as long as the default run's three.
     evaluations *= (1 + len(job.evaluations)) / (1 + TASKS)
-    # Half of an evaluation of a small model is the same for all of them.
-    return SECONDS.get(job.rule, 1.0) + EVALUATION * rows * evaluations * (0.5 + 0.5 * large)
+    once = EVALUATION * facts.rows * (DENSE if job.rule == "dense" else 1.0)
+    work = usual.work * _passes(job, config) + once * evaluations
+    return Seconds(usual.start + facts.loading, work * _sized(facts.large))
+
+
+def _sized(large: float) -> float:
+    return SAME + (1 - SAME) * large
+
+
+def _passes(job: Job, config: Config) -> float:
+    """How much longer an output error works than one of a tensor without predictors; of another job 1."""
+    if job.rule != "output_error" or job.node is None:
+        return 1.0
+    if layers_named(job.node[1]):
+        return ONE_LAYER  # or a few: how many the model has is not known here
+    again = PASS + (1 - PASS) * passes_of_a_level(config, job)
+    return again * (1 + len(tensors_at(job.node[1]))) / 2

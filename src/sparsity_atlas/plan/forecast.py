@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from sparsity_atlas.plan.captured_passes import (
     passes_of_reuse,
     site_of,
 )
+from sparsity_atlas.plan.imports import DRAWING_IMPORTS, importing
 from sparsity_atlas.plan.jobs import UNKNOWN, Amount, Job, jobs, usual_levels
 from sparsity_atlas.plan.model_facts import (
     NodeKey,
@@ -36,7 +39,6 @@ from sparsity_atlas.plan.rates import (
     curve_seconds,
     dimension_seconds,
     figure_seconds,
-    import_seconds,
     metrics_seconds,
     point_seconds,
     recorded,
@@ -51,14 +53,8 @@ from sparsity_atlas.truthfulness.predictors import REPLICATES
 # Rules whose jobs run a model, with what their stages import.
 HEAVY = {"model", "capture", "dense", "evaluate", "search", "output_error", "calibrate"}
 HEAVY |= {"sensitivity", "answers", "speed"}
-HEAVY_IMPORTS = (
-    "sparsity_atlas.lm.model, sparsity_atlas.sites.find, sparsity_atlas.tasks.load, "
-    "lm_eval.evaluator"
-)
-# Also of one that finds its tensors captured.
-CAPTURE_IMPORTS = "sparsity_atlas.activations.capture, torch, zarr, transformers.models.auto"
-LIGHT_IMPORTS = "sparsity_atlas.curves.curve, sparsity_atlas.tables.summarize"
-DRAWING_IMPORTS = {"figures": "sparsity_atlas.figures.draw", "page": "sparsity_atlas.report.report"}
+# Those without a model that do more than start.
+WORKING = {"metrics", "truthfulness"}
 # What the tables' stage takes of a curve, as measured, in the time of its imports.
 TABLES_OF_A_CURVE = 0.12
 EVALUATING = ("dense", "evaluate", "search", "answers")
@@ -73,6 +69,7 @@ class Start:
     heavy: float
     tasks: float
     recorded: dict[str, float]
+    drawing: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -84,6 +81,7 @@ class Forecast:
         seconds: that each of these takes; none for one that is done.
         outlooks: of each model.
         unknowns: what could not be found out.
+        starts: seconds of each until it begins what it is for.
         targets: levels that calibrations at hand do not reach, a line each.
     """
 
@@ -91,6 +89,7 @@ class Forecast:
     seconds: list[Amount]
     outlooks: dict[str, Outlook]
     unknowns: Unknowns
+    starts: list[float]
     targets: list[str] = field(default_factory=list)
 
 
@@ -103,6 +102,17 @@ def forecast(config: Config, results: Path) -> Forecast:
     """
     unknowns = Unknowns()
     every = jobs(config, results)
+    with importing(anything=any(not job.done for job in every)) as imports:
+        return _forecast(config, results, every, unknowns, imports)
+
+
+def _forecast(
+    config: Config,
+    results: Path,
+    every: list[Job],
+    unknowns: Unknowns,
+    imports: dict[str, Future[float]],
+) -> Forecast:
     left = [job for job in every if not job.done]
     began = time.perf_counter()
     tasks = loadable_tasks(config, unknowns)
@@ -120,10 +130,13 @@ def forecast(config: Config, results: Path) -> Forecast:
                 unknowns.note(f"speed of {model}", error)
         if outlook.parameters is not None and not outlook.shapes:
             unknowns.note(f"activations of {model}", "its FFNs are looked for in its weights")
-    start = Start(0, 0, 0, tasks_seconds, recorded(results / "benchmarks"))
-    if left:
-        start.light, start.heavy = import_seconds(LIGHT_IMPORTS), import_seconds(HEAVY_IMPORTS)
-        start.capture = import_seconds(CAPTURE_IMPORTS)
+    imported = {name: one.result() for name, one in imports.items()}
+    start = Start(
+        **{name: imported.pop(name, 0.0) for name in ("light", "capture", "heavy")},
+        tasks=tasks_seconds,
+        recorded=recorded(results / "benchmarks"),
+        drawing=imported,
+    )
     once = {model: _pass_seconds(config, outlook) for model, outlook in outlooks.items()}
     curves = {job.model for job in left if job.rule == "curve"}
     statistics = {model: _statistics_seconds(config, outlooks[model]) for model in curves}
@@ -168,7 +181,8 @@ def forecast(config: Config, results: Path) -> Forecast:
                     took += whole * passes_of_reuse(config, levels.expected - 1)
         seconds.append(took)
     targets = list(missed_targets(config, results, unknowns))
-    return Forecast(every, seconds, outlooks, unknowns, targets)
+    starts = [_start_seconds(job, outlooks.get(job.model), start) for job in every]
+    return Forecast(every, seconds, outlooks, unknowns, starts, targets)
 
 
 def _ending_seconds(config: Config, rule: str, start: Start) -> Amount:
@@ -186,19 +200,22 @@ def _ending_seconds(config: Config, rule: str, start: Start) -> Amount:
     drawn = len(wanted(config))
     if rule == "page":
         drawn = len(MODEL_FIGURES) * len(grid.models(config))
-    return Amount.exactly(import_seconds(DRAWING_IMPORTS[rule]) + drawn * one)
+    return Amount.exactly(start.drawing[rule] + drawn * one)
+
+
+def _start_seconds(job: Job, outlook: Outlook | None, start: Start) -> float:
+    """Seconds of imports, of tasks where they are evaluated, and until a model is there; of others all."""
+    if job.rule == "capture":
+        return start.capture
+    if job.rule not in HEAVY:
+        # Of metrics and the like what goes on is work; it is little of the others.
+        return start.light if job.rule in WORKING else math.inf
+    ready = (outlook or Outlook()).ready
+    return start.heavy + ready + (start.tasks if job.rule in EVALUATING else 0.0)
 
 
 def _same_curve(one: Job, other: Job) -> bool:
     return (one.model, one.node) == (other.model, other.node)
-
-
-def parallel_jobs(config: Config, cores: int) -> int:
-    """Jobs that run at once: one a core, and on GPUs one for each of them."""
-    import torch
-
-    gpus = torch.cuda.device_count()
-    return min(cores, gpus) if gpus and config.device in ("auto", "cuda") else cores
 
 
 def loadable_tasks(config: Config, unknowns: Unknowns) -> dict[str, LoadedTask]:

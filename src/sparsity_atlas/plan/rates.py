@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -131,14 +129,6 @@ def free_memory(device: torch.device) -> int:
 
     free = psutil.virtual_memory().available
     return min(free, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free
-
-
-def import_seconds(modules: str) -> float:
-    """Seconds that a new Python process takes to import some modules, as a stage does."""
-    began = time.perf_counter()
-    code = f"from sparsity_atlas.garbage import look_hardly\nlook_hardly()\nimport {modules}"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    return time.perf_counter() - began
 
 
 @functools.cache

@@ -16,6 +16,8 @@ STAGES = (
     ("output_error", "curve", "export_curve", "truthfulness"),
     ("model_summary", "speed"),
 )
+# Then these, one after the other.
+LAST = ("tables", "figures", "page")
 _STAGE = {rule: stage for stage, rules in enumerate(STAGES) for rule in rules}
 # Jobs up to which it is gone through who waits for whom. Of more, what the last ones wait for is little.
 MOST = 500

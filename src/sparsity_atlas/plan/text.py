@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from sparsity_atlas.activations.capture import tensors_of
 from sparsity_atlas.config.schema import Config
-from sparsity_atlas.plan.forecast import Forecast
+from sparsity_atlas.plan.forecast import HEAVY, Forecast
 from sparsity_atlas.plan.jobs import UNKNOWN, Amount, Job, usual_levels
 from sparsity_atlas.plan.model_facts import Outlook, captured_tokens
 from sparsity_atlas.terms import (
@@ -49,8 +50,14 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def text(config: Config, forecast: Forecast, parallel: int) -> str:
-    """The whole plan, ready to be printed."""
+def text(config: Config, forecast: Forecast, parallel: tuple[int, int]) -> str:
+    """The whole plan, ready to be printed.
+
+    Args:
+        config: the configuration.
+        forecast: of it.
+        parallel: jobs that run at once, and those of them that have a model.
+    """
     blocks = [
         _models(config, forecast),
         _tasks(forecast),
@@ -190,17 +197,24 @@ def _jobs(forecast: Forecast) -> str:
     return _table(["rule", "jobs", "done", "one core"], rows)
 
 
-def _time(forecast: Forecast, parallel: int) -> str:
+def _time(forecast: Forecast, parallel: tuple[int, int]) -> str:
     left = _sum(forecast.seconds)
     if left == Amount():
         return "Nothing is left to do.\n"
-    parallel = min(parallel, sum(not job.done for job in forecast.jobs))
-    expected = max(left.expected / parallel, _chain(forecast, "expected"))
-    most = max(left.most / parallel, _chain(forecast, "most"))
-    text = f"{'about' if left.complete else 'at least'} {duration(expected)}"
+    heavy = [job.rule in HEAVY for job in forecast.jobs]
+    with_model = _sum(itertools.compress(forecast.seconds, heavy))
+    number = sum(not job.done for job in forecast.jobs)
+    cores, models = (min(number, one) for one in parallel)
+
+    def least(which: str) -> float:
+        of_all, of_models = (float(getattr(one, which)) for one in (left, with_model))
+        return max(of_all / cores, of_models / models, _chain(forecast, which))
+
+    text = f"{'about' if left.complete else 'at least'} {duration(least('expected'))}"
     if left.complete and not left.certain:
-        text += f", at most {duration(most)}"
-    return f"Time: {text}, with {parallel} jobs at once on a machine as busy as it is now.\n"
+        text += f", at most {duration(least('most'))}"
+    beside = f", {models} of them with a model," if models < cores else ""
+    return f"Time: {text}, with {cores} jobs at once{beside} on a machine as busy as it is now.\n"
 
 
 def _chain(forecast: Forecast, which: str) -> float:

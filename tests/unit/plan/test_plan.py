@@ -79,7 +79,7 @@ TASKS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 @pytest.fixture(autouse=True)
 def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """That a job's imports take seconds is measured where the stage is run, and not in each forecast."""
-    monkeypatch.setattr("sparsity_atlas.plan.forecast.import_seconds", lambda modules: 5.0)
+    monkeypatch.setattr("sparsity_atlas.plan.imports.import_seconds", lambda modules: 5.0)
 
 
 def make_config(models: dict[str, Any], tasks: dict[str, Any], **other: Any) -> Config:
@@ -366,7 +366,7 @@ def test_all_done_needs_no_time(model_folder: Path, tmp_path: Path) -> None:
     write_model_manifest(model_folder, results / "m/model.json")
     write_eval(results / "m/dense", "choice")
     write_eval(results / "m/topp/input/0.5", "choice")
-    printed = text(config, forecast(config, results), 2)
+    printed = text(config, forecast(config, results), (2, 2))
     assert "Nothing is left to do." in printed
     row = next(line for line in printed.splitlines() if line.startswith("m "))
     assert row.split()[2:] == ["1", "1", "1", "0", "0", "B", "0", "B", "0", "s"]
