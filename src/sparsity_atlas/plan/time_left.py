@@ -17,8 +17,8 @@ FIRST = {"capture"}
 # What was seen counts half once such a share of the time so far has passed since, but never less than a
 # fifth: machines get busier, or less.
 HALF_LIFE, OLDEST = 0.15, 0.2
-# Jobs were seen while many ran at once. Those that wait have fewer beside them, and those that come last none:
-# as powers of half that many, by a run on 32 cores, where the last ones took half as long; on two it is nothing.
+# Jobs were seen while many ran at once. Those that wait have fewer beside them, those that come last none: as
+# powers of half that many, by a run on 32 cores, where the last ones took half as long; on two it is nothing.
 FEWER, ALONE = -0.0875, -0.25
 # A job that takes longer than was expected is taken to be so far.
 OVERDUE = 0.8
