@@ -24,7 +24,6 @@ from sparsity_atlas.plan.captured_passes import (
     passes_of_reuse,
     site_of,
 )
-from sparsity_atlas.plan.imports import DRAWING_IMPORTS, importing
 from sparsity_atlas.plan.jobs import UNKNOWN, Amount, Job, jobs, usual_levels
 from sparsity_atlas.plan.model_facts import (
     NodeKey,
@@ -35,10 +34,12 @@ from sparsity_atlas.plan.model_facts import (
     measure,
 )
 from sparsity_atlas.plan.rates import (
+    DRAWING_IMPORTS,
     area_seconds,
     curve_seconds,
     dimension_seconds,
     figure_seconds,
+    importing,
     metrics_seconds,
     point_seconds,
     recorded,

@@ -79,7 +79,7 @@ TASKS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 @pytest.fixture(autouse=True)
 def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """That a job's imports take seconds is measured where the stage is run, and not in each forecast."""
-    monkeypatch.setattr("sparsity_atlas.plan.imports.import_seconds", lambda modules: 5.0)
+    monkeypatch.setattr("sparsity_atlas.plan.rates.import_seconds", lambda modules: 5.0)
 
 
 def make_config(models: dict[str, Any], tasks: dict[str, Any], **other: Any) -> Config:
