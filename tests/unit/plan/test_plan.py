@@ -31,6 +31,7 @@ from sparsity_atlas.plan.cost import go_offline_if_unreachable
 from sparsity_atlas.plan.dry_run import Batch, TaskCost
 from sparsity_atlas.plan.forecast import (
     TABLES_OF_A_CURVE,
+    Forecast,
     Start,
     evaluation_seconds,
     forecast,
@@ -38,7 +39,7 @@ from sparsity_atlas.plan.forecast import (
 )
 from sparsity_atlas.plan.jobs import UNKNOWN, Amount, Job, jobs
 from sparsity_atlas.plan.model_facts import Outlook, Unknowns, captured_tokens, look, measure
-from sparsity_atlas.plan.rates import dimension_seconds, figure_seconds
+from sparsity_atlas.plan.rates import dimension_seconds, figure_seconds, importing
 from sparsity_atlas.plan.text import duration, show, size, text
 from sparsity_atlas.report.report import MODEL_FIGURES
 from sparsity_atlas.sites.find import find_parts
@@ -710,3 +711,32 @@ def test_short_requests_are_batched_as_on_the_device_that_they_are_meant_for() -
     assert shortest("cuda", 2048, 8192) == 2048
     assert shortest("cuda", 640, 8192) == shortest("cuda", 64, 8192) == 4096
     assert shortest("cuda", 640, 300) == 300
+
+
+def test_jobs_with_a_model_share_the_gpus_and_all_jobs_the_cores(model_folder: Path) -> None:
+    config = make_config({"m": {"path": str(model_folder)}}, {})
+    jobs = [Job("search", "m", done=False)] * 4 + [Job("metrics", "m", done=False)] * 16
+    seconds = [Amount.exactly(100.0)] * 4 + [Amount.exactly(60.0)] * 16
+    found = Forecast(jobs, seconds, {}, Unknowns(), [0.0] * len(jobs))
+    # 1,360 s of 16 cores; of the one GPU 400.
+    assert "about 6.7 min, with 16 jobs at once, 1 of them with a model, on" in text(
+        config, found, (16, 1)
+    )
+    assert "about 2.7 min, with 16 jobs at once on" in text(config, found, (16, 16))
+    # Of two cores as many have a model as work.
+    assert "about 11.3 min, with 2 jobs at once on" in text(config, found, (2, 2))
+
+
+def test_a_plan_times_imports_only_where_something_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def timed(modules: str) -> float:
+        asked.append(modules)
+        return float(len(asked))
+
+    monkeypatch.setattr("sparsity_atlas.plan.rates.import_seconds", timed)
+    with importing(anything=False) as nothing:
+        assert nothing == {}
+    with importing(anything=True) as found:
+        assert sorted(one.result() for one in found.values()) == [1, 2, 3, 4, 5]
+    assert len(asked) == len(found) == 5
