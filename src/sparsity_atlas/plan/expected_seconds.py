@@ -143,6 +143,7 @@ def _planned(path: Path, config: Config) -> dict[Key, Seconds]:
             one["start"], one["work"]
         )
         for one in content["jobs"]
+        if "start" in one  # an earlier release's have the whole seconds alone
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sparsity_atlas.config.schema import Config, parse
-from sparsity_atlas.files.whole import write_manifest
+from sparsity_atlas.files.whole import read_manifest, write_manifest
 from sparsity_atlas.plan.corrections import Seconds
 from sparsity_atlas.plan.expected_seconds import (
     FILE,
@@ -129,5 +129,10 @@ def test_a_forecast_of_another_configuration_or_a_damaged_one_is_not_used(tmp_pa
     usual = expected(config, results)
     save(results, config, every, [Amount.exactly(600.0)] * len(every), [math.inf] * len(every))
     assert expected(config_of(tmp_path, seed=5), results) == usual
+    content = read_manifest(results / FILE)
+    for one in content["jobs"]:
+        one["seconds"] = one.pop("start") + one.pop("work")
+    write_manifest(results / FILE, content)  # as an earlier release had it
+    assert expected(config, results) == usual
     (results / FILE).write_text("{", encoding="utf-8")
     assert expected(config, results) == usual
