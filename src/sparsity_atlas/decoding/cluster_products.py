@@ -61,9 +61,9 @@ class Plan(NamedTuple):
 # and the factors of 70B.
 PLANS: dict[tuple[int, int, bool], Plan] = {
     (2048, 8192, False): Plan(512, 16, 2, 8, 1),
-    (8192, 2048, False): Plan(512, 16, 8, 4, 2),
+    (8192, 2048, False): Plan(512, 16, 8, 6, 2),
     (2048, 8192, True): Plan(512, 16, 2, 8, 1),
-    (4096, 14336, False): Plan(256, 32, 4, 6, 3),
+    (4096, 14336, False): Plan(512, 64, 8, 4, 2),
     (14336, 4096, False): Plan(512, 32, 8, 6, 2),
     (4096, 14336, True): Plan(512, 64, 4, 4, 1),
     (8192, 28672, True): Plan(256, 64, 4, 3, 3),
