@@ -105,6 +105,10 @@ def _brought(model: nn.Module) -> list[Tensor]:
     ran: list[nn.Module] = []
     quantised = _is_quantised(model)
     waiting = [one for one in model.modules() if quantised or waits(one)]
+    if waiting and not quantised:
+        # A layer that ran may have read weights of modules in it without calling these.
+        lists = (one for one in model.modules() if isinstance(one, nn.ModuleList))
+        waiting += [layer for one in lists for layer in one]
     with ExitStack() as stack:
         for module in waiting:
             handle = module.register_forward_pre_hook(lambda module, _: ran.append(module))
@@ -112,8 +116,10 @@ def _brought(model: nn.Module) -> list[Tensor]:
         if waiting:
             with torch.no_grad():
                 forward_of(model, random_ids(model, PROBE))()
+    if not quantised:
+        return [value for module in ran for value in module.parameters(recurse=not waits(module))]
     own = (pair for module in ran for pair in module.named_parameters(recurse=False))
-    return [value for name, value in own if not quantised or name in _OF_A_MAP]
+    return [value for name, value in own if name in _OF_A_MAP]
 
 
 def _reached(model: nn.Module) -> Iterator[Tensor]:

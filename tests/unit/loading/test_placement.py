@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from checkout import ROOT, smoke_config
 from mixtures import tiny_mixture
+from small_configs import small_config
 from sparsity_atlas.activations import capture
 from sparsity_atlas.calibrate import calibrate
 from sparsity_atlas.config import grid
@@ -33,6 +34,7 @@ from sparsity_atlas.loading import devices, free_memory, placement
 from sparsity_atlas.loading.checkpoint import Checkpoint
 from sparsity_atlas.loading.placement import in_words, spread
 from sparsity_atlas.models.manifest import describe
+from sparsity_atlas.models.parameters import count_parameters
 from sparsity_atlas.sites.find import find_parts
 from sparsity_atlas.sites.offloading import device_of, offloaded, present
 from sparsity_atlas.sparsify.transfer import stacked
@@ -196,6 +198,18 @@ def test_a_module_that_waits_has_a_device_and_its_numbers(folder: Path, tmp_path
     assert down.weight.device.type == "meta"
     with pytest.raises(ValueError, match="has no weights"):
         device_of(torch.nn.SiLU())
+
+
+@pytest.mark.parametrize("kind", ["gemma3n_text", "nemotron_h"])
+def test_parameters_count_alike_where_a_part_waits_elsewhere(kind: str, tmp_path: Path) -> None:
+    """Also those that a layer reads of a module in it without calling that: a scale, or a convolution."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small_config(kind), dtype=torch.float32).eval()
+    whole = count_parameters(model)
+    size = sum(one.nbytes for one in model.parameters())
+    spread(model, [CPU], limits={"cpu": 9 * size // 10, "disk": 2**30}, folder=str(tmp_path))
+    assert offloaded(model)
+    assert count_parameters(model) == whole
 
 
 def test_what_fits_nowhere_is_refused(folder: Path) -> None:
