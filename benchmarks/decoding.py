@@ -158,8 +158,8 @@ def check_map(device: str, kind: str, inputs: int, outputs: int) -> list[str]:
 
 
 def check_search(device: str, kind: str, inputs: int, outputs: int) -> list[str]:
-    """What is wrong where a threshold is sought on the way: other bits than of a vector that the definition
-    masked before."""
+    """What is wrong where a threshold is found at each token: other bits than of a vector that the definition
+    masked."""
     dtype, wrong = TYPES[kind], []
     made = InputMap(matrix(outputs, inputs, dtype, device))
     backend = backend_of(torch.zeros(1, inputs, dtype=dtype, device=device), made.weight)
