@@ -20,7 +20,7 @@ from sparsity_atlas.loading.contents import small_fault
 from sparsity_atlas.loading.devices import own_device, own_devices, pick_device, pick_dtype
 from sparsity_atlas.loading.gguf_file import alone, dequantised, finish
 from sparsity_atlas.loading.layouts import layout_in, layout_of, tokenizer_class
-from sparsity_atlas.loading.quantised import as_numbers, in_numbers, method_of, where_packed
+from sparsity_atlas.loading.quantised import as_numbers, in_numbers, method_of, unpack, where_packed
 
 if TYPE_CHECKING:
     import torch
@@ -112,6 +112,8 @@ def load(
             model = merge_adapter(model, checkpoint.adapter, pickles=checkpoint.allow_pickle)
     ready: PreTrainedModel = model.eval()
     run_whatever_their_shapes(ready)
+    if packed is not None:
+        unpack(ready, packed)
     if whole:
         return ready if packed else moved(ready, target)
     return spread(ready, [target, *others])

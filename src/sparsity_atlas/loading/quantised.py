@@ -192,6 +192,20 @@ def in_numbers(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
     return model
 
 
+def unpack(model: PreTrainedModel, method: str) -> None:
+    """Unpack maps that a hook on the model unpacks when it first runs: stages also run it past its hooks.
+
+    Args:
+        model: as it was loaded.
+        method: how its checkpoint is quantised.
+    """
+    import torch
+
+    if METHODS[method].unpacks:
+        with torch.no_grad():
+            model(torch.zeros((1, 2), dtype=torch.int64, device=model.device))
+
+
 def rounding(names: Iterable[str]) -> set[str]:
     """Those of some tensors of a checkpoint that round what a packed map reads or gives."""
     return {name for name in names if _ROUNDS.search(name)}

@@ -21,7 +21,7 @@ from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.loading.checkpoint import Checkpoint
 from sparsity_atlas.loading.pretrained import blank, load
-from sparsity_atlas.loading.quantised import KEY
+from sparsity_atlas.loading.quantised import KEY, unpack
 from sparsity_atlas.models import manifest as models
 from sparsity_atlas.models.parameters import count_parameters
 from sparsity_atlas.sites.find import find_parts, sites_of
@@ -332,6 +332,19 @@ def test_parameters_of_maps_that_round_inputs_and_unpack_themselves(ran: bool) -
     if ran:
         model(torch.arange(3, 9)[None])
     assert count_parameters(model) == count_parameters(plain)
+
+
+@pytest.mark.parametrize(("method", "unpacked"), [("compressed-tensors", True), ("gptq", False)])
+def test_what_a_hook_unpacks_is_unpacked_before_a_stage_runs_past_it(
+    method: str, unpacked: bool
+) -> None:
+    model = tiny_model("llama")
+    up = model.model.layers[0].mlp.up_proj
+    weight = up.weight
+    del up.weight
+    model.register_forward_pre_hook(lambda *_: setattr(up, "weight", weight))
+    unpack(model, method)
+    assert hasattr(up, "weight") == unpacked
 
 
 class Saturated(Packed):
