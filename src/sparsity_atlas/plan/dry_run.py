@@ -69,6 +69,7 @@ class TaskCost:
             all rows and passes, in generation at most.
         generation: tokens that are generated and fed back, at most.
         positions: computed in all passes over requests; what requests share once, padding included.
+        passes: over requests.
         steps: passes of generation, at most.
         sample: the batch in the middle of the positions.
         building: seconds until a process has the task's requests, which lie in the cache.
@@ -79,6 +80,7 @@ class TaskCost:
     requests: int
     generation: int
     positions: int
+    passes: int
     steps: int
     sample: Batch
     building: float
@@ -198,6 +200,7 @@ def count(lm: Dry, task: LoadedTask, *, seed: int, folder: Path) -> TaskCost:
         requests=tokens[SCORING] + tokens[PROMPT] + tokens[DENOISING],
         generation=tokens[GENERATION],
         positions=ends[-1],
+        passes=len(ends),
         steps=sum(batch.steps for batch in lm.batches),
         sample=lm.batches[middle],
         building=built - began,

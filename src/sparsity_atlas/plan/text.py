@@ -224,9 +224,10 @@ def _chain(forecast: Forecast, which: str) -> float:
         chain = longest[job.model]
         chain[job.rule] = max(chain[job.rule], getattr(seconds, which))
     shared = longest.pop("", Counter())
-    return max((sum(chain.values()) for chain in longest.values()), default=0) + sum(
-        shared.values()
-    )
+    # Metrics wait for a capture, and nothing of the model for them.
+    beside = [chain["model"] + chain["capture"] + chain["metrics"] for chain in longest.values()]
+    others = [sum(chain.values()) - chain["metrics"] for chain in longest.values()]
+    return max((*beside, *others), default=0) + sum(shared.values())
 
 
 def _targets(forecast: Forecast) -> str:

@@ -43,8 +43,10 @@ BASE_MIB = {
     **{"models": 450, "capture": 500, "calibrate": 500, "output_error": 500, "sensitivity": 500},
     **{"dense": 700, "evaluate": 700, "search": 700, "answers": 700, "speed": 800},
 }
-# What each process holds on a GPU, for its context; for what it takes in host memory see `beside_gpu`.
-CUDA_DEVICE_MIB = 600
+# What each process holds on a GPU, for its context and libraries; for what it takes in host memory see
+# `beside_gpu`. And what torch's allocator keeps for passes of other shapes, in passes and at most.
+CUDA_DEVICE_MIB, KEPT_PASSES, MOST_KEPT = 700, 2, 1000 * MIB
+PASSING = ("capture", "sensitivity", "dense", "evaluate", "search", "answers")
 # Of each process that builds requests beside a dense baseline on a GPU, what is its own.
 BUILDER_MIB = 250
 # The two Snakemake processes that a cluster's job runs in.
@@ -95,8 +97,10 @@ class Needs:
         if sizes is None or self._config.device == "cpu":
             return 0
         item = self._item(model, "bfloat16")
-        work = sizes.parameters * item + self._work(stage, model, sizes, site, "cuda")
-        return round(MARGIN * (CUDA_DEVICE_MIB + work / MIB))
+        once = self._work(stage, model, sizes, site, "cuda")
+        kept = min(KEPT_PASSES * once, MOST_KEPT) if stage in PASSING else 0
+        work = MARGIN * (sizes.parameters * item + once) + kept
+        return CUDA_DEVICE_MIB + round(work / MIB)
 
     def host(self, stage: str, model: str, site: str | None = None) -> int:
         """Host memory in MiB that a stage's process is expected to have at its peak.

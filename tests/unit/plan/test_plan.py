@@ -474,7 +474,7 @@ class _Clock(rates.TimedLM):
     """Times are the positions of a batch."""
 
     def __init__(self, speed: float) -> None:
-        self.speed = speed
+        self.speed, self._device = speed, torch.device("cpu")
 
     def time(self, batch: Batch) -> float:
         return batch.positions / self.speed
@@ -675,7 +675,7 @@ def test_what_tells_right_answers_takes_its_time(monkeypatch: pytest.MonkeyPatch
     config = config.model_copy(update={"studies": studies})
     monkeypatch.setattr("sparsity_atlas.plan.forecast.point_seconds", lambda n, width, k: n * width)
     monkeypatch.setattr("sparsity_atlas.plan.forecast.area_seconds", lambda n, replicates: 1000.0)
-    cost = TaskCost(80, 100, 0, 90, 0, Batch([[1]], [1]), 0.0, 0.0)
+    cost = TaskCost(80, 100, 0, 90, 1, 0, Batch([[1]], [1]), 0.0, 0.0)
     outlook = Outlook(shapes=[{"input": 3, "intermediate": 7}] * 2, costs={"any": cost})
     found = truthfulness_seconds(config, outlook, "any")
     assert found == Amount.exactly(50 * 2 * (3 + 7) + 1000 * (6 * 4 + 2))
@@ -685,12 +685,36 @@ def test_what_tells_right_answers_takes_its_time(monkeypatch: pytest.MonkeyPatch
     assert rates.area_seconds(50, 100) > 0
 
 
+class _Passes(rates.TimedLM):
+    """On a GPU it takes as long over a few tokens as over hundreds, and the first of a shape longer."""
+
+    def __init__(self, device: str) -> None:
+        self._device = torch.device(device)
+        self.asked: set[int] = set()
+
+    def time(self, batch: Batch) -> float:
+        if self.device.type == "cpu":
+            return 5e-4 * batch.positions
+        first = batch.positions not in self.asked
+        self.asked.add(batch.positions)
+        return 5.0 * first + 0.05 + 1e-4 * batch.positions
+
+
+@pytest.mark.parametrize(("device", "said"), [("cpu", 10.0), ("cuda", 20 * 0.0532 + 20_000 * 1e-4)])
+def test_passes_on_a_gpu_go_by_their_number_too(device: str, said: float) -> None:
+    """One over 32 tokens was taken for the rate of all: a search of half a minute for six."""
+    lm, batch = _Passes(device), Batch([list(range(100))] * 10, [1] * 10)
+    cost = TaskCost(10, 0, 0, 20_000, 20, 0, batch, 0.0, 0.0)
+    assert rates._seconds(lm, rates.piece(lm, batch), cost) == pytest.approx(said)
+
+
 def test_a_job_builds_its_requests_once() -> None:
     cost = TaskCost(
         documents=10,
         requests=100,
         generation=0,
         positions=100,
+        passes=1,
         steps=0,
         sample=Batch([[1, 2]], [1]),
         building=40.0,
@@ -718,11 +742,11 @@ def test_jobs_with_a_model_share_the_gpus_and_all_jobs_the_cores(model_folder: P
     jobs = [Job("search", "m", done=False)] * 4 + [Job("metrics", "m", done=False)] * 16
     seconds = [Amount.exactly(100.0)] * 4 + [Amount.exactly(60.0)] * 16
     found = Forecast(jobs, seconds, {}, Unknowns(), [0.0] * len(jobs))
-    # 1,360 s of 16 cores; of the one GPU 400.
+    # 1,360 s of 16 cores; of the one GPU 400. Nothing waits for metrics.
     assert "about 6.7 min, with 16 jobs at once, 1 of them with a model, on" in text(
         config, found, (16, 1)
     )
-    assert "about 2.7 min, with 16 jobs at once on" in text(config, found, (16, 16))
+    assert "about 1.7 min, with 16 jobs at once on" in text(config, found, (16, 16))
     # Of two cores as many have a model as work.
     assert "about 11.3 min, with 2 jobs at once on" in text(config, found, (2, 2))
 

@@ -138,8 +138,12 @@ def test_gpu_memory_is_weights_and_the_work(tmp_path: Path) -> None:
     evaluated(tmp_path, a=largest(tokens=10**6, longest=1000, scored=1))
     own = Needs(config(device="cuda"), str(tmp_path))
     work = 10**6 * ((4 * 4096 + 3 * 14336) * 2 + 3 * 9)
-    expected = 1.25 * (footprint.CUDA_DEVICE_MIB + (8 * 10**9 * 2 + work) / 2**20)
+    # A context, weights and a pass, and of passes of other shapes what the allocator keeps at most.
+    expected = 700 + 1.25 * (8 * 10**9 * 2 + work) / 2**20 + 1000
     assert own.gpu_memory("evaluate", "m", "input") == round(expected)
+    evaluated(tmp_path, a=largest(tokens=10**2, longest=1000, scored=1))
+    few = Needs(config(device="cuda"), str(tmp_path)).gpu_memory("evaluate", "m", "input")
+    assert few == pytest.approx(700 + (1.25 * 16 * 10**9 + 3.25 * work / 10**4) / 2**20, abs=1)
     assert host(own) == 8 * 10**9 * 4 // 2**20
 
 
@@ -194,7 +198,7 @@ def test_a_mixture_takes_memory_for_all_experts_and_time_for_those_that_are_met(
     for name, active, routed in (("dense", 0, {}), ("mixture", 10**9, {"routed": 8})):
         folder = tmp_path / name
         write_model(folder / "m", 8 * 10**9, active=active, memory=memory | routed)
-        evaluated(folder, a={**largest(tokens=10**5, longest=100, scored=1)})
+        evaluated(folder, a={**largest(tokens=10**4, longest=100, scored=1)})
         found.append(Needs(config(device="cuda"), str(folder)))
     dense, mixture = found
     assert mixture.capture_minutes("m", 10**6) - 30 == pytest.approx(
@@ -203,7 +207,8 @@ def test_a_mixture_takes_memory_for_all_experts_and_time_for_those_that_are_met(
     assert host(mixture) == host(dense)
     # Each of the eight experts has what it gets and makes of a token.
     more = mixture.gpu_memory("evaluate", "m", "input") - dense.gpu_memory("evaluate", "m", "input")
-    assert more == pytest.approx(1.25 * 10**5 * 8 * 4 * 64 * 2 / 2**20, abs=1)
+    # The allocator keeps two passes more.
+    assert more == pytest.approx(3.25 * 10**4 * 8 * 4 * 64 * 2 / 2**20, abs=1)
 
 
 def test_vectors_are_counted_in_each_part_of_each_layer(tmp_path: Path) -> None:
