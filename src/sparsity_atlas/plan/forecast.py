@@ -172,7 +172,9 @@ def _forecast(
             took += Amount.exactly(timing_seconds(timing, parameters)) if parameters else UNKNOWN
         if job.rule == "output_error" and not job.done and job.rule not in start.recorded:
             share = outlooks[job.model].ffn_share
-            levels = sum((one.nodes for one in every if _same_curve(one, job)), Amount.exactly(1))
+            curve = (job.model, job.node)
+            own = [one.nodes for one in every if (one.model, one.node) == curve]
+            levels = sum(own, Amount.exactly(1))
             whole = once[job.model]
             if share is None or not whole.complete:
                 took += UNKNOWN
@@ -215,10 +217,6 @@ def _start_seconds(job: Job, outlook: Outlook | None, start: Start) -> float:
         return start.light if job.rule in WORKING else math.inf
     ready = (outlook or Outlook()).ready
     return start.heavy + ready + (start.tasks if job.rule in EVALUATING else 0.0)
-
-
-def _same_curve(one: Job, other: Job) -> bool:
-    return (one.model, one.node) == (other.model, other.node)
 
 
 def loadable_tasks(config: Config, unknowns: Unknowns) -> dict[str, LoadedTask]:
