@@ -173,8 +173,8 @@ def _forecast(
         if job.rule == "output_error" and not job.done and job.rule not in start.recorded:
             share = outlooks[job.model].ffn_share
             curve = (job.model, job.node)
-            nodes = [one.nodes for one in every if (one.model, one.node) == curve]
-            levels = sum(nodes, Amount.exactly(1))
+            reached = [one.nodes for one in every if (one.model, one.node) == curve]
+            levels = sum(reached, Amount.exactly(1))
             whole = once[job.model]
             if share is None or not whole.complete:
                 took += UNKNOWN
