@@ -13,13 +13,16 @@ from sparsity_atlas.models.memory import MIB
 # Python with torch, what the stage imports, a CUDA context, libraries and kernels in use: about the most that
 # jobs of models of 1 to 6 million parameters took there, less those. That of `speed` is a guess.
 PROCESS_MIB = {
-    **{"models": 1625, "capture": 1500, "calibrate": 1500, "output_error": 1500},
+    **{"models": 1645, "capture": 1500, "calibrate": 1500, "output_error": 1500},
     **{"sensitivity": 1500, "evaluate": 1550, "search": 1550, "answers": 1600, "dense": 1650},
     "speed": 1900,
 }
+# Of a process's, what `models` has only when its weights are loaded: a context, kernels. By the kernel
+# SmolLM2-135M's job had 1,943 MiB, of which loading took 823, or as long as its file is not opened 1,030.
+AFTER_LOADING_MIB = 300
 # Blocks of a store, and what libraries for dense matrices take where a layer's masks are foretold: 180 MiB at
-# a width of 256, some 500 at 1,536.
-ERROR_HOST_BYTES = 512 * MIB
+# a width of 256, some 500 at 1,536; without, SmolLM2-135M's job took 1,737 in all, of which 566 were loading.
+BLOCK_BYTES, FORETOLD_BYTES = 64 * MIB, 448 * MIB
 # Of a token of a model's tasks in requests: 48,000 of some 46 tokens took 135 MiB, and their tokens more.
 REQUEST_BYTES, ASKING = 100, ("dense", "evaluate", "search", "answers")
 # Copies in float32 of the widest tensor of a GGUF file while it is turned into numbers.
@@ -44,15 +47,28 @@ def of_requests(stage: str, tokens: int) -> int:
     return REQUEST_BYTES * tokens if stage in ASKING else 0
 
 
-def of_running(stage: str, held: int, read: int) -> int:
+def of_a_process(stage: str, beside: int) -> int:
+    """MiB of a process and of what it has beside itself.
+
+    Args:
+        stage: as `PROCESS_MIB` names it.
+        beside: MiB that a model costs.
+    """
+    later = AFTER_LOADING_MIB if stage == "models" else 0
+    return PROCESS_MIB[stage] + max(beside - later, 0)
+
+
+def of_running(stage: str, held: int, read: int, *, foretold: bool) -> int:
     """Bytes that a stage has in host memory beside its process, once the model is on the device.
 
     Args:
         stage: as `PROCESS_MIB` names it.
         held: of captured tensors that wait to be written.
         read: of a layer's captured tensor, as a calibration reads it.
+        foretold: whether masks are.
     """
-    return {"capture": held, "calibrate": read, "output_error": ERROR_HOST_BYTES}.get(stage, 0)
+    error = BLOCK_BYTES + FORETOLD_BYTES * foretold
+    return {"capture": held, "calibrate": read, "output_error": error}.get(stage, 0)
 
 
 def of_a_job(loading: int, running: int, *, stays: bool) -> int:

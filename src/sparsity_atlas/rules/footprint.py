@@ -112,7 +112,7 @@ class Needs:
         """
         entry = self._config.models[model]
         if self._on_gpu:
-            return beside_gpu.PROCESS_MIB[stage] + self._beside_gpu(stage, model)
+            return beside_gpu.of_a_process(stage, self._beside_gpu(stage, model))
         sizes, base = self.sizes(model), BASE_MIB[stage]
         if sizes is None:
             return base + before_manifest(entry.path, entry.gguf)
@@ -143,7 +143,10 @@ class Needs:
             loading = beside_gpu.of_loading(weights, file, widest)
         read = grid.calibration_tokens(self._config) * sizes.width * 4 + self._kept(sizes)
         running = beside_gpu.of_running(
-            stage, self._held(model, dtype) if stage == "capture" else 0, read
+            stage,
+            self._held(model, dtype) if stage == "capture" else 0,
+            read,
+            foretold=bool(self._config.studies.predictors),
         )
         if entry.device_map is not None:  # what the GPUs do not hold
             running += weights

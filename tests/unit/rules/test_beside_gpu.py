@@ -49,7 +49,13 @@ TOKENS = {"smollm2": 763_953, "smollm2-chat": 850_084, "smollm2-float32": 288_09
 UNSEEN = {("models", name) for name in ("smollm2", "smollm2-chat", "smollm2-float32")}
 
 
-def configured(folder: Path, name: str, device: str = "cuda", **changes: Any) -> Config:
+def configured(
+    folder: Path,
+    name: str,
+    device: str = "cuda",
+    predictors: tuple[int, ...] | None = (4, 16, 64),
+    **changes: Any,
+) -> Config:
     """As the run had it: text of 12,288 tokens, of which criteria read half, in sequences of 256."""
     *_, files, dtype = SHAPES[name]
     (folder / "files").mkdir(exist_ok=True)
@@ -68,6 +74,7 @@ def configured(folder: Path, name: str, device: str = "cuda", **changes: Any) ->
             "criteria": {"topp": None},
             "texts": {"prose": {"hub": "some/text"}},
             "tasks": {"arc_easy": None},
+            "studies": {"predictors": predictors},
             "run": [run],
         }
     )
@@ -136,6 +143,19 @@ def test_a_file_of_four_bits_stays_where_it_was_turned_into_numbers(tmp_path: Pa
     (tmp_path / "files/model.gguf").unlink()
     loading += 134_515_008 - GGUF
     assert own.host("search", "m") == 1550 + loading // MIB
+
+
+def test_a_file_is_loaded_before_there_is_a_context(tmp_path: Path) -> None:
+    """The job that makes SmolLM2's manifest took 1,943 MiB by the kernel, on an H200 with 16 cores."""
+    own = Needs(configured(tmp_path, "smollm2"), str(tmp_path))
+    assert 1943 <= own.host("models", "m") <= 1.25 * 1943
+
+
+def test_an_output_error_takes_less_where_no_masks_are_foretold(tmp_path: Path) -> None:
+    """One took 1,737 MiB by the kernel, on an H200 with 16 cores."""
+    with_manifest(tmp_path, "smollm2")
+    own = Needs(configured(tmp_path, "smollm2", predictors=None), str(tmp_path))
+    assert 1737 <= own.host("output_error", "m") <= 1.25 * 1737
 
 
 def test_requests_count_with_their_tokens_where_tasks_run(tmp_path: Path) -> None:
