@@ -89,12 +89,9 @@ class AtlasLM(GeneratingLM):
         """Arrange a task's requests in batches; see `work.arrange`."""
         encodings = functools.cache(encodings)
         generated = requests.get("generate_until", [])
-        if generated:
-            head.able(self.model)  # found out before anything is attached
         work = self._arranged(requests, encodings, generated, share=share, keep=keep)
-        self._ring = None
-        if generated and self.device.type in DEVICES:
-            self._prove_rings(work, generated)
+        if generated:
+            self._try_generation(work, generated)
         return work
 
     def _arranged(
@@ -177,8 +174,11 @@ class AtlasLM(GeneratingLM):
             self._tell(name, fault)
         return found
 
-    def _prove_rings(self, work: Work, generated: list[Instance]) -> None:
-        """See, before anything is attached, whether rows may begin at different times."""
+    def _try_generation(self, work: Work, generated: list[Instance]) -> None:
+        """See, before anything is attached, if the head can be shown some tokens, and if rows may begin apart."""
+        head.able(self.model)
+        if self.device.type not in DEVICES:
+            return
         ends = (
             tokens + self.limits.room(request)
             for request, tokens in zip(generated, work.lengths, strict=True)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from sparsity_atlas.lm.work import Arranged
+    from sparsity_atlas.lm.work import Arranged, Work
     from sparsity_atlas.tasks.loaded import LoadedTask
 
 
@@ -123,6 +123,9 @@ class DryLM(Dry, AtlasLM):
 
     def _follows(self, requests: list[forest.Request], prompts: list[Any]) -> bool:
         return False
+
+    def _try_generation(self, work: Work, generated: list[Instance]) -> None:
+        """Try nothing: without weights there are no numbers, and no count depends on them."""
 
     def _abilities(self, requests: list[forest.Request], branching: bool) -> Abilities:
         return Abilities(branches=branching, selects=True)  # as nearly every model

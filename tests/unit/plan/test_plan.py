@@ -25,6 +25,7 @@ from sparsity_atlas.evaluation.evaluate import evaluate_node
 from sparsity_atlas.figures.wanted import wanted
 from sparsity_atlas.files.whole import read_manifest, write_manifest
 from sparsity_atlas.lm.journalled import shortest
+from sparsity_atlas.loading.classes import auto_class
 from sparsity_atlas.plan import rates
 from sparsity_atlas.plan.captured_passes import passes_of_a_level, passes_of_reuse
 from sparsity_atlas.plan.cost import go_offline_if_unreachable
@@ -187,6 +188,26 @@ def test_a_model_for_more_than_text_is_planned_by_its_decoder(tmp_path: Path) ->
     measure(asked, "m", unseen, {})
     decoder = read_manifest(path)["parameters"]["total"]
     assert known.parameters == unseen.parameters == decoder < model.num_parameters()
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "gpt_oss", "mamba"])
+def test_generation_is_counted_whatever_the_kind(kind: str, tmp_path: Path) -> None:
+    # Of these transformers' code runs through without weights, to logits that have no numbers.
+    tokenizer = tiny_tokenizer()
+    config_ = small_config(kind, vocab_size=len(tokenizer))
+    made = auto_class(config_).from_config(config_)
+    made.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    entry = write_task(tmp_path / "tasks", "words", rolling_documents(3), **GENERATION)
+    config = make_config(
+        {"model": {"path": str(tmp_path / "model"), "max_length": 64}}, {"words": entry}
+    )
+    unknowns = Unknowns()
+    tasks = load_tasks({"words": entry}, config.seed)
+    cost = look(config, "model", tasks, tmp_path / "none.json", unknowns).costs["words"]
+    assert not unknowns
+    # Of the 12 tokens that it may generate, the last is not fed back.
+    assert cost.generation == 11 * cost.documents == 33
 
 
 def test_equal_requests_are_run_once(model_folder: Path, tmp_path: Path) -> None:

@@ -148,14 +148,14 @@ def test_numbers_that_are_not_finite_are_reported(
     on_a_gpu(monkeypatch)
     session = open_session(manifest, {"long": tasks["long"]}, batch_size=4)
     layer = session.lm.model.model.layers[1].mlp
-    proved = session.lm._prove_rings
+    proved = session.lm._try_generation
 
     def then_break(*arguments: Any) -> None:
         proved(*arguments)
         with torch.no_grad():
             (layer.up_proj.weight if broken == 1 else layer.down_proj.weight)[0, 0] = float("inf")
 
-    monkeypatch.setattr(session.lm, "_prove_rings", then_break)
+    monkeypatch.setattr(session.lm, "_try_generation", then_break)
     result = evaluate_node(session, Node.make({"rule": "topp"}, "intermediate", "0.9"), tmp_path)
     where = "'intermediate' of layer 1" if broken == 1 else "the logits"
     assert result["tasks"]["long"] == {"status": "failed", "reason": f"NaN or infinity in {where}"}
