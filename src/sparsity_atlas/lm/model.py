@@ -175,7 +175,7 @@ class AtlasLM(GeneratingLM):
         return found
 
     def _try_generation(self, work: Work, generated: list[Instance]) -> None:
-        """See, before anything is attached, if the head can be shown some tokens, and if rows may begin apart."""
+        """See, before anything is attached, if the head can be shown a few tokens and rows begin apart."""
         head.able(self.model)
         if self.device.type not in DEVICES:
             return
