@@ -1,8 +1,8 @@
-"""Published layouts of checkpoints that are a class of transformers under other names.
+"""Which class of transformers a checkpoint is loaded as, also under other names: its published layouts.
 
-Such a repository brings Python code of its own, for one release of transformers, whose arithmetic is that of
-a class which transformers has, but that each token sees all others. So it is loaded as that class: its
-settings are translated, its tensors renamed, and its code is never run.
+A repository under other names brings Python code of its own, for one release of transformers, whose
+arithmetic is that of a class which transformers has, but that each token sees all others. So it is loaded as
+that class: its settings are translated, its tensors renamed, and its code is never run.
 """
 
 from __future__ import annotations
@@ -175,3 +175,31 @@ def tokenizer_class(folder: Path) -> Any:
         return transformers.AutoTokenizer
     own_code = "auto_map" in read_json(path)
     return getattr(transformers, layout.tokenizer) if own_code else transformers.AutoTokenizer
+
+
+def auto_class(config: Any) -> Any:
+    """What makes a model of a configuration and reads text by it.
+
+    A checkpoint for images or sound is loaded whole, and given text alone.
+
+    Raises:
+        ValueError: it is an encoder-decoder.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    )
+
+    kind = config.model_type
+    # Code of its own says what it is by itself.
+    own = getattr(config, "auto_map", None) or {}
+    decoder = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in own
+    text = config.get_text_config()
+    both = any(getattr(one, "is_encoder_decoder", False) for one in (config, text))
+    # Of BART and its kin there are decoders that were saved alone, and say so.
+    alone = any(name.endswith("ForCausalLM") for name in config.architectures or ())
+    if both and not (decoder and (alone or own)):
+        raise ValueError("it is an encoder-decoder, and only decoders can be evaluated")
+    multimodal = kind in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES and not decoder
+    return AutoModelForMultimodalLM if multimodal else AutoModelForCausalLM

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsity_atlas import cli
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import read_json
 from sparsity_atlas.garbage import look_as_usual
 from sparsity_atlas.loading.adapter import merge_adapter
-from sparsity_atlas.loading.checkpoint import PICKLE_INDEX, SAFE_INDEX, Checkpoint
-from sparsity_atlas.loading.classes import auto_class
-from sparsity_atlas.loading.contents import small_fault
+from sparsity_atlas.loading.checkpoint import Checkpoint
 from sparsity_atlas.loading.devices import own_device, own_devices, pick_device, pick_dtype
 from sparsity_atlas.loading.gguf_file import alone, dequantised, finish
-from sparsity_atlas.loading.layouts import layout_in, layout_of, tokenizer_class
+from sparsity_atlas.loading.layouts import auto_class, layout_in, layout_of, tokenizer_class
+from sparsity_atlas.loading.one_line import one_line
 from sparsity_atlas.loading.quantised import as_numbers, in_numbers, method_of, unpack, where_packed
 
 if TYPE_CHECKING:
@@ -74,7 +71,7 @@ def load(
     packed = None if checkpoint.dequantise else method_of(config)
     if packed is not None:
         native |= where_packed(str(checkpoint), target, whole=whole)
-    with _one_line(checkpoint, what):
+    with one_line(checkpoint, what):
         found = _config(checkpoint)
         undone = as_numbers(found) if checkpoint.dequantise else nullcontext()
         with _files(checkpoint) as files, undone:
@@ -95,7 +92,7 @@ def load(
     model, report = loaded
     # First: their scales would be told as tensors that the model does not expect.
     if checkpoint.dequantise:
-        with _one_line(checkpoint, "cannot dequantise it"):
+        with one_line(checkpoint, "cannot dequantise it"):
             model = in_numbers(model, pick_dtype(dtype, target))
     elif checkpoint.gguf is None and packed is None:
         check_types(checkpoint, model)
@@ -105,10 +102,10 @@ def load(
     if model.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise AtlasError(f"{checkpoint}: weights of type {model.dtype} are not supported")
     if model.is_custom_code():
-        with _one_line(checkpoint, "cannot make the model without its weights"):
+        with one_line(checkpoint, "cannot make the model without its weights"):
             fill_buffers(model, trust_remote_code=checkpoint.trust_remote_code)
     if checkpoint.adapter is not None:
-        with _one_line(checkpoint, f"cannot merge the adapter {checkpoint.adapter}"):
+        with one_line(checkpoint, f"cannot merge the adapter {checkpoint.adapter}"):
             model = merge_adapter(model, checkpoint.adapter, pickles=checkpoint.allow_pickle)
     ready: PreTrainedModel = model.eval()
     run_whatever_their_shapes(ready)
@@ -148,7 +145,7 @@ def blank(checkpoint: Checkpoint) -> PreTrainedModel:
     Raises:
         AtlasError: its configuration or its code cannot be used.
     """
-    with _one_line(checkpoint, "cannot make the model without its weights"):
+    with one_line(checkpoint, "cannot make the model without its weights"):
         config = _config(checkpoint)
         model: PreTrainedModel = auto_class(config).from_config(
             config, trust_remote_code=checkpoint.trust_remote_code
@@ -199,7 +196,7 @@ def load_tokenizer(
     folder = checkpoint.tokenizer or checkpoint.folder
     inside = checkpoint.gguf is not None and checkpoint.tokenizer is None
     options = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
-    with _one_line(checkpoint, "cannot load the tokenizer"), _unremembered(), ExitStack() as stack:
+    with one_line(checkpoint, "cannot load the tokenizer"), _unremembered(), ExitStack() as stack:
         if inside:
             files = stack.enter_context(_files(checkpoint))
         else:
@@ -270,81 +267,3 @@ def _options(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.code_revision is not None:
         options["code_revision"] = checkpoint.code_revision
     return options
-
-
-@contextmanager
-def _one_line(checkpoint: Checkpoint, what: str) -> Iterator[None]:
-    """Turn whatever goes wrong while somebody's files and code are loaded into one line.
-
-    Raises:
-        AtlasError: says what failed and why.
-    """
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except SafetensorError as error:
-        raise AtlasError(f"{checkpoint}: damaged safetensors file ({error})") from None
-    except (KeyboardInterrupt, AtlasError):
-        raise
-    except BaseException as error:  # noqa: BLE001 (a repository's own code may raise anything)
-        reason = _of_files(checkpoint, error) or _reason(error)
-        raise AtlasError(f"{checkpoint}: {what}: {reason}") from None
-
-
-def _of_files(checkpoint: Checkpoint, error: BaseException) -> str | None:
-    """What is wrong with one of the files that a model or a tokenizer is read from; None if nothing is.
-
-    Whoever reads them says what he found, and not in which file.
-    """
-    if isinstance(error, pickle.UnpicklingError | EOFError):
-        return "its *.bin is damaged, or holds objects that are no tensors, which are not loaded"
-    own = checkpoint.folder if checkpoint.gguf is None else None
-    for folder in (checkpoint.tokenizer, own):
-        fault = (small_fault(folder) or _no_tokenizer(folder)) if folder is not None else None
-        if fault is not None:
-            return fault
-    for name in (SAFE_INDEX, PICKLE_INDEX):
-        path = checkpoint.folder / name
-        if (
-            own is not None
-            and path.is_file()
-            and not isinstance(read_json(path).get("metadata"), dict)
-        ):
-            return f"{name}: expected 'metadata', which may be {{}}, beside 'weight_map'"
-    named = error.args[0] if isinstance(error, KeyError) and error.args else None
-    keys = [key for key, value in checkpoint.settings() if value == named] if named else []
-    return f"config.json: {keys[0]}: unknown '{named}'" if keys else None
-
-
-def _no_tokenizer(folder: Path) -> str | None:
-    """Why a folder's tokenizer.json is none; None if it is one, or there is no such file."""
-    from tokenizers import Tokenizer
-
-    path = folder / "tokenizer.json"
-    try:
-        if path.is_file():
-            Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001 (the library raises no other class)
-        return f"{path.name}: not a tokenizer: {error}"
-    return None
-
-
-def _reason(error: BaseException) -> str:
-    text = cli.text_of(error).strip()
-    if "trust_remote_code" in text:
-        return (
-            "it is defined by Python code of its repository, which is not run; read that code, and "
-            "if you trust it, say trust_remote_code: true in the model's entry"
-        )
-    if text.startswith("Couldn't instantiate the backend tokenizer"):
-        return "expected tokenizer.json, or the files of its tokenizer_class, found none"
-    if text.startswith("Unrecognized configuration class") and "AutoModelForCausalLM" in text:
-        return "it is no causal language model, and only these can be evaluated"
-    lines = [line.strip() for line in text.splitlines()] or [""]
-    # Validators put the key on the first line, and what is wrong with it on the next.
-    first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    # Of these, the texts alone say little: a KeyError's is the key.
-    if isinstance(error, OSError | ValueError | RuntimeError | ImportError) and first:
-        return first
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-# How safetensors names those that always need one, whatever the tensor is called: experts may lie in a file
-# one by one, under names that the model does not have.
+# How safetensors names those that always need one, whatever the tensor is called.
 SHORT = ("F8_", "F6_", "F4")
 # Names that an error quotes.
 SHOWN = 4
@@ -184,14 +183,19 @@ def check_types(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
                 if kind in FLOATING:
                     continue
                 own = name if layout is None else layout.rename(name)
-                # The names in a file may lack the beginning that the model's have, or have one more.
-                if kind.startswith(SHORT) or any(
-                    f".{one}".endswith(f".{own}") or f".{own}".endswith(f".{one}")
-                    for one in parameters
+                # The names in a file may lack the beginning that the model's have, or have one more; experts
+                # may lie there one by one, under names that the model does not have.
+                if (
+                    name.endswith(".weight")
+                    or kind.startswith(SHORT)
+                    or any(
+                        f".{one}".endswith(f".{own}") or f".{own}".endswith(f".{one}")
+                        for one in parameters
+                    )
                 ):
                     raise AtlasError(
-                        f"{checkpoint}: {name} is stored as {kind}; expected F32, BF16 or F16: quantised "
-                        "checkpoints are not supported yet"
+                        f"{checkpoint}: {name} is stored as {kind}; expected F32, BF16 or F16, or a "
+                        "quantization_config in config.json that says what it stands for"
                     )
 
 
@@ -270,7 +274,7 @@ def fill_buffers(model: PreTrainedModel, *, trust_remote_code: bool) -> None:
     """
     from accelerate import init_empty_weights
 
-    from sparsity_atlas.loading.classes import auto_class
+    from sparsity_atlas.loading.layouts import auto_class
 
     kept = set(model.state_dict())
     own = {name: value for name, value in model.named_buffers() if name not in kept}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mixtures import save_mixture
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.loading.checkpoint import Checkpoint
 from sparsity_atlas.loading.pretrained import load
@@ -97,6 +99,18 @@ def test_weights_without_their_scales(dtype: torch.dtype, tmp_path: Path) -> Non
     checkpoint = changed(save_model(tmp_path / "m"), rounded)
     with pytest.raises(AtlasError, match=r"lm_head\.weight is stored as [IF]\w+; expected F32, "):
         load(checkpoint, device="cpu")
+
+
+def test_an_expert_without_its_scales(tmp_path: Path) -> None:
+    """It lies in the file under a name of its own, and becomes a part of a larger tensor."""
+    save_mixture(tmp_path / "m", "olmoe")
+    name = "model.layers.0.mlp.experts.1.up_proj.weight"
+
+    def rounded(weights: Weights) -> Weights:
+        return {**weights, name: (100 * weights[name]).to(torch.int8)}
+
+    with pytest.raises(AtlasError, match=rf"{re.escape(name)} is stored as I8; expected F32, "):
+        load(changed(tmp_path / "m", rounded), device="cpu")
 
 
 def test_no_process_draws_weights(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from sparsity_atlas.evaluation.evaluate import evaluate_node
 from sparsity_atlas.figures.wanted import wanted
 from sparsity_atlas.files.whole import read_manifest, write_manifest
 from sparsity_atlas.lm.journalled import shortest
-from sparsity_atlas.loading.classes import auto_class
+from sparsity_atlas.loading.layouts import auto_class
 from sparsity_atlas.plan import rates
 from sparsity_atlas.plan.captured_passes import passes_of_a_level, passes_of_reuse
 from sparsity_atlas.plan.cost import go_offline_if_unreachable
