@@ -16,7 +16,7 @@ EVALUATING = {"dense", "search", "evaluate", "sensitivity", "answers"}
 # Jobs without a model.
 LIGHT = {"run_config", "metrics", "curve", "model_summary", "tables", "figures", "page", "all"}
 LIGHT |= {"truthfulness"}
-# These say nothing of others: they go by widths on a CPU, or by their criterion.
+# Work of these says nothing of others', nor theirs of it: it goes by widths on a CPU, or by a criterion.
 APART = {"metrics", "calibrate", "truthfulness", "run_config"}
 # Of a model's captures one works, and the others wait for it.
 WAITING = {"capture"}
@@ -193,7 +193,7 @@ def _factor(
 def _distance(key: Key, other: Key) -> int | None:
     if key.rule == other.rule:
         return 0
-    if other.rule in APART or other.rule in WAITING:
+    if key.rule in APART or other.rule in APART or other.rule in WAITING:
         return None
     return 1 if (key.rule in EVALUATING) == (other.rule in EVALUATING) else FARTHEST
 

@@ -16,6 +16,8 @@ STAGES = (
     ("output_error", "curve", "export_curve", "truthfulness"),
     ("model_summary", "speed"),
 )
+# No job of the model waits for these.
+BESIDE = {"metrics"}
 # Then these, one after the other.
 LAST = ("tables", "figures", "page")
 _STAGE = {rule: stage for stage, rules in enumerate(STAGES) for rule in rules}
@@ -83,9 +85,7 @@ class _Run:
         for number, (key, _) in enumerate(self.waiting):
             self._of_model[key.model].append(number)
         for key, _ in (*self.running, *self.waiting):
-            self._left[key.model, key.stage, key.site] += 1
-            if key.site:
-                self._left[key.model, key.stage, "any"] += 1
+            self._hold(key, 1)
         ends = [(seconds, number, key) for number, (key, seconds) in enumerate(self.running)]
         heapq.heapify(ends)
         ready = sorted(number for model in self._of_model for number in self._free(model))
@@ -96,11 +96,17 @@ class _Run:
                 heapq.heappush(ends, (now + seconds, count, key))
                 count += 1
             now, _, key = heapq.heappop(ends)
-            self._left[key.model, key.stage, key.site] -= 1
-            if key.site:
-                self._left[key.model, key.stage, "any"] -= 1
+            self._hold(key, -1)
             ready = sorted([*ready, *self._free(key.model)])
         return now
+
+    def _hold(self, key: Key, number: int) -> None:
+        """Count a job among those that later ones wait for, or no more."""
+        if key.rule in BESIDE:
+            return
+        self._left[key.model, key.stage, key.site] += number
+        if key.site:
+            self._left[key.model, key.stage, "any"] += number
 
     def _free(self, model: str) -> Iterator[int]:
         """Waiting jobs of a model that nothing holds any more; each is given once."""

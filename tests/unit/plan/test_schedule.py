@@ -42,3 +42,15 @@ def test_of_very_many_jobs_the_bound_is_given_soon(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(schedule, "MOST", 0)
     chain = [(Key("search", "a"), 30.0), (Key("dense", "a"), 4.0), (Key("dense", "b"), 1.0)]
     assert makespan([], chain, 5) == 34
+
+
+def test_nothing_of_a_model_waits_for_its_metrics() -> None:
+    site = {"site": "input"}
+    waiting = [
+        (Key("capture", "m", **site), 10.0),
+        (Key("metrics", "m", **site), 60.0),
+        (Key("search", "m", "topp", **site), 30.0),
+        (Key("output_error", "m", "topp", **site), 25.0),
+    ]
+    assert makespan([], waiting, 2) == 70.0
+    assert makespan([], waiting, 1) == 125.0
