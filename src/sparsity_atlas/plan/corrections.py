@@ -130,9 +130,6 @@ class Corrections:
         share = max(share, LEAST)
         return _Part(one.key, share * one.took, one.forecast.work, one.count, share)
 
-    def __bool__(self) -> bool:
-        return bool(self._starts or self._works)
-
     def expected(self, key: Key, forecast: Seconds) -> float:
         """Seconds of a job, corrected.
 
@@ -161,7 +158,7 @@ def _factor(
 ) -> float:
     """What parts like this one's took over what was forecast of them.
 
-    What is known of nearer jobs is drawn to what is known of farther ones, as if of these `KAPPA` were near.
+    What is known of nearer jobs is drawn to what is known of farther ones, as if these were `KAPPA` near jobs.
 
     Args:
         key: the job.

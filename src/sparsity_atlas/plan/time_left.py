@@ -95,7 +95,7 @@ class TimeLeft:
         if one is None:
             return
         if one.rest is None:
-            took = now - one.began - worked
+            took = max(now - one.began - worked, 0.0)  # a level's seconds are rounded
             self._see(Seen(one.key, took, Seconds(start=one.forecast.start)), now)
         more, whole = worked - one.worked, worked + self._spare(rest, now - one.began)
         share = min(more / whole, 1.0) if whole else 0.0
