@@ -158,7 +158,7 @@ def _factor(
 ) -> float:
     """What parts like this one's took over what was forecast of them.
 
-    What is known of nearer jobs is drawn to what is known of farther ones, as if these were `KAPPA` near jobs.
+    What is known of nearer jobs is drawn to what is known of farther ones, which count as `KAPPA` of one.
 
     Args:
         key: the job.
