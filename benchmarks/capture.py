@@ -24,7 +24,7 @@ from sparsity_atlas.activations.layout import groups
 from sparsity_atlas.activations.store import ActivationStore
 from sparsity_atlas.loading.checkpoint import Checkpoint
 from sparsity_atlas.loading.pretrained import load
-from sparsity_atlas.models.logits import head
+from sparsity_atlas.models import working_sizes
 from sparsity_atlas.models.parameters import count_parameters
 from sparsity_atlas.sites.find import bind_parts, describe_parts, find_parts, observe
 from sparsity_atlas.sites.part import measure
@@ -51,7 +51,7 @@ def save(folder: Path, layers: int, hidden: int) -> dict[str, Any]:
     (folder / "tokenizer.json").write_text("{}")
     parts = find_parts(model)
     return {
-        **{"parameters": count_parameters(model), "memory": head.describe(model)},
+        **{"parameters": count_parameters(model), "memory": working_sizes.describe(model)},
         **{**measure(parts), "ffn": describe_parts(parts)},
     }
 

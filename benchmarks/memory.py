@@ -34,6 +34,34 @@ SHAPES = {
     "135m": (49_152, 30, 576, 1536, 9, 3),
     "270m": (262_144, 18, 640, 2048, 4, 1),
 }
+# Of other families: what a pass of them holds beside the tensors of a Llama's layer, so wide that it
+# is most of what a job holds.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "streams": {
+        **{
+            "model_type": "gemma3n_text",
+            "vocab_size": 16_384,
+            "vocab_size_per_layer_input": 16_384,
+        },
+        **{"num_hidden_layers": 6, "hidden_size": 512, "intermediate_size": [1024] * 6},
+        **{"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "laurel_rank": 64},
+        **{"altup_num_inputs": 4, "hidden_size_per_layer_input": 64, "num_kv_shared_layers": 2},
+        **{"activation_sparsity_pattern": [0.0] * 6, "sliding_window": 512},
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    },
+    "linear": {
+        **{"model_type": "qwen3_next", "vocab_size": 16_384, "num_hidden_layers": 4},
+        **{"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64},
+        **{"linear_num_key_heads": 8, "linear_num_value_heads": 16},
+        **{"linear_key_head_dim": 64, "linear_value_head_dim": 64},
+        **{"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256},
+        **{"shared_expert_intermediate_size": 256, "intermediate_size": 1024},
+    },
+    "ungated": {
+        **{"model_type": "gpt2", "vocab_size": 50_257, "n_embd": 768, "n_layer": 12, "n_head": 12},
+        "n_positions": 1024,
+    },
+}
 PAGES = {
     "output_type": "loglikelihood_rolling",
     "doc_to_text": "",
@@ -53,7 +81,7 @@ QUESTIONS = {
 class Row:
     """A model with its settings, and the jobs that are measured."""
 
-    model: str  # of SHAPES, or of the zoo
+    model: str  # of SHAPES, of FAMILIES, or of the zoo
     task: str
     batch_size: int
     max_length: int | None
@@ -70,12 +98,27 @@ ROWS = {
     "135m": Row("135m", "pages", 4, 1024, ALL),
     "135m-questions": Row("135m", "questions", 8, None, ("dense", "evaluate"), "all_inputs"),
     "270m": Row("270m", "pages", 4, 512, ("models", "dense", "evaluate", "capture")),
+    "streams": Row("streams", "pages", 16, 512, ALL),
+    "linear": Row("linear", "pages", 16, 512, ALL),
+    "ungated": Row("ungated", "pages", 4, 512, ALL),
 }
 
 
+def llama(
+    vocabulary: int, layers: int, hidden: int, width: int, heads: int, groups: int
+) -> dict[str, Any]:
+    """Settings of a model of `SHAPES`."""
+    return {
+        **{"model_type": "llama", "vocab_size": vocabulary, "num_hidden_layers": layers},
+        **{"hidden_size": hidden, "intermediate_size": width, "num_attention_heads": heads},
+        **{"num_key_value_heads": groups, "max_position_embeddings": 8192},
+        "tie_word_embeddings": True,
+    }
+
+
 def write_model(folder: Path, shape: str) -> Path:
-    """A Llama with random weights and the zoo's tokenizer; one of the zoo is there."""
-    if shape not in SHAPES:
+    """A model with random weights and the zoo's tokenizer; one of the zoo is there."""
+    if shape not in SHAPES | FAMILIES:
         return ZOO / shape
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -83,19 +126,8 @@ def write_model(folder: Path, shape: str) -> Path:
     path = folder / "models" / shape
     if (path / "model.safetensors").is_file():
         return path
-    vocabulary, layers, hidden, width, heads, groups = SHAPES[shape]
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=vocabulary,
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        intermediate_size=width,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-    )
+    settings = FAMILIES[shape] if shape in FAMILIES else llama(*SHAPES[shape])
+    config = AutoConfig.for_model(**settings, initializer_range=0.1)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
     AutoTokenizer.from_pretrained(ZOO / "small").save_pretrained(path)

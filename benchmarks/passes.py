@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sparsity_atlas.criteria import create
 from sparsity_atlas.lm import forest, forward
-from sparsity_atlas.models.logits import head
+from sparsity_atlas.models import working_sizes
 from sparsity_atlas.models.memory import MIB, Largest, Sizes, of_a_pass
 from sparsity_atlas.sites.find import find_parts
 from sparsity_atlas.sites.part import measure
@@ -89,7 +89,7 @@ def main() -> None:
         model = of_shape(name, "cuda", dtype)
         parts = find_parts(model)
         parameters = sum(one.numel() for one in model.parameters())
-        sizes = Sizes(parameters=parameters, **measure(parts), **head.describe(model))
+        sizes = Sizes(parameters=parameters, **measure(parts), **working_sizes.describe(model))
         for task, numbers in TASKS.items():
             batch = forest.pack(requests(*numbers), 16, share=True)[0]
             rows, longest = batch.tokens.shape

@@ -16,8 +16,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from small_configs import small_config
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.models import working_sizes
 from sparsity_atlas.models.causality import kind_of
-from sparsity_atlas.models.logits import head
 from sparsity_atlas.models.parameters import count_parameters
 from sparsity_atlas.sites.available import Available
 from sparsity_atlas.sites.find import find_parts
@@ -81,7 +81,7 @@ def verdict(kind: str) -> str:
         kind_of(model)
         parts = find_parts(model)
         # What its manifest says besides must be there for every type, too.
-        head.describe(model)
+        working_sizes.describe(model)
         count_parameters(model, parts)
     except AtlasError as error:
         return f"refused: {OTHERS.get(kind) or _reason(str(error))}"

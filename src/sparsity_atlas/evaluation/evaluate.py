@@ -100,7 +100,7 @@ def evaluate_node(
                 journal_path.unlink(missing_ok=True)
             else:
                 try:
-                    done = run_task(session, node, name, journal_path, fingerprint, turns.following)
+                    done = run_task(session, node, name, journal_path, fingerprint, turns)
                 except (TaskFailure, NumericalFailure) as failure:
                     done = Finished.failed(str(failure))
                 kept.put(name, key, done, journal_path)
@@ -150,6 +150,7 @@ class _Turns:
         self._session, self._node, self._kept, self._identity = session, node, kept, identity
         self._left = list(session.tasks)
         self._chosen: str | None = None
+        self._looked_at: set[str] = set()
 
     def __iter__(self) -> Iterator[str]:
         """The tasks, each when its turn comes."""
@@ -168,11 +169,37 @@ class _Turns:
                 return found
         return None
 
+    def not_seen_to_fit(self) -> list[Arranged]:
+        """The batches of tasks to come whose room nobody has looked at: of each when it is at hand.
+
+        Where no process builds requests beside this one, they are built here, all before the first pass.
+        """
+        found = []
+        for name in self._left:
+            if name in self._looked_at or self._session.tasks[name].unfollowed:
+                continue
+            if self._is_kept(name):
+                work = None
+            elif self._session.ahead.process is None:
+                try:
+                    work = self._session.prepared(name, share=_shares(self._node)).work
+                except (TaskFailure, NumericalFailure):
+                    work = None  # which comes up again when its turn comes
+            elif (work := self._session.at_hand(name, share=_shares(self._node))) is None:
+                continue
+            self._looked_at.add(name)
+            found += [] if work is None else [work]
+        return found
+
+    def _is_kept(self, name: str) -> bool:
+        identity = self._session.tasks[name].identity
+        return self._kept.has(name, digest({**self._identity, "task": identity}))
+
     def _from_its_beginning(self, name: str) -> Arranged | None:
         task = self._session.tasks[name]
         if task.unfollowed or _journal(self._kept.folder, name).exists():
             return None
-        if self._kept.has(name, digest({**self._identity, "task": task.identity})):
+        if self._is_kept(name):
             return None
         return self._session.at_hand(name, share=_shares(self._node))
 
@@ -192,9 +219,9 @@ def run_task(
     name: str,
     path: Path,
     fingerprint: dict[str, Any],
-    following: Callable[[], Arranged | None] = lambda: None,
+    turns: _Turns | None = None,
 ) -> Finished:
-    """Run one task, with its journal at `path`; `following` is for `JournalledLM`.
+    """Run one task, with its journal at `path`; `turns` knows what is run after it.
 
     Raises:
         TaskFailure: it cannot be run.
@@ -208,13 +235,15 @@ def run_task(
     task = session.tasks[name]
     # Before anything is attached: it tries the untouched model.
     prepared = session.prepared(name, share=_shares(node))
+    fitting = turns.not_seen_to_fit() if turns else []
     # Batches follow from what the model was seen to do right.
     journal = Journal(path, {**fingerprint, "abilities": asdict(prepared.work.abilities)})
     try:
         with torch.no_grad(), session.attach(node) as counter, task.code("cannot be evaluated"):
             # What scores a document may draw, and must not depend on where an earlier run was cut.
             seed_as_lm_eval(session.seed)
-            session.lm.following = following
+            session.lm.following = turns.following if turns else lambda: None
+            session.lm.fitting = fitting
             session.lm.start(journal, counter, prepared.work)
             outcome = evaluator.evaluate(
                 session.lm,

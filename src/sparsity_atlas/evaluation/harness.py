@@ -29,8 +29,8 @@ from sparsity_atlas.lm.usage import Usage
 from sparsity_atlas.loading.layouts import layout_in
 from sparsity_atlas.loading.pretrained import load, load_tokenizer
 from sparsity_atlas.loading.source import resolve
+from sparsity_atlas.models import working_sizes
 from sparsity_atlas.models.causality import describe_kind, kind_of
-from sparsity_atlas.models.logits import head
 from sparsity_atlas.models.memory import Sizes
 from sparsity_atlas.models.positions import check_positions
 from sparsity_atlas.models.tokenizer_check import check_tokenizer, embedding_rows
@@ -113,7 +113,7 @@ class HarnessLM(PromptLM):
         self._lm.sizes = Sizes(
             parameters=sum(one.numel() for one in model.parameters()),
             **measure(self._parts),
-            **head.describe(model),
+            **working_sizes.describe(model),
             routed=met(self._parts),
         )
         if arguments.site is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
@@ -85,6 +85,7 @@ class JournalledLM(PromptLM):
         sizes: of the model, by which it is seen before a task whether it fits; None: nobody looks.
         following: gives the task that is run after the one in hand, at the same sites, if it is ready: its
             first batch is begun before the last one of the task in hand is read.
+        fitting: further tasks, all of which are to fit before the next one starts.
         tries: whether requests may be built, and the model run to see what it does right.
     """
 
@@ -100,6 +101,7 @@ class JournalledLM(PromptLM):
         self._hidden: int = getattr(model.config.get_text_config(), "hidden_size", None) or WIDE
         self.sizes: Sizes | None = None
         self.following: Callable[[], Arranged | None] = lambda: None
+        self.fitting: Sequence[Arranged] = ()
         self.tries = True
         self._early: Early | None = None
 
@@ -165,12 +167,13 @@ class JournalledLM(PromptLM):
         """Begin a task: answer from `journal` what it holds, compute and record the rest.
 
         Raises:
-            AtlasError: its batches do not fit into the memory that there is.
+            AtlasError: its batches do not fit into the memory that there is, or those of one of `fitting`.
         """
         if self._early is not None and self._early.work is not work:
             self._early = None
-        if self._early is None:
-            self._check_room(work, counter)
+        own = [work] if self._early is None else []
+        self._check_room([*own, *self.fitting], counter)
+        self.fitting = ()
         self._journal = journal
         self._counter = counter
         self._replayed = 0
@@ -180,20 +183,23 @@ class JournalledLM(PromptLM):
         """Bytes that a batch takes beside its passes."""
         return 0
 
-    def _check_room(self, work: Arranged, counter: Counter) -> None:
-        if self.sizes is None:
+    def _check_room(self, works: Sequence[Arranged], counter: Counter) -> None:
+        """See that the largest of some tasks fits; what makes it fit makes the others."""
+        if self.sizes is None or not works:
             return
-        sizes, device, largest = self.sizes, tightest(self.model), work.largest
+        sizes, device = self.sizes, tightest(self.model)
+
+        def needed(work: Arranged, share: float = 1.0) -> int:
+            batch = work.largest.shrunk(share)
+            item, slots = self.model.dtype.itemsize, len(counter.slots)
+            own = of_a_pass(sizes, batch, item, device.type, slots)
+            return own + self._beside(work, counter, batch)
+
+        largest = max(works, key=needed)
         free_memory.check(
             device,
-            lambda share: (
-                of_a_pass(
-                    *(sizes, largest.shrunk(share), self.model.dtype.itemsize, device.type),
-                    slots=len(counter.slots),
-                )
-                + self._beside(work, counter, largest.shrunk(share))
-            ),
-            f"'{work.documents[0][0]}': batches of {largest.tokens:,} tokens",
+            partial(needed, largest),
+            f"'{largest.documents[0][0]}': batches of {largest.largest.tokens:,} tokens",
             (("batch_size", self.batch_size), ("max_length", self.max_length)),
         )
 

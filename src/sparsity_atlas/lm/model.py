@@ -257,7 +257,7 @@ class AtlasLM(GeneratingLM):
         if not isinstance(work, Work) or (first := work.first) is None:
             return None
         try:
-            self._check_room(work, self._counter)
+            self._check_room([work], self._counter)
         except AtlasError:
             return None  # which is said when its turn comes
         own, self._work = self._work, work

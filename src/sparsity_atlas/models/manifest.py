@@ -91,8 +91,8 @@ def describe(
         AtlasError: it is not a whole model of numbers, causal or masked-diffusion, whose FFNs can be found,
             or its tokenizer does not give texts back.
     """
+    from sparsity_atlas.models import working_sizes
     from sparsity_atlas.models.causality import describe_kind
-    from sparsity_atlas.models.logits import head
     from sparsity_atlas.models.parameters import count_parameters
     from sparsity_atlas.sites.experts.mixture import met
     from sparsity_atlas.sites.find import describe_parts
@@ -114,7 +114,10 @@ def describe(
         **describe_kind(model, kind, mask_token_id, shifted_logits),
         "dtype": checkpoint.dtype(),
         "parameters": count_parameters(model, parts),
-        "memory": {**head.describe(model), **({"routed": met(parts)} if met(parts) else {})},
+        "memory": {
+            **working_sizes.describe(model),
+            **({"routed": met(parts)} if met(parts) else {}),
+        },
         "tokenizer": tokenizer,
         **measure(parts),
         **Available.in_parts(parts).describe(),

@@ -30,6 +30,22 @@ WIDTH_COPIES = {"cpu": 5, "cuda": 3, "mps": 5}
 # Of the hidden width, for each expert that a token meets: what it gets, and what it makes of that, as it
 # comes, weighted, and in the tokens' order.
 ROUTED_COPIES = 4
+# Of the hidden width, for each of a token's parallel residual streams: held while a layer's FFN runs, and
+# when the streams are mixed; and what is there beside the mixed ones. Counted in AltUp (Gemma 3n), whose
+# class keeps those that it began with, too; hyper-connections (DeepSeek V4) take up to a fifth less.
+STREAMS_HELD, STREAMS_MIXED, BESIDE_STREAMS = 3, 5, 10
+# Of the inputs that each layer has of a token by itself, at once where they are made for all layers.
+INPUTS_MADE = 4
+# Linear attention by the delta rule works on whole chunks of so many tokens, in float32. As counted in
+# transformers' own code (Qwen3-Next, Kimi Linear): copies of keys and values (once for each head of
+# values), of the decays between a chunk's tokens, and of a row's state.
+CHUNK_TOKENS, CHUNK_ITEM = 64, 4
+DELTA_COPIES, DECAY_COPIES, STATE_COPIES = 5, 3, 5
+# Beside them the residual, what is normalised of it, and its output.
+LINEAR_HIDDEN = 3
+# What a CPU's heap takes of all that: 1.1 times as much at tensors of 32 and 48 MiB, 1.4 to 1.8 times at 16,
+# whose blocks it does not give back. (The copies above are as measured, with it.)
+HEAP = {"cpu": 1.375, "cuda": 1.0, "mps": 1.375}
 # Bytes of a token and counted vector: while the model runs, and when they are added up along requests.
 COUNTED, ADDED_UP = 9, 48
 
@@ -46,10 +62,18 @@ class Sizes:
         vocabulary: logits of a token.
         pieces: whether its logits can be made in pieces; see `head`.
         heads: of attention that keeps its scores (`eager`); 0: it keeps none.
-        cache: numbers of a token's keys and values in all layers.
+        cache: numbers of a token's keys and values in all layers that keep them.
         capped: whether logits are changed behind the head, so that they are there twice.
         routed: experts that a token meets, each of which has its hidden states by itself; 0 without any.
         active: parameters that a token meets, of a mixture; 0: all.
+        streams: parallel residual streams of a token; 0: it has one residual.
+        layer_inputs: numbers of a token that the layers have as inputs of their own, of all of them.
+        linear: numbers of a token's keys and values in a layer of linear attention, as many heads of either
+            as there are of values; 0: no such layer.
+        linear_pairs: decays between two tokens there: one for each head, or for each channel of its keys.
+        linear_inputs: numbers that such a layer makes of a token before.
+        state: of a row's state there.
+        linear_layers: how many of them there are.
     """
 
     parameters: int
@@ -63,6 +87,13 @@ class Sizes:
     capped: bool = False
     routed: int = 0
     active: int = 0
+    streams: int = 0
+    layer_inputs: int = 0
+    linear: int = 0
+    linear_pairs: int = 0
+    linear_inputs: int = 0
+    state: int = 0
+    linear_layers: int = 0
 
     @classmethod
     def of(cls, manifest: dict[str, Any]) -> Sizes:
@@ -95,6 +126,11 @@ class Largest:
     pairs: int = 0
     kept: int = 0
 
+    @property
+    def rows(self) -> int:
+        """Of the batch, about: as if they were as long as the longest."""
+        return -(-self.tokens // max(self.longest, 1))
+
     def __or__(self, other: Largest) -> Largest:
         return Largest(*(max(pair) for pair in zip(self, other, strict=True)))
 
@@ -119,18 +155,45 @@ def of_a_pass(sizes: Sizes, batch: Largest, item: int, device: str, slots: int) 
         device: its type.
         slots: counted vectors of a token, in all layers.
     """
-    hidden = HIDDEN_COPIES[device] + ROUTED_COPIES * sizes.routed
-    layer = (hidden * sizes.hidden + WIDTH_COPIES[device] * sizes.width) * item
     # Of a mask: who sees whom, what follows of it, and its numbers. Of scores: as they are, their softmax
     # in float32, and that in the type of the computation.
     attention = batch.pairs * (2 + item)
     attention += batch.tokens * batch.longest * sizes.heads * (2 * item + 4)
-    running = batch.tokens * (layer + slots * COUNTED) + attention + batch.kept * sizes.cache * item
+    kept = batch.kept * sizes.cache * item
+    if batch.kept:
+        kept += batch.rows * sizes.linear_layers * sizes.state * CHUNK_ITEM
+    layer = max(
+        _in_a_layer(sizes, batch, item, device), _in_linear_attention(sizes, batch, item, device)
+    )
+    running = layer + batch.tokens * slots * COUNTED + attention + kept
     head = _at_the_head(sizes, batch, item, device)
     added_up = batch.tokens * slots * ADDED_UP
     if device == "cuda":  # one after the other, and each tensor is gone when nothing needs it
         return max(running, added_up, batch.tokens * slots * COUNTED + head)
     return max(running, added_up + head)
+
+
+def _in_a_layer(sizes: Sizes, batch: Largest, item: int, device: str) -> int:
+    """Bytes of what a layer has of a batch's tokens at once, in its FFN or where streams are mixed."""
+    hidden = HIDDEN_COPIES[device] + ROUTED_COPIES * sizes.routed
+    usual = hidden * sizes.hidden + WIDTH_COPIES[device] * sizes.width
+    held = STREAMS_HELD * sizes.streams * sizes.hidden
+    # Nothing of the FFN is there any more, or nothing yet of any layer.
+    mixed = (BESIDE_STREAMS + STREAMS_MIXED * sizes.streams) * sizes.hidden if sizes.streams else 0
+    made = (INPUTS_MADE - 1) * sizes.layer_inputs
+    in_ffn, besides = usual + HEAP[device] * held, HEAP[device] * max(mixed, made)
+    most = max(in_ffn, besides) + HEAP[device] * sizes.layer_inputs
+    return int(batch.tokens * most * item)
+
+
+def _in_linear_attention(sizes: Sizes, batch: Largest, item: int, device: str) -> int:
+    """Bytes of what a layer of linear attention has of a batch at once; each row is filled up to a chunk."""
+    chunks = batch.rows * -(-batch.longest // CHUNK_TOKENS)
+    token = DELTA_COPIES * sizes.linear + DECAY_COPIES * CHUNK_TOKENS * sizes.linear_pairs
+    states = batch.rows * STATE_COPIES * sizes.state
+    inputs = sizes.linear_inputs + LINEAR_HIDDEN * sizes.hidden
+    found = (chunks * CHUNK_TOKENS * token + states) * CHUNK_ITEM + batch.tokens * inputs * item
+    return int(HEAP[device] * found)
 
 
 def _at_the_head(sizes: Sizes, batch: Largest, item: int, device: str) -> int:
@@ -155,8 +218,11 @@ def of_a_capture(arrays: list[int], batch: int, tokens: int) -> int:
         tokens: captured in all.
     """
     widest, each = max(arrays), sum(arrays)
-    part = min(max(batch, CHUNK_BYTES // widest), tokens)
-    if 2 * part * each <= MOST_HELD:
+    fitting = CHUNK_BYTES // widest
+    # As `capture` decides: whole batches, unless one is more than a chunk.
+    part = min(max(batch, fitting - fitting % batch), tokens)
+    if fitting >= batch and 2 * part * each <= MOST_HELD:
         # Both parts, and copies of those tensors that are being written.
-        return min(2 * part, tokens) * each + PENDING * part * widest
-    return (PENDING + 4) * batch * widest
+        return min(2 * part, tokens) * each + min(PENDING, len(arrays)) * part * widest
+    # Those that wait come from all layers, wide and narrow.
+    return (PENDING * each // len(arrays) + 4 * widest) * min(batch, tokens)

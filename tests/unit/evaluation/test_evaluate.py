@@ -147,6 +147,8 @@ def test_what_is_not_ready_waits_for_its_turn(
     manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, early: list[str]
 ) -> None:
     """Requests to be built, texts to be generated, code of a task, sharing that is not proved, a journal."""
+    # As where other processes build them: else all are built before the first pass.
+    monkeypatch.setattr(evaluation._Turns, "not_seen_to_fit", lambda self: [])
     tasks = scored(tmp_path / "tasks")
     first = tasks.pop("choice")
     words = write_task(tmp_path / "tasks", "words", rolling_documents(9, 4), **GENERATION)
@@ -219,7 +221,7 @@ def test_what_does_not_fit_leaves_no_result(
     limit = [2**20]
     monkeypatch.setattr(free_memory, "host_limit", lambda: (limit[0], "this job was given"))
     with pytest.raises(
-        AtlasError, match=r"'choice': batches of \d+ tokens: needs about .*; no batch_size"
+        AtlasError, match=r"'pages': batches of \d+ tokens: needs about .*; no batch_size"
     ):
         evaluate_node(session, NODE, folder)
     assert not (folder / "eval.json").exists()
@@ -232,6 +234,53 @@ def test_what_does_not_fit_leaves_no_result(
     assert largest["choice"]["pairs"] > largest["choice"]["tokens"] > largest["choice"]["scored"]
     assert largest["words"]["scored"] == 4
     assert largest["words"]["tokens"] <= largest["words"]["kept"] <= 4 * 48
+
+
+@pytest.mark.parametrize("node", [None, NODE], ids=["dense", "sparse"])
+def test_a_last_task_that_does_not_fit_is_known_before_the_first_runs(
+    manifest: Path,
+    tasks: dict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    node: Node | None,
+) -> None:
+    """And with the setting that is named all of them run."""
+    # The largest comes last, by far.
+    names = ("words", "choice", "pages")
+    tasks = {name: tasks[name] for name in names}
+    settings = {"batch_size": 16, "max_length": 48}
+    needs: dict[str, int] = {}
+
+    def noted(device: Any, needed: Any, what: str, _: Any) -> None:
+        needs[what.split("'")[1]] = needed(1.0)
+
+    with monkeypatch.context() as patch:
+        check, looks = AtlasLM._check_room, []
+
+        def each(self: AtlasLM, works: Any, counter: Any) -> None:
+            looks.append(len(works))
+            for one in works:
+                check(self, [one], counter)
+
+        patch.setattr(free_memory, "check", noted)
+        patch.setattr(AtlasLM, "_check_room", each)
+        whole = evaluate(manifest, tasks, tmp_path / "whole", node, **settings)
+    assert looks == [3, 1, 1]
+    assert needs["pages"] > 1.5 * max(needs["words"], needs["choice"])
+    room = max(needs["words"], needs["choice"])
+    monkeypatch.setattr(free_memory, "free", lambda _: (room, room, "this job was given"))
+    session = open_session(manifest, tasks, **settings)
+    calls = watch(session)
+    with pytest.raises(AtlasError, match=r"^'pages': .*; batch_size: \d+ would fit$") as refusal:
+        evaluate_node(session, node, tmp_path / "node")
+    assert calls == []
+    fitting = int(str(refusal.value).split()[-3])
+    assert fitting < 16
+    evaluate(manifest, tasks, tmp_path / "node", node, **{**settings, "batch_size": fitting})
+    assert (tmp_path / "node/eval.json").exists()
+    # A level whose tasks are all kept asks for no room.
+    assert whole
+    assert evaluate(manifest, tasks, tmp_path / "whole", node, **settings) == []
 
 
 def test_interrupted_in_a_record(manifest: Path, tasks: dict, tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from sparsity_atlas.models.layer_settings import in_layers
 from sparsity_atlas.models.memory import PIECE
 from sparsity_atlas.sites.find import random_ids
 from sparsity_atlas.sites.probe.hypotheses import relative_error
@@ -196,26 +195,6 @@ def shown_the_last(model: PreTrainedModel) -> Iterator[None]:
             handle = model.get_output_embeddings().register_forward_pre_hook(select)
             stack.callback(handle.remove)
         yield
-
-
-def describe(model: PreTrainedModel) -> dict[str, Any]:
-    """What memory depends on beside the sizes of a model's layers; see `memory.Sizes`."""
-    config = model.config.get_text_config()
-    hidden = getattr(config, "hidden_size", None) or 0
-    heads = [one or 0 for one in in_layers(config, "num_attention_heads")]
-    keys = in_layers(config, "num_key_value_heads")
-    sizes = in_layers(config, "head_dim")
-    cached = (
-        (key or head) * (size or (hidden // head if head else 0))
-        for head, key, size in zip(heads, keys, sizes, strict=True)
-    )
-    return {
-        "vocabulary": vocabulary(model),
-        "pieces": able(model),
-        "heads": max(heads, default=0) if config._attn_implementation == "eager" else 0,
-        "capped": bool(getattr(config, "final_logit_softcapping", None)),
-        "cache": 2 * sum(cached),
-    }
 
 
 def able(model: PreTrainedModel) -> bool:
