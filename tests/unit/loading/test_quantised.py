@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from mixtures import wide_mixture
 from small_configs import small_config
+from sparsity_atlas.criteria import create
 from sparsity_atlas.criteria.place import matrix, places
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import read_manifest
@@ -28,7 +29,7 @@ from sparsity_atlas.sites.find import find_parts, sites_of
 from sparsity_atlas.sites.projection import Projection
 from sparsity_atlas.terms import SITES
 from tiny_lm import save_model
-from tiny_models import tiny_model
+from tiny_models import tiny_model, token_ids
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
@@ -302,6 +303,115 @@ def test_packed_maps_are_found_and_their_weights_are_what_they_stand_for() -> No
         rows = torch.randn(3, place.width)
         made = [one.module(rows) for one in place.readers()]
         torch.testing.assert_close(place.outputs(rows), torch.cat(made, -1))
+
+
+# Which of eight outputs lies in which four bits of a word, from the lowest, and inputs that share a scale.
+AWQ_ORDER, AWQ_GROUP = (0, 2, 4, 6, 1, 3, 5, 7), 16
+
+
+class PackedByAwq(nn.Module):
+    """A map in AWQ's layout: `qweight` [in, out / 8], and `qzeros` and `scales` of each group of inputs.
+
+    Its weight [out, in] is (q - z) · scale, and it multiplies what it reads by that.
+    """
+
+    def __init__(self, weight: torch.Tensor, step: float) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        groups = self.in_features // AWQ_GROUP
+        whole = (weight.T / step).round().to(torch.int64) + 8
+        assert torch.equal(whole, whole.clamp(0, 15))
+        zeros = torch.full((groups, self.out_features), 8)
+        self.register_buffer("qweight", self.words(whole))
+        self.register_buffer("qzeros", self.words(zeros))
+        self.register_buffer("scales", torch.full((groups, self.out_features), step))
+
+    @staticmethod
+    def words(whole: torch.Tensor) -> torch.Tensor:
+        parts = whole.unflatten(1, (-1, 8))[..., AWQ_ORDER] << torch.arange(0, 32, 4)
+        return parts.sum(-1).to(torch.int32)
+
+    @staticmethod
+    def whole(words: torch.Tensor) -> torch.Tensor:
+        parts = (words[..., None] >> torch.arange(0, 32, 4)) & 15
+        return parts[..., torch.tensor(AWQ_ORDER).argsort()].flatten(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        zeros, scales = (
+            one.repeat_interleave(AWQ_GROUP, 0) for one in (self.whole(self.qzeros), self.scales)
+        )
+        return x @ ((self.whole(self.qweight) - zeros) * scales).to(x.dtype)
+
+
+def test_columns_that_awq_scales_are_those_that_meet_the_scaled_input() -> None:
+    """It multiplies a map's column j by s_j, and what makes x_j by 1 / s_j: |x_j| · ‖W[:, j]‖ stays.
+
+    Of powers of two and whole numbers, so that nothing is rounded and both models are one.
+    """
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
+    plain, packed = (tiny_model("llama", **sizes) for _ in range(2))
+    generator, step = torch.Generator().manual_seed(0), 2.0**-4
+
+    def drawn(least: int, beyond: int, *shape: int) -> torch.Tensor:
+        return torch.randint(least, beyond, shape, generator=generator).float()
+
+    scales: dict[tuple[int, str], torch.Tensor] = {}
+    layers = zip(plain.model.layers, packed.model.layers, strict=True)
+    for layer, (one, other) in enumerate(layers):
+        attended, read, inner = (2 ** drawn(0, 2, size) for size in (32, 32, 48))
+        scales |= {(layer, "qkv_input"): attended, (layer, "input"): read}
+        scales[layer, "intermediate"] = inner
+        other.input_layernorm.weight.data /= attended
+        other.post_attention_layernorm.weight.data /= read
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+            weight = step * drawn(-4, 4, *one.get_submodule(name).weight.shape)
+            one.get_submodule(name).weight.data = weight
+            other.set_submodule(name, PackedByAwq(weight * attended, step))
+        weight = step * drawn(-8, 8, *one.self_attn.o_proj.weight.shape)
+        one.self_attn.o_proj.weight.data = weight
+        other.self_attn.o_proj = PackedByAwq(weight, step)
+        up, gate, down = (
+            step * 2 * drawn(-2, 2, 48, 32),
+            step * drawn(-4, 4, 48, 32),
+            drawn(-4, 4, 32, 48),
+        )
+        for name, mine, its in (
+            ("mlp.up_proj", up, up * read / inner[:, None]),
+            ("mlp.gate_proj", gate, gate * read),
+            ("mlp.down_proj", step * down, step * down * inner),
+        ):
+            one.get_submodule(name).weight.data = mine
+            other.set_submodule(name, PackedByAwq(its, step))
+
+    seen: dict[nn.Module, torch.Tensor] = {}
+    found = [list(places(find_parts(model), "all_linear_inputs")) for model in (plain, packed)]
+    for place in (*found[0], *found[1]):
+        place.readers()[0].module.register_forward_pre_hook(
+            lambda module, arguments: seen.update({module: arguments[0].flatten(0, 1)})
+        )
+    with torch.no_grad():
+        torch.testing.assert_close(packed(token_ids()).logits, plain(token_ids()).logits)
+    unweighted = 0
+    for one, other in zip(*found, strict=True):
+        # Where heads share keys and values AWQ leaves what reads them as it is.
+        scale = scales.get((one.layer, one.tensor), torch.ones(one.width))
+        given = [
+            scales[one.layer, "intermediate"] if "up_proj" in reader.path else torch.ones(outputs)
+            for reader in one.readers()
+            for outputs in reader.module.weight.shape[:1]
+        ]
+        torch.testing.assert_close(other.weight, one.weight * scale / torch.cat(given)[:, None])
+        mine, its = (seen[place.readers()[0].module] for place in (one, other))
+        torch.testing.assert_close(its, mine / scale)
+        if one.tensor == "input":
+            continue  # W_u's rows count less where what it makes is scaled
+        masks = [
+            [create({"rule": rule}).bind(place, {}).mask(values, 0.5) for rule in ("wina", "topk")]
+            for place, values in ((one, mine), (other, its))
+        ]
+        assert torch.equal(masks[0][0], masks[1][0])
+        unweighted += int((masks[0][1] != masks[1][1]).sum())
+    assert unweighted  # rules that see the input alone see another one
 
 
 class Unpacked(nn.Linear):
