@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from sparsity_atlas.errors import TaskFailure
 from sparsity_atlas.evaluation.evaluate import evaluate_node
 from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.session import Session
@@ -186,6 +187,9 @@ def count(lm: Dry, task: LoadedTask, *, seed: int, folder: Path) -> TaskCost:
         task: the task.
         seed: of few-shot draws.
         folder: for files that nobody needs afterwards.
+
+    Raises:
+        TaskFailure: the evaluation would fail as well.
     """
     # The first builds the requests, as only the first job does that needs them.
     _DrySession(lm, [], {task.name: task}, seed, {}).prepared(task.name)
@@ -195,6 +199,8 @@ def count(lm: Dry, task: LoadedTask, *, seed: int, folder: Path) -> TaskCost:
     built = time.perf_counter()
     result = evaluate_node(session, None, folder / task.name)["tasks"][task.name]
     overhead = time.perf_counter() - built
+    if result["status"] == "failed":
+        raise TaskFailure(result["reason"])
     tokens = result["tokens"]
     ends = list(accumulate(batch.positions for batch in lm.batches))
     middle = int(np.searchsorted(ends, ends[-1] / 2))

@@ -210,6 +210,17 @@ def test_generation_is_counted_whatever_the_kind(kind: str, tmp_path: Path) -> N
     assert cost.generation == 11 * cost.documents == 33
 
 
+def test_a_task_that_would_fail_says_why(model_folder: Path, tmp_path: Path) -> None:
+    entry = write_task(tmp_path / "tasks", "words", rolling_documents(2), **GENERATION)
+    config = make_config({"tiny": {"path": str(model_folder), "max_length": 12}}, {"words": entry})
+    unknowns = Unknowns()
+    tasks = load_tasks({"words": entry}, config.seed)
+    assert not look(config, "tiny", tasks, tmp_path / "none.json", unknowns).costs
+    ((reason, what),) = unknowns.items()
+    assert what == ["words with tiny"]
+    assert "max tokens to generate (12) must be less than model's maximum" in reason
+
+
 def test_equal_requests_are_run_once(model_folder: Path, tmp_path: Path) -> None:
     entry = write_task(tmp_path, "letters", letter_documents(), **CHOICE)
     config = make_config({"tiny": {"path": str(model_folder)}}, {"letters": entry})
