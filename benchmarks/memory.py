@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -116,22 +117,35 @@ def llama(
     }
 
 
-def write_model(folder: Path, shape: str) -> Path:
-    """A model with random weights and the zoo's tokenizer; one of the zoo is there."""
+def model_at(folder: Path, shape: str) -> Path:
+    """A model that is written if it is not there.
+
+    By a process of its own: what this one has in memory when it starts a job counts as the job's peak.
+    """
     if shape not in SHAPES | FAMILIES:
         return ZOO / shape
+    path = folder / "models" / shape
+    if not (path / "model.safetensors").is_file():
+        writer = multiprocessing.get_context("spawn").Process(
+            target=write_model, args=(path, shape)
+        )
+        writer.start()
+        writer.join()
+        if writer.exitcode:
+            raise SystemExit(f"{path}: could not be written")
+    return path
+
+
+def write_model(path: Path, shape: str) -> None:
+    """A model with random weights and the zoo's tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    path = folder / "models" / shape
-    if (path / "model.safetensors").is_file():
-        return path
     settings = FAMILIES[shape] if shape in FAMILIES else llama(*SHAPES[shape])
     config = AutoConfig.for_model(**settings, initializer_range=0.1)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
     AutoTokenizer.from_pretrained(ZOO / "small").save_pretrained(path)
-    return path
 
 
 def write_tasks(folder: Path, row: Row) -> dict[str, dict[str, Any]]:
@@ -160,7 +174,7 @@ def write_tasks(folder: Path, row: Row) -> dict[str, dict[str, Any]]:
 
 def configuration(folder: Path, row: Row, device: str) -> Config:
     """What the row's jobs are run with."""
-    entry = {"path": str(write_model(folder, row.model)), "batch_size": row.batch_size}
+    entry = {"path": str(model_at(folder, row.model)), "batch_size": row.batch_size}
     if row.max_length:
         entry["max_length"] = row.max_length
     return parse(

@@ -103,6 +103,7 @@ class JournalledLM(PromptLM):
         self.following: Callable[[], Arranged | None] = lambda: None
         self.fitting: Sequence[Arranged] = ()
         self.tries = True
+        self._fits = 0  # bytes that were seen to be there
         self._early: Early | None = None
 
     @property
@@ -184,7 +185,11 @@ class JournalledLM(PromptLM):
         return 0
 
     def _check_room(self, works: Sequence[Arranged], counter: Counter) -> None:
-        """See that the largest of some tasks fits; what makes it fit makes the others."""
+        """See that the largest of some tasks fits; what makes it fit makes the others.
+
+        Nobody looks again at what takes no more than what was seen to fit: what earlier passes took stays
+        with a CPU's allocator, where later ones find it, and looks as if it were used.
+        """
         if self.sizes is None or not works:
             return
         sizes, device = self.sizes, tightest(self.model)
@@ -196,12 +201,20 @@ class JournalledLM(PromptLM):
             return own + self._beside(work, counter, batch)
 
         largest = max(works, key=needed)
+        if (most := needed(largest)) <= self._fits:
+            return
+
+        def wanted(share: float) -> int:
+            """By a share of a batch: what is named as fitting is to fit where the peak is off by as much."""
+            return int(needed(largest, share) * (free_memory.TRUSTED if share < 1 else 1))
+
         free_memory.check(
             device,
-            partial(needed, largest),
+            wanted,
             f"'{largest.documents[0][0]}': batches of {largest.largest.tokens:,} tokens",
             (("batch_size", self.batch_size), ("max_length", self.max_length)),
         )
+        self._fits = most
 
     def _in_flight(self, batches: Iterable[Begin], *, ahead: bool = True) -> Iterator[Any]:
         """What each of some batches left, in order; a device has the next one while one is read.

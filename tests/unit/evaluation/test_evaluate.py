@@ -260,6 +260,7 @@ def test_a_last_task_that_does_not_fit_is_known_before_the_first_runs(
         def each(self: AtlasLM, works: Any, counter: Any) -> None:
             looks.append(len(works))
             for one in works:
+                self._fits = 0
                 check(self, [one], counter)
 
         patch.setattr(free_memory, "check", noted)
@@ -281,6 +282,18 @@ def test_a_last_task_that_does_not_fit_is_known_before_the_first_runs(
     # A level whose tasks are all kept asks for no room.
     assert whole
     assert evaluate(manifest, tasks, tmp_path / "whole", node, **settings) == []
+
+
+def test_what_earlier_passes_left_to_the_allocator_is_no_reason_to_refuse(
+    manifest: Path, tasks: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen at a real limit: the second task was refused beside the heap of the first."""
+    rooms = iter([2**40])  # looked at once, for all tasks and levels
+    monkeypatch.setattr(free_memory, "free", lambda _: (next(rooms), 2**40, "this job was given"))
+    session = open_session(manifest, tasks)
+    for level in ("0.8", "0.5"):
+        node = Node.make({"rule": "topp"}, "intermediate", level)
+        assert evaluate_node(session, node, tmp_path / level)["status"] == "ok"
 
 
 def test_interrupted_in_a_record(manifest: Path, tasks: dict, tmp_path: Path) -> None:
