@@ -185,7 +185,9 @@ class _Turns:
                     work = self._session.prepared(name, share=_shares(self._node)).work
                 except (TaskFailure, NumericalFailure):
                     work = None  # which comes up again when its turn comes
-            elif (work := self._session.at_hand(name, share=_shares(self._node))) is None:
+            elif self._session.ahead.ready(name):
+                work = self._session.at_hand(name, share=_shares(self._node))
+            else:
                 continue
             self._looked_at.add(name)
             found += [] if work is None else [work]
