@@ -347,7 +347,8 @@ def test_parts_of_a_layer_have_nodes_of_their_own(empty: Checkout, config: dict[
     """And none else: what is captured is of all parts, once."""
     before = empty.plan(config=config)
     block = {"models": ["zoo-small"], "criteria": ["topk"], "sites": ["intermediate"]}
-    block |= {"parts": ["ffn"], "levels": [0.9]}
+    # The tasks of the others: one with a loss would have a figure of its own.
+    block |= {"parts": ["ffn"], "levels": [0.9], "tasks": ["few_pairs"]}
     config["run"].append({**block, "sensitivity": [0.9]})
     after = empty.plan(config=config)
     assert after.returncode == 0, after.text

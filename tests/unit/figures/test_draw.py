@@ -433,7 +433,7 @@ def test_a_selection_keeps_both_ends():
     assert kept[0] == 0
     assert kept[-1] == 49
     assert len(set(kept)) == 7
-    assert note.startswith("7 of 42 shown")
+    assert note.startswith("7 of 50 shown")
     assert panels.select([1, 2], 7) == ([1, 2], "")
 
 
