@@ -107,11 +107,8 @@ for dtype in (torch.bfloat16, torch.float32):
     compile_masks(dtype)
     compile_counts(dtype)
 for rule in RULES:
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
         compile_kernel(cuda._mask, rule, dtype)
-# The same code as bfloat16's, but for where its bits are parted.
-for rule in RULES[:1] + RULES[-1:]:
-    compile_kernel(cuda._mask, rule, torch.float16)
 
 CUT = {
     "LINES": 1,
@@ -161,7 +158,6 @@ for dtype in ("bf16", "fp32"):
     names = ("query", "key", "value", "cosines", "sines", "mask", "keys", "values", "out")
     pointers = dict.fromkeys(names, f"*{dtype}")
     pointers |= {"clock": "*i64", "partial": "*fp32", "arrived": "*i32", "scale": "fp32"}
-    # Heads of 64: wider ones are more of the same code, for which the compiler takes twice as long.
     for split in (1, 9):
-        constants = {"SPLIT": split, "WIDTH": 64, "PLACES": cuda_step._PLACES, "CHAINED": True}
+        constants = {"SPLIT": split, "WIDTH": 128, "PLACES": cuda_step._PLACES, "CHAINED": True}
         compile_step(cuda_step._attended, constants, **pointers)

@@ -248,7 +248,7 @@ def test_cett_against_float64(ffn: FFN, level: float, layout: str) -> None:
     )
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.01, 0.95))
 def test_cett_of_any_layer_is_the_target(seed: int, level: float) -> None:
     torch.manual_seed(seed)
@@ -626,7 +626,7 @@ def test_sparsity_on_other_text_is_the_target(
 
 
 def test_cett_on_other_text_is_the_target(zoo: tuple) -> None:
-    for ffn, seen, other in list(zip(*zoo, strict=True))[::2]:
+    for ffn, seen, other in zip(*zoo, strict=True):
         bound = calibrated("cett", Place(ffn, "intermediate"), seen)
         i = other["intermediate"]
         for level in (0.05, 0.1, 0.2, 0.4):

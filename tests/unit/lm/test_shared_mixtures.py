@@ -201,7 +201,7 @@ def test_scores_and_counts_are_those_of_each_request_by_itself(family: str) -> N
             assert plain[1] == found[1]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["olmoe", "qwen2_moe"])
 def manifest(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / request.param
     model = wide_mixture(request.param, vocab_size=300, max_position_embeddings=48)
@@ -210,14 +210,7 @@ def manifest(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return write_model_manifest(folder, folder.parent / "model.json")
 
 
-@pytest.mark.parametrize(
-    ("manifest", "node"),
-    [
-        *(("olmoe", None), ("olmoe", ("intermediate", "0.7"))),
-        *(("qwen2_moe", None), ("qwen2_moe", ("all_inputs", "0.9"))),
-    ],
-    indirect=["manifest"],
-)
+@pytest.mark.parametrize("node", [None, ("intermediate", "0.7"), ("all_inputs", "0.9")])
 def test_batch_size_changes_no_accuracy_and_no_count(
     manifest: Path, tmp_path: Path, node: tuple[str, str] | None
 ) -> None:
