@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Bytes of weights that one round meets: at 89 % zeros, too, twice what the last cache of an H200 holds.
 COLD = {"cuda": 1e9, "cpu": 600e6}
+# Rounds of a timing at the least, however long they take.
+FEWEST = 3
 
 
 class Time(NamedTuple):
@@ -40,18 +42,38 @@ class Time(NamedTuple):
         return f"{self.median:8.1f} ±{self.spread:4.1f}"
 
 
-def timed(calls: Sequence[Callable[[], object]], device: str, repeats: int = 20) -> Time:
+def rounds_of(most: int, longest: float = math.inf) -> Iterator[None]:
+    """The rounds of a timing: so many, or `FEWEST` and what more begins within so many seconds."""
+    begun = time.perf_counter()
+    for done in range(most):
+        if done >= FEWEST and time.perf_counter() - begun > longest:
+            return
+        yield
+
+
+def timed(
+    calls: Sequence[Callable[[], object]],
+    device: str,
+    repeats: int = 20,
+    longest: float = math.inf,
+) -> Time:
     """Time of one of some calls that run one after another, each with weights of its own.
 
     On a GPU all of them are one captured graph, so that the host sets no pace. On a CPU one thread's time
     is its own, which other work hardly changes; that of several is the clock's.
+
+    Args:
+        calls: of a round.
+        device: `cpu` or `cuda`.
+        repeats: rounds on a GPU; on a CPU half as many.
+        longest: seconds of all rounds on a CPU, as `rounds_of` counts them.
     """
     for call in calls:
         call()
     if device == "cpu":
         clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         times = []
-        for _ in range(max(2, repeats // 2)):
+        for _ in rounds_of(max(2, repeats // 2), longest):
             start = clock()
             for call in calls:
                 call()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsity_atlas import cli
-from sparsity_atlas.decoding.trial import Time
+from sparsity_atlas.decoding.trial import Time, rounds_of
 from sparsity_atlas.lm.continuous.called import Called
 from sparsity_atlas.lm.continuous.recorded_step import Step, prompt_columns
 from sparsity_atlas.lm.forward import Masks
@@ -88,7 +89,9 @@ class Decoder:
             made.append(torch.from_numpy(self._step.read(some)().tokens.copy()))
         return torch.cat(made)
 
-    def timed(self, context: int, rounds: int = ROUNDS) -> Time:
+    def timed(
+        self, context: int, rounds: int = ROUNDS, steps: int = STEPS, longest: float = math.inf
+    ) -> Time:
         """Time of a step, and all is as before.
 
         Each round is over the same tokens: those that would follow in any case, since texts that go on by
@@ -96,15 +99,17 @@ class Decoder:
 
         Args:
             context: tokens that each row has when it begins.
-            rounds: of `STEPS` steps each, two at the least.
+            rounds: at most, two at the least.
+            steps: of each, `STEPS` at most.
+            longest: seconds of all rounds, as `rounds_of` counts them.
         """
         self._record()
         took = []
-        for _ in range(rounds):
+        for _ in rounds_of(rounds, longest):
             with self._as_before():
                 self._step.lengths.fill_(context)
-                took.append(self._seconds(self._called.device))
-        return Time.of(took, STEPS)
+                took.append(self._seconds(self._called.device, steps))
+        return Time.of(took, steps)
 
     @contextmanager
     def _as_before(self) -> Iterator[None]:
@@ -123,11 +128,11 @@ class Decoder:
         self._held.clear()
         self._step.forget()
 
-    def _seconds(self, device: torch.device) -> float:
+    def _seconds(self, device: torch.device, steps: int) -> float:
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            for _ in range(STEPS):
+            for _ in range(steps):
                 self._step.run()
             end.record()
             end.synchronize()
@@ -135,7 +140,7 @@ class Decoder:
         # As `trial.timed`: one thread's own time hardly feels other work.
         clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         begun = clock()
-        for _ in range(STEPS):
+        for _ in range(steps):
             self._step.run()
         return clock() - begun
 

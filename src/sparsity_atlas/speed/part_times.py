@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +29,9 @@ if TYPE_CHECKING:
     from sparsity_atlas.speed.text_vectors import Seen, Text
 
 Product = GatedFFN | InputMap
-# Rounds of a timing, and of one on a CPU at the least, where more would take longer than so many seconds.
-REPEATS, FEWEST, LONGEST = 20, 3, 2.0
+# Rounds of a timing, as `timed` takes them, and seconds of all of them on a CPU: where kernels gain nothing
+# they may take twenty times as long as the library's.
+REPEATS, LONGEST = 20, 0.5
 # Products of a round at most: of smaller maps what takes time is to call them, whatever a cache holds. On a
 # GPU each call of a round is recorded for each timing, and a last cache is smaller.
 MOST = {"cuda": 64, "cpu": 256}
@@ -180,10 +180,9 @@ def part_rows(
             "library": _each(_library, vectors, products),
             "own": _each(_own, vectors, products),
         }
-        repeats = _repeats(whole["library"], device)
         dense = Dense()
         for by, calls in whole.items():
-            dense.add(by, timed(calls, device, repeats))
+            dense.add(by, timed(calls, device, REPEATS, LONGEST))
         rows = []
         for point in points:
             vectors = given(point)
@@ -198,12 +197,12 @@ def part_rows(
                         **{"timed": maps.name, "context": None, "tokens": count},
                         **{"copies_bytes": first.copies},
                         **{"shape": maps.shape, "layers": len(maps.parts)},
-                        **point.row(way, timed(calls, device, repeats), share),
+                        **point.row(way, timed(calls, device, REPEATS, LONGEST), share),
                     }
                 )
         # Once more: what else a machine did meanwhile may have come or gone.
         for by, calls in whole.items():
-            dense.add(by, timed(calls, device, repeats))
+            dense.add(by, timed(calls, device, REPEATS, LONGEST))
         yield from dense.finished(rows, maps.weights * first.dtype.itemsize)
 
 
@@ -213,17 +212,6 @@ def _each(
     products: Sequence[tuple[Part, Product]],
 ) -> list[Callable[[], Tensor]]:
     return [partial(way, x, one) for x, (_, one) in zip(vectors, products, strict=True)]
-
-
-def _repeats(calls: Sequence[Callable[[], Tensor]], device: str) -> int:
-    """As `timed` takes it: fewer on a CPU where a round takes long."""
-    if device == "cuda":
-        return REPEATS
-    begun = time.perf_counter()
-    for call in calls:
-        call()
-    rounds = int(LONGEST / (time.perf_counter() - begun))
-    return min(REPEATS, 2 * max(rounds, FEWEST))
 
 
 def _given(

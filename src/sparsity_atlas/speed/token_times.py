@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from sparsity_atlas.sites.part import Part
     from sparsity_atlas.speed.text_vectors import Seen, Text
 
-# Seconds that a timing takes at most, where the fewest rounds take less.
-LONGEST, FEWEST = 30.0, 3
+# Seconds of a timing, as `rounds_of` counts them, and of one of its rounds, where the fewest steps take less.
+LONGEST, ROUND, FEWEST_STEPS = 5.0, 1.0, 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +111,7 @@ def _masks(model: PreTrainedModel, ids: Tensor, size: int) -> tuple[Masks | None
     if most is not None and size > most:
         return None, f"the model is made for {most} tokens, and {size} are wanted"
     proof = proved(model, ids.tolist()[:size], size)
-    return proof.masks, f"with keys and values in fixed places: {proof.fault}"
+    return proof.masks, f"with keys and values in fixed places {proof.fault}"
 
 
 def _of_batch(
@@ -125,19 +125,20 @@ def _of_batch(
 ) -> Iterator[dict[str, Any]]:
     decoder = Decoder(whole.model, count, context + STEPS, masks=masks)
 
-    def timed(rounds: int) -> Time:
+    def timed(steps: int) -> Time:
         decoder.changed()
         if whole.model.device.type == "cuda":
             torch.cuda.empty_cache()  # what graphs and copies before it had
-        return decoder.timed(context, rounds)
+        return decoder.timed(context, ROUNDS, steps, LONGEST)
 
     groups = text.groups(count)
     dense, rows = Dense(), []
     with torch.no_grad():
         decoder.prompt(_pieces(ids, context, count).to(whole.model.device))
-        rounds = int(LONGEST * 1e6 / (STEPS * timed(2).median))
-        rounds = min(ROUNDS, max(FEWEST, rounds))
-        dense.add("library", timed(rounds))
+        fewest = min(FEWEST_STEPS, STEPS)
+        steps = int(ROUND * 1e6 / decoder.timed(context, 2, fewest).median)
+        steps = min(STEPS, max(fewest, steps))
+        dense.add("library", timed(steps))
         first = points[0]
         within = replaced(whole.model, whole.parts, whole.site, first.bound, first.seen.level)
         with within as maps:
@@ -149,11 +150,11 @@ def _of_batch(
                         {
                             **{"timed": TOKEN, "context": context, "tokens": count},
                             **{"copies_bytes": maps.copies},
-                            **point.row(way, timed(rounds), share),
+                            **point.row(way, timed(steps), share),
                         }
                     )
         # Once more: what else a machine did meanwhile may have come or gone.
-        dense.add("library", timed(rounds))
+        dense.add("library", timed(steps))
     yield from dense.finished(rows, whole.weights * whole.model.dtype.itemsize)
 
 

@@ -58,6 +58,28 @@ def test_times_are_of_one_step_and_of_the_tokens_that_follow() -> None:
     assert torch.equal(*texts)
 
 
+@pytest.mark.parametrize("steps", [STEPS, 4])
+def test_a_round_has_as_many_steps_as_it_is_told(
+    steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama", initializer_range=0.3)
+    decoder = Decoder(model, 1, 7 + STEPS)
+    decoder.prompt(random_ids(model, (1, 7)))
+    run, ran = Step.run, []
+
+    def counted(step: Step) -> None:
+        ran.append(step)
+        run(step)
+
+    monkeypatch.setattr(Step, "run", counted)
+    decoder.timed(8, 5, steps)
+    assert len(ran) == 5 * steps
+    ran.clear()
+    # No more rounds than have to be.
+    decoder.timed(8, 5, steps, longest=0.0)
+    assert len(ran) == 3 * steps
+
+
 class _Read(TorchDispatchMode):
     """Tensors that operations read within, but for what is made within: a recorded step knows addresses."""
 

@@ -13,6 +13,7 @@ from checkout import ROOT
 from mixtures import tiny_mixture
 from sparsity_atlas.activations import capture
 from sparsity_atlas.criteria import create
+from sparsity_atlas.decoding.trial import Time
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import write_manifest
 from sparsity_atlas.models.parameters import count_parameters
@@ -116,6 +117,26 @@ def test_maps_and_whole_tokens_are_timed_at_shares_and_at_the_curves_own() -> No
     )
     assert least["unread_share"] < least["sparsity"] * ffns / read * 1.1
     assert least["bytes_read"] == pytest.approx((1 - least["unread_share"]) * read * 4, abs=1)
+
+
+@pytest.mark.parametrize(("step", "steps"), [(0.001, 16), (0.125, 8), (3.0, 4)])
+def test_tokens_of_a_slow_model_are_timed_in_rounds_of_fewer(
+    step: float, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def timed(decoder: Any, context: int, rounds: int, steps: int, longest: float = 0) -> Time:
+        asked.append((rounds, steps))
+        return Time(step * 1e6, 0.0)
+
+    monkeypatch.setattr("sparsity_atlas.speed.decoder.Decoder.timed", timed)
+    monkeypatch.setattr("sparsity_atlas.speed.token_times.STEPS", 16)
+    rows = rows_of(tiny_model("llama"), "intermediate", tokens=[1])
+    whole = [row for row in rows if row["timed"] == TOKEN]
+    # One to see how long a step takes; dense ones before and behind the others.
+    assert len(asked) == 1 + len(whole) + 2
+    assert asked[0] == (2, 4)
+    assert set(asked[1:]) == {(2, steps)}
 
 
 @pytest.mark.parametrize("name", ["gpt2", "falcon"])

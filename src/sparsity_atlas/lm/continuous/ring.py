@@ -59,7 +59,7 @@ class Ring(Cache):
             layer_idx: the layer.
             like: [rows, heads, tokens, width], of the type and on the device of what they hold.
         """
-        return self._layer(layer_idx).buffers(like)
+        return self._layer(layer_idx).buffers(like, like)
 
     def _layer(self, layer_idx: int) -> _Layer:
         while len(self.layers) <= layer_idx:
@@ -94,10 +94,10 @@ class _Layer(CacheLayerMixin):
         CacheLayerMixin.__init__(self)
         self._ring = ring
 
-    def buffers(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, made when they are first asked for; see `Ring.buffers`."""
+    def buffers(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, made when they are first asked for, as wide as these; see `Ring.buffers`."""
         if not self.is_initialized:
-            self.lazy_initialization(like, like)
+            self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
         return self.keys, self.values
@@ -122,7 +122,7 @@ class _Layer(CacheLayerMixin):
             args: what a class adds, which is not needed.
             kwargs: likewise.
         """
-        keys, values = self.buffers(key_states)
+        keys, values = self.buffers(key_states, value_states)
         if self._ring._prompts is None:
             keys.index_copy_(2, self._ring.clock, key_states)
             values.index_copy_(2, self._ring.clock, value_states)

@@ -45,7 +45,8 @@ def proved(model: PreTrainedModel, tokens: list[int], size: int) -> Proof:
         except torch.OutOfMemoryError:
             raise
         except REFUSALS as refusal:
-            fault = f"{type(refusal).__name__}: {(str(refusal).splitlines() or [''])[0]}"
+            words = f"{type(refusal).__name__}: {(str(refusal).splitlines() or [''])[0]}"
+            fault = f"its layers ask more of a cache than keys and values ({words})"
         if not fault:
             return Proof(size, masks)
     return Proof(size, None, fault)
@@ -62,13 +63,16 @@ def _fault(called: Called, sample: list[int], masks: Masks) -> str | None:
     allowed = EXACT if exact else ROUNDED
     # Written so that NaN is wrong.
     if not error <= allowed:
-        return f"relative error {error:.2g}, allowed {allowed:.2g}"
+        return f"it gives other numbers (relative error {error:.2g}, allowed {allowed:.2g})"
     if exact:
         return None
     wrong = _error(expected, step(seen=size))
     if DISTINCT * error <= wrong:
         return None
-    return f"relative error {error:.2g}, which a mistake could explain: without a mask {wrong:.2g}"
+    return (
+        f"it gives other numbers (relative error {error:.2g}, which a mistake could explain: without a mask "
+        f"{wrong:.2g})"
+    )
 
 
 def _error(expected: list[Tensor], found: list[Tensor]) -> float:

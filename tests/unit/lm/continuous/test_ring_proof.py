@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from mixtures import tiny_mixture
+from small_configs import small_config
 from sparsity_atlas.lm.continuous.called import Called
 from sparsity_atlas.lm.continuous.ring import Ring
 from sparsity_atlas.lm.continuous.ring_proof import proved
@@ -57,6 +59,22 @@ def test_chunks_of_attention(chunk: int, layers: list[str]) -> None:
     found = proved(model, random_ids(model, (1, 64))[0].tolist(), SIZE)
     expected = Masks.BY_LAYER if chunk == 7 else Masks.ONE
     assert (found.masks, found.fault) == (expected, "")
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3", "youtu"])
+def test_values_that_are_narrower_than_keys(name: str) -> None:
+    config = small_config(name)
+    config.initializer_range = 0.2
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    found = proved(model, random_ids(model, (1, 64))[0].tolist(), SIZE)
+    assert (found.masks, found.fault) == (Masks.ONE, "")
+
+
+def test_layers_that_keep_something_else_are_named_as_that() -> None:
+    masks, fault = proof("lfm2")
+    assert masks is None
+    assert fault.startswith("its layers ask more of a cache than keys and values (IndexError: ")
 
 
 @pytest.mark.parametrize("name", ["bloom", "mpt"])
