@@ -4,9 +4,11 @@ The rules, for each model and the headline bar (PPL-1%, or the same of a bound; 
 
 - of all curves whose crossing is resolved, or that resolvedly have none and never fall below the bar, the one
   with the largest ideal speed-up there is recommended; curves whose interval of it overlaps that of the
-  recommended one are named as not told apart. Of losses the run's first one counts, or the model's;
+  recommended one are named as not told apart. Of losses the run's first one counts, or the model's. What the
+  other measure says is read from the mildest level that drops as much, or the harshest there is;
 - with a predictor that names the zeros of `intermediate` beforehand, rows of the factors' maps are spared as
-  well: of a gated FFN three maps for one. What such a predictor costs and misses is not in it;
+  well: of a gated FFN three maps for one. What such a predictor costs and misses is not in it; what a
+  least-squares probe of the largest rank missed is said, where it was tried;
 - activations count as sparse by themselves from `SPARSE` of exact zeros on in the dense model, at
   `intermediate`; where `gate` was measured, its zeros spare rows of the other factor as well;
 - tokens that are decoded together share what is read: of masks that have nothing to do with each other, a
@@ -24,16 +26,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from sparsity_atlas.report import measured_time
+from sparsity_atlas.report.crossings import between, dropped, ranked, speedups, where_of
 from sparsity_atlas.report.measured_time import WORTH, Advice, critical_row
-from sparsity_atlas.statistics.bootstrap import in_percent
+from sparsity_atlas.report.predictor_advice import no_predictor, predicted
 from sparsity_atlas.tables.read import HEADLINE_BAR, Tables, records
 from sparsity_atlas.terms import AVERAGE, EVERY_PHASE, IN_NATS
 
-SPARSE = 0.1
+SPARSE, NOTHING = 0.1, 0.01
 
 
 @dataclass(frozen=True)
@@ -61,23 +63,35 @@ def _of_model(tables: Tables, model: str) -> Iterator[tuple[str, list[Advice]]]:
     average = rows[rows["task"] == AVERAGE]
     described = tables.models[tables.models["model"] == model].iloc[0]
     alike = _alike(described)
+    measures = (loss, "PPL-1% sparsity", average), (average, "critical sparsity", loss)
     nothing = [
         advice
-        for some, measure in ((loss, "PPL-1% sparsity"), (average, "critical sparsity"))
-        if (advice := _untrained(some, curves, measure, alike)) is not None
+        for some, measure, other in measures
+        if (advice := _untrained(some, curves, measure, alike, other)) is not None
     ]
+    both = pd.concat([loss, average])
+    if not nothing and len(both):
+        text = "No curve can be named: of none is a sparsity known at which the bar is kept."
+        nothing = [Advice(text, tuple(critical_row(row) for row in records(both)))]
     if nothing:
         yield "When nothing may be trained", nothing
-    predicted = _predicted(loss, curves, gated="gate" in described["sites"].split())
-    if predicted is not None:
-        yield "When a predictor may be trained", [predicted]
-    own = [advice for site in ("intermediate", "gate") if (advice := _by_itself(curves, site))]
-    if own:
-        yield "What is sparse already", own
+    own = tables.masks[tables.masks["model"] == model]
+    foretold = predicted(loss, curves, own, gated="gate" in described["sites"].split())
+    if foretold is not None:
+        yield "When a predictor may be trained", [foretold]
+    zeros = [advice for site in ("intermediate", "gate") if (advice := _by_itself(curves, site))]
+    if zeros:
+        yield "What is sparse already", zeros
     in_time = list(measured_time.advices(tables, model))
     if in_time:
         yield "What it buys in time", in_time
-    untold = [*_untold(pd.concat([loss, average])), *measured_time.untold(tables, model)]
+    untold = [*_untold(both)]
+    if len(both) and foretold is None:
+        untold.append(no_predictor(model, loss))
+    if len(both) and not zeros:
+        text = "How much is zero by itself: nothing was measured at intermediate or gate."
+        untold.append(Advice(text, (f"curves.csv: {model}, no dense row of these sites",)))
+    untold += measured_time.untold(tables, model)
     for some in (loss, average):
         untold += [one for one in _not_timed(tables, some) if one not in untold]
     if untold:
@@ -93,20 +107,9 @@ def _alike(described: pd.Series) -> str:
     return ""
 
 
-def _usable(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows at whose sparsity the bar is kept, as far as can be told."""
-    return rows[rows["resolved"] & (rows["relation"] != "<") & rows["ideal_speedup"].notna()]
-
-
-def _ranked(rows: pd.DataFrame) -> list[Any]:
-    """Those, from the largest ideal speed-up down."""
-    usable = _usable(rows).sort_values("ideal_speedup", ascending=False, kind="stable")
-    return list(records(usable))
-
-
 def _not_timed(tables: Tables, rows: pd.DataFrame) -> Iterator[Advice]:
     """What is recommended and was not timed, in a run that times others."""
-    for best in _ranked(rows)[:1] if len(tables.speed) else ():
+    for best in ranked(rows)[:1] if len(tables.speed) else ():
         own = tables.speed[["model", "criterion", "site"]] == [
             best.model,
             best.criterion,
@@ -117,43 +120,83 @@ def _not_timed(tables: Tables, rows: pd.DataFrame) -> Iterator[Advice]:
             yield Advice(text, (critical_row(best),))
 
 
-def _untrained(rows: pd.DataFrame, curves: pd.DataFrame, measure: str, alike: str) -> Advice | None:
-    """The curve that saves most, among those that are usable."""
-    if not (ranked := _ranked(rows)):
+def _untrained(
+    rows: pd.DataFrame, curves: pd.DataFrame, measure: str, alike: str, other: pd.DataFrame
+) -> Advice | None:
+    """The curve that saves most, among those that are usable.
+
+    Args:
+        rows: of one measure, critical sparsities.
+        curves: of the model.
+        measure: what it is called.
+        alike: why nothing is said of tokens together.
+        other: rows of the other measure.
+    """
+    if not (found := ranked(rows)):
         return None
-    best = ranked[0]
-    low = _speedups(best, curves)[0]
+    best = found[0]
+    low = speedups(best, curves)[0]
     text = (
-        f"{best.criterion} at {best.site}: {measure} {_sparsity(best)}{_task(best)}. "
+        f"{best.criterion} at {best.site}: {measure} {dropped(best)}{where_of(best)}. "
         f"If time were weight bytes a token would take {1 / best.ideal_speedup:.0%} of its time, "
-        f"{best.ideal_speedup:.2f} times as fast ({_between(best, curves)}); {alike or _batch(best)}."
+        f"{best.ideal_speedup:.2f} times as fast ({between(best, curves)}); {alike or _batch(best)}."
     )
-    others = [one for one in ranked[1:] if _speedups(one, curves)[1] >= low]
+    others = [one for one in found[1:] if speedups(one, curves)[1] >= low]
     if others:
         named = ", ".join(
             f"{one.criterion} at {one.site} ({one.ideal_speedup:.2f})" for one in others
         )
         text += f" Not told apart from it: {named}."
-    return Advice(text, tuple(critical_row(one) for one in (best, *others)))
+    also = _by_the_other(best, other, curves)
+    if also is None:
+        return Advice(text, tuple(critical_row(one) for one in (best, *others)))
+    rows_of_it = (critical_row(one) for one in (best, *others))
+    return Advice(f"{text} {also.text}", (*rows_of_it, *also.rows))
 
 
-def _predicted(rows: pd.DataFrame, curves: pd.DataFrame, *, gated: bool) -> Advice | None:
-    """What the zeros of i would spare if they were known before u and g are made."""
-    usable = _usable(rows[rows["site"] == "intermediate"])
-    if usable.empty:
+def _by_the_other(best: Any, other: pd.DataFrame, curves: pd.DataFrame) -> Advice | None:
+    """What the other measure says of a level that drops as much, or nearly; None: nothing."""
+    own = (other["criterion"] == best.criterion) & (other["site"] == best.site)
+    # What is no better than a guess loses nothing.
+    own &= other["relation"] != "none"
+    if not own.any():
         return None
-    best = max(records(usable), key=lambda one: one.ideal_speedup)
-    maps = 3 if gated else 2
-    bounds = [
-        1 / (1 - maps * (1 - 1 / one)) for one in (best.ideal_speedup, *_speedups(best, curves))
-    ]
-    text = (
-        f"A predictor that names the entries of intermediate which {best.criterion} drops, "
-        f"{_sparsity(best)}, spares rows of {'both factors' if gated else 'W_u'} and of W_d: "
-        f"{bounds[0]:.2f} times as fast ({bounds[1]:.2f} to {bounds[2]:.2f}) if it costs nothing and "
-        f"never errs, where without it are {best.ideal_speedup:.2f}. What it gets wrong was not measured."
+    points = curves[
+        (curves["criterion"] == best.criterion)
+        & (curves["site"] == best.site)
+        & (curves["task"] == other["task"].iloc[0])
+        & (curves["phase"] == EVERY_PHASE)
+        & (curves["level"] != "dense")
+    ].sort_values("sparsity")
+    if points.empty:
+        return None
+    enough = points[points["sparsity"] >= best.value]
+    row = next(records(points[-1:] if enough.empty else enough))
+    found = _kept(row) if row.kind not in IN_NATS else _raised(row)
+    if found is None:
+        return None
+    named = f"curves.csv: {row.model}, {row.criterion}, {row.site}, {row.task}, {row.level}"
+    return Advice(f"At level {row.level}, which drops {row.sparsity:.1%}, {found}.", (named,))
+
+
+def _kept(row: Any) -> str | None:
+    if pd.isna(row.retained_low):
+        return None
+    return (
+        f"{row.retained:.1%} of the accuracy over all tasks is kept ({100 * row.retained_low:.1f} to "
+        f"{100 * row.retained_high:.1f})"
     )
-    return Advice(text, (critical_row(best),))
+
+
+def _raised(row: Any) -> str | None:
+    if pd.isna(row.added_loss_low):
+        return None
+    found = [
+        100 * math.expm1(one) for one in (row.added_loss, row.added_loss_low, row.added_loss_high)
+    ]
+    bound = "the bound of the " if row.kind == "bound" else "the "
+    change, low, high = found
+    return f"{bound}perplexity of {row.task} changes by {change:+.1f} % ({low:+.1f} to {high:+.1f})"
 
 
 def _by_itself(curves: pd.DataFrame, site: str) -> Advice | None:
@@ -169,9 +212,10 @@ def _by_itself(curves: pd.DataFrame, site: str) -> Advice | None:
     row = next(records(rows))
     named = f"curves.csv: {row.model}, {row.criterion}, {site}, {row.task}, dense"
     if row.sparsity < SPARSE:
+        little = "Next to nothing" if row.sparsity < NOTHING else "Little"
         text = (
-            f"Next to nothing: {row.sparsity:.1%} of the untouched model's {site} entries are "
-            "exact zeros, so that whatever is left out changes what it says."
+            f"{little}: {row.sparsity:.1%} of the untouched model's {site} entries are "
+            "exact zeros, so that whatever else is left out changes what it says."
         )
     else:
         text = (
@@ -192,32 +236,11 @@ def _untold(rows: pd.DataFrame) -> Iterator[Advice]:
             ">=": "no level that was measured crosses the bar for certain",
             "<": "the mildest level is below the bar already, or may be",
         }.get(relation, "its interval is too wide, or it was drawn from too few samples")
+        measure = "average accuracy" if task == AVERAGE else task
         yield Advice(
-            f"By {task}, of {', '.join(dict.fromkeys(curves))}: {why}.",
+            f"By {measure}, of {', '.join(dict.fromkeys(curves))}: {why}.",
             tuple(critical_row(row) for row in records(some)),
         )
-
-
-def _speedups(row: Any, curves: pd.DataFrame) -> tuple[float, float]:
-    """Ideal speed-ups at the ends of a crossing's interval."""
-    points = curves[
-        (curves["criterion"] == row.criterion)
-        & (curves["site"] == row.site)
-        & (curves["task"] == row.task)
-        & (curves["phase"] == EVERY_PHASE)
-        & curves["sparsity"].notna()
-        & curves["ideal_speedup"].notna()
-    ].sort_values("sparsity")
-    shares = 1 - 1 / points["ideal_speedup"]
-    ends = np.interp([row.interval_low, row.interval_high], points["sparsity"], shares)
-    low, high = (1 / (1 - ends)).tolist()
-    return low, high
-
-
-def _between(row: Any, curves: pd.DataFrame) -> str:
-    """The interval of the ideal speed-up, with < and > where its ends lie beyond what was measured."""
-    low, high = _speedups(row, curves)
-    return f"{'<' if row.low_open else ''}{low:.2f} to {'>' if row.high_open else ''}{high:.2f}"
 
 
 def _batch(row: Any) -> str:
@@ -232,18 +255,3 @@ def _batch(row: Any) -> str:
     if most == 1:
         return f"two tokens with nothing in common gain less than {gain} together"
     return f"of tokens with nothing in common, {most} together still gain {gain}, more do not"
-
-
-def _sparsity(row: Any) -> str:
-    sign = {"=": "", ">=": "at least ", "<": "below "}[row.relation]
-    low, high = in_percent(
-        row.interval_low, row.interval_high, 1, opened=(row.low_open, row.high_open)
-    )
-    return f"{sign}{100 * row.value:.1f} % ({low} to {high})"
-
-
-def _task(row: Any) -> str:
-    if row.kind not in IN_NATS:
-        return ", where 1 % of the accuracy over all tasks is lost"
-    bound = "the bound of the " if row.kind == "bound" else "the "
-    return f", where {bound}perplexity of {row.task} is 1 % higher"

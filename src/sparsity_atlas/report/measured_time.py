@@ -100,15 +100,16 @@ def _of_times(rows: pd.DataFrame, crossing: Any) -> Advice:
     if first.timed == TOKEN:
         what = f"a token behind {first.context:g} others{together} is"
     gains = " and ".join(_gain(row) for row in fewest)
+    by_bytes = " and ".join(dict.fromkeys(f"{row.ideal_speedup:.2f}" for row in fewest))
     where = f"where it crosses {first.of}"
     if crossing.relation == ">=":
         where = f"at the largest sparsity measured, where it does not yet cross {first.of}"
     if not crossing.resolved:
         where += ", as far as the data tell, which do not resolve it"
     text = (
-        f"{first.criterion} at {first.site}, {where} ({first.sparsity:.1%} of the text "
-        f"dropped): on {first.device} in {first.dtype} {what} {gains}; by bytes it would be "
-        f"{first.ideal_speedup:.2f} times. Dense is caught up with {', '.join(map(_pays, fewest))}. "
+        f"{first.criterion} at {first.site}, {where} ({first.sparsity:.1%} of the entries "
+        f"dropped in a text of the run): on {first.device} in {first.dtype} {what} {gains}; by bytes it "
+        f"would be {by_bytes} times. Dense is caught up with {', '.join(map(_pays, fewest))}. "
         f"{_batch(rows, counts)}"
     )
     if first.timed == TOKEN:
@@ -119,7 +120,7 @@ def _of_times(rows: pd.DataFrame, crossing: Any) -> Advice:
 def _gain(row: Any) -> str:
     text = f"{row.speedup:.2f} times as fast as dense {_BY[row.threshold]}"
     if not _told(row):
-        text += ", not told from none by the spread of the times,"
+        text += " (not told from none by the spread of the times)"
     return text
 
 

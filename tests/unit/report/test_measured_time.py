@@ -57,11 +57,12 @@ def test_what_a_token_gains_and_at_which_batch_that_stops(some: Tables) -> None:
     (one,) = advices(with_rows(some, *own(1), *own(2), *own(4)), "small")
     # 100 over 70 and 80; of two 100 over 82, of four 100 over 93.5, and ten more to find thresholds.
     assert one.text == (
-        "topp at input, where it crosses prose PPL-1% (60.0% of the text dropped): on Some GPU in bfloat16 "
-        "a token behind 512 others is 1.25 times as fast as dense with thresholds found at each token and "
-        "1.43 times as fast as dense with fixed thresholds; by bytes it would be 1.43 times. Dense is caught "
-        "up with from 20% on with thresholds found at each token, from 0% on with fixed thresholds. Of 1, 2, "
-        "4 tokens decoded together all gain 5% at the least. Copies of weights take 1.0 MiB."
+        "topp at input, where it crosses prose PPL-1% (60.0% of the entries dropped in a text of the run): "
+        "on Some GPU in bfloat16 a token behind 512 others is 1.25 times as fast as dense with thresholds "
+        "found at each token and 1.43 times as fast as dense with fixed thresholds; by bytes it would be "
+        "1.43 times. Dense is caught up with from 20% on with thresholds found at each token, from 0% on "
+        "with fixed thresholds. Of 1, 2, 4 tokens decoded together all gain 5% at the least. Copies of "
+        "weights take 1.0 MiB."
     )
     assert one.rows == (
         "critical_sparsity.csv: small, topp, input, prose, PPL-1%",
