@@ -21,6 +21,7 @@ from snakemake.logging import ColorizingTextHandler, DefaultFilter, DefaultForma
 from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
 
+from sparsity_atlas import progress
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.plan.corrections import Seconds
 from sparsity_atlas.plan.schedule import Key
@@ -38,11 +39,13 @@ NOISE = (
 ECHO = "RuleException:\nCalledProcessError"
 
 
-# What a search says of each level as it ends (`sparsity_atlas.evaluation.search`), and in it what is left.
-LEVEL = re.compile(
-    r"level \S+: .*; took (?P<took>\d+) s, (?:at most (?P<more>\d+) more.*|the last)$"
-)
+# What a search says of each level as it ends (`sparsity_atlas.evaluation.search`).
+LEVEL = re.compile(r"level \S+: .*; took \d+ s, (?:at most \d+ more.*|the last)$")
 POLL = 1.0
+# Seconds after which something is said again, and the same as a share of the run so far.
+SILENCE, OF_RUN = 15.0, 0.05
+# Jobs that are named then.
+FEW = 3
 
 # What the Snakefile expects of its jobs: called once, when the jobs of a run are known.
 _expected: Callable[[], list[tuple[Key, Seconds]]] | None = None
@@ -73,8 +76,6 @@ class _Job:
     began: float
     log: Path | None
     said: int = 0  # bytes of the log that were looked at
-    levels: int = 0
-    seconds: float = 0.0  # of all these
 
 
 def duration(seconds: float) -> str:
@@ -152,6 +153,7 @@ class LogHandler(LogHandlerBase):
         self._counts: dict[str, int] = {}
         self._time: TimeLeft | None = None
         self._done = 0
+        self._began = self._spoke = time.monotonic()
         # Records come from Snakemake's thread, levels from one of our own.
         self._state = threading.RLock()
         self._stopped = threading.Event()
@@ -197,7 +199,7 @@ class LogHandler(LogHandlerBase):
     def _begin(self, job: dict[str, Any]) -> None:
         now = time.monotonic()
         rule, wildcards = job["rule_name"], dict(job["wildcards"].items())
-        log = Path(job["log"][0]) if rule == "search" and job["log"] else None
+        log = Path(job["log"][0]) if job["log"] else None
         with self._state:
             if self._time is None:
                 self._time = TimeLeft(self._counts, _forecast())
@@ -233,14 +235,21 @@ class LogHandler(LogHandlerBase):
         return "" if left is None else f", about {duration(left)} left"
 
     def _watch(self) -> None:
-        """Say what searches do while they run: a job's own output goes into its log."""
+        """Say what jobs do while they run: a job's own output goes into its log."""
         while not self._stopped.wait(POLL):
             with self._state:
                 for jobid in list(self._jobs):
                     self._look(jobid)
+                now = time.monotonic()
+                if now - self._spoke > max(SILENCE, OF_RUN * (now - self._began)):
+                    names = [f"{job.rule} {job.what}".strip() for job in self._jobs.values()]
+                    more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
+                    text = f"{', '.join(names[:FEW])}{more}"
+                    if rest := self._rest(now):
+                        self._say(f"{'':>11} {text} …{rest}")
 
     def _look(self, jobid: int) -> None:
-        """Say the levels that a search has ended since the last look."""
+        """See what a job has said since the last look, and show the levels that a search has ended."""
         job = self._jobs.get(jobid)
         if job is None or job.log is None or self._time is None:
             return
@@ -254,14 +263,13 @@ class LogHandler(LogHandlerBase):
         whole = text[: text.rfind(b"\n") + 1]
         job.said += len(whole)
         for line in whole.decode(errors="replace").splitlines():
-            if found := LEVEL.match(line):
-                now = time.monotonic()
-                job.levels += 1
-                job.seconds += float(found["took"])
-                rest = int(found["more"] or 0) * job.seconds / job.levels
-                self._time.reach(jobid, job.seconds, rest, now)
+            now = time.monotonic()
+            if done := progress.read(line):
+                self._time.reach(jobid, *done, now)
+            elif job.rule == "search" and LEVEL.match(line):
                 self._say(f"{'':>11} {job.rule} {job.what}: {line}{self._rest(now)}")
 
     def _say(self, text: str) -> None:
+        self._spoke = time.monotonic()
         self._default.stream.write(text + "\n")
         self._default.flush()

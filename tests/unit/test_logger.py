@@ -138,3 +138,40 @@ def test_a_run_goes_on_where_nothing_can_be_expected(
 )
 def test_times_are_said_to_within_a_twentieth(seconds: float, said: str) -> None:
     assert plugin.duration(seconds) == said
+
+
+def test_what_a_job_says_of_its_work_is_heard_and_not_shown(
+    handler: plugin.LogHandler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[tuple[int, float, float]] = []
+    monkeypatch.setattr(
+        plugin.TimeLeft, "reach", lambda self, job, done, of, now: heard.append((job, done, of))
+    )
+    log = tmp_path / "dense.log"
+    handler._counts = {"dense": 1}
+    begin(handler, 1, "dense", log, model="m")
+    log.write_text("kernels: compiled (numba)\nevaluated 0.03 of 1\nevaluated 0.2 of")
+    for _ in range(500):
+        if heard:
+            break
+        time.sleep(0.01)
+    with log.open("a") as file:
+        file.write(" 1\ncaptured 8 of 16 sequences\n")
+    tell(handler, LogEvent.JOB_FINISHED, job_id=1)
+    assert heard == [(1, 0.03, 1.0), (1, 0.2, 1.0), (1, 8.0, 16.0)]
+    assert len(shown(handler, 2)) == 2
+
+
+def test_a_long_job_is_not_passed_over_in_silence(
+    handler: plugin.LogHandler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugin, "SILENCE", 0.2)
+    jobs = {Key("model", "m"): Seconds(0.1), Key("dense", "m"): Seconds(100.0, 500.0)}
+    plugin.expect(lambda: list(jobs.items()))
+    handler._counts = {"model": 1, "dense": 1}
+    begin(handler, 1, "model", tmp_path / "model.log", model="m")
+    tell(handler, LogEvent.JOB_FINISHED, job_id=1)
+    begin(handler, 2, "dense", tmp_path / "dense.log", model="m")
+    said = shown(handler, 4)[3]
+    assert said.startswith(f"{'':>11} dense m …, about ")
+    assert said.endswith(" left")

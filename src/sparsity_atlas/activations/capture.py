@@ -46,6 +46,7 @@ from sparsity_atlas.models.memory import (
     of_a_capture,
     of_a_pass,
 )
+from sparsity_atlas.progress import Progress
 from sparsity_atlas.sites.available import Available
 from sparsity_atlas.terms import DIFFUSION, KINDS, TENSORS, plain
 
@@ -145,6 +146,7 @@ def capture(
     recorded: deque[Future[None]] = deque()
     # All of a part and its record.
     pending = PENDING if under_way == 1 else len(arrays) + 1
+    progress = Progress("captured", sequences, "sequences")
     with headless, Writer(pending, threads=min(PENDING, torch.get_num_threads())) as writer:
         for start in range(len(journal.records) * part, sequences, part):
             while len(recorded) >= under_way:
@@ -188,7 +190,7 @@ def capture(
                     for name, group in missing.items()
                 }
                 journal.append(checksums)
-                cli.logger.info("captured %d of %d sequences", end, sequences)
+                progress.reach(end)
 
             with torch.no_grad(), observe_places(model, places, keep):
                 for one in batches:

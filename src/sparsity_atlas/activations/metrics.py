@@ -22,6 +22,7 @@ from sparsity_atlas.activations.quantiles import MagnitudeQuantiles
 from sparsity_atlas.activations.store import ActivationStore, Rows, read_ahead
 from sparsity_atlas.files.parquet import write_parquet
 from sparsity_atlas.files.whole import read_manifest
+from sparsity_atlas.progress import told
 from sparsity_atlas.terms import EXPERTS, NAMED_PARTS, PARTS, TENSORS
 
 # An entry is near zero when it is at most this share of its token's largest magnitude.
@@ -266,12 +267,16 @@ def main() -> None:
     for name in manifest["tensors"]:
         store.check(name)
     named = {part_of(name): name for name in manifest["tensors"]}
-    rows = [
-        {"tensor": tensor, "layer": layer, "part": part, **row}
+    stored = [
+        (tensor, part, layer)
         for tensor in TENSORS[manifest["site"]]
         for part in PARTS
         if (part, tensor) in named
         for layer in store.layers(named[part, tensor])
+    ]
+    rows = [
+        {"tensor": tensor, "layer": layer, "part": part, **row}
+        for tensor, part, layer in told(stored, "measured", "layers")
         for row in part_metrics(store, part, tensor, layer, arguments.points)
     ]
     schema = SCHEMA_OF_PARTS if any(part in NAMED_PARTS for part, _ in named) else SCHEMA

@@ -26,6 +26,7 @@ from sparsity_atlas.files.whole import read_manifest, write_atomically
 from sparsity_atlas.loading.devices import how
 from sparsity_atlas.loading.pretrained import load, load_tokenizer
 from sparsity_atlas.models.manifest import from_manifest
+from sparsity_atlas.progress import told
 from sparsity_atlas.sites.available import Available
 from sparsity_atlas.sites.part import chosen
 from sparsity_atlas.terms import TENSORS, stored
@@ -107,7 +108,8 @@ def calibrate(
     check_places(criterion, parts, site, type(criterion).__name__)
     states = {}
     with torch.no_grad():
-        for part in parts:
+        uniform = criterion.allocation == "uniform"
+        for part in told(parts, "calibrated", "parts") if uniform else parts:
             for place in places([part], site):
                 sample = StoreSample(store, part, place, site, tokens)
                 if place.experts:
@@ -116,7 +118,7 @@ def calibrate(
                     found = {state_name(place.key): criterion.calibrate(place, sample)}
                 for name, state in found.items():
                     states[name] = {key: value.float() for key, value in state.items()}
-    if criterion.allocation == "uniform":
+    if uniform:
         return states
 
     from sparsity_atlas.calibrate.allocation import allocate

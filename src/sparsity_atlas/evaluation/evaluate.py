@@ -30,6 +30,7 @@ from sparsity_atlas.evaluation.step_table import step_rows
 from sparsity_atlas.evaluation.texts.text_table import text_rows
 from sparsity_atlas.files.journal import Journal
 from sparsity_atlas.files.whole import canonical, digest, locked, write_manifest
+from sparsity_atlas.progress import Progress, ShareDone
 from sparsity_atlas.sites.available import Available
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def evaluate_node(
     node: Node | None,
     folder: Path,
     metrics: dict[str, str | None] | None = None,
+    told: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Any]:
     """Evaluate one node on the session's loaded model, continuing what `folder` already holds.
 
@@ -56,6 +58,7 @@ def evaluate_node(
         folder: where the node's files are kept.
         metrics: of tasks, as the configuration names them; looked at here, if given, so that one that
             there will not be is known before the first forward pass.
+        told: takes the share of it that is done, after each batch.
 
     Returns:
         What was written to `eval.json`. A task that cannot be run, or in which NaN or an infinity came
@@ -87,7 +90,8 @@ def evaluate_node(
         )
         written = time.monotonic()
         session.lm.forget_early()
-        turns = _Turns(session, node, kept, identity)
+        done = ShareDone(session.tasks, told)
+        turns = _Turns(session, node, kept, identity, done)
         for name in turns:
             task = session.tasks[name]
             fingerprint = {
@@ -98,12 +102,14 @@ def evaluate_node(
             journal_path = _journal(folder, name)
             if kept.has(name, key):
                 journal_path.unlink(missing_ok=True)
+                done.leave(name)
             else:
                 try:
-                    done = run_task(session, node, name, journal_path, fingerprint, turns)
+                    found = run_task(session, node, name, journal_path, fingerprint, turns)
                 except (TaskFailure, NumericalFailure) as failure:
-                    done = Finished.failed(str(failure))
-                kept.put(name, key, done, journal_path)
+                    found = Finished.failed(str(failure))
+                kept.put(name, key, found, journal_path)
+                done.end(name)
             if time.monotonic() - written >= WRITE_SECONDS:
                 kept.write()
                 written = time.monotonic()
@@ -145,9 +151,15 @@ class _Turns:
     """
 
     def __init__(
-        self, session: Session, node: Node | None, kept: Kept, identity: dict[str, Any]
+        self,
+        session: Session,
+        node: Node | None,
+        kept: Kept,
+        identity: dict[str, Any],
+        done: ShareDone,
     ) -> None:
         self._session, self._node, self._kept, self._identity = session, node, kept, identity
+        self.done = done
         self._left = list(session.tasks)
         self._chosen: str | None = None
         self._looked_at: set[str] = set()
@@ -190,7 +202,9 @@ class _Turns:
             else:
                 continue
             self._looked_at.add(name)
-            found += [] if work is None else [work]
+            if work is not None:
+                self.done.know(name, work.positions)
+                found.append(work)
         return found
 
     def _is_kept(self, name: str) -> bool:
@@ -246,6 +260,9 @@ def run_task(
             seed_as_lm_eval(session.seed)
             session.lm.following = turns.following if turns else lambda: None
             session.lm.fitting = fitting
+            if turns:
+                turns.done.begin(name, prepared.work.positions)
+                session.lm.ran = turns.done.ran
             session.lm.start(journal, counter, prepared.work)
             outcome = evaluator.evaluate(
                 session.lm,
@@ -261,6 +278,7 @@ def run_task(
             )
     finally:
         journal.close()
+        session.lm.ran = lambda count, now: None
     usage = session.lm.usage
     return Finished(
         # As a later run reads it from the table, so that eval.json has the same bytes.
@@ -319,6 +337,8 @@ def main(
     session = open_session(arguments.model, arguments.settings, code)
     if calibration is not None:
         session.check_disjoint(calibration)
-    result = evaluate_node(session, node, cli.folder_of(arguments.output), arguments.metrics)
+    progress = Progress("evaluated", 1)
+    folder = cli.folder_of(arguments.output)
+    result = evaluate_node(session, node, folder, arguments.metrics, progress.reach)
     for name, task in result["tasks"].items():
         cli.logger.info("%s: %s", name, task.get("reason") or headline(task))

@@ -26,6 +26,7 @@ from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.evaluation.samples import read_table, sparsity_at
 from sparsity_atlas.evaluation.session import Session
 from sparsity_atlas.files.whole import read_manifest, write_manifest
+from sparsity_atlas.progress import Progress
 from sparsity_atlas.tasks.score import choose_metric, pooled_score
 from sparsity_atlas.terms import AVERAGE, IN_NATS, Kind, plain, tensors_at
 
@@ -189,6 +190,11 @@ def search(
     dense_values = read_values(dense_folder, headline)
     points: list[Point] = []
     seconds: list[float] = []
+    progress = Progress("evaluated", wanted.most_levels, "levels", most=True)
+
+    def told(share: float) -> None:
+        progress.reach(len(points) + share)
+
     while True:
         level = next_level(
             points, dense_sparsity, levels, wanted.max_levels, wanted.resolution, further
@@ -197,7 +203,7 @@ def search(
             break
         began = time.monotonic()
         node = Node.make(criterion, site, level, calibration)
-        manifest = evaluate_node(session, node, folder / level)
+        manifest = evaluate_node(session, node, folder / level, told=told)
         scores = read_scores(folder / level, metrics)
         point = Point(
             level,

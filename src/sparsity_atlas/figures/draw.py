@@ -36,6 +36,7 @@ from sparsity_atlas.figures.studies import (
     truth_by_layer,
 )
 from sparsity_atlas.figures.style import SUFFIXES, arrange, save, styled
+from sparsity_atlas.progress import told
 from sparsity_atlas.tables.read import Tables, read_tables
 
 # Which function draws which figure of the catalogue.
@@ -91,7 +92,7 @@ def draw_all(tables: Tables, folder: Path, names: Iterable[str] = tuple(DRAW)) -
     """Write figures into a folder, by default all of them."""
     whole = tables.without_single_layers()
     with styled():
-        for name in names:
+        for name in told(list(names), "drawn", "figures"):
             # A panel or a line for each of many layers would hide all others; what ARM does to texts before
             # the prompts may stand there alone.
             alone = name == "single_layers" or (name == "inserted" and whole.inserted.empty)

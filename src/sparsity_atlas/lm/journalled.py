@@ -86,6 +86,8 @@ class JournalledLM(PromptLM):
         following: gives the task that is run after the one in hand, at the same sites, if it is ready: its
             first batch is begun before the last one of the task in hand is read.
         fitting: further tasks, all of which are to fit before the next one starts.
+        ran: is told of each batch how many of the task have been run, and whether this one was now, not
+            before an interruption.
         tries: whether requests may be built, and the model run to see what it does right.
     """
 
@@ -102,6 +104,7 @@ class JournalledLM(PromptLM):
         self.sizes: Sizes | None = None
         self.following: Callable[[], Arranged | None] = lambda: None
         self.fitting: Sequence[Arranged] = ()
+        self.ran: Callable[[int, bool], None] = lambda count, now: None
         self.tries = True
         self._fits = 0  # bytes that were seen to be there
         self._early: Early | None = None
@@ -254,8 +257,10 @@ class JournalledLM(PromptLM):
 
     def _batch(self, compute: Callable[[], Any]) -> Any:
         """The next batch's record: from the journal if an earlier run got so far."""
-        if self._replayed == len(self._journal.records):
+        now = self._replayed == len(self._journal.records)
+        if now:
             self._journal.append(compute())
         record = self._journal.records[self._replayed]
         self._replayed += 1
+        self.ran(self._replayed, now)
         return record

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 # what is put before it.
 Encoding = tuple[list[int], ...]
 
+# What generation behind a prompt is worth, in positions: roughly, for what share of a task is done.
+ROOM = 1000
+
 
 @dataclass
 class Arranged:
@@ -56,6 +59,17 @@ class Arranged:
         """What its passes are for."""
         raise NotImplementedError
 
+    @property
+    def positions(self) -> list[int]:
+        """Of each batch the positions, padding included, in the order in which they are run."""
+        raise NotImplementedError
+
+    def of_prompts(self) -> list[int]:
+        """Positions of each batch of prompts."""
+        return [
+            len(some) * (ROOM + max(self.lengths[one] for one in some)) for some in self.prompts
+        ]
+
 
 @dataclass
 class Work(Arranged):
@@ -72,6 +86,12 @@ class Work(Arranged):
         """What its passes are for."""
         scored: list[Phase] = [SCORING] if any(self.batches.values()) else []
         return scored + ([PROMPT, GENERATION] if self.prompts else [])
+
+    @property
+    def positions(self) -> list[int]:
+        """See `Arranged.positions`."""
+        scored = [batch.tokens.size for some in self.batches.values() for batch in some]
+        return scored + self.of_prompts()
 
     @property
     def first(self) -> forest.Batch | None:

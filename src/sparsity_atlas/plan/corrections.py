@@ -18,6 +18,12 @@ LIGHT = {"run_config", "metrics", "curve", "model_summary", "tables", "figures",
 LIGHT |= {"truthfulness"}
 # Work of these says nothing of others', nor theirs of it: it goes by widths on a CPU, or by a criterion.
 APART = {"metrics", "calibrate", "truthfulness", "run_config"}
+# These say how much of their work is done (`sparsity_atlas.progress`): one that has said nothing starts.
+TELLING = {"capture", "metrics", "calibrate", "dense", "evaluate", "search", "output_error"}
+TELLING |= {"sensitivity", "figures", "page"}
+# The first job that runs a model on its tasks builds requests and has kernels compiled, which is kept: of other
+# rules' starts its own says little.
+COMPILING = {"dense"}
 # Of a model's captures one works, and the others wait for it.
 WAITING = {"capture"}
 # What jobs of another model count.
@@ -130,8 +136,8 @@ class Corrections:
         share = max(share, LEAST)
         return _Part(one.key, share * one.took, one.forecast.work, one.count, share)
 
-    def expected(self, key: Key, forecast: Seconds) -> float:
-        """Seconds of a job, corrected.
+    def expected(self, key: Key, forecast: Seconds) -> Seconds:
+        """Of a job, corrected.
 
         Args:
             key: the job.
@@ -141,13 +147,15 @@ class Corrections:
         if kind not in self._found:
             self._found[kind] = self._factors(key)
         factor = self._found[kind]
-        return forecast.start * factor.start + forecast.work * factor.work
+        return Seconds(forecast.start * factor.start, forecast.work * factor.work)
 
     def _factors(self, key: Key) -> Seconds:
         start = _factor(key, self._starts, _distance_of_starts, 1.0)
         like = [one for one in self._starts if _distance_of_starts(key, one.key) == 0]
         alike = _factor(key, like, _distance_of_starts, 1.0)
-        return Seconds(start, _factor(key, self._works, _distance, alike))
+        # Without a model work is more of what a start is.
+        prior = start if key.rule in LIGHT else alike
+        return Seconds(start, _factor(key, self._works, _distance, prior))
 
 
 def _factor(
@@ -192,6 +200,8 @@ def _distance(key: Key, other: Key) -> int | None:
         return 0
     if key.rule in APART or other.rule in APART or other.rule in WAITING:
         return None
+    if (key.rule in LIGHT) != (other.rule in LIGHT):
+        return None  # how fast figures are drawn does not go by a model's passes
     return 1 if (key.rule in EVALUATING) == (other.rule in EVALUATING) else FARTHEST
 
 
@@ -199,4 +209,6 @@ def _distance_of_starts(key: Key, other: Key) -> int | None:
     """All jobs with a model start alike."""
     if other.rule in APART or other.rule in WAITING:
         return 0 if key.rule == other.rule else None
+    if other.rule in COMPILING and key.rule != other.rule:
+        return None if key.rule in LIGHT else FARTHEST
     return 0 if (key.rule in LIGHT) == (other.rule in LIGHT) else FARTHEST

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from sparsity_atlas.plan.corrections import Corrections, Seconds, Seen
+from sparsity_atlas.plan.corrections import TELLING, Corrections, Seconds, Seen
 from sparsity_atlas.plan.schedule import LAST, Key, makespan
 
 # Of these the first job of a model does the work for all of them, whichever it is.
@@ -22,6 +22,10 @@ HALF_LIFE, OLDEST = 0.15, 0.2
 FEWER, ALONE = -0.0875, -0.25
 # A job that takes longer than was expected is taken to be so far.
 OVERDUE = 0.8
+# Done when a job says something first, no more than such a share of its work is a start alone.
+LITTLE = 0.1
+# The share of a job that has to be seen to say as much of its rest as its forecast does.
+EARLY = 0.02
 
 
 @dataclass
@@ -29,10 +33,17 @@ class _Running:
     key: Key
     began: float
     forecast: Seconds
-    rest: float | None = None  # as it said
+    of: float = 0.0  # what it said last that there is to do, at the most; 0: it has said nothing
+    done: float = 0.0  # share of this that was done then
     told_at: float = 0.0
-    worked: float = 0.0  # up to then, since its start was over
-    counted: float = 0.0  # of the work that was forecast, what this stands for
+    started: float = (
+        0.0  # seconds until it said something first, if how much of them was work is not known
+    )
+    took: float = (
+        0.0  # for what was done since it said something first, older parts less than whole
+    )
+    share: float = 0.0  # what was done in that time
+    counted: float = 0.0  # of the work that was forecast, what all this stands for
 
 
 @dataclass
@@ -53,14 +64,15 @@ class TimeLeft:
     _seen: dict[tuple[Key, bool, bool], tuple[Seen, float]] = field(init=False)
     _start: float | None = field(init=False, default=None)
     _usual: dict[str, Seconds] = field(init=False)
+    # Whether jobs say how much of their work is done; None: nobody has had to yet.
+    _heard: bool | None = field(init=False, default=None)
     _at_once: int = field(init=False, default=1)
-    # What jobs took that had said a rest, and what was left of it when they ended.
-    _told: float = field(init=False, default=0.0)
-    _unused: float = field(init=False, default=0.0)
+    # Of each rule the shares of what they said there is to do, at the most, at which jobs ended.
+    _ends: dict[str, list[float]] = field(init=False)
 
     def __post_init__(self) -> None:
         self._waiting, self._begun = defaultdict(list), defaultdict(int)
-        self._seen = {}
+        self._seen, self._ends = {}, defaultdict(list)
         for key, seconds in self.forecast:
             self._waiting[key.rule].append((key, seconds))
         self._usual = {
@@ -82,42 +94,58 @@ class TimeLeft:
         self._running[job] = _Running(key, now, forecast)
         self._at_once = max(self._at_once, len(self._running))
 
-    def reach(self, job: int, worked: float, rest: float, now: float) -> None:
-        """A running job says what those of its parts took that have ended, and what it still takes by them.
+    def reach(self, job: int, done: float, of: float, now: float) -> None:
+        """A running job says how much of its work is done. When it does so first, its start is over.
 
         Args:
             job: its number.
-            worked: seconds since its start was over.
-            rest: seconds to come.
+            done: in units of its own.
+            of: how much there is to do, at the most.
             now: seconds on the clock.
         """
         one = self._running.get(job)
-        if one is None:
+        if one is None or done <= 0 or of <= 0:
             return
-        if one.rest is None:
-            took = max(now - one.began - worked, 0.0)  # a level's seconds are rounded
-            self._see(Seen(one.key, took, Seconds(start=one.forecast.start)), now)
-        more, whole = worked - one.worked, worked + self._spare(rest, now - one.began)
-        share = min(more / whole, 1.0) if whole else 0.0
-        done = Seconds(work=min(share * one.forecast.work, one.forecast.work - one.counted))
-        self._see(Seen(one.key, more, done, share), now)
-        one.counted += done.work
-        one.rest, one.worked, one.told_at = rest, worked, now
+        self._heard = True
+        share = min(done / of, 1.0)
+        more, took = share - one.done, now - one.told_at
+        if not one.of:
+            one.started = now - one.began
+            if share <= LITTLE:
+                self._see(Seen(one.key, one.started, Seconds(one.forecast.start)), now)
+                one.started = 0.0
+        elif more <= 0:
+            return
+        else:
+            if one.started:
+                # By the pace since then its start was over before so much was done.
+                worked = min(one.done * took / more, one.started)
+                start = Seen(one.key, one.started - worked, Seconds(one.forecast.start))
+                self._see(start, now)
+                more, took, one.started = share, took + worked, 0.0
+            work = min(more / self._end(one) * one.forecast.work, one.forecast.work - one.counted)
+            self._see(Seen(one.key, took, Seconds(work=work), more), now)
+            fresh = self._freshness(one.told_at, now)
+            one.took, one.share = fresh * one.took + took, fresh * one.share + more
+            one.counted += work
+        one.of, one.done, one.told_at = of, share, now
 
     def finish(self, job: int, now: float) -> None:
         """A job has ended."""
         done = self._running.pop(job, None)
         if done is None:
             return
-        if done.rest is None:
+        if not done.of or done.started:
+            if self._tells(done) and not done.of:
+                self._heard = self._heard or False
             took = (now - done.began) / self._alone(done.key)
             self._see(Seen(done.key, took, done.forecast), now)
             return
-        self._told += now - done.began
-        self._unused += max(done.told_at + done.rest - now, 0.0)
+        self._ends[done.key.rule].append(done.done)
         # What it spared was forecast, too.
         left = Seconds(work=done.forecast.work - done.counted)
-        past = self._freshness((done.began + now) / 2, now)
+        # It counts as much as what was not spared does by now.
+        past = done.share / done.done
         self._see(Seen(done.key, now - done.told_at, left, 0.0) * past, now)
 
     def _see(self, one: Seen, now: float) -> None:
@@ -135,16 +163,16 @@ class TimeLeft:
         # A job that has not ended says something once it takes longer than those that have.
         corrections = Corrections(seen)
         seen += [
-            Seen(one.key, now - one.began, one.forecast * OVERDUE)
+            Seen(one.key, now - one.began, self._unseen(one) * OVERDUE)
             for one in self._running.values()
-            if one.rest is None
-            and now - one.began > corrections.expected(one.key, one.forecast) > 0
+            if not one.of
+            and now - one.began > corrections.expected(one.key, self._unseen(one)).total > 0
         ]
         if not seen:
             return None
         corrections = Corrections(seen)
 
-        def expected(key: Key, forecast: Seconds) -> float:
+        def expected(key: Key, forecast: Seconds) -> Seconds:
             return corrections.expected(key, forecast) * self._alone(key)
 
         running = [
@@ -155,7 +183,7 @@ class TimeLeft:
         for rule, count in self.counts.items():
             count -= self._begun[rule]
             later = 1.0 if rule in LAST else self._crowd**FEWER
-            jobs = [(key, expected(key, one) * later) for key, one in self._waiting[rule]]
+            jobs = [(key, expected(key, one).total * later) for key, one in self._waiting[rule]]
             if len(jobs) != count and count > 0:
                 # Which of the forecast's jobs these are is not known.
                 seconds = [one for _, one in jobs]
@@ -178,14 +206,28 @@ class TimeLeft:
         """How much faster a job is than those that were seen, since it runs when no other does."""
         return self._crowd**ALONE if key.rule in LAST else 1.0
 
-    def _spare(self, rest: float, past: float) -> float:
-        """What a job still takes that says at most so much, by the share by which others ended earlier."""
-        spared = self._unused / (self._told or 1.0)
-        return max(rest - spared / (1 + spared) * (past + rest), 0.0)
+    def _end(self, one: _Running) -> float:
+        """At what share a job ends that says at most how much there is to do, by others that came as far."""
+        ends = [end for end in self._ends[one.key.rule] if end > one.done]
+        return sum(ends) / len(ends) if ends else 1.0
 
-    def _rest(self, one: _Running, expected: float, now: float) -> float:
+    def _rest(self, one: _Running, expected: Seconds, now: float) -> float:
         """Seconds that a running job still takes."""
-        past = now - one.began
-        if one.rest is not None:
-            return max(one.told_at + self._spare(one.rest, one.told_at - one.began) - now, 0.0)
-        return max(expected - past, (1 - OVERDUE) / OVERDUE * min(past, expected))
+        if one.of:
+            end = self._end(one)
+            # Seconds of all that there is: as forecast, and more and more as it went.
+            prior = expected.work / end or expected.total
+            whole = (one.took + EARLY * prior) / (one.share + EARLY)
+            return max((end - one.done) * whole - (now - one.told_at), 0.0)
+        past, unseen = now - one.began, expected.start if self._tells(one) else expected.total
+        more = max(unseen - past, (1 - OVERDUE) / OVERDUE * min(past, unseen))
+        return more + expected.total - unseen
+
+    def _tells(self, one: _Running) -> bool:
+        """Whether a job will say when it has started; none does where logs cannot be read while they run."""
+        both = one.forecast.start > 0 and one.forecast.work > 0
+        return both and one.key.rule in TELLING and self._heard is not False
+
+    def _unseen(self, one: _Running) -> Seconds:
+        """What may be going on in a job that has said nothing yet."""
+        return Seconds(one.forecast.start) if self._tells(one) else one.forecast

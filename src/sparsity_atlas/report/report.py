@@ -36,6 +36,7 @@ from sparsity_atlas.figures.style import (
 )
 from sparsity_atlas.files.csv import write_csv
 from sparsity_atlas.files.whole import write_text
+from sparsity_atlas.progress import told
 from sparsity_atlas.report import beside_published, page
 from sparsity_atlas.report.failures import Remains, take_stock
 from sparsity_atlas.report.guidelines import guidelines
@@ -135,7 +136,7 @@ def build(
     groups = page.headline(tables, content)
     sections = []
     with styled():
-        for about in tables.models.to_dict("records"):
+        for about in told(tables.models.to_dict("records"), "drawn", "models"):
             own = tables.of(about["model"])
             share = BUDGET / 2 / len(MODEL_FIGURES) / len(tables.models)
             sections.append(

@@ -28,6 +28,7 @@ from sparsity_atlas.files.parquet import write_parquet
 from sparsity_atlas.loading.devices import how
 from sparsity_atlas.loading.pretrained import load
 from sparsity_atlas.models.manifest import from_manifest
+from sparsity_atlas.progress import told
 from sparsity_atlas.terms import CAUSAL, KINDS, NAMED_PARTS, PlaceKey
 
 if TYPE_CHECKING:
@@ -302,7 +303,9 @@ def main() -> None:
     for tensor in sorted(sources):
         store.check(tensor)
     with torch.no_grad():
-        for layer in by_layer(parts).values():
+        layers = list(by_layer(parts).values())
+        # Of what is asked of prompts beside, a share of the layers says little.
+        for layer in layers if settings.get("prompt_reuse") else told(layers, "measured", "layers"):
             there = list(places(layer, site))
             if not there:  # a layer without such a part
                 continue

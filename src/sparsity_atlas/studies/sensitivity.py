@@ -28,6 +28,7 @@ from sparsity_atlas.files.whole import digest, file_digest
 from sparsity_atlas.loading.devices import how
 from sparsity_atlas.loading.pretrained import load
 from sparsity_atlas.models.manifest import from_manifest
+from sparsity_atlas.progress import Progress
 from sparsity_atlas.statistics.bootstrap import TaskSamples, estimate, interval
 from sparsity_atlas.terms import NAMED_PARTS
 
@@ -127,6 +128,7 @@ def passes(
     from sparsity_atlas.studies.single_layer import model_of, run, run_alone
 
     tries = [None, *((place, level) for place in bound for level in levels)]
+    progress = Progress("made", len(tries), "passes")
     for one in tries[len(journal.records) :]:
         try:
             if one is None:
@@ -138,7 +140,7 @@ def passes(
             journal.append(None)
         else:
             journal.append({"nats": made.nats.tolist(), "zeros": made.zeros.tolist()})
-        cli.logger.info("pass %d of %d", len(journal.records), len(tries))
+        progress.reach(len(journal.records))
     return [_pass(record) for record in journal.records]
 
 

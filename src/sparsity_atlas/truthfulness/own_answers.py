@@ -182,7 +182,7 @@ def capture_last(
                 for tensor, own in layers.items()
             }
             journal.append({"checksums": checksums, "logprob": likely})
-            cli.logger.info("captured %d of %d answers", start + len(some), len(told))
+            cli.logger.info("%d of %d answers are captured", start + len(some), len(told))
         for tensor, own in layers.items():
             blocks = [one["checksums"][tensor] for one in journal.records]
             record = {"fingerprint": key, "dtype": dtype, "rows": block, "blocks": blocks}

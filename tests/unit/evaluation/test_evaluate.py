@@ -541,3 +541,38 @@ def test_damaged_samples_are_named(manifest: Path, tasks: dict, tmp_path: Path) 
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(AtlasError, match=r"samples\.parquet: damaged table"):
         evaluate(manifest, tasks, tmp_path / "node")
+
+
+@pytest.mark.parametrize("node", [None, NODE])
+def test_it_says_how_much_is_done(
+    manifest: Path, tasks: dict, tmp_path: Path, node: Node | None
+) -> None:
+    said: list[float] = []
+    session = open_session(manifest, tasks)
+    evaluate_node(session, node, tmp_path / "node", told=said.append)
+    batches = sum(len(session.prepared(name).work.positions) for name in tasks)
+    assert len(said) == batches
+    assert said == sorted(said)
+    assert said[0] < 0.2
+    assert said[-1] == pytest.approx(1.0)
+
+
+def test_what_was_done_before_an_interruption_is_not_said_again(
+    manifest: Path, tasks: dict, tmp_path: Path
+) -> None:
+    said: list[float] = []
+
+    def stop(share: float) -> None:
+        said.append(share)
+        if share > 0.4:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        evaluate_node(open_session(manifest, tasks), NODE, tmp_path / "node", told=stop)
+    said.clear()
+    session = open_session(manifest, tasks)
+    batches = watch(session)
+    evaluate_node(session, NODE, tmp_path / "node", told=said.append)
+    assert len(said) == len(batches)
+    assert said == sorted(said)
+    assert said[-1] == pytest.approx(1.0)

@@ -68,6 +68,28 @@ class MaskedWork(Arranged):
         scored: list[Phase] = [SCORING] if any(self.batches.values()) else []
         return scored + ([DENOISING] if self.prompts or self.greedy else [])
 
+    @property
+    def positions(self) -> list[int]:
+        """See `Arranged.positions`."""
+        longest = {
+            kind: [len(one.prompt) + len(one.answer) for one in some]
+            for kind, some in self.scored.items()
+        }
+        scored = [
+            len(batch.owners) * max(longest[kind][one] for one in batch.number.tolist())
+            for kind, batches in self.batches.items()
+            for batch in batches
+        ]
+        # As many passes as the answer has tokens.
+        said = [
+            sum(
+                longest["loglikelihood"][one] * len(self.scored["loglikelihood"][one].answer)
+                for one in some
+            )
+            for some in self.greedy
+        ]
+        return [*scored, *said, *self.of_prompts()]
+
     def rows(self, kind: str, batch: RowBatch, padding: int) -> Rows:
         """The rows of a batch.
 
