@@ -192,11 +192,15 @@ def _shown(row: Any) -> dict[str, str]:
         **{"model": row.model, "criterion": row.criterion, "site": row.site, "of": row.of},
         "timed": what + (f", {row.tokens:g} together" if row.tokens > 1 else ""),
         **{"threshold": row.threshold, "sparsity": f"{100 * row.sparsity:.1f}"},
-        "dense": f"{row.dense_us:.1f} ± {row.dense_spread_us / 2:.1f}",
-        "sparse": f"{row.sparse_us:.1f} ± {row.sparse_spread_us / 2:.1f}",
+        "dense": f"{_us(row.dense_us)} ± {_us(row.dense_spread_us / 2)}",
+        "sparse": f"{_us(row.sparse_us)} ± {_us(row.sparse_spread_us / 2)}",
         **{"speedup": f"{row.speedup:.2f}", "ideal": f"{row.ideal_speedup:.2f}"},
         "realised": "" if pd.isna(realised) else f"{realised:.2f}",
         "pays": "never" if pd.isna(pays) else f"{100 * pays:.0f}",
         "copies": f"{row.copies_bytes / 2**20:.1f}",
         "machine": f"{row.device}, {row.dtype}",
     }
+
+
+def _us(microseconds: float) -> str:
+    return f"{microseconds:,.1f}" if microseconds < 1000 else f"{microseconds:,.0f}"

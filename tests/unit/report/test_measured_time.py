@@ -158,6 +158,8 @@ def test_the_table_of_own_points(some: Tables) -> None:
     (found, fixed) = own_points(with_rows(some, *shares, *own(1), *own(2)))
     assert found["timed"] == "token behind 512"
     assert (found["dense"], found["sparse"]) == ("100.0 ± 0.5", "80.0 ± 0.5")
+    (slow, _) = own_points(with_rows(some, *own(1, sparse_us=30739.4, sparse_spread_us=1250.4)))
+    assert slow["sparse"] == "30,739 ± 625.2"
     # Of 30 % that need not be read 20 are saved, or all.
     assert (found["realised"], fixed["realised"]) == ("0.67", "1.00")
     assert (found["pays"], fixed["pays"]) == ("20", "0")
@@ -170,4 +172,9 @@ def test_the_page_says_whether_times_were_measured(some: Tables) -> None:
     text = report.build(with_rows(some, *own(1)), [], "a: 1\n")
     assert "No time was measured in this run" not in text
     assert 'id="speed"' in text
-    assert "Some GPU, bfloat16" in text
+    assert "Machine: Some GPU, bfloat16." in text
+    assert '<th scope="col">Machine</th>' not in text
+    text = report.build(with_rows(some, *own(1), *own(1, device="Another")), [], "a: 1\n")
+    assert "Machine: " not in text
+    assert '<th scope="col">Machine</th>' in text
+    assert '<td class="name">Another, bfloat16</td>' in text
