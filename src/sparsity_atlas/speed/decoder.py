@@ -36,6 +36,9 @@ class Decoder:
 
     What is attached to the model, or replaced in it, when the first step runs is part of all of them, until
     `changed` is called.
+
+    Attributes:
+        joined: layers whose small steps are joined in the recorded step; 0 while none is recorded.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class Decoder:
             join: on a GPU, join the small steps of layers for which that is right (see `joined`), unless a
                 whole step, of the model as it is, turns out to be another one than that of its own layers.
         """
-        self._model, self._join = model, join
+        self._model, self._join, self.joined = model, join, 0
         self._called = Called(model)
         self._step = Step(self._called, None, rows, size, masks, STEPS)
         self._recorded = False
@@ -154,7 +157,7 @@ class Decoder:
         self._recorded = True
 
     def _record_step(self) -> None:
-        with joined(self._model) if self._join else nullcontext():
+        with joined(self._model) if self._join else nullcontext(0) as self.joined:
             # A recorded step knows addresses: what has tensors there must not go before the step does.
             self._held = _attached(self._model)
             self._step.record()

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsity_atlas import cli
 from sparsity_atlas.decoding.trial import Time
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.lm.continuous.able import refusal_of_model
 from sparsity_atlas.lm.continuous.ring_proof import proved
-from sparsity_atlas.speed.decoder import ROUNDS, STEPS, Decoder
+from sparsity_atlas.speed.decoder import ROUNDS, STEPS, Decoder, records
 from sparsity_atlas.speed.part_times import weights_met
 from sparsity_atlas.speed.replaced import replaced
 from sparsity_atlas.speed.speed_table import TOKEN
@@ -86,7 +87,8 @@ def token_rows(
             continue
         for count in tokens:
             try:
-                yield from _of_batch(whole, text, ids, points, context, count, masks)
+                first = (context, count) == (contexts[0], tokens[0])
+                yield from _of_batch(whole, text, ids, points, context, count, masks, first=first)
             except AtlasError as error:
                 yield {**refused(TOKEN, str(error)), "context": context}
                 break
@@ -122,6 +124,8 @@ def _of_batch(
     context: int,
     count: int,
     masks: Masks,
+    *,
+    first: bool,
 ) -> Iterator[dict[str, Any]]:
     decoder = Decoder(whole.model, count, context + STEPS, masks=masks)
 
@@ -138,9 +142,12 @@ def _of_batch(
         fewest = min(FEWEST_STEPS, STEPS)
         steps = int(ROUND * 1e6 / decoder.timed(context, 2, fewest).median)
         steps = min(STEPS, max(fewest, steps))
+        if first:
+            _say_joined(whole.model, decoder.joined)
         dense.add("library", timed(steps))
-        first = points[0]
-        within = replaced(whole.model, whole.parts, whole.site, first.bound, first.seen.level)
+        mildest = points[0]
+        begin = mildest.bound, mildest.seen.level
+        within = replaced(whole.model, whole.parts, whole.site, *begin)
         with within as maps:
             for point in points:
                 for way in point.ways:
@@ -151,11 +158,24 @@ def _of_batch(
                             **{"timed": TOKEN, "context": context, "tokens": count},
                             **{"copies_bytes": maps.copies},
                             **point.row(way, timed(steps), share),
+                            "layers": decoder.joined if records(whole.model.device) else None,
                         }
                     )
         # Once more: what else a machine did meanwhile may have come or gone.
         dense.add("library", timed(steps))
     yield from dense.finished(rows, whole.weights * whole.model.dtype.itemsize)
+
+
+def _say_joined(model: PreTrainedModel, count: int) -> None:
+    """Name layers whose steps are recorded as they are, in dense steps and in sparse ones."""
+    layers = getattr(model.get_decoder(), "layers", ())
+    if records(model.device) and count < len(layers):
+        kinds = ", ".join(dict.fromkeys(type(one).__name__ for one in layers))
+        cli.logger.info(
+            "whole tokens: %d of %d layers (%s) are timed as the model has them, the others with their small "
+            "steps joined, dense and sparse alike",
+            *(len(layers) - count, len(layers), kinds),
+        )
 
 
 def _pieces(ids: Tensor, length: int, count: int) -> Tensor:

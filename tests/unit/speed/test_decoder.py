@@ -194,6 +194,7 @@ def test_joined_layers_that_give_other_logits_are_not_used(
     tokens = right.go_on(2)
     assert dtype == torch.bfloat16 or torch.equal(tokens, wanted)
     assert taken
+    assert right.joined == 2
     assert not caplog.messages
 
     def late(self: _Joined, x: torch.Tensor, *arguments: Any, **options: Any) -> Any:
@@ -202,6 +203,7 @@ def test_joined_layers_that_give_other_logits_are_not_used(
 
     monkeypatch.setattr(_Joined, "forward", late)
     assert torch.equal(wrong.go_on(2), wanted)
+    assert wrong.joined == 0
     assert len(caplog.messages) == 1
     assert caplog.messages[0].startswith(
         "joined layers give other logits than the model's own: relat"

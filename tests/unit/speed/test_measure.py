@@ -139,6 +139,19 @@ def test_tokens_of_a_slow_model_are_timed_in_rounds_of_fewer(
     assert set(asked[1:]) == {(2, steps)}
 
 
+def test_layers_that_are_not_joined_are_named_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sparsity_atlas.speed.token_times.records", lambda device: True)
+    with caplog.at_level("INFO", "sparsity_atlas"):
+        rows = rows_of(tiny_model("gemma2"), "intermediate")
+    assert [text for text in caplog.messages if "joined" in text] == [
+        "whole tokens: 2 of 2 layers (Gemma2DecoderLayer) are timed as the model has them, the others with "
+        "their small steps joined, dense and sparse alike"
+    ]
+    assert {row["layers"] for row in rows if row["timed"] == TOKEN} == {0}
+
+
 @pytest.mark.parametrize("name", ["gpt2", "falcon"])
 def test_maps_of_a_class_of_their_own_are_timed(name: str) -> None:
     rows = rows_of(tiny_model(name, initializer_range=0.3), "all_linear_inputs", tokens=[1])
