@@ -14,8 +14,8 @@ TOKEN_STEPS, MAP_ROUNDS, MAP_BYTES = 320, 24, 6e8
 ANOTHER, TIMINGS, KINDS = 2.0, 24, 3
 # On a GPU, about: kernels are compiled once, and each timing is recorded.
 COMPILING, RECORDING = {"cpu": 0.0, "cuda": 20.0}, {"cpu": 0.0, "cuda": 0.1}
-# Seconds of one timing on a slow machine, where the fewest steps, or rounds over maps, take less.
-LONGEST, FEWEST_STEPS = 5.0, 12
+# Seconds of one timing where the fewest steps, or rounds over maps, take less.
+LONGEST, FEWEST_STEPS = {"cpu": 5.0, "cuda": 0.7}, {"cpu": 12, "cuda": 48}
 LONGEST_MAPS, FEWEST_ROUNDS = {"cpu": 0.5, "cuda": 10.0}, 4
 
 
@@ -28,7 +28,7 @@ def timing_seconds(timing: Timing, parameters: int) -> float:
     """
     rate, beside = RATES[timing.device], STEP_SECONDS[timing.device]
     step = parameters * ITEM_BYTES[timing.dtype] / rate + beside
-    token = min(TOKEN_STEPS * step, max(LONGEST, FEWEST_STEPS * step))
+    token = min(TOKEN_STEPS * step, max(LONGEST[timing.device], FEWEST_STEPS[timing.device] * step))
     # A first round is not timed.
     once, longest = MAP_BYTES / rate + 10 * beside, LONGEST_MAPS[timing.device]
     maps = KINDS * min(MAP_ROUNDS * once, max(longest + once, FEWEST_ROUNDS * once))

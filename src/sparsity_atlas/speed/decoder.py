@@ -17,7 +17,8 @@ from sparsity_atlas.lm.continuous.recorded_step import Step, prompt_columns
 from sparsity_atlas.lm.forward import Masks
 from sparsity_atlas.models.logits.head import EXACT, ROUNDED
 from sparsity_atlas.sites.probe.hypotheses import relative_error
-from sparsity_atlas.speed.joined import joined
+from sparsity_atlas.speed.attached import Unchanged, attached
+from sparsity_atlas.speed.joined import Known, joined
 from sparsity_atlas.speed.replaced import has_replaced
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class Decoder:
         self._recorded = False
         self._held: list[Any] = []
         self._tried = False
+        self._known: Known = Unchanged()
 
     def prompt(self, ids: torch.Tensor) -> torch.Tensor:
         """Run prompts of one length [rows, tokens]; returns the token that follows each, [rows]."""
@@ -157,9 +159,9 @@ class Decoder:
         self._recorded = True
 
     def _record_step(self) -> None:
-        with joined(self._model) if self._join else nullcontext(0) as self.joined:
+        with joined(self._model, self._known) if self._join else nullcontext(0) as self.joined:
             # A recorded step knows addresses: what has tensors there must not go before the step does.
-            self._held = _attached(self._model)
+            self._held = attached(self._model)
             self._step.record()
 
     def _record_what_is_right(self) -> None:
@@ -206,15 +208,6 @@ def _rounded_once_more(model: PreTrainedModel) -> Iterator[None]:
         for layer in getattr(model.get_decoder(), "layers", ()):
             stack.callback(layer.register_forward_pre_hook(move).remove)
         yield
-
-
-def _attached(model: nn.Module) -> list[Any]:
-    """What stands in place of modules' own forward passes, and hangs on them."""
-    found = []
-    for module in model.modules():
-        found += [module.__dict__.get("forward"), *module._forward_hooks.values()]
-        found += module._forward_pre_hooks.values()
-    return found
 
 
 def records(device: torch.device) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from sparsity_atlas.lm.continuous.called import CACHE, arguments
 from sparsity_atlas.lm.continuous.ring import Ring
 from sparsity_atlas.models.logits.head import EXACT, REFUSALS, ROUNDED
 from sparsity_atlas.sites.probe.hypotheses import relative_error
+from sparsity_atlas.speed.attached import Unchanged
 from sparsity_atlas.speed.products import name_of
 from sparsity_atlas.speed.replaced import Reader, Readers, SparseFFN, dense_meanwhile, put
 
@@ -38,13 +40,21 @@ _FFN = ("up_proj", "gate_proj", "down_proj")
 TRIED = 2, 80
 
 
+Known = Unchanged["_Joined | None"]
+
+
 @contextmanager
-def joined(model: PreTrainedModel) -> Iterator[int]:
+def joined(model: PreTrainedModel, known: Known | None = None) -> Iterator[int]:
     """Within: passes over one token of each row, with a `Ring`, go through joined layers.
+
+    Args:
+        model: the model.
+        known: layers that were tried before.
 
     Yields:
         How many there are.
     """
+    known = Unchanged() if known is None else known
     decoder: Any = model.get_decoder()
     name = next((one for one in CACHE if one in arguments(model)), None)
     turning = getattr(decoder, "rotary_emb", None)
@@ -52,12 +62,9 @@ def joined(model: PreTrainedModel) -> Iterator[int]:
     if name is not None and turning is not None:
         waiting: list[Tensor] = []
         for place, layer in enumerate(getattr(decoder, "layers", ())):
-            if _is_known(layer):
-                one = _Joined(layer, place, name, waiting)
-                # An entry at its threshold, that a rounding moves across, says nothing about the layer.
-                with dense_meanwhile(layer):
-                    if _tried(one, turning):
-                        found[place] = one
+            one = known.of(place, layer, partial(_right, layer, place, name, turning))
+            if one is not None:
+                one.waiting, found[place] = waiting, one
     with ExitStack() as stack:
         for place, one in found.items():
             one.first, one.last = place == min(found), place + 1 not in found
@@ -95,6 +102,16 @@ def _join_norm(stack: ExitStack, norm: Any) -> None:
     # Written so that NaN is wrong.
     if error <= _allowed(x):
         put(stack, norm, forward)
+
+
+def _right(layer: Any, place: int, name: str, turning: Any) -> _Joined | None:
+    """A layer in its joined form; None where that gives something else."""
+    if not _is_known(layer):
+        return None
+    one = _Joined(layer, place, name)
+    # An entry at its threshold, that a rounding moves across, says nothing about the layer.
+    with dense_meanwhile(layer):
+        return one if _tried(one, turning) else None
 
 
 def _allowed(x: Tensor) -> float:
@@ -145,19 +162,20 @@ class _Joined:
         layer: the layer.
         first: whether none of the layers before it is joined.
         last: whether the next layer adds nothing for this one.
+        waiting: what was not yet added to what the last layer gave.
     """
 
-    def __init__(self, layer: Any, place: int, name: str, waiting: list[Tensor]) -> None:
+    def __init__(self, layer: Any, place: int, name: str) -> None:
         """Join what can be joined.
 
         Args:
             layer: the layer.
             place: of it in the model, and in the ring.
             name: how it calls its cache.
-            waiting: what was not yet added to what the last layer gave.
         """
         self.layer, self.first, self.last = layer, True, True
-        self._own, self._place, self._name, self._waiting = layer.forward, place, name, waiting
+        self.waiting: list[Tensor] = []
+        self._own, self._place, self._name = layer.forward, place, name
         self._read = _reading([getattr(layer.self_attn, one) for one in _READERS])
         self._ffn = _ffn(layer.mlp)
 
@@ -168,7 +186,7 @@ class _Joined:
         turns: Any = options.get("position_embeddings")
         if not _is_step(x, ring, mask, turns, self.layer.self_attn.head_dim):
             return self._own(x, *arguments, **options)
-        more = self._waiting.pop() if self._waiting else None
+        more = self.waiting.pop() if self.waiting else None
         if self.first:
             # A launch that begins when all before it have ended: attention does not wait for mask and angles.
             x = x.clone()
@@ -177,7 +195,7 @@ class _Joined:
         x, made = self._ffn_of_norm(x, made)
         if self.last:
             return x[:, None] + made
-        self._waiting.append(x)
+        self.waiting.append(x)
         return made
 
     def _normed(self, norm: Any, x: Tensor, more: Tensor | None) -> tuple[Tensor, Tensor]:

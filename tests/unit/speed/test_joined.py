@@ -16,8 +16,9 @@ from sparsity_atlas.decoding import backend, cluster_products, cuda_products, cu
 from sparsity_atlas.decoding.cluster_products import Plan
 from sparsity_atlas.kernels.definition import Threshold
 from sparsity_atlas.sites.find import find_parts, random_ids
+from sparsity_atlas.speed.attached import Unchanged
 from sparsity_atlas.speed.decoder import Decoder
-from sparsity_atlas.speed.joined import joined
+from sparsity_atlas.speed.joined import Known, _Joined, joined
 from sparsity_atlas.speed.replaced import replaced
 from sparsity_atlas.speed.timed_rows import Constant
 from sparsity_atlas.terms import TENSORS, PlaceKey
@@ -37,6 +38,42 @@ def test_greedy_tokens(name: str) -> None:
         tokens = found.go_on(10)
     assert torch.equal(tokens, wanted.go_on(10))
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_layers_are_tried_once_for_what_stands_in_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", initializer_range=0.3)
+    parts = find_parts(model)
+    bound = bind_all(create({"rule": "topp"}), parts, "all_linear_inputs")
+    own, tried = _Joined.is_right, []
+
+    def is_right(one: _Joined, turning: object) -> bool:
+        tried.append(one)
+        return own(one, turning)
+
+    monkeypatch.setattr(_Joined, "is_right", is_right)
+    known: Known = Unchanged()
+    decoders = [Decoder(model, 2, 24) for _ in range(4)]
+    ids = random_ids(model, (2, 7))
+    for decoder in decoders:
+        decoder.prompt(ids)
+    wanted = decoders[0].go_on(10)
+    for _ in range(2):
+        with joined(model, known) as layers:
+            assert layers == 2
+    assert len(tried) == 2
+    with replaced(model, parts, "all_linear_inputs", bound, 0.6) as maps:
+        sparse, tokens = decoders[1].go_on(10), []
+        for level in (0.6, 0.9, 0.6):
+            maps.use(bound, level)
+            with joined(model, known) as layers:
+                assert layers == 2
+                if level == 0.6:
+                    tokens.append(decoders[2].go_on(5))
+        assert torch.equal(torch.cat(tokens), sparse)
+    assert len(tried) == 4
+    with joined(model, known):
+        assert torch.equal(decoders[3].go_on(10), wanted)
+    assert len(tried) == 6
 
 
 class _Doubled(LlamaRMSNorm):
