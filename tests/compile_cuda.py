@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparsity_atlas.decoding import cuda_inputs, cuda_outputs
-from sparsity_atlas.kernels import cuda, cuda_masks, cuda_zeros
+from sparsity_atlas.kernels import cuda, cuda_masks, cuda_sequences, cuda_zeros
 from sparsity_atlas.kernels.cuda_row import GROUP
 from sparsity_atlas.kernels.definition import INFINITIES, Threshold
 from sparsity_atlas.speed import cuda_step
@@ -103,6 +103,24 @@ def compile_counts(dtype: torch.dtype) -> None:
     triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": cuda_zeros.WARPS})
 
 
+def compile_sequences(dtype: str) -> None:
+    """Compile the sums over sequences."""
+    kinds = {"values": f"*{dtype}", "counted": "*i8", "tokens": "i32", "width": "i32"}
+    kinds |= dict.fromkeys(("found", "weights", "sums"), "*fp64")
+    lanes = {"LANES": cuda_sequences.LANES, "STEPS": cuda_sequences.STEPS}
+    block = {"BLOCK": cuda_sequences.BLOCK, "UNROLLED": cuda_sequences.UNROLLED}
+    for kernel, own in ((cuda_sequences._energies, lanes), (cuda_sequences._over_tokens, block)):
+        types = kinds | dict.fromkeys(own, "constexpr")
+        signature = {name: types[name] for name in kernel.arg_names}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=own)
+        options = {"num_warps": cuda_sequences.WARPS, "enable_fp_fusion": False}
+        text = triton.compile(source, GPUTarget("cuda", 90, 32), options).asm["ptx"]
+        # Of a product that is rounded and a sum the masks would be others.
+        assert "fma.rn.f64" not in text
+
+
+for dtype in ("bf16", "fp32"):
+    compile_sequences(dtype)
 for dtype in (torch.bfloat16, torch.float32):
     compile_masks(dtype)
     compile_counts(dtype)

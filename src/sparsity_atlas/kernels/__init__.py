@@ -88,6 +88,13 @@ def masked(rule: Threshold, values: Tensor, onto: Tensor) -> Masked:
     return Masked(out.view(shape), zeros.view(shape[:-1]), finite.view(shape[:-1]))
 
 
+def kept_of(rule: Threshold, values: Tensor) -> Tensor:
+    """Which entries a rule keeps of values [..., width]: bool of their shape."""
+    # What is kept of ones: of the values, a zero may be one of them or dropped.
+    ones = values.new_ones(1).expand(values.shape)
+    return masked(rule, values, ones).out.bool()
+
+
 def totals(device: str) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
     """The kernel that reads logits on a kind of device, `cuda_likely.totals`; None where there is none."""
     if device != "cuda" or _choice() == "reference":

@@ -213,7 +213,7 @@ def raised(base: Tensor, power: float) -> Tensor:
         square = square * square
         whole //= 2
     while fraction > 0:
-        root = _square_root(root)
+        root = square_root(root)
         fraction *= 2
         if fraction >= 1:
             result = result * root
@@ -221,7 +221,7 @@ def raised(base: Tensor, power: float) -> Tensor:
     return result
 
 
-def _square_root(number: Tensor) -> Tensor:
+def square_root(number: Tensor) -> Tensor:
     """Correctly rounded, as IEEE 754 asks: on a CPU torch's own is off in the last bit now and then."""
     if number.device.type != "cpu":
         return number.sqrt()

@@ -82,7 +82,5 @@ def masked(rules: Thresholds, values: Tensor, onto: Tensor, groups: Tensor) -> M
     if rules.constants is not None:
         mask = (scores.abs() >= rules.constants[groups]) | ~finite[:, None]
     else:
-        # What is kept of ones: of the values, a zero may be one of them or dropped.
-        ones = scores.new_ones(1, 1).expand(scores.shape)
-        mask = kernels.masked(rules.rule, scores, ones).out.bool()
+        mask = kernels.kept_of(rules.rule, scores)
     return kernels.by_mask(mask, values, onto)._replace(finite=finite)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model_parts import find_ffns
+from sparsity_atlas import kernels
 from sparsity_atlas.criteria import create
 from sparsity_atlas.criteria.binding import bind_all
-from sparsity_atlas.criteria.built_in import prompt_mask
 from sparsity_atlas.criteria.built_in.prompt_mask import PromptMask
 from sparsity_atlas.criteria.error_table import ErrorTable
 from sparsity_atlas.criteria.place import Place
@@ -51,18 +51,21 @@ def mask(values: Tensor, level: float, phase: str = "scoring", **parameters: flo
     return criterion.mask_sequences(values, valid, phase, level)
 
 
-@pytest.mark.parametrize("size", [1, 50, 1000, 1 << 18])
+@pytest.mark.parametrize("path", ["compiled", "reference"])
+@pytest.mark.parametrize("seed", [1, 50, 1000, 1 << 18])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_prompt_in_pieces(monkeypatch: pytest.MonkeyPatch, size: int, dtype: torch.dtype) -> None:
+def test_a_prompt_by_every_path(
+    monkeypatch: pytest.MonkeyPatch, path: str, seed: int, dtype: torch.dtype
+) -> None:
     """The masks of all of it at once, in float64: with ties, rows of zeros, and padding that is NaN."""
-    values = torch.randn(3, 40, 67, generator=torch.manual_seed(size)).round(decimals=1).to(dtype)
+    values = torch.randn(3, 40, 67, generator=torch.manual_seed(seed)).round(decimals=1).to(dtype)
     values[0, 3], values[1, 9:] = 0, torch.nan
     valid = torch.ones(3, 40, dtype=torch.bool)
     valid[1, 9:] = False
     whole = values.double()
     shares = (whole / whole.norm(dim=-1, keepdim=True)).nan_to_num(0)
     sums = (shares * valid[..., None]).square().sum(1)
-    monkeypatch.setattr(prompt_mask, "PIECE", size)
+    monkeypatch.setenv(kernels.VARIABLE, path)
     for level in (0.1, 0.5, 0.9):
         least = sums.sort(-1).values[:, -int(level * 67), None]
         found = PromptMask().neurons(values, valid, level)

@@ -9,6 +9,7 @@ import torch
 
 from sparsity_atlas.criteria.base import PromptCriterion
 from sparsity_atlas.criteria.built_in.topk import TopK
+from sparsity_atlas.kernels import kept_of, sequences
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from sparsity_atlas.terms import Phase
 
 After = Literal["prompt", "own"]
-# Numbers of a piece.
-PIECE = 1 << 18
 
 
 class PromptMask(PromptCriterion):
@@ -60,19 +59,15 @@ class PromptMask(PromptCriterion):
         """Which neurons a prompt keeps: bool [batch, width].
 
         Args:
-            prompt: [batch, tokens, width]; what is made of it is float64.
-            counted: bool [batch, tokens], True for the prompt's tokens; at least one in each row.
+            prompt: [batch, tokens, width]; sums over it are float64, in the order of `kernels.sequences`.
+            counted: bool [batch, tokens], True for the prompt's tokens; at least one in each row. One that
+                is all zeros, or not finite, adds nothing.
             level: in [lowest, highest].
         """
-        tokens = pieces(prompt.flatten(0, 1), 0)
-        norms = [one.double().norm(dim=-1, keepdim=True) for one in tokens]
-        lengths = torch.cat(norms).view(*counted.shape, 1)
-        used = counted[..., None] & (lengths > 0)
-
-        def squares(some: Tensor) -> Tensor:
-            return (some.double() / lengths).masked_fill_(~used, 0).square_().sum(1)
-
-        return TopK().mask(torch.cat([squares(one) for one in pieces(prompt, -1)], -1), level)
+        energies = sequences.energies(prompt, counted)
+        used = (energies > 0) & (energies < torch.inf)
+        squares = sequences.over_tokens(prompt, torch.where(used, 1 / energies, 0))
+        return kept_of(TopK().threshold(level, prompt.shape[-1]), squares.float())
 
     def scores(self, values: Tensor) -> Tensor:
         """What a token's own neurons are ordered by: float32 of the shape of values [..., width]."""
@@ -121,15 +116,3 @@ class PromptMask(PromptCriterion):
         if self.after == "own":
             return self.own(values, kept)
         return kept[:, None].expand(values.shape)
-
-
-def pieces(values: Tensor, along: int) -> tuple[Tensor, ...]:
-    """A tensor in parts along a dimension, on the CPU so small that what is made of one stays in its cache.
-
-    What is made of a whole one lies in memory that the system clears first, which took most of the time.
-    """
-    if values.device.type != "cpu":
-        return (values,)
-    size = max(1, PIECE * values.shape[along] // max(values.numel(), 1))
-    parts: tuple[Tensor, ...] = values.split(size, along)
-    return parts

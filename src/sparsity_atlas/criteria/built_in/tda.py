@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
-import torch
-
 from sparsity_atlas.criteria.built_in.cett import Cett
-from sparsity_atlas.criteria.built_in.prompt_mask import PromptMask, pieces
+from sparsity_atlas.criteria.built_in.prompt_mask import PromptMask
+from sparsity_atlas.kernels import sequences
+from sparsity_atlas.kernels.definition import square_root
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,12 +49,8 @@ class Tda(PromptMask):
 
     def neurons(self, prompt: Tensor, counted: Tensor, level: float) -> Tensor:
         """See `PromptMask.neurons`."""
-        found = [
-            torch.where(counted[..., None], one.double(), 0).square_().sum(1)
-            for one in pieces(prompt, -1)
-        ]
-        squares = torch.cat(found, -1)
-        rms = (squares / counted.sum(1, keepdim=True)).sqrt()
+        squares = sequences.over_tokens(prompt, counted.double())
+        rms = square_root(squares / counted.sum(1, keepdim=True))
         return self._cett.mask(rms, level)
 
     def scores(self, values: Tensor) -> Tensor:
