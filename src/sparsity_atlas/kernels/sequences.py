@@ -1,9 +1,9 @@
 """Sums over the entries and over the tokens of sequences, for masks that follow from a whole prompt.
 
 Their definitions in plain torch, and the way to the kernels that give the same numbers, bit for bit: a sum
-that differs in its last place moves neurons across a threshold now and then. Squares of what float32 holds are
-exact in float64, so that only the order of additions, and each product that is rounded, had to be laid
-down. It is the same whatever the device, the number of threads, the padding, and the other sequences of a batch.
+that differs in its last place moves neurons across a threshold now and then. Squares of what float32
+holds are exact in float64, so that only the order of additions, and each product that is rounded, had to
+be laid down. It is the same whatever the device, the threads, the padding and the rest of a batch.
 
 Values are [batch, tokens, width]; float32, bfloat16 or float16.
 """
@@ -74,7 +74,7 @@ def over_tokens(values: Tensor, weights: Tensor) -> Tensor:
     """Σ weight · v² over the tokens of each sequence, of each neuron.
 
     The products, each rounded once, are added to zero in the order of the tokens: neurons are so many that
-    a device has one for each of its threads, and tokens whose weight is zero, padding among them, change nothing.
+    a device has one for each of its threads, and tokens of weight 0, padding among them, change nothing.
 
     Args:
         values: [batch, tokens, width].

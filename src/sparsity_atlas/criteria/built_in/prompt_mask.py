@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
 import torch
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparsity_atlas.criteria.place import Place
+    from sparsity_atlas.kernels.definition import Threshold
     from sparsity_atlas.terms import Phase
 
 After = Literal["prompt", "own"]
@@ -67,7 +69,7 @@ class PromptMask(PromptCriterion):
         energies = sequences.energies(prompt, counted)
         used = (energies > 0) & (energies < torch.inf)
         squares = sequences.over_tokens(prompt, torch.where(used, 1 / energies, 0))
-        return kept_of(TopK().threshold(level, prompt.shape[-1]), squares.float())
+        return kept_of(_largest(level, prompt.shape[-1]), squares.float())
 
     def scores(self, values: Tensor) -> Tensor:
         """What a token's own neurons are ordered by: float32 of the shape of values [..., width]."""
@@ -116,3 +118,9 @@ class PromptMask(PromptCriterion):
         if self.after == "own":
             return self.own(values, kept)
         return kept[:, None].expand(values.shape)
+
+
+@functools.cache
+def _largest(level: float, width: int) -> Threshold:
+    """One object for each: a device keeps what it was told of a rule, and waits for it once."""
+    return TopK().threshold(level, width)
