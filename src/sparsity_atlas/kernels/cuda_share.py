@@ -1,6 +1,6 @@
 """A share of the mass on CUDA, in CUDA C++ for Hopper and later: `share.cu`.
 
-For many rows, power 1, and widths of whole 16 bytes; everything else is `cuda`'s, in Triton.
+For many rows and power 1; everything else is `cuda`'s, in Triton.
 """
 
 from __future__ import annotations
@@ -57,12 +57,15 @@ def cut_of(rule: Threshold, width: int, dtype: torch.dtype) -> Cut | None:
     """
     if rule.kind != "share" or rule.power != 1 or rule.amount >= 1 or width < LEAST_WIDTH:
         return None
-    if dtype not in TYPES or width * dtype.itemsize % READ:
+    if dtype not in TYPES:
         return None
-    vectors = width * dtype.itemsize // READ
-    for each, most, at_once in _CUTS[dtype.itemsize == 2, rule.weights is not None]:
+    each_read = READ // dtype.itemsize
+    # A row that is no whole number of vectors may begin at any place in its first one.
+    most = width + (each_read - 1 if is_ragged(width, dtype) else 0)
+    vectors = -(-most // each_read)
+    for each, limit, at_once in _CUTS[dtype.itemsize == 2, rule.weights is not None]:
         cuts = [(one, -(-vectors // (one * _WARP)) * _WARP) for one in each]
-        fitting = [(one * threads, one, threads) for one, threads in cuts if threads <= most]
+        fitting = [(one * threads, one, threads) for one, threads in cuts if threads <= limit]
         if fitting:
             least = min(places for places, _, _ in fitting)
             # Of those that leave the fewest places empty, the first.
@@ -84,7 +87,7 @@ def masked(
     """Write `out`, `zeros` and `finite` of `cuda.masked`.
 
     Args:
-        values: [rows, width]; its rows begin at whole 16 bytes, as those of `onto` do.
+        values: [rows, width], `is_aligned`, as `onto` is.
         onto: of the same shape and type.
         out: of the same shape and type, contiguous.
         zeros: int32 [rows].
@@ -99,6 +102,7 @@ def masked(
         "TYPE": TYPES[values.dtype],
         "WEIGHTED": int(weights is not None),
         "SAME": int(same),
+        "RAGGED": int(is_ragged(width, values.dtype)),
         "MASS_BITS": mass_bits(width),
         "THREADS": cut.threads,
         "VECTORS": cut.vectors,
@@ -108,10 +112,18 @@ def masked(
     launch(defined, rows, tensors, (width, values.stride(0), onto.stride(0)))
 
 
+def is_ragged(width: int, dtype: torch.dtype) -> bool:
+    """Whether rows are no whole number of what a thread reads at once."""
+    return bool(width * dtype.itemsize % READ)
+
+
 def is_aligned(rows: Tensor) -> bool:
-    """Whether all rows begin at whole 16 bytes, with no gaps within."""
-    ends = rows.data_ptr(), rows.stride(0) * rows.element_size()
-    return rows.stride(1) == 1 and all(one % READ == 0 for one in ends)
+    """Whether all rows begin at whole 16 bytes, with no gaps within; ragged ones, the first, with none between."""
+    if rows.stride(1) != 1 or rows.data_ptr() % READ:
+        return False
+    if is_ragged(rows.shape[1], rows.dtype):
+        return rows.is_contiguous()
+    return rows.stride(0) * rows.element_size() % READ == 0
 
 
 def launch(

@@ -10,6 +10,11 @@
 #define ONE (0.999f * (1 << 30))  // what sums are made of when they are integers: the whole row's is one
 #define LIMBS 6
 #define MOST 9  // sums that are made at once
+// Of RAGGED rows, which follow each other without a gap, the first and the last vector are partly others'.
+#define PARTIAL(place) (RAGGED && ((place) == 0 || (place) == vectors - 1))
+#define FIRST(place) ((place) == 0 ? ahead : 0)
+#define LAST(place) ((place) == vectors - 1 ? rest_of_last : VECTOR)
+#define READ(place) (PARTIAL(place) ? within_row(from[place], FIRST(place), LAST(place)) : from[place])
 
 #if PACKED
 #define EMPTY (TYPE == 0 ? 16 : 13)  // bits that a number leaves empty in float32
@@ -120,15 +125,41 @@ INLINE int pattern_of(float value) {
 }
 #endif
 
+// The entries [first, last) of a vector, zeros beside them.
+INLINE uint4 within_row(uint4 q, int first, int last) {
+    u32 part[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) {
+        const u32 own = VECTOR == 4 ? 0xffffffffu : i % 2 ? 0xffff0000u : 0xffffu;
+        if (i < first || i >= last) part[i * 4 / VECTOR] &= ~own;
+    }
+    return make_uint4(part[0], part[1], part[2], part[3]);
+}
+
+// A vector of a row; of one that others have a part in, the entries [first, last).
+INLINE void write(uint4* to, int place, uint4 q, bool partial, int first, int last) {
+    if (!partial) {
+        to[place] = q;
+        return;
+    }
+    const u32 part[4] = {q.x, q.y, q.z, q.w};
+    Bits* entries = (Bits*)(to + place);
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i)
+        if (i >= first && i < last) entries[i] = (Bits)(VECTOR == 4 ? part[i] : part[i / 2] >> 16 * (i % 2));
+}
+
 ENTRY mask_rows(const Bits* values, const Bits* onto, Bits* out, int* zeros, unsigned char* finite,
                 const float* weights, const double* numbers, int width, int values_stride, int onto_stride) {
     SHARED u32 slots[2][MOST * WARPS], ends[WARPS];
     SHARED u64 long_slots[2][2 * WARPS];
     SHARED u32 room[ROOM];  // counts by pattern (PACKED), or scores near the threshold
     SHARED u32 listed, answer, unsure_one;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, vectors = width / VECTOR;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const size_t row = blockIdx.x;
-    const uint4* from = (const uint4*)(values + row * values_stride);
+    const int ahead = RAGGED ? (int)(row * width % VECTOR) : 0;  // others' entries in the first vector
+    const int vectors = (ahead + width + VECTOR - 1) / VECTOR, rest_of_last = ahead + width - (vectors - 1) * VECTOR;
+    const uint4* from = (const uint4*)(values + row * values_stride - ahead);
 
     // The row, and its largest entry.
     u32 most = 0;
@@ -138,7 +169,7 @@ ENTRY mask_rows(const Bits* values, const Bits* onto, Bits* out, int* zeros, uns
     for (int v = 0; v < VECTORS; ++v) {
         const int place = threadIdx.x + v * THREADS;
         uint4 q = make_uint4(0, 0, 0, 0);
-        if (place < vectors) q = from[place];
+        if (place < vectors) q = READ(place);
         held[4 * v] = q.x & 0x7fff7fff, held[4 * v + 1] = q.y & 0x7fff7fff;
         held[4 * v + 2] = q.z & 0x7fff7fff, held[4 * v + 3] = q.w & 0x7fff7fff;
     }
@@ -157,7 +188,7 @@ ENTRY mask_rows(const Bits* values, const Bits* onto, Bits* out, int* zeros, uns
     for (int v = 0; v < VECTORS; ++v) {
         const int place = threadIdx.x + v * THREADS;
         uint4 q = make_uint4(0, 0, 0, 0);
-        if (place < vectors) q = from[place];
+        if (place < vectors) q = READ(place);
         const u32 part[4] = {q.x, q.y, q.z, q.w};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -171,7 +202,13 @@ ENTRY mask_rows(const Bits* values, const Bits* onto, Bits* out, int* zeros, uns
             held[8 * v + 2 * i + 1] = half_high(part[i] & 0x7fff7fff);
 #endif
         }
-#if WEIGHTED
+#if WEIGHTED && RAGGED
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) {
+            const int entry = place * VECTOR + i - ahead;
+            held[VECTOR * v + i] *= entry >= 0 && entry < width ? weights[entry] : 0;
+        }
+#elif WEIGHTED
         if (place < vectors)
 #pragma unroll
             for (int i = 0; i < VECTOR / 4; ++i) {
@@ -493,13 +530,13 @@ ENTRY mask_rows(const Bits* values, const Bits* onto, Bits* out, int* zeros, uns
 #endif
     }
 
-    const uint4* source = SAME ? from : (const uint4*)(onto + row * onto_stride);
-    uint4* to = (uint4*)(out + row * width);
+    const uint4* source = SAME ? from : (const uint4*)(onto + row * onto_stride - ahead);
+    uint4* to = (uint4*)(out + row * width - ahead);
     u32 alive = 0;
     if (least == 0) {
         for (int place = threadIdx.x; place < vectors; place += THREADS) {
-            to[place] = source[place];
-            const uint4 q = from[place];
+            write(to, place, source[place], PARTIAL(place), FIRST(place), LAST(place));
+            const uint4 q = READ(place);
             const u32 part[4] = {q.x, q.y, q.z, q.w};
             for (int i = 0; i < 4; ++i)
                 if (TYPE == 2) alive += (part[i] & 0x7fffffff) != 0;
@@ -528,7 +565,7 @@ ENTRY mask_rows(const Bits* values, const Bits* onto, Bits* out, int* zeros, uns
 #endif
             }
             q.x &= part[0], q.y &= part[1], q.z &= part[2], q.w &= part[3];
-            to[place] = q;
+            write(to, place, q, PARTIAL(place), FIRST(place), LAST(place));
         }
     }
     // What is kept is no zero, where something is dropped.

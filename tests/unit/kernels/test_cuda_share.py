@@ -71,8 +71,9 @@ def rows_of(width: int, dtype: torch.dtype) -> Tensor:
     return torch.cat([rows.clamp(-largest, largest), broken]).to(dtype)
 
 
-# A warp, and several of which the last is not full; wide enough that a search finds what is near.
-@pytest.mark.parametrize("width", [264, 2056])
+# A warp, and several of which the last is not full; wide enough that a search finds what is near. Rows of the
+# odd ones begin anywhere within what a thread reads at once.
+@pytest.mark.parametrize("width", [264, 261, 2056, 2049])
 @pytest.mark.parametrize("dtype", list(cuda_share.TYPES))
 @pytest.mark.parametrize("weighted", [False, True])
 def test_it_is_the_definition(
@@ -95,8 +96,29 @@ def test_rows_that_lie_apart(launched: list[dict[str, int]]) -> None:
     assert len(launched) == 1
 
 
+@pytest.mark.parametrize("dtype", list(cuda_share.TYPES))
+@pytest.mark.parametrize("amount", [0.9, 0.0])
+def test_an_odd_row_writes_nothing_beside_itself(
+    launched: list[dict[str, int]], dtype: torch.dtype, amount: float
+) -> None:
+    """Another block may have written what lies there."""
+    width, rule = 261, Threshold("share", amount)
+    values = rows_of(width, dtype)
+    cut = cuda_share.cut_of(rule, width, dtype)
+    assert cut is not None
+    numbers = cuda.numbers_of(rule, width, values.device)
+    for rows in range(1, 10):
+        out = torch.full((rows + 1, width), 7.0, dtype=dtype)
+        zeros = torch.empty(rows, dtype=torch.int32)
+        some = values[:rows]
+        cuda_share.masked(some, some, out, zeros, zeros.bool(), None, numbers, cut)
+        assert torch.equal(out[rows], torch.full((width,), 7.0, dtype=dtype))
+        assert torch.equal(out[:rows], kernels.reference(rule, some, some).out)
+    assert all(one["RAGGED"] for one in launched)
+
+
 def test_what_it_is_not_made_for(launched: list[dict[str, int]]) -> None:
-    """Odd widths and places, narrow rows and other rules go the other way, and so do few rows."""
+    """Odd rows with gaps, odd places, narrow rows and other rules go the other way, and so do few rows."""
     values = drawn("normal", 272, torch.Generator().manual_seed(1)).repeat(5, 1).to(torch.bfloat16)
     for width, rule, first in (
         (265, Threshold("share", 0.9), 0),
