@@ -28,15 +28,18 @@ RULES = (
     Threshold("fixed", constants=torch.ones(WIDTH)),
 )
 POINTERS = {"zeros": "*i32", "finite": "*i8", "weights": "*fp32", "constants": "*fp32"}
-POINTERS |= {"numbers": "*fp64"}
-NUMBERS = ("width", "values_stride", "onto_stride", "rank")
+POINTERS |= {"numbers": "*fp64", "ranks": "*i32"}
+NUMBERS = ("width", "values_stride", "onto_stride")
 
 
-def compile_kernel(kernel: triton.JITFunction, rule: Threshold, dtype: torch.dtype) -> None:
+def compile_kernel(
+    kernel: triton.JITFunction, rule: Threshold, dtype: torch.dtype, *, by_row: bool = False
+) -> None:
     """Compile one kernel for one rule and type, down to machine code."""
     block = max(GROUP.value, triton.next_power_of_2(WIDTH))
     constants = {
         **cuda.variant_of(rule, rule.kind, dtype, WIDTH),
+        "BY_ROW": by_row,
         "SAME": False,
         "BLOCK": block,
         "CHAINED": True,
@@ -103,12 +106,12 @@ def compile_counts(dtype: torch.dtype) -> None:
     triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": cuda_zeros.WARPS})
 
 
-def compile_sequences(dtype: str) -> None:
+def compile_sequences(bits: str, *, half: bool) -> None:
     """Compile the sums over sequences."""
-    kinds = {"values": f"*{dtype}", "counted": "*i8", "tokens": "i32", "width": "i32"}
+    kinds = {"values": f"*{bits}", "counted": "*i8", "tokens": "i32", "width": "i32"}
     kinds |= dict.fromkeys(("found", "weights", "sums"), "*fp64")
-    lanes = {"LANES": cuda_sequences.LANES, "STEPS": cuda_sequences.STEPS}
-    block = {"BLOCK": cuda_sequences.BLOCK, "UNROLLED": cuda_sequences.UNROLLED}
+    lanes = {"HALF": half, "LANES": cuda_sequences.LANES, "STEPS": cuda_sequences.STEPS}
+    block = {"HALF": half, "BLOCK": cuda_sequences.BLOCK, "UNROLLED": cuda_sequences.UNROLLED}
     for kernel, own in ((cuda_sequences._energies, lanes), (cuda_sequences._over_tokens, block)):
         types = kinds | dict.fromkeys(own, "constexpr")
         signature = {name: types[name] for name in kernel.arg_names}
@@ -119,14 +122,16 @@ def compile_sequences(dtype: str) -> None:
         assert "fma.rn.f64" not in text
 
 
-for dtype in ("bf16", "fp32"):
-    compile_sequences(dtype)
+for bits, half in (("i16", False), ("i16", True), ("i32", False)):
+    compile_sequences(bits, half=half)
 for dtype in (torch.bfloat16, torch.float32):
     compile_masks(dtype)
     compile_counts(dtype)
 for rule in RULES:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         compile_kernel(cuda._mask, rule, dtype)
+for dtype in (torch.bfloat16, torch.float32):
+    compile_kernel(cuda._mask, Threshold("rank", 100), dtype, by_row=True)
 
 CUT = {
     "LINES": 1,

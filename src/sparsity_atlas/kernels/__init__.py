@@ -91,7 +91,7 @@ def masked(rule: Threshold, values: Tensor, onto: Tensor) -> Masked:
 def kept_of(rule: Threshold, values: Tensor) -> Tensor:
     """Which entries a rule keeps of values [..., width]: bool of their shape."""
     # What is kept of ones: of the values, a zero may be one of them or dropped.
-    ones = values.new_ones(1).expand(values.shape)
+    ones = values.new_ones(values.shape[-1:]).expand(values.shape)
     return masked(rule, values, ones).out.bool()
 
 

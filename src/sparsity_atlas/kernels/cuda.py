@@ -25,6 +25,7 @@ from sparsity_atlas.kernels.cuda_row import (
     INFINITY,
     KINDS,
     PEAK,
+    RANK,
     load_row,
     search_row,
     write_row,
@@ -61,8 +62,18 @@ _MANY_REGISTERS = 255  # for masses in float64 and for weights, which take as ma
 _REGISTERS = 65536  # of a processor
 
 
-def masked(rule: Threshold, values: Tensor, onto: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As `kernels.masked`, for tensors [rows, width] on one CUDA device."""
+def masked(
+    rule: Threshold, values: Tensor, onto: Tensor, ranks: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `kernels.masked`, for tensors [rows, width] on one CUDA device.
+
+    Args:
+        rule: with its tensors there.
+        values: what it looks at.
+        onto: what is masked.
+        ranks: int32 [rows]: of a rule of kind `rank` the amount for each row, in place of its own, from which
+            the search begins.
+    """
     rows, width = values.shape
     if rows > _FEW_ROWS and nvrtc.is_there(values.device):
         found = _share(rule, values, onto)
@@ -75,16 +86,17 @@ def masked(rule: Threshold, values: Tensor, onto: Tensor) -> tuple[Tensor, Tenso
     finite = torch.empty(rows, dtype=torch.bool, device=values.device)
     if rows == 0:
         return out, zeros, finite
-    plan = _plan(rule, width, values.dtype, values.device, same, rows <= _FEW_ROWS)
+    few = rows <= _FEW_ROWS
+    plan = _plan(rule, width, values.dtype, values.device, same, few, ranks is not None)
     arguments = (
         *(bits_of(one) for one in (values, onto, out)),
         zeros,
         finite.view(torch.int8),
         *plan.tensors,
+        plan.rank if ranks is None else ranks,
         width,
         values.stride(0),
         onto.stride(0),
-        plan.rank,
     )
     # All else that Triton compiles for is the plan's, or fresh and so aligned.
     key = values.data_ptr() % 16, onto.data_ptr() % 16, values.stride(0), onto.stride(0)
@@ -109,7 +121,8 @@ def _share(rule: Threshold, values: Tensor, onto: Tensor) -> tuple[Tensor, Tenso
     out = torch.empty((rows, width), dtype=onto.dtype, device=onto.device)
     zeros = torch.empty(rows, dtype=torch.int32, device=values.device)
     finite = torch.empty(rows, dtype=torch.bool, device=values.device)
-    _, _, numbers = _plan(rule, width, values.dtype, values.device, True, False).tensors
+    plan = _plan(rule, width, values.dtype, values.device, True, False, False)
+    numbers = plan.tensors[-1]
     cuda_share.masked(values, onto, out, zeros, finite, weights, numbers, cut)
     return out, zeros, finite
 
@@ -119,7 +132,7 @@ class _Plan(NamedTuple):
 
     Attributes:
         tensors: weights, constants and numbers, on the device; where there are none, any.
-        rank: of kind `rank`.
+        rank: int32 [1] on the device, of kind `rank`; of others any.
         options: what is compiled in, and how it is launched.
         constants: what is compiled in, in the order of the kernel's arguments.
         compiled: by alignment and strides of the rows; Triton's own way to what it compiled takes longer
@@ -127,7 +140,7 @@ class _Plan(NamedTuple):
     """
 
     tensors: tuple[Tensor, Tensor, Tensor]
-    rank: int
+    rank: Tensor
     options: dict[str, int | bool]
     constants: tuple[int | bool, ...]
     compiled: dict[tuple[int, ...], CompiledKernel | None]
@@ -139,17 +152,29 @@ _PLANS: WeakKeyDictionary[Threshold, dict[Hashable, _Plan]] = WeakKeyDictionary(
 
 
 def _plan(
-    rule: Threshold, width: int, dtype: torch.dtype, device: torch.device, same: bool, few: bool
+    rule: Threshold,
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    same: bool,
+    few: bool,
+    by_row: bool,
 ) -> _Plan:
     """What is launched for a rule."""
-    known, key = _PLANS.setdefault(rule, {}), (width, dtype, device, same, few)
+    known, key = _PLANS.setdefault(rule, {}), (width, dtype, device, same, few, by_row)
     if key not in known:
         known[key] = _planned(rule, *key)
     return known[key]
 
 
 def _planned(
-    rule: Threshold, width: int, dtype: torch.dtype, device: torch.device, same: bool, few: bool
+    rule: Threshold,
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    same: bool,
+    few: bool,
+    by_row: bool,
 ) -> _Plan:
     kind, constants = rule.kind, rule.constants
     if kind == "share" and rule.amount >= 1:
@@ -163,14 +188,14 @@ def _planned(
     variant = variant_of(rule, kind, dtype, width)
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     chained = few and hopper and _CHAINS
-    options = variant | {"SAME": same, "BLOCK": block, "CHAINED": chained}
+    options = variant | {"BY_ROW": by_row, "SAME": same, "BLOCK": block, "CHAINED": chained}
     compiled_in = tuple(options[name] for name in _mask.arg_names if name in options)
     many = variant["WEIGHTED"] or variant["DIGITS"] or variant["UNIT_IS_PEAK"]
     warps, registers = launch(block, many=bool(many), few=few)
     options |= {"num_warps": warps, "maxnreg": registers}
     if chained:
         options["launch_pdl"] = True
-    rank = int(rule.amount) if kind == "rank" else 0
+    rank = torch.tensor([rule.amount if kind == "rank" else 0], dtype=torch.int32, device=device)
     return _Plan((weights, bounds, numbers), rank, options, compiled_in, {})
 
 
@@ -237,10 +262,10 @@ def _mask(
     weights,
     constants,
     numbers,
+    ranks,
     width,
     values_stride,
     onto_stride,
-    rank,
     KIND: tl.constexpr,
     HALF: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -251,6 +276,7 @@ def _mask(
     DIGITS: tl.constexpr,
     UNIT_IS_PEAK: tl.constexpr,
     MASS_BITS: tl.constexpr,
+    BY_ROW: tl.constexpr,
     SAME: tl.constexpr,
     BLOCK: tl.constexpr,
     CHAINED: tl.constexpr,
@@ -277,7 +303,9 @@ def _mask(
         least = nearest.to(tl.int32, bitcast=True)
         least += (nearest.to(tl.float64) < exact).to(tl.int32)
     else:
-        least, sure = peak, 0
+        least, sure, rank = peak, 0, 0
+        if KIND == RANK:
+            rank = tl.load(ranks + row if BY_ROW else ranks)
         # By float32 sums, and where these leave it open, exactly. That takes more registers than there
         # are, so that such rows, and only they, wait for memory.
         for exact in tl.static_range(2):
@@ -298,6 +326,8 @@ def _mask(
                     BLOCK,
                     exact == 1,
                 )
+        if BY_ROW:
+            least = tl.where(whole & (rank == 0), INFINITY, least)
     write_row(
         values,
         onto,

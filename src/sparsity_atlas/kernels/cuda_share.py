@@ -118,7 +118,7 @@ def is_ragged(width: int, dtype: torch.dtype) -> bool:
 
 
 def is_aligned(rows: Tensor) -> bool:
-    """Whether all rows begin at whole 16 bytes, with no gaps within; ragged ones, the first, with none between."""
+    """Whether rows without gaps begin at whole 16 bytes; ragged ones, the first, and no gap is between."""
     if rows.stride(1) != 1 or rows.data_ptr() % READ:
         return False
     if is_ragged(rows.shape[1], rows.dtype):

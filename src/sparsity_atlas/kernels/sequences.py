@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from sparsity_atlas import kernels
+from sparsity_atlas.kernels.definition import Threshold
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,6 +93,27 @@ def over_tokens(values: Tensor, weights: Tensor) -> Tensor:
         product = one.double().square_().mul_(weight)
         sums += product.masked_fill_(weight == 0, 0)
     return sums
+
+
+def kept_by_ranks(values: Tensor, ranks: Tensor) -> Tensor:
+    """Which entries of each token are among its largest |v|, as many as its sequence says, and their ties.
+
+    Args:
+        values: [batch, tokens, width].
+        ranks: int64 [batch], the amounts of `Threshold`s of kind `rank`.
+
+    Returns:
+        bool [batch, tokens, width]; a token that is not all finite is kept whole.
+    """
+    compiled = _module(values) is not None and values.shape[-1] <= kernels.LARGEST_WIDTH
+    if values.device.type == "cuda" and compiled:
+        from sparsity_atlas.kernels import cuda_sequences
+
+        # To read the ranks would be to wait for the device.
+        return cuda_sequences.kept_by_ranks(values, ranks)
+    rules = [Threshold("rank", rank) for rank in ranks.tolist()]
+    kept = [kernels.kept_of(rule, one) for rule, one in zip(rules, values, strict=True)]
+    return torch.stack(kept)
 
 
 def _module(values: Tensor) -> Sums | None:

@@ -72,8 +72,8 @@ class PromptMask(PromptCriterion):
         return kept_of(_largest(level, prompt.shape[-1]), squares.float())
 
     def scores(self, values: Tensor) -> Tensor:
-        """What a token's own neurons are ordered by: float32 of the shape of values [..., width]."""
-        return values.float().abs()
+        """What a token's own neurons are ordered by, but for signs: of the shape of values [..., width]."""
+        return values
 
     def own(self, values: Tensor, kept: Tensor) -> Tensor:
         """Which neurons each token would keep if it chose as many as a prompt's mask has.
@@ -85,11 +85,7 @@ class PromptMask(PromptCriterion):
         Returns:
             bool [batch, tokens, width].
         """
-        scores, most = self.scores(values), kept.sum(-1)
-        # Where none is kept, no score reaches the threshold.
-        place = (most - 1).clamp(min=0)[:, None, None].expand(*values.shape[:2], 1)
-        least = scores.sort(-1, descending=True).values.gather(-1, place)
-        return (scores >= least) & (most > 0)[:, None, None]
+        return sequences.kept_by_ranks(self.scores(values), kept.sum(-1))
 
     def prompt_of(self, valid: Tensor) -> Tensor:
         """Which tokens are the prompt of sequences that are not generated.

@@ -55,7 +55,7 @@ class Tda(PromptMask):
 
     def scores(self, values: Tensor) -> Tensor:
         """See `PromptMask.scores`."""
-        return super().scores(values) * self._cett.norms
+        return values.float().abs() * self._cett.norms
 
     def export(self, level: float) -> dict[str, Tensor]:
         """See `Criterion.export`; here the root mean square over the prompt is compared."""
