@@ -37,7 +37,8 @@ _NO_SCIENCE = {
 def code_version(stage: str, criterion_file: str | None = None) -> str:
     """Digest (16 hex digits) of a stage's module and all modules of this package that it imports.
 
-    Data files that bear a module's name (`report.html.j2` beside `report.py`) count with it. The files
+    Data files that bear a module's name (`report.html.j2` beside `report.py`) count with it, and so do files
+    in CUDA C++ that lie beside it and are named in it. The files
     are read once a process: Snakemake asks for every job.
 
     Args:
@@ -59,8 +60,12 @@ def code_version(stage: str, criterion_file: str | None = None) -> str:
 def _content(name: str) -> bytes:
     source = _module_file(name)
     beside = _names(source.parent)
-    own = sorted(one for one in beside if one.startswith(f"{source.stem}."))
-    return b"".join((source.parent / one).read_bytes() for one in own)
+    own = [one for one in beside if one.startswith(f"{source.stem}.")]
+    kernels = [one for one in beside if one.endswith(".cu")]
+    if kernels:
+        text = source.read_bytes()
+        own += [one for one in kernels if f'"{one}"'.encode() in text]
+    return b"".join((source.parent / one).read_bytes() for one in sorted(own))
 
 
 @functools.cache

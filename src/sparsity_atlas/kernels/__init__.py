@@ -8,9 +8,8 @@ environment forces one: `auto`, `reference` (the definition) or `compiled` (fail
 from __future__ import annotations
 
 import functools
-import importlib
 import os
-from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
@@ -211,11 +210,17 @@ def _masks_on(device: str) -> Masks | None:
     if device not in _LIBRARIES:
         return None
     try:
-        return cast("Masks", importlib.import_module(f"sparsity_atlas.kernels.{device}_masks"))
+        # Plain imports, by which an edit of either is seen: see `code_version`.
+        if device == "cuda":
+            from sparsity_atlas.kernels import cuda_masks
+
+            return cuda_masks
+        from sparsity_atlas.kernels import cpu_masks
     except ModuleNotFoundError as error:
         if error.name != _LIBRARIES[device]:
             raise
         return None
+    return cpu_masks
 
 
 def _compiled(device: str) -> _Kernel:

@@ -172,6 +172,11 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("kernels/cpu_row.py", {"evaluate", "search", "output_error"}),
         ("kernels/cuda.py", {"evaluate", "search", "output_error"}),
         ("kernels/definition.py", {"evaluate", "search", "output_error"}),
+        ("kernels/cpu_masks.py", {"evaluate", "search", "output_error"}),
+        ("kernels/cuda_masks.py", {"evaluate", "search", "output_error"}),
+        # In CUDA C++.
+        ("kernels/share.cu", {"evaluate", "search", "output_error"}),
+        ("kernels/share_device.cu", {"evaluate", "search", "output_error"}),
         ("evaluation/next_level.py", {"search"}),
         ("activations/store.py", {"capture", "metrics", "output_error"}),
         ("curves/curve.py", {"curve"}),
@@ -207,6 +212,18 @@ def test_a_criterion_s_file_is_part_of_its_version(package: Path) -> None:
     after = code_version.code_version("evaluate", topp), code_version.code_version("evaluate", topk)
     assert before[0] != after[0]
     assert before[1] == after[1]
+
+
+def test_no_file_is_part_of_nothing(package: Path) -> None:
+    """Each kernel is part of some version: an import by a name that is put together would not be seen."""
+    rules = [str(one) for one in (package / "criteria/built_in").glob("*.py")]
+    seen = {code_version._content(name) for name in code_version._closure("evaluate")}
+    for rule in rules:
+        for name in code_version._imports(Path(rule)):
+            seen |= {code_version._content(one) for one in code_version._closure(name)}
+    everything = b"".join(seen)
+    for file in (package / "kernels").iterdir():
+        assert file.is_dir() or file.read_bytes() in everything, file.name
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,13 @@ from test_kernels import matrices
 from torch import Tensor
 
 from sparsity_atlas import kernels
-from sparsity_atlas.kernels import cpu_sequences, cuda_sequences, sequences
+from sparsity_atlas.kernels import cpu, cpu_sequences, cuda_sequences, sequences
 from sparsity_atlas.kernels.definition import Threshold
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in reduce:RuntimeWarning"),
+]
 PATHS = pytest.mark.parametrize(
     "path", [cpu_sequences, cuda_sequences, sequences], ids=["cpu", "cuda", "definition"]
 )
@@ -112,7 +115,9 @@ def test_rows_wider_than_the_lanes(path: ModuleType, width: int) -> None:
 
 @pytest.mark.usefixtures("plain")
 @PATHS
-def test_padding_company_and_threads_change_nothing(path: ModuleType) -> None:
+def test_padding_company_and_threads_change_nothing(
+    path: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To the last bit: a sequence by itself, and between others, with padding, by many threads."""
     one = torch.randn(1, 21, 1100, generator=torch.manual_seed(3)) ** 3
     own = torch.rand(1, 21, generator=torch.manual_seed(4)).double()
@@ -120,6 +125,7 @@ def test_padding_company_and_threads_change_nothing(path: ModuleType) -> None:
     wide[1, 9:30], wide[0], wide[2, 3] = one[0], 1e9, 5
     weights = torch.zeros(3, 31, dtype=torch.float64)
     weights[1, 9:30], weights[0, 3:] = own[0], 1
+    monkeypatch.setattr(cpu, "_WORTH_A_THREAD", 1)
     alone = path.over_tokens(one, own)[0]
     energies = path.energies(one, own > 0)[0]
     before = torch.get_num_threads()
