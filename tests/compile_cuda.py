@@ -108,11 +108,20 @@ def compile_counts(dtype: torch.dtype) -> None:
 
 def compile_sequences(bits: str, *, half: bool) -> None:
     """Compile the sums over sequences."""
-    kinds = {"values": f"*{bits}", "counted": "*i8", "tokens": "i32", "width": "i32"}
-    kinds |= dict.fromkeys(("found", "weights", "sums"), "*fp64")
+    kinds = {"values": f"*{bits}", "first": "*i64"} | dict.fromkeys(
+        ("tokens", "width", "runs"), "i32"
+    )
+    kinds |= dict.fromkeys(("counted", "kept", "whole", "mask"), "*i8")
+    kinds |= dict.fromkeys(("found", "weights", "partial", "sums"), "*fp64")
     lanes = {"HALF": half, "LANES": cuda_sequences.LANES, "STEPS": cuda_sequences.STEPS}
-    block = {"HALF": half, "BLOCK": cuda_sequences.BLOCK, "UNROLLED": cuda_sequences.UNROLLED}
-    for kernel, own in ((cuda_sequences._energies, lanes), (cuda_sequences._over_tokens, block)):
+    block = {"BLOCK": cuda_sequences.BLOCK}
+    runs = {"HALF": half, "RUN": cuda_sequences.RUN, "UNROLLED": cuda_sequences.UNROLLED} | block
+    for kernel, own in (
+        (cuda_sequences._energies, lanes),
+        (cuda_sequences._runs, runs),
+        (cuda_sequences._joined, block),
+        (cuda_sequences._spread, block),
+    ):
         types = kinds | dict.fromkeys(own, "constexpr")
         signature = {name: types[name] for name in kernel.arg_names}
         source = ASTSource(fn=kernel, signature=signature, constexprs=own)

@@ -12,14 +12,14 @@ import torch
 from numba import njit
 
 from sparsity_atlas.kernels.cpu import bits_of, in_parts
-from sparsity_atlas.kernels.sequences import LANES
+from sparsity_atlas.kernels.sequences import LANES, RUN, first_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # Without `fastmath` no addition is moved, and no product joined with one.
 _compiled = njit(nogil=True, cache=True, error_model="numpy")
-_LANES = LANES
+_LANES, _RUN = LANES, RUN
 # Neurons whose sums stay in the first cache.
 _BLOCK = 1024
 
@@ -37,7 +37,11 @@ def over_tokens(values: Tensor, weights: Tensor) -> Tensor:
     """As in `sequences`."""
     batch, tokens, width = values.shape
     sums = np.zeros((batch, width), dtype=np.float64)
-    arguments = bits_of(values.contiguous()), weights.contiguous().numpy()
+    arguments = (
+        bits_of(values.contiguous()),
+        weights.contiguous().numpy(),
+        first_of(weights).numpy(),
+    )
     in_parts(_over_tokens, (*arguments, values.dtype == torch.float16, sums), width, batch * tokens)
     return torch.from_numpy(sums)
 
@@ -89,19 +93,25 @@ def _energies(values, counted, half, found, first, last):
 
 
 @_compiled
-def _over_tokens(values, weights, half, sums, first, last):
+def _over_tokens(values, weights, begins, half, sums, first, last):
     """For the neurons [first, last)."""
     score = np.empty(_BLOCK, dtype=np.float32)
     key = score.view(np.int32)
+    run = np.empty(_BLOCK, dtype=np.float64)
+    tokens = values.shape[1]
     for start in range(first, last, _BLOCK):
         count = min(_BLOCK, last - start)
         for row in range(values.shape[0]):
             own = sums[row, start : start + count]
-            for token in range(values.shape[1]):
-                weight = weights[row, token]
-                if weight == 0:
-                    continue
-                _load(values[row, token, start : start + count], half, key, score)
+            for begin in range(begins[row], tokens, _RUN):
+                run[:] = 0
+                for token in range(begin, min(begin + _RUN, tokens)):
+                    weight = weights[row, token]
+                    if weight == 0:
+                        continue
+                    _load(values[row, token, start : start + count], half, key, score)
+                    for j in range(count):
+                        wide = np.float64(score[j])
+                        run[j] += wide * wide * weight
                 for j in range(count):
-                    wide = np.float64(score[j])
-                    own[j] += wide * wide * weight
+                    own[j] += run[j]

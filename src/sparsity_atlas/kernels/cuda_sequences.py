@@ -13,7 +13,7 @@ import triton.language as tl
 from sparsity_atlas.kernels import cuda
 from sparsity_atlas.kernels.cuda import bits_of
 from sparsity_atlas.kernels.definition import Threshold
-from sparsity_atlas.kernels.sequences import LANES
+from sparsity_atlas.kernels.sequences import LANES, RUN, first_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,14 +36,27 @@ def energies(values: Tensor, counted: Tensor) -> Tensor:
 
 def over_tokens(values: Tensor, weights: Tensor) -> Tensor:
     """As in `sequences`."""
-    values = values.contiguous()
+    values, weights = values.contiguous(), weights.contiguous()
     batch, tokens, width = values.shape
+    blocks, runs = triton.cdiv(width, BLOCK), triton.cdiv(tokens, RUN)
+    partial = torch.empty(batch, runs, width, dtype=torch.float64, device=values.device)
+    own = {"HALF": values.dtype == torch.float16, "RUN": RUN, "BLOCK": BLOCK, "UNROLLED": UNROLLED}
+    arguments = bits_of(values), weights, first_of(weights), partial, tokens, width
+    _launch(_runs, (blocks, runs, batch), arguments, BLOCK // 32, own)
+    if runs == 1:
+        return partial[:, 0]
     sums = torch.empty(batch, width, dtype=torch.float64, device=values.device)
-    grid = triton.cdiv(width, BLOCK), batch
-    arguments = bits_of(values), weights.contiguous(), sums, tokens, width
-    own = {"HALF": values.dtype == torch.float16, "BLOCK": BLOCK, "UNROLLED": UNROLLED}
-    _launch(_over_tokens, grid, arguments, BLOCK // 32, own)
+    _launch(_joined, (blocks, batch), (partial, sums, runs, width), BLOCK // 32, {"BLOCK": BLOCK})
     return sums
+
+
+def spread(kept: Tensor, whole: Tensor) -> Tensor:
+    """As in `sequences`."""
+    batch, tokens, width = *whole.shape, kept.shape[-1]
+    mask = torch.empty(batch, tokens, width, dtype=torch.bool, device=kept.device)
+    arguments = *(one.contiguous().view(torch.int8) for one in (kept, whole, mask)), tokens, width
+    _launch(_spread, (batch * tokens,), arguments, WARPS, {"BLOCK": LANES})
+    return mask
 
 
 def kept_by_ranks(values: Tensor, ranks: Tensor) -> Tensor:
@@ -115,25 +128,62 @@ def _energies(
 
 
 @triton.jit
-def _over_tokens(
+def _runs(
     values,
     weights,
-    sums,
+    first,
+    partial,
     tokens,
     width,
     HALF: tl.constexpr,
+    RUN: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLLED: tl.constexpr,
 ):
-    row = tl.program_id(1).to(tl.int64)
+    """A run of tokens."""
+    row = tl.program_id(2).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    begin = tl.load(first + row).to(tl.int32) + tl.program_id(1) * RUN
+    weights += row * tokens
     values += row * tokens * width
+    place = begin + tl.arange(0, RUN)
+    most = tl.max(tl.load(weights + place, mask=place < tokens, other=0.0), 0)
+    # Nothing of what has no weight.
+    end = tl.where(most > 0, tl.minimum(begin + RUN, tokens), begin)
     total = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, tokens, UNROLLED):
+    for start in range(begin, end, UNROLLED):
+        # All are asked for before the first is there.
         for step in tl.static_range(UNROLLED):
             token = start + step
-            weight = tl.load(weights + row * tokens + token, mask=token < tokens, other=0.0)
-            end = tl.where(weight > 0, width, 0)
-            place = values + token.to(tl.int64) * width + column
-            total += _square(tl.load(place, mask=column < end, other=0), HALF) * weight
-    tl.store(sums + row * width + column, total, mask=column < width)
+            weight = tl.load(weights + token, mask=token < end, other=0.0)
+            limit = tl.where(token < end, width, 0)
+            one = tl.load(
+                values + token.to(tl.int64) * width + column, mask=column < limit, other=0
+            )
+            product = _square(one, HALF) * weight
+            total += tl.where(weight > 0, product, 0.0)
+    runs = tl.num_programs(1)
+    tl.store(partial + (row * runs + tl.program_id(1)) * width + column, total, mask=inside)
+
+
+@triton.jit
+def _joined(partial, sums, runs, width, BLOCK: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    total = tl.zeros((BLOCK,), tl.float64)
+    for run in range(runs):
+        total += tl.load(partial + (row * runs + run) * width + column, mask=inside, other=0.0)
+    tl.store(sums + row * width + column, total, mask=inside)
+
+
+@triton.jit
+def _spread(kept, whole, mask, tokens, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    everything = tl.load(whole + row)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < width
+        one = tl.load(kept + row // tokens * width + column, mask=inside, other=0)
+        tl.store(mask + row * width + column, one | everything, mask=inside)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # As many sums of a token's squares go side by side; a power of two.
 LANES = 1024
+# Tokens that one sum goes over before sums are added.
+RUN = 256
 
 
 class Sums(Protocol):
@@ -74,12 +76,14 @@ def _energies(rows: Tensor, counted: Tensor) -> Tensor:
 def over_tokens(values: Tensor, weights: Tensor) -> Tensor:
     """Σ weight · v² over the tokens of each sequence, of each neuron.
 
-    The products, each rounded once, are added to zero in the order of the tokens: neurons are so many that
-    a device has one for each of its threads, and tokens of weight 0, padding among them, change nothing.
+    From the first token whose weight is not zero on, tokens are taken in runs of RUN. Of each run the
+    products, each rounded once, are added to zero in the order of the tokens; then the runs' sums to zero, in
+    their order. So several threads can share a neuron of a long prompt, and padding before and behind
+    it, whose weight is zero, changes nothing.
 
     Args:
         values: [batch, tokens, width].
-        weights: float64 [batch, tokens], not negative; tokens of weight 0 are not looked at.
+        weights: float64 [batch, tokens], not negative; of a token of weight 0 nothing is looked at.
 
     Returns:
         float64 [batch, width].
@@ -87,12 +91,41 @@ def over_tokens(values: Tensor, weights: Tensor) -> Tensor:
     module = _module(values)
     if module is not None:
         return module.over_tokens(values, weights)
-    sums = torch.zeros_like(values[:, 0], dtype=torch.float64)
-    for one, weight in zip(values.unbind(1), weights[..., None].unbind(1), strict=True):
-        # Not in one instruction, which would round once in place of twice.
-        product = one.double().square_().mul_(weight)
-        sums += product.masked_fill_(weight == 0, 0)
-    return sums
+    batch, tokens, width = values.shape
+    rows, first = torch.arange(batch, device=values.device), first_of(weights)
+    total = torch.zeros(batch, width, dtype=torch.float64, device=values.device)
+    for start in range(0, tokens, RUN):
+        run = torch.zeros_like(total)
+        for step in range(start, min(start + RUN, tokens)):
+            token = (first + step).clamp(max=tokens - 1)
+            weight = weights[rows, token] * (first + step < tokens)
+            # Not in one instruction, which would round once in place of twice.
+            product = values[rows, token].double().square_().mul_(weight[:, None])
+            run += product.masked_fill_(weight[:, None] == 0, 0)
+        total += run
+    return total
+
+
+def first_of(weights: Tensor) -> Tensor:
+    """Of each sequence the first token whose weight is not zero, else 0: int64 [batch]."""
+    return (weights > 0).to(torch.uint8).argmax(-1)
+
+
+def spread(kept: Tensor, whole: Tensor) -> Tensor:
+    """Masks of single tokens from those of their sequences.
+
+    Args:
+        kept: bool [batch, width].
+        whole: bool [batch, tokens]: of which tokens all is kept.
+
+    Returns:
+        bool [batch, tokens, width].
+    """
+    if kept.device.type == "cuda" and _module(kept.new_empty(1, dtype=torch.float32)) is not None:
+        from sparsity_atlas.kernels import cuda_sequences
+
+        return cuda_sequences.spread(kept, whole)
+    return kept[:, None] | whole[..., None]
 
 
 def kept_by_ranks(values: Tensor, ranks: Tensor) -> Tensor:

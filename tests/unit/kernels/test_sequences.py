@@ -70,11 +70,18 @@ def over_tokens(values: Tensor, weights: Tensor) -> list[list[float]]:
     """Σ weight · v², by single additions."""
     found = []
     for sequence, factors in zip(values.double().tolist(), weights.tolist(), strict=True):
-        sums = [0.0] * values.shape[-1]
-        for row, factor in zip(sequence, factors, strict=True):
-            if factor > 0:
-                sums = [one + value * value * factor for one, value in zip(sums, row, strict=True)]
-        found.append(sums)
+        first = next((place for place, factor in enumerate(factors) if factor > 0), 0)
+        total = [0.0] * values.shape[-1]
+        for start in range(first, len(factors), sequences.RUN):
+            end = start + sequences.RUN
+            run = [0.0] * values.shape[-1]
+            for row, factor in zip(sequence[start:end], factors[start:end], strict=True):
+                if factor > 0:
+                    run = [
+                        one + value * value * factor for one, value in zip(run, row, strict=True)
+                    ]
+            total = [one + other for one, other in zip(total, run, strict=True)]
+        found.append(total)
     return found
 
 
@@ -111,6 +118,27 @@ def test_rows_wider_than_the_lanes(path: ModuleType, width: int) -> None:
     same(path.energies(values, counted), in_order(values, counted))
     weights = torch.rand(2, 3, generator=torch.manual_seed(1)).double()
     same(path.over_tokens(values, weights), over_tokens(values, weights))
+
+
+@pytest.mark.usefixtures("plain")
+@PATHS
+def test_prompts_longer_than_a_run(path: ModuleType) -> None:
+    """With padding before them, gaps among them, and one that ends within its second run."""
+    tokens = 2 * sequences.RUN + 9
+    values = torch.randn(2, tokens, 3, generator=torch.manual_seed(5)) ** 5
+    weights = torch.rand(2, tokens, generator=torch.manual_seed(6)).double()
+    weights[0, :7], weights[0, 30:40], weights[1, sequences.RUN + 3 :] = 0, 0, 0
+    same(path.over_tokens(values, weights), over_tokens(values, weights))
+    later = torch.cat([0 * values[:, :50] + torch.nan, values], 1)
+    moved = torch.cat([0 * weights[:, :50], weights], 1)
+    assert torch.equal(path.over_tokens(later, moved), path.over_tokens(values, weights))
+
+
+@pytest.mark.parametrize("path", [sequences, cuda_sequences], ids=["cpu", "cuda"])
+def test_masks_of_tokens_are_those_of_their_sequence(path: ModuleType) -> None:
+    kept = torch.rand(3, 1100, generator=torch.manual_seed(1)) < 0.5
+    whole = torch.rand(3, 5, generator=torch.manual_seed(2)) < 0.5
+    assert torch.equal(path.spread(kept, whole), kept[:, None] | whole[..., None])
 
 
 @pytest.mark.usefixtures("plain")

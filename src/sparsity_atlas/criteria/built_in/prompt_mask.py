@@ -102,18 +102,16 @@ class PromptMask(PromptCriterion):
         """See `SequenceCriterion.mask_sequences`."""
         if phase == "generation":
             assert self._kept is not None, "a generation begins with its prompt"
-            return self._later(values, self._kept)
+            if self.after == "own":
+                return self.own(values, self._kept)
+            return self._kept[:, None].expand(values.shape)
         prompt = self.prompt_of(valid) if phase in ("scoring", "denoising") else valid
         self._kept = self.neurons(values, prompt, level)
         # Padding takes part in neither; after a prompt follows nothing in its own pass.
-        after = valid & ~prompt
-        return self._later(values, self._kept) | ~after[..., None]
-
-    def _later(self, values: Tensor, kept: Tensor) -> Tensor:
-        """The masks of tokens after the prompt: bool [batch, tokens, width]."""
+        dense = prompt | ~valid
         if self.after == "own":
-            return self.own(values, kept)
-        return kept[:, None].expand(values.shape)
+            return self.own(values, self._kept) | dense[..., None]
+        return sequences.spread(self._kept, dense)
 
 
 @functools.cache
