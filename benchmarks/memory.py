@@ -58,6 +58,49 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **{"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256},
         **{"shared_expert_intermediate_size": 256, "intermediate_size": 1024},
     },
+    # A scan token by token (Jamba) and in chunks (Bamba); latent attention; experts; scores that are kept;
+    # inputs of layers and wide heads (Gemma 4).
+    "scan": {
+        **{"model_type": "jamba", "vocab_size": 16_384, "num_hidden_layers": 4},
+        **{"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8},
+        **{"num_key_value_heads": 2, "attn_layer_period": 4, "attn_layer_offset": 3},
+        **{"num_experts": 4, "num_experts_per_tok": 2, "mamba_dt_rank": 32},
+        **{"mamba_d_state": 16, "mamba_expand": 2, "use_mamba_kernels": False},
+    },
+    "chunks": {
+        **{"model_type": "bamba", "vocab_size": 16_384, "num_hidden_layers": 4},
+        **{"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8},
+        **{"num_key_value_heads": 2, "attn_layer_indices": [3], "mamba_n_heads": 16},
+        **{"mamba_d_head": 64, "mamba_n_groups": 1, "mamba_d_state": 64, "mamba_expand": 2},
+    },
+    "latent": {
+        **{"model_type": "deepseek_v3", "vocab_size": 131_072, "num_hidden_layers": 4},
+        **{"hidden_size": 512, "intermediate_size": 1024, "moe_intermediate_size": 256},
+        **{"num_attention_heads": 8, "num_key_value_heads": 8, "n_routed_experts": 8},
+        **{"num_experts_per_tok": 2, "q_lora_rank": 128, "kv_lora_rank": 128, "n_group": 1},
+        **{"qk_rope_head_dim": 32, "qk_nope_head_dim": 64, "v_head_dim": 64, "topk_group": 1},
+        "first_k_dense_replace": 1,
+    },
+    "experts": {
+        **{"model_type": "qwen3_moe", "vocab_size": 131_072, "num_hidden_layers": 4},
+        **{"hidden_size": 512, "intermediate_size": 1024, "moe_intermediate_size": 512},
+        **{"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64},
+        **{"num_experts": 8, "num_experts_per_tok": 2},
+    },
+    "sinks": {
+        **{"model_type": "gpt_oss", "vocab_size": 131_072, "num_hidden_layers": 4},
+        **{"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8},
+        **{"num_key_value_heads": 2, "head_dim": 64, "num_local_experts": 8},
+        **{"num_experts_per_tok": 2, "sliding_window": 128},
+    },
+    "inputs": {
+        **{"model_type": "gemma4_text", "vocab_size": 131_072, "hidden_size": 512},
+        **{"vocab_size_per_layer_input": 131_072, "num_hidden_layers": 6},
+        **{"intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2},
+        **{"head_dim": 64, "global_head_dim": 128, "hidden_size_per_layer_input": 64},
+        **{"num_kv_shared_layers": 2, "sliding_window": 512},
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    },
     "ungated": {
         **{"model_type": "gpt2", "vocab_size": 50_257, "n_embd": 768, "n_layer": 12, "n_head": 12},
         "n_positions": 1024,
@@ -90,7 +133,7 @@ class Row:
     site: str = "intermediate"
 
 
-ALL = ("models", "dense", "evaluate", "capture", "calibrate")
+ALL = ("models", "dense", "evaluate", "capture", "calibrate", "output_error")
 ROWS = {
     "small": Row("small", "questions", 16, None, ALL),
     "large": Row("large", "pages", 16, None, ALL),
@@ -102,6 +145,12 @@ ROWS = {
     "streams": Row("streams", "pages", 16, 512, ALL),
     "linear": Row("linear", "pages", 16, 512, ALL),
     "ungated": Row("ungated", "pages", 4, 512, ALL),
+    "scan": Row("scan", "pages", 8, 512, ALL),
+    "chunks": Row("chunks", "pages", 8, 512, ALL),
+    "latent": Row("latent", "pages", 8, 512, ALL),
+    "experts": Row("experts", "pages", 8, 512, ALL),
+    "sinks": Row("sinks", "pages", 8, 512, ALL),
+    "inputs": Row("inputs", "pages", 8, 512, ALL),
 }
 
 
@@ -215,11 +264,16 @@ def command(config: Config, row: Row, stage: str, place: Path) -> list[str]:
             *("--capture", f"{place}/capture/{site}.json"),
             *("--settings", grid.store_slice(config, "m")),
         ],
+        "output_error": [
+            *(*model, "--site", site, "--store", store, "--criterion", topp, "--levels", "0.9"),
+            *("--settings", grid.error_slice(config, "m")),
+        ],
     }
     outputs = {
         **{"models": "model.json", "dense": "dense/eval.json"},
         **{"evaluate": f"topp/{site}/0.9/eval.json", "capture": f"capture/{site}.json"},
         "calibrate": f"teal/{site}/calibration.safetensors",
+        "output_error": f"topp/{site}/sparsity.parquet",
     }
     name = "evaluate" if stage == "dense" else stage
     return [name, *options[stage], "--output", f"{place}/{outputs[stage]}"]
@@ -232,7 +286,9 @@ def peak(arguments: list[str], log: Path) -> tuple[int, int]:
         "def tell():\n"
         "    torch = sys.modules.get('torch')\n"
         "    used = torch.cuda.max_memory_reserved() if torch and torch.cuda.is_available() else 0\n"
-        "    print('reserved', used, file=sys.stderr)\n"
+        "    lines = open('/proc/self/status').read().splitlines()\n"
+        "    most = next(line.split()[1] for line in lines if line.startswith('VmHWM'))\n"
+        "    print('peaks', most, used, file=sys.stderr)\n"
         "atexit.register(tell)\n"
         "from sparsity_atlas.__main__ import main\n"
         "main()\n"
@@ -240,11 +296,12 @@ def peak(arguments: list[str], log: Path) -> tuple[int, int]:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
         job = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=file, stdout=file)
-        _, status, usage = os.wait4(job.pid, 0)
+    failed = job.wait()
     text = log.read_text()
-    if status:
+    if failed:
         raise SystemExit(f"{' '.join(arguments[:1])}: {text[-2000:]}")
-    return usage.ru_maxrss * 1024, int(text.rsplit("reserved ", 1)[1].split()[0])
+    host, device = text.rsplit("peaks ", 1)[1].split()[:2]
+    return int(host) * 1024, int(device)
 
 
 def main() -> None:
@@ -265,7 +322,7 @@ def main() -> None:
             place = results / "m"
             # As the rule would ask, before the job.
             needs = Needs(config, str(results))
-            site = row.site if stage in ("evaluate", "calibrate") else None
+            site = row.site if stage in ("evaluate", "calibrate", "output_error") else None
             told = needs.host(stage, "m", site)
             host, device = peak(command(config, row, stage, place), place / f"logs/{stage}.log")
             if stage == "dense":  # which is known to it only, and to all jobs after it

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import argparse
 import random
+from dataclasses import replace
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from memory import FAMILIES
 from sparsity_atlas.criteria import create
 from sparsity_atlas.lm import forest, forward
 from sparsity_atlas.models import working_sizes
+from sparsity_atlas.models.counted import Counted
+from sparsity_atlas.models.counting import count
 from sparsity_atlas.models.memory import MIB, Largest, Sizes, of_a_pass
 from sparsity_atlas.sites.find import find_parts
 from sparsity_atlas.sites.part import measure
@@ -36,6 +40,10 @@ TASKS = {"pages": (16, 2048, 2047, 0), "questions": (64, 160, 20, 120)}
 
 def of_shape(name: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
     """A model with random weights."""
+    if name in FAMILIES:
+        config = AutoConfig.for_model(**FAMILIES[name], initializer_range=0.1)
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     kind, vocabulary, layers, hidden, width, heads, groups = SHAPES[name]
     config = AutoConfig.for_model(
         kind,
@@ -48,15 +56,15 @@ def of_shape(name: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def requests(count: int, length: int, scored: int, shared: int) -> list[forest.Request]:
-    """Random tokens; every four requests begin alike."""
+def requests(count: int, length: int, scored: int, shared: int, words: int) -> list[forest.Request]:
+    """Random tokens below `words`; every four requests begin alike."""
     draw = random.Random(0)
     begin: list[int] = []
     found = []
     for number in range(count):
         if number % 4 == 0:
-            begin = draw.choices(range(5, 30_000), k=shared)
-        tokens = begin + draw.choices(range(5, 30_000), k=length + 1 - shared)
+            begin = draw.choices(range(5, words), k=shared)
+        tokens = begin + draw.choices(range(5, words), k=length + 1 - shared)
         found.append(forest.Request(tokens, scored, number // 4))
     return found
 
@@ -80,7 +88,7 @@ def peak_of(model: PreTrainedModel, counter: Counter, batch: forest.Batch, selec
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="comma-separated")
+    parser.add_argument("--shapes", default=",".join(SHAPES | FAMILIES), help="comma-separated")
     parser.add_argument("--dtype", default="bfloat16")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
@@ -90,8 +98,13 @@ def main() -> None:
         parts = find_parts(model)
         parameters = sum(one.numel() for one in model.parameters())
         sizes = Sizes(parameters=parameters, **measure(parts), **working_sizes.describe(model))
+        seen = count(model)
+        counted_sizes = replace(sizes, counted=None if seen is None else Counted(**seen))
+        print(f"{name:<12}{seen}", flush=True)
         for task, numbers in TASKS.items():
-            batch = forest.pack(requests(*numbers), 16, share=True)[0]
+            batch = forest.pack(requests(*numbers, min(30_000, sizes.vocabulary)), 16, share=True)[
+                0
+            ]
             rows, longest = batch.tokens.shape
             pairs = rows * longest**2 if batch.branched else 0
             largest = Largest(rows * longest, longest, len(batch.scored), pairs)
@@ -103,10 +116,14 @@ def main() -> None:
                 )
                 with attached as counter:
                     peak = peak_of(model, counter, batch, sizes.pieces)
-                expected = of_a_pass(sizes, largest, dtype.itemsize, "cuda", len(counter.slots))
+                named, expected = (
+                    of_a_pass(one, largest, dtype.itemsize, "cuda", len(counter.slots))
+                    for one in (sizes, counted_sizes)
+                )
                 print(
                     f"{name:<12}{task:<11}{site or 'dense':<13}{largest.tokens:>7,} tokens   "
-                    f"peak {peak // MIB:>7,} MiB   expected {expected // MIB:>7,} ({expected / peak:.2f})",
+                    f"peak {peak // MIB:>7,} MiB   by sizes {named // MIB:>7,} ({named / peak:.2f})   "
+                    f"counted {expected // MIB:>7,} ({expected / peak:.2f})",
                     flush=True,
                 )
         del model, parts

@@ -37,8 +37,9 @@ def main() -> None:
         sys.stderr.write(f"error: no command '{words[0]}'; {hint}\n")
         raise SystemExit(2)
     sys.argv = [f"{PROGRAM} {name}", *words[len(name.split()) :]]
-    from sparsity_atlas import cli
+    from sparsity_atlas import allocator, cli
 
+    allocator.bound_heap()
     cli.run(importlib.import_module(f"sparsity_atlas.{COMMANDS[name].module}").main)
 
 

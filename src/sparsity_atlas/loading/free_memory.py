@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsity_atlas import cli
+from sparsity_atlas.allocator import give_back
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.loading.devices import ITEM_BYTES
 from sparsity_atlas.loading.gguf_file import count_numbers
@@ -68,6 +69,7 @@ def free(device: torch.device) -> tuple[int, int, str]:
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return unused + idle, total, "this GPU has"
     limit, whose = host_limit()
+    give_back()  # what is kept for nothing is free, too
     return limit - psutil.Process().memory_info().rss, limit, whose
 
 

@@ -93,6 +93,7 @@ def describe(
     """
     from sparsity_atlas.models import working_sizes
     from sparsity_atlas.models.causality import describe_kind
+    from sparsity_atlas.models.counting import count
     from sparsity_atlas.models.parameters import count_parameters
     from sparsity_atlas.sites.experts.mixture import met
     from sparsity_atlas.sites.find import describe_parts
@@ -118,6 +119,7 @@ def describe(
             **working_sizes.describe(model),
             **({"routed": met(parts)} if met(parts) else {}),
         },
+        "counted": count(model),
         "tokenizer": tokenizer,
         **measure(parts),
         **Available.in_parts(parts).describe(),

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sparsity_atlas.models.counted import Counted
+
 MIB = 2**20
 # Bytes of two parts of a capture up to which one is captured while the other is written.
 MOST_HELD = 2 * 2**30
@@ -46,6 +48,8 @@ LINEAR_HIDDEN = 3
 # What a CPU's heap takes of all that: 1.1 times as much at tensors of 32 and 48 MiB, 1.4 to 1.8 times at 16,
 # whose blocks it does not give back. (The copies above are as measured, with it.)
 HEAP = {"cpu": 1.375, "cuda": 1.0, "mps": 1.375}
+# What the heap keeps of blocks that are smaller than `allocator.LARGE_BLOCK`, where all else was counted.
+SMALL_BLOCKS = {"cpu": 32 * MIB, "cuda": 0, "mps": 0}
 # Bytes of a token and counted vector: while the model runs, and when they are added up along requests.
 COUNTED, ADDED_UP = 9, 48
 
@@ -74,6 +78,7 @@ class Sizes:
         linear_inputs: numbers that such a layer makes of a token before.
         state: of a row's state there.
         linear_layers: how many of them there are.
+        counted: what its passes were seen to hold; None: it follows from the sizes above.
     """
 
     parameters: int
@@ -94,11 +99,14 @@ class Sizes:
     linear_inputs: int = 0
     state: int = 0
     linear_layers: int = 0
+    counted: Counted | None = None
 
     @classmethod
     def of(cls, manifest: dict[str, Any]) -> Sizes:
         """As a model's manifest states them."""
+        counted = manifest.get("counted")
         return cls(
+            counted=None if counted is None else Counted(**counted),
             parameters=manifest["parameters"]["loaded"],
             active=manifest["parameters"].get("active", 0),
             hidden=manifest["hidden"],
@@ -157,20 +165,35 @@ def of_a_pass(sizes: Sizes, batch: Largest, item: int, device: str, slots: int) 
     """
     # Of a mask: who sees whom, what follows of it, and its numbers. Of scores: as they are, their softmax
     # in float32, and that in the type of the computation.
-    attention = batch.pairs * (2 + item)
-    attention += batch.tokens * batch.longest * sizes.heads * (2 * item + 4)
-    kept = batch.kept * sizes.cache * item
-    if batch.kept:
-        kept += batch.rows * sizes.linear_layers * sizes.state * CHUNK_ITEM
-    layer = max(
-        _in_a_layer(sizes, batch, item, device), _in_linear_attention(sizes, batch, item, device)
-    )
-    running = layer + batch.tokens * slots * COUNTED + attention + kept
+    masks = batch.pairs * (2 + item)
+    layer = _in_the_layers(sizes, batch, item, device)
+    running = layer + batch.tokens * slots * COUNTED + masks + _kept(sizes, batch, item)
     head = _at_the_head(sizes, batch, item, device)
     added_up = batch.tokens * slots * ADDED_UP
     if device == "cuda":  # one after the other, and each tensor is gone when nothing needs it
         return max(running, added_up, batch.tokens * slots * COUNTED + head)
     return max(running, added_up + head)
+
+
+def _in_the_layers(sizes: Sizes, batch: Largest, item: int, device: str) -> int:
+    """Bytes of what a layer has of a batch at once, as it was counted or as it follows from the sizes."""
+    if sizes.counted is not None:
+        counted = sizes.counted.of_a_pass(batch.tokens, batch.longest, item)
+        return int(counted) + SMALL_BLOCKS[device]
+    scores = batch.tokens * batch.longest * sizes.heads * (2 * item + 4)
+    usual = _in_a_layer(sizes, batch, item, device)
+    return scores + max(usual, _in_linear_attention(sizes, batch, item, device))
+
+
+def _kept(sizes: Sizes, batch: Largest, item: int) -> int:
+    """Bytes of keys, values and states that generation keeps."""
+    if not batch.kept:
+        return 0
+    states = batch.rows * sizes.linear_layers * sizes.state * CHUNK_ITEM
+    named = batch.kept * sizes.cache * item + states
+    # Some models keep it in themselves, or only in what they are handed, and show nothing.
+    seen = sizes.counted and sizes.counted.of_what_is_kept(batch.kept, batch.rows, item)
+    return max(named, int(seen or 0))
 
 
 def _in_a_layer(sizes: Sizes, batch: Largest, item: int, device: str) -> int:

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 # a model is counted anew at each task.
 _SEEN: WeakKeyDictionary[nn.Module, dict[tuple[int, str], bool]] = WeakKeyDictionary()
 
+# Bytes of a part's tensors up to which they are held for each other: of more a GPU counts one in about the
+# time of a launch, and what is held is not there for the pass.
+MOST_HELD = 128 * 2**20
+
 
 @dataclass
 class _Made:
@@ -54,7 +58,7 @@ class Together:
 
     A model may compute in place, so that a tensor is another one when it is counted. In a first pass each is
     counted as it comes, and of the parts whose tensors all are still as they were when the last one comes,
-    they are counted together from then on.
+    they are counted together from then on, in passes of no more than `MOST_HELD`.
     """
 
     def __init__(
@@ -92,9 +96,10 @@ class Together:
         """
         part = vectors.part
         made = self._parts[part.layer, part.name]
-        if not made.together:
+        many = _bytes_of_all(vectors) > MOST_HELD
+        if many or not made.together:
             self._at_once(vectors)
-        if made.together is False:
+        if many or made.together is False:
             return
         made.held.append(vectors)
         made.versions.append(vectors.values._version)
@@ -117,6 +122,13 @@ class Together:
             )
         else:
             self._counter.add_together(held)
+
+
+def _bytes_of_all(vectors: Vectors) -> int:
+    """Of all tensors of a part, of as many rows as this one has."""
+    values, part = vectors.values, vectors.part
+    numbers = sum(part.size(tensor) for tensor in part.tensors)
+    return values.numel() // values.shape[-1] * numbers * values.itemsize
 
 
 def _worth_it(held: list[Vectors]) -> bool:

@@ -86,6 +86,27 @@ def test_same_counts_as_one_by_one(
     assert max(sizes) >= 2
 
 
+def test_what_large_passes_make_is_not_held(
+    launches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch's tensors are counted as they come, a step's of generation together."""
+    model = tiny_model("llama")
+    parts = find_parts(model)
+    batches = [token_ids(2, 8), token_ids(2, 8, seed=2)]
+    expected = counts(model, batches, parts)
+    alone = list(launches)
+    launches.clear()
+    # Of an FFN's two rows, as a step has them, and not of sixteen.
+    most = max(sum(map(part.size, part.tensors)) for part in parts) * 2 * 4
+    monkeypatch.setattr(together, "MOST_HELD", most)
+    monkeypatch.setattr(together, "_SEEN", WeakKeyDictionary())
+    for one, other in zip(expected, counts(model, batches, parts), strict=True):
+        assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+    # Of four passes the first step shows what can be counted together, and the second one is.
+    assert len(alone) == 3 * len(parts)
+    assert len(launches) == len(parts)
+
+
 def test_what_is_computed_in_place_is_counted_as_it_comes(
     launches: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
