@@ -90,8 +90,12 @@ class Bench:
             )
             for _ in range(max(TEXTS.values()))
         ]
-        self.lm = AtlasLM(self.model, self.tokenizer, batch_size=ROWS)
+        self.lm = self.fresh()
         self.plain = HFLM(pretrained=self.model, tokenizer=self.tokenizer, batch_size=ROWS)
+
+    def fresh(self) -> AtlasLM:
+        """Our class, which knows nothing yet: whether steps can be recorded is found out once."""
+        return AtlasLM(self.model, self.tokenizer, batch_size=ROWS)
 
     def requests(self, count: int) -> list[Instance]:
         asked = {"until": [], "max_gen_toks": WRITTEN}
@@ -263,6 +267,7 @@ def measure(bench: Bench, count: int, rounds: int, ways: list[str], parts: Parts
     for level in (None, LEVEL):
         for way in ways:
             lm_model.DEVICES = {bench.model.device.type} if way == "recorded" else set()
+            bench.lm = bench.fresh()
             seconds, (texts, fed) = timed(partial(work, level), rounds)
             node = f"{'dense' if level is None else f'top-p {level}'}, {way}"
             found[node] = statistics.median(seconds[1:]), texts
