@@ -134,7 +134,11 @@ def _of_part(part: Part, tensors: tuple[str, ...], why: dict[str, str]) -> Itera
         try:
             up, _, down, _ = gated_of(part)
         except AtlasError as error:
-            why.setdefault("ffn", str(error))
+            alone = any(name in READ for name in tensors)
+            instead = (
+                "its maps are timed one by one" if alone else "a factor by itself has no product"
+            )
+            why.setdefault("ffn", f"{error}; {instead}")
         else:
             shape = f"{up.shape[1]} to {up.shape[0]} to {down.shape[0]}, gated"
             yield Maps("ffn", "input", tensors, [part], shape, up.numel() * 2 + down.numel())

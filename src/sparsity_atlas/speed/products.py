@@ -121,7 +121,7 @@ def plain_weight(reader: Projection) -> Tensor:
         AtlasError: it has.
     """
     if _bias(reader) is not None:
-        raise AtlasError(f"{reader.path}: it has a bias")
+        raise AtlasError(f"{reader.path}: it has a bias, which no product of a whole FFN adds")
     return matrix_of(reader)
 
 

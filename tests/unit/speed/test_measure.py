@@ -171,6 +171,8 @@ def test_an_ffn_that_is_refused_as_a_whole_still_has_its_maps(
     why = {row["timed"]: row["reason"] for row in rows if row["status"] == REFUSED}
     assert set(why) == refused
     assert all("none of plain maps with silu or relu" in one for one in why.values())
+    instead = "its maps are timed one by one" if timed else "a factor by itself has no product"
+    assert why["ffn"].endswith(f"with silu or relu; {instead}")
 
 
 def test_experts_leave_what_stands_beside_them() -> None:
