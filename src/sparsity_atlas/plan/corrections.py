@@ -21,8 +21,8 @@ APART = {"metrics", "calibrate", "truthfulness", "run_config"}
 # These say how much of their work is done (`sparsity_atlas.progress`): one that has said nothing starts.
 TELLING = {"capture", "metrics", "calibrate", "dense", "evaluate", "search", "output_error"}
 TELLING |= {"sensitivity", "figures", "page"}
-# The first job that runs a model on its tasks builds requests and has kernels compiled, which is kept: of other
-# rules' starts its own says little.
+# The first job that runs a model on its tasks builds requests and has kernels compiled, which is kept: of
+# other rules' starts its own says little.
 COMPILING = {"dense"}
 # Of a model's captures one works, and the others wait for it.
 WAITING = {"capture"}

@@ -210,13 +210,20 @@ def _ending_seconds(config: Config, rule: str, start: Start) -> Amount:
 
 def _start_seconds(job: Job, outlook: Outlook | None, start: Start) -> float:
     """Seconds of imports, of tasks where they are evaluated, and until a model is there; of others all."""
+    outlook = outlook or Outlook()
     if job.rule == "capture":
-        return start.capture
+        return start.capture + outlook.ready
     if job.rule not in HEAVY:
-        # Of metrics and the like what goes on is work; it is little of the others.
-        return start.light if job.rule in WORKING else math.inf
-    ready = (outlook or Outlook()).ready
-    return start.heavy + ready + (start.tasks if job.rule in EVALUATING else 0.0)
+        # Of metrics and the like what goes on is work, and of drawing; it is little of the others.
+        return start.drawing.get(job.rule, start.light if job.rule in WORKING else math.inf)
+    before = _before(job, outlook, start) if job.rule in EVALUATING else 0.0
+    return start.heavy + outlook.ready + before
+
+
+def _before(job: Job, outlook: Outlook, start: Start) -> float:
+    """Seconds of tasks and their requests, and of what the first passes over them take longer."""
+    known = (outlook.costs[task] for task in job.evaluations if task in outlook.costs)
+    return start.tasks + outlook.first + sum(cost.building for cost in known)
 
 
 def loadable_tasks(config: Config, unknowns: Unknowns) -> dict[str, LoadedTask]:
@@ -338,12 +345,10 @@ def evaluation_seconds(job: Job, outlook: Outlook, start: Start) -> Amount:
         start: what every job spends.
     """
     times = outlook.seconds.get(job.node, {})
-    total = Amount.exactly(start.heavy + start.tasks + outlook.ready)
+    total = Amount.exactly(start.heavy + outlook.ready + _before(job, outlook, start))
     for task, evaluations in job.evaluations.items():
         if task in times:
-            cost = outlook.costs[task]
-            total += Amount.exactly(cost.building)
-            total += evaluations * (times[task] + cost.overhead)
+            total += evaluations * (times[task] + outlook.costs[task].overhead)
         else:
             total += UNKNOWN
     return total

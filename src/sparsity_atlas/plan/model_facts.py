@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 
 from sparsity_atlas.activations.layout import stored_type
@@ -29,7 +30,7 @@ from sparsity_atlas.models.layer_settings import in_layers
 from sparsity_atlas.models.parameters import count_parameters
 from sparsity_atlas.plan.dry_masked import DryMaskedLM
 from sparsity_atlas.plan.dry_run import Dry, DryLM, TaskCost, count
-from sparsity_atlas.plan.rates import TimedLM, free_memory, node_seconds
+from sparsity_atlas.plan.rates import TimedLM, node_seconds
 from sparsity_atlas.sites.available import Available
 from sparsity_atlas.sites.experts.experts_modules import experts_modules
 from sparsity_atlas.sites.find import find_parts, sees_earlier_only
@@ -73,7 +74,8 @@ class Outlook:
         shapes: entries of each tensor of a token, for each part of each layer, of routed experts those of
             the routing as well; attention's are the first part's.
         costs: what one evaluation of each task takes.
-        ready: seconds until the weights are loaded and the sites found.
+        ready: seconds until the device is ready, the weights are loaded and the sites found.
+        first: how many more the first passes over its tasks take in each process.
         seconds: of one evaluation's forward passes, by criterion and site, and by task.
     """
 
@@ -85,6 +87,7 @@ class Outlook:
     shapes: list[dict[str, int]] = field(default_factory=list)
     costs: dict[str, TaskCost] = field(default_factory=dict)
     ready: float = 0.0
+    first: float = 0.0
     seconds: dict[NodeKey, dict[str, float]] = field(default_factory=dict)
 
     @property
@@ -284,6 +287,12 @@ def _proved(layer: list[Part]) -> Iterator[dict[str, int]]:
     yield from beside[1:]
 
 
+def _free_memory(device: torch.device) -> int:
+    """Bytes that are free where a model would be loaded."""
+    free = psutil.virtual_memory().available
+    return min(free, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free
+
+
 def measure(config: Config, name: str, outlook: Outlook, nodes: dict[NodeKey, Node | None]) -> None:
     """Time a model's forward passes.
 
@@ -298,16 +307,16 @@ def measure(config: Config, name: str, outlook: Outlook, nodes: dict[NodeKey, No
     """
     source = json.loads(grid.fetch_slice(config, name))
     settings = json.loads(grid.evaluation_slice(config, name, ()))
+    began = time.perf_counter()  # before anything asks for the device, which is made ready then
     device = pick_device(settings["device"])
     needed = outlook.loaded * ITEM_BYTES[outlook.dtype]
-    free = free_memory(device)
+    free = _free_memory(device)
     if settings.get("device_map"):
         raise AtlasError("spread over devices (device_map), which is not timed here")
     if needed > 0.7 * free:
         raise AtlasError(
             f"too large to be timed here: {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
         )
-    began = time.perf_counter()
     checkpoint, _ = resolve(source, offline=True)
     # On the CPU first: a job waits for a GPU of its own, a plan shares one.
     model = moved(load(checkpoint, dtype=outlook.dtype, device="cpu"), device)
@@ -324,5 +333,8 @@ def measure(config: Config, name: str, outlook: Outlook, nodes: dict[NodeKey, No
         model, load_tokenizer(checkpoint), batch_size=settings["batch_size"], max_length=None
     )
     session = Session(lm, parts, {}, config.seed, {})
-    times = node_seconds(session, list(nodes.values()), outlook.costs)
+    longer, times = node_seconds(session, list(nodes.values()), outlook.costs)
+    if device.type != "cpu":
+        # Kernels that a CPU has compiled are kept for all jobs; of a GPU each process makes its own again.
+        outlook.first = longer
     outlook.seconds = dict(zip(nodes, times, strict=True))

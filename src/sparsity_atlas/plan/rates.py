@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,9 +32,6 @@ from sparsity_atlas.lm.work import Work
 from sparsity_atlas.plan.dry_run import Batch, TaskCost
 from sparsity_atlas.statistics.auroc import resampled_aurocs
 from sparsity_atlas.statistics.bootstrap import TaskSamples
-
-if TYPE_CHECKING:
-    import torch
 
 # A timing need not be longer; a whole batch of a large model on a CPU takes minutes.
 ENOUGH_SECONDS = 0.4
@@ -113,55 +109,67 @@ def piece(lm: TimedLM, batch: Batch) -> Batch:
 
 def node_seconds(
     session: Session, nodes: list[Node | None], costs: dict[str, TaskCost]
-) -> list[dict[str, float]]:
+) -> tuple[float, list[dict[str, float]]]:
     """Seconds of the forward passes of each task, for each node.
 
     Args:
-        session: with a `TimedLM`.
+        session: with a `TimedLM`, whose model has not been run yet.
         nodes: None is the dense baseline.
         costs: of each task.
+
+    Returns:
+        How much longer the first passes of a process take (kernels, plans for each shape), and the seconds.
     """
     lm = session.lm
     assert isinstance(lm, TimedLM)
     pieces: dict[str, Batch] = {}
-    seconds = []
+    seconds: list[dict[str, float]] = []
+    longer = 0.0
     with tempfile.TemporaryDirectory() as folder:
-        for number, node in enumerate([None, *nodes]):
+        # The dense model first, by which each shape has been seen before others are timed.
+        for number, node in enumerate([None, *(node for node in nodes if node is not None)]):
+            began = time.perf_counter()
             with session.attach(node) as counter:
                 lm.start(Journal(Path(folder, str(number)), {}), counter, Work())
-                if not pieces:
+                if not number:
                     pieces = {name: piece(lm, cost.sample) for name, cost in costs.items()}
                 for part in pieces.values():
                     lm.time(cut(part, *SMALLEST))
-                seconds.append(
-                    {name: _seconds(lm, pieces[name], cost) for name, cost in costs.items()}
-                )
-    return seconds[1:]
+                    if not number and lm.device.type != "cpu":
+                        lm.time(part)
+                seen = time.perf_counter()
+                times = {
+                    name: _seconds(lm, pieces[name], cost, again=False)
+                    for name, cost in costs.items()
+                }
+                if not number:
+                    longer = max(2 * seen - began - time.perf_counter(), 0.0)
+            seconds.append(times)
+    dense, sparse = seconds[0], iter(seconds[1:])
+    return longer, [dense if node is None else next(sparse) for node in nodes]
 
 
-def _seconds(lm: TimedLM, part: Batch, cost: TaskCost) -> float:
-    """Seconds of a task's passes, from those of a part of its middle batch."""
+def _seconds(lm: TimedLM, part: Batch, cost: TaskCost, *, again: bool = True) -> float:
+    """Seconds of a task's passes, from those of a part of its middle batch.
+
+    Args:
+        lm: that runs it.
+        part: of the batch.
+        cost: of the task.
+        again: whether such passes may be its first, which take longer, so that they are timed twice.
+    """
     if lm.device.type == "cpu":
         total = cost.positions / part.positions * lm.time(part)
     else:
         # A pass is launched, whatever it is over, and the rest goes by positions.
         small = cut(part, *SMALLEST)
-        least, once = (min(lm.time(one) for _ in range(2)) for one in (small, part))
+        least, once = (min(lm.time(one) for _ in range(1 + again)) for one in (small, part))
         beyond = max(once - least, 0.0) / max(part.positions - small.positions, 1)
         total = cost.passes * least + cost.positions * beyond
     if cost.steps:
         # One token a row; a long context makes a step slower than this.
         total += cost.steps * lm.time(cut(cost.sample, len(cost.sample.rows), 1))
     return total
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free where a model would be loaded."""
-    import psutil
-    import torch
-
-    free = psutil.virtual_memory().available
-    return min(free, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free
 
 
 @contextlib.contextmanager

@@ -337,7 +337,7 @@ def told(slow_start: dict[str, float], slow_work: float = 1.0) -> list[tuple[flo
             if key.rule in TELLING and past >= start:
                 time.reach(number, min(max((past - start) / work, 1e-9), 1.0), 1.0, now + past)
             # A job that is nearly over is never said to be so: it might be overdue.
-            if past <= 0.8 * unseen or key.rule in TELLING and past > start:
+            if past <= 0.8 * unseen or (key.rule in TELLING and past > start):
                 said.append((now + past, time.seconds_left(now + past)))
         now += start + work
         time.finish(number, now)
