@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from sparsity_atlas.config import grid
 from sparsity_atlas.errors import TaskFailure
 from sparsity_atlas.evaluation.evaluate import evaluate_node
 from sparsity_atlas.evaluation.node import Node
@@ -29,6 +30,7 @@ from sparsity_atlas.lm.model import AtlasLM
 from sparsity_atlas.lm.usage import packed
 from sparsity_atlas.sparsify.attach import Counter
 from sparsity_atlas.sparsify.counted_vectors import Slot
+from sparsity_atlas.tasks.load import load_tasks
 from sparsity_atlas.terms import DENOISING, GENERATION, PROMPT, SCORING
 
 if TYPE_CHECKING:
@@ -36,8 +38,26 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from sparsity_atlas.config.schema import Config
     from sparsity_atlas.lm.work import Arranged, Work
     from sparsity_atlas.tasks.loaded import LoadedTask
+
+
+def loadable_tasks(
+    config: Config, note: Callable[[str, BaseException | str], None]
+) -> dict[str, LoadedTask]:
+    """The tasks of the run, without those that cannot be loaded here, of which it is noted why."""
+    used = {name for model in grid.models(config) for name in grid.model_tasks(config, model)}
+    entries = {
+        name: entry.model_dump(exclude_none=True, exclude_defaults=True)
+        for name, entry in config.tasks.items()
+        if name in used
+    }
+    loaded = load_tasks(entries, config.seed, lambda name, reason: note(f"task {name}", reason))
+    problems = {name: task.problem for name, task in loaded.items() if task.problem}
+    for name, problem in problems.items():
+        note(f"task {name}", problem)
+    return {name: task for name, task in loaded.items() if name not in problems}
 
 
 @dataclass(frozen=True)

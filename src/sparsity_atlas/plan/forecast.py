@@ -24,6 +24,7 @@ from sparsity_atlas.plan.captured_passes import (
     passes_of_reuse,
     site_of,
 )
+from sparsity_atlas.plan.dry_run import loadable_tasks
 from sparsity_atlas.plan.jobs import UNKNOWN, Amount, Job, jobs, usual_levels
 from sparsity_atlas.plan.model_facts import (
     NodeKey,
@@ -46,8 +47,6 @@ from sparsity_atlas.plan.rates import (
 )
 from sparsity_atlas.plan.targets import missed_targets
 from sparsity_atlas.plan.timing_cost import timing_seconds
-from sparsity_atlas.tasks.load import load_tasks
-from sparsity_atlas.tasks.loaded import LoadedTask
 from sparsity_atlas.terms import RESIDUAL, ROUTING, TENSORS
 from sparsity_atlas.truthfulness.predictors import REPLICATES
 
@@ -115,10 +114,10 @@ def _forecast(
     imports: dict[str, Future[float]],
 ) -> Forecast:
     left = [job for job in every if not job.done]
-    tasks = loadable_tasks(config, unknowns)
+    tasks = loadable_tasks(config, unknowns.note)
     began = time.perf_counter()
     # Again, since the first time imports what a job's own imports have, and reads what is kept then.
-    loadable_tasks(config, Unknowns())
+    loadable_tasks(config, Unknowns().note)
     tasks_seconds = time.perf_counter() - began
     outlooks = {}
     for model in grid.models(config):
@@ -224,23 +223,6 @@ def _before(job: Job, outlook: Outlook, start: Start) -> float:
     """Seconds of tasks and their requests, and of what the first passes over them take longer."""
     known = (outlook.costs[task] for task in job.evaluations if task in outlook.costs)
     return start.tasks + outlook.first + sum(cost.building for cost in known)
-
-
-def loadable_tasks(config: Config, unknowns: Unknowns) -> dict[str, LoadedTask]:
-    """The tasks of the run, without those that cannot be loaded here."""
-    used = {name for model in grid.models(config) for name in grid.model_tasks(config, model)}
-    entries = {
-        name: entry.model_dump(exclude_none=True, exclude_defaults=True)
-        for name, entry in config.tasks.items()
-        if name in used
-    }
-    loaded = load_tasks(
-        entries, config.seed, lambda name, reason: unknowns.note(f"task {name}", reason)
-    )
-    problems = {name: task.problem for name, task in loaded.items() if task.problem}
-    for name, problem in problems.items():
-        unknowns.note(f"task {name}", problem)
-    return {name: task for name, task in loaded.items() if name not in problems}
 
 
 def _nodes(config: Config, left: list[Job]) -> dict[NodeKey, Node | None]:
