@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,12 +20,14 @@ from sparsity_atlas.plan.captured_passes import passes_of_a_level
 from sparsity_atlas.plan.corrections import LIGHT, Seconds
 from sparsity_atlas.plan.jobs import Job, jobs
 from sparsity_atlas.plan.schedule import LAST, Key
+from sparsity_atlas.tasks.local_files import find
 from sparsity_atlas.terms import TENSORS, layers_named, tensors_at
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from sparsity_atlas.config.model_entry import ModelEntry
+    from sparsity_atlas.config.schema import TaskEntry
     from sparsity_atlas.plan.jobs import Amount
 
 FILE = "logs/plan.json"
@@ -45,8 +48,14 @@ SECONDS = {
 }
 # An evaluation of a model of the mean size; in a dense baseline, where all is counted, it takes more.
 EVALUATION, DENSE = 3.0, 1.25
-# What these were measured with: the default run, and the zoo's mean size in bytes.
-TASKS, CURVES, BYTES = 3, 15, 6.3e6
+# What these were measured with: the default run, the bytes of its tasks, and the zoo's mean size in bytes.
+TASKS, CURVES, DATA, BYTES = 3, 15, 90e3, 6.3e6
+# The share of an evaluation there that goes by the number of tasks, and not by their bytes.
+EACH = 0.5
+# Bytes of a document, by the file's suffix: of questions, and of a text's pages.
+DOCUMENT = {".jsonl": 400.0, ".json": 400.0, ".arrow": 500.0, ".parquet": 200.0, ".csv": 300.0}
+DOCUMENT |= {".txt": 20e3}
+SOME = 100  # lines that tell how long the others are
 # The work of tables, figures and page goes by this power of the number of curves.
 SHOWN = 0.8
 # And of a curve, for any number of tasks.
@@ -110,7 +119,9 @@ def expected(config: Config, results: Path) -> list[tuple[Key, Seconds]]:
     planned = _planned(results / FILE, config)
     left = [job for job in jobs(config, results) if not job.done]
     facts = _facts(config)
-    usual = [_usual_seconds(job, facts.get(job.model, _Facts()), config) for job in left]
+    asked = {task for job in left for task in job.evaluations}
+    data = {task: _data(task, config.tasks[task]) for task in asked}
+    usual = [_usual_seconds(job, facts.get(job.model, _Facts()), data, config) for job in left]
     # What was not planned is put on the scale of what was.
     both: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for job, seconds in zip(left, usual, strict=True):
@@ -191,12 +202,39 @@ def _bytes(entry: ModelEntry) -> int:
     return sum(file.stat().st_size for file in Path(entry.path).glob("*.safetensors"))
 
 
-def _usual_seconds(job: Job, facts: _Facts, config: Config) -> Seconds:
+def _data(name: str, entry: TaskEntry) -> float:
+    """Bytes of a task's documents, as far as they are evaluated; as usual where there are no files."""
+    found = find(entry.include, entry.task or name, entry.override)
+    files = [path for path in found.all() if path.suffix in DOCUMENT]
+    return float(sum(_read(path, entry.limit) for path in files)) or DATA / TASKS
+
+
+def _read(path: Path, limit: int | None) -> float:
+    """Bytes of a file that so many documents are."""
+    size = path.stat().st_size
+    if limit is None:
+        return size
+    document = DOCUMENT[path.suffix]
+    if path.suffix == ".jsonl":
+        with path.open("rb") as file:
+            lines = [len(line) for line in islice(file, SOME)]
+        document = sum(lines) / max(len(lines), 1)
+    return min(size, limit * document)
+
+
+def _much(data: Iterable[float]) -> float:
+    """How much longer tasks of so many bytes each take than the default run's three."""
+    each = list(data)
+    return EACH * (1 + len(each)) / (1 + TASKS) + (1 - EACH) * sum(each) / DATA
+
+
+def _usual_seconds(job: Job, facts: _Facts, data: Mapping[str, float], config: Config) -> Seconds:
     """By rule, evaluations, what is asked of the job beside them, and its model.
 
     Args:
         job: the job.
         facts: of its model.
+        data: bytes of each task.
         config: of the run.
     """
     usual = SECONDS.get(job.rule, Seconds(1.0))
@@ -211,8 +249,7 @@ def _usual_seconds(job: Job, facts: _Facts, config: Config) -> Seconds:
         much = len(TENSORS[job.site]) * _sized(facts.numbers) if job.rule == "metrics" else 1.0
         return Seconds(usual.start, usual.work * much)
     evaluations = max((amount.expected for amount in job.evaluations.values()), default=0.0)
-    # One task alone takes half as long as the default run's three.
-    evaluations *= (1 + len(job.evaluations)) / (1 + TASKS)
+    evaluations *= _much(data[task] for task in job.evaluations)
     once = EVALUATION * facts.rows * (DENSE if job.rule == "dense" else 1.0)
     work = usual.work * _passes(job, config) + once * evaluations
     return Seconds(usual.start + facts.loading, work * _sized(facts.large))
