@@ -9,23 +9,21 @@ left as it is where it gives anything else.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from sparsity_atlas.decoding.backend import backend_of
 from sparsity_atlas.decoding.vector import Norm
 from sparsity_atlas.lm.continuous.called import CACHE, arguments
 from sparsity_atlas.lm.continuous.ring import Ring
 from sparsity_atlas.models.logits.head import EXACT, REFUSALS, ROUNDED
 from sparsity_atlas.sites.probe.hypotheses import relative_error
 from sparsity_atlas.speed.attached import Unchanged
-from sparsity_atlas.speed.products import name_of
+from sparsity_atlas.speed.joined_maps import ffn, is_own, reading
 from sparsity_atlas.speed.replaced import Reader, Readers, SparseFFN, dense_meanwhile, put
 
 if TYPE_CHECKING:
@@ -35,7 +33,8 @@ if TYPE_CHECKING:
 _LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _READERS = ("q_proj", "k_proj", "v_proj")
 _ATTENTION = {*_READERS, "o_proj"}
-_FFN = ("up_proj", "gate_proj", "down_proj")
+# Beside these, where each head of queries and keys has a norm (Qwen 3).
+_HEAD_NORMS = {"q_norm", "k_norm"}
 # Rows and places of the ring that a layer is tried with.
 TRIED = 2, 80
 
@@ -77,7 +76,7 @@ def joined(model: PreTrainedModel, known: Known | None = None) -> Iterator[int]:
 def _is_norm(module: Any) -> bool:
     """Whether a module looks like a root-mean-square norm, and nothing hangs on it."""
     named = hasattr(module, "weight") and hasattr(module, "variance_epsilon")
-    return named and _is_own(module)
+    return named and is_own(module)
 
 
 def _join_norm(stack: ExitStack, norm: Any) -> None:
@@ -133,26 +132,18 @@ def _is_known(layer: Any) -> bool:
     if {name for name, _ in layer.named_children()} != _LAYER:
         return False
     attention: Any = layer.self_attn
-    if {name for name, _ in attention.named_children()} != _ATTENTION:
+    within = {name for name, _ in attention.named_children()}
+    if within not in (_ATTENTION, _ATTENTION | _HEAD_NORMS):
         return False
-    norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms += [getattr(attention, one) for one in _HEAD_NORMS & within]
     return (
         all(_is_norm(one) for one in norms)
         and all(hasattr(attention, one) for one in ("head_dim", "scaling"))
         and isinstance(attention.k_proj, nn.Linear)
-        and _is_own(attention)
+        and is_own(attention)
         and "forward" not in layer.__dict__
     )
-
-
-def _is_own(module: nn.Module) -> bool:
-    """Whether a module does what its class says: nothing is attached to it, or put in its place."""
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    return not hooked and "forward" not in module.__dict__
-
-
-def _is_plain(module: Any) -> bool:
-    return type(module) is nn.Linear and _is_own(module)
 
 
 class _Joined:
@@ -176,8 +167,8 @@ class _Joined:
         self.layer, self.first, self.last = layer, True, True
         self.waiting: list[Tensor] = []
         self._own, self._place, self._name = layer.forward, place, name
-        self._read = _reading([getattr(layer.self_attn, one) for one in _READERS])
-        self._ffn = _ffn(layer.mlp)
+        self._read = reading([getattr(layer.self_attn, one) for one in _READERS])
+        self._ffn = ffn(layer.mlp)
 
     def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Any:
         """In place of the layer's own."""
@@ -231,11 +222,19 @@ class _Joined:
 
         attention = self.layer.self_attn
         query, key, value = read
+        if hasattr(attention, "q_norm"):
+            query = self._by_head(attention.q_norm, query)
+            key = self._by_head(attention.k_norm, key)
         like = key.unflatten(-1, (-1, 1, attention.head_dim))
         buffers = ring.buffers(self._place, like)
         found = attended(query, key, value, turns, mask, buffers, ring.clock, attention.scaling)
         made: Tensor = attention.o_proj(found[:, None])[:, 0]
         return made
+
+    def _by_head(self, norm: Any, x: Tensor) -> Tensor:
+        """A norm of each head of x [rows, heads * width]."""
+        heads = x.reshape(-1, self.layer.self_attn.head_dim)
+        return self._normed(norm, heads, None)[1].view_as(x)
 
     def is_right(self, turning: Any) -> bool:
         """Whether norms, attention and the whole give what the layer's own do, and keep the same."""
@@ -309,42 +308,3 @@ def _readers(attention: Any) -> Readers | None:
     found = forward.readers
     same = len(found.modules) == len(modules) and all(map(operator.is_, found.modules, modules))
     return found if same else None
-
-
-def _reading(readers: list[Any]) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """What several maps make of one vector: one product, if nothing hangs on them."""
-    if not all(_is_plain(one) for one in readers):
-        return lambda x: tuple(one(x) for one in readers)
-    sizes = [one.out_features for one in readers]
-    weight = torch.cat([one.weight.detach() for one in readers])
-    biases = [one.bias for one in readers if one.bias is not None]
-    bias = torch.cat([one.detach() for one in biases]) if len(biases) == len(readers) else None
-    if biases and bias is None:
-        return lambda x: tuple(one(x) for one in readers)
-    return lambda x: F.linear(x, weight, bias).split(sizes, -1)
-
-
-def _ffn(module: Any) -> Callable[[Tensor], Tensor]:
-    """What an FFN makes of a vector: its factors in one launch, if nothing hangs on their maps."""
-    maps: list[Any] = [getattr(module, one, None) for one in _FFN]
-    plain = all(_is_plain(one) and one.bias is None for one in maps)
-    function = getattr(module, "act_fn", None)
-    activation = name_of(function) if plain and function is not None else None
-
-    def own(x: Tensor) -> Tensor:
-        made: Tensor = module(x)
-        return made
-
-    if activation is None or not _is_own(module):
-        return own
-    up, gate, down = maps
-
-    def made(x: Tensor) -> Tensor:
-        rows = x[:, 0]
-        backend = backend_of(rows, up.weight)
-        if backend is None:
-            return own(x)
-        found: Tensor = down(backend.factors(rows, up.weight, gate.weight, activation))
-        return found[:, None]
-
-    return made

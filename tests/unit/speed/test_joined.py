@@ -27,7 +27,7 @@ from tiny_models import tiny_model
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "qwen3"])
 def test_greedy_tokens(name: str) -> None:
     model = tiny_model(name, initializer_range=0.3)
     ids = random_ids(model, (2, 7))
@@ -170,7 +170,7 @@ def test_norms_within_sparse_products(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert launched == [True] * 12
 
 
-@pytest.mark.parametrize("name", ["gemma2", "qwen3", "cohere", "gpt_neox"])
+@pytest.mark.parametrize("name", ["gemma2", "olmo2", "glm4", "cohere", "gpt_neox"])
 def test_other_layers_stay_as_they_are(name: str) -> None:
     with joined(tiny_model(name, initializer_range=0.3)) as layers:
         assert layers == 0
