@@ -30,12 +30,12 @@ import pandas as pd
 
 from sparsity_atlas.report import measured_time
 from sparsity_atlas.report.crossings import between, dropped, ranked, speedups, where_of
-from sparsity_atlas.report.measured_time import WORTH, Advice, critical_row
+from sparsity_atlas.report.measured_time import SPARSE, WORTH, Advice, critical_row
 from sparsity_atlas.report.predictor_advice import no_predictor, predicted
 from sparsity_atlas.tables.read import HEADLINE_BAR, Tables, records
 from sparsity_atlas.terms import AVERAGE, EVERY_PHASE, IN_NATS
 
-SPARSE, NOTHING = 0.1, 0.01
+NOTHING = 0.01
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _of_model(tables: Tables, model: str) -> Iterator[tuple[str, list[Advice]]]:
     zeros = [advice for site in ("intermediate", "gate") if (advice := _by_itself(curves, site))]
     if zeros:
         yield "What is sparse already", zeros
-    in_time = list(measured_time.advices(tables, model))
+    in_time = [*measured_time.advices(tables, model), *measured_time.own_zeros(tables, model)]
     if in_time:
         yield "What it buys in time", in_time
     untold = [*_untold(both)]

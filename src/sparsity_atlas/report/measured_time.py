@@ -5,6 +5,8 @@ The rules, of each curve that was timed and where it crosses the headline bar:
 - whole tokens are spoken of, at the shortest context; maps where no whole token was timed;
 - a curve that never crosses the bar is spoken of at its largest sparsity, and one that is below it from its
   first level on only as untold; that a crossing is not resolved is said;
+- where a site has `SPARSE` of zeros or more with nothing dropped, these are spoken of by themselves, with
+  fixed thresholds, once for a site;
 - a gain is told from none where the two times lie further apart than half of what both spread;
 - a number of tokens decoded together pays where one kind of threshold is `WORTH` times as fast as dense at
   the least, told from none, and all smaller numbers that were timed pay, too.
@@ -22,6 +24,8 @@ from sparsity_atlas.speed.speed_table import FIXED, FOUND, OK, TOKEN
 from sparsity_atlas.tables.read import HEADLINE_BAR, Tables, records
 
 WORTH = 1.05
+# Of zeros in the dense model, from which on it counts as sparse by itself.
+SPARSE = 0.1
 _BY = {FOUND: "with thresholds found at each token", FIXED: "with fixed thresholds"}
 
 
@@ -47,6 +51,34 @@ def advices(tables: Tables, model: str) -> Iterator[Advice]:
                 yield _of_times(maps, crossing)
         else:
             yield _of_times(whole[whole["context"] == whole["context"].min()], crossing)
+
+
+def own_zeros(tables: Tables, model: str) -> Iterator[Advice]:
+    """What the zeros that a model has by itself buy in time, at each site that was timed."""
+    rows = tables.speed
+    rows = rows[
+        (rows["model"] == model)
+        & (rows["status"] == OK)
+        & (rows["of"] == "")
+        & (rows["wanted"] == 0)
+        & (rows["threshold"] == FIXED)
+        & (rows["sparsity"] >= SPARSE)
+    ]
+    for _, site in rows.groupby("site", sort=False):
+        curve = site[site["criterion"] == site["criterion"].iloc[0]]
+        whole = curve[curve["timed"] == TOKEN]
+        chosen = [some for _, some in curve.groupby("timed", sort=False)]
+        if not whole.empty:
+            chosen = [whole[whole["context"] == whole["context"].min()]]
+        for some in chosen:
+            counts = sorted(some["tokens"].unique())
+            first = next(records(some[some["tokens"] == counts[0]]))
+            text = (
+                f"Its own zeros at {first.site}, {first.sparsity:.1%} of the entries in a text of the run, left "
+                f"out and nothing else: on {first.device} in {first.dtype} {_what(first)} {_gain(first)}; by "
+                f"bytes it would be {first.ideal_speedup:.2f} times. {_batch(some, counts)}"
+            )
+            yield Advice(text, (_named(some),))
 
 
 def _crossing(tables: Tables, timed: Any) -> Any:
@@ -95,10 +127,6 @@ def _of_times(rows: pd.DataFrame, crossing: Any) -> Advice:
     counts = sorted(rows["tokens"].unique())
     fewest = list(records(rows[rows["tokens"] == counts[0]]))
     first = fewest[0]
-    together = f", {first.tokens:g} decoded together," if first.tokens > 1 else ""
-    what = f"its maps ({first.timed}){together} are"
-    if first.timed == TOKEN:
-        what = f"a token behind {first.context:g} others{together} is"
     gains = " and ".join(_gain(row) for row in fewest)
     by_bytes = " and ".join(dict.fromkeys(f"{row.ideal_speedup:.2f}" for row in fewest))
     where = f"where it crosses {first.of}"
@@ -108,13 +136,21 @@ def _of_times(rows: pd.DataFrame, crossing: Any) -> Advice:
         where += ", as far as the data tell, which do not resolve it"
     text = (
         f"{first.criterion} at {first.site}, {where} ({first.sparsity:.1%} of the entries "
-        f"dropped in a text of the run): on {first.device} in {first.dtype} {what} {gains}; by bytes it "
-        f"would be {by_bytes} times. Dense is caught up with {', '.join(map(_pays, fewest))}. "
+        f"dropped in a text of the run): on {first.device} in {first.dtype} {_what(first)} {gains}; by bytes "
+        f"it would be {by_bytes} times. Dense is caught up with {', '.join(map(_pays, fewest))}. "
         f"{_batch(rows, counts)}"
     )
     if first.timed == TOKEN:
         text += f" Copies of weights take {first.copies_bytes / 2**20:.1f} MiB."
     return Advice(text, (critical_row(crossing), _named(rows)))
+
+
+def _what(row: Any) -> str:
+    """What a time is of."""
+    together = f", {row.tokens:g} decoded together," if row.tokens > 1 else ""
+    if row.timed == TOKEN:
+        return f"a token behind {row.context:g} others{together} is"
+    return f"its maps ({row.timed}){together} are"
 
 
 def _gain(row: Any) -> str:
@@ -173,7 +209,7 @@ def _named(rows: pd.DataFrame) -> str:
     thresholds = " and ".join(rows["threshold"].unique())
     return (
         f"speed.csv: {first.model}, {first.criterion}, {first.site}, {first.timed}{context}, "
-        f"{counts} together, {thresholds}, {first.of}"
+        f"{counts} together, {thresholds}, {first.of or f'{first.wanted:.0%} wanted'}"
     )
 
 
