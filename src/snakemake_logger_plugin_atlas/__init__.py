@@ -12,7 +12,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
 
 from sparsity_atlas import progress
+from sparsity_atlas.config.as_written import check_file
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.plan.corrections import Seconds
 from sparsity_atlas.plan.schedule import Key
@@ -34,6 +35,9 @@ NOISE = (
     "Using workflow specific profile",
     "Assuming unrestricted",
 )
+
+# What a Snakefile reads by itself, in a checkout and where the workflow was deployed.
+OWN_CONFIGURATIONS = {"Snakefile": "config.yaml", "workflow/Snakefile": "config/config.yaml"}
 
 # The command of a job that failed; the job's own error, which follows, says more.
 ECHO = "RuleException:\nCalledProcessError"
@@ -103,17 +107,33 @@ def _size(path: Path | None) -> int:
     return path.stat().st_size if path is not None and path.is_file() else 0
 
 
+def misread(words: list[str]) -> str | None:
+    """What is wrong with the files that a command line names, and with the workflow's own configuration."""
+    own = [path for entry, path in OWN_CONFIGURATIONS.items() if Path(entry).is_file()]
+    try:
+        for path in map(Path, (*own, *itertools.chain(*_given(words)))):
+            if path.is_file():
+                check_file(path)
+    except AtlasError as error:
+        return str(error)
+    return None
+
+
+def _given(words: list[str]) -> Iterator[list[str]]:
+    """What stands behind each --configfile."""
+    for number, word in enumerate(words):
+        option, _, single = word.partition("=")
+        if option in ("--configfile", "--configfiles"):
+            behind = itertools.takewhile(lambda one: not one.startswith("-"), words[number + 1 :])
+            yield [single] if single else list(behind)
+
+
 def misplaced(words: list[str]) -> str | None:
     """What a command line gives to --configfile that is none, most often a target behind it.
 
     Snakemake takes every word up to the next option for a configuration. With `=` it takes one.
     """
-    for number, word in enumerate(words):
-        option, _, single = word.partition("=")
-        if option not in ("--configfile", "--configfiles"):
-            continue
-        behind = itertools.takewhile(lambda one: not one.startswith("-"), words[number + 1 :])
-        given = [single] if single else list(behind)
+    for given in _given(words):
         for one in given[1:]:
             path = Path(one)
             if path.suffix not in (".yaml", ".yml", ".json") or path.parts[0] == "results":
@@ -132,7 +152,7 @@ class LogHandler(LogHandlerBase):
 
     def __post_init__(self) -> None:
         # Here, since Snakemake reads these files before the Snakefile and ends in a traceback.
-        mistake = misplaced(sys.argv)
+        mistake = misplaced(sys.argv) or misread(sys.argv)
         if mistake:
             raise SystemExit(f"error: {mistake}")
         settings = self.common_settings

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, get_args
+
+from pydantic import BaseModel
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 
-def explain(item: ErrorDetails) -> str:
-    """One clause for one finding of Pydantic."""
+def explain(item: ErrorDetails, whole: type[BaseModel] | None = None) -> str:
+    """One clause for one finding of Pydantic.
+
+    Args:
+        item: the finding.
+        whole: the model that was validated, whose keys an unknown one may have meant.
+    """
     # Pydantic names the branch of a union in `loc`; the user's key path has no such parts.
     path = ".".join(
         str(part)
@@ -20,7 +28,9 @@ def explain(item: ErrorDetails) -> str:
         )
     )
     if item["type"] == "extra_forbidden":
-        return f"{path}: unknown key"
+        *outer, key = item["loc"]
+        near = get_close_matches(str(key), _keys(whole, outer) if whole else (), 1)
+        return f"{path}: unknown key" + (f" (did you mean '{near[0]}'?)" if near else "")
     if item["type"] == "missing":
         return f"{path}: missing"
     message = item["msg"].removeprefix("Value error, ")
@@ -35,6 +45,23 @@ def explain(item: ErrorDetails) -> str:
         return message
     found = "" if isinstance(item["input"], dict | list) else f", found {_short(item['input'])}"
     return f"{path}: {message}{found}"
+
+
+def _keys(whole: type[BaseModel], outer: list[int | str]) -> set[str]:
+    """Keys of the mapping that lies behind the keys `outer`; what else these name is no field."""
+    kinds = {whole}
+    for part in outer:
+        fields = [kind.model_fields[str(part)] for kind in kinds if part in kind.model_fields]
+        if fields:
+            kinds = {kind for field in fields for kind in _models(field.annotation)}
+    return {name for kind in kinds for name in kind.model_fields}
+
+
+def _models(annotation: Any) -> set[type[BaseModel]]:
+    """The models that a type names, however deep in it."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {annotation}
+    return {kind for part in get_args(annotation) for kind in _models(part)}
 
 
 def _short(value: Any) -> str:

@@ -312,4 +312,5 @@ def parse(data: dict[str, Any]) -> Config:
         config = Config.model_validate(data)
         return _with_revisions(config) if revision_names(config.models) else config
     except ValidationError as error:
-        raise AtlasError("config: " + "; ".join(explain(item) for item in error.errors())) from None
+        found = "; ".join(explain(item, Config) for item in error.errors())
+        raise AtlasError(f"config: {found}") from None

@@ -44,9 +44,14 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("sede", 3, "sede: unknown key"),
-        ("models.small.pth", "x", "models.small.pth: unknown key"),
-        ("run.0.level", [1], "run.0.level: unknown key"),
+        ("sede", 3, r"sede: unknown key \(did you mean 'seed'\?\)"),
+        ("models.small.pth", "x", r"models.small.pth: unknown key \(did you mean 'path'\?\)"),
+        ("run.0.level", [1], r"run.0.level: unknown key \(did you mean 'levels'\?\)"),
+        (
+            "run.0.speed",
+            {"device": "cpu", "tokns": [1]},
+            r"run.0.speed.tokns: unknown key \(did you mean 'tokens'\?\)",
+        ),
         ("search.levels", 3, "search.levels: unknown key"),
         ("search.ppl", [1, 0], "search.ppl.1: .*greater than 0, found 0"),
         ("search.ppl", [100], "search.ppl.0: .*less than 100, found 100"),
