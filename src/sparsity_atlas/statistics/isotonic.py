@@ -39,19 +39,25 @@ def nonincreasing_fit(y: np.ndarray) -> np.ndarray:
     loop and so runs on all rows at once. Neighbours of equal y get equal fits, so ties in x need
     only be pooled beforehand. -inf is allowed and is passed on to every later point.
 
-    y: [R, L]. Returns [R, L]. Takes L passes over the array and O(R L) memory.
+    y: [R, L]. Returns [R, L]. Goes over pairs of points, all rows of one at a time, in O(R L) memory.
     """
-    _, width = y.shape
-    fit = np.full(y.shape, np.inf)
+    points = np.ascontiguousarray(y.T)
+    width = len(points)
+    fit, means = np.full(points.shape, np.inf), np.empty(points.shape)
     for a in range(width):
-        rest = y[:, a:]
-        means = np.cumsum(rest, axis=1) / np.arange(1, width - a + 1)
-        # As in `pool_ties`.
-        low, high = (each.accumulate(rest, axis=1) for each in (np.minimum, np.maximum))
-        means = np.clip(means, low, high)
-        best_end = np.maximum.accumulate(means[:, ::-1], axis=1)[:, ::-1]
-        np.minimum(fit[:, a:], best_end, out=fit[:, a:])
-    return fit
+        total, low, high = points[a].copy(), points[a].copy(), points[a].copy()
+        means[a] = points[a]
+        for b in range(a + 1, width):
+            total += points[b]
+            np.minimum(low, points[b], out=low)
+            np.maximum(high, points[b], out=high)
+            # As in `pool_ties`.
+            np.clip(total / (b - a + 1), low, high, out=means[b])
+        best_end = means[-1]
+        for b in reversed(range(a, width)):
+            best_end = np.maximum(means[b], best_end)
+            np.minimum(fit[b], best_end, out=fit[b])
+    return fit.T
 
 
 def first_crossing(x: np.ndarray, y: np.ndarray, bar: float) -> tuple[np.ndarray, np.ndarray]:
