@@ -449,9 +449,10 @@ def test_a_row_of_any_width_fits_a_processor(many: bool) -> None:
         assert 32 * warps * registers <= 65536
 
 
-def test_the_cuda_kernels_compile(tmp_path: Path) -> None:
+def test_the_cuda_kernels_compile(request: pytest.FixtureRequest) -> None:
     """The interpreter takes what the compiler refuses; neither needs a GPU."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    # Kept between runs: Triton finds there what it compiled of the same source, options and version.
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(request.config.cache.mkdir("triton"))}
     del environment["TRITON_INTERPRET"]
     script = Path(__file__).parents[2] / "compile_cuda.py"
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
