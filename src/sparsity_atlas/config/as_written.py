@@ -1,7 +1,7 @@
 """What is wrong with a configuration as a file, before anybody asks what its keys mean.
 
-Snakemake reads configurations before it reads the rules. It ends in a traceback where one is no text, does not
-say where one is no YAML, and takes the last of keys that stand twice.
+Snakemake reads configurations before it reads the rules. It ends in a traceback where one is no text, does
+not say where one is no YAML, and takes the last of keys that stand twice.
 """
 
 from __future__ import annotations

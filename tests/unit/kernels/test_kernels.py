@@ -461,7 +461,7 @@ def test_the_cuda_kernels_compile(request: pytest.FixtureRequest) -> None:
 
 def test_plans_last_as_long_as_their_rules() -> None:
     """A recorded step reads its plans' tensors: those of 144 places, and others come after them."""
-    asked = 4, torch.float32, torch.device("cpu"), True, True
+    asked = 4, torch.float32, torch.device("cpu"), True, True, False
     rule = Threshold("share", 0.9, weights=torch.ones(4))
     numbers = weakref.ref(cuda._plan(rule, *asked).tensors[2])
     for _ in range(300):
