@@ -333,8 +333,5 @@ def measure(config: Config, name: str, outlook: Outlook, nodes: dict[NodeKey, No
         model, load_tokenizer(checkpoint), batch_size=settings["batch_size"], max_length=None
     )
     session = Session(lm, parts, {}, config.seed, {})
-    longer, times = node_seconds(session, list(nodes.values()), outlook.costs)
-    if device.type != "cpu":
-        # Kernels that a CPU has compiled are kept for all jobs; of a GPU each process makes its own again.
-        outlook.first = longer
+    outlook.first, times = node_seconds(session, list(nodes.values()), outlook.costs)
     outlook.seconds = dict(zip(nodes, times, strict=True))

@@ -118,7 +118,8 @@ def node_seconds(
         costs: of each task.
 
     Returns:
-        How much longer the first passes of a process take (kernels, plans for each shape), and the seconds.
+        How much longer the first passes of a process take on a GPU (kernels, plans for each shape); on a CPU 0,
+        since what is compiled is kept for all. And the seconds.
     """
     lm = session.lm
     assert isinstance(lm, TimedLM)
@@ -142,7 +143,7 @@ def node_seconds(
                     name: _seconds(lm, pieces[name], cost, again=False)
                     for name, cost in costs.items()
                 }
-                if not number:
+                if not number and lm.device.type != "cpu":
                     longer = max(2 * seen - began - time.perf_counter(), 0.0)
             seconds.append(times)
     dense, sparse = seconds[0], iter(seconds[1:])

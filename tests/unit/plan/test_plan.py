@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config, StudySettings, parse
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.evaluation.evaluate import evaluate_node
+from sparsity_atlas.evaluation.node import Node
 from sparsity_atlas.figures.wanted import wanted
 from sparsity_atlas.files.whole import read_manifest, write_manifest
 from sparsity_atlas.lm.journalled import shortest
@@ -796,3 +798,46 @@ def test_a_plan_times_imports_only_where_something_is_left(monkeypatch: pytest.M
     with importing(anything=True) as found:
         assert sorted(one.result() for one in found.values()) == [1, 2, 3, 4, 5]
     assert len(asked) == len(found) == 5
+
+
+class _OnAClock(_Passes):
+    """Its passes take their time of a clock; what was attached is noted."""
+
+    def __init__(self, device: str, clock: list[float]) -> None:
+        super().__init__(device)
+        self.clock = clock
+
+    def start(self, *_: Any) -> None:
+        """Begin nothing."""
+
+    def time(self, batch: Batch) -> float:
+        took = super().time(batch)
+        self.clock[0] += took
+        return took
+
+
+@pytest.mark.parametrize(("device", "longer"), [("cpu", 0.0), ("cuda", 10.0)])
+def test_what_first_passes_take_longer_is_told_from_what_all_take(
+    device: str, longer: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU each process has plans of its own for each shape: 5 s of a start were missing."""
+    clock, attached = [0.0], []
+    monkeypatch.setattr(rates.time, "perf_counter", lambda: clock[0])
+
+    class FakeSession:
+        lm = _OnAClock(device, clock)
+
+        def attach(self, node: Any) -> Any:
+            attached.append(node)
+            return contextlib.nullcontext()
+
+    monkeypatch.setattr(rates, "Journal", lambda *_: None)
+    batch = Batch([list(range(100))] * 10, [1] * 10)
+    cost = TaskCost(10, 0, 0, 20_000, 20, 0, batch, 0.0, 0.0)
+    sparse = Node.make({"rule": "topp"}, "input", "0.9")
+    found, seconds = rates.node_seconds(FakeSession(), [sparse, None], {"choice": cost})
+    assert attached == [None, sparse]  # the dense one is timed once
+    assert found == pytest.approx(longer, abs=1e-6)
+    assert seconds[0] == pytest.approx(seconds[1])
+    expected = 10.0 if device == "cpu" else 20 * 0.0532 + 20_000 * 1e-4
+    assert seconds[0]["choice"] == pytest.approx(expected)
