@@ -118,8 +118,8 @@ def node_seconds(
         costs: of each task.
 
     Returns:
-        How much longer the first passes of a process take on a GPU (kernels, plans for each shape); on a CPU 0,
-        since what is compiled is kept for all. And the seconds.
+        How much longer the first passes of a process take on a GPU (kernels, plans for each shape); on a CPU
+        0, since what is compiled is kept for all. And the seconds.
     """
     lm = session.lm
     assert isinstance(lm, TimedLM)
