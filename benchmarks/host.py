@@ -294,9 +294,9 @@ def main() -> None:
     phases = Phases(clock)
     levels = arguments.levels.split(",")
 
+    from sparsity_atlas.evaluation.damage import read_scores
     from sparsity_atlas.evaluation.evaluate import evaluate_node
     from sparsity_atlas.evaluation.node import Node
-    from sparsity_atlas.evaluation.search import read_scores
     from sparsity_atlas.evaluation.session import Session
     from sparsity_atlas.files.whole import read_manifest, write_manifest
     from sparsity_atlas.lm.model import AtlasLM

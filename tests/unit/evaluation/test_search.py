@@ -13,6 +13,7 @@ import torch
 
 from interruptions import Interrupted, products, watch
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.evaluation import damage
 from sparsity_atlas.evaluation import search as stage
 from sparsity_atlas.evaluation.evaluate import evaluate_node
 from sparsity_atlas.evaluation.node import Node
@@ -118,13 +119,13 @@ def test_each_p_is_bracketed_where_bisection_finds_it(tmp_path: Path) -> None:
     assert all(one["stopped"].startswith("bracketed") for one in result["further"]), result
     session = open_session(manifest, pages)
     metrics = {"pages": ("loss", None)}
-    dense = stage.read_scores(tmp_path / "dense", metrics)
+    dense = damage.read_scores(tmp_path / "dense", metrics)
 
     def measured(level: str) -> tuple[float, float]:
         """Induced sparsity and perplexity over the dense model's."""
         node = Node.make(TOPP, "intermediate", level)
         found = evaluate_node(session, node, tmp_path / "nodes" / level)
-        scores = stage.read_scores(tmp_path / "nodes" / level, metrics)
+        scores = damage.read_scores(tmp_path / "nodes" / level, metrics)
         ratio = math.exp(scores["pages"] - dense["pages"])
         return stage.induced(found["tasks"], "intermediate", ["pages"]), ratio
 
@@ -162,23 +163,23 @@ def test_damage_of_accuracies_is_the_lost_share_of_their_average() -> None:
     metrics = {"a": ("accuracy", "acc,none"), "b": ("accuracy", "acc,none")}
     # 1.5 in all: a loss of 0.0075 in either is half a percent.
     dense = {"a": 0.9, "b": 0.6}
-    assert stage.damage(metrics, dense, {"a": 0.9, "b": 0.5925}) == pytest.approx(0.5)
-    assert stage.damage(metrics, dense, {"a": 0.885, "b": 0.6}) == pytest.approx(1.0)
-    assert stage.damage(metrics, dense, {"a": 0.9, "b": 0.615}) == pytest.approx(-1.0)
-    assert stage.damage(metrics, dense, None) == float("inf")
+    assert damage.damage(metrics, dense, {"a": 0.9, "b": 0.5925}) == pytest.approx(0.5)
+    assert damage.damage(metrics, dense, {"a": 0.885, "b": 0.6}) == pytest.approx(1.0)
+    assert damage.damage(metrics, dense, {"a": 0.9, "b": 0.615}) == pytest.approx(-1.0)
+    assert damage.damage(metrics, dense, None) == float("inf")
 
 
 def test_the_slightest_damage_is_of_the_loss_or_of_the_average_accuracy() -> None:
     metrics = {"p": ("loss", None), "a": ("accuracy", "acc,none"), "b": ("accuracy", "acc,none")}
     dense = {"p": 3.0, "a": 0.9, "b": 0.6}
     # The loss rose by six times what the bar allows; 1.5 % of 1.5 are lost.
-    scores = {"p": 3.0 + 6 * stage.ALLOWED_LOSS, "a": 0.9, "b": 0.5775}
-    assert stage.damage(metrics, dense, scores) == pytest.approx(6)
-    assert stage.slightest(metrics, dense, scores) == pytest.approx(1.5)
-    assert stage.slightest({"p": metrics["p"]}, dense, scores) == pytest.approx(6)
+    scores = {"p": 3.0 + 6 * damage.ALLOWED_LOSS, "a": 0.9, "b": 0.5775}
+    assert damage.damage(metrics, dense, scores) == pytest.approx(6)
+    assert damage.slightest(metrics, dense, scores) == pytest.approx(1.5)
+    assert damage.slightest({"p": metrics["p"]}, dense, scores) == pytest.approx(6)
     # An accuracy of nothing cannot fall.
-    assert stage.slightest(metrics, {**dense, "a": 0.0, "b": 0.0}, scores) == pytest.approx(6)
-    assert stage.slightest(metrics, dense, None) == float("inf")
+    assert damage.slightest(metrics, {**dense, "a": 0.0, "b": 0.0}, scores) == pytest.approx(6)
+    assert damage.slightest(metrics, dense, None) == float("inf")
 
 
 def test_each_level_is_said_as_it_ends(
