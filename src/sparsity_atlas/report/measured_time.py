@@ -74,9 +74,10 @@ def own_zeros(tables: Tables, model: str) -> Iterator[Advice]:
             counts = sorted(some["tokens"].unique())
             first = next(records(some[some["tokens"] == counts[0]]))
             text = (
-                f"Its own zeros at {first.site}, {first.sparsity:.1%} of the entries in a text of the run, left "
-                f"out and nothing else: on {first.device} in {first.dtype} {_what(first)} {_gain(first)}; by "
-                f"bytes it would be {first.ideal_speedup:.2f} times. {_batch(some, counts)}"
+                f"Its own zeros at {first.site}, {first.sparsity:.1%} of the entries in a text of the run, "
+                f"left out and nothing else: on {first.device} in {first.dtype} {_what(first)} "
+                f"{_gain(first)}; by bytes it would be {first.ideal_speedup:.2f} times. "
+                f"{_batch(some, counts)}"
             )
             yield Advice(text, (_named(some),))
 
