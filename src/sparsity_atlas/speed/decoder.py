@@ -12,6 +12,7 @@ import torch
 
 from sparsity_atlas import cli
 from sparsity_atlas.decoding.trial import Time, rounds_of
+from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.lm.continuous.called import Called
 from sparsity_atlas.lm.continuous.recorded_step import Step, prompt_columns
 from sparsity_atlas.lm.forward import Masks
@@ -84,7 +85,11 @@ class Decoder:
         return step.tokens.clone()
 
     def go_on(self, steps: int) -> torch.Tensor:
-        """The next tokens of all rows, int64 [steps, rows]."""
+        """The next tokens of all rows, int64 [steps, rows].
+
+        Raises:
+            AtlasError: on a GPU a step has to wait for the host.
+        """
         self._record()
         made = []
         for begin in range(0, steps, STEPS):
@@ -107,6 +112,9 @@ class Decoder:
             rounds: at most, two at the least.
             steps: of each, `STEPS` at most.
             longest: seconds of all rounds, as `rounds_of` counts them.
+
+        Raises:
+            AtlasError: as of `go_on`.
         """
         self._record()
         took = []
@@ -162,7 +170,13 @@ class Decoder:
         with joined(self._model, self._known) if self._join else nullcontext(0) as self.joined:
             # A recorded step knows addresses: what has tensors there must not go before the step does.
             self._held = attached(self._model)
-            self._step.record()
+            try:
+                self._step.record()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                why = (str(error).splitlines() or [""])[0].partition(". ")[0]
+                raise AtlasError(f"a step of it cannot be recorded on a GPU: {why}") from error
 
     def _record_what_is_right(self) -> None:
         """Record joined layers if a step of them is the model's own but for rounding, else its own."""

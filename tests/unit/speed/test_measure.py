@@ -16,6 +16,7 @@ from sparsity_atlas.criteria import create
 from sparsity_atlas.decoding.trial import Time
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import write_manifest
+from sparsity_atlas.lm.continuous.recorded_step import Step
 from sparsity_atlas.models.parameters import count_parameters
 from sparsity_atlas.sites.find import describe_parts, find_parts, random_ids
 from sparsity_atlas.speed import measure
@@ -150,6 +151,27 @@ def test_layers_that_are_not_joined_are_named_once(
         "their small steps joined, dense and sparse alike"
     ]
     assert {row["layers"] for row in rows if row["timed"] == TOKEN} == {0}
+
+
+def test_a_step_that_waits_for_the_host_has_a_row_that_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As those of mixtures and of Gemma 3n do on a GPU."""
+
+    def record(step: Step) -> None:
+        raise RuntimeError(
+            "Cannot copy between tensors during capture. Please use tensor.pin_memory()\nC++"
+        )
+
+    monkeypatch.setattr(Step, "record", record)
+    monkeypatch.setattr("sparsity_atlas.speed.decoder.records", lambda device: True)
+    rows = rows_of(tiny_model("llama"), "intermediate")
+    (refused,) = [row for row in rows if row["timed"] == TOKEN]
+    assert refused["status"] == REFUSED
+    assert refused["reason"] == (
+        "a step of it cannot be recorded on a GPU: Cannot copy between tensors during capture"
+    )
+    assert {row["status"] for row in rows if row["timed"] == "ffn"} == {OK}
 
 
 @pytest.mark.parametrize("name", ["gpt2", "falcon"])
