@@ -290,6 +290,50 @@ def by_patterns(device: str, rows: int, width: int, dtype: str) -> bool:
     return good
 
 
+def by_prompts(device: str, shape: tuple[int, int, int], dtype: str) -> bool:
+    """Criteria whose masks follow from whole prompts, beside a copy and their definitions in torch.
+
+    Args:
+        device: where.
+        shape: sequences, tokens, and entries of one; the first half of each is the prompt.
+        dtype: of the values.
+
+    Returns:
+        whether what is kept, and the counts, are the definitions'.
+    """
+    batch, tokens, width = shape
+    values = activations(batch * tokens, width, TYPES[dtype], device).view(shape)
+    valid = torch.ones(batch, tokens, dtype=torch.bool, device=device)
+    target = torch.empty_like(values)
+    copy = seconds(partial(target.copy_, values), device, 20, captured=True)
+    print(
+        f"\nprompts, {dtype}, {batch} of {tokens} tokens, width {width}; ms, over a copy; in torch"
+    )
+    good = True
+    for spec in ({"rule": "prompt_mask"}, {"rule": "prompt_mask", "after": "own"}):
+        criterion = create(spec)
+
+        def work(criterion: Criterion = criterion) -> kernels.Masked:
+            mask = criterion.mask_sequences(values, valid, "scoring", 0.5)
+            return kernels.by_mask(mask, values, values)
+
+        neurons = partial(criterion.neurons, values, criterion.prompt_of(valid), 0.5)
+        ours, found = seconds(work, device, 5, captured=True), work()
+        scores = seconds(neurons, device, 5, captured=True)
+        os.environ[kernels.VARIABLE] = "reference"
+        plain, expected = seconds(work, device, 2), work()
+        os.environ[kernels.VARIABLE] = "compiled"
+        pairs = zip(found[:3], expected[:3], strict=True)
+        same = all(torch.equal(one, other.to(one.dtype)) for one, other in pairs)
+        good &= same
+        print(
+            f"{' '.join(map(str, spec.values())):<15} | {ours * 1e3:8.3f} ({ours / copy:.2f}), the prompt's "
+            f"neurons {scores * 1e3:.3f}, {plain * 1e3:9.3f} ({plain / ours:.1f} times) | "
+            f"{'same' if same else 'WRONG'}"
+        )
+    return good
+
+
 def ffn(x: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> Tensor:
     """A gated FFN with SiLU."""
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
@@ -373,6 +417,7 @@ def main() -> None:
         table("cuda", rows, [8192, 14336], ["fp16", "fp32"], arguments.level)
         rules_table("cuda", rows, 14336, "bf16")
         good &= by_patterns("cuda", rows, 14336, "bf16")
+        good &= by_prompts("cuda", (4, 2048, 14336), "bf16")
         launches()
         if arguments.tune:
             tune(rows)
@@ -381,6 +426,7 @@ def main() -> None:
         table("cpu", rows, [2048, 8192, 14336, 28672], ["fp32", "bf16"], arguments.level)
         rules_table("cpu", rows, 8192, "fp32")
         good &= by_patterns("cpu", rows, 8192, "fp32")
+        good &= by_prompts("cpu", (4, 128, 8192), "fp32")
         for width in (2048, 8192):
             share_of_ffn(rows, width, arguments.level)
     sys.exit(not good)

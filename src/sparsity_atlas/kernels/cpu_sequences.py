@@ -46,6 +46,19 @@ def over_tokens(values: Tensor, weights: Tensor) -> Tensor:
     return torch.from_numpy(sums)
 
 
+def spread(kept: Tensor, whole: Tensor) -> Tensor:
+    """As in `sequences`."""
+    batch, tokens, width = *whole.shape, kept.shape[-1]
+    mask = np.empty((batch, tokens, width), dtype=np.bool_)
+    in_parts(
+        _spread,
+        (kept.contiguous().numpy(), whole.contiguous().numpy(), mask),
+        tokens,
+        batch * width,
+    )
+    return torch.from_numpy(mask)
+
+
 @_compiled
 def _load(values, half, key, score):
     """Magnitudes of numbers of whatever type into `score`, of which `key` is a view."""
@@ -115,3 +128,14 @@ def _over_tokens(values, weights, begins, half, sums, first, last):
                         run[j] += wide * wide * weight
                 for j in range(count):
                     own[j] += run[j]
+
+
+@_compiled
+def _spread(kept, whole, mask, first, last):
+    """For the tokens [first, last)."""
+    for row in range(mask.shape[0]):
+        for token in range(first, last):
+            if whole[row, token]:
+                mask[row, token] = True
+            else:
+                mask[row, token] = kept[row]

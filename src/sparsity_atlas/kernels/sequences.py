@@ -36,6 +36,9 @@ class Sums(Protocol):
     def over_tokens(self, values: Tensor, weights: Tensor) -> Tensor:
         """As below."""
 
+    def spread(self, kept: Tensor, whole: Tensor) -> Tensor:
+        """As below."""
+
 
 def energies(values: Tensor, counted: Tensor) -> Tensor:
     """The sum of the squares of each counted token's entries.
@@ -121,11 +124,8 @@ def spread(kept: Tensor, whole: Tensor) -> Tensor:
     Returns:
         bool [batch, tokens, width].
     """
-    if kept.device.type == "cuda" and _module(kept.new_empty(1, dtype=torch.float32)) is not None:
-        from sparsity_atlas.kernels import cuda_sequences
-
-        return cuda_sequences.spread(kept, whole)
-    return kept[:, None] | whole[..., None]
+    module = _module(kept.new_empty(1, dtype=torch.float32))
+    return kept[:, None] | whole[..., None] if module is None else module.spread(kept, whole)
 
 
 def kept_by_ranks(values: Tensor, ranks: Tensor) -> Tensor:

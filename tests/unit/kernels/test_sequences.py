@@ -134,7 +134,8 @@ def test_prompts_longer_than_a_run(path: ModuleType) -> None:
     assert torch.equal(path.over_tokens(later, moved), path.over_tokens(values, weights))
 
 
-@pytest.mark.parametrize("path", [sequences, cuda_sequences], ids=["cpu", "cuda"])
+@pytest.mark.usefixtures("plain")
+@PATHS
 def test_masks_of_tokens_are_those_of_their_sequence(path: ModuleType) -> None:
     kept = torch.rand(3, 1100, generator=torch.manual_seed(1)) < 0.5
     whole = torch.rand(3, 5, generator=torch.manual_seed(2)) < 0.5
