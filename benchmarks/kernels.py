@@ -26,7 +26,7 @@ from measure import activations, bandwidth, host_seconds, machine, official, sec
 from sparsity_atlas import kernels
 from sparsity_atlas.criteria import create
 from sparsity_atlas.criteria.base import Criterion
-from sparsity_atlas.kernels import patterns
+from sparsity_atlas.kernels import patterns, sequences
 from sparsity_atlas.kernels.definition import Threshold
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -186,6 +186,42 @@ def check_patterns(device: str) -> bool:
     print(
         f"check: masks without a threshold: {len(failures)} of {len(TYPES)} types wrong", flush=True
     )
+    return not failures
+
+
+def sequences_failure(dtype: str, device: str) -> str | None:
+    """What is wrong with sums over sequences, of a type; None if nothing is."""
+    for width in PATTERN_WIDTHS:
+        rows = hard_rows(width, TYPES[dtype])
+        # Longer than a run, with padding before and behind; of each kind and with each other.
+        values = rows.repeat(-(-3 * sequences.RUN // len(rows)), 1)[: 2 * sequences.RUN + 100]
+        values = torch.stack([values, values.flip(0)])
+        counted = torch.rand(values.shape[:2], generator=torch.Generator().manual_seed(width)) < 0.9
+        counted[0, :33], counted[1, -40:] = False, False
+        os.environ[kernels.VARIABLE] = "reference"
+        energies = sequences.energies(values, counted)
+        usable = (energies > 0) & (energies < torch.inf)
+        weights = torch.where(usable, 1 / energies, 0)
+        expected = energies, sequences.over_tokens(values, weights)
+        os.environ[kernels.VARIABLE] = "compiled"
+        there, chosen = values.to(device), counted.to(device)
+        found = (
+            sequences.energies(there, chosen),
+            sequences.over_tokens(there, weights.to(device)),
+        )
+        for name, one, other in zip(("energies", "sums"), found, expected, strict=True):
+            # NaN alike, whatever its bits.
+            if not torch.equal(one.cpu().nan_to_num(-1), other.nan_to_num(-1)):
+                return f"sequences, {dtype}, width {width}: {name} differ"
+    return None
+
+
+def check_sequences(device: str) -> bool:
+    """Check sums over sequences; print what is wrong."""
+    failures = [found for dtype in TYPES if (found := sequences_failure(dtype, device))]
+    for text in failures:
+        print(f"WRONG  {text}")
+    print(f"check: sums over sequences: {len(failures)} of {len(TYPES)} types wrong", flush=True)
     return not failures
 
 
@@ -409,7 +445,7 @@ def main() -> None:
     if arguments.device == "cpu":
         torch.set_num_threads(1)
     print(machine(arguments.device))
-    checks = (check, check_patterns, check_counts) if arguments.check else ()
+    checks = (check, check_patterns, check_sequences, check_counts) if arguments.check else ()
     good = all([one(arguments.device) for one in checks])
     if arguments.device == "cuda":
         rows = arguments.rows or 8192

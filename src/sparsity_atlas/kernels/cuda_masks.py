@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 LARGEST_BLOCK = 2048
 WARPS = 4
+# Of draws: rows of a program, and entries of each at a time.
+DRAWN_ROWS, DRAWN_BLOCK = tl.constexpr(4), 512
 # SplitMix64's output function, see `patterns`, and what is left of a shift to the right.
 FIRST, SECOND = tl.constexpr(-0x40A7B892E31B1A47), tl.constexpr(-0x6B2FB644ECCEEE15)
 LEFT_30, LEFT_27 = tl.constexpr((1 << 34) - 1), tl.constexpr((1 << 37) - 1)
@@ -76,9 +78,10 @@ def drawn(values: Tensor, codes: Tensor, bound: int) -> Tensor:
     limits = torch.full((1,), bound, dtype=torch.int64, device=values.device)
     arguments = (
         *(bits_of(values), mask.view(torch.int8), codes, limits),
-        *(values.shape[1], values.stride(0)),
+        *(*values.shape, values.stride(0)),
     )
-    _launch(_draw, arguments, values, INFINITY=INFINITIES[values.dtype], BLOCK=_block(values))
+    own = {"INFINITY": INFINITIES[values.dtype], "BLOCK": min(DRAWN_BLOCK, _block(values))}
+    _launch(_draw, arguments, values, DRAWN_ROWS.value, **own)
     return mask
 
 
@@ -86,14 +89,15 @@ def _launch(
     kernel: triton.JITFunction,
     arguments: tuple[object, ...],
     values: Tensor,
+    each: int = 1,
     **constants: int,
 ) -> None:
-    """A program for each row of the values."""
+    """A program for each row of the values, or for so many."""
     rows = len(values)
     if rows == 0:
         return
     with torch.cuda.device(values.device) if values.is_cuda else contextlib.nullcontext():
-        kernel[(rows,)](*arguments, **constants, num_warps=WARPS)
+        kernel[(triton.cdiv(rows, each),)](*arguments, **constants, num_warps=WARPS)
 
 
 @triton.jit
@@ -231,29 +235,58 @@ def _hash(number):
 
 
 @triton.jit
+def _codes_of_positive(values, code, inside, INFINITY: tl.constexpr):
+    """The codes of positive entries, zeros for others."""
+    value = tl.load(values, mask=inside, other=0).to(tl.int32)
+    return tl.where((value > 0) & (value <= INFINITY), code, 0)
+
+
+@triton.jit
+def _store_draws(mask, token, code, bound, inside):
+    draw = (_hash(token + code) >> 11) & LEFT_11
+    tl.store(mask, (draw < bound).to(tl.int8), mask=inside)
+
+
+@triton.jit
 def _draw(
     values,
     mask,
     codes,
     limits,
+    rows,
     width,
     stride,
     INFINITY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    """DRAWN_ROWS rows: a code, four times as long as a number of 16 bits, is read once for all of them."""
+    row = tl.program_id(0).to(tl.int64) * DRAWN_ROWS
     bound = tl.load(limits)
-    tokens = tl.zeros((BLOCK,), tl.int64)
+    values += row * stride
+    mask += row * width
+    # Of rows that there are.
+    width1 = tl.where(row + 1 < rows, width, 0)
+    width2 = tl.where(row + 2 < rows, width, 0)
+    width3 = tl.where(row + 3 < rows, width, 0)
+    sum0, sum1 = tl.zeros((BLOCK,), tl.int64), tl.zeros((BLOCK,), tl.int64)
+    sum2, sum3 = tl.zeros((BLOCK,), tl.int64), tl.zeros((BLOCK,), tl.int64)
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < width
-        value = tl.load(values + row * stride + column, mask=inside, other=0).to(tl.int32)
         code = tl.load(codes + column, mask=inside, other=0)
-        tokens += tl.where((value > 0) & (value <= INFINITY), code, 0)
-    token = _hash(tl.sum(tokens, 0))
+        place = values + column
+        sum0 += _codes_of_positive(place, code, inside, INFINITY)
+        sum1 += _codes_of_positive(place + stride, code, column < width1, INFINITY)
+        sum2 += _codes_of_positive(place + 2 * stride, code, column < width2, INFINITY)
+        sum3 += _codes_of_positive(place + 3 * stride, code, column < width3, INFINITY)
+    token0, token1 = _hash(tl.sum(sum0, 0)), _hash(tl.sum(sum1, 0))
+    token2, token3 = _hash(tl.sum(sum2, 0)), _hash(tl.sum(sum3, 0))
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < width
         code = tl.load(codes + column, mask=inside, other=0)
-        draw = (_hash(token + code) >> 11) & LEFT_11
-        tl.store(mask + row * width + column, (draw < bound).to(tl.int8), mask=inside)
+        place = mask + column
+        _store_draws(place, token0, code, bound, inside)
+        _store_draws(place + width, token1, code, bound, column < width1)
+        _store_draws(place + 2 * width, token2, code, bound, column < width2)
+        _store_draws(place + 3 * width, token3, code, bound, column < width3)
