@@ -120,7 +120,7 @@ def compile_sequences(bits: str, *, half: bool) -> None:
         (cuda_sequences._energies, lanes),
         (cuda_sequences._runs, runs),
         (cuda_sequences._joined, block),
-        (cuda_sequences._spread, block),
+        (cuda_sequences._spread, {"EACH": True} | block),
     ):
         types = kinds | dict.fromkeys(own, "constexpr")
         signature = {name: types[name] for name in kernel.arg_names}

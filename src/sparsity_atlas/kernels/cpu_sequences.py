@@ -138,4 +138,4 @@ def _spread(kept, whole, mask, first, last):
             if whole[row, token]:
                 mask[row, token] = True
             else:
-                mask[row, token] = kept[row]
+                mask[row, token] = kept[row, min(token, kept.shape[1] - 1)]

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 WARPS = 4
 STEPS = LANES.bit_length() - 1  # until one sum of all is left
-# Neurons of a program, a thread each; tokens that are asked for at once.
-BLOCK, UNROLLED = 64, 16
+# Neurons of a program and its warps; tokens that are asked for at once.
+BLOCK, BLOCK_WARPS, UNROLLED = 256, 2, 8
 
 
 def energies(values: Tensor, counted: Tensor) -> Tensor:
@@ -42,20 +42,21 @@ def over_tokens(values: Tensor, weights: Tensor) -> Tensor:
     partial = torch.empty(batch, runs, width, dtype=torch.float64, device=values.device)
     own = {"HALF": values.dtype == torch.float16, "RUN": RUN, "BLOCK": BLOCK, "UNROLLED": UNROLLED}
     arguments = bits_of(values), weights, first_of(weights), partial, tokens, width
-    _launch(_runs, (blocks, runs, batch), arguments, BLOCK // 32, own)
+    _launch(_runs, (blocks, runs, batch), arguments, BLOCK_WARPS, own)
     if runs == 1:
         return partial[:, 0]
     sums = torch.empty(batch, width, dtype=torch.float64, device=values.device)
-    _launch(_joined, (blocks, batch), (partial, sums, runs, width), BLOCK // 32, {"BLOCK": BLOCK})
+    _launch(_joined, (blocks, batch), (partial, sums, runs, width), BLOCK_WARPS, {"BLOCK": BLOCK})
     return sums
 
 
 def spread(kept: Tensor, whole: Tensor) -> Tensor:
     """As in `sequences`."""
-    batch, tokens, width = *whole.shape, kept.shape[-1]
+    (batch, tokens), width = whole.shape, kept.shape[-1]
     mask = torch.empty(batch, tokens, width, dtype=torch.bool, device=kept.device)
     arguments = *(one.contiguous().view(torch.int8) for one in (kept, whole, mask)), tokens, width
-    _launch(_spread, (batch * tokens,), arguments, WARPS, {"BLOCK": LANES})
+    own = {"EACH": kept.shape[1] == tokens, "BLOCK": LANES}
+    _launch(_spread, (batch * tokens,), arguments, WARPS, own)
     return mask
 
 
@@ -157,12 +158,9 @@ def _runs(
         for step in tl.static_range(UNROLLED):
             token = start + step
             weight = tl.load(weights + token, mask=token < end, other=0.0)
-            limit = tl.where(token < end, width, 0)
-            one = tl.load(
-                values + token.to(tl.int64) * width + column, mask=column < limit, other=0
-            )
-            product = _square(one, HALF) * weight
-            total += tl.where(weight > 0, product, 0.0)
+            begins = values + tl.minimum(token, tokens - 1).to(tl.int64) * width
+            one = tl.load(begins + column, mask=inside, other=0)
+            total += _square(tl.where(weight > 0, one, 0), HALF) * weight
     runs = tl.num_programs(1)
     tl.store(partial + (row * runs + tl.program_id(1)) * width + column, total, mask=inside)
 
@@ -179,11 +177,12 @@ def _joined(partial, sums, runs, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _spread(kept, whole, mask, tokens, width, BLOCK: tl.constexpr):
+def _spread(kept, whole, mask, tokens, width, EACH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     everything = tl.load(whole + row)
+    kept += (row if EACH else row // tokens) * width
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < width
-        one = tl.load(kept + row // tokens * width + column, mask=inside, other=0)
+        one = tl.load(kept + column, mask=inside, other=0)
         tl.store(mask + row * width + column, one | everything, mask=inside)

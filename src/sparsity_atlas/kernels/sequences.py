@@ -115,17 +115,17 @@ def first_of(weights: Tensor) -> Tensor:
 
 
 def spread(kept: Tensor, whole: Tensor) -> Tensor:
-    """Masks of single tokens from those of their sequences.
+    """Masks of single tokens, of which some are kept whole.
 
     Args:
-        kept: bool [batch, width].
+        kept: bool [batch, tokens, width], or [batch, 1, width] for all tokens of a sequence.
         whole: bool [batch, tokens]: of which tokens all is kept.
 
     Returns:
         bool [batch, tokens, width].
     """
     module = _module(kept.new_empty(1, dtype=torch.float32))
-    return kept[:, None] | whole[..., None] if module is None else module.spread(kept, whole)
+    return kept | whole[..., None] if module is None else module.spread(kept, whole)
 
 
 def kept_by_ranks(values: Tensor, ranks: Tensor) -> Tensor:

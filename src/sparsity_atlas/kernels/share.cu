@@ -20,10 +20,11 @@
 #define EMPTY (TYPE == 0 ? 16 : 13)  // bits that a number leaves empty in float32
 #define INFINITE (TYPE == 0 ? 0x7f80u : 0x7c00u)
 #define OCTAVE (TYPE == 0 ? 128 : 1024)
+#define WIDE (TYPE == 0 ? 32 : 256)  // patterns to both sides of a guess, and of what follows from two sums
 #define NARROW (TYPE == 0 ? 4 : 16)
 #define UNIT (TYPE == 0 ? 0x3f803f80u : 0x3c003c00u)
 #define ROOM 32
-#define PASSES 5
+#define PASSES 10
 #if TYPE == 0
 #define SCORE(i) float_of((i) % 2 ? held[(i) / 2] & 0xffff0000u : held[(i) / 2] << 16)
 #else
@@ -44,7 +45,7 @@
 #endif
 #define SCORE(i) held[i]
 #endif
-#if PACKED && TYPE == 0
+#if PACKED
 // Of a sum by the matrix units, to each of two 8 entries a thread in a step: 18 numbers are cut off at 2^-23.
 #define ERROR ((COUNT / 8 + 2) * 18 / 8388608.0f)
 #else
@@ -240,7 +241,6 @@ ENTRY mask_rows(const Bits* values, const Bits* onto, Bits* out, int* zeros, uns
     u32 least = 0;  // of what is held; 0 keeps all
     u32 few[MOST];
     bool proved = false;
-    int kept = -1;  // where it was counted on the way
     if (whole && most > 0) {
 #if PACKED
         u32 peak = bits_of(value_of((int)most));
@@ -269,18 +269,18 @@ ENTRY mask_rows(const Bits* values, const Bits* onto, Bits* out, int* zeros, uns
             block_meets();
             total = warp_total(lane < WARPS ? float_of(slots[0][lane]) : 0.0f);
         }
-        const float amount = (float)numbers[0], rest_share = (float)(1 - numbers[0]);
+        const float rest_share = (float)(1 - numbers[0]);
         const float scale = ONE / total, guess = total / width * (float)numbers[1];
         const float rest_wanted = rest_share * ONE;
         const int wanted = logarithm((u32)rest_wanted);
         int turn = 1, center, margin;
 
-        // What lies below a threshold is about a power of it, and patterns are about logarithms: the next threshold
-        // lies on the line through two.
 #if PACKED
         const int top = pattern_of(float_of(peak));
-        int pattern = between(pattern_of(guess), 1, top);
-        int one = pattern - OCTAVE / 2, other = pattern + OCTAVE / 2;
+        // Sought between two patterns: below `under` lies less than the rest that is wanted, below `over` not.
+        int under = 1, over = top + 1;
+        float under_left = rest_wanted, over_left = rest_wanted - ONE;
+        int one = between(pattern_of(guess), 1, top) - WIDE, other = one + 2 * WIDE;
         for (int pass = 0; pass < PASSES; ++pass) {
             one = between(one, 1, top), other = between(other, one + 1, top + 1);
             const u32 first = (u32)one | (u32)one << 16, second = (u32)other | (u32)other << 16;
@@ -295,53 +295,36 @@ ENTRY mask_rows(const Bits* values, const Bits* onto, Bits* out, int* zeros, uns
             for (int j = 0; j < 2; ++j) few[j] = nearest((part_of(sums[0], j) + part_of(sums[1], j)) * scale);
             add_up(few, 2, slots[turn]);
             turn ^= 1;
-            const int rest = logarithm(few[0]), apart = logarithm(few[1]) - rest;
-            const float most_run = 20.0f * OCTAVE / 8388608.0f;
-            const float run = apart > 0 ? fminf((float)(other - one) / (float)apart, most_run) : most_run / 40;
-            pattern = one + (int)floorf(within((float)(wanted - rest) * run, 8 * OCTAVE));
-            const bool near = rest - apart <= wanted && wanted < rest + 2 * apart;
-            if (near && other - one <= 2 * NARROW) break;
-            one = pattern - NARROW + 1, other = pattern + NARROW + 1;
-        }
-        pattern = between(pattern, 1, top);
-        center = (int)bits_of(value_of(pattern)), margin = ROOM / 2 << EMPTY;
-#endif
-#if PACKED && TYPE == 0
-        // Of bfloat16 many entries are alike: one pattern is tried after the other.
-        for (int pass = 0; pass < 3; ++pass) {
-            const u32 both = (u32)pattern | (u32)pattern << 16;
-            float sums[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
-            u32 same = 0, reached = 0;
-#pragma unroll
-            for (int i = 0; i < COUNT / 4; ++i) {
-                const u32 p = held[2 * i], q = held[2 * i + 1];
-                const u32 p_reaches = is_not_below(p, both), q_reaches = is_not_below(q, both);
-                add_products(sums[i % 2], is_below(p, both), is_below(q, both), p_reaches, q_reaches, p, q);
-                same = plus(same, plus(is_same(p, both), is_same(q, both)));
-                reached = plus(reached, plus(p_reaches, q_reaches));
+            const float one_left = rest_wanted - (float)few[0], other_left = rest_wanted - (float)few[1];
+            if (other - one == 1) {
+                // Of both sums, and of the whole row's, of which the rest is a share.
+                const float unsure = (ERROR + 1 / 1048576.0f) * ((float)few[1] + rest_wanted) + 5 * WARPS + 16;
+                if (one_left > unsure && other_left < -unsure) {
+                    least = (u32)one;
+                    proved = true;
+                    break;
+                }
+                if (fabsf(one_left) <= unsure || fabsf(other_left) <= unsure) break;
             }
-#pragma unroll
-            for (int j = 0; j < 2; ++j) few[j] = nearest((part_of(sums[0], j) + part_of(sums[1], j)) * scale);
-            few[2] = counted(same), few[3] = counted(reached);
-            add_up(few, 4, slots[turn]);
-            turn ^= 1;
-            // Enough is reached where (1 - amount) of it is amount of the rest, or more.
-            const float rest = amount * (float)few[0], enough = rest_share * (float)few[1];
-            const float more = enough - rest, mass = (float)few[2] * value_of(pattern) * scale;
-            const float unsure = ERROR * (rest + enough) + 5 * WARPS + 16;
-            if (more > unsure && more - mass < -unsure) {
-                least = (u32)pattern;
-                proved = true;
-                kept = (int)few[3];
-                break;
+            if (one_left > 0 && one >= under) under = one, under_left = one_left;
+            if (other_left > 0 && other >= under) under = other, under_left = other_left;
+            if (other_left <= 0 && other <= over) over = other, over_left = other_left;
+            if (one_left <= 0 && one <= over) over = one, over_left = one_left;
+            if (over - under <= 2 * NARROW + 1) {
+                one = under + (int)((float)(over - under) * under_left / (under_left - over_left));
+                one = between(one, under, over - 1), other = one + 1;
+            } else {
+                // What lies below a threshold is about a power of it, and patterns are about logarithms: the next
+                // threshold lies on the line through two.
+                const int rest = logarithm(few[0]), apart = logarithm(few[1]) - rest;
+                const float most_run = 20.0f * OCTAVE / 8388608.0f;
+                const float run = apart > 0 ? fminf((float)(other - one) / (float)apart, most_run) : most_run / 40;
+                const int found = one + (int)floorf(within((float)(wanted - rest) * run, 8 * OCTAVE));
+                one = between(found, under, over - 1) - NARROW + 1, other = one + 2 * NARROW;
             }
-            if (fabsf(more) <= unsure || fabsf(more - mass) <= unsure) break;
-            const int steps = 1 + (int)fminf(fabsf(more) / (mass > 0 ? mass : fabsf(more)), 64.0f);
-            pattern = between(more < 0 ? pattern - steps : pattern + (steps > 1 ? steps - 1 : 1), 1, top);
         }
-        center = (int)bits_of(value_of(pattern));
-#endif
-#if !PACKED
+        center = (int)bits_of(value_of(between(one, 1, top))), margin = ROOM / 2 << EMPTY;
+#else
         const int top = (int)peak;
         // A ladder of thresholds first, for some of the entries.
         const int bottom = between((int)bits_of(guess), 1 << 26, top) - (RUNGS - 1) * (1 << 21);
@@ -388,16 +371,10 @@ ENTRY mask_rows(const Bits* values, const Bits* onto, Bits* out, int* zeros, uns
             margin = 1 + (int)fminf(MARGIN * mass * run * 8388608.0f / (rest_wanted + 1), 1 << 29);
             if (fabsf((float)few[0] - rest_wanted) <= NEAR * mass) break;
         }
-#endif
-#if !(PACKED && TYPE == 0)
-        // What stands near it, entry for entry.
-        {
-            const u32 low = (u32)between(center - margin, 1, (int)peak) >> EMPTY << EMPTY, high = low + 2 * margin;
+        // What stands near it, entry for entry; once more where it did not stand there.
+        for (int again = 0; again < 2 && !proved; ++again) {
+            const u32 low = (u32)between(center - margin, 1, top), high = low + 2 * margin;
             float sums[4] = {0, 0, 0, 0};
-#if PACKED
-#pragma unroll
-            for (int i = 0; i < COUNT / 2; ++i) forget(held[i]);
-#endif
 #pragma unroll
             for (int i = 0; i < COUNT; ++i) {
                 const float score = SCORE(i);
@@ -409,24 +386,10 @@ ENTRY mask_rows(const Bits* values, const Bits* onto, Bits* out, int* zeros, uns
             add_up(few, 2, slots[turn]);
             turn ^= 1;
             if (WARPS == 1) block_meets();
-            // As above; each entry that is taken in adds its own mass to the difference.
-            const float rest = amount * (float)few[0], enough = rest_share * (float)few[1], more = enough - rest;
+            // Enough is reached where (1 - amount) of it is amount of the rest, or more; each entry that is taken in
+            // adds its own mass to the difference.
+            const float rest = (float)numbers[0] * (float)few[0], enough = rest_share * (float)few[1], more = enough - rest;
             const float unsure = ERROR * (rest + enough) + THREADS / 2 + 32;
-#if PACKED
-            float mass = (float)room[lane] * float_of(low + ((u32)lane << EMPTY)) * scale;
-#pragma unroll
-            for (int step = 1; step < ROOM; step *= 2) {
-                const float above = float_of(of_lane_above(bits_of(mass), step));
-                mass += lane + step < 32 ? above : 0.0f;
-            }
-            const float doubt = unsure + mass * (8 / 16777216.0f);
-            const u32 sure = warp_votes(mass + more > doubt), open = warp_votes(fabsf(mass + more) <= doubt);
-            if (more < -unsure && sure) {
-                const int which = 31 - __clz(sure);
-                proved = which == 31 || open >> (which + 1) == 0;
-                least = proved ? (u32)pattern_of(float_of(low + ((u32)which << EMPTY))) : 0;
-            }
-#else
             const u32 count = listed;
             if (count <= ROOM && more < -unsure) {
                 u32 mine = 0;
@@ -443,8 +406,16 @@ ENTRY mask_rows(const Bits* values, const Bits* onto, Bits* out, int* zeros, uns
                 block_meets();
                 proved = answer > 0 && unsure_one == 0;
                 least = proved ? answer : 0;
+                if (!proved && unsure_one != 0) break;
             }
-#endif
+            if (again == 0 && !proved) {
+                const int rest = logarithm(few[0]);
+                center = (int)high + (int)within((float)(wanted - rest) * run, 1 << 29);
+                if (count > ROOM) break;
+                block_meets();
+                if (threadIdx.x == 0) listed = answer = unsure_one = 0;
+                block_meets();
+            }
         }
 #endif
 
@@ -553,7 +524,7 @@ ENTRY mask_rows(const Bits* values, const Bits* onto, Bits* out, int* zeros, uns
             for (int i = 0; i < 4; ++i) {
 #if PACKED
                 part[i] = reaches(held[4 * v + i], least | least << 16);
-                if (kept < 0) alive += (part[i] & 1) + (part[i] >> 31);
+                alive += (part[i] & 1) + (part[i] >> 31);
 #elif TYPE == 2
                 part[i] = held[4 * v + i] >= float_of(least) ? 0xffffffffu : 0;
                 alive += part[i] & 1;
@@ -569,8 +540,7 @@ ENTRY mask_rows(const Bits* values, const Bits* onto, Bits* out, int* zeros, uns
         }
     }
     // What is kept is no zero, where something is dropped.
-    if (kept >= 0) alive = (u32)kept;
-    else add_up(&alive, 1, ends);
+    add_up(&alive, 1, ends);
     if (threadIdx.x == 0) {
         zeros[row] = width - (int)alive;
         finite[row] = whole;

@@ -137,9 +137,10 @@ def test_prompts_longer_than_a_run(path: ModuleType) -> None:
 @pytest.mark.usefixtures("plain")
 @PATHS
 def test_masks_of_tokens_are_those_of_their_sequence(path: ModuleType) -> None:
-    kept = torch.rand(3, 1100, generator=torch.manual_seed(1)) < 0.5
     whole = torch.rand(3, 5, generator=torch.manual_seed(2)) < 0.5
-    assert torch.equal(path.spread(kept, whole), kept[:, None] | whole[..., None])
+    for tokens in (1, 5):
+        kept = torch.rand(3, tokens, 1100, generator=torch.manual_seed(tokens)) < 0.5
+        assert torch.equal(path.spread(kept, whole), kept | whole[..., None])
 
 
 @pytest.mark.usefixtures("plain")

@@ -109,9 +109,9 @@ class PromptMask(PromptCriterion):
         self._kept = self.neurons(values, prompt, level)
         # Padding takes part in neither; after a prompt follows nothing in its own pass.
         dense = prompt | ~valid
-        if self.after == "own":
-            return self.own(values, self._kept) | dense[..., None]
-        return sequences.spread(self._kept, dense)
+        own = self.after == "own"
+        later = self.own(values, self._kept) if own else self._kept[:, None]
+        return sequences.spread(later, dense)
 
 
 @functools.cache
