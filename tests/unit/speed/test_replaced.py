@@ -33,6 +33,17 @@ CASES = [
     # Transposed matrices, and a class that adds its bias by itself.
     ("gpt2", "all_linear_inputs", "topp", 0.6),
     ("falcon", "all_linear_inputs", "topp", 0.6),
+    # Norms of heads, norms behind what they are of, parallel branches, layer norms, multipliers, one
+    # layer without a rotary embedding, FFNs without a gate.
+    ("qwen3", "all_linear_inputs", "topp", 0.6),
+    ("olmo2", "all_linear_inputs", "topk", 0.5),
+    ("gemma3", "qkv_input", "topp", 0.6),
+    ("cohere", "all_linear_inputs", "topk", 0.5),
+    ("stablelm-parallel", "all_linear_inputs", "topp", 0.6),
+    ("phi", "all_linear_inputs", "topp", 0.6),
+    ("granite", "gate", "topp", 0.6),
+    ("smollm3", "up", "topk", 0.5),
+    ("nemotron", "all_inputs", "topp", 0.6),
 ]
 
 
