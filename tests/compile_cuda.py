@@ -112,6 +112,7 @@ def compile_sequences(bits: str, *, half: bool) -> None:
         ("tokens", "width", "runs"), "i32"
     )
     kinds |= dict.fromkeys(("counted", "kept", "whole", "mask"), "*i8")
+    kinds |= dict.fromkeys(("onto", "out"), f"*{bits}") | {"zeros": "*i32"}
     kinds |= dict.fromkeys(("found", "weights", "partial", "sums"), "*fp64")
     lanes = {"HALF": half, "LANES": cuda_sequences.LANES, "STEPS": cuda_sequences.STEPS}
     block = {"BLOCK": cuda_sequences.BLOCK}
@@ -121,6 +122,7 @@ def compile_sequences(bits: str, *, half: bool) -> None:
         (cuda_sequences._runs, runs),
         (cuda_sequences._joined, block),
         (cuda_sequences._spread, {"EACH": True} | block),
+        (cuda_sequences._leave_whole, block),
     ):
         types = kinds | dict.fromkeys(own, "constexpr")
         signature = {name: types[name] for name in kernel.arg_names}

@@ -59,6 +59,14 @@ def spread(kept: Tensor, whole: Tensor) -> Tensor:
     return torch.from_numpy(mask)
 
 
+def leave_whole(whole: Tensor, values: Tensor, onto: Tensor, out: Tensor, zeros: Tensor) -> None:
+    """As in `sequences`."""
+    rows = (bits_of(one.contiguous().flatten(0, 1)) for one in (values, onto, out))
+    magnitude = 0x7FFFFFFF if values.element_size() == 4 else 0x7FFF
+    arguments = whole.contiguous().flatten().numpy(), *rows, zeros.view(-1).numpy(), magnitude
+    in_parts(_leave_whole, arguments, whole.numel(), values.shape[-1])
+
+
 @_compiled
 def _load(values, half, key, score):
     """Magnitudes of numbers of whatever type into `score`, of which `key` is a view."""
@@ -139,3 +147,14 @@ def _spread(kept, whole, mask, first, last):
                 mask[row, token] = True
             else:
                 mask[row, token] = kept[row, min(token, kept.shape[1] - 1)]
+
+
+@_compiled
+def _leave_whole(whole, values, onto, out, zeros, magnitude, first, last):
+    for row in range(first, last):
+        if whole[row]:
+            count = 0
+            for column in range(values.shape[1]):
+                count += (values[row, column] & magnitude) == 0
+                out[row, column] = onto[row, column]
+            zeros[row] = count

@@ -60,6 +60,13 @@ def spread(kept: Tensor, whole: Tensor) -> Tensor:
     return mask
 
 
+def leave_whole(whole: Tensor, values: Tensor, onto: Tensor, out: Tensor, zeros: Tensor) -> None:
+    """As in `sequences`."""
+    tensors = (bits_of(one) for one in (values.contiguous(), onto.contiguous(), out))
+    arguments = whole.contiguous().view(torch.int8), *tensors, zeros, values.shape[-1]
+    _launch(_leave_whole, (whole.numel(),), arguments, WARPS, {"BLOCK": LANES})
+
+
 def kept_by_ranks(values: Tensor, ranks: Tensor) -> Tensor:
     """As in `sequences`."""
     _, tokens, width = values.shape
@@ -186,3 +193,20 @@ def _spread(kept, whole, mask, tokens, width, EACH: tl.constexpr, BLOCK: tl.cons
         inside = column < width
         one = tl.load(kept + column, mask=inside, other=0)
         tl.store(mask + row * width + column, one | everything, mask=inside)
+
+
+@triton.jit
+def _leave_whole(whole, values, onto, out, zeros, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    # Nothing of a token that does not stay.
+    stays = tl.load(whole + row) != 0
+    count = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, tl.where(stays, width, 0), BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < width
+        value = tl.load(values + row * width + column, mask=inside, other=1)
+        size = value & 0x7FFFFFFF if value.dtype == tl.int32 else value.to(tl.int32) & 0x7FFF
+        count += (size == 0).to(tl.int32)
+        one = tl.load(onto + row * width + column, mask=inside, other=0)
+        tl.store(out + row * width + column, one, mask=inside)
+    tl.store(zeros + row, tl.sum(count, 0), mask=stays)

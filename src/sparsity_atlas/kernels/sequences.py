@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from sparsity_atlas import kernels
+from sparsity_atlas.kernels import Masked
 from sparsity_atlas.kernels.definition import Threshold
 
 if TYPE_CHECKING:
@@ -38,6 +39,11 @@ class Sums(Protocol):
 
     def spread(self, kept: Tensor, whole: Tensor) -> Tensor:
         """As below."""
+
+    def leave_whole(
+        self, whole: Tensor, values: Tensor, onto: Tensor, out: Tensor, zeros: Tensor
+    ) -> None:
+        """Write to `out` and `zeros` what `left_whole` says of tokens that stay."""
 
 
 def energies(values: Tensor, counted: Tensor) -> Tensor:
@@ -126,6 +132,29 @@ def spread(kept: Tensor, whole: Tensor) -> Tensor:
     """
     module = _module(kept.new_empty(1, dtype=torch.float32))
     return kept | whole[..., None] if module is None else module.spread(kept, whole)
+
+
+def left_whole(found: Masked, whole: Tensor, values: Tensor, onto: Tensor) -> Masked:
+    """What masking leaves where some tokens stay as they are; of these what is zero by itself is counted.
+
+    Args:
+        found: what masking left of all; what it made is written to where that is new memory.
+        whole: bool [batch, tokens].
+        values: [batch, tokens, width], what was looked at.
+        onto: of the same shape, what was masked.
+    """
+    mask = None if found.mask is None else spread(found.mask, whole)
+    module, out = _module(values), found.out
+    own = out.data_ptr() not in (values.data_ptr(), onto.data_ptr()) and out.is_contiguous()
+    if module is not None and own and values.dtype == onto.dtype == out.dtype:
+        module.leave_whole(whole, values, onto, out, found.zeros)
+        return found._replace(mask=mask)
+    zeros = (values == 0).sum(-1).to(found.zeros.dtype)
+    return found._replace(
+        out=torch.where(whole[..., None], onto, out),
+        zeros=torch.where(whole, zeros, found.zeros),
+        mask=mask,
+    )
 
 
 def kept_by_ranks(values: Tensor, ranks: Tensor) -> Tensor:

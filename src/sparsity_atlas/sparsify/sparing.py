@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
-
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.kernels import Masked
+from sparsity_atlas.kernels.sequences import left_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sparsity_atlas.criteria.dense_prompt import DensePrompt
+    from sparsity_atlas.kernels import Masked
     from sparsity_atlas.sites.part import Spread
     from sparsity_atlas.sparsify.each_expert import Drop
     from sparsity_atlas.terms import Phase
@@ -60,11 +59,6 @@ def sparing(
                 "dense_prompt: a masked-diffusion model has no prompt that is run before its answer"
             )
         stay = left_dense(dense, valid.to(values.device))
-        return Masked(
-            torch.where(stay[..., None], onto, found.out),
-            torch.where(stay, (values == 0).sum(-1).to(found.zeros.dtype), found.zeros),
-            found.finite,
-            None if found.mask is None else found.mask | stay[..., None],
-        )
+        return left_whole(found, stay, values, onto)
 
     return spared

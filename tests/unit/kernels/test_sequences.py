@@ -168,6 +168,36 @@ def test_padding_company_and_threads_change_nothing(
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize(
+    "module", [cpu_sequences, cuda_sequences, None], ids=["cpu", "cuda", "torch"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tokens_that_stay(
+    module: ModuleType | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sequences, "_module", lambda values: module)
+    values = torch.randn(2, 5, 1100, generator=torch.manual_seed(1)).to(dtype)
+    values[:, :, ::3], values[:, :, 1::7] = 0.0, -0.0
+    whole = torch.rand(2, 5, generator=torch.manual_seed(2)) < 0.5
+    mask = torch.rand(values.shape, generator=torch.manual_seed(3)) < 0.5
+    for onto in (values, values.flip(-1) + 1):
+        for made in (mask, None):
+            found = kernels.by_mask(mask, values, onto)._replace(mask=made)
+            before = values.clone(), onto.clone()
+            left = sequences.left_whole(found, whole, values, onto)
+            stays = mask | whole[..., None]
+            assert torch.equal(left.out, torch.where(stays, onto, 0))
+            assert left.zeros.tolist() == (~stays | (values == 0)).sum(-1).tolist()
+            assert torch.equal(left.finite, found.finite)
+            assert (left.mask is None) if made is None else torch.equal(left.mask, stays)
+            assert torch.equal(values, before[0])
+            assert torch.equal(onto, before[1])
+        # What a rule gave back as it is stays so.
+        given = found._replace(out=onto, zeros=found.zeros.clone())
+        sequences.left_whole(given, whole, values, onto)
+        assert torch.equal(onto, before[1])
+
+
 @settings(max_examples=25, deadline=None, phases=set(Phase) - {Phase.shrink})
 @given(drawn=batches(), shares=st.lists(st.floats(0, 1), min_size=3, max_size=3))
 @pytest.mark.parametrize("path", [sequences, cuda_sequences], ids=["cpu", "cuda"])
