@@ -52,25 +52,28 @@ SILENCE, OF_RUN = 15.0, 0.05
 FEW = 3
 
 # What the Snakefile expects of its jobs: called once, when the jobs of a run are known.
-_expected: Callable[[], list[tuple[Key, Seconds]]] | None = None
+_expected: Callable[[], Expected] | None = None
+
+# Seconds by job, as `expected_seconds.expected` gives them, and how many run at once, as `at_once` does.
+Expected = tuple[list[tuple[Key, Seconds]], tuple[int, int]]
 
 
-def expect(jobs: Callable[[], list[tuple[Key, Seconds]]]) -> None:
+def expect(jobs: Callable[[], Expected]) -> None:
     """Say what the jobs of this process's workflow are expected to take.
 
     Args:
-        jobs: gives seconds by job, as `sparsity_atlas.plan.expected_seconds.expected`.
+        jobs: gives it.
     """
     global _expected
     _expected = jobs
 
 
-def _forecast() -> list[tuple[Key, Seconds]]:
+def _forecast() -> Expected:
     """What is expected of the jobs; nothing where files stand in the way, of which a job will say more."""
     try:
-        return _expected() if _expected else []
+        return _expected() if _expected else ([], (1, 1))
     except (AtlasError, OSError):
-        return []
+        return [], (1, 1)
 
 
 @dataclass
@@ -222,7 +225,7 @@ class LogHandler(LogHandlerBase):
         log = Path(job["log"][0]) if job["log"] else None
         with self._state:
             if self._time is None:
-                self._time = TimeLeft(self._counts, _forecast())
+                self._time = TimeLeft(self._counts, *_forecast())
                 threading.Thread(target=self._watch, daemon=True).start()
             what = " ".join(str(value) for value in wildcards.values())
             # What an earlier try left in the log is none of this one's.

@@ -104,7 +104,7 @@ def test_the_time_left_begins_with_what_is_expected_of_each_job(
     clock = [100.0]
     monkeypatch.setattr(plugin.time, "monotonic", lambda: clock[0])
     jobs = {Key("model", "m"): Seconds(4.0), Key("search", "m", "topp", "up"): Seconds(0.0, 600.0)}
-    plugin.expect(lambda: list(jobs.items()))
+    plugin.expect(lambda: (list(jobs.items()), (2, 1)))
     handler._counts = {"model": 1, "search": 1}
     begin(handler, 1, "model", tmp_path / "model.log", model="m")
     clock[0] += 4
@@ -115,7 +115,7 @@ def test_the_time_left_begins_with_what_is_expected_of_each_job(
 def test_a_run_goes_on_where_nothing_can_be_expected(
     handler: plugin.LogHandler, tmp_path: Path
 ) -> None:
-    def damaged() -> list:
+    def damaged() -> plugin.Expected:
         raise AtlasError("results/m/model.json: not JSON")
 
     plugin.expect(damaged)
@@ -167,7 +167,7 @@ def test_a_long_job_is_not_passed_over_in_silence(
 ) -> None:
     monkeypatch.setattr(plugin, "SILENCE", 0.2)
     jobs = {Key("model", "m"): Seconds(0.1), Key("dense", "m"): Seconds(100.0, 500.0)}
-    plugin.expect(lambda: list(jobs.items()))
+    plugin.expect(lambda: (list(jobs.items()), (2, 2)))
     handler._counts = {"model": 1, "dense": 1}
     begin(handler, 1, "model", tmp_path / "model.log", model="m")
     tell(handler, LogEvent.JOB_FINISHED, job_id=1)

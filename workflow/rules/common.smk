@@ -49,7 +49,7 @@ elif find_spec("sparsity_atlas") is None:
     raise SystemExit(f"error: rules of {HERE} need the package of the same release: pip install it")
 
 from snakemake_logger_plugin_atlas import expect
-from sparsity_atlas.plan.expected_seconds import expected
+from sparsity_atlas.plan.expected_seconds import at_once, expected
 from sparsity_atlas.rules.asks import Asks
 from sparsity_atlas.code_version import code_version
 from sparsity_atlas.config.schema import parse as parse_config
@@ -67,7 +67,8 @@ try:
     check_inputs(ATLAS)
     ask = Asks(ATLAS, RESULTS)
     # For the time that is left, which the logger says; of an outer workflow's own jobs it knows nothing.
-    expect(lambda: expected(ATLAS, Path(RESULTS)))
+    cores = lambda: workflow.cores if workflow.local_exec else workflow.nodes
+    expect(lambda: (expected(ATLAS, Path(RESULTS)), at_once(ATLAS, cores() or 1)))
 except AtlasError as error:
     # Snakemake would add to any other exception where in this file it was raised.
     raise SystemExit(f"error: {error}") from None

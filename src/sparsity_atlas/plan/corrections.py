@@ -10,12 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sparsity_atlas.plan.schedule import Key
+from sparsity_atlas.plan.schedule import LIGHT, Key
 
 EVALUATING = {"dense", "search", "evaluate", "sensitivity", "answers"}
-# Jobs without a model.
-LIGHT = {"run_config", "metrics", "curve", "model_summary", "tables", "figures", "page", "all"}
-LIGHT |= {"truthfulness"}
 # Work of these says nothing of others', nor theirs of it: it goes by widths on a CPU, or by a criterion.
 APART = {"metrics", "calibrate", "truthfulness", "run_config"}
 # These say how much of their work is done (`sparsity_atlas.progress`): one that has said nothing starts.
@@ -71,26 +68,30 @@ class Seen:
         took: seconds, of both parts together where both were forecast.
         forecast: of what was seen.
         count: how many jobs these are, older ones less than whole.
+        told: whether it is a start whose end the job has said itself.
     """
 
     key: Key
     took: float
     forecast: Seconds
     count: float = 1.0
+    told: bool = False
 
     @property
-    def kind(self) -> tuple[Key, bool, bool]:
+    def kind(self) -> tuple[Key, bool, bool, bool]:
         """What it can be added up with: what is known of a part is kept apart from what is of whole jobs."""
         criterion = self.key.criterion if self.key.rule in BY_CRITERION else ""
         key = Key(self.key.rule, self.key.model, criterion)
-        return key, bool(self.forecast.start), bool(self.forecast.work)
+        return key, bool(self.forecast.start), bool(self.forecast.work), self.told
 
     def __add__(self, other: Seen) -> Seen:
         forecast = self.forecast + other.forecast
-        return Seen(self.key, self.took + other.took, forecast, self.count + other.count)
+        took, count = self.took + other.took, self.count + other.count
+        return Seen(self.key, took, forecast, count, self.told)
 
     def __mul__(self, factor: float) -> Seen:
-        return Seen(self.key, self.took * factor, self.forecast * factor, self.count * factor)
+        took, count = self.took * factor, self.count * factor
+        return Seen(self.key, took, self.forecast * factor, count, self.told)
 
 
 class _Part(NamedTuple):
@@ -101,6 +102,7 @@ class _Part(NamedTuple):
     forecast: float
     jobs: float
     weight: float = 1.0  # what is little of the whole is hardly known
+    told: bool = False
 
 
 class Corrections:
@@ -115,14 +117,14 @@ class Corrections:
         Args:
             seen: whole jobs, or parts of them; those of which nothing was forecast say nothing.
         """
-        sums: dict[tuple[Key, bool, bool], Seen] = {}
+        sums: dict[tuple[Key, bool, bool, bool], Seen] = {}
         for one in seen:
             if one.forecast.total > 0:
                 sums[one.kind] = sums[one.kind] + one if one.kind in sums else one
         self._found: dict[tuple[str, str, str], Seconds] = {}
         starting = [one for one in sums.values() if one.forecast.start]
         self._starts = [
-            _Part(one.key, one.took * share, one.forecast.start, one.count)
+            _Part(one.key, one.took * share, one.forecast.start, one.count, told=one.told)
             for one in [one for one in starting if not one.forecast.work] or starting
             for share in (one.forecast.start / one.forecast.total,)
         ]
@@ -151,17 +153,17 @@ class Corrections:
 
     def _factors(self, key: Key) -> Seconds:
         start = _factor(key, self._starts, _distance_of_starts, 1.0)
-        like = [one for one in self._starts if _distance_of_starts(key, one.key) == 0]
+        like = [one for one in self._starts if _distance_of_starts(key, one) == 0]
         alike = _factor(key, like, _distance_of_starts, 1.0)
-        # Without a model work is more of what a start is.
-        prior = start if key.rule in LIGHT else alike
+        # Without a model work is more of what a start is; metrics and the like go by themselves.
+        prior = 1.0 if key.rule in APART else start if key.rule in LIGHT else alike
         return Seconds(start, _factor(key, self._works, _distance, prior))
 
 
 def _factor(
     key: Key,
     seen: Sequence[_Part],
-    distance: Callable[[Key, Key], int | None],
+    distance: Callable[[Key, _Part], int | None],
     prior: float,
 ) -> float:
     """What parts like this one's took over what was forecast of them.
@@ -176,7 +178,7 @@ def _factor(
     """
     sums = [[0.0, 0.0, 0.0, 0.0] for _ in range(FARTHEST + 1)]
     for part in seen:
-        place = distance(key, part.key)
+        place = distance(key, part)
         if place is not None:
             near = 1.0 if key.model == part.key.model else ANOTHER_MODEL
             if part.key.rule in BY_CRITERION and part.key.criterion != key.criterion:
@@ -195,7 +197,8 @@ def _factor(
     return found
 
 
-def _distance(key: Key, other: Key) -> int | None:
+def _distance(key: Key, part: _Part) -> int | None:
+    other = part.key
     if key.rule == other.rule:
         return 0
     if key.rule in APART or other.rule in APART or other.rule in WAITING:
@@ -205,9 +208,10 @@ def _distance(key: Key, other: Key) -> int | None:
     return 1 if (key.rule in EVALUATING) == (other.rule in EVALUATING) else FARTHEST
 
 
-def _distance_of_starts(key: Key, other: Key) -> int | None:
-    """All jobs with a model start alike."""
-    if other.rule in APART or other.rule in WAITING:
+def _distance_of_starts(key: Key, part: _Part) -> int | None:
+    """All jobs with a model start alike, and all without one."""
+    other = part.key
+    if other.rule in WAITING or (other.rule in APART and not part.told):
         return 0 if key.rule == other.rule else None
     if other.rule in COMPILING and key.rule != other.rule:
         return None if key.rule in LIGHT else FARTHEST

@@ -16,10 +16,11 @@ from sparsity_atlas.config import grid
 from sparsity_atlas.config.schema import Config
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.files.whole import digest, read_manifest, write_manifest
+from sparsity_atlas.loading.devices import gpu_shares, visible_gpus
 from sparsity_atlas.plan.captured_passes import passes_of_a_level
-from sparsity_atlas.plan.corrections import LIGHT, Seconds
+from sparsity_atlas.plan.corrections import Seconds
 from sparsity_atlas.plan.jobs import Job, jobs
-from sparsity_atlas.plan.schedule import LAST, Key
+from sparsity_atlas.plan.schedule import LAST, LIGHT, Key
 from sparsity_atlas.tasks.local_files import find
 from sparsity_atlas.terms import TENSORS, layers_named, tensors_at
 
@@ -135,6 +136,17 @@ def expected(config: Config, results: Path) -> list[tuple[Key, Seconds]]:
         return planned.get(key_of(job), seconds * (found / own))
 
     return [(key_of(job), on_scale(job, own)) for job, own in zip(left, usual, strict=True)]
+
+
+def at_once(config: Config, cores: int) -> tuple[int, int]:
+    """Jobs that run at once, and those of them with a model, as far as this machine's GPUs let.
+
+    Args:
+        config: of the run.
+        cores: that Snakemake was given, or jobs on a cluster.
+    """
+    gpus = visible_gpus() * gpu_shares() if config.device in ("auto", "cuda") else 0
+    return cores, min(cores, gpus) if gpus else cores
 
 
 def _digest(config: Config) -> str:

@@ -148,7 +148,7 @@ def _forecast(
         took = Amount() if job.done else _seconds(job, outlooks.get(job.model), start)
         if job.rule == "capture" and not job.done and job.model not in captured:
             # The first of a model's captures loads and runs the model for all of them.
-            took += Amount.exactly(outlooks[job.model].ready) + once[job.model]
+            took = Amount.exactly(start.heavy + outlooks[job.model].ready) + once[job.model]
             captured.add(job.model)
         if job.rule == "curve" and not job.done and job.rule not in start.recorded:
             took += statistics[job.model]
@@ -211,7 +211,7 @@ def _start_seconds(job: Job, outlook: Outlook | None, start: Start) -> float:
     """Seconds of imports, of tasks where they are evaluated, and until a model is there; of others all."""
     outlook = outlook or Outlook()
     if job.rule == "capture":
-        return start.capture + outlook.ready
+        return start.heavy + outlook.ready
     if job.rule not in HEAVY:
         # Of metrics and the like what goes on is work, and of drawing; it is little of the others.
         return start.drawing.get(job.rule, start.light if job.rule in WORKING else math.inf)

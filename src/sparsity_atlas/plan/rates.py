@@ -46,14 +46,14 @@ HEAVY_IMPORTS = (
     "sparsity_atlas.lm.model, sparsity_atlas.sites.find, sparsity_atlas.tasks.load, "
     "lm_eval.evaluator"
 )
-# Also of one that finds its tensors captured.
+# Of one that finds its tensors captured; the first of a model, which loads it, has all of the above.
 CAPTURE_IMPORTS = "sparsity_atlas.activations.capture, torch, zarr, transformers.models.auto"
 LIGHT_IMPORTS = "sparsity_atlas.curves.curve, sparsity_atlas.tables.summarize"
 DRAWING_IMPORTS = {"figures": "sparsity_atlas.figures.draw", "page": "sparsity_atlas.report.report"}
 IMPORTS = {
-    "light": LIGHT_IMPORTS,
-    "capture": CAPTURE_IMPORTS,
     "heavy": HEAVY_IMPORTS,
+    "capture": CAPTURE_IMPORTS,
+    "light": LIGHT_IMPORTS,
 } | DRAWING_IMPORTS
 
 
@@ -177,12 +177,13 @@ def _seconds(lm: TimedLM, part: Batch, cost: TaskCost, *, again: bool = True) ->
 def importing(*, anything: bool) -> Iterator[dict[str, Future[float]]]:
     """Time imports beside whatever else is done, in processes of their own.
 
-    One after the other took as long as all the rest of a plan. A run's jobs have others beside them, too.
+    One after the other took as long as all the rest of a plan; more than two at once keep each other waiting,
+    longer than a run's jobs do.
 
     Args:
         anything: whether there is a job that would import.
     """
-    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // 3)) as pool:
+    with ThreadPoolExecutor(2 if len(os.sched_getaffinity(0)) > 5 else 1) as pool:
         try:
             wanted = IMPORTS if anything else {}
             yield {name: pool.submit(import_seconds, modules) for name, modules in wanted.items()}

@@ -21,6 +21,9 @@ BESIDE = {"metrics"}
 # Then these, one after the other.
 LAST = ("tables", "figures", "page")
 _STAGE = {rule: stage for stage, rules in enumerate(STAGES) for rule in rules}
+# Jobs without a model.
+LIGHT = {"run_config", "metrics", "curve", "model_summary", "tables", "figures", "page", "all"}
+LIGHT |= {"truthfulness"}
 # Jobs up to which it is gone through who waits for whom. Of more, what the last ones wait for is little.
 MOST = 500
 
@@ -44,7 +47,7 @@ class Key:
 Jobs = Sequence[tuple[Key, float]]
 
 
-def makespan(running: Jobs, waiting: Jobs, at_once: int) -> float:
+def makespan(running: Jobs, waiting: Jobs, at_once: int, models: int | None = None) -> float:
     """Seconds until the last job has ended.
 
     A job waits for those of its model in earlier stages that are of its site or of none; which of those that
@@ -54,13 +57,15 @@ def makespan(running: Jobs, waiting: Jobs, at_once: int) -> float:
         running: jobs with the seconds that they still take.
         waiting: jobs with the seconds that they will take.
         at_once: how many run at a time, at the most.
+        models: how many of them with a model, as GPUs let; None: all.
     """
+    models = min(models or at_once, at_once)
     if len(waiting) > MOST:
-        return _at_least([*running, *waiting], at_once)
-    return _Run(running, waiting, at_once).end()
+        return _at_least([*running, *waiting], at_once, models)
+    return _Run(running, waiting, at_once, models).end()
 
 
-def _at_least(jobs: Jobs, at_once: int) -> float:
+def _at_least(jobs: Jobs, at_once: int, models: int) -> float:
     """All of it by as many as run at once, or the longest chain of a model's jobs."""
     longest: dict[tuple[str, int], float] = defaultdict(float)
     for key, seconds in jobs:
@@ -68,7 +73,9 @@ def _at_least(jobs: Jobs, at_once: int) -> float:
     chains: dict[str, float] = defaultdict(float)
     for (model, _), seconds in longest.items():
         chains[model] += seconds
-    return max(sum(seconds for _, seconds in jobs) / at_once, *chains.values(), 0.0)
+    heavy = sum(seconds for key, seconds in jobs if key.rule not in LIGHT)
+    whole = sum(seconds for _, seconds in jobs)
+    return max(whole / at_once, heavy / models, *chains.values(), 0.0)
 
 
 @dataclass
@@ -76,6 +83,7 @@ class _Run:
     running: Jobs
     waiting: Jobs
     at_once: int
+    models: int
     _left: Counter[tuple[str, int, str]] = field(init=False, default_factory=Counter)
     _of_model: dict[str, list[int]] = field(init=False)
 
@@ -90,15 +98,26 @@ class _Run:
         heapq.heapify(ends)
         ready = sorted(number for model in self._of_model for number in self._free(model))
         now, count = 0.0, len(ends)
+        heavy = sum(key.rule not in LIGHT for *_, key in ends)
         while ends or ready:
-            while ready and len(ends) < self.at_once:
-                key, seconds = self.waiting[ready.pop(0)]
+            while len(ends) < self.at_once:
+                job = self._next(ready, more=heavy < self.models)
+                if job is None:
+                    break
+                ready.remove(job)
+                key, seconds = self.waiting[job]
+                heavy += key.rule not in LIGHT
                 heapq.heappush(ends, (now + seconds, count, key))
                 count += 1
             now, _, key = heapq.heappop(ends)
+            heavy -= key.rule not in LIGHT
             self._hold(key, -1)
             ready = sorted([*ready, *self._free(key.model)])
         return now
+
+    def _next(self, ready: Sequence[int], *, more: bool) -> int | None:
+        """The first job that can begin; one with a model only if more of these can."""
+        return next((i for i in ready if more or self.waiting[i][0].rule in LIGHT), None)
 
     def _hold(self, key: Key, number: int) -> None:
         """Count a job among those that later ones wait for, or no more."""

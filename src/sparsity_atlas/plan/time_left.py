@@ -53,15 +53,17 @@ class TimeLeft:
     Attributes:
         counts: jobs of each rule.
         forecast: seconds of each job, of all that may come: `counts` says how many do.
+        most: jobs that run at once (more, if more are seen), and those of them with a model.
     """
 
     counts: dict[str, int]
     forecast: Iterable[tuple[Key, Seconds]]
+    most: tuple[int, int] = (1, 1)
     _waiting: dict[str, list[tuple[Key, Seconds]]] = field(init=False)
     _running: dict[int, _Running] = field(init=False, default_factory=dict)
     _begun: dict[str, int] = field(init=False)
     # Of each kind, and when the last of it ended.
-    _seen: dict[tuple[Key, bool, bool], tuple[Seen, float]] = field(init=False)
+    _seen: dict[tuple[Key, bool, bool, bool], tuple[Seen, float]] = field(init=False)
     _start: float | None = field(init=False, default=None)
     _usual: dict[str, Seconds] = field(init=False)
     # Whether jobs say how much of their work is done; None: nobody has had to yet.
@@ -112,7 +114,7 @@ class TimeLeft:
         if not one.of:
             one.started = now - one.began
             if share <= LITTLE:
-                self._see(Seen(one.key, one.started, Seconds(one.forecast.start)), now)
+                self._see(Seen(one.key, one.started, Seconds(one.forecast.start), told=True), now)
                 one.started = 0.0
         elif more <= 0:
             return
@@ -120,8 +122,8 @@ class TimeLeft:
             if one.started:
                 # By the pace since then its start was over before so much was done.
                 worked = min(one.done * took / more, one.started)
-                start = Seen(one.key, one.started - worked, Seconds(one.forecast.start))
-                self._see(start, now)
+                start = Seconds(one.forecast.start)
+                self._see(Seen(one.key, one.started - worked, start, told=True), now)
                 more, took, one.started = share, took + worked, 0.0
             work = min(more / self._end(one) * one.forecast.work, one.forecast.work - one.counted)
             self._see(Seen(one.key, took, Seconds(work=work), more), now)
@@ -196,7 +198,9 @@ class TimeLeft:
         running, waiting = (
             [one for one in some if one[0].rule not in LAST] for some in (running, waiting)
         )
-        return makespan(running, waiting, self._at_once) + last
+        cores, models = self.most
+        limit = models if models < cores else None
+        return makespan(running, waiting, max(self._at_once, cores), limit) + last
 
     @property
     def _crowd(self) -> float:

@@ -54,3 +54,15 @@ def test_nothing_of_a_model_waits_for_its_metrics() -> None:
     ]
     assert makespan([], waiting, 2) == 70.0
     assert makespan([], waiting, 1) == 125.0
+
+
+def test_jobs_with_a_model_wait_for_a_gpu_and_others_do_not() -> None:
+    searches = [(Key("search", "m", "topp", site), 10.0) for site in ("up", "gate", "input")]
+    metrics = [(Key("metrics", "n", site=site), 8.0) for site in ("up", "gate")]
+    assert makespan([], [*searches, *metrics], 8, 1) == 30
+    assert makespan([], [*searches, *metrics], 8, 2) == 20
+    assert makespan([], [*searches, *metrics], 8) == 10
+    # Of two cores one has a model, or both do: 10 and 10, 10 and 8, 8.
+    assert makespan([], [*searches, *metrics], 2, 1) == 30
+    assert makespan(searches[:1], searches[1:], 8, 1) == 30
+    assert makespan([], [*searches, *metrics], 2, 5) == makespan([], [*searches, *metrics], 2)

@@ -452,6 +452,7 @@ def test_a_run_of_one_model_is_foretold_from_a_tenth_on(
         one: min(said, 5.5) if one[0] not in LIGHT else said for one, (said, _) in REAL.items()
     }
     starts |= {one: 0.5 * REAL[one][0] for one in [("figures", ""), ("page", "")]}
+    starts |= {one: 0.8 for one in REAL if one[0] == "metrics"}
     forecast = [
         (keys[one], Seconds(starts[one], said - starts[one])) for one, (said, _) in REAL.items()
     ]
