@@ -37,8 +37,8 @@ from sparsity_atlas.sites.block import Block, blocks
 from sparsity_atlas.sites.offloading import device_of
 from sparsity_atlas.sites.part import by_layer
 from sparsity_atlas.sparsify.attach import Drop, dropping
-from sparsity_atlas.studies.output_error import outputs_at, relative, sparse_output
 from sparsity_atlas.studies.single_layer import model_of, run, run_alone
+from sparsity_atlas.studies.sparse_output import outputs_at, relative, sparse_output
 from sparsity_atlas.terms import PlaceKey, plain
 
 if TYPE_CHECKING:

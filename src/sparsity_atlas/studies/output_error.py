@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -29,20 +29,18 @@ from sparsity_atlas.loading.devices import how
 from sparsity_atlas.loading.pretrained import load
 from sparsity_atlas.models.manifest import from_manifest
 from sparsity_atlas.progress import told
+from sparsity_atlas.studies.sparse_output import Output, outputs_at, relative, sparse_output
 from sparsity_atlas.terms import CAUSAL, KINDS, NAMED_PARTS, PlaceKey
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
     from sparsity_atlas.criteria import Criterion
     from sparsity_atlas.criteria.place import Place, State
     from sparsity_atlas.sites.find import Part, Vectors
-    from sparsity_atlas.sites.part import Given
     from sparsity_atlas.studies.token_masks import MaskTables
-
-    Look = Callable[[PlaceKey, Tensor], None]
 
 _TARGET = [
     ("tensor", pa.string()),
@@ -71,74 +69,6 @@ SCHEMA_OF_PARTS = pa.schema(
 )
 SCHEMAS = (SCHEMA, SCHEMA_OF_PARTS)
 _BLOCK_BYTES = 64 * 2**20
-
-
-class Output(NamedTuple):
-    """An output of a layer that a site changes: the part's, and what the site is to it."""
-
-    part: Part
-    site: str
-
-
-def outputs_at(parts: Iterable[Part], site: str) -> list[Output]:
-    """The outputs that a site changes: of attention each tensor's maps for themselves, of an FFN its own."""
-    return [Output(part, own) for part in parts for own in part.within(site)]
-
-
-def sparse_output(
-    output: Output,
-    tensors: Given,
-    rules: Mapping[PlaceKey, Criterion],
-    level: float,
-    length: int = 1,
-    look: Look | None = None,
-) -> tuple[Tensor, int, int]:
-    """`Part.run` with a criterion at the output's site.
-
-    Args:
-        output: of a layer.
-        tensors: what `Part.sources` names, [tokens, width] each.
-        rules: the criterion as it is bound to each place.
-        level: its number.
-        length: tokens of a sequence; whole sequences stand one after the other.
-        look: is shown what is kept and not zero at each place whose rows are whole sequences: bool
-            [sequences, length, width].
-
-    Returns:
-        output [tokens, outputs], zeros and entries at the site.
-    """
-    from sparsity_atlas.criteria.expert_rules import ExpertRules
-    from sparsity_atlas.sparsify.attach import dropping
-    from sparsity_atlas.sparsify.step_masks import left
-
-    zeros = entries = 0
-
-    def drop(vectors: Vectors, onto: Tensor) -> Tensor:
-        nonlocal zeros, entries
-        values = vectors.values
-        by_token = vectors.part.rows_are_tokens(vectors.tensor)
-        shape = (-1, length, values.shape[-1]) if by_token else values.shape
-        dropped = dropping(rules[vectors.key], level)
-        seen = values.view(shape)
-        written = seen if onto is values else onto.view(shape)
-        masked = dropped(seen, written, vectors.spread)
-        zeros += int(masked.zeros.sum())
-        if look is not None and by_token:
-            look(vectors.key, left(dropped, masked, replace(vectors, values=seen), written))
-        entries += values.numel()
-        return masked.out.view(values.shape)
-
-    differ = any(isinstance(rule, ExpertRules) for rule in rules.values())
-    part = output.part.apart() if differ else output.part
-    return part.run(tensors, output.site, drop), zeros, entries
-
-
-def relative(dense: Tensor, sparse: Tensor) -> tuple[float, int]:
-    """Sum over tokens of ‖dense − sparse‖ / ‖dense‖, and of how many; an output of zeros has none."""
-    dense = dense.float()
-    norm = dense.norm(dim=-1)
-    errors = (sparse.float() - dense).norm(dim=-1)[norm > 0] / norm[norm > 0]
-    return float(errors.double().sum()), len(errors)
 
 
 def layer_rows(
@@ -245,8 +175,92 @@ def schema_of(parts: Iterable[Part]) -> pa.Schema:
     return SCHEMA_OF_PARTS if any(part.name in NAMED_PARTS for part in parts) else SCHEMA
 
 
-def main() -> None:
-    """Command line of the stage."""
+@dataclass(frozen=True)
+class Study:
+    """What is looked at in the activations of a model.
+
+    Attributes:
+        criterion: the rule.
+        levels: its levels, as paths spell them.
+        parts: of all layers.
+        site: of the parts.
+        states: of the criterion's calibration.
+        store: the activations.
+        first: token from which on they are looked at; those before it calibrated the criterion.
+    """
+
+    criterion: Criterion
+    levels: list[str]
+    parts: list[Part]
+    site: str
+    states: Mapping[str, State]
+    store: ActivationStore
+    first: int
+
+    def check_sources(self) -> None:
+        """See that the store has all that outputs are made of.
+
+        Raises:
+            AtlasError: it has not.
+        """
+        outputs = outputs_at(self.parts, self.site)
+        for tensor in sorted({name for one in outputs for name in source_names(*one)}):
+            self.store.check(tensor)
+
+    def rows(self, settings: dict[str, Any]) -> tuple[list[dict[str, Any]], MaskTables]:
+        """Rows of `SCHEMA` for all layers, and what was counted of the masks on the way.
+
+        Args:
+            settings: which further studies are made of a layer.
+        """
+        from sparsity_atlas.criteria.binding import bind_all
+        from sparsity_atlas.criteria.place import places
+        from sparsity_atlas.sites.part import by_layer
+        from sparsity_atlas.studies.token_masks import MaskTables
+
+        rows: list[dict[str, Any]] = []
+        masks = MaskTables(self.store.ids().shape[1], settings.get("coactivation", 0))
+        layers = list(by_layer(self.parts).values())
+        # Of what is asked of prompts beside, a share of the layers says little.
+        for layer in layers if settings.get("prompt_reuse") else told(layers, "measured", "layers"):
+            there = list(places(layer, self.site))
+            if not there:  # a layer without such a part
+                continue
+            rules = bind_all(self.criterion, layer, self.site, self.states)
+            found = layer_rows(layer, self.store, self.site, rules, self.levels, self.first, masks)
+            rows += [
+                {**row, "targets": targets(self.criterion, there, self.states, row["level"])}
+                for row in found
+            ]
+            self._look_further(layer, there, rules, settings, masks)
+        return rows, masks
+
+    def _look_further(
+        self,
+        layer: Sequence[Part],
+        there: Sequence[Place],
+        rules: Mapping[PlaceKey, Criterion],
+        settings: dict[str, Any],
+        masks: MaskTables,
+    ) -> None:
+        """Add what else is asked of a layer's dense FFNs: CETT, and what foretells their masks."""
+        from sparsity_atlas.sites.ffn import FFN
+        from sparsity_atlas.studies.cett_at import cett_rows
+        from sparsity_atlas.studies.mask_predictors import PREDICTABLE, predictor_rows
+
+        ffns = [part for part in layer if isinstance(part, FFN)]
+        for ffn in ffns if settings.get("cett") and self.site == "intermediate" else ():
+            key = PlaceKey(ffn.layer, ffn.name, self.site)
+            masks.extend(key, cett_rows(ffn, self.store, settings["cett"], self.first))
+        for place in there if settings.get("predictors") and self.site in PREDICTABLE else ():
+            for ffn in (one for one in ffns if one.name == place.part.name):
+                asked = (settings["predictors"], self.levels, self.first)
+                made = predictor_rows(ffn, self.store, self.site, rules[place.key], *asked)
+                masks.extend(place.key, made)
+
+
+def _arguments() -> argparse.Namespace:
+    """What the command line says."""
     parser = argparse.ArgumentParser(prog="sparsity-atlas output_error", description=__doc__)
     parser.add_argument("--model", required=True, type=Path, help="the model's manifest")
     parser.add_argument("--site", required=True)
@@ -269,8 +283,12 @@ def main() -> None:
     parser.add_argument(
         "--reuse", type=Path, help="of prompts' masks; unset: prompt_reuse.parquet beside it"
     )
-    arguments = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    """Command line of the stage."""
+    arguments = _arguments()
     criterion = create(arguments.criterion)
     levels = levels_of(arguments)
     for level in levels:
@@ -278,16 +296,10 @@ def main() -> None:
     manifest, checkpoint = from_manifest(arguments.model, kinds=KINDS)
     import torch
 
-    from sparsity_atlas.criteria.binding import bind_all
-    from sparsity_atlas.criteria.place import places
     from sparsity_atlas.sites.available import Available
-    from sparsity_atlas.sites.ffn import FFN
     from sparsity_atlas.sites.find import bind_parts
-    from sparsity_atlas.sites.part import by_layer, chosen
-    from sparsity_atlas.studies.cett_at import cett_rows
-    from sparsity_atlas.studies.mask_predictors import PREDICTABLE, predictor_rows
+    from sparsity_atlas.sites.part import chosen
     from sparsity_atlas.studies.prompt_reuse import reuse_table
-    from sparsity_atlas.studies.token_masks import MaskTables
 
     Available.in_manifest(manifest).check(manifest["name"], arguments.site)
 
@@ -295,36 +307,12 @@ def main() -> None:
     model = load(checkpoint, **how(settings))
     store = ActivationStore(arguments.store)
     states = read_calibration(arguments.calibration).states if arguments.calibration else {}
-    first = settings.get("calibration_tokens", 0)
-    rows = []
-    masks = MaskTables(store.ids().shape[1], settings.get("coactivation", 0))
     parts, site = chosen(bind_parts(model, manifest["ffn"]), arguments.site)
-    sources = {name for one in outputs_at(parts, site) for name in source_names(*one)}
-    for tensor in sorted(sources):
-        store.check(tensor)
+    first = settings.get("calibration_tokens", 0)
+    study = Study(criterion, levels, parts, site, states, store, first)
+    study.check_sources()
     with torch.no_grad():
-        layers = list(by_layer(parts).values())
-        # Of what is asked of prompts beside, a share of the layers says little.
-        for layer in layers if settings.get("prompt_reuse") else told(layers, "measured", "layers"):
-            there = list(places(layer, site))
-            if not there:  # a layer without such a part
-                continue
-            rules = bind_all(criterion, layer, site, states)
-            rows += [
-                {**row, "targets": targets(criterion, there, states, row["level"])}
-                for row in layer_rows(layer, store, site, rules, levels, first, masks)
-            ]
-            for ffn in layer if settings.get("cett") and site == "intermediate" else ():
-                if isinstance(ffn, FFN):
-                    key = PlaceKey(ffn.layer, ffn.name, site)
-                    masks.extend(key, cett_rows(ffn, store, settings["cett"], first))
-            for place in there if settings.get("predictors") else ():
-                for ffn in layer:
-                    if isinstance(ffn, FFN) and ffn.name == place.part.name and site in PREDICTABLE:
-                        asked = (settings["predictors"], levels, first)
-                        made = predictor_rows(ffn, store, site, rules[place.key], *asked)
-                        masks.extend(place.key, made)
-    table = pa.Table.from_pylist(rows, schema_of(parts))
+        rows, masks = study.rows(settings)
     if manifest["kind"] != CAUSAL:  # nothing follows its prompts
         settings = {**settings, "prompt_reuse": None}
     ids = store.ids()
@@ -333,4 +321,4 @@ def main() -> None:
     beside = arguments.output.with_name
     write_parquet(arguments.masks or beside("masks.parquet"), masks.table())
     write_parquet(arguments.reuse or beside("prompt_reuse.parquet"), reuse)
-    write_parquet(arguments.output, table)
+    write_parquet(arguments.output, pa.Table.from_pylist(rows, schema_of(parts)))

@@ -27,7 +27,7 @@ from sparsity_atlas.evaluation.samples import read_table
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.lm.forward import Abilities
 from sparsity_atlas.sparsify.attach import sparsified
-from sparsity_atlas.studies.output_error import Output, sparse_output
+from sparsity_atlas.studies.sparse_output import Output, sparse_output
 from tiny_lm import (
     CHOICE,
     GENERATION,

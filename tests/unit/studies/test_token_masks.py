@@ -12,7 +12,7 @@ from sparsity_atlas.files.parquet import read_parquet, write_parquet
 from sparsity_atlas.sparsify.packed_bits import packed_by_torch
 from sparsity_atlas.studies import token_masks
 from sparsity_atlas.studies.mask_table import EXACT, QUANTITIES, SCHEMA
-from sparsity_atlas.studies.output_error import Output, sparse_output
+from sparsity_atlas.studies.sparse_output import Output, sparse_output
 from sparsity_atlas.studies.token_masks import FREQUENCIES, MaskSums, MaskTables
 from sparsity_atlas.terms import PlaceKey
 from tiny_models import tiny_model
