@@ -45,6 +45,8 @@ ECHO = "RuleException:\nCalledProcessError"
 
 # What a search says of each level as it ends (`sparsity_atlas.evaluation.search`).
 LEVEL = re.compile(r"level \S+: .*; took \d+ s, (?:at most \d+ more.*|the last)$")
+# And a job that waits for a GPU (`sparsity_atlas.loading.devices`), and when it waits no longer.
+HELD, FREE = re.compile(r"all \d+ GPUs are in use by other jobs; waiting"), "a GPU is free"
 POLL = 1.0
 # Seconds after which something is said again, and the same as a share of the run so far.
 SILENCE, OF_RUN = 15.0, 0.05
@@ -289,6 +291,10 @@ class LogHandler(LogHandlerBase):
             now = time.monotonic()
             if done := progress.read(line):
                 self._time.reach(jobid, *done, now)
+            elif HELD.match(line):
+                self._time.hold(jobid, now)
+            elif line == FREE:
+                self._time.go(jobid, now)
             elif job.rule == "search" and LEVEL.match(line):
                 self._say(f"{'':>11} {job.rule} {job.what}: {line}{self._rest(now)}")
 

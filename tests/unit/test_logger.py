@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import logging
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from snakemake_interface_logger_plugins.settings import OutputSettingsLoggerInte
 
 import snakemake_logger_plugin_atlas as plugin
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.loading import devices
 from sparsity_atlas.plan.corrections import Seconds
 from sparsity_atlas.plan.schedule import Key
 
@@ -175,3 +178,34 @@ def test_a_long_job_is_not_passed_over_in_silence(
     said = shown(handler, 4)[3]
     assert said.startswith(f"{'':>11} dense m …, about ")
     assert said.endswith(" left")
+
+
+def test_a_wait_for_a_gpu_is_heard(
+    handler: plugin.LogHandler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `loading.devices` says it, of jobs of the workflow's own."""
+    heard: list[str] = []
+    for name in ("hold", "go"):
+        monkeypatch.setattr(
+            plugin.TimeLeft, name, lambda self, job, now, name=name: heard.append(name)
+        )
+    log = tmp_path / "dense.log"
+    handler._counts = {"dense": 1}
+    begin(handler, 1, "dense", log, model="m")
+    folder = tmp_path / "locks"
+    folder.mkdir()
+    first = folder / f"sparsity-atlas-{os.getuid()}-gpu-one.lock"
+    held = first.open("a")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    lines: list[str] = []
+
+    def said(message: str, *arguments: object) -> None:
+        lines.append(message % arguments)
+        held.close()
+
+    monkeypatch.setattr(devices.logger, "info", said)
+    monkeypatch.setattr(devices, "_claimed", [])
+    assert devices.claim_gpu(["one"], folder=folder, poll=0.01, shares=1) == 0
+    log.write_text("".join(f"{line}\n" for line in lines))
+    handler._look(1)
+    assert heard == ["hold", "go"]

@@ -118,6 +118,8 @@ def claim_gpu(
                     file.close()
                     continue
                 _claimed.append((file, locks / f"{stem}.wanted"))
+                if told:
+                    logger.info("a GPU is free")
                 return index % len(identities)
             if not told:
                 logger.info("all %d GPUs are in use by other jobs; waiting", len(identities))

@@ -33,6 +33,7 @@ class _Running:
     key: Key
     began: float
     forecast: Seconds
+    held: float | None = None  # since when it waits for a GPU
     of: float = 0.0  # what it said last that there is to do, at the most; 0: it has said nothing
     done: float = 0.0  # share of this that was done then
     told_at: float = 0.0
@@ -96,6 +97,16 @@ class TimeLeft:
         self._running[job] = _Running(key, now, forecast)
         self._at_once = max(self._at_once, len(self._running))
 
+    def hold(self, job: int, now: float) -> None:
+        """A running job waits for a GPU, which is no part of its start."""
+        if (one := self._running.get(job)) is not None and one.held is None:
+            one.held = now
+
+    def go(self, job: int, now: float) -> None:
+        """It waits no longer."""
+        if (one := self._running.get(job)) is not None and one.held is not None:
+            one.began, one.held = one.began + now - one.held, None
+
     def reach(self, job: int, done: float, of: float, now: float) -> None:
         """A running job says how much of its work is done. When it does so first, its start is over.
 
@@ -134,6 +145,7 @@ class TimeLeft:
 
     def finish(self, job: int, now: float) -> None:
         """A job has ended."""
+        self.go(job, now)
         done = self._running.pop(job, None)
         if done is None:
             return
@@ -168,6 +180,7 @@ class TimeLeft:
             Seen(one.key, now - one.began, self._unseen(one) * OVERDUE)
             for one in self._running.values()
             if not one.of
+            and one.held is None
             and now - one.began > corrections.expected(one.key, self._unseen(one)).total > 0
         ]
         if not seen:
@@ -177,11 +190,12 @@ class TimeLeft:
         def expected(key: Key, forecast: Seconds) -> Seconds:
             return corrections.expected(key, forecast) * self._alone(key)
 
-        running = [
-            (one.key, self._rest(one, expected(one.key, one.forecast), now))
-            for one in self._running.values()
-        ]
+        running: list[tuple[Key, float]] = []
         waiting: list[tuple[Key, float]] = []
+        for one in self._running.values():
+            at = now if one.held is None else one.held
+            rest = self._rest(one, expected(one.key, one.forecast), at)
+            (running if one.held is None else waiting).append((one.key, rest))
         for rule, count in self.counts.items():
             count -= self._begun[rule]
             later = 1.0 if rule in LAST else self._crowd**FEWER

@@ -362,6 +362,26 @@ def test_a_long_start_is_corrected_as_a_start() -> None:
     assert all(said < 1.35 * left for at, said, left in every if at < after)
 
 
+def test_a_job_that_waits_for_a_gpu_does_not_start_slowly() -> None:
+    """Snakemake starts more jobs with a model than there are GPUs; they wait before they load it."""
+    time = TimeLeft({"search": 3}, [(one, Seconds(5.0, 95.0)) for one in SEARCHES], (16, 1))
+    for number, key in enumerate(SEARCHES):
+        time.begin(number, key, 0.0)
+    for number in (1, 2):
+        time.hold(number, 3.0)
+        time.hold(number, 4.0)  # said once more
+    time.reach(0, 1e-9, 6, 5.0)
+    time.reach(0, 3, 6, 52.5)
+    # Of each of the others three seconds have passed.
+    assert time.seconds_left(52.5) == pytest.approx(47.5 + 97 + 97, rel=0.01)
+    time.reach(0, 6, 6, 100.0)
+    time.finish(0, 100.0)
+    time.go(1, 100.0)
+    time.reach(1, 1e-9, 6, 102.0)
+    time.reach(1, 3, 6, 149.5)
+    assert time.seconds_left(149.5) == pytest.approx(47.5 + 97, rel=0.01)
+
+
 @pytest.mark.parametrize("slow", [0.25, 4.0])
 def test_slow_work_is_corrected_as_soon_as_some_is_done(slow: float) -> None:
     """Starts are as foretold: by one correction, the whole would be as slow or nothing at all."""
