@@ -19,8 +19,8 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,6 @@ from sparsity_atlas.activations.masks import masked
 from sparsity_atlas.activations.store import ActivationStore, check_space, chunk_sequences
 from sparsity_atlas.activations.texts import digest_of, pinned, token_ids
 from sparsity_atlas.code_version import code_version
-from sparsity_atlas.errors import NumericalFailure
 from sparsity_atlas.files.journal import Journal
 from sparsity_atlas.files.whole import digest, locked, write_manifest
 from sparsity_atlas.loading.devices import how, pick_device, pick_dtype
@@ -54,9 +53,7 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedModel
 
-    from sparsity_atlas.activations.spool import HostCopy
     from sparsity_atlas.loading.checkpoint import Checkpoint
-    from sparsity_atlas.sites.find import Vectors
 
 
 def tensors_of(sites: Iterable[str]) -> list[str]:
@@ -89,7 +86,8 @@ def capture(
     """
     import torch
 
-    from sparsity_atlas.activations.spool import HostCopy, Writer, copy_stream
+    from sparsity_atlas.activations.captured_part import CapturedPart
+    from sparsity_atlas.activations.spool import Writer, copy_stream
     from sparsity_atlas.models.logits import head
     from sparsity_atlas.models.positions import check_positions
     from sparsity_atlas.sites.find import bind_parts, observe_places
@@ -110,11 +108,6 @@ def capture(
     under_way = 2 if chunk >= batch and 2 * chunk * positions * token_bytes <= MOST_HELD else 1
 
     _check_room(manifest, model, (positions, batch), arrays, settings)
-    total = ids.size * token_bytes
-    journal_path = store_path.with_suffix(".journal")
-    if not journal_path.exists():
-        check_space(store_path, total)  # before anything is made
-    store = ActivationStore(store_path, writable=True)
     plan = {
         "fingerprint": fingerprint,
         "tensors": list(missing),
@@ -122,19 +115,7 @@ def capture(
         "part": part,
         "dtype": dtype,
     }
-    journal = Journal(journal_path, plan)
-    if journal.records and any(name not in store.root for name in missing):
-        # The store was deleted, the journal beside it was not.
-        journal.delete()
-        journal = Journal(journal_path, plan)
-    if not journal.records:
-        check_space(store_path, total)  # what another plan left may have been smaller
-        cli.logger.info(
-            "capturing %s: %s tokens, %.1f MiB", ", ".join(missing), f"{ids.size:,}", total / 2**20
-        )
-        store.put_ids(ids)
-        for name, group in missing.items():
-            store.create(name, group.shapes, ids.size, chunk * positions, group.dtype(dtype))
+    store, journal = _begun(store_path, plan, ids, missing, ids.size * token_bytes)
 
     places = [
         (one, name)
@@ -153,58 +134,85 @@ def capture(
                 recorded.popleft().result()
             rows = ids[start : start + part]
             batches = [rows[first : first + batch] for first in range(0, len(rows), batch)]
-            arrived: dict[tuple[str, int], list[HostCopy]] = defaultdict(list)
-            written: dict[tuple[str, int], Future[int]] = {}
-
-            def write(
-                layer: int, name: str, copies: list[HostCopy], token: int = start * positions
-            ) -> int:
-                values = _stored(copies, layer, name, missing[name].dtype(dtype))
-                return store.put(name, layer, token, values)
-
-            def keep(
-                vectors: Vectors,
-                count: int = len(batches),
-                arrived: dict[tuple[str, int], list[HostCopy]] = arrived,
-                written: dict[tuple[str, int], Future[int]] = written,
-                write: Callable[[int, str, list[HostCopy]], int] = write,
-            ) -> None:
-                layer, name = vectors.part.layer, group_name(vectors.part.name, vectors.tensor)
-                values = vectors.in_order()
-                arrived[name, layer].append(HostCopy(values, stream(values.device)))
-                # As soon as it is whole: a large model's part is one batch of one layer.
-                if len(arrived[name, layer]) == count:
-                    copies = arrived.pop((name, layer))
-                    written[name, layer] = writer.submit(write, layer, name, copies)
+            one = CapturedPart(store, missing, dtype, start * positions, len(batches))
 
             def record(
                 before: list[Future[None]],
-                written: dict[tuple[str, int], Future[int]] = written,
+                one: CapturedPart = one,
                 end: int = start + len(rows),
             ) -> None:
                 # In order, also if more parts than these were under way.
-                for one in before:
-                    one.result()
-                checksums = {
-                    name: [written[name, layer].result() for layer in group.shapes]
-                    for name, group in missing.items()
-                }
-                journal.append(checksums)
+                for each in before:
+                    each.result()
+                journal.append(one.checksums())
                 progress.reach(end)
 
+            keep = functools.partial(one.keep, writer=writer, stream=stream)
             with torch.no_grad(), observe_places(model, places, keep):
-                for one in batches:
-                    model(input_ids=torch.from_numpy(one).to(model.device), use_cache=False)
+                for each in batches:
+                    model(input_ids=torch.from_numpy(each).to(model.device), use_cache=False)
             recorded.append(writer.submit(record, list(recorded)))
         writer.drain()
 
+    _finish(store, journal, missing, fingerprint, dtype, part * positions)
+
+
+def _begun(
+    path: Path,
+    plan: dict[str, Any],
+    ids: np.ndarray,
+    missing: Mapping[str, Group],
+    total: int,
+) -> tuple[ActivationStore, Journal]:
+    """The store and the journal of a capture that goes on, or that begins with empty arrays.
+
+    Args:
+        path: of the store.
+        plan: what the journal is of: the capture's fingerprint, and how it is cut.
+        ids: int64 [sequences, positions].
+        missing: tensors to capture, by name.
+        total: bytes of all.
+
+    Raises:
+        AtlasError: no room on the disk.
+    """
+    journal_path = path.with_suffix(".journal")
+    if not journal_path.exists():
+        check_space(path, total)  # before anything is made
+    store = ActivationStore(path, writable=True)
+    journal = Journal(journal_path, plan)
+    if journal.records and any(name not in store.root for name in missing):
+        # The store was deleted, the journal beside it was not.
+        journal.delete()
+        journal = Journal(journal_path, plan)
+    if not journal.records:
+        check_space(path, total)  # what another plan left may have been smaller
+        cli.logger.info(
+            "capturing %s: %s tokens, %.1f MiB", ", ".join(missing), f"{ids.size:,}", total / 2**20
+        )
+        store.put_ids(ids)
+        tokens = plan["chunk"] * ids.shape[1]
+        for name, group in missing.items():
+            store.create(name, group.shapes, ids.size, tokens, group.dtype(plan["dtype"]))
+    return store, journal
+
+
+def _finish(
+    store: ActivationStore,
+    journal: Journal,
+    missing: Mapping[str, Group],
+    fingerprint: str,
+    dtype: str,
+    rows: int,
+) -> None:
+    """Write down that tensors are complete, of blocks of so many rows."""
     for name, group in missing.items():
         layers = list(group.shapes)
         store.finish(
             name,
             {
                 **{"fingerprint": fingerprint, "dtype": group.dtype(dtype)},
-                **{"rows": part * positions, "blocks": [one[name] for one in journal.records]},
+                **{"rows": rows, "blocks": [one[name] for one in journal.records]},
                 # What is not said here: all from the first on.
                 **({} if layers == list(range(len(layers))) else {"layers": layers}),
             },
@@ -245,18 +253,6 @@ def _check_room(
         return
     free_memory.check(device, running, what, keys)
     free_memory.check(torch.device("cpu"), held, what, keys)
-
-
-def _stored(copies: list[HostCopy], layer: int, name: str, dtype: str) -> np.ndarray:
-    """[rows, channel] of some batches in the store's type; bfloat16 as its bits."""
-    import torch
-
-    from sparsity_atlas.activations.spool import as_stored
-
-    if not all(copy.is_finite() for copy in copies):
-        raise NumericalFailure(f"NaN or infinity in '{name}' of layer {layer}")
-    batches = [copy.wait() for copy in copies]
-    return as_stored(batches[0] if len(batches) == 1 else torch.cat(batches), dtype)
 
 
 def main() -> None:
