@@ -6,6 +6,7 @@ job has started, with imports, weights and kernels behind it, and from then on t
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +20,17 @@ STEP, EVERY = 0.02, 1.0
 _LINE = re.compile(r"[a-z]+ (?P<done>\d+(\.\d+)?) of (at most )?(?P<of>\d+(\.\d+)?)( [a-z ]+)?")
 
 _Item = TypeVar("_Item")
+_logger = cli.logger.getChild("progress")
+
+
+@contextlib.contextmanager
+def unsaid() -> Iterator[None]:
+    """Say nothing meanwhile: what a terminal shows is no log of a job."""
+    _logger.disabled = True
+    try:
+        yield
+    finally:
+        _logger.disabled = False
 
 
 class Progress:
@@ -42,7 +54,7 @@ class Progress:
         least = STEP * self._of if self._said else 0.0
         enough = done - self._said >= least and now - self._at >= EVERY
         if done > self._said and (enough or done >= self._of):
-            cli.logger.info("%s", self._text.format(done))
+            _logger.info("%s", self._text.format(done))
             self._said, self._at = done, now
 
 

@@ -53,7 +53,13 @@ def resolve(
     if "path" in source or "hub" not in source:
         folder, commit = Path(source.get("path", "")), None
         if not os.path.isdir(folder):
-            raise AtlasError(f"models: {folder}: no such folder")
+            is_file = os.path.isfile(folder)
+            what = (
+                "a file; name its folder, and a GGUF file by `gguf`"
+                if is_file
+                else "no such folder"
+            )
+            raise AtlasError(f"models: {folder}: {what}")
     else:
         revision = recorded["revision"] if recorded else source.get("revision", "main")
         wanted = Repository("models", "model", source["hub"], revision)

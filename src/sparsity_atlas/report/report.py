@@ -36,7 +36,7 @@ from sparsity_atlas.figures.style import (
 )
 from sparsity_atlas.files.csv import write_csv
 from sparsity_atlas.files.whole import write_text
-from sparsity_atlas.progress import told
+from sparsity_atlas.progress import told, unsaid
 from sparsity_atlas.report import beside_published, page
 from sparsity_atlas.report.failures import Remains, take_stock
 from sparsity_atlas.report.guidelines import guidelines
@@ -247,7 +247,8 @@ def main() -> None:
         outputs = arguments.output, arguments.headline, arguments.published
         whole(tables, arguments.figures, config, *outputs)
         return
-    remains = partial(arguments.results, arguments.config)
+    with unsaid():
+        remains = partial(arguments.results, arguments.config)
     cli.logger.info(
         "%s: %d of %d curves; %d outputs failed, %d were not started",
         *(arguments.results / "index.html", len(remains.curves), remains.asked),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -457,10 +458,17 @@ def test_no_log_no_reason(tmp_path):
     assert last_error(tmp_path / "x.log") == ""
 
 
-def test_the_command_line(results, monkeypatch, tmp_path):
+def test_the_command_line(results, monkeypatch, tmp_path, caplog):
     arguments = ["report", "partial", "--results", str(results), "--config", json.dumps(CONFIG)]
     monkeypatch.setattr("sys.argv", arguments)
-    report.main()
+    with caplog.at_level(logging.INFO, "sparsity_atlas"):
+        report.main()
+    # A terminal shows it behind the errors of the run.
+    curves = len(list(results.glob("*/*/*/curve.json")))
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith(
+        f"{results / 'index.html'}: {curves} of {curves} curves; 0 outputs failed"
+    )
     unfinished = (results / "index.html").read_text()
     assert "This run did not finish" not in unfinished, "nothing was missing"
 
