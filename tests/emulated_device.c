@@ -1,5 +1,6 @@
 // What the kernels in CUDA C++ take from a device, for a CPU: `device.cu` has the same names. The threads of a
-// cluster take turns. For TYPE 0 (bfloat16) and 2 (float32).
+// cluster take turns. For TYPE 0 (bfloat16) and 2 (float32), and for
+// searches of TYPE 1.
 #define COUNT (THREADS * SPLIT)
 #include "emulated_turns.h"
 
@@ -23,10 +24,13 @@ typedef u16 Number;
 #define ENTRY static void
 #define __device__ static inline
 #define __forceinline__
+#define __noinline__
 #define make_uint2(...) ((uint2){__VA_ARGS__})
 #define make_uint4(...) ((uint4){__VA_ARGS__})
 #define make_float4(...) ((float4){__VA_ARGS__})
 #define __popc __builtin_popcount
+#define __clz __builtin_clz
+#define __ffs __builtin_ffs
 
 typedef struct { int x, y; } Index;
 static Index threadIdx, blockIdx, gridDim;
@@ -70,6 +74,21 @@ static u32 __float_as_uint(float one) {
     u32 bits;
     memcpy(&bits, &one, 4);
     return bits;
+}
+
+static u32 __reduce_add_sync(u32 who, u32 mine) {
+    u32 made = 0;
+    for (int lane = 0; lane < 32; ++lane) made += exchanged(mine, lane, 0);
+    return made;
+}
+
+static u32 __reduce_max_sync(u32 who, u32 mine) {
+    u32 made = 0;
+    for (int lane = 0; lane < 32; ++lane) {
+        const u32 one = exchanged(mine, lane, 0);
+        made = one > made ? one : made;
+    }
+    return made;
 }
 
 static float rsqrtf(float one) { return 1.0f / sqrtf(one); }
@@ -121,6 +140,12 @@ static uint4 read(const Number* place) {
 
 static uint4 read_at(const Number* place, u32 slices) { return read(place + (size_t)slices * VECTOR); }
 
+#if KEEP == 3
+#define float_of __uint_as_float
+#define bits_of __float_as_uint
+#include "emulated_pairs.h"
+#include SEARCH
+#endif
 #include SOURCE
 
 static void** given;

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sparsity_atlas.decoding.cuda_sources import ENTRIES
+from sparsity_atlas.decoding.cuda_sources import ENTRIES, SEARCH
 
 DEVICE = Path(__file__).with_suffix(".c")
 
@@ -36,6 +36,9 @@ def launcher(folder: Path) -> Callable[..., None]:
     ) -> None:
         file = resources.files("sparsity_atlas.decoding").joinpath(source)
         options = {**defined, "ROOM": shared, "SOURCE": f'"{file}"', "KERNEL": ENTRIES[source]}
+        if source in SEARCH:
+            search = resources.files("sparsity_atlas.decoding").joinpath(SEARCH[source])
+            options["SEARCH"] = f'"{search}"'
         options["ARGUMENTS"] = ", ".join(
             [
                 *(f"given[{i}]" for i in range(len(tensors))),

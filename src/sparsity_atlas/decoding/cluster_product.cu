@@ -11,7 +11,8 @@
 //
 // Fixed when this is compiled (see cluster_products.py): TYPE 0 bfloat16, 1 float16, 2 float32; THREADS,
 // PER_ROW, SPLIT, UNROLL, BLOCKS (of a processor, at least); CHUNKS of 32 rows that a block has at most;
-// KEEP 0 all, 1 what is not zero, 2 what reaches a constant, BY_CHANNEL each its own; MAPS, ACTIVATION 1 silu,
+// KEEP 0 all, 1 what is not zero, 2 what reaches a constant, BY_CHANNEL each its own, 3 what holds a share of the mass,
+// for which each block finds the threshold itself (row_share.cu); MAPS, ACTIVATION 1 silu,
 // 2 relu; BIAS; NORM 0 none, else of how many slices of 16 bytes a thread adds up the squares, with MORE and EPS,
 // the bits of what is added to their mean.
 
@@ -47,35 +48,67 @@ __device__ __forceinline__ bool kept(float one, float cut) {
 #endif
 }
 
+#if KEEP == 3
+#define SHARE_OF_MASS \
+    , int rest_share, int guess, int run, int digit0, int digit1, int digit2, int digit3, int digit4, int digit5
+#else
+#define SHARE_OF_MASS
+#endif
+
 #if NORM
 // An entry of x + more, rounded where torch rounds.
 __device__ __forceinline__ Number summed(Number x, Number more) {
     return MORE ? rounded(widened(x) + widened(more)) : x;
 }
 
-__device__ __forceinline__ float squared(const Number* x, const Number* more) {
-    const uint4 one = *(const uint4*)x, other = MORE ? *(const uint4*)more : one;
-    const u32 words[4] = {one.x, one.y, one.z, one.w}, others[4] = {other.x, other.y, other.z, other.w};
+__device__ __forceinline__ float squared(uint4 slice) {
+    const u32 words[4] = {slice.x, slice.y, slice.z, slice.w};
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #if TYPE == 2
-        const float made = summed(__uint_as_float(words[i]), __uint_as_float(others[i]));
-        sum = fmaf(made, made, sum);
+        sum = fmaf(__uint_as_float(words[i]), __uint_as_float(words[i]), sum);
 #else
-        const float low = widened(summed((u16)(words[i] & 0xffff), (u16)(others[i] & 0xffff)));
-        const float high = widened(summed((u16)(words[i] >> 16), (u16)(others[i] >> 16)));
+        const float low = widened((u16)(words[i] & 0xffff)), high = widened((u16)(words[i] >> 16));
         sum = fmaf(high, high, fmaf(low, low, sum));
 #endif
     }
     return sum;
 }
+
+// An entry of the norm.
+__device__ __forceinline__ Number normed(float summed, float unit, float scale) {
+    return rounded(widened(rounded(summed * unit)) * scale);
+}
 #endif
+
+#if TYPE == 2
+#define OF_TWO(made, one, other) __float_as_uint(made(__uint_as_float(one), __uint_as_float(other)))
+#else
+#define OF_TWO(made, one, other) \
+    ((u32)made((u16)((one) & 0xffff), (u16)((other) & 0xffff)) | (u32)made((u16)((one) >> 16), (u16)((other) >> 16)) << 16)
+#endif
+
+__device__ __forceinline__ uint4 read_slice(const Number* row, int k, int K) {
+    return k < K ? *(const uint4*)(row + k) : make_uint4(0, 0, 0, 0);
+}
+
+// A slice of 16 bytes of the row, or of x + more.
+__device__ __forceinline__ uint4 slice_of(const Number* x, const Number* more, int k, int K) {
+    const uint4 one = read_slice(x, k, K);
+#if NORM && MORE
+    const uint4 other = read_slice(more, k, K);
+    return make_uint4(OF_TWO(summed, one.x, other.x), OF_TWO(summed, one.y, other.y), OF_TWO(summed, one.z, other.z),
+                      OF_TWO(summed, one.w, other.w));
+#else
+    return one;
+#endif
+}
 
 ENTRY by_inputs(
     // Not restrict: the last launch may be writing x, or the constants, while this one takes its place.
     const Number* x, const Number* weight, const Number* second, const Number* bias, Number* out,
-    const float* cuts, const Number* more, const Number* scale, Number* total, int K, int N) {
+    const float* cuts, const Number* more, const Number* scale, Number* total, int K, int N SHARE_OF_MASS) {
     float* inbox = (float*)block_room();  // of each block of the cluster
     int* counts = (int*)(inbox + (MAPS * SPLIT * OWN + 3) / 4 * 4);
     uint2* list = (uint2*)(counts + (CHUNKS + 3) / 4 * 4);
@@ -88,9 +121,17 @@ ENTRY by_inputs(
     // Chunks of 32 rows go round the blocks of a cluster, and those of a block round its warps.
     float values[ROUNDS], constants[ROUNDS];
     u32 masks[ROUNDS];
+#if KEEP == 3
+    uint4 whole[VECTORS];  // the row
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) whole[i] = slice_of(x, more, (i * THREADS + thread) * VECTOR, K);
+#endif
     const float constant = KEEP == 2 && !BY_CHANNEL ? *cuts : 0.0f;
 #if NORM
     float scales[ROUNDS], squares = 0.0f;
+#if KEEP == 3
+    uint4 scaling[VECTORS];
+#endif
 #endif
 #pragma unroll
     for (int i = 0; i < ROUNDS; ++i) {
@@ -109,8 +150,12 @@ ENTRY by_inputs(
 #if NORM
 #pragma unroll
     for (int i = 0; i < NORM; ++i) {
-        const int k = (i * THREADS + thread) * VECTOR;
-        if (k < K) squares += squared(x + k, more + k);
+#if KEEP == 3
+        squares += squared(whole[i]);
+        scaling[i] = read_slice(scale, (i * THREADS + thread) * VECTOR, K);
+#else
+        squares += squared(slice_of(x, more, (i * THREADS + thread) * VECTOR, K));
+#endif
     }
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) squares += __shfl_xor_sync(~0u, squares, step);
@@ -121,7 +166,31 @@ ENTRY by_inputs(
     for (int from = 0; from < WARPS; ++from) squares += inbox[from];
     const float unit = rsqrtf(squares / K + __uint_as_float(EPS));
 #pragma unroll
-    for (int i = 0; i < ROUNDS; ++i) values[i] = widened(rounded(widened(rounded(values[i] * unit)) * scales[i]));
+    for (int i = 0; i < ROUNDS; ++i) values[i] = widened(normed(values[i], unit, scales[i]));
+#endif
+#if KEEP == 3
+    u32 held[4 * VECTORS];
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) {
+#if NORM
+#define UNITED(one, scale) normed(widened(one), unit, widened(scale))
+        held[4 * i] = OF_TWO(UNITED, whole[i].x, scaling[i].x);
+        held[4 * i + 1] = OF_TWO(UNITED, whole[i].y, scaling[i].y);
+        held[4 * i + 2] = OF_TWO(UNITED, whole[i].z, scaling[i].z);
+        held[4 * i + 3] = OF_TWO(UNITED, whole[i].w, scaling[i].w);
+#else
+        held[4 * i] = whole[i].x, held[4 * i + 1] = whole[i].y;
+        held[4 * i + 2] = whole[i].z, held[4 * i + 3] = whole[i].w;
+#endif
+#pragma unroll
+        for (int j = 0; j < 4; ++j) held[4 * i + j] &= 0x7fff7fff;
+    }
+    const Digits digits = {digit0, digit1, digit2, digit3, digit4, digit5};
+    const int least = least_kept(held, __uint_as_float(rest_share), __uint_as_float(guess), __uint_as_float(run), digits,
+                                 (unsigned char*)list);
+    // Zeros need not be met, whatever is kept.
+#pragma unroll
+    for (int i = 0; i < ROUNDS; ++i) constants[i] = value_of(least > 1 ? least : 1);
 #endif
 #pragma unroll
     for (int i = 0; i < ROUNDS; ++i) {

@@ -11,16 +11,22 @@ import torch
 from sparsity_atlas.decoding import cuda_sources
 from sparsity_atlas.decoding.cuda_entries import ACTIVATIONS
 from sparsity_atlas.decoding.cuda_sources import READ, TYPES
+from sparsity_atlas.decoding.vector import Keep
+from sparsity_atlas.kernels.cuda_share import LEAST_WIDTH, first_guess
+from sparsity_atlas.kernels.definition import limbs, mass_bits
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sparsity_atlas.decoding.vector import Norm, Vector
+    from sparsity_atlas.kernels.definition import Threshold
 
 # Rows that are looked at together.
 _CHUNK = 32
 # Shared memory of a processor, less what it needs itself; share of the blocks' places that clusters fill.
 _SHARED, _FILLED = 200 * 1024, 0.9
+# Slices of the whole vector that a thread holds at most where it finds a threshold.
+_HELD = 8
 
 
 class Plan(NamedTuple):
@@ -53,7 +59,8 @@ class Plan(NamedTuple):
         beyond = 2 * self.threads // self.per_row * self.unroll
         listed = 8 * (_CHUNK * chunks + beyond)
         parts = 4 * maps * columns * self.threads // max(self.per_row, 32)
-        return 16 * (math.ceil(own / 16) + math.ceil(chunks / 4)) + max(listed, parts)
+        searched = 512 + 48 * self.threads // 32  # SEARCH_ROOM of `row_share.cu`
+        return 16 * (math.ceil(own / 16) + math.ceil(chunks / 4)) + max(listed, parts, searched)
 
 
 # By inputs, outputs, and whether two maps are made together: what was best on an H200 for one token of
@@ -107,6 +114,29 @@ def likely(outputs: int, size: int, gated: bool, processors: int) -> Plan:
     return max(fitting, key=made) if fitting else min(plans, key=made)
 
 
+def finds(vector: Vector, plan: Plan) -> bool:
+    """Whether the kernel masks a vector as it is told to; else that takes a step before it."""
+    x = vector.values
+    if vector.keep is not Keep.SHARE:
+        return True
+    inputs, size = x.shape[1], x.element_size()
+    whole = inputs * size % READ == 0 and x.data_ptr() % READ == 0
+    held = math.ceil(inputs * size / READ / plan.threads)
+    return size == 2 and whole and inputs >= LEAST_WIDTH and held <= _HELD
+
+
+def _share(rule: Threshold) -> tuple[int, ...]:
+    """What the kernel is told of a share of the mass."""
+    rest = max(1 - rule.amount, 0.0)
+    return *(_bits(one) for one in (rest, *first_guess(rule))), *limbs(rule.amount)
+
+
+def _bits(number: float) -> int:
+    """Of a float32, as a signed integer."""
+    (bits,) = struct.unpack("i", struct.pack("f", number))
+    return int(bits)
+
+
 def by_inputs(
     vector: Vector,
     weight: Tensor,
@@ -134,6 +164,7 @@ def by_inputs(
         [1, N], of the type of x.
     """
     x = vector.values.contiguous()
+    assert finds(vector, plan)
     (tokens, inputs), outputs = x.shape, weight.shape[1]
     assert tokens == 1
     size, maps = x.element_size(), 1 if second is None else 2
@@ -165,12 +196,18 @@ def by_inputs(
         assert more.data_ptr() % READ == 0
         defined["NORM"] = math.ceil(inputs * size / READ / plan.threads)
         defined["MORE"] = int(norm.more is not None)
-        (defined["EPS"],) = struct.unpack("I", struct.pack("f", norm.eps))
+        defined["EPS"] = _bits(norm.eps)
+    numbers: tuple[int, ...] = (inputs, outputs)
+    if vector.keep is Keep.SHARE:
+        assert vector.rule is not None
+        defined["VECTORS"] = math.ceil(inputs * size / READ / plan.threads)
+        defined["MASS_BITS"] = mass_bits(inputs)
+        numbers += _share(vector.rule)
     cuts = x if vector.constants is None else vector.constants
     tensors = (
         *(x, weight, weight if second is None else second, weight if bias is None else bias),
         *(out, cuts, more, scale, x if total is None else total),
     )
     grid = plan.split, math.ceil(outputs / columns)
-    cuda_sources.launch("cluster_product.cu", defined, grid, shared, tensors, (inputs, outputs))
+    cuda_sources.launch("cluster_product.cu", defined, grid, shared, tensors, numbers)
     return out

@@ -13,11 +13,12 @@ import triton.language as tl
 from sparsity_atlas.decoding import cluster_products, cuda_inputs, cuda_outputs, row_products
 from sparsity_atlas.decoding.cuda_entries import ACTIVATIONS
 from sparsity_atlas.decoding.cuda_sources import READ, processors
+from sparsity_atlas.decoding.vector import Keep, Vector
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparsity_atlas.decoding.vector import Norm, Vector
+    from sparsity_atlas.decoding.vector import Norm
 
 # Bytes that a warp loads at once of a row: 16 of each thread.
 _WARP_BYTES = 512
@@ -107,7 +108,12 @@ def by_inputs(
         size, gated = x.element_size(), second is not None
         plan = cluster_products.plan_of(inputs, outputs, size, gated, x.device)
         if plan is not None:
+            if not cluster_products.finds(vector, plan):
+                vector = Vector(vector.masked(), Keep.NONZERO)
             return cluster_products.by_inputs(vector, weight, second, bias, activation, plan=plan)
+    if vector.keep is Keep.SHARE:
+        vector = Vector(vector.masked(), Keep.NONZERO)
+        x = vector.values
     if cut is None:
         cut = _cut(inputs, outputs, x.element_size(), second is not None, tokens > 1, x.device)
     lines = 1 if tokens == 1 else _TOKENS
@@ -175,7 +181,7 @@ def after_norm(
     if tokens != 1 or not whole or inputs * size % READ:
         return None
     plan = cluster_products.plan_of(inputs, outputs, size, second is not None, x.device)
-    if plan is None:
+    if plan is None or not cluster_products.finds(vector, plan):
         return None
     total = torch.empty_like(x)
     made = cluster_products.by_inputs(

@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsity_atlas import kernels
 from sparsity_atlas.kernels import nvrtc
+from sparsity_atlas.kernels.cuda_share import PAIRS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-# What all of them begin with; the others, and the names of their kernels.
+# What all of them begin with, and what those do that find a threshold; the others, and the names of their kernels.
 DEVICE = "device.cu"
+SEARCH = {"cluster_product.cu": "row_share.cu"}
 ENTRIES = {"cluster_product.cu": "by_inputs", "row_product.cu": "by_outputs"}
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 # Bytes that a thread reads at once.
@@ -127,5 +130,8 @@ def _kernel(
 
 def text(source: str) -> bytes:
     """All of a kernel's files."""
-    files = (resources.files(__package__).joinpath(name) for name in (DEVICE, source))
-    return b"".join(one.read_bytes() for one in files)
+    parts = [resources.files(__package__).joinpath(DEVICE)]
+    if source in SEARCH:
+        parts += [resources.files(kernels).joinpath(PAIRS), resources.files(__package__).joinpath(SEARCH[source])]
+    parts.append(resources.files(__package__).joinpath(source))
+    return b"".join(one.read_bytes() for one in parts)

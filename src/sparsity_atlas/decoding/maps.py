@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from sparsity_atlas import kernels
 from sparsity_atlas.decoding.backend import ACTIVATIONS, Backend, activated, backend_of
-from sparsity_atlas.decoding.vector import Keep, Norm, Vector, looks_at_entries, prepared
+from sparsity_atlas.decoding.vector import Keep, Norm, Vector, fused_of, prepared
 from sparsity_atlas.terms import TENSORS
 
 if TYPE_CHECKING:
@@ -79,9 +79,9 @@ class InputMap:
             The sum [tokens, inputs] and what the map makes of its norm; None where that takes two steps.
         """
         backend = backend_of(x, self.weight)
-        if backend is None or rule is None or not looks_at_entries(rule):
+        vector = None if backend is None or rule is None else fused_of(rule, x)
+        if backend is None or vector is None:
             return None
-        vector = Vector(x, Keep.REACHES, rule.constants)
         return backend.after_norm(vector, norm, self.transposed, None, self.bias, None)
 
 
@@ -161,9 +161,9 @@ class GatedFFN:
             The sum and the output, [tokens, hidden] each; None where that takes one step more.
         """
         backend, rule = backend_of(x, self.up), rules.get("input")
-        if backend is None or rule is None or not looks_at_entries(rule):
+        vector = None if backend is None or rule is None else fused_of(rule, x)
+        if backend is None or vector is None:
             return None
-        vector = Vector(x, Keep.REACHES, rule.constants)
         maps = self.transposed["up"], self.transposed["gate"]
         found = backend.after_norm(vector, norm, *maps, None, self.activation)
         if found is None:

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
 
 
 class Keep(IntEnum):
-    """Which entries a product keeps: all, those that are not zero, or those that reach a constant."""
+    """Which entries a product keeps: all, those that are not zero, those that reach a constant, or those that
+    hold a share of the row's mass."""
 
     ALL = 0
     NONZERO = 1
     REACHES = 2
+    SHARE = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,11 +31,13 @@ class Vector:
         values: x; of `NONZERO` with zeros where entries are dropped.
         keep: how the mask is found in the product.
         constants: float32 [1] or [width] that |x| must reach, of `REACHES`.
+        rule: which share, of `SHARE`.
     """
 
     values: Tensor
     keep: Keep = Keep.ALL
     constants: Tensor | None = None
+    rule: Threshold | None = None
 
     @property
     def by_channel(self) -> bool:
@@ -42,9 +46,11 @@ class Vector:
 
     def masked(self) -> Tensor:
         """x ⊙ m."""
-        if self.keep is not Keep.REACHES:
+        rule = self.rule
+        if self.keep is Keep.REACHES:
+            rule = Threshold("fixed", constants=self.constants)
+        if rule is None:
             return self.values
-        rule = Threshold("fixed", constants=self.constants)
         return kernels.masked(rule, self.values, self.values).out
 
 
@@ -82,6 +88,14 @@ def prepared(rule: Threshold | None, values: Tensor, *, fused: bool) -> Vector:
     """
     if rule is None:
         return Vector(values)
-    if fused and looks_at_entries(rule):
+    made = fused_of(rule, values) if fused else None
+    return made or Vector(kernels.masked(rule, values, values).out, Keep.NONZERO)
+
+
+def fused_of(rule: Threshold, values: Tensor) -> Vector | None:
+    """The vector whose entries a product that can compare masks itself; None where that takes a step before it."""
+    if looks_at_entries(rule):
         return Vector(values, Keep.REACHES, rule.constants)
-    return Vector(kernels.masked(rule, values, values).out, Keep.NONZERO)
+    if rule.kind == "share" and rule.power == 1 and rule.weights is None and rule.amount < 1:
+        return Vector(values, Keep.SHARE, rule=rule)
+    return None

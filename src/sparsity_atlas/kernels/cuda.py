@@ -235,18 +235,16 @@ def variant_of(rule: Threshold, kind: str, dtype: torch.dtype, width: int) -> di
 def numbers_of(rule: Threshold, width: int, device: torch.device) -> Tensor:
     """float64 [4 + LIMBS] on the device: the amount; over the mean score a first guess and a lower bound; one
     over the power of a threshold that the mass below it is taken for at first; and the amount's limbs."""
-    guess, low = 1.0, 0.0
+    low = 0.0
+    guess, run = cuda_share.first_guess(rule)
     if rule.kind == "rank" and rule.amount > 0:
         # As if magnitudes fell off exponentially; a bad guess costs a few passes.
         guess = math.log(width / rule.amount)
     if rule.kind == "share":
         rest = max(1 - rule.amount, 0.0)
-        guess = 2 * rest ** (0.6 / rule.power)
         if rule.power == 1 and rest > 2.0**-10:
             # All that lies below a score s weighs less than width · s: surely low enough.
             low = 0.99 * rest
-    # A density that is finite at zero has power + 1; it falls off, here as if exponentially.
-    run = 1 / ((rule.power + 1) * (1 - 0.67 * max(1 - rule.amount, 0.0) ** 0.6))
     amount = not_above(rule.amount) if rule.kind == "peak" else rule.amount
     exact = limbs(amount) if rule.kind == "share" and amount < 1 else [0] * LIMBS
     return torch.tensor([amount, guess, low, run, *exact], dtype=torch.float64, device=device)

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
     from sparsity_atlas.kernels.definition import Threshold
 
-FILES = ("share_device.cu", "share.cu")
+# Beside the kernel itself; `PAIRS` is what kernels of other rooms take, too.
+PAIRS = "pairs.cu"
+FILES = ("share_device.cu", PAIRS, "share.cu")
 ENTRY = "mask_rows"
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 READ = 16  # bytes that a thread reads at once
@@ -64,6 +66,14 @@ class Cut(NamedTuple):
     threads: int
     vectors: int
     blocks: int
+
+
+def first_guess(rule: Threshold) -> tuple[float, float]:
+    """Of a share: a threshold over the mean score, and one over the power of a threshold that the mass below it
+    is taken for at first."""
+    rest = max(1 - rule.amount, 0.0)
+    # A density that is finite at zero has power + 1; it falls off, here as if exponentially.
+    return 2 * rest ** (0.6 / rule.power), 1 / ((rule.power + 1) * (1 - 0.67 * rest**0.6))
 
 
 def cut_of(rule: Threshold, width: int, dtype: torch.dtype) -> Cut | None:
