@@ -48,6 +48,7 @@ from sparsity_atlas.decoding.trial import (
 )
 from sparsity_atlas.decoding.vector import Keep, Vector, prepared
 from sparsity_atlas.kernels.definition import Threshold
+from sparsity_atlas.terms import TENSORS
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Hidden and FFN width of Llama 3.2 1B, 3.1 8B and 3.1 70B.
@@ -71,14 +72,14 @@ def map_rows(
             library.append(timed([partial(torch.mv, one.weight, x[0]) for one in maps], device))
         backend = backend_of(x, maps[0].weight)
         assert backend is not None
-        whole = Vector(x)
+        whole = Vector(x, expected=0.0)
         calls = [partial(backend.by_inputs, whole, one.transposed, None) for one in maps]
         own = timed(calls, device)
         dense = min(*library, own)
         for rule_name, find in RULES.items():
             for sparsity in sparsities:
                 rule = find(x, sparsity)
-                found = timed([partial(one, x, rule) for one in maps], device)
+                found = timed([partial(one, x, rule, sparsity) for one in maps], device)
                 share = unread(rule.mask(x))
                 yield {
                     **{"what": label, "rule": rule_name, "tokens": tokens, "dense": dense},
@@ -113,7 +114,10 @@ def ffn_rows(
                 rules, share = zip(
                     *(rules_of(x, one, site, find, sparsity) for one in ffns), strict=True
                 )
-                calls = [partial(one, x, rule) for one, rule in zip(ffns, rules, strict=True)]
+                expected = dict.fromkeys(TENSORS[site], sparsity)
+                calls = [
+                    partial(one, x, rule, expected) for one, rule in zip(ffns, rules, strict=True)
+                ]
                 yield {
                     **{"what": f"FFN {site}", "rule": rule_name, "tokens": tokens},
                     **{"dense": dense, "library": library, "own": own},

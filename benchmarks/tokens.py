@@ -67,7 +67,8 @@ def measure(name: str, arguments: argparse.Namespace) -> None:
                         1 - rule.mask(vectors[key]).float().mean() for key, rule in rules.items()
                     ]
                     bound = {key: Constant(rule) for key, rule in rules.items()}
-                    with replaced(model, parts, site, bound, share) as maps:
+                    expected = dict.fromkeys(bound, share)
+                    with replaced(model, parts, site, bound, share, expected) as maps:
                         took = Decoder(model, rows, size).timed(arguments.context)
                     print(
                         f"  {site} ({len(TENSORS[site])} tensors), {way}, {float(sum(mask)) / len(mask):.3f} "

@@ -1,6 +1,5 @@
 // What the kernels in CUDA C++ take from a device, for a CPU: `device.cu` has the same names. The threads of a
-// cluster take turns. For TYPE 0 (bfloat16) and 2 (float32), and for
-// searches of TYPE 1.
+// cluster take turns.
 #define COUNT (THREADS * SPLIT)
 #include "emulated_turns.h"
 
@@ -78,16 +77,22 @@ static u32 __float_as_uint(float one) {
 
 static u32 __reduce_add_sync(u32 who, u32 mine) {
     u32 made = 0;
-    for (int lane = 0; lane < 32; ++lane) made += exchanged(mine, lane, 0);
+    brought[now] = mine;
+    meet(&warps[now / 32], 32);
+    for (int lane = 0; lane < 32; ++lane) made += brought[now / 32 * 32 + lane];
+    meet(&warps[now / 32], 32);
     return made;
 }
 
 static u32 __reduce_max_sync(u32 who, u32 mine) {
     u32 made = 0;
+    brought[now] = mine;
+    meet(&warps[now / 32], 32);
     for (int lane = 0; lane < 32; ++lane) {
-        const u32 one = exchanged(mine, lane, 0);
+        const u32 one = brought[now / 32 * 32 + lane];
         made = one > made ? one : made;
     }
+    meet(&warps[now / 32], 32);
     return made;
 }
 
@@ -125,8 +130,19 @@ static void to_cluster(float* own, u32 rank, float value) {
 static float widened(float one) { return one; }
 static float rounded(float one) { return one; }
 #else
-static float widened(u16 one) { return __uint_as_float((u32)one << 16); }
+static float widened(u16 one) {
+    if (TYPE == 0) return __uint_as_float((u32)one << 16);
+    _Float16 half;
+    memcpy(&half, &one, 2);
+    return half;
+}
 static u16 rounded(float one) {
+    if (TYPE == 1) {
+        const _Float16 half = one;
+        u16 bits;
+        memcpy(&bits, &half, 2);
+        return bits;
+    }
     const u32 bits = __float_as_uint(one);
     return one != one ? 0x7fff : (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }

@@ -11,7 +11,7 @@ import torch
 from sparsity_atlas.decoding import cuda_sources
 from sparsity_atlas.decoding.cuda_entries import ACTIVATIONS
 from sparsity_atlas.decoding.cuda_sources import READ, TYPES
-from sparsity_atlas.decoding.vector import Keep
+from sparsity_atlas.decoding.vector import LIKELY, Keep
 from sparsity_atlas.kernels.cuda_share import LEAST_WIDTH, first_guess
 from sparsity_atlas.kernels.definition import limbs, mass_bits
 
@@ -63,23 +63,30 @@ class Plan(NamedTuple):
         return 16 * (math.ceil(own / 16) + math.ceil(chunks / 4)) + max(listed, parts, searched)
 
 
-# By inputs, outputs, and whether two maps are made together: what was best on an H200 for one token of
-# bfloat16 over sparsities of 5 to 60 %, as `benchmarks/decoding_tune.py` finds it; Llama 3.2 1B, 3.1 8B
-# and the factors of 70B.
-PLANS: dict[tuple[int, int, bool], Plan] = {
-    (2048, 8192, False): Plan(512, 16, 2, 8, 1),
-    (8192, 2048, False): Plan(512, 16, 8, 6, 2),
-    (2048, 8192, True): Plan(512, 16, 2, 8, 1),
-    (4096, 14336, False): Plan(512, 64, 8, 4, 2),
-    (14336, 4096, False): Plan(512, 32, 8, 6, 2),
-    (4096, 14336, True): Plan(512, 64, 4, 4, 1),
-    (8192, 28672, True): Plan(256, 64, 4, 3, 3),
-    (4096, 6144, False): Plan(256, 32, 16, 6, 4),
-    (4096, 4096, False): Plan(256, 16, 8, 6, 3),
+# By inputs, outputs, and whether two maps are made together: from which share of dropped entries on a plan is
+# taken. They were best on an H200 for one token of bfloat16, as `benchmarks/decoding_tune.py` finds it; Llama
+# 3.2 1B, 3.1 8B and the factors of 70B.
+PLANS: dict[tuple[int, int, bool], dict[float, Plan]] = {
+    (2048, 8192, False): {0: Plan(512, 16, 2, 8, 1)},
+    (8192, 2048, False): {0: Plan(512, 16, 8, 6, 2)},
+    (2048, 8192, True): {0: Plan(512, 16, 2, 8, 1)},
+    (4096, 14336, False): {0: Plan(512, 64, 8, 4, 2)},
+    (14336, 4096, False): {0: Plan(512, 32, 8, 6, 2), 0.75: Plan(256, 32, 16, 8, 3)},
+    (4096, 14336, True): {0: Plan(512, 64, 4, 4, 1)},
+    (8192, 28672, True): {0: Plan(256, 64, 4, 3, 3)},
+    (4096, 6144, False): {0: Plan(256, 32, 16, 6, 4)},
+    (4096, 4096, False): {0: Plan(256, 16, 8, 6, 3)},
 }
 
 
-def plan_of(inputs: int, outputs: int, size: int, gated: bool, device: torch.device) -> Plan | None:
+def plan_of(
+    inputs: int,
+    outputs: int,
+    size: int,
+    gated: bool,
+    device: torch.device,
+    expected: float = LIKELY,
+) -> Plan | None:
     """How a product is cut; None where the kernel is not made for it, or the device has no clusters.
 
     Args:
@@ -88,12 +95,16 @@ def plan_of(inputs: int, outputs: int, size: int, gated: bool, device: torch.dev
         size: bytes of a number.
         gated: whether two maps are made together.
         device: that it is made on.
+        expected: share of the rows that is likely left out.
     """
     slices = inputs * (outputs * size // READ)  # which a list has 32 bits for
     if outputs * size % READ or slices >= 1 << 31 or not cuda_sources.has_clusters(device):
         return None
     known = PLANS.get((inputs, outputs, gated)) if size == 2 else None
-    plan = known or likely(outputs, size, gated, cuda_sources.processors(device))
+    if known:
+        plan = known[max(least for least in known if least <= max(expected, 0))]
+    else:
+        plan = likely(outputs, size, gated, cuda_sources.processors(device))
     return plan if plan.shared(inputs, size, 1 + gated) * plan.blocks <= _SHARED else None
 
 

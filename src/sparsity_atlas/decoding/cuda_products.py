@@ -13,12 +13,11 @@ import triton.language as tl
 from sparsity_atlas.decoding import cluster_products, cuda_inputs, cuda_outputs, row_products
 from sparsity_atlas.decoding.cuda_entries import ACTIVATIONS
 from sparsity_atlas.decoding.cuda_sources import READ, processors
-from sparsity_atlas.decoding.vector import Keep, Vector
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparsity_atlas.decoding.vector import Norm
+    from sparsity_atlas.decoding.vector import Norm, Vector
 
 # Bytes that a warp loads at once of a row: 16 of each thread.
 _WARP_BYTES = 512
@@ -102,18 +101,17 @@ def by_inputs(
     Returns:
         [tokens, N], of the type of x.
     """
-    x = vector.values.contiguous()
+    x = vector.values
     (tokens, inputs), outputs = x.shape, weight.shape[1]
     if cut is None and tokens == 1:
         size, gated = x.element_size(), second is not None
-        plan = cluster_products.plan_of(inputs, outputs, size, gated, x.device)
+        plan = cluster_products.plan_of(inputs, outputs, size, gated, x.device, vector.expected)
         if plan is not None:
             if not cluster_products.finds(vector, plan):
-                vector = Vector(vector.masked(), Keep.NONZERO)
+                vector = vector.found()
             return cluster_products.by_inputs(vector, weight, second, bias, activation, plan=plan)
-    if vector.keep is Keep.SHARE:
-        vector = Vector(vector.masked(), Keep.NONZERO)
-        x = vector.values
+    vector = vector.found()
+    x = vector.values.contiguous()
     if cut is None:
         cut = _cut(inputs, outputs, x.element_size(), second is not None, tokens > 1, x.device)
     lines = 1 if tokens == 1 else _TOKENS
@@ -180,7 +178,8 @@ def after_norm(
     )
     if tokens != 1 or not whole or inputs * size % READ:
         return None
-    plan = cluster_products.plan_of(inputs, outputs, size, second is not None, x.device)
+    gated = second is not None
+    plan = cluster_products.plan_of(inputs, outputs, size, gated, x.device, vector.expected)
     if plan is None or not cluster_products.finds(vector, plan):
         return None
     total = torch.empty_like(x)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-# What all of them begin with, and what those do that find a threshold; the others, and the names of their kernels.
+# What all of them begin with, and what finds a threshold for one; the others, and the names of their kernels.
 DEVICE = "device.cu"
 SEARCH = {"cluster_product.cu": "row_share.cu"}
 ENTRIES = {"cluster_product.cu": "by_inputs", "row_product.cu": "by_outputs"}
@@ -132,6 +132,9 @@ def text(source: str) -> bytes:
     """All of a kernel's files."""
     parts = [resources.files(__package__).joinpath(DEVICE)]
     if source in SEARCH:
-        parts += [resources.files(kernels).joinpath(PAIRS), resources.files(__package__).joinpath(SEARCH[source])]
+        parts += [
+            resources.files(kernels).joinpath(PAIRS),
+            resources.files(__package__).joinpath(SEARCH[source]),
+        ]
     parts.append(resources.files(__package__).joinpath(source))
     return b"".join(one.read_bytes() for one in parts)

@@ -8,6 +8,7 @@ where no token wants it. What the kernels are not made for is computed the dense
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 
 from sparsity_atlas import kernels
 from sparsity_atlas.decoding.backend import ACTIVATIONS, Backend, activated, backend_of
-from sparsity_atlas.decoding.vector import Keep, Norm, Vector, fused_of, prepared
+from sparsity_atlas.decoding.vector import LIKELY, Keep, Norm, Vector, fused_of, prepared
 from sparsity_atlas.terms import TENSORS
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
     from sparsity_atlas.kernels.definition import Threshold
 
+# Of a site's tensors, what is likely dropped.
+UNKNOWN: Mapping[str, float] = MappingProxyType({})
 SITES = ("input", "up", "gate", "intermediate", "all_inputs")
 
 
@@ -50,12 +53,13 @@ class InputMap:
         """Bytes beside the weights."""
         return self.transposed.nbytes
 
-    def __call__(self, x: Tensor, rule: Threshold | None) -> Tensor:
+    def __call__(self, x: Tensor, rule: Threshold | None, expected: float = LIKELY) -> Tensor:
         """The map of a masked vector.
 
         Args:
             x: [tokens, inputs].
             rule: with its tensors on the device of x; None keeps everything.
+            expected: share of the entries that is likely dropped, by which the product is cut.
 
         Returns:
             [tokens, outputs], of the type of x.
@@ -63,10 +67,11 @@ class InputMap:
         backend = backend_of(x, self.weight)
         if backend is None or rule is None:
             return F.linear(_masked(rule, x), self.weight, self.bias)
-        return backend.by_inputs(prepared(rule, x, fused=backend.fuses), self.transposed, self.bias)
+        vector = prepared(rule, x, fused=backend.fuses, expected=expected)
+        return backend.by_inputs(vector, self.transposed, self.bias)
 
     def after_norm(
-        self, x: Tensor, norm: Norm, rule: Threshold | None
+        self, x: Tensor, norm: Norm, rule: Threshold | None, expected: float = LIKELY
     ) -> tuple[Tensor, Tensor] | None:
         """The map of a masked norm, which is made on the way.
 
@@ -74,12 +79,13 @@ class InputMap:
             x: [tokens, inputs].
             norm: of it, and of what is added to it.
             rule: as above.
+            expected: likewise.
 
         Returns:
             The sum [tokens, inputs] and what the map makes of its norm; None where that takes two steps.
         """
         backend = backend_of(x, self.weight)
-        vector = None if backend is None or rule is None else fused_of(rule, x)
+        vector = None if backend is None or rule is None else fused_of(rule, x, expected)
         if backend is None or vector is None:
             return None
         return backend.after_norm(vector, norm, self.transposed, None, self.bias, None)
@@ -121,12 +127,15 @@ class GatedFFN:
         """Bytes beside the weights."""
         return sum(one.nbytes for one in self.transposed.values())
 
-    def __call__(self, x: Tensor, rules: Mapping[str, Threshold]) -> Tensor:
+    def __call__(
+        self, x: Tensor, rules: Mapping[str, Threshold], expected: Mapping[str, float] = UNKNOWN
+    ) -> Tensor:
         """The FFN's output.
 
         Args:
             x: [tokens, hidden].
             rules: of each tensor of the site, with their tensors on the device of x.
+            expected: of these, the share of entries that is likely dropped, by which products are cut.
 
         Returns:
             [tokens, hidden], of the type of x.
@@ -137,7 +146,8 @@ class GatedFFN:
         if backend is None:
             return self._dense(x, rules)
         if "input" in rules:
-            seen = prepared(rules["input"], x, fused=backend.fuses)
+            drops = expected.get("input", LIKELY)
+            seen = prepared(rules["input"], x, fused=backend.fuses, expected=drops)
             maps = self.transposed["up"], self.transposed["gate"]
             i = backend.factors_by_inputs(seen, *maps, self.activation)
         elif "intermediate" in rules:
@@ -145,10 +155,14 @@ class GatedFFN:
         else:
             ((name, rule),) = rules.items()
             i = backend.factors_by_rule(x, self.up, self.gate, self.activation, name, rule)
-        return self._lowered(backend, i, rules)
+        return self._lowered(backend, i, rules, expected)
 
     def after_norm(
-        self, x: Tensor, norm: Norm, rules: Mapping[str, Threshold]
+        self,
+        x: Tensor,
+        norm: Norm,
+        rules: Mapping[str, Threshold],
+        expected: Mapping[str, float] = UNKNOWN,
     ) -> tuple[Tensor, Tensor] | None:
         """The FFN's output of a norm, which is made on the way.
 
@@ -156,12 +170,14 @@ class GatedFFN:
             x: [tokens, hidden].
             norm: of it, and of what is added to it.
             rules: as above.
+            expected: likewise.
 
         Returns:
             The sum and the output, [tokens, hidden] each; None where that takes one step more.
         """
         backend, rule = backend_of(x, self.up), rules.get("input")
-        vector = None if backend is None or rule is None else fused_of(rule, x)
+        drops = expected.get("input", LIKELY)
+        vector = None if backend is None or rule is None else fused_of(rule, x, drops)
         if backend is None or vector is None:
             return None
         maps = self.transposed["up"], self.transposed["gate"]
@@ -169,16 +185,24 @@ class GatedFFN:
         if found is None:
             return None
         total, i = found
-        return total, self._lowered(backend, i, rules)
+        return total, self._lowered(backend, i, rules, expected)
 
-    def _lowered(self, backend: Backend, i: Tensor, rules: Mapping[str, Threshold]) -> Tensor:
+    def _lowered(
+        self,
+        backend: Backend,
+        i: Tensor,
+        rules: Mapping[str, Threshold],
+        expected: Mapping[str, float],
+    ) -> Tensor:
         """W_d of what the factors made, [tokens, width]."""
         if "down" not in self.transposed:
             return F.linear(i, self.down)
+        name = self.tensors[-1]
+        drops = expected.get(name, LIKELY)
         # What a factor dropped are zeros by now.
-        vector = Vector(i, Keep.NONZERO)
-        if "intermediate" in rules:
-            vector = prepared(rules["intermediate"], i, fused=backend.fuses)
+        vector = Vector(i, Keep.NONZERO, expected=drops)
+        if name == "intermediate":
+            vector = prepared(rules[name], i, fused=backend.fuses, expected=drops)
         return backend.by_inputs(vector, self.transposed["down"], None)
 
     def _dense(self, x: Tensor, rules: Mapping[str, Threshold]) -> Tensor:

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# Of a vector's entries, that are taken to be dropped where nobody says how many.
+LIKELY = 0.5
+
+
 class Keep(IntEnum):
     """Which entries a product keeps: all, those that are not zero, those that reach a constant, or those that
     hold a share of the row's mass."""
@@ -32,12 +36,15 @@ class Vector:
         keep: how the mask is found in the product.
         constants: float32 [1] or [width] that |x| must reach, of `REACHES`.
         rule: which share, of `SHARE`.
+        expected: share of the entries that is likely dropped; it chooses how a product is cut, and nothing
+            that is kept.
     """
 
     values: Tensor
     keep: Keep = Keep.ALL
     constants: Tensor | None = None
     rule: Threshold | None = None
+    expected: float = LIKELY
 
     @property
     def by_channel(self) -> bool:
@@ -52,6 +59,12 @@ class Vector:
         if rule is None:
             return self.values
         return kernels.masked(rule, self.values, self.values).out
+
+    def found(self) -> Vector:
+        """The same with zeros where entries are dropped, if that takes a search."""
+        if self.rule is None:
+            return self
+        return found_first(self.rule, self.values, self.expected)
 
 
 class Norm(NamedTuple):
@@ -78,24 +91,39 @@ def looks_at_entries(rule: Threshold) -> bool:
     return rule.kind == "fixed" and rule.weights is None
 
 
-def prepared(rule: Threshold | None, values: Tensor, *, fused: bool) -> Vector:
-    """The vector as a rule masks it: constants are left to the product, other thresholds are found first.
+def prepared(
+    rule: Threshold | None, values: Tensor, *, fused: bool, expected: float = LIKELY
+) -> Vector:
+    """The vector as a rule masks it: what the product can find itself is left to it, else it is found first.
 
     Args:
         rule: with its tensors on the device of `values`; None keeps everything.
         values: [tokens, width].
         fused: whether the product can compare.
+        expected: share of the entries that is likely dropped.
     """
     if rule is None:
-        return Vector(values)
-    made = fused_of(rule, values) if fused else None
-    return made or Vector(kernels.masked(rule, values, values).out, Keep.NONZERO)
+        return Vector(values, expected=0.0)
+    made = fused_of(rule, values, expected) if fused else None
+    return made or found_first(rule, values, expected)
 
 
-def fused_of(rule: Threshold, values: Tensor) -> Vector | None:
-    """The vector whose entries a product that can compare masks itself; None where that takes a step before it."""
+def fused_of(rule: Threshold, values: Tensor, expected: float) -> Vector | None:
+    """The vector that a product which can compare masks itself; None where that takes a step before it.
+
+    Args:
+        rule: as of `prepared`.
+        values: likewise.
+        expected: likewise.
+    """
     if looks_at_entries(rule):
-        return Vector(values, Keep.REACHES, rule.constants)
+        return Vector(values, Keep.REACHES, rule.constants, expected=expected)
     if rule.kind == "share" and rule.power == 1 and rule.weights is None and rule.amount < 1:
-        return Vector(values, Keep.SHARE, rule=rule)
+        return Vector(values, Keep.SHARE, rule=rule, expected=expected)
     return None
+
+
+def found_first(rule: Threshold, values: Tensor, expected: float) -> Vector:
+    """The vector with zeros where the rule drops entries."""
+    kept = kernels.masked(rule, values, values).out
+    return Vector(kept, Keep.NONZERO, expected=expected)

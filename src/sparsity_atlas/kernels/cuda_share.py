@@ -69,8 +69,8 @@ class Cut(NamedTuple):
 
 
 def first_guess(rule: Threshold) -> tuple[float, float]:
-    """Of a share: a threshold over the mean score, and one over the power of a threshold that the mass below it
-    is taken for at first."""
+    """Of a share: a threshold over the mean score, and one over the power of a threshold that the mass below
+    it is taken for."""
     rest = max(1 - rule.amount, 0.0)
     # A density that is finite at zero has power + 1; it falls off, here as if exponentially.
     return 2 * rest ** (0.6 / rule.power), 1 / ((rule.power + 1) * (1 - 0.67 * rest**0.6))

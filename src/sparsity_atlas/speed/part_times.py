@@ -192,8 +192,9 @@ def part_rows(
             vectors = given(point)
             for way in point.ways:
                 share = maps.unread(way.seen, groups)
+                dropped = way.seen.dropped
                 calls = [
-                    _masked(product, x, way.rules(part, maps.tensors))
+                    _masked(product, x, way.rules(part, maps.tensors), _of(part, dropped))
                     for x, (part, product) in zip(vectors, products, strict=True)
                 ]
                 rows.append(
@@ -244,11 +245,21 @@ def _own(x: Tensor, product: Product) -> Tensor:
     backend = backend_of(x, product.weight)
     if backend is None:
         return _library(x, product)
-    return backend.by_inputs(Vector(x), product.transposed, product.bias)
+    return backend.by_inputs(Vector(x, expected=0.0), product.transposed, product.bias)
 
 
-def _masked(product: Product, x: Tensor, rules: Mapping[str, Threshold]) -> Callable[[], Tensor]:
+def _of(part: Part, dropped: Mapping[PlaceKey, float]) -> dict[str, float]:
+    """What is dropped of each tensor of a part."""
+    own = (part.layer, part.name)
+    return {
+        place.tensor: share for place, share in dropped.items() if (place.layer, place.part) == own
+    }
+
+
+def _masked(
+    product: Product, x: Tensor, rules: Mapping[str, Threshold], dropped: Mapping[str, float]
+) -> Callable[[], Tensor]:
     if isinstance(product, GatedFFN):
-        return partial(product, x, rules)
-    (rule,) = rules.values()
-    return partial(product, x, rule)
+        return partial(product, x, rules, dropped)
+    ((name, rule),) = rules.items()
+    return partial(product, x, rule, dropped[name])

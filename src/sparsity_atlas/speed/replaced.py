@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from sparsity_atlas.criteria.base import Criterion, keeps_by_threshold
 from sparsity_atlas.decoding.backend import MOST_TOKENS
+from sparsity_atlas.decoding.vector import LIKELY
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.models.logits.head import EXACT, ROUNDED
 from sparsity_atlas.sites.ffn import FFN
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 # Rows that a module is tried with.
 TRIED = 3
+# Of what is likely dropped.
+UNKNOWN: Mapping[PlaceKey, float] = MappingProxyType({})
 Forward = Callable[..., "Tensor"]
 
 
@@ -43,6 +47,7 @@ def replaced(
     site: str,
     bound: Mapping[PlaceKey, Criterion],
     level: float,
+    expected: Mapping[PlaceKey, float] = UNKNOWN,
 ) -> Iterator[Replaced]:
     """Within: tokens that are fed one by one go through sparse maps.
 
@@ -52,6 +57,7 @@ def replaced(
         site: where entries are dropped.
         bound: the rule of each place.
         level: of all of them.
+        expected: share of each place's entries that is likely dropped, by which products are cut.
 
     Yields:
         What knows the rules in force, and takes others.
@@ -63,7 +69,7 @@ def replaced(
         single = _Single()
         handle = model.register_forward_pre_hook(single, with_kwargs=True)
         stack.callback(handle.remove)
-        found = Replaced(bound, level)
+        found = Replaced(bound, level, expected)
         for part in parts:
             keys = {name: PlaceKey(part.layer, part.name, name) for name in TENSORS[plain(site)]}
             rules = {
@@ -83,12 +89,22 @@ class Replaced:
         copies: bytes of transposed copies.
     """
 
-    def __init__(self, bound: Mapping[PlaceKey, Criterion], level: float) -> None:
+    def __init__(
+        self,
+        bound: Mapping[PlaceKey, Criterion],
+        level: float,
+        expected: Mapping[PlaceKey, float] = UNKNOWN,
+    ) -> None:
         """As of `use`."""
         self.copies = 0
-        self.use(bound, level)
+        self.use(bound, level, expected)
 
-    def use(self, bound: Mapping[PlaceKey, Criterion], level: float) -> None:
+    def use(
+        self,
+        bound: Mapping[PlaceKey, Criterion],
+        level: float,
+        expected: Mapping[PlaceKey, float] = UNKNOWN,
+    ) -> None:
         """Go by other rules at the same places from now on; a recorded step keeps its own.
 
         Raises:
@@ -98,14 +114,14 @@ class Replaced:
             if not keeps_by_threshold(criterion):
                 name = type(criterion).__name__
                 raise AtlasError(f"{name}: its masks follow from no threshold of a token")
-        self._bound, self._level = bound, level
+        self._bound, self._level, self._expected = bound, level, expected
         self._known: dict[PlaceKey, Threshold] = {}
 
-    def rule(self, place: PlaceKey, width: int, device: torch.device) -> Threshold:
-        """The threshold of a place [width], with its tensors on a device."""
+    def rule(self, place: PlaceKey, width: int, device: torch.device) -> InForce:
+        """The rule of a place [width]."""
         if place not in self._known:
             self._known[place] = self._bound[place].threshold(self._level, width).to(device)
-        return self._known[place]
+        return InForce(self._known[place], self._expected.get(place, LIKELY))
 
 
 class _Single:
@@ -134,7 +150,14 @@ class _Single:
             self._single = before
 
 
-Rule = Callable[[torch.device], "Threshold"]
+class InForce(NamedTuple):
+    """A threshold, with its tensors on a device, and the share of entries that it likely drops."""
+
+    threshold: Threshold
+    expected: float
+
+
+Rule = Callable[[torch.device], InForce]
 Rules = Mapping[str, Rule]
 
 
@@ -171,7 +194,7 @@ class Readers:
         if not self.single.holds(x):
             return None
         if place not in self._waiting:
-            made = self.product(x.flatten(0, -2), self._rule(x.device)).split(self._sizes, -1)
+            made = self.product(x.flatten(0, -2), *self._rule(x.device)).split(self._sizes, -1)
             self._waiting.update(enumerate(made))
         return _like(self._waiting.pop(place), x)
 
@@ -184,7 +207,7 @@ class Readers:
         """
         found = None
         if self.single.holds(x[:, None]):
-            found = self.product.after_norm(x, norm, self._rule(x.device))
+            found = self.product.after_norm(x, norm, *self._rule(x.device))
         return None if found is None else (found[0], found[1].split(self._sizes, -1))
 
 
@@ -217,16 +240,20 @@ class SparseFFN:
     def __call__(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
         if not self.single.holds(x):
             return self._own(x, *arguments, **options)
-        return _like(self._product(x.flatten(0, -2), self._at(x)), x)
+        return _like(self._product(x.flatten(0, -2), *self._at(x)), x)
 
     def after_norm(self, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor] | None:
         """As `Readers.after_norm`, of the whole FFN."""
         if not self.single.holds(x[:, None]):
             return None
-        return self._product.after_norm(x, norm, self._at(x))
+        return self._product.after_norm(x, norm, *self._at(x))
 
-    def _at(self, x: Tensor) -> dict[str, Threshold]:
-        return {name: rule(x.device) for name, rule in self._rules.items()}
+    def _at(self, x: Tensor) -> tuple[dict[str, Threshold], dict[str, float]]:
+        found = {name: rule(x.device) for name, rule in self._rules.items()}
+        return (
+            {name: one.threshold for name, one in found.items()},
+            {name: one.expected for name, one in found.items()},
+        )
 
 
 def _replace_ffn(stack: ExitStack, single: _Single, part: FFN, rules: Rules) -> int:

@@ -56,12 +56,14 @@ class Seen:
         shares = [unread(self.kept[place][some]) for some in rows]
         return sum(shares) / len(shares)
 
+    @property
+    def dropped(self) -> dict[PlaceKey, float]:
+        """Share of each place's entries that are dropped or zero."""
+        return {place: float((~kept).float().mean()) for place, kept in self.kept.items()}
+
     def constants(self) -> dict[PlaceKey, Threshold]:
         """Of each place the constant that drops as much of this text as the criterion does."""
-        return {
-            place: fixed(self.vectors[place], float((~kept).float().mean()))
-            for place, kept in self.kept.items()
-        }
+        return {place: fixed(self.vectors[place], share) for place, share in self.dropped.items()}
 
     def by(self, rules: Mapping[PlaceKey, Threshold]) -> Seen:
         """The same vectors, and which of their entries other rules keep."""

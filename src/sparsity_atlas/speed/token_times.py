@@ -152,7 +152,7 @@ def _of_batch(
             for point in points:
                 for way in point.ways:
                     share = whole.unread(way.seen, groups)
-                    maps.use(way.bound, point.seen.level)
+                    maps.use(way.bound, point.seen.level, way.seen.dropped)
                     rows.append(
                         {
                             **{"timed": TOKEN, "context": context, "tokens": count},
