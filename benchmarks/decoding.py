@@ -256,8 +256,9 @@ def main() -> None:
         from sparsity_atlas.decoding import cuda_products
 
         for inputs, outputs, gated, cut in json.loads(arguments.cuts.read_text()):
-            if len(cut) == len(cluster_products.Plan._fields):
-                cluster_products.PLANS[inputs, outputs, gated] = cluster_products.Plan(*cut)
+            if isinstance(cut, dict):
+                plans = {float(least): cluster_products.Plan(*one) for least, one in cut.items()}
+                cluster_products.PLANS[inputs, outputs, gated] = plans
             else:
                 cuda_products.CUTS[inputs, outputs, gated] = cuda_products.Cut(*cut)
     torch.manual_seed(0)

@@ -34,6 +34,9 @@ PROCESSORS = 132
 # Of the first, the best go on to the others.
 SPARSITIES = (0.5, 0.05, 0.3, 0.89)
 FINALISTS = 8
+# From which share of dropped entries on a plan is looked for that is best at which; the best at some go on.
+BANDS = {0.0: (0.05, 0.3), 0.4: (0.5, 0.6), 0.75: (0.89,)}
+TRIED, PLAN_FINALISTS = (0.5, 0.89), 14
 
 
 def input_cuts(inputs: int, outputs: int, size: int, gated: bool) -> list[Cut]:
@@ -103,7 +106,7 @@ def cases() -> list[tuple[str, int, int, bool]]:
     for name, (hidden, width) in SHAPES.items():
         found += [(f"{name} up", hidden, width, False), (f"{name} down", width, hidden, False)]
         found += [(f"{name} factors", hidden, width, True)]
-    return found
+    return [*found, ("8B qkv", 4096, 6144, False), ("8B o", 4096, 4096, False)]
 
 
 def compile_one(job: tuple[int, int, bool, torch.dtype, Cut | OutputCut]) -> str | None:
@@ -144,8 +147,8 @@ def jobs(dtype: torch.dtype) -> list[tuple[int, int, bool, torch.dtype, Cut | Ou
 
 def best_of(
     name: str, inputs: int, outputs: int, gated: bool, dtype: torch.dtype, arguments: Any
-) -> Cut | Plan:
-    """The cut that is best all in all, over the sparsities."""
+) -> list[int] | dict[float, list[int]]:
+    """The cut that is best all in all, over the sparsities, or the plan of each of `BANDS`."""
     layers = layers_of(inputs * outputs * (1 + gated), dtype, "cuda")
     weights = [
         tuple(matrix(inputs, outputs, dtype, "cuda") for _ in range(1 + gated))
@@ -156,34 +159,43 @@ def best_of(
     clusters = arguments.kernels == "clusters"
     by_inputs = cluster_products.by_inputs if clusters else cuda_products.by_inputs
     word, ways = ("plan", plans) if clusters else ("cut", input_cuts)
-    cuts: list[Any] = ways(inputs, outputs, dtype.itemsize, gated)
-    took: dict[Any, list[float]] = {}
-    for sparsity in SPARSITIES:
+    took: dict[float, dict[Any, float]] = {}
+
+    def ranked(sparsity: float, cuts: list[Any]) -> list[Any]:
+        """Those that go, the fastest first."""
         vector = prepared(fixed(x, sparsity), x, fused=True)
+        known = took.setdefault(sparsity, {})
         for cut in cuts:
             calls = [
                 partial(by_inputs, vector, *three, activation=activation, **{word: cut})
                 for three in weights
             ]
             try:
-                took.setdefault(cut, []).append(timed(calls, "cuda", 7).median)
+                known[cut] = timed(calls, "cuda", 7).median
             except Exception as error:  # noqa: BLE001
                 print(f"{name} {cut}: {type(error).__name__}", flush=True)
-                took.pop(cut, None)
-        cuts = sorted(took, key=lambda cut: took[cut][0])[:FINALISTS]
-        ranked = sorted(
-            (one for one in took if len(took[one]) == len(took[cuts[0]])),
-            key=lambda cut: took[cut][-1],
-        )
-        for cut in ranked[: arguments.show]:
-            print(f"{name} {sparsity:.2f}: {took[cut][-1]:6.1f} us {tuple(cut)}", flush=True)
-    least = [min(took[cut][place] for cut in cuts) for place in range(len(SPARSITIES))]
-    chosen = min(
-        cuts,
-        key=lambda cut: sum(math.log(a / b) for a, b in zip(took[cut], least, strict=True)),
-    )
-    print(f"{name}: {tuple(chosen)} {[round(one, 1) for one in took[chosen]]}", flush=True)
-    return chosen
+        found = sorted((cut for cut in cuts if cut in known), key=lambda cut: known[cut])
+        for cut in found[: arguments.show]:
+            print(f"{name} {sparsity:.2f}: {known[cut]:6.1f} us {tuple(cut)}", flush=True)
+        return found
+
+    def best(cuts: list[Any], sparsities: tuple[float, ...]) -> list[int]:
+        least = {one: min(took[one][cut] for cut in cuts) for one in sparsities}
+        found = min(cuts, key=lambda cut: sum(math.log(took[s][cut] / least[s]) for s in least))
+        times = [round(took[one][found], 1) for one in sparsities]
+        print(f"{name} at {sparsities}: {tuple(found)} {times}", flush=True)
+        return list(found)
+
+    cuts: list[Any] = ways(inputs, outputs, dtype.itemsize, gated)
+    if not clusters:
+        for sparsity in SPARSITIES:
+            cuts = ranked(sparsity, cuts)[:FINALISTS]
+        return best(cuts, SPARSITIES)
+    finalists = [cut for one in TRIED for cut in ranked(one, cuts)[:PLAN_FINALISTS]]
+    finalists = list(dict.fromkeys(finalists))
+    for one in (one for band in BANDS.values() for one in band if one not in TRIED):
+        ranked(one, finalists)
+    return {least: best(finalists, band) for least, band in BANDS.items()}
 
 
 def best_outputs(name: str, inputs: int, outputs: int, dtype: torch.dtype, arguments: Any) -> None:
@@ -232,7 +244,7 @@ def main() -> None:
     chosen = []
     for name, inputs, outputs, gated in cases():
         cut = best_of(name, inputs, outputs, gated, dtype, arguments)
-        chosen.append([inputs, outputs, gated, list(cut)])
+        chosen.append([inputs, outputs, gated, cut])
         if arguments.output:
             arguments.output.write_text(json.dumps(chosen))
         if gated:

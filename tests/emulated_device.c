@@ -30,6 +30,7 @@ typedef u16 Number;
 #define __popc __builtin_popcount
 #define __clz __builtin_clz
 #define __ffs __builtin_ffs
+#define __fdividef(one, other) ((one) / (other))
 
 typedef struct { int x, y; } Index;
 static Index threadIdx, blockIdx, gridDim;
@@ -115,14 +116,17 @@ static void cluster_arrives(void) {
 static void cluster_has_come(void) {
     while (cluster.times == waited[now]) others();
 }
-static void cluster_meets(void) {
+// Opens when all have come once more.
+typedef struct { u32 bytes[4]; } Gate;
+static void gate_waits_for(Gate* gate, u32 bytes) {}
+static void gate_opens(Gate* gate) {
     cluster_arrives();
     cluster_has_come();
 }
 static void last_launch_ends(void) {}
 static unsigned char* block_room(void) { return rooms[now / THREADS]; }
 
-static void to_cluster(float* own, u32 rank, float value) {
+static void to_cluster(float* own, Gate* gate, u32 rank, float value) {
     memcpy(rooms[rank] + ((const unsigned char*)own - rooms[now / THREADS]), &value, 4);
 }
 

@@ -109,14 +109,19 @@ ENTRY by_inputs(
     // Not restrict: the last launch may be writing x, or the constants, while this one takes its place.
     const Number* x, const Number* weight, const Number* second, const Number* bias, Number* out,
     const float* cuts, const Number* more, const Number* scale, Number* total, int K, int N SHARE_OF_MASS) {
-    float* inbox = (float*)block_room();  // of each block of the cluster
+    Gate* gate = (Gate*)block_room();
+    float* parts_of_squares = (float*)(gate + 1);
+    float* inbox = parts_of_squares + 32;  // of each block of the cluster
     int* counts = (int*)(inbox + (MAPS * SPLIT * OWN + 3) / 4 * 4);
     uint2* list = (uint2*)(counts + (CHUNKS + 3) / 4 * 4);
     float* parts = (float*)list;  // once that was read
 
-    last_launch_ends();
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     const int rank = blockIdx.x, tile = blockIdx.y;
+    const int owned = COLUMNS - rank * OWN < OWN ? COLUMNS - rank * OWN : OWN;
+    gate_waits_for(gate, owned > 0 ? SPLIT * MAPS * owned * 4 : 0);
+    cluster_arrives();
+    last_launch_ends();
 
     // Chunks of 32 rows go round the blocks of a cluster, and those of a block round its warps.
     float values[ROUNDS], constants[ROUNDS];
@@ -159,11 +164,11 @@ ENTRY by_inputs(
     }
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) squares += __shfl_xor_sync(~0u, squares, step);
-    if (lane == 0) inbox[warp] = squares;  // where nothing comes in yet
+    if (lane == 0) parts_of_squares[warp] = squares;
     __syncthreads();
     squares = 0.0f;
 #pragma unroll
-    for (int from = 0; from < WARPS; ++from) squares += inbox[from];
+    for (int from = 0; from < WARPS; ++from) squares += parts_of_squares[from];
     const float unit = rsqrtf(squares / K + __uint_as_float(EPS));
 #pragma unroll
     for (int i = 0; i < ROUNDS; ++i) values[i] = widened(normed(values[i], unit, scales[i]));
@@ -187,7 +192,7 @@ ENTRY by_inputs(
     }
     const Digits digits = {digit0, digit1, digit2, digit3, digit4, digit5};
     const int least = least_kept(held, __uint_as_float(rest_share), __uint_as_float(guess), __uint_as_float(run), digits,
-                                 (unsigned char*)list);
+                                 (Search*)list);
     // Zeros need not be met, whatever is kept.
 #pragma unroll
     for (int i = 0; i < ROUNDS; ++i) constants[i] = value_of(least > 1 ? least : 1);
@@ -226,7 +231,6 @@ ENTRY by_inputs(
     // What is asked for beyond the end.
     for (int i = thread; i < 2 * GROUPS * UNROLL; i += THREADS) list[listed + i] = make_uint2(NONE, 0);
     __syncthreads();
-    cluster_arrives();
 
     const int place = thread % PER_ROW, group = thread / PER_ROW;
     const int n0 = tile * COLUMNS + place * VECTOR;
@@ -281,9 +285,9 @@ ENTRY by_inputs(
         float sum = 0.0f;
 #pragma unroll
         for (int from = 0; from < PARTS; ++from) sum += parts[(map * PARTS + from) * COLUMNS + column];
-        to_cluster(inbox + (rank * MAPS + map) * OWN + column % OWN, column / OWN, sum);
+        to_cluster(inbox + (rank * MAPS + map) * OWN + column % OWN, gate, column / OWN, sum);
     }
-    cluster_meets();
+    gate_opens(gate);
     for (int i = thread; i < OWN; i += THREADS) {
         const int column = rank * OWN + i, n = tile * COLUMNS + column;
         if (column < COLUMNS && n < N) {

@@ -59,8 +59,9 @@ class Plan(NamedTuple):
         beyond = 2 * self.threads // self.per_row * self.unroll
         listed = 8 * (_CHUNK * chunks + beyond)
         parts = 4 * maps * columns * self.threads // max(self.per_row, 32)
-        searched = 512 + 48 * self.threads // 32  # SEARCH_ROOM of `row_share.cu`
-        return 16 * (math.ceil(own / 16) + math.ceil(chunks / 4)) + max(listed, parts, searched)
+        searched = 544 + self.threads  # `Search` of `row_share.cu`
+        room = 144 + 16 * (math.ceil(own / 16) + math.ceil(chunks / 4))  # a gate, and sums of warps
+        return room + max(listed, parts, searched)
 
 
 # By inputs, outputs, and whether two maps are made together: from which share of dropped entries on a plan is

@@ -59,36 +59,61 @@ __device__ __forceinline__ uint4 read_at(const Number* place, u32 slices) {
     return made;
 }
 
-// Into another block's memory, at the place of one's own.
-__device__ __forceinline__ void to_cluster(float* own, u32 rank, float value) {
-#if SPLIT == 1
-    *own = value;
-#else
-    u32 here = (u32)__cvta_generic_to_shared(own), there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
+// Opens once so many bytes have come in from the blocks of a cluster, whose stores tell it: no fence, and no second
+// barrier of the cluster.
+typedef struct { unsigned long long of[2]; } Gate;
+
+__device__ __forceinline__ u32 shared_at(const void* place) { return (u32)__cvta_generic_to_shared(place); }
+
+__device__ __forceinline__ void gate_waits_for(Gate* gate, u32 bytes) {
+#if SPLIT > 1
+    if (threadIdx.x == 0) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_at(gate)) : "memory");
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_at(gate)), "r"(bytes)
+                     : "memory");
+    }
+    __syncthreads();
 #endif
 }
 
-// All blocks of a cluster, which one says that it has come, and waits for the others at the next.
+__device__ __forceinline__ void gate_opens(Gate* gate) {
+#if SPLIT > 1
+    asm volatile(
+        "{.reg .pred open;\nagain:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 open, [%0], 0;\n@!open bra again;}" ::"r"(
+            shared_at(gate))
+        : "memory");
+#else
+    __syncthreads();
+#endif
+}
+
+// Into another block's memory, at the place of one's own.
+__device__ __forceinline__ void to_cluster(float* own, Gate* gate, u32 rank, float value) {
+#if SPLIT == 1
+    *own = value;
+#else
+    u32 there, gate_there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_at(own)), "r"(rank));
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(gate_there) : "r"(shared_at(gate)), "r"(rank));
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(there),
+                 "r"(__float_as_uint(value)), "r"(gate_there)
+                 : "memory");
+#endif
+}
+
+// All blocks of a cluster, which one says that it has come, and waits for the others at the next. What they say is
+// only that they are there, with their gates.
 __device__ __forceinline__ void cluster_arrives() {
 #if SPLIT > 1
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 
 __device__ __forceinline__ void cluster_has_come() {
 #if SPLIT > 1
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void cluster_meets() {
-#if SPLIT > 1
-    cluster_arrives();
-    cluster_has_come();
-#else
-    __syncthreads();
 #endif
 }
 

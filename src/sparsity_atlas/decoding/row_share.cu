@@ -2,7 +2,8 @@
 // of numbers of 16 bits: two in a register, without their signs.
 //
 // A few entries say about where it lies. Sums of all that lies below some thresholds say it surely, unless one of them is
-// so near to what is wanted that roundings may decide: then integer masses do, as in the definition.
+// so near to what is wanted that roundings may decide: then integer masses do, as in the definition. One warp decides
+// which thresholds are next: what every warp does takes the time of all of them.
 //
 // Fixed when this is compiled: VECTORS slices of 16 bytes that a thread has of the row; MASS_BITS of the largest mass.
 
@@ -14,7 +15,8 @@
 #define INFINITE (TYPE == 0 ? 0x7f80 : 0x7c00)
 #define OCTAVE (TYPE == 0 ? 128 : 1024)
 #define UNIT (TYPE == 0 ? 0x3f803f80u : 0x3c003c00u)
-#define APART (OCTAVE / 10)  // thresholds of the first sums
+#define APART (OCTAVE / 8)  // thresholds of the first sums
+#define GUESSES 2
 #define STRAIGHT (3 * APART)  // so near to each other, what lies below is about a straight line
 #define TRIES 24
 // Of a sum by the matrix units: in each of HELD / 2 steps 18 numbers are cut off at 2^-23; some sums more.
@@ -22,12 +24,19 @@
 // Of the whole: what the definition's integers cut off.
 #define FLOORED (1.0f / (1 << 28))
 #define WARPS_OF_ROW (THREADS / 32)
-// Bytes of shared memory that the search has: `cluster_products` knows them.
-#define SEARCH_ROOM (32 * 16 + 2 * SUMS * WARPS_OF_ROW * 4 + 2 * WARPS_OF_ROW * 8)
 
 typedef unsigned long long u64;
 // Of the share, as `definition.limbs` has them.
 typedef struct { int of[LIMBS]; } Digits;
+// What the search has of the shared memory: some slices of the row, sums of warps, and what the first warp says:
+// the next thresholds, between which the right one is, and whether it is found, or integers have to decide.
+typedef struct {
+    uint4 some[32], least;
+    u64 whole[WARPS_OF_ROW];
+    float sums[SUMS * WARPS_OF_ROW];
+    int low, high, state;
+} Search;
+enum { GOES_ON, FOUND, OPEN };
 
 __device__ __forceinline__ float value_of(int pattern) {
     return TYPE == 0 ? __uint_as_float((u32)pattern << 16) : half_low((u32)pattern);
@@ -50,14 +59,14 @@ __device__ __forceinline__ int step_to(float wanted, float below, float run) {
     return (int)fminf(fmaxf(apart * run / (float)(1 << EMPTY), -8.0f * OCTAVE), 8.0f * OCTAVE);
 }
 
-// By some entries of the row, which all warps look at alike.
+// By some entries of the row, those of a lane in a slice.
 __device__ __forceinline__ int guessed(uint4 some, float rest_share, float guess, float run) {
     const u32 pairs[4] = {some.x, some.y, some.z, some.w};
     u32 most = larger(larger(pairs[0], pairs[1]), larger(pairs[2], pairs[3]));
     most = __reduce_max_sync(~0u, most >> 16 > (most & 0xffff) ? most >> 16 : most & 0xffff);
     if (most == 0 || most >= INFINITE) return 1;
     // Whole numbers, which many may be added up of.
-    const float scale = 4194304.0f / value_of((int)most);
+    const float scale = __fdividef(4194304.0f, value_of((int)most));
     u32 parts[8], sum = 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -68,7 +77,7 @@ __device__ __forceinline__ int guessed(uint4 some, float rest_share, float guess
     const float total = (float)__reduce_add_sync(~0u, sum), wanted = rest_share * total;
     u32 at = (u32)fminf(total * (guess / 256.0f), 4194304.0f);
 #pragma unroll
-    for (int turn = 0; turn < 3; ++turn) {
+    for (int turn = 0; turn < GUESSES; ++turn) {
         u32 below = 0;
 #pragma unroll
         for (int i = 0; i < 8; ++i) below += parts[i] < at ? parts[i] : 0;
@@ -77,25 +86,27 @@ __device__ __forceinline__ int guessed(uint4 some, float rest_share, float guess
         const int bits = (int)__float_as_uint((float)at) + (int)fminf(fmaxf(apart, -3e7f), 3e7f);
         at = (u32)fminf(__uint_as_float((u32)between(bits, 0x3f800000, 0x4a800000)), 4194304.0f);
     }
-    return between(pattern_of((float)at / scale), 1, INFINITE - 1);
+    return between(pattern_of(__fdividef((float)at, scale)), 1, INFINITE - 1);
 }
 
-// Of what a thread has of each sum, over the block: of each lane that of its number modulo SUMS.
-__device__ __forceinline__ float of_block(const float* mine, float* slots) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const bool odd = lane & 1, late = lane & 2;
+// Of what a thread has of each sum, over the warp: of each lane that of its number modulo SUMS.
+__device__ __forceinline__ float of_warp(const float* mine) {
+    const bool odd = threadIdx.x & 1, late = threadIdx.x & 2;
     const float first = (odd ? mine[1] : mine[0]) + __shfl_xor_sync(~0u, odd ? mine[0] : mine[1], 1);
     const float second = (odd ? mine[3] : mine[2]) + __shfl_xor_sync(~0u, odd ? mine[2] : mine[3], 1);
     float sum = (late ? second : first) + __shfl_xor_sync(~0u, late ? first : second, 2);
 #pragma unroll
     for (int step = SUMS; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
-    if (WARPS_OF_ROW == 1) return sum;
-    if (lane < SUMS) slots[lane * WARPS_OF_ROW + warp] = sum;
-    __syncthreads();
-    sum = 0.0f;
+    return sum;
+}
+
+// Of what warps have, likewise.
+__device__ __forceinline__ float of_warps(const float* sums) {
+    const int lane = threadIdx.x % 32;
+    float sum = 0.0f;
 #pragma unroll
     for (int from = 0; from < WARPS_OF_ROW; from += 32 / SUMS)
-        if (from + lane / SUMS < WARPS_OF_ROW) sum += slots[lane % SUMS * WARPS_OF_ROW + from + lane / SUMS];
+        if (from + lane / SUMS < WARPS_OF_ROW) sum += sums[(from + lane / SUMS) * SUMS + lane % SUMS];
 #pragma unroll
     for (int step = SUMS; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
     return sum;
@@ -170,87 +181,84 @@ __device__ __noinline__ int least_by_integers(const u32* given, int low, int hig
     return low;
 }
 
+// Ask for sums below some thresholds: by the first warp.
+__device__ __forceinline__ int asked(Search* search, int first, int apart, int low, int high) {
+    const int lane = threadIdx.x % 32, one = between(first + lane % SUMS * apart, low + 1, high - 1);
+    if (lane < SUMS) ((u32*)&search->least)[lane] = (u32)one | (u32)one << 16;
+    return one;
+}
+
 // The pattern of the least entry that is kept; 0 where all are.
 __device__ __forceinline__ int least_kept(const u32* held, float rest_share, float guess, float run, Digits digits,
-                                          unsigned char* room) {
-    const int thread = threadIdx.x, lane = thread % 32;
-    uint4* some = (uint4*)room;
-    float* slots = (float*)(some + 32);
-    u64* long_slots = (u64*)(slots + 2 * SUMS * WARPS_OF_ROW);
-    // 32 slices from all over the row.
-    if (thread % WARPS_OF_ROW == 0) {
-        const int which = thread / WARPS_OF_ROW;
-#pragma unroll
-        for (int i = 0; i < VECTORS; ++i)
-            if (which % VECTORS == i)
-                some[which] = make_uint4(held[4 * i], held[4 * i + 1], held[4 * i + 2], held[4 * i + 3]);
-    }
+                                          Search* search) {
+    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+    if (thread % WARPS_OF_ROW == 0)
+        search->some[thread / WARPS_OF_ROW] = make_uint4(held[0], held[1], held[2], held[3]);
     __syncthreads();
-    const int center = guessed(some[lane], rest_share, guess, run);
-
-    // Less lies below `low` than is wanted, surely, and below `high` more.
-    int low = 0, high = INFINITE, first = center - 2 * APART, apart = APART;
+    // Less lies below `low` than is wanted, surely, and below `high` more. The first warp's alone.
+    int low = 0, high = INFINITE, tried = 0;
     float total = 0.0f, wanted = 0.0f, low_rest = 0.0f, high_rest = 0.0f;
+    if (warp == 0)
+        tried = asked(search, guessed(search->some[lane], rest_share, guess, run) - 2 * APART, APART, low, high);
+    __syncthreads();
 #pragma unroll 1
-    for (int turn = 0; turn < TRIES; ++turn) {
-        u32 least[SUMS];
+    for (int turn = 0;; ++turn) {
+        const uint4 least = search->least;
         float sums[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}}, mine[SUMS];
-#pragma unroll
-        for (int j = 0; j < SUMS; ++j) {
-            const u32 one = (u32)between(first + j * apart, low + 1, high - 1);
-            least[j] = one | one << 16;
-        }
 #pragma unroll
         for (int i = 0; i < HELD / 2; ++i) {
             const u32 p = held[2 * i], q = held[2 * i + 1];
             // The first of the first sums is that of all.
-            const u32 p_first = turn ? is_below(p, least[0]) : UNIT, q_first = turn ? is_below(q, least[0]) : UNIT;
-            add_products(sums[0], p_first, q_first, is_below(p, least[1]), is_below(q, least[1]), p, q);
-            add_products(sums[1], is_below(p, least[2]), is_below(q, least[2]), is_below(p, least[3]),
-                         is_below(q, least[3]), p, q);
+            const u32 p_first = turn ? is_below(p, least.x) : UNIT, q_first = turn ? is_below(q, least.x) : UNIT;
+            add_products(sums[0], p_first, q_first, is_below(p, least.y), is_below(q, least.y), p, q);
+            add_products(sums[1], is_below(p, least.z), is_below(q, least.z), is_below(p, least.w), is_below(q, least.w),
+                         p, q);
         }
 #pragma unroll
         for (int j = 0; j < SUMS; ++j) mine[j] = part_of(sums[j / 2], j % 2);
-        const float below = of_block(mine, slots + turn % 2 * SUMS * WARPS_OF_ROW);
-        const int tried = between(first + lane % SUMS * apart, low + 1, high - 1);
-        bool counts = lane < SUMS;
-        if (turn == 0) {
-            total = of_lane(below, 0);
-            // Beyond, sums may overflow, or leave out what is denormal; so it is with what is no number.
-            if (!(total > 1.0842022e-19f && total < 1e38f)) break;
-            wanted = rest_share * total;
-            counts = counts && lane > 0;
+        const float part = of_warp(mine);
+        if (lane < SUMS) search->sums[warp * SUMS + lane] = part;
+        __syncthreads();
+        if (warp == 0) {
+            const float below = of_warps(search->sums);
+            if (turn == 0) total = of_lane(below, 0), wanted = rest_share * total;
+            const bool counts = lane < SUMS && (lane > 0 || turn > 0);
+            const float unsure = ROUNDED * (wanted + below) + FLOORED * total;
+            const u32 enough = __ballot_sync(~0u, counts && wanted - below > unsure);
+            const u32 short_of = __ballot_sync(~0u, counts && below - wanted > unsure);
+            if (enough) {
+                const int which = 31 - __clz(enough);
+                low = __shfl_sync(~0u, tried, which), low_rest = of_lane(below, which);
+            }
+            if (short_of) {
+                const int which = __ffs(short_of) - 1;
+                high = __shfl_sync(~0u, tried, which), high_rest = of_lane(below, which);
+            }
+            int state = GOES_ON, first, apart = APART;
+            // Sums may overflow, or leave out what is denormal; of what is no number they are none.
+            if (!(total > 1.0842022e-19f && total < 1e38f)) low = 0, high = INFINITE, state = OPEN;
+            else if (high - low == 1) state = FOUND;
+            else if ((enough | short_of) != (turn ? 15 : 14) || turn == TRIES) state = OPEN;
+            if (turn > 3) {
+                apart = (high - low + SUMS) / (SUMS + 1);
+                first = low + apart;
+            } else if (low > 0 && high < INFINITE) {
+                const float place = __fdividef(wanted - low_rest, high_rest - low_rest);
+                apart = high - low <= STRAIGHT ? 1 : (high - low) / 8;
+                first = low + (int)(place * (float)(high - low)) - apart;
+            } else {
+                first = (low > 0 ? low : high) + step_to(wanted, low > 0 ? low_rest : high_rest, run) - apart;
+            }
+            tried = asked(search, first, apart, low, high);
+            if (lane == 0) search->low = low, search->high = high, search->state = state;
         }
-        const float unsure = ROUNDED * (wanted + below) + FLOORED * total;
-        const u32 enough = __ballot_sync(~0u, counts && wanted - below > unsure);
-        const u32 short_of = __ballot_sync(~0u, counts && below - wanted > unsure);
-        const u32 asked = turn ? 15 : 14;
-        if (enough) {
-            const int which = 31 - __clz(enough);
-            low = __shfl_sync(~0u, tried, which), low_rest = of_lane(below, which);
-        }
-        if (short_of) {
-            const int which = __ffs(short_of) - 1;
-            high = __shfl_sync(~0u, tried, which), high_rest = of_lane(below, which);
-        }
-        if (high - low == 1) return low;
-        if ((enough | short_of) != asked) break;
-        if (turn > 3) {
-            apart = (high - low + SUMS) / (SUMS + 1);
-            first = low + apart;
-        } else if (low > 0 && high < INFINITE) {
-            const float place = (wanted - low_rest) / (high_rest - low_rest);
-            apart = high - low <= STRAIGHT ? 1 : (high - low) / 8;
-            first = low + (int)(place * (float)(high - low)) - apart;
-        } else {
-            const int from = low > 0 ? low : high;
-            apart = APART;
-            first = from + step_to(wanted, low > 0 ? low_rest : high_rest, run) - apart;
-        }
+        __syncthreads();
+        if (search->state != GOES_ON) break;
     }
+    if (search->state == FOUND) return search->low;
     u32 copied[HELD];  // so that `held` stays in registers
 #pragma unroll
     for (int i = 0; i < HELD; ++i) copied[i] = held[i];
-    return least_by_integers(copied, low, high, digits, long_slots);
+    return least_by_integers(copied, search->low, search->high, digits, search->whole);
 }
 #endif
