@@ -16,6 +16,9 @@
 // 2 relu; BIAS; NORM 0 none, else of how many slices of 16 bytes a thread adds up the squares, with MORE and EPS,
 // the bits of what is added to their mean.
 
+#ifndef RING
+#define RING 1
+#endif
 #define COLUMNS (PER_ROW * VECTOR)
 #define GROUPS (THREADS / PER_ROW)
 #define WARPS (THREADS / 32)
@@ -36,6 +39,17 @@ __device__ __forceinline__ void add(float* sums, uint4 row, float value) {
         sums[2 * i + 1] = fmaf(widened((u16)(words[i] >> 16)), value, sums[2 * i + 1]);
 #endif
     }
+}
+
+// Ask for a slice of a listed row, and hold what it is multiplied by.
+__device__ __forceinline__ void ask(uint4 (*rows)[UNROLL], float* factors, int i, uint2 one, const Number* weight,
+                                    const Number* second) {
+    const bool on = one.x != NONE;
+    factors[i] = __uint_as_float(one.y);
+    rows[0][i] = on ? read_at(weight, one.x) : make_uint4(0, 0, 0, 0);
+#if MAPS == 2
+    rows[MAPS - 1][i] = on ? read_at(second, one.x) : make_uint4(0, 0, 0, 0);
+#endif
 }
 
 __device__ __forceinline__ bool kept(float one, float cut) {
@@ -236,6 +250,27 @@ ENTRY by_inputs(
     const int n0 = tile * COLUMNS + place * VECTOR;
     if (n0 >= N) listed = 0;
     float made[MAPS][VECTOR] = {};
+#if RING
+    // Rows on their way, and what they are multiplied by: as one is added up, the next one is asked for in its place.
+    uint4 rows[MAPS][UNROLL];
+    float factors[UNROLL];
+#pragma unroll
+    for (int i = 0; i < UNROLL; ++i) {
+        const uint2 one = n0 < N ? list[group + i * GROUPS] : make_uint2(NONE, 0);
+        ask(rows, factors, i, one, weight + n0, second + n0);
+    }
+    uint2 next = list[group + UNROLL * GROUPS];  // where the slice of a row begins, in slices
+    for (int first = group; first < listed; first += GROUPS * UNROLL) {
+#pragma unroll
+        for (int i = 0; i < UNROLL; ++i) {
+#pragma unroll
+            for (int map = 0; map < MAPS; ++map) add(made[map], rows[map][i], factors[i]);
+            ask(rows, factors, i, next, weight + n0, second + n0);
+            next = list[first + (UNROLL + i + 1) * GROUPS];
+        }
+    }
+
+#else
     // Where slices of rows begin, in slices, and what they are multiplied by; of the next rows while those before
     // are on their way.
     uint2 next[UNROLL];
@@ -260,6 +295,7 @@ ENTRY by_inputs(
 #pragma unroll
             for (int map = 0; map < MAPS; ++map) add(made[map], rows[map][i], factors[i]);
     }
+#endif
 
     // Threads of a warp that have the same columns of other rows.
 #pragma unroll
