@@ -209,6 +209,32 @@ def test_every_way_to_cut_a_product(listed: bool, tokens: int, split: int, units
         near(cuda_products.by_inputs(vector, weight.t().contiguous(), cut=cut), wanted, 1e-6)
 
 
+@pytest.mark.parametrize("name", ["fixed", "top-p", "top-k"])
+def test_products_know_what_is_likely_dropped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which chooses their cut: of a map, of an FFN's factors and of its last map."""
+    seen: list[float] = []
+
+    class Watched(backend.Cpu):
+        def by_inputs(self, vector: Vector, transposed: Tensor, bias: Tensor | None) -> Tensor:
+            seen.append(vector.expected)
+            return super().by_inputs(vector, transposed, bias)
+
+    monkeypatch.setattr(maps, "backend_of", lambda x, weight: Watched())
+    rule = RULES[name](24)
+    x, weight = drawn(1, 24, dtype=torch.float32), drawn(24, 24, dtype=torch.float32)
+    InputMap(weight)(x, rule, 0.3)
+    InputMap(weight)(x, rule)
+    assert seen == [0.3, 0.5]
+    for site in maps.SITES:
+        seen.clear()
+        shares = {one: place / 10 for place, one in enumerate(TENSORS[site], 6)}
+        ffn = GatedFFN(weight, weight, weight, "silu", site)
+        ffn(x, dict.fromkeys(TENSORS[site], rule), shares)
+        factors = [shares["input"]] * 2 if "input" in shares else []
+        last = [] if site == "input" else [shares[TENSORS[site][-1]]]
+        assert seen == factors + last
+
+
 def test_what_is_not_finite_is_not_lost(device: str) -> None:
     for number in (torch.nan, torch.inf):
         x = drawn(1, 50, dtype=torch.float32)

@@ -11,6 +11,8 @@ from torch import nn
 
 from sparsity_atlas.criteria import create
 from sparsity_atlas.criteria.binding import bind_all
+from sparsity_atlas.decoding.backend import Cpu
+from sparsity_atlas.decoding.vector import Vector
 from sparsity_atlas.errors import AtlasError
 from sparsity_atlas.sites.find import find_parts, random_ids
 from sparsity_atlas.sparsify.attach import applied
@@ -82,6 +84,25 @@ def test_rules_can_be_changed_behind_one_prompt() -> None:
         for level, tokens in zip(levels, wanted, strict=True):
             maps.use(bound, level)
             assert torch.equal(decoded(model, 12, nullcontext()), tokens)
+
+
+def test_products_know_what_is_likely_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each place by itself, and of places of which nobody says it, half."""
+    model = tiny_model("llama", initializer_range=0.3)
+    parts, site = find_parts(model), "all_linear_inputs"
+    bound = bind_all(create({"rule": "topp"}), parts, site)
+    expected = {place: (1 + index) / 64 for index, place in enumerate(bound) if index % 3}
+    seen: list[float] = []
+    own = Cpu.by_inputs
+
+    def by_inputs(self: Cpu, vector: Vector, *others: Any) -> torch.Tensor:
+        seen.append(vector.expected)
+        return own(self, vector, *others)
+
+    monkeypatch.setattr(Cpu, "by_inputs", by_inputs)
+    with replaced(model, parts, site, bound, 0.6, expected):
+        decoded(model, 2, nullcontext())
+    assert set(seen) == {*expected.values(), 0.5}
 
 
 def test_a_prompt_stays_dense() -> None:
