@@ -35,7 +35,9 @@ def launcher(folder: Path) -> Callable[..., None]:
         numbers: Sequence[int],
     ) -> None:
         file = resources.files("sparsity_atlas.decoding").joinpath(source)
-        options = {**defined, "ROOM": shared, "SOURCE": f'"{file}"', "KERNEL": ENTRIES[source]}
+        # Here each thread of a warp has a part of a sum.
+        room = shared + 16 * defined["THREADS"]
+        options = {**defined, "ROOM": room, "SOURCE": f'"{file}"', "KERNEL": ENTRIES[source]}
         if source in SEARCH:
             search = resources.files("sparsity_atlas.decoding").joinpath(SEARCH[source])
             options["SEARCH"] = f'"{search}"'

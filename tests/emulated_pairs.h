@@ -1,4 +1,5 @@
 // What `kernels/pairs.cu` has, for a CPU.
+#define forget(one)
 #if TYPE != 2
 static float of_half(u32 bits) {
     const u32 exponent = bits >> 10 & 31, rest = bits & 0x3ff;
@@ -43,5 +44,8 @@ static void add_products(float* sums, u32 a0, u32 a1, u32 b0, u32 b1, u32 p, u32
     sums[0] += product(a0, p) + product(a1, q);
     sums[2] += product(b0, p) + product(b1, q);
 }
+#define PARTS_OF_WARP 32
+static bool has_part(void) { return true; }
+static int place_of_part(void) { return threadIdx.x % 32; }
 static float part_of(const float* sums, int which) { return sums[2 * which]; }
 #endif

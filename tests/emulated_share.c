@@ -24,7 +24,6 @@ typedef u16 Bits;
 #define INLINE static inline
 #define SHARED static
 #define make_uint4(...) ((uint4){__VA_ARGS__})
-#define forget(one)
 #define nearest(one) ((u32)rintf(one))
 #define __clz __builtin_clz
 

@@ -16,9 +16,6 @@
 // 2 relu; BIAS; NORM 0 none, else of how many slices of 16 bytes a thread adds up the squares, with MORE and EPS,
 // the bits of what is added to their mean.
 
-#ifndef RING
-#define RING 1
-#endif
 #define COLUMNS (PER_ROW * VECTOR)
 #define GROUPS (THREADS / PER_ROW)
 #define WARPS (THREADS / 32)
@@ -39,17 +36,6 @@ __device__ __forceinline__ void add(float* sums, uint4 row, float value) {
         sums[2 * i + 1] = fmaf(widened((u16)(words[i] >> 16)), value, sums[2 * i + 1]);
 #endif
     }
-}
-
-// Ask for a slice of a listed row, and hold what it is multiplied by.
-__device__ __forceinline__ void ask(uint4 (*rows)[UNROLL], float* factors, int i, uint2 one, const Number* weight,
-                                    const Number* second) {
-    const bool on = one.x != NONE;
-    factors[i] = __uint_as_float(one.y);
-    rows[0][i] = on ? read_at(weight, one.x) : make_uint4(0, 0, 0, 0);
-#if MAPS == 2
-    rows[MAPS - 1][i] = on ? read_at(second, one.x) : make_uint4(0, 0, 0, 0);
-#endif
 }
 
 __device__ __forceinline__ bool kept(float one, float cut) {
@@ -118,6 +104,23 @@ __device__ __forceinline__ uint4 slice_of(const Number* x, const Number* more, i
     return one;
 #endif
 }
+
+#if KEEP == 3
+// What the search looks at of a slice: without signs, and of x + more its norm.
+__device__ __forceinline__ uint4 sizes(uint4 slice, uint4 scale, float unit) {
+#if NORM
+#define UNITED(one, by) normed(widened(one), unit, widened(by))
+    slice.x = OF_TWO(UNITED, slice.x, scale.x), slice.y = OF_TWO(UNITED, slice.y, scale.y);
+    slice.z = OF_TWO(UNITED, slice.z, scale.z), slice.w = OF_TWO(UNITED, slice.w, scale.w);
+#endif
+    return make_uint4(slice.x & 0x7fff7fff, slice.y & 0x7fff7fff, slice.z & 0x7fff7fff, slice.w & 0x7fff7fff);
+}
+
+__device__ __forceinline__ uint4 sizes_of(Row row, int slice) {
+    const int k = (slice * THREADS + (int)threadIdx.x) * VECTOR;
+    return sizes(slice_of(row.x, row.more, k, row.K), read_slice(row.scale, k, row.K), row.unit);
+}
+#endif
 
 ENTRY by_inputs(
     // Not restrict: the last launch may be writing x, or the constants, while this one takes its place.
@@ -189,23 +192,20 @@ ENTRY by_inputs(
 #endif
 #if KEEP == 3
     u32 held[4 * VECTORS];
-#pragma unroll
-    for (int i = 0; i < VECTORS; ++i) {
 #if NORM
-#define UNITED(one, scale) normed(widened(one), unit, widened(scale))
-        held[4 * i] = OF_TWO(UNITED, whole[i].x, scaling[i].x);
-        held[4 * i + 1] = OF_TWO(UNITED, whole[i].y, scaling[i].y);
-        held[4 * i + 2] = OF_TWO(UNITED, whole[i].z, scaling[i].z);
-        held[4 * i + 3] = OF_TWO(UNITED, whole[i].w, scaling[i].w);
+#define SCALING scaling[i]
 #else
-        held[4 * i] = whole[i].x, held[4 * i + 1] = whole[i].y;
-        held[4 * i + 2] = whole[i].z, held[4 * i + 3] = whole[i].w;
+#define SCALING whole[i]
+    const float unit = 0.0f;
 #endif
 #pragma unroll
-        for (int j = 0; j < 4; ++j) held[4 * i + j] &= 0x7fff7fff;
+    for (int i = 0; i < VECTORS; ++i) {
+        const uint4 slice = sizes(whole[i], SCALING, unit);
+        held[4 * i] = slice.x, held[4 * i + 1] = slice.y, held[4 * i + 2] = slice.z, held[4 * i + 3] = slice.w;
     }
+    const Row row = {x, more, scale, unit, K};
     const Digits digits = {digit0, digit1, digit2, digit3, digit4, digit5};
-    const int least = least_kept(held, __uint_as_float(rest_share), __uint_as_float(guess), __uint_as_float(run), digits,
+    const int least = least_kept(held, row, __uint_as_float(rest_share), __uint_as_float(guess), __uint_as_float(run), digits,
                                  (Search*)list);
     // Zeros need not be met, whatever is kept.
 #pragma unroll
@@ -250,27 +250,6 @@ ENTRY by_inputs(
     const int n0 = tile * COLUMNS + place * VECTOR;
     if (n0 >= N) listed = 0;
     float made[MAPS][VECTOR] = {};
-#if RING
-    // Rows on their way, and what they are multiplied by: as one is added up, the next one is asked for in its place.
-    uint4 rows[MAPS][UNROLL];
-    float factors[UNROLL];
-#pragma unroll
-    for (int i = 0; i < UNROLL; ++i) {
-        const uint2 one = n0 < N ? list[group + i * GROUPS] : make_uint2(NONE, 0);
-        ask(rows, factors, i, one, weight + n0, second + n0);
-    }
-    uint2 next = list[group + UNROLL * GROUPS];  // where the slice of a row begins, in slices
-    for (int first = group; first < listed; first += GROUPS * UNROLL) {
-#pragma unroll
-        for (int i = 0; i < UNROLL; ++i) {
-#pragma unroll
-            for (int map = 0; map < MAPS; ++map) add(made[map], rows[map][i], factors[i]);
-            ask(rows, factors, i, next, weight + n0, second + n0);
-            next = list[first + (UNROLL + i + 1) * GROUPS];
-        }
-    }
-
-#else
     // Where slices of rows begin, in slices, and what they are multiplied by; of the next rows while those before
     // are on their way.
     uint2 next[UNROLL];
@@ -295,7 +274,6 @@ ENTRY by_inputs(
 #pragma unroll
             for (int map = 0; map < MAPS; ++map) add(made[map], rows[map][i], factors[i]);
     }
-#endif
 
     // Threads of a warp that have the same columns of other rows.
 #pragma unroll

@@ -59,7 +59,7 @@ class Plan(NamedTuple):
         beyond = 2 * self.threads // self.per_row * self.unroll
         listed = 8 * (_CHUNK * chunks + beyond)
         parts = 4 * maps * columns * self.threads // max(self.per_row, 32)
-        searched = 544 + self.threads  # `Search` of `row_share.cu`
+        searched = 1152 + 5 * self.threads  # `Search` of `row_share.cu`
         room = 144 + 16 * (math.ceil(own / 16) + math.ceil(chunks / 4))  # a gate, and sums of warps
         return room + max(listed, parts, searched)
 

@@ -8,6 +8,9 @@
 #endif
 #define PAIRED __device__ __forceinline__
 
+// So that what is made of a number is made anew, and takes no register meanwhile.
+#define forget(one) asm volatile("" : "+r"(one))
+
 #if TYPE != 2
 PAIRED u32 larger(u32 one, u32 other) {
     u32 made;
@@ -77,6 +80,11 @@ PAIRED void add_products(float* sums, u32 a0, u32 a1, u32 b0, u32 b1, u32 p, u32
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
         : "r"(a0), "r"(b0), "r"(a1), "r"(b1), "r"(p), "r"(q));
 }
+
+// Of these so many threads of a warp have one, each in a place of its own.
+#define PARTS_OF_WARP 8
+PAIRED bool has_part() { return threadIdx.x % 4 == threadIdx.x % 32 / 8; }
+PAIRED int place_of_part() { return threadIdx.x % 32 / 4; }
 
 PAIRED float part_of(const float* sums, int which) {
     const int lane = threadIdx.x % 32, line = lane / 4;

@@ -20,9 +20,6 @@ typedef u16 Bits;
 #define float_of __uint_as_float
 #define bits_of __float_as_uint
 #define nearest __float2uint_rn
-// So that what is made of a number is made anew, and takes no register meanwhile.
-#define forget(one) asm volatile("" : "+r"(one))
-
 INLINE u32 warp_sum(u32 one) { return __reduce_add_sync(ALL, one); }
 INLINE u32 warp_max(u32 one) { return __reduce_max_sync(ALL, one); }
 INLINE u32 warp_votes(bool one) { return __ballot_sync(ALL, one); }
