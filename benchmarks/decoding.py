@@ -53,6 +53,8 @@ from sparsity_atlas.terms import TENSORS
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Hidden and FFN width of Llama 3.2 1B, 3.1 8B and 3.1 70B.
 SHAPES = {"1B": (2048, 8192), "8B": (4096, 14336), "70B": (8192, 28672)}
+# What their queries, keys and values have together.
+ATTENTION = {"1B": 3072, "8B": 6144, "70B": 10240}
 # Of a result's largest entry: one rounding of the type, and float32 sums.
 CLOSE = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 SPARSITIES = (0.0, 0.05, 0.1, 0.3, 0.5, 0.6, 0.7, 0.89)
@@ -61,9 +63,11 @@ SPARSITIES = (0.0, 0.05, 0.1, 0.3, 0.5, 0.6, 0.7, 0.89)
 def map_rows(
     name: str, dtype: torch.dtype, device: str, tokens: int, sparsities: tuple[float, ...]
 ) -> Iterator[dict[str, Any]]:
-    """Single maps with sparse inputs: an up projection and a down projection."""
+    """Single maps with sparse inputs: an up projection and a down projection, and attention's."""
     hidden, width = SHAPES[name]
-    for label, inputs, outputs in (("up", hidden, width), ("down", width, hidden)):
+    shapes = {"up": (hidden, width), "down": (width, hidden)}
+    shapes |= {"qkv": (hidden, ATTENTION[name]), "o": (hidden, hidden)}
+    for label, (inputs, outputs) in shapes.items():
         layers = layers_of(inputs * outputs, dtype, device)
         maps = [InputMap(matrix(outputs, inputs, dtype, device)) for _ in range(layers)]
         x = torch.randn(tokens, inputs, device=device).to(dtype)
