@@ -13,6 +13,7 @@ import triton.language as tl
 from sparsity_atlas.decoding import cluster_products, cuda_inputs, cuda_outputs, row_products
 from sparsity_atlas.decoding.cuda_entries import ACTIVATIONS
 from sparsity_atlas.decoding.cuda_sources import READ, processors
+from sparsity_atlas.decoding.vector import Keep
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,8 +105,8 @@ def by_inputs(
     x = vector.values
     (tokens, inputs), outputs = x.shape, weight.shape[1]
     if cut is None and tokens == 1:
-        size, gated = x.element_size(), second is not None
-        plan = cluster_products.plan_of(inputs, outputs, size, gated, x.device, vector.expected)
+        gated = second is not None
+        plan = _plan(vector, outputs, gated)
         if plan is not None:
             if not cluster_products.finds(vector, plan):
                 vector = vector.found()
@@ -178,8 +179,7 @@ def after_norm(
     )
     if tokens != 1 or not whole or inputs * size % READ:
         return None
-    gated = second is not None
-    plan = cluster_products.plan_of(inputs, outputs, size, gated, x.device, vector.expected)
+    plan = _plan(vector, outputs, second is not None)
     if plan is None or not cluster_products.finds(vector, plan):
         return None
     total = torch.empty_like(x)
@@ -251,6 +251,15 @@ def by_outputs(
             launch_pdl=chained(x.device),
         )
     return out
+
+
+def _plan(vector: Vector, outputs: int, gated: bool) -> cluster_products.Plan | None:
+    """How a product of one token is cut into clusters, if it is."""
+    x = vector.values
+    # A block that finds a threshold looks at the whole vector, so that many small ones look too often.
+    expected = 0.0 if vector.keep is Keep.SHARE else vector.expected
+    inputs, size = x.shape[1], x.element_size()
+    return cluster_products.plan_of(inputs, outputs, size, gated, x.device, expected)
 
 
 def _cut(
