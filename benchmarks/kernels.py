@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from fractions import Fraction
 from functools import partial
 from typing import NamedTuple
 
@@ -25,9 +26,11 @@ from torch import Tensor
 from measure import activations, bandwidth, host_seconds, machine, official, seconds
 from sparsity_atlas import kernels
 from sparsity_atlas.criteria import create
-from sparsity_atlas.criteria.base import Criterion
+from sparsity_atlas.criteria.base import Criterion, SequenceCriterion
+from sparsity_atlas.criteria.dense_prompt import DensePrompt
 from sparsity_atlas.kernels import patterns, sequences
 from sparsity_atlas.kernels.definition import Threshold
+from sparsity_atlas.sparsify.sparing import sparing
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WIDTHS = (1, 896, 1001, 2048, 8192, 14336, 28671, 28672)
@@ -346,26 +349,40 @@ def by_prompts(device: str, shape: tuple[int, int, int], dtype: str) -> bool:
         f"\nprompts, {dtype}, {batch} of {tokens} tokens, width {width}; ms, over a copy; in torch"
     )
     good = True
-    for spec in ({"rule": "prompt_mask"}, {"rule": "prompt_mask", "after": "own"}):
-        criterion = create(spec)
 
-        def work(criterion: Criterion = criterion) -> kernels.Masked:
-            mask = criterion.mask_sequences(values, valid, "scoring", 0.5)
-            return kernels.by_mask(mask, values, values)
+    def masked(criterion: SequenceCriterion) -> kernels.Masked:
+        mask = criterion.mask_sequences(values, valid, "scoring", 0.5)
+        return kernels.by_mask(mask, values, values)
 
-        neurons = partial(criterion.neurons, values, criterion.prompt_of(valid), 0.5)
+    topp = rule("topp", width, 0.9, device)
+    half = sparing(
+        lambda values, onto, _=None: kernels.masked(topp, values, onto),
+        DensePrompt(share=Fraction(1, 2)),
+        lambda _: (valid, "scoring"),
+    )
+    prompt_mask, own = (
+        create({"rule": "prompt_mask"}),
+        create({"rule": "prompt_mask", "after": "own"}),
+    )
+    works = {
+        "prompt_mask": partial(masked, prompt_mask),
+        "its neurons": partial(prompt_mask.neurons, values, prompt_mask.prompt_of(valid), 0.5),
+        "after: own": partial(masked, own),
+        "topp, half dense": partial(half, values, values),
+    }
+    for name, work in works.items():
         ours, found = seconds(work, device, 5, captured=True), work()
-        scores = seconds(neurons, device, 5, captured=True)
         os.environ[kernels.VARIABLE] = "reference"
         plain, expected = seconds(work, device, 2), work()
         os.environ[kernels.VARIABLE] = "compiled"
-        pairs = zip(found[:3], expected[:3], strict=True)
+        pairs = zip(
+            *((one,) if torch.is_tensor(one) else one[:3] for one in (found, expected)), strict=True
+        )
         same = all(torch.equal(one, other.to(one.dtype)) for one, other in pairs)
         good &= same
         print(
-            f"{' '.join(map(str, spec.values())):<15} | {ours * 1e3:8.3f} ({ours / copy:.2f}), the prompt's "
-            f"neurons {scores * 1e3:.3f}, {plain * 1e3:9.3f} ({plain / ours:.1f} times) | "
-            f"{'same' if same else 'WRONG'}"
+            f"{name:<16} | {ours * 1e3:8.3f} ({ours / copy:.2f}), {plain * 1e3:9.3f} "
+            f"({plain / ours:.1f} times) | {'same' if same else 'WRONG'}"
         )
     return good
 
