@@ -34,6 +34,11 @@ from sparsity_atlas.sparsify.sparing import sparing
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WIDTHS = (1, 896, 1001, 2048, 8192, 14336, 28671, 28672)
+# Multiples of 1,024, those of models, and odd ones.
+SWEPT = sorted(
+    {*range(2048, 28673, 1024), 2304, 2560, 2816, 3584, 4864, 5632, 6912, 8960, 9728, 11008, 13824}
+    | {17920, 18944, 22016, 2305, 3001, 4097, 8193, 11009, 14337, 18433, 22017, 28671}
+)
 PATTERN_WIDTHS = (1, 896, 1001, 14336)
 LEVELS = (0.0, 0.3, 0.5, 0.75, 0.9, 0.98, 0.9999, 1.0)
 
@@ -277,6 +282,39 @@ def table(device: str, rows: int, widths: list[int], dtypes: list[str], level: f
             )
 
 
+def sweep(rows: int, level: float) -> bool:
+    """On a GPU: top-p at many widths in each type, beside a copy and against the definition.
+
+    Returns:
+        whether all masks and counts were the definition's.
+    """
+    good = True
+    for dtype, kind in TYPES.items():
+        print(
+            f"\nevery width, {dtype}, p = {level:g}, {rows:,} vectors: width, ours, a copy, in ms; ratio"
+        )
+        worst = 0.0, 0
+        bits = torch.int32 if kind == torch.float32 else torch.int16
+        for width in SWEPT:
+            values = activations(rows, width, kind, "cuda")
+            target, made = torch.empty_like(values), rule("topp", width, level, "cuda")
+            ours = seconds(partial(kernels.masked, made, values, values), "cuda", 20, captured=True)
+            copy = seconds(partial(target.copy_, values), "cuda", 20, captured=True)
+            hard = torch.cat([hard_rows(width, kind).cuda(), values[:64]])
+            found = kernels.masked(made, hard, hard)
+            expected = kernels.reference(made, hard, hard)
+            same = torch.equal(found.out.view(bits), expected.out.view(bits))
+            same &= torch.equal(found.zeros.long(), expected.zeros.long())
+            same &= torch.equal(found.finite, expected.finite)
+            good &= same
+            worst = max(worst, (ours / copy, width))
+            wrong = "" if same else "WRONG"
+            times = f"{ours * 1e3:8.4f} {copy * 1e3:8.4f} {ours / copy:6.2f}"
+            print(f"{width:>6} {times} {wrong}", flush=True)
+        print(f"worst: {worst[0]:.2f} copies at {worst[1]:,}")
+    return good
+
+
 def rules_table(device: str, rows: int, width: int, dtype: str) -> None:
     """Every rule at one width, beside a copy."""
     values = activations(rows, width, TYPES[dtype], device)
@@ -454,6 +492,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
     parser.add_argument("--check", action="store_true", help="compare with the definition first")
     parser.add_argument("--tune", action="store_true", help="try other launch settings (cuda)")
+    parser.add_argument("--sweep", action="store_true", help="top-p at many widths (cuda)")
     parser.add_argument("--rows", type=int, help="vectors; 8192 on a GPU, 512 on a CPU")
     parser.add_argument("--level", type=float, default=0.9)
     arguments = parser.parse_args()
@@ -472,6 +511,8 @@ def main() -> None:
         good &= by_patterns("cuda", rows, 14336, "bf16")
         good &= by_prompts("cuda", (4, 2048, 14336), "bf16")
         launches()
+        if arguments.sweep:
+            good &= sweep(rows, arguments.level)
         if arguments.tune:
             tune(rows)
     else:
