@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 WARPS = 4
 STEPS = LANES.bit_length() - 1  # until one sum of all is left
 # Neurons of a program and its warps; tokens that are asked for at once.
-BLOCK, BLOCK_WARPS, UNROLLED = 256, 2, 8
+BLOCK, BLOCK_WARPS, UNROLLED = 128, 1, 8
 
 
 def energies(values: Tensor, counted: Tensor) -> Tensor:
