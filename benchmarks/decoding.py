@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from measure import machine
 from sparsity_atlas.decoding import cluster_products
@@ -165,6 +166,29 @@ def check_map(device: str, kind: str, inputs: int, outputs: int) -> list[str]:
     return wrong
 
 
+def check_plans(device: str, kind: str, inputs: int, outputs: int, gated: bool) -> list[str]:
+    """What is wrong with a product by any of its plans: against float64; twice the same bits."""
+    dtype, wrong = TYPES[kind], []
+    maps = [matrix(inputs, outputs, dtype, device) for _ in range(1 + gated)]
+    for plan in cluster_products.PLANS[inputs, outputs, gated].values():
+        for sparsity in (0.0, 0.05, 0.5, 0.89, 0.999):
+            x = torch.randn(1, inputs, device=device).to(dtype)
+            rule = fixed(x, sparsity)
+            kept = (rule.mask(x) * x).double()
+            u, *g = ((kept @ one.double()).to(dtype).double() for one in maps)
+            wanted = u * F.silu(g[0]) if gated else u
+
+            def made(x: Tensor = x, rule: Threshold = rule, plan: Any = plan) -> Tensor:
+                vector, activation = prepared(rule, x, fused=True), "silu" if gated else None
+                return cluster_products.by_inputs(vector, *maps, activation=activation, plan=plan)
+
+            found = made()
+            off = float((found.double() - wanted).abs().max() / wanted.abs().max())
+            if not off <= 4 * CLOSE[dtype] or not torch.equal(found, made()):
+                wrong.append(f"{tuple(plan)}, {sparsity}: {off:.1e}")
+    return wrong
+
+
 def check_search(device: str, kind: str, inputs: int, outputs: int) -> list[str]:
     """What is wrong where a threshold is found at each token: other bits than of a vector that the definition
     masked."""
@@ -230,6 +254,8 @@ def check(device: str, kinds: list[str]) -> bool:
             known = (*cluster_products.PLANS, (1000, 1000, False), (8192, 28672, False))
             maps = dict.fromkeys((inputs, outputs) for inputs, outputs, _ in known)
             cases += [(check_search, (device, kind, *shape)) for shape in maps]
+            if TYPES[kind].itemsize == 2:
+                cases += [(check_plans, (device, kind, *shape)) for shape in cluster_products.PLANS]
     failed = 0
     if device == "cuda":
         workers = max(1, min(14, (os.cpu_count() or 2) - 1, len(cases)))
