@@ -22,6 +22,7 @@ from sparsity_atlas.models import working_sizes
 from sparsity_atlas.models.counted import Counted
 from sparsity_atlas.models.counting import count
 from sparsity_atlas.models.memory import MIB, Largest, Sizes, of_a_pass
+from sparsity_atlas.models.positions import positions
 from sparsity_atlas.sites.find import find_parts
 from sparsity_atlas.sites.part import measure
 from sparsity_atlas.sparsify.attach import Counter, counted, sparsified
@@ -101,7 +102,10 @@ def main() -> None:
         seen = count(model)
         counted_sizes = replace(sizes, counted=None if seen is None else Counted(**seen))
         print(f"{name:<12}{seen}", flush=True)
-        for task, numbers in TASKS.items():
+        most = positions(model) or max(length for _, length, *_ in TASKS.values())
+        for task, (many, length, scored, shared) in TASKS.items():
+            length = min(length, most)
+            numbers = (many, length, min(scored, length - 1), shared)
             batch = forest.pack(requests(*numbers, min(30_000, sizes.vocabulary)), 16, share=True)[
                 0
             ]

@@ -54,6 +54,7 @@ def load(
     import torch
 
     from sparsity_atlas.loading.free_memory import check_on_device, check_weights
+    from sparsity_atlas.loading.mapping import let_go_of_files
     from sparsity_atlas.loading.placement import spread
     from sparsity_atlas.loading.wholeness import check_types, check_whole, fill_buffers
     from sparsity_atlas.sites.experts.implementation import run_whatever_their_shapes
@@ -111,6 +112,8 @@ def load(
     run_whatever_their_shapes(ready)
     if packed is not None:
         unpack(ready, packed)
+    if packed is None and checkpoint.gguf is None and not checkpoint.pickled():
+        let_go_of_files(ready, checkpoint.weight_files())
     if whole:
         return ready if packed else moved(ready, target)
     return spread(ready, [target, *others])

@@ -23,6 +23,8 @@ class Counted:
         row: of each row.
         short: as `token` of short rows, where that is more: of what a layer does beside attention.
         short_pair: as `pair` of these.
+        scored: as `token` when attention has its scores, which long rows come to.
+        score: as `pair` then.
         filled: each row is filled up to a multiple of so many tokens.
         kept_token: of each token whose keys and values, or what there is in place of them, are kept.
         kept_row: of each row of these, as the state of a scan takes them.
@@ -34,6 +36,8 @@ class Counted:
     row: int = 0
     short: float = 0
     short_pair: float = 0
+    scored: float = 0
+    score: float = 0
     filled: int = 1
     kept_token: int = 0
     kept_row: int = 0
@@ -48,7 +52,9 @@ class Counted:
         wider = max(item / self.item, 1)
         filled = tokens * length / longest
         long = filled * (self.token + self.pair * length) + rows * self.row
-        return wider * max(long, tokens * (self.short + self.short_pair * min(longest, LONG)))
+        short = tokens * (self.short + self.short_pair * min(longest, LONG))
+        scored = tokens * (self.scored + self.score * longest)
+        return wider * max(long, short, scored)
 
     def of_what_is_kept(self, tokens: int, rows: int, item: int) -> float:
         """Bytes that generation keeps of `tokens` in `rows`."""

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 # Tokens of a row: few, which show whether rows are filled (scans work on chunks of up to 256), and what a
 # cache keeps of a token and of a row; and two lengths from which tokens and pairs of them are told apart.
 FEW, LENGTHS = (16, 64), (256, 512)
+# Rows and tokens of a pass whose tensors of pairs are told from others by size: those of tokens and tokens,
+# or of one more where each row has a sink. No other is likely to be a multiple, as 131 and 263 are primes.
+# Scores that are less than a layer's FFN here are more in long rows.
+PAIRED = (2, 262)
 # How deep tensors lie in what keeps keys and values.
 DEPTH = 5
 
@@ -55,6 +59,7 @@ def count(model: PreTrainedModel) -> dict[str, Any] | None:
     else:
         short_pair = max((taken[some] / some - taken[few] / few) / (some - few), 0.0)
         short = taken[some] / some - short_pair * some
+    scored, score = _scores(model, (PAIRED[0], max(int(PAIRED[1] * scale), 2)))
     kept_token, kept_row = _kept(model, (few, some))
     found = Counted(
         item=model.dtype.itemsize,
@@ -63,6 +68,8 @@ def count(model: PreTrainedModel) -> dict[str, Any] | None:
         short=round(short, 3),
         short_pair=round(short_pair, 3),
         row=row,
+        scored=round(scored, 3),
+        score=round(score, 3),
         filled=filled,
         kept_token=kept_token,
         kept_row=kept_row,
@@ -83,15 +90,19 @@ def _fitted(half: tuple[int, int], whole: tuple[int, int]) -> tuple[float, float
 class _Alive(TorchDispatchMode):
     """Bytes of storages that came while it looked and are alive: now, and at most."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, length: int = 0) -> None:
+        """Look at passes over rows of `length` tokens, by which pairs of them are known; 0: by nothing."""
         super().__init__()  # type: ignore[no-untyped-call]
         own = (*model.parameters(), *model.buffers())
         self._there = {one.untyped_storage()._cdata for one in own}
         # Weights that are brought for each pass are known by their shapes.
         self._brought = {one.shape for one in own} if offloaded(model) else set()
-        self._sizes: dict[int, int] = {}
-        self._now = 0
+        self._sizes: dict[int, tuple[int, int]] = {}
+        self._pair_sizes = (length**2, length * (length + 1)) if length else ()
+        self._now = self._pairs = 0
         self.most = 0
+        # When most of pairs was there: bytes of them, and of all.
+        self.most_pairs = (0, 0)
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -104,20 +115,26 @@ class _Alive(TorchDispatchMode):
             if tensor.shape in self._brought:
                 self._there.add(storage._cdata)
                 weakref.finalize(storage, self._there.discard, storage._cdata)
-            self._see(storage)
+            self._see(storage, tensor.itemsize)
         return made
 
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
+    def _see(self, storage: torch.UntypedStorage, item: int) -> None:
+        key, size = storage._cdata, storage.nbytes()
         if key in self._there or key in self._sizes:
             return
-        self._sizes[key] = storage.nbytes()
-        self._now += storage.nbytes()
+        paired = bool(size) and any(size // item % pairs == 0 for pairs in self._pair_sizes)
+        self._sizes[key] = (size, size * paired)
+        self._now += size
+        self._pairs += size * paired
         self.most = max(self.most, self._now)
+        if self._pairs:
+            self.most_pairs = max(self.most_pairs, (self._pairs, self._now))
         weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:
-        self._now -= self._sizes.pop(key, 0)
+        size, paired = self._sizes.pop(key, (0, 0))
+        self._now -= size
+        self._pairs -= paired
 
 
 class _AtTheHead(Exception):
@@ -129,18 +146,30 @@ def _stop(module: nn.Module, arguments: tuple[Any, ...]) -> None:
 
 
 @torch.no_grad()
-def _alive(model: PreTrainedModel, shape: tuple[int, int]) -> int:
-    """Bytes that a pass over random tokens [rows, tokens] holds at most on its way to the head."""
+def _seen(model: PreTrainedModel, shape: tuple[int, int]) -> _Alive:
+    """What was alive in a pass over random tokens [rows, tokens] on its way to the head."""
     ids = random_ids(model, shape)
     handle = model.get_output_embeddings().register_forward_pre_hook(_stop)
-    seen = _Alive(model)
+    seen = _Alive(model, shape[1])
     try:
         with seen, suppress(_AtTheHead):
             # Past the hooks on the model itself, which count an evaluation's passes.
             model.forward(ids, **without_cache(model))
     finally:
         handle.remove()
-    return seen.most
+    return seen
+
+
+def _alive(model: PreTrainedModel, shape: tuple[int, int]) -> int:
+    """Bytes that a pass over random tokens [rows, tokens] holds at most on its way to the head."""
+    return _seen(model, shape).most
+
+
+def _scores(model: PreTrainedModel, shape: tuple[int, int]) -> tuple[float, float]:
+    """Bytes of a token and of a pair when most of what a pass has of pairs is there."""
+    rows, length = shape
+    pairs, every = _seen(model, shape).most_pairs
+    return (every - pairs) / (rows * length), pairs / (rows * length**2)
 
 
 @torch.no_grad()

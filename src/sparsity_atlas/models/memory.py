@@ -50,6 +50,10 @@ LINEAR_HIDDEN = 3
 HEAP = {"cpu": 1.375, "cuda": 1.0, "mps": 1.375}
 # What the heap keeps of blocks that are smaller than `allocator.LARGE_BLOCK`, where all else was counted.
 SMALL_BLOCKS = {"cpu": 32 * MIB, "cuda": 0, "mps": 0}
+# An output error, of a block of tokens: copies of all that a part reads and makes of them (blocks that are
+# read ahead, outputs, masks and what is counted of them), and what does not grow. Measured on a CPU at 4,096
+# to 16,384 tokens (benchmarks/README.md, section j).
+ERROR_BLOCK, ERROR_COPIES, ERROR_BASE = 64 * MIB, 7, 64 * MIB
 # Bytes of a token and counted vector: while the model runs, and when they are added up along requests.
 COUNTED, ADDED_UP = 9, 48
 
@@ -230,6 +234,20 @@ def _at_the_head(sizes: Sizes, batch: Largest, item: int, device: str) -> int:
     # Then, in float32, what is read of them; a kernel on a GPU reads them as they are.
     read = 0 if device == "cuda" else 4 * chunk
     return (hidden + logits) * item + max(read, piece * item if sizes.capped else 0)
+
+
+def of_an_output_error(sizes: Sizes, tokens: int, length: int, item: int) -> int:
+    """Bytes that an output error takes beside the weights.
+
+    Args:
+        sizes: of the model.
+        tokens: that are looked at in all.
+        length: of a sequence; a block is whole ones.
+        item: bytes of a number in the type of the computation.
+    """
+    block = max(ERROR_BLOCK // (4 * sizes.width * length), 1) * length
+    made = sizes.hidden + sizes.width * max(sizes.routed, 1)
+    return ERROR_BASE + min(block, tokens) * ERROR_COPIES * made * item
 
 
 def of_a_capture(arrays: list[int], batch: int, tokens: int) -> int:

@@ -19,7 +19,14 @@ from sparsity_atlas.config.schema import Config
 from sparsity_atlas.evaluation.ahead import MOST
 from sparsity_atlas.files.whole import read_manifest
 from sparsity_atlas.loading.devices import ITEM_BYTES, visible_gpus
-from sparsity_atlas.models.memory import MIB, Largest, Sizes, of_a_capture, of_a_pass
+from sparsity_atlas.models.memory import (
+    MIB,
+    Largest,
+    Sizes,
+    of_a_capture,
+    of_a_pass,
+    of_an_output_error,
+)
 from sparsity_atlas.rules import beside_gpu
 from sparsity_atlas.rules.before_manifest import (
     PROVED_COPIES,
@@ -56,8 +63,8 @@ MARGIN = 1.25
 # Tokens a sequence before a model's dense baseline has run, where the configuration sets no limit; longer
 # ones are rare in the usual tasks.
 USUAL_LENGTH = 2048
-# Copies of a layer's captured tensor that a calibration makes, and bytes that output errors take.
-CALIBRATED_COPIES, ERROR_BYTES = 4, 512 * MIB
+# Copies of a layer's captured tensor that a calibration makes.
+CALIBRATED_COPIES = 4
 
 LOOK_AGAIN_SECONDS = 1.0
 
@@ -183,10 +190,13 @@ class Needs:
                 # Transposed copies, and other ones of the maps that are timed by themselves.
                 return 2 * sizes.parameters * item
             case "output_error":
+                looked_at = max(capture.tokens - grid.calibration_tokens(self._config), length)
+                error = of_an_output_error(sizes, looked_at, length, item)
+                error += beside_gpu.FORETOLD_BYTES * bool(self._config.studies.predictors)
                 if not self._config.studies.prompt_reuse:
-                    return ERROR_BYTES
+                    return error
                 largest = Largest(tokens, length, tokens)
-                return ERROR_BYTES + of_a_pass(sizes, largest, item, device, slots)
+                return error + of_a_pass(sizes, largest, item, device, slots)
         return of_a_pass(sizes, self.largest(model), item, device, slots)
 
     def _slots(self, model: str, sizes: Sizes, site: str | None) -> int:

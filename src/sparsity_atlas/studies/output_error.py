@@ -28,6 +28,7 @@ from sparsity_atlas.files.parquet import write_parquet
 from sparsity_atlas.loading.devices import how
 from sparsity_atlas.loading.pretrained import load
 from sparsity_atlas.models.manifest import from_manifest
+from sparsity_atlas.models.memory import ERROR_BLOCK
 from sparsity_atlas.progress import told
 from sparsity_atlas.studies.sparse_output import Output, outputs_at, relative, sparse_output
 from sparsity_atlas.terms import CAUSAL, KINDS, NAMED_PARTS, PlaceKey
@@ -68,7 +69,6 @@ SCHEMA_OF_PARTS = pa.schema(
     ]
 )
 SCHEMAS = (SCHEMA, SCHEMA_OF_PARTS)
-_BLOCK_BYTES = 64 * 2**20
 
 
 def layer_rows(
@@ -88,7 +88,7 @@ def layer_rows(
     ids = store.ids()
     length = ids.shape[1]
     widest = max(part.size(tensor) for part in parts for tensor in part.tensors)
-    step = max(1, _BLOCK_BYTES // (4 * widest * length)) * length
+    step = max(1, ERROR_BLOCK // (4 * widest * length)) * length
     changed = outputs_at(parts, site)
     sums = {(level, output): _Sums() for level in levels for output in changed}
 

@@ -64,6 +64,19 @@ def test_a_count_foretells_passes_of_other_shapes(kind: str) -> None:
         assert 0.93 < foretold / taken < 1.25, (rows, length)
 
 
+@pytest.mark.parametrize("kind", ["gpt_oss", "deepseek_v3"])
+def test_scores_that_a_wide_layer_hides_are_counted(kind: str) -> None:
+    """In rows of 512 tokens the FFN takes more, in longer ones what attention keeps of pairs."""
+    torch.manual_seed(0)
+    wide = {"intermediate_size": 2048, "moe_intermediate_size": 2048}
+    config = AutoConfig.for_model(kind, **{**KINDS[kind], **wide})
+    own = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    found = counting.count(own)
+    assert found is not None
+    foretold = Counted(**found).of_a_pass(2 * 1500, 1500, 4)
+    assert 0.93 < foretold / counting._alive(own, (2, 1500)) < 1.25
+
+
 def test_what_no_configuration_names_is_counted() -> None:
     """Of these kinds most of what a pass holds follows from no size that is read."""
     for kind, least in (("bamba", 3), ("jamba", 2), ("deepseek_v3", 2)):
@@ -134,6 +147,8 @@ def test_short_rows_take_what_a_layer_does_beside_attention() -> None:
     assert counted.of_a_pass(3 * 100, 100, 4) == 300 * (10 + 200) + 3 * 5
     assert counted.of_a_pass(3 * 10, 10, 4) == 30 * 40
     # No less in a narrower type: what is in float32 stays in it.
+    long = replace(counted, scored=8, score=3)
+    assert long.of_a_pass(3 * 100, 100, 4) == 300 * (8 + 300)
     assert counted.of_a_pass(30, 10, 2) == counted.of_a_pass(30, 10, 4)
     assert replace(counted, item=2).of_a_pass(30, 10, 4) == 2 * 30 * 40
     assert Counted(item=4, token=10, filled=64).of_a_pass(4 * 30, 30, 4) == 4 * 64 * 10

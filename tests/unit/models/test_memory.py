@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from sparsity_atlas.models import memory
-from sparsity_atlas.models.memory import Largest, Sizes, of_a_capture, of_a_pass
+from sparsity_atlas.models.memory import Largest, Sizes, of_a_capture, of_a_pass, of_an_output_error
 
 PLAIN = Sizes(
     parameters=1, hidden=512, width=1024, layers=6, vocabulary=8, pieces=True, heads=0, cache=0
@@ -85,3 +85,14 @@ def test_a_capture_whose_batch_is_more_than_a_chunk_holds_a_few_tensors() -> Non
     arrays = [12_288, 3072] * 12
     assert of_a_capture(arrays, 2048, 8192) == 2048 * (8 * 7680 + 4 * 12_288)
     assert of_a_capture(arrays, 2048, 1000) == 1000 * (8 * 7680 + 4 * 12_288)
+
+
+def test_an_output_error_takes_a_block_of_whole_sequences() -> None:
+    """64 MiB of the widest tensor in float32 are 16,384 tokens of 1,024 numbers."""
+    each = 7 * (512 + 1024) * 4
+    assert of_an_output_error(PLAIN, 4096, 512, 4) == 64 * 2**20 + 4096 * each
+    assert of_an_output_error(PLAIN, 10**6, 512, 4) == 64 * 2**20 + 16_384 * each
+    assert of_an_output_error(PLAIN, 10**6, 500, 4) == 64 * 2**20 + 16_000 * each
+    mixture = replace(PLAIN, routed=4)
+    more = of_an_output_error(mixture, 4096, 512, 2) - of_an_output_error(PLAIN, 4096, 512, 2)
+    assert more == 4096 * 7 * 3 * 1024 * 2
