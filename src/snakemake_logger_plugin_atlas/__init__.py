@@ -22,8 +22,8 @@ from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
 
 from sparsity_atlas import progress
-from sparsity_atlas.config.as_written import check_file
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.files.mapping_file import check_file
 from sparsity_atlas.plan.corrections import Seconds
 from sparsity_atlas.plan.schedule import Key
 from sparsity_atlas.plan.time_left import TimeLeft

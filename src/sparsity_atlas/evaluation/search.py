@@ -22,15 +22,16 @@ from sparsity_atlas.criteria.calibration_file import Calibration, read_calibrati
 from sparsity_atlas.evaluation.damage import (
     Metrics,
     Scores,
+    Values,
     allowed_damage,
     damage,
     damage_error,
     headline_tasks,
     in_words,
     read_scores,
+    read_values,
     slightest,
 )
-from sparsity_atlas.evaluation.damage_error import Values, read_values
 from sparsity_atlas.evaluation.evaluate import evaluate_node, evaluation_code
 from sparsity_atlas.evaluation.next_level import Point, Range, Stop, next_level
 from sparsity_atlas.evaluation.node import Node

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration as a file, before anybody asks what its keys mean.
+"""A YAML or JSON file that holds a mapping: what is wrong with it, before anybody asks what its keys mean.
 
 Snakemake reads configurations before it reads the rules. It ends in a traceback where one is no text, does
 not say where one is no YAML, and takes the last of keys that stand twice.

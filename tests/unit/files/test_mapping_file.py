@@ -8,8 +8,8 @@ import pytest
 
 from checkout import ROOT
 from snakemake_logger_plugin_atlas import misread
-from sparsity_atlas.config.as_written import check_file
 from sparsity_atlas.errors import AtlasError
+from sparsity_atlas.files.mapping_file import check_file
 
 WRONG = {
     "no UTF-8": (b"a: 1\n# f\xfcr\n", "line 2: byte 0xfc is no text in UTF-8; save it as UTF-8"),

@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from sparsity_atlas.evaluation.damage import ALLOWED_LOSS, damage_error
-from sparsity_atlas.evaluation.damage_error import Values, score_error
+from sparsity_atlas.evaluation.damage import ALLOWED_LOSS, Values, damage_error, score_error
 
 
 def drawn(units: int, each: int, seed: int = 0) -> tuple[Values, Values]:
