@@ -28,8 +28,9 @@ from sparsity_atlas import kernels
 from sparsity_atlas.criteria import create
 from sparsity_atlas.criteria.base import Criterion, SequenceCriterion
 from sparsity_atlas.criteria.dense_prompt import DensePrompt
-from sparsity_atlas.kernels import patterns, sequences
+from sparsity_atlas.kernels import patterns
 from sparsity_atlas.kernels.definition import Threshold
+from sparsity_atlas.kernels.prompts import sequence_sums as sequences
 from sparsity_atlas.sparsify.sparing import sparing
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -10,9 +10,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparsity_atlas.decoding import cuda_inputs, cuda_outputs
-from sparsity_atlas.kernels import cuda, cuda_masks, cuda_sequences, cuda_zeros
+from sparsity_atlas.kernels import cuda, cuda_masks, cuda_zeros
 from sparsity_atlas.kernels.cuda_row import GROUP
 from sparsity_atlas.kernels.definition import INFINITIES, Threshold
+from sparsity_atlas.kernels.prompts import cuda_sequences
 from sparsity_atlas.speed import cuda_step
 
 # More than one warp's, and no power of two; a wider row is more of the same code.

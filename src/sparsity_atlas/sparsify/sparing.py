@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from sparsity_atlas.errors import AtlasError
-from sparsity_atlas.kernels.sequences import left_whole
+from sparsity_atlas.kernels.prompts.sequence_sums import left_whole
 
 if TYPE_CHECKING:
     from torch import Tensor

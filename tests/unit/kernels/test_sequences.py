@@ -13,15 +13,16 @@ from test_kernels import matrices
 from torch import Tensor
 
 from sparsity_atlas import kernels
-from sparsity_atlas.kernels import cpu, cpu_sequences, cuda_sequences, sequences
+from sparsity_atlas.kernels import cpu
 from sparsity_atlas.kernels.definition import Threshold
+from sparsity_atlas.kernels.prompts import cpu_sequences, cuda_sequences, sequence_sums
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
     pytest.mark.filterwarnings("ignore:overflow encountered in reduce:RuntimeWarning"),
 ]
 PATHS = pytest.mark.parametrize(
-    "path", [cpu_sequences, cuda_sequences, sequences], ids=["cpu", "cuda", "definition"]
+    "path", [cpu_sequences, cuda_sequences, sequence_sums], ids=["cpu", "cuda", "definition"]
 )
 BROKEN = (math.nan, -math.nan, math.inf, -math.inf)
 
@@ -58,9 +59,9 @@ def in_order(values: Tensor, counted: Tensor) -> list[list[float]]:
 
 
 def energy(row: list[float]) -> float:
-    sums = [0.0] * sequences.LANES
+    sums = [0.0] * sequence_sums.LANES
     for place, value in enumerate(row):
-        sums[place % sequences.LANES] += value * value
+        sums[place % sequence_sums.LANES] += value * value
     while len(sums) > 1:
         sums = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
     return sums[0]
@@ -72,8 +73,8 @@ def over_tokens(values: Tensor, weights: Tensor) -> list[list[float]]:
     for sequence, factors in zip(values.double().tolist(), weights.tolist(), strict=True):
         first = next((place for place, factor in enumerate(factors) if factor > 0), 0)
         total = [0.0] * values.shape[-1]
-        for start in range(first, len(factors), sequences.RUN):
-            end = start + sequences.RUN
+        for start in range(first, len(factors), sequence_sums.RUN):
+            end = start + sequence_sums.RUN
             run = [0.0] * values.shape[-1]
             for row, factor in zip(sequence[start:end], factors[start:end], strict=True):
                 if factor > 0:
@@ -111,7 +112,7 @@ def test_sums_in_the_order_that_is_written_down(
 
 @pytest.mark.usefixtures("plain")
 @PATHS
-@pytest.mark.parametrize("width", [sequences.LANES, 2 * sequences.LANES + 3])
+@pytest.mark.parametrize("width", [sequence_sums.LANES, 2 * sequence_sums.LANES + 3])
 def test_rows_wider_than_the_lanes(path: ModuleType, width: int) -> None:
     values = torch.randn(2, 3, width, generator=torch.manual_seed(width))
     counted = torch.tensor([[True, True, False], [False, True, True]])
@@ -124,10 +125,10 @@ def test_rows_wider_than_the_lanes(path: ModuleType, width: int) -> None:
 @PATHS
 def test_prompts_longer_than_a_run(path: ModuleType) -> None:
     """With padding before them, gaps among them, and one that ends within its second run."""
-    tokens = 2 * sequences.RUN + 9
+    tokens = 2 * sequence_sums.RUN + 9
     values = torch.randn(2, tokens, 3, generator=torch.manual_seed(5)) ** 5
     weights = torch.rand(2, tokens, generator=torch.manual_seed(6)).double()
-    weights[0, :7], weights[0, 30:40], weights[1, sequences.RUN + 3 :] = 0, 0, 0
+    weights[0, :7], weights[0, 30:40], weights[1, sequence_sums.RUN + 3 :] = 0, 0, 0
     same(path.over_tokens(values, weights), over_tokens(values, weights))
     later = torch.cat([0 * values[:, :50] + torch.nan, values], 1)
     moved = torch.cat([0 * weights[:, :50], weights], 1)
@@ -175,7 +176,7 @@ def test_padding_company_and_threads_change_nothing(
 def test_tokens_that_stay(
     module: ModuleType | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sequences, "_module", lambda values: module)
+    monkeypatch.setattr(sequence_sums, "_module", lambda values: module)
     values = torch.randn(2, 5, 1100, generator=torch.manual_seed(1)).to(dtype)
     values[:, :, ::3], values[:, :, 1::7] = 0.0, -0.0
     whole = torch.rand(2, 5, generator=torch.manual_seed(2)) < 0.5
@@ -184,7 +185,7 @@ def test_tokens_that_stay(
         for made in (mask, None):
             found = kernels.by_mask(mask, values, onto)._replace(mask=made)
             before = values.clone(), onto.clone()
-            left = sequences.left_whole(found, whole, values, onto)
+            left = sequence_sums.left_whole(found, whole, values, onto)
             stays = mask | whole[..., None]
             assert torch.equal(left.out, torch.where(stays, onto, 0))
             assert left.zeros.tolist() == (~stays | (values == 0)).sum(-1).tolist()
@@ -194,13 +195,13 @@ def test_tokens_that_stay(
             assert torch.equal(onto, before[1])
         # What a rule gave back as it is stays so.
         given = found._replace(out=onto, zeros=found.zeros.clone())
-        sequences.left_whole(given, whole, values, onto)
+        sequence_sums.left_whole(given, whole, values, onto)
         assert torch.equal(onto, before[1])
 
 
 @settings(max_examples=25, deadline=None, phases=set(Phase) - {Phase.shrink})
 @given(drawn=batches(), shares=st.lists(st.floats(0, 1), min_size=3, max_size=3))
-@pytest.mark.parametrize("path", [sequences, cuda_sequences], ids=["cpu", "cuda"])
+@pytest.mark.parametrize("path", [sequence_sums, cuda_sequences], ids=["cpu", "cuda"])
 def test_as_many_of_each_token_as_its_sequence_says(
     path: ModuleType, drawn: tuple[Tensor, Tensor], shares: list[float]
 ) -> None:
@@ -213,7 +214,7 @@ def test_as_many_of_each_token_as_its_sequence_says(
 
 def test_how_it_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.ones(1, 1, 4)
-    assert sequences._module(values) is cpu_sequences
-    assert sequences._module(values.double()) is None
+    assert sequence_sums._module(values) is cpu_sequences
+    assert sequence_sums._module(values.double()) is None
     monkeypatch.setenv(kernels.VARIABLE, "reference")
-    assert sequences._module(values) is None
+    assert sequence_sums._module(values) is None

@@ -10,7 +10,8 @@ import torch
 
 from sparsity_atlas.criteria.base import PromptCriterion
 from sparsity_atlas.criteria.built_in.topk import TopK
-from sparsity_atlas.kernels import kept_of, sequences
+from sparsity_atlas.kernels import kept_of
+from sparsity_atlas.kernels.prompts import sequence_sums
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,14 +62,14 @@ class PromptMask(PromptCriterion):
         """Which neurons a prompt keeps: bool [batch, width].
 
         Args:
-            prompt: [batch, tokens, width]; sums over it are float64, in the order of `kernels.sequences`.
+            prompt: [batch, tokens, width]; sums over it are float64, in the order of `kernels.prompts`.
             counted: bool [batch, tokens], True for the prompt's tokens; at least one in each row. One that
                 is all zeros, or not finite, adds nothing.
             level: in [lowest, highest].
         """
-        energies = sequences.energies(prompt, counted)
+        energies = sequence_sums.energies(prompt, counted)
         used = (energies > 0) & (energies < torch.inf)
-        squares = sequences.over_tokens(prompt, torch.where(used, 1 / energies, 0))
+        squares = sequence_sums.over_tokens(prompt, torch.where(used, 1 / energies, 0))
         return kept_of(_largest(level, prompt.shape[-1]), squares.float())
 
     def scores(self, values: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ class PromptMask(PromptCriterion):
         Returns:
             bool [batch, tokens, width].
         """
-        return sequences.kept_by_ranks(self.scores(values), kept.sum(-1))
+        return sequence_sums.kept_by_ranks(self.scores(values), kept.sum(-1))
 
     def prompt_of(self, valid: Tensor) -> Tensor:
         """Which tokens are the prompt of sequences that are not generated.
@@ -111,7 +112,7 @@ class PromptMask(PromptCriterion):
         dense = prompt | ~valid
         own = self.after == "own"
         later = self.own(values, self._kept) if own else self._kept[:, None]
-        return sequences.spread(later, dense)
+        return sequence_sums.spread(later, dense)
 
 
 @functools.cache

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Self
 
 from sparsity_atlas.criteria.built_in.cett import Cett
 from sparsity_atlas.criteria.built_in.prompt_mask import PromptMask
-from sparsity_atlas.kernels import sequences
 from sparsity_atlas.kernels.definition import square_root
+from sparsity_atlas.kernels.prompts import sequence_sums
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +49,7 @@ class Tda(PromptMask):
 
     def neurons(self, prompt: Tensor, counted: Tensor, level: float) -> Tensor:
         """See `PromptMask.neurons`."""
-        squares = sequences.over_tokens(prompt, counted.double())
+        squares = sequence_sums.over_tokens(prompt, counted.double())
         rms = square_root(squares / counted.sum(1, keepdim=True))
         return self._cett.mask(rms, level)
 

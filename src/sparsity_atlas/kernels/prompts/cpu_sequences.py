@@ -1,4 +1,4 @@
-"""Sums over entries and tokens of sequences on the CPU, compiled with Numba: what `sequences` defines.
+"""Sums over entries and tokens of sequences on the CPU, compiled with Numba: what `sequence_sums` defines.
 
 All compiled functions stand in this one file, as in `cpu_row` and for its reason.
 """
@@ -12,7 +12,7 @@ import torch
 from numba import njit
 
 from sparsity_atlas.kernels.cpu import bits_of, in_parts
-from sparsity_atlas.kernels.sequences import LANES, RUN, first_of
+from sparsity_atlas.kernels.prompts.order import LANES, RUN, first_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ _BLOCK = 1024
 
 
 def energies(values: Tensor, counted: Tensor) -> Tensor:
-    """As in `sequences`."""
+    """As in `sequence_sums`."""
     rows = bits_of(values.contiguous().flatten(0, 1))
     found = np.empty(len(rows), dtype=np.float64)
     chosen = counted.contiguous().flatten().numpy()
@@ -34,7 +34,7 @@ def energies(values: Tensor, counted: Tensor) -> Tensor:
 
 
 def over_tokens(values: Tensor, weights: Tensor) -> Tensor:
-    """As in `sequences`."""
+    """As in `sequence_sums`."""
     batch, tokens, width = values.shape
     sums = np.zeros((batch, width), dtype=np.float64)
     arguments = (
@@ -47,7 +47,7 @@ def over_tokens(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def spread(kept: Tensor, whole: Tensor) -> Tensor:
-    """As in `sequences`."""
+    """As in `sequence_sums`."""
     batch, tokens, width = *whole.shape, kept.shape[-1]
     mask = np.empty((batch, tokens, width), dtype=np.bool_)
     in_parts(
@@ -60,7 +60,7 @@ def spread(kept: Tensor, whole: Tensor) -> Tensor:
 
 
 def leave_whole(whole: Tensor, values: Tensor, onto: Tensor, out: Tensor, zeros: Tensor) -> None:
-    """As in `sequences`."""
+    """As in `sequence_sums`."""
     rows = (bits_of(one.contiguous().flatten(0, 1)) for one in (values, onto, out))
     magnitude = 0x7FFFFFFF if values.element_size() == 4 else 0x7FFF
     arguments = whole.contiguous().flatten().numpy(), *rows, zeros.view(-1).numpy(), magnitude

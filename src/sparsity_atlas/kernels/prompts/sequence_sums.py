@@ -18,14 +18,10 @@ from torch.nn import functional as F
 from sparsity_atlas import kernels
 from sparsity_atlas.kernels import Masked
 from sparsity_atlas.kernels.definition import Threshold
+from sparsity_atlas.kernels.prompts.order import LANES, RUN, first_of
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# As many sums of a token's squares go side by side; a power of two.
-LANES = 1024
-# Tokens that one sum goes over before sums are added.
-RUN = 256
 
 
 class Sums(Protocol):
@@ -115,11 +111,6 @@ def over_tokens(values: Tensor, weights: Tensor) -> Tensor:
     return total
 
 
-def first_of(weights: Tensor) -> Tensor:
-    """Of each sequence the first token whose weight is not zero, else 0: int64 [batch]."""
-    return (weights > 0).to(torch.uint8).argmax(-1)
-
-
 def spread(kept: Tensor, whole: Tensor) -> Tensor:
     """Masks of single tokens, of which some are kept whole.
 
@@ -169,7 +160,7 @@ def kept_by_ranks(values: Tensor, ranks: Tensor) -> Tensor:
     """
     compiled = _module(values) is not None and values.shape[-1] <= kernels.LARGEST_WIDTH
     if values.device.type == "cuda" and compiled:
-        from sparsity_atlas.kernels import cuda_sequences
+        from sparsity_atlas.kernels.prompts import cuda_sequences
 
         # To read the ranks would be to wait for the device.
         return cuda_sequences.kept_by_ranks(values, ranks)
@@ -182,9 +173,9 @@ def _module(values: Tensor) -> Sums | None:
     if kernels.masks_of(values) is None:
         return None
     if values.device.type == "cuda":
-        from sparsity_atlas.kernels import cuda_sequences
+        from sparsity_atlas.kernels.prompts import cuda_sequences
 
         return cuda_sequences
-    from sparsity_atlas.kernels import cpu_sequences
+    from sparsity_atlas.kernels.prompts import cpu_sequences
 
     return cpu_sequences

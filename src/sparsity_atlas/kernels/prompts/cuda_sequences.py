@@ -1,4 +1,4 @@
-"""Sums over entries and tokens of sequences on CUDA, in Triton: what `sequences` defines."""
+"""Sums over entries and tokens of sequences on CUDA, in Triton: what `sequence_sums` defines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import triton.language as tl
 from sparsity_atlas.kernels import cuda
 from sparsity_atlas.kernels.cuda import bits_of
 from sparsity_atlas.kernels.definition import Threshold
-from sparsity_atlas.kernels.sequences import LANES, RUN, first_of
+from sparsity_atlas.kernels.prompts.order import LANES, RUN, first_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ BLOCK, BLOCK_WARPS, UNROLLED = 128, 1, 8
 
 
 def energies(values: Tensor, counted: Tensor) -> Tensor:
-    """As in `sequences`."""
+    """As in `sequence_sums`."""
     values = values.contiguous()
     found = torch.empty(counted.shape, dtype=torch.float64, device=values.device)
     arguments = bits_of(values), counted.contiguous().view(torch.int8), found, values.shape[-1]
@@ -35,7 +35,7 @@ def energies(values: Tensor, counted: Tensor) -> Tensor:
 
 
 def over_tokens(values: Tensor, weights: Tensor) -> Tensor:
-    """As in `sequences`."""
+    """As in `sequence_sums`."""
     values, weights = values.contiguous(), weights.contiguous()
     batch, tokens, width = values.shape
     blocks, runs = triton.cdiv(width, BLOCK), triton.cdiv(tokens, RUN)
@@ -51,7 +51,7 @@ def over_tokens(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def spread(kept: Tensor, whole: Tensor) -> Tensor:
-    """As in `sequences`."""
+    """As in `sequence_sums`."""
     (batch, tokens), width = whole.shape, kept.shape[-1]
     mask = torch.empty(batch, tokens, width, dtype=torch.bool, device=kept.device)
     arguments = *(one.contiguous().view(torch.int8) for one in (kept, whole, mask)), tokens, width
@@ -61,14 +61,14 @@ def spread(kept: Tensor, whole: Tensor) -> Tensor:
 
 
 def leave_whole(whole: Tensor, values: Tensor, onto: Tensor, out: Tensor, zeros: Tensor) -> None:
-    """As in `sequences`."""
+    """As in `sequence_sums`."""
     tensors = (bits_of(one) for one in (values.contiguous(), onto.contiguous(), out))
     arguments = whole.contiguous().view(torch.int8), *tensors, zeros, values.shape[-1]
     _launch(_leave_whole, (whole.numel(),), arguments, WARPS, {"BLOCK": LANES})
 
 
 def kept_by_ranks(values: Tensor, ranks: Tensor) -> Tensor:
-    """As in `sequences`."""
+    """As in `sequence_sums`."""
     _, tokens, width = values.shape
     rows = values.reshape(-1, width)
     ones = rows.new_ones(width).expand(rows.shape)
