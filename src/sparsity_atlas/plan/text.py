@@ -12,6 +12,7 @@ from sparsity_atlas.config.schema import Config
 from sparsity_atlas.plan.forecast import HEAVY, Forecast
 from sparsity_atlas.plan.jobs import UNKNOWN, Amount, Job, usual_levels
 from sparsity_atlas.plan.model_facts import Outlook, captured_tokens
+from sparsity_atlas.plan.schedule import BESIDE, STAGES
 from sparsity_atlas.terms import (
     STORED,
     tensors_at,
@@ -226,7 +227,11 @@ def _chain(forecast: Forecast, which: str) -> float:
     shared = longest.pop("", Counter())
     # Metrics wait for a capture, and nothing of the model for them.
     beside = [chain["model"] + chain["capture"] + chain["metrics"] for chain in longest.values()]
-    others = [sum(chain.values()) - chain["metrics"] for chain in longest.values()]
+    # Of a stage's rules none waits for another: the dense baseline runs beside the captures.
+    others = [
+        sum(max(chain[rule] for rule in stage if rule not in BESIDE) for stage in STAGES)
+        for chain in longest.values()
+    ]
     return max((*beside, *others), default=0) + sum(shared.values())
 
 

@@ -841,3 +841,20 @@ def test_what_first_passes_take_longer_is_told_from_what_all_take(
     assert seconds[0] == pytest.approx(seconds[1])
     expected = 10.0 if device == "cpu" else 20 * 0.0532 + 20_000 * 1e-4
     assert seconds[0]["choice"] == pytest.approx(expected)
+
+
+def test_the_longest_chain_has_one_job_of_each_stage(model_folder: Path) -> None:
+    """A run of 1 min 46 s was said to take 2.3: captures were put in front of the dense baseline."""
+    config = make_config({"m": {"path": str(model_folder)}}, {})
+    chain = {
+        **{"model": 60.0, "capture": 90.0, "dense": 120.0, "metrics": 200.0, "search": 300.0},
+        **{"output_error": 30.0, "curve": 60.0, "model_summary": 60.0},
+    }
+    jobs = [Job(rule, "m", done=False) for rule in chain]
+    jobs += [Job("tables", "", done=False)]
+    seconds = [Amount.exactly(one) for one in (*chain.values(), 120.0)]
+    found = Forecast(jobs, seconds, {}, Unknowns(), [0.0] * len(jobs))
+    # 60 + 120 + 300 + 60 + 60 of the model, and the tables.
+    assert "about 12.0 min, with 9 jobs at once" in text(config, found, (16, 16))
+    seconds[3] = Amount.exactly(600.0)  # metrics, behind 60 and 90
+    assert "about 14.5 min, with 9 jobs at once" in text(config, found, (16, 16))
