@@ -35,6 +35,7 @@
 #define INFINITE 0x7f800000u
 #define RUNGS 8
 #define STEP 8  // of the entries that the ladder looks at
+#define LOOKS (THREADS < 512 ? 2 : 1)
 #define ROOM 256
 #define PASSES 5
 #ifndef MARGIN
@@ -371,8 +372,9 @@ ENTRY mask_rows(const Bits* values, const Bits* onto, Bits* out, int* zeros, uns
             margin = 1 + (int)fminf(MARGIN * mass * run * 8388608.0f / (rest_wanted + 1), 1 << 29);
             if (fabsf((float)few[0] - rest_wanted) <= NEAR * mass) break;
         }
-        // What stands near it, entry for entry; once more where it did not stand there.
-        for (int again = 0; again < 2 && !proved; ++again) {
+        // What stands near it, entry for entry; of narrow rows once more where it did not stand there: their sums tell
+        // less of where it is.
+        for (int look = 0; look < LOOKS && !proved; ++look) {
             const u32 low = (u32)between(center - margin, 1, top), high = low + 2 * margin;
             float sums[4] = {0, 0, 0, 0};
 #pragma unroll
@@ -408,7 +410,7 @@ ENTRY mask_rows(const Bits* values, const Bits* onto, Bits* out, int* zeros, uns
                 least = proved ? answer : 0;
                 if (!proved && unsure_one != 0) break;
             }
-            if (again == 0 && !proved) {
+            if (look + 1 < LOOKS && !proved) {
                 const int rest = logarithm(few[0]);
                 center = (int)high + (int)within((float)(wanted - rest) * run, 1 << 29);
                 if (count > ROOM) break;
