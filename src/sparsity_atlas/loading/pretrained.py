@@ -53,8 +53,8 @@ def load(
     config = checkpoint.config()
     import torch
 
+    from sparsity_atlas.files.mapped import let_go_of_files
     from sparsity_atlas.loading.free_memory import check_on_device, check_weights
-    from sparsity_atlas.loading.mapping import let_go_of_files
     from sparsity_atlas.loading.placement import spread
     from sparsity_atlas.loading.wholeness import check_types, check_whole, fill_buffers
     from sparsity_atlas.sites.experts.implementation import run_whatever_their_shapes
