@@ -463,7 +463,7 @@ def mask(values: torch.Tensor, level: float) -> torch.Tensor:
 def test_output_error_by_hand(
     work: Work, model_folder: Path, site: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output_error, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(output_error, "ERROR_BLOCK", block)
     capture(work, site)
     output = work.folder / "sparsity.parquet"
     arguments = {
