@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import partial
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 SHORTEST, MOST = {"cuda": 1024}, 4096
 # Batches that a device gets before the one in front of them is read, so that it need not wait for the host.
 AHEAD = {"cuda": 1}
-# What numba and LLVM take of a process when its first kernel runs, which is after room was looked at.
-COMPILER = 112 * 2**20
 # Width of the residual stream up to which it is more: half as wide, twice as many.
 WIDE = 4096
 
@@ -57,11 +54,6 @@ class Early(NamedTuple):
     work: Arranged
     batch: object
     wait: Wait
-
-
-def _compiler(device: str) -> int:
-    """Bytes of what a CPU's kernels are compiled by, as long as none has run."""
-    return COMPILER if device == "cpu" and "llvmlite" not in sys.modules else 0
 
 
 def _at_once(begin: Begin) -> Any:
@@ -209,7 +201,7 @@ class JournalledLM(PromptLM):
             batch = work.largest.shrunk(share)
             item, slots = self.model.dtype.itemsize, len(counter.slots)
             own = of_a_pass(sizes, batch, item, device.type, slots)
-            return own + self._beside(work, counter, batch) + _compiler(device.type)
+            return own + self._beside(work, counter, batch)
 
         largest = max(works, key=needed)
         if (most := needed(largest)) <= self._fits:

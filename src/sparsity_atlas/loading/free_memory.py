@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 GIB = 2**30
 # Measured peaks lie within this factor of what `memory` says: beyond it nothing is tried.
 TRUSTED = 1.25
+# What numba and LLVM take of a process when its first kernel runs, which is after room was looked at.
+COMPILER = 112 * 2**20
 # Where the kernel states what a group of processes may use: version 2, version 1.
 _GROUPS = (("/sys/fs/cgroup", "memory.max"), ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"))
 _OWN_GROUPS = "/proc/self/cgroup"
@@ -70,7 +73,8 @@ def free(device: torch.device) -> tuple[int, int, str]:
         return unused + idle, total, "this GPU has"
     limit, whose = host_limit()
     give_back()  # what is kept for nothing is free, too
-    return limit - psutil.Process().memory_info().rss, limit, whose
+    to_come = 0 if "llvmlite" in sys.modules else COMPILER
+    return limit - psutil.Process().memory_info().rss - to_come, limit, whose
 
 
 def check(

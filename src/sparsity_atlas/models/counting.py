@@ -41,10 +41,20 @@ def count(model: PreTrainedModel) -> dict[str, Any] | None:
     """What a manifest says under `counted`; None for a model without a head."""
     if model.get_output_embeddings() is None:
         return None
-    scale = min((positions(model) or LENGTHS[1]) / LENGTHS[1], 1.0)
-    few, some, half, whole = (int(length * scale) for length in (*FEW, *LENGTHS))
-    if few < 1:
-        return None
+    share = min((positions(model) or LENGTHS[1]) / LENGTHS[1], 1.0)
+    while share * FEW[0] >= 1:
+        try:
+            return _counted(model, share)
+        except torch.OutOfMemoryError:
+            raise
+        except REFUSALS:  # it may end behind a length of which there is no table
+            share /= 2
+    return None
+
+
+def _counted(model: PreTrainedModel, share: float) -> dict[str, Any]:
+    """`count` by a share of the usual lengths."""
+    few, some, half, whole = (int(length * share) for length in (*FEW, *LENGTHS))
     one, two = _alive(model, (1, few)), _alive(model, (2, few))
     # Of the pass itself, such as weights that are unpacked; it does not grow.
     constant = max(2 * one - two, 0)
@@ -59,7 +69,7 @@ def count(model: PreTrainedModel) -> dict[str, Any] | None:
     else:
         short_pair = max((taken[some] / some - taken[few] / few) / (some - few), 0.0)
         short = taken[some] / some - short_pair * some
-    scored, score = _scores(model, (PAIRED[0], max(int(PAIRED[1] * scale), 2)))
+    scored, score = _scores(model, (PAIRED[0], max(int(PAIRED[1] * share), 2)))
     kept_token, kept_row = _kept(model, (few, some))
     found = Counted(
         item=model.dtype.itemsize,

@@ -48,8 +48,9 @@ LINEAR_HIDDEN = 3
 # What a CPU's heap takes of all that: 1.1 times as much at tensors of 32 and 48 MiB, 1.4 to 1.8 times at 16,
 # whose blocks it does not give back. (The copies above are as measured, with it.)
 HEAP = {"cpu": 1.375, "cuda": 1.0, "mps": 1.375}
-# What the heap keeps of blocks that are smaller than `allocator.LARGE_BLOCK`, where all else was counted.
-SMALL_BLOCKS = {"cpu": 32 * MIB, "cuda": 0, "mps": 0}
+# What the heap keeps of blocks that are smaller than `allocator.LARGE_BLOCK`, where all else was counted: of
+# a small batch this share of it.
+SMALL_BLOCKS, SMALL_SHARE = {"cpu": 32 * MIB, "cuda": 0, "mps": 0}, 0.75
 # An output error, of a block of tokens: copies of all that a part reads and makes of them (blocks that are
 # read ahead, outputs, masks and what is counted of them), and what does not grow. Measured on a CPU at 4,096
 # to 16,384 tokens (benchmarks/README.md, section j).
@@ -183,7 +184,7 @@ def _in_the_layers(sizes: Sizes, batch: Largest, item: int, device: str) -> int:
     """Bytes of what a layer has of a batch at once, as it was counted or as it follows from the sizes."""
     if sizes.counted is not None:
         counted = sizes.counted.of_a_pass(batch.tokens, batch.longest, item)
-        return int(counted) + SMALL_BLOCKS[device]
+        return int(counted + min(SMALL_BLOCKS[device], SMALL_SHARE * counted))
     scores = batch.tokens * batch.longest * sizes.heads * (2 * item + 4)
     usual = _in_a_layer(sizes, batch, item, device)
     return scores + max(usual, _in_linear_attention(sizes, batch, item, device))

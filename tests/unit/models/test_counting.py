@@ -109,6 +109,16 @@ def test_a_table_of_positions_is_not_left() -> None:
     assert counting.count(tiny_model("gpt2")) is not None
 
 
+def test_a_model_that_ends_behind_a_length_is_counted_within_it() -> None:
+    """MPT's ALiBi is made for 32 positions, and no table says so."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 24, "n_layers": 2, "n_heads": 2, "expansion_ratio": 2, "max_seq_len": 32}
+    config = AutoConfig.for_model("mpt", vocab_size=64, **sizes)
+    found = counting.count(AutoModelForCausalLM.from_config(config).eval())
+    assert found is not None
+    assert found["token"] > 0
+
+
 def test_logits_are_not_counted() -> None:
     """They are looked at by themselves, however wide a vocabulary is."""
     torch.manual_seed(0)
