@@ -6,7 +6,8 @@ what each part's output follows from: its input, and of routed experts the routi
 
 Tensors leave the device on a stream of their own and are written by threads while the model runs on: a
 part (a chunk of each array, or a batch where that is more) is written while the next one is captured, and
-recorded when all of it is written. What is not recorded when a capture is killed is captured again, so
+recorded when all of it is written. Of a part that is one batch PENDING tensors wait at most, since they come
+one by one. What is not recorded when a capture is killed is captured again, so
 that no more than a block is under way: two chunks of each array, or a batch where that is more. Host
 memory holds a block, at most MOST_HELD bytes; where that is too little, a part (of a batch, as with large
 models, the tensor in hand) and PENDING tensors that are being written. To that comes a copy for each
@@ -125,8 +126,8 @@ def capture(
     ]
     stream = functools.cache(copy_stream)
     recorded: deque[Future[None]] = deque()
-    # All of a part and its record.
-    pending = PENDING if under_way == 1 else len(arrays) + 1
+    # All of a part and its record, where it comes at once; tensors of a single batch come one by one.
+    pending = len(arrays) + 1 if under_way == 2 and part > batch else PENDING
     progress = Progress("captured", sequences, "sequences")
     with headless, Writer(pending, threads=min(PENDING, torch.get_num_threads())) as writer:
         for start in range(len(journal.records) * part, sequences, part):
@@ -244,7 +245,7 @@ def _check_room(
 
     def held(share: float) -> int:
         tokens = int(batch * positions * share)
-        return of_a_capture(arrays, tokens, settings["tokens"])
+        return of_a_capture(arrays, tokens, settings["tokens"], pinned=device.type == "cuda")
 
     what = f"capture: batches of {batch} x {positions} tokens"
     keys = (("batch_size", batch), ("capture.sequence_length", positions))

@@ -251,20 +251,36 @@ def of_an_output_error(sizes: Sizes, tokens: int, length: int, item: int) -> int
     return ERROR_BASE + min(block, tokens) * ERROR_COPIES * made * item
 
 
-def of_a_capture(arrays: list[int], batch: int, tokens: int) -> int:
+def of_a_capture(arrays: list[int], batch: int, tokens: int, *, pinned: bool = False) -> int:
     """Bytes of captured tensors that wait in host memory to be written.
 
     Args:
         arrays: bytes of a token in each array that is captured, of all layers.
         batch: tokens of a forward pass.
         tokens: captured in all.
+        pinned: whether a GPU writes them into pinned memory, whose blocks are powers of two.
     """
-    widest, each = max(arrays), sum(arrays)
-    fitting = CHUNK_BYTES // widest
-    # As `capture` decides: whole batches, unless one is more than a chunk.
-    part = min(max(batch, fitting - fitting % batch), tokens)
-    if fitting >= batch and 2 * part * each <= MOST_HELD:
+    part, waiting = waits(arrays, batch, tokens)
+    sizes = [part * one for one in arrays]
+    if pinned:
+        sizes = [1 << (one - 1).bit_length() for one in sizes]
+    widest, each = max(sizes), sum(sizes)
+    if waiting is None:
         # Both parts, and copies of those tensors that are being written.
-        return min(2 * part, tokens) * each + min(PENDING, len(arrays)) * part * widest
+        held = 2 * each if 2 * part <= tokens else each * tokens // part
+        return held + min(PENDING, len(arrays)) * widest
     # Those that wait come from all layers, wide and narrow.
-    return (PENDING * each // len(arrays) + 4 * widest) * min(batch, tokens)
+    return waiting * each // len(arrays) + 4 * widest
+
+
+def waits(arrays: list[int], batch: int, tokens: int) -> tuple[int, int | None]:
+    """How a capture goes, of `of_a_capture`'s arguments: tokens of a part, and tensors that may wait.
+
+    Where a part is several batches, all of it comes with its last batch, and waits while the next part
+    is captured (None), up to `MOST_HELD`. Tensors of one batch come one by one, and a few may wait.
+    """
+    fitting = CHUNK_BYTES // max(arrays)
+    # Whole batches, unless one is more than a chunk.
+    part = min(max(batch, fitting - fitting % batch), tokens)
+    together = part > batch and 2 * part * sum(arrays) <= MOST_HELD
+    return part, None if together else PENDING

@@ -222,7 +222,7 @@ class Needs:
             for size in group.token_bytes(dtype)
         ]
         batch = entry.batch_size * capture.sequence_length
-        return of_a_capture(arrays, batch, capture.tokens)
+        return of_a_capture(arrays, batch, capture.tokens, pinned=self._on_gpu)
 
     def largest(self, model: str) -> Largest:
         """A model's largest batch: of all its tasks, once the dense baseline has run."""

@@ -70,13 +70,13 @@ def test_generation_keeps_a_state_of_each_row_and_linear_layer() -> None:
 
 
 def test_a_capture_holds_two_parts_where_its_batches_fit_into_chunks() -> None:
-    """2,048 tokens of 6 KiB are a chunk; sums and parts as `capture` has them."""
+    """2,048 tokens of 6 KiB are a chunk, of two batches; sums and parts as `capture` has them."""
     arrays = [6144, 2304] * 30
     part = 2048
-    assert of_a_capture(arrays, 2048, 8192) == 2 * part * sum(arrays) + 8 * part * 6144
+    assert of_a_capture(arrays, 1024, 8192) == 2 * part * sum(arrays) + 8 * part * 6144
     # No more than there is to capture.
-    assert of_a_capture(arrays, 2048, 3000) == 3000 * sum(arrays) + 8 * part * 6144
-    assert of_a_capture(arrays[:4], 2048, 8192) == 2 * part * 16_896 + 4 * part * 6144
+    assert of_a_capture(arrays, 1024, 3000) == 3000 * sum(arrays) + 8 * part * 6144
+    assert of_a_capture(arrays[:4], 1024, 8192) == 2 * part * 16_896 + 4 * part * 6144
     assert part == memory.CHUNK_BYTES // 6144
 
 
@@ -85,6 +85,20 @@ def test_a_capture_whose_batch_is_more_than_a_chunk_holds_a_few_tensors() -> Non
     arrays = [12_288, 3072] * 12
     assert of_a_capture(arrays, 2048, 8192) == 2048 * (8 * 7680 + 4 * 12_288)
     assert of_a_capture(arrays, 2048, 1000) == 1000 * (8 * 7680 + 4 * 12_288)
+
+
+def test_a_capture_whose_parts_are_one_batch_holds_a_few_tensors() -> None:
+    """They come one by one: eight of a batch wait, however many layers there are."""
+    for layers in (30, 300):
+        arrays = [6144, 2304] * layers
+        assert of_a_capture(arrays, 2048, 8192) == 2048 * (8 * 4224 + 4 * 6144)
+
+
+def test_pinned_memory_comes_in_powers_of_two() -> None:
+    """2,048 tokens of 6 KiB take 16 MiB, of 2,304 bytes 8."""
+    arrays = [6144, 2304] * 30
+    assert of_a_capture(arrays, 2048, 8192, pinned=True) == (8 * 12 + 4 * 16) * 2**20
+    assert of_a_capture(arrays, 1024, 8192, pinned=True) == (2 * 30 * 24 + 8 * 16) * 2**20
 
 
 def test_an_output_error_takes_a_block_of_whole_sequences() -> None:
