@@ -14,10 +14,11 @@ import itertools
 import multiprocessing
 import os
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -354,18 +355,38 @@ def by_patterns(device: str, rows: int, width: int, dtype: str) -> bool:
     good = True
     for spec in ({"rule": "nm"}, {"rule": "nm", "group": 32}, {"rule": "random"}):
         work = partial(drop_half, create(spec), values)
-        ours, found = seconds(work, device, 5), work()
-        os.environ[kernels.VARIABLE] = "reference"
-        plain, expected = seconds(work, device, 2), work()
-        os.environ[kernels.VARIABLE] = "compiled"
-        pairs = zip(found[:3], expected[:3], strict=True)
-        same = all(torch.equal(one, other.to(one.dtype)) for one, other in pairs)
-        good &= same
-        print(
-            f"{' '.join(map(str, spec.values())):<10} | {ours * 1e3:8.3f} ({ours / copy:.2f}), "
-            f"{plain * 1e3:9.3f} ({plain / ours:.1f} times) | {'same' if same else 'WRONG'}"
-        )
+        good &= beside_torch(" ".join(map(str, spec.values())), work, device, copy)
     return good
+
+
+def beside_torch(
+    name: str, work: Callable[[], Any], device: str, copy: float, *, captured: bool = False
+) -> bool:
+    """Time what kernels do and what their definition in torch does, and print both.
+
+    Args:
+        name: of the row.
+        work: makes a tensor, or several of which the first three are compared.
+        device: where.
+        copy: seconds that a copy takes.
+        captured: whether kernels are timed in a captured graph.
+
+    Returns:
+        whether both make the same.
+    """
+    ours, found = seconds(work, device, 5, captured=captured), work()
+    os.environ[kernels.VARIABLE] = "reference"
+    plain, expected = seconds(work, device, 2), work()
+    os.environ[kernels.VARIABLE] = "compiled"
+    pairs = zip(
+        *((one,) if torch.is_tensor(one) else one[:3] for one in (found, expected)), strict=True
+    )
+    same = all(torch.equal(one, other.to(one.dtype)) for one, other in pairs)
+    print(
+        f"{name:<16} | {ours * 1e3:8.3f} ({ours / copy:.2f}), {plain * 1e3:9.3f} "
+        f"({plain / ours:.1f} times) | {'same' if same else 'WRONG'}"
+    )
+    return same
 
 
 def by_prompts(device: str, shape: tuple[int, int, int], dtype: str) -> bool:
@@ -410,19 +431,7 @@ def by_prompts(device: str, shape: tuple[int, int, int], dtype: str) -> bool:
         "topp, half dense": partial(half, values, values),
     }
     for name, work in works.items():
-        ours, found = seconds(work, device, 5, captured=True), work()
-        os.environ[kernels.VARIABLE] = "reference"
-        plain, expected = seconds(work, device, 2), work()
-        os.environ[kernels.VARIABLE] = "compiled"
-        pairs = zip(
-            *((one,) if torch.is_tensor(one) else one[:3] for one in (found, expected)), strict=True
-        )
-        same = all(torch.equal(one, other.to(one.dtype)) for one, other in pairs)
-        good &= same
-        print(
-            f"{name:<16} | {ours * 1e3:8.3f} ({ours / copy:.2f}), {plain * 1e3:9.3f} "
-            f"({plain / ours:.1f} times) | {'same' if same else 'WRONG'}"
-        )
+        good &= beside_torch(name, work, device, copy, captured=True)
     return good
 
 
